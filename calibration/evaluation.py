@@ -1,0 +1,109 @@
+"""Measure a model over samples: accuracy pruned and unpruned side by side, and how often the two agree."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgeprune.calibration.samples import Sample, score
+from edgeprune.runtime import Receipt, Runtime
+
+ALL, SHORT = "all short answers", "describe"
+PRUNED, UNPRUNED = "pruned", "unpruned"
+
+
+@dataclass
+class KindScore:
+    """The answers to one kind of question: `right` of `of` points, and how many of the `asked` answers equal the unpruned one."""
+
+    asked: int = 0
+    right: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
+    of: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
+    agreed: int = 0
+
+    def accuracy(self, variant: str) -> float:
+        """Return the share of points that PRUNED or UNPRUNED answers got."""
+        return self.right[variant] / self.of[variant] if self.of[variant] else 0.0
+
+    @property
+    def agreement(self) -> float:
+        """The share of pruned answers that equal the unpruned ones, word for word."""
+        return self.agreed / self.asked if self.asked else 0.0
+
+
+@dataclass
+class Cost:
+    """What the answers of one variant cost: every time to first token and per token in ms, KV bytes of the longest answer."""
+
+    ttft_ms: list[float] = field(default_factory=list)
+    ms_per_token: list[float] = field(default_factory=list)
+    kv_bytes: int = 0
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one answer."""
+        self.ttft_ms.append(receipt.times.ttft_ms)
+        self.ms_per_token += receipt.times.decode_ms
+        self.kv_bytes = max(self.kv_bytes, receipt.kv_bytes)
+
+    def to_dict(self) -> dict[str, float]:
+        """Return medians as JSON data."""
+        return {
+            "ttft_ms": statistics.median(self.ttft_ms or [0.0]),
+            "ms_per_token": statistics.median(self.ms_per_token or [0.0]),
+            "kv_bytes": self.kv_bytes,
+        }
+
+
+@dataclass
+class EvalReport:
+    """Scores per kind of question, and the cost of both variants. Without a pruning plan only UNPRUNED is filled."""
+
+    pruned: bool
+    kinds: dict[str, KindScore] = field(default_factory=dict)
+    cost: dict[str, Cost] = field(default_factory=lambda: {PRUNED: Cost(), UNPRUNED: Cost()})
+
+    def rows(self) -> dict[str, KindScore]:
+        """Return the kinds in the order seen, then the total over short answers (descriptions count facts, so they stay apart)."""
+        total = KindScore()
+        for kind, entry in self.kinds.items():
+            if kind == SHORT:
+                continue
+            total.asked += entry.asked
+            total.agreed += entry.agreed
+            for variant in (PRUNED, UNPRUNED):
+                total.right[variant] += entry.right[variant]
+                total.of[variant] += entry.of[variant]
+        return {**self.kinds, ALL: total}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON data."""
+        variants = (PRUNED, UNPRUNED) if self.pruned else (UNPRUNED,)
+        kinds: dict[str, Any] = {}
+        for kind, entry in self.rows().items():
+            kinds[kind] = {"asked": entry.asked, **{variant: entry.accuracy(variant) for variant in variants}}
+            if self.pruned:
+                kinds[kind]["agreement"] = entry.agreement
+        return {"kinds": kinds, "cost": {variant: self.cost[variant].to_dict() for variant in variants}}
+
+
+def evaluate(
+    runtime: Runtime, samples: Sequence[Sample], *, fit: str = "exact", progress: Callable[[int], None] = lambda done: None
+) -> EvalReport:
+    """Ask every sample greedily, with and without the runtime's plan, and score the answers."""
+    report = EvalReport(pruned=bool(runtime.plan.cuts))
+    for done, sample in enumerate(samples, start=1):
+        entry = report.kinds.setdefault(sample.kind or "question", KindScore())
+        entry.asked += 1
+        texts = {}
+        for variant in (PRUNED, UNPRUNED) if report.pruned else (UNPRUNED,):
+            answer = runtime.generate(sample.image, sample.prompt, prune=variant == PRUNED, fit=fit)
+            points = score(sample, answer.text)
+            entry.right[variant] += points.right
+            entry.of[variant] += points.of
+            report.cost[variant].add(answer.receipt)
+            texts[variant] = answer.text
+        entry.agreed += texts.get(PRUNED) == texts[UNPRUNED]
+        progress(done)
+    return report

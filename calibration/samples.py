@@ -1,0 +1,79 @@
+"""The data format that users bring: JSON lines of image, prompt, answer and (optional) kind, and the scoring of answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import UsageError
+from edgeprune.tabletop.questions import DESCRIBE, parse_description
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image, with the answer that counts as right."""
+
+    image: Path
+    prompt: str
+    answer: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """`right` of `of` points: one for a short answer, one for each stated fact of a description.
+
+    `recall` is the share of the true facts that were stated (for a short answer, 1 or 0).
+    """
+
+    right: float
+    of: float
+    recall: float
+
+
+def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
+    """Return the samples of a JSONL file; image paths are relative to it. Raise UsageError naming the line at fault."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read samples {path}: {error}.") from error
+    if limit is not None and limit < 1:
+        raise UsageError(f"The limit must be 1 or more samples, not {limit}.")
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    samples = [_sample(path, number, line) for number, line in numbered[:limit]]
+    if not samples:
+        raise UsageError(f"{path} has no samples.", hint='A line is {"image": ..., "prompt": ..., "answer": ..., "kind": ...}.')
+    return samples
+
+
+def score(sample: Sample, text: str) -> Score:
+    """Return the points of an answer: descriptions fact by fact, everything else by exact match without case and punctuation."""
+    if sample.kind == DESCRIBE:
+        stated, true = parse_description(text), parse_description(sample.answer)
+        right = len(stated & true)
+        return Score(right, max(len(stated), 1), right / max(len(true), 1))
+    same = float(_normal(text) == _normal(sample.answer))
+    return Score(same, 1.0, same)
+
+
+def _sample(path: Path, number: int, line: str) -> Sample:
+    where = f"{path}:{number}"
+    try:
+        data: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where} is not JSON ({error.msg}).") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{where} is not a JSON object.")
+    for key in ("image", "prompt", "answer"):
+        if not isinstance(data.get(key), str):
+            raise UsageError(f"{where} has no text {key!r}.")
+    image = path.parent / data["image"]
+    if not image.is_file():
+        raise UsageError(f"{where} names the image {data['image']}, which is not there.")
+    return Sample(image, data["prompt"], data["answer"], str(data.get("kind", "")))
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".!")

@@ -1,0 +1,164 @@
+"""Bundles: the folder that `edgeprune export` writes and the runtime loads.
+
+    manifest.json                    this module's Manifest, with the sha256 of every other file
+    plan.json                        the keep plan that is frozen into the decoder
+    onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden]
+    onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
+    onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
+    processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import BundleError
+from edgeprune.files import write_text
+from edgeprune.plan import KeepPlan
+
+SCHEMA_VERSION = 1
+MANIFEST, PLAN = "manifest.json", "plan.json"
+VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder.onnx"
+TOKENIZER, SPECIAL_TOKENS = "processor/tokenizer.json", "processor/special_tokens.json"
+CHAT_TEMPLATE, PREPROCESSOR = "processor/chat_template.jinja", "processor/preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from: the model as it was named, its `model_type`, and the sha256 of its weights."""
+
+    model: str
+    family: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    position_axes: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and sha256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle is made of. `image_token` and `end_tokens` are token ids, `versions` the packages that wrote it."""
+
+    source: Source
+    decoder: DecoderShape
+    opset: int
+    image_token: int
+    end_tokens: tuple[int, ...]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into `folder`."""
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        write_text(folder / MANIFEST, json.dumps(data, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of a bundle folder; raise BundleError when there is none or it is of another schema."""
+        data = _read_json(folder)
+        if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+            found = data.get("schema_version") if isinstance(data, dict) else None
+            raise BundleError(
+                f"{folder} has manifest schema version {found}, this EdgePrune reads {SCHEMA_VERSION}.",
+                hint="Export it again with this version.",
+            )
+        try:
+            return cls(
+                source=Source(**data["source"]),
+                decoder=DecoderShape(**data["decoder"]),
+                opset=int(data["opset"]),
+                image_token=int(data["image_token"]),
+                end_tokens=tuple(int(token) for token in data["end_tokens"]),
+                versions=dict(data["versions"]),
+                files={name: FileRecord(**record) for name, record in data["files"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files were found as the manifest says."""
+
+    path: Path
+    manifest: Manifest
+    plan: KeepPlan
+
+    @classmethod
+    def load(cls, path: Path) -> Bundle:
+        """Open a bundle, checking the sha256 of every file; raise BundleError on the first that is missing or altered."""
+        manifest = Manifest.load(path)
+        for name, record in manifest.files.items():
+            _check_file(path, name, record)
+        for name in (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR):
+            if name not in manifest.files:
+                raise BundleError(f"The manifest of {path} does not list {name}.", hint="Export it again.")
+        return cls(path, manifest, KeepPlan.load(path / PLAN))
+
+    def file(self, name: str) -> Path:
+        """Return the path of one file of the bundle."""
+        return self.path / name
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Return the records of every file in `folder`, the manifest excepted, by path relative to it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path)) for path in paths}
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def is_bundle(path: Path) -> bool:
+    """Tell whether a folder looks like a bundle (it may still be a broken one)."""
+    return (path / MANIFEST).is_file()
+
+
+def _read_json(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise BundleError(f"There is no bundle at {folder}.", hint="Make one with: edgeprune export -o BUNDLE")
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}.") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"Cannot read {folder / MANIFEST}: {error}.", hint="Export it again.") from error
+
+
+def _check_file(folder: Path, name: str, record: FileRecord) -> None:
+    path = folder / name
+    again = "Copy the bundle again, or export it again."
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"The manifest of {folder} names {name}, which lies outside the bundle.", hint=again)
+    if not path.is_file():
+        raise BundleError(f"The bundle {folder} lacks {name}.", hint=again)
+    if path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
+        raise BundleError(f"{name} in {folder} is not the file that was exported (its sha256 differs).", hint=again)

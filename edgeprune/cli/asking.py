@@ -1,0 +1,93 @@
+"""Commands that ask a model: run, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune.cli.options import bundle_argument, fit_option, json_option, plan_options, resolve_plan
+from edgeprune.errors import UsageError, require_extra
+from edgeprune.files import save_image
+
+
+@click.command()
+@bundle_argument
+@click.option("--image", type=click.Path(path_type=Path), help="The image to ask about.")
+@click.option("--prompt", help="The question.")
+@click.option("--no-prune", is_flag=True, help="Run the same graphs with every visual token.")
+@click.option("--overlay", type=click.Path(path_type=Path), help="Write a picture with the dropped patches greyed out.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
+@click.option("--sampling-seed", type=int, help="The same seed gives the same answer.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
+@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@fit_option
+@json_option
+def run(bundle: Path, image: Path | None, prompt: str | None, as_json: bool, **options: Any) -> None:
+    """Ask BUNDLE one question about one image; the answer is streamed, and a receipt says what was pruned."""
+    image, prompt = _need_both(image, prompt)
+    from edgeprune.cli.show import show_answer
+    from edgeprune.runtime import load
+    from edgeprune.runtime.images import read_image
+
+    overlay, prune = options.pop("overlay"), not options.pop("no_prune")
+    options["seed"] = options.pop("sampling_seed")
+    picture = read_image(image)
+    runtime = load(bundle, threads=options.pop("threads"))
+    stream = runtime.stream(picture, prompt, prune=prune, **options)
+    show_answer(stream, as_json)
+    if overlay is not None:
+        save_image(runtime.draw(picture, stream.receipt, fit=options["fit"]), overlay)
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt, answer, kind.")
+@click.option("--limit", type=int, help="Only the first N samples.")
+@fit_option
+@plan_options
+@json_option
+def eval_command(model: str, data: Path, limit: int | None, fit: str, as_json: bool, **plan_request: Any) -> None:
+    """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
+
+    The plan options apply to a transformers folder only; a bundle has its plan frozen in.
+    """
+    from edgeprune.calibration.evaluation import evaluate
+    from edgeprune.calibration.samples import read_samples
+    from edgeprune.cli.show import Counter, show_evaluation
+
+    samples = read_samples(data, limit)
+    runtime = _open_model(model, plan_request)
+    with Counter("samples", len(samples), quiet=as_json) as counter:
+        report = evaluate(runtime, samples, fit=fit, progress=counter.update)
+    show_evaluation(report, as_json)
+
+
+def _need_both(image: Path | None, prompt: str | None) -> tuple[Path, str]:
+    example = 'For example: --image table.png --prompt "What is on the table?"'
+    if image is None:
+        raise UsageError("There is no image to ask about (--image).", hint=example)
+    if prompt is None:
+        raise UsageError("There is no question about the image (--prompt).", hint=example)
+    return image, prompt
+
+
+def _open_model(model: str, plan_request: dict[str, Any]) -> Any:
+    from edgeprune.bundle import is_bundle
+
+    if is_bundle(Path(model)):
+        if any(value for name, value in plan_request.items() if name != "seed"):
+            raise UsageError(f"{model} is a bundle: its plan is frozen in.", hint="Export another bundle for another plan.")
+        from edgeprune.runtime import load
+
+        return load(model)
+    require_extra("export", "torch", "transformers", "optimum")
+    from edgeprune.export.loading import find_model, load_model
+    from edgeprune.export.reference import reference_model
+    from edgeprune.runtime import Runtime
+
+    loaded = load_model(find_model(model))
+    return Runtime(reference_model(loaded, resolve_plan(loaded, **plan_request)))

@@ -1,0 +1,67 @@
+"""Commands that make and check bundles: export, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune.cli.options import bundle_argument, json_option, plan_options, resolve_plan
+from edgeprune.errors import UsageError, require_extra
+
+
+@click.command()
+@click.argument("model", default="tabletop")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
+@plan_options
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@json_option
+def export(model: str, output: Path, force: bool, as_json: bool, **plan_request: Any) -> None:
+    """Export MODEL, a transformers folder or `tabletop`, as a bundle of ONNX graphs under a keep plan.
+
+    Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
+    --method fastv --keep 0.5 --layer 2 --keep 0.25 --layer 4.
+    """
+    _refuse_existing(output, force)
+    require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
+    from edgeprune.cli.show import Stages, show_export
+    from edgeprune.export.exporter import STAGES, export_bundle
+    from edgeprune.export.loading import find_model, load_model
+
+    folder = find_model(model)
+    with Stages(["model", *STAGES], quiet=as_json) as stages:
+        stages.begin("model")
+        loaded = load_model(folder)
+        plan = resolve_plan(loaded, **plan_request)
+        bundle = export_bundle(loaded, plan, output, force=force, progress=stages.begin)
+    show_export(bundle, as_json)
+
+
+@click.command()
+@bundle_argument
+@click.option("--against", help="The model it was exported from.  [default: the name in the manifest]")
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, bundle: Path, against: str | None, as_json: bool) -> None:
+    """Compare BUNDLE, stage by stage, with its model run eagerly in PyTorch under the same plan."""
+    from edgeprune.bundle import Bundle
+
+    opened = Bundle.load(bundle)
+    require_extra("export", "torch", "transformers", "optimum")
+    from edgeprune.cli.show import Stages, show_verification
+    from edgeprune.export.loading import find_model, load_model
+    from edgeprune.export.verification import verify as verify_bundle
+
+    folder = find_model(against or opened.manifest.source.model)
+    with Stages(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
+        stages.begin("model")
+        report = verify_bundle(opened, load_model(folder), stages.begin)
+    show_verification(report, as_json)
+    ctx.exit(0 if all(stage.passed for stage in report) else 1)
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    # Checked again when the folder is put in place; here so that nobody waits for a refusal.
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists already.", hint="Give another output, or --force to replace it.")

@@ -1,0 +1,77 @@
+"""Options and parsers that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edgeprune.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+fit_option = click.option(
+    "--fit",
+    type=click.Choice(["exact", "stretch", "pad"]),
+    default="exact",
+    show_default=True,
+    help="An image of another aspect than the bundle's: refuse, stretch or letterbox it.",
+)
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+def plan_options(command: F) -> F:
+    """Add the options that say how to prune: a plan file, or a method with keep ratios and layers."""
+    options = (
+        click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON)."),
+        click.option("--method", help="Which tokens to keep: see `edgeprune methods`."),
+        click.option("--keep", multiple=True, type=float, help="Share of all visual tokens kept, in (0, 1]; repeatable."),
+        click.option("--layer", multiple=True, type=int, help="Decoder layer before which a --keep acts (0: the input)."),
+        click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw lots."),
+        click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Return (height, width) of "448x336"; None stays None."""
+    if text is None:
+        return None
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no image size.", hint="Write height x width, such as 448x336.") from error
+    return height, width
+
+
+def resolve_plan(
+    loaded: Any,
+    plan_file: Path | None,
+    method: str | None,
+    keep: tuple[float, ...],
+    layer: tuple[int, ...],
+    seed: int,
+    image_size: str | None,
+) -> Any:
+    """Return the keep plan that the plan options describe for a loaded model; no option at all means no pruning."""
+    from edgeprune.calibration.planning import staircase_plan, unpruned_plan
+    from edgeprune.plan import KeepPlan
+
+    if plan_file is not None:
+        if method or keep or layer or image_size:
+            raise UsageError("--plan already says what --method, --keep, --layer and --image-size say.", hint="Give one of them.")
+        return KeepPlan.load(plan_file)
+    layers = len(loaded.family.decoder().layers)
+    base = unpruned_plan(loaded.folder.model_type, layers, loaded.geometry(parse_size(image_size)))
+    if method is None and not keep:
+        if layer:
+            raise UsageError("--layer needs --method and --keep.")
+        return base
+    if method is None or not keep:
+        raise UsageError("--method and --keep belong together.", hint="For example: --method fastv --keep 0.25")
+    return staircase_plan(base, method, keep, layer, seed=seed)

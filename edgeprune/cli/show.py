@@ -1,0 +1,181 @@
+"""How results look: tables, progress on stderr where that is a terminal, or JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from edgeprune.bundle import Bundle
+    from edgeprune.calibration.evaluation import EvalReport
+    from edgeprune.export.verification import Stage
+    from edgeprune.runtime.conversation import Stream
+
+
+class Stages:
+    """A line for each stage of a long command, with its seconds, on stderr."""
+
+    def __init__(self, names: Sequence[str], *, quiet: bool) -> None:
+        self._names, self._quiet = list(names), quiet
+        self._current, self._started = "", 0.0
+        self._console = Console(stderr=True)
+        self._status = self._console.status("")
+
+    def begin(self, name: str) -> None:
+        """End the stage before and begin the next."""
+        self._end()
+        self._current, self._started = name, time.perf_counter()
+        if not self._quiet:
+            self._status.update(f"[{self._names.index(name) + 1}/{len(self._names)}] {name}")
+            self._status.start()
+
+    def _end(self) -> None:
+        if self._current and not self._quiet:
+            self._status.stop()
+            self._console.print(f"{self._current:16} {time.perf_counter() - self._started:6.1f} s", highlight=False)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._status.stop()
+        if kind is None:
+            self._end()
+
+
+class Counter:
+    """A progress bar with the time left, on stderr."""
+
+    def __init__(self, what: str, total: int, *, quiet: bool) -> None:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+        self._task = self._bar.add_task(what, total=total)
+
+    def update(self, done: int) -> None:
+        """Say how many are done."""
+        self._bar.update(self._task, completed=done)
+
+    def __enter__(self) -> Counter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+
+def show_json(data: Any) -> None:
+    """Print JSON data."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], as_json: bool) -> None:
+    """Print rows under column names."""
+    if as_json:
+        show_json([dict(zip(columns, row, strict=True)) for row in rows])
+        return
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+def show_facts(facts: Mapping[str, object], as_json: bool) -> None:
+    """Print names and values."""
+    if as_json:
+        show_json(dict(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name:14} {value}")
+
+
+def show_export(bundle: Bundle, as_json: bool) -> None:
+    """Print where the bundle is, how it prunes, and what to do next."""
+    show_bundle(bundle, as_json)
+    if not as_json:
+        click.echo("\nNext:")
+        click.echo(f"  edgeprune verify {bundle.path}")
+        click.echo(f'  edgeprune run {bundle.path} --image IMAGE --prompt "..." --overlay kept.png')
+
+
+def show_bundle(bundle: Bundle, as_json: bool) -> None:
+    """Print source, geometry, cuts and files of a bundle."""
+    manifest, plan = bundle.manifest, bundle.plan
+    if as_json:
+        files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
+        facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
+        show_json({**facts, "plan": plan.to_dict(), "opset": manifest.opset, "versions": manifest.versions, "files": files})
+        return
+    facts = {
+        "bundle": str(bundle.path),
+        "model": f"{manifest.source.model} ({manifest.source.family}, {manifest.decoder.layers} layers)",
+        "geometry": str(plan.geometry),
+        "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
+    }
+    show_facts(facts, as_json=False)
+    tokens = plan.geometry.tokens
+    for cut in plan.cuts:
+        click.echo(f"{'cut':14} {cut}: keep {cut.keep} of {tokens} = {cut.keep / tokens:.0%}, remove {1 - cut.keep / tokens:.0%}")
+    if not plan.cuts:
+        click.echo(f"{'cut':14} none: every visual token is kept")
+
+
+def show_verification(report: Sequence[Stage], as_json: bool) -> None:
+    """Print the stages and name the first that fails."""
+    names = ("stage", "compared", "worst", "tolerance", "passed")
+    rows = [(s.name, s.compared, f"{s.worst:.2g}", f"{s.tolerance:.2g}", "yes" if s.passed else "NO") for s in report]
+    failing = next((stage.name for stage in report if not stage.passed), None)
+    if as_json:
+        stages = [{"stage": s.name, "worst": s.worst, "tolerance": s.tolerance, "passed": s.passed} for s in report]
+        show_json({"passed": failing is None, "first_failing_stage": failing, "stages": stages})
+        return
+    show_table(names, rows, as_json=False)
+    click.echo("verified" if failing is None else f"FAILED: the first stage that differs is {failing!r}.")
+
+
+def show_answer(stream: Stream, as_json: bool) -> None:
+    """Print an answer as it comes, then its receipt."""
+    if as_json:
+        text = "".join(stream)
+        show_json({"text": text, "receipt": stream.receipt.to_dict()})
+        return
+    for piece in stream:
+        click.echo(piece, nl=False)
+    receipt = stream.receipt
+    click.echo()
+    for cut in receipt.cuts:
+        click.echo(f"  {cut.cut}: {cut.before} -> {cut.after} visual tokens", err=True)
+    if not receipt.pruned:
+        click.echo(f"  not pruned: {receipt.reason}", err=True)
+    times = receipt.times
+    click.echo(
+        f"  first token {times.ttft_ms:.1f} ms (preprocess {times.preprocess_ms:.1f}, vision {times.vision_ms:.1f}, "
+        f"prefill {times.prefill_ms:.1f}), then {times.ms_per_token:.1f} ms a token; "
+        f"KV cache {receipt.kv_bytes / 1024:.0f} KiB; finished by {receipt.finish_reason}",
+        err=True,
+    )
+
+
+def show_evaluation(report: EvalReport, as_json: bool) -> None:
+    """Print the scores of each kind, then what an answer costs."""
+    data = report.to_dict()
+    if as_json:
+        show_json(data)
+        return
+    variants = [name for name in ("pruned", "unpruned", "agreement") if name in next(iter(data["kinds"].values()))]
+    rows = [[kind, row["asked"], *(f"{row[name]:.1%}" for name in variants)] for kind, row in data["kinds"].items()]
+    show_table(["kind", "asked", *variants], rows, as_json=False)
+    costs = [
+        [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}"]
+        for name, c in data["cost"].items()
+    ]
+    click.echo()
+    show_table(["cost (median)", "TTFT ms", "ms per token", "KV KiB"], costs, as_json=False)

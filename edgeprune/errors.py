@@ -1,0 +1,68 @@
+"""Everything EdgePrune raises on purpose.
+
+    EdgePruneError                 a request that cannot be met; the message says what, where and the remedy (exit code 1)
+    ├── UsageError                 the request itself is wrong: an option, a path, a value (exit code 2)
+    │   ├── ImageError             an image that cannot be read or is not safe to read
+    │   └── PlanError              a keep plan that is malformed or was made for something else
+    ├── UnsupportedModelError      a model folder that EdgePrune cannot take, and what it can
+    ├── BundleError                a bundle with a missing, altered or too new part
+    ├── VerificationError          a bundle that does not agree with its reference
+    └── MissingExtraError          a Python package that the command needs is not installed (exit code 3)
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+class EdgePruneError(Exception):
+    """A request that cannot be met. `hint` is the remedy, one sentence."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}" if hint else message)
+        self.hint = hint
+
+
+class UsageError(EdgePruneError):
+    """The request itself is wrong."""
+
+    exit_code = 2
+
+
+class ImageError(UsageError):
+    """An image that cannot be read, or is not safe to read."""
+
+
+class PlanError(UsageError):
+    """A keep plan that is malformed, or was made for another model or geometry."""
+
+
+class UnsupportedModelError(EdgePruneError):
+    """A model folder that EdgePrune cannot take."""
+
+
+class BundleError(EdgePruneError):
+    """A bundle with a missing, altered or too new part."""
+
+
+class VerificationError(EdgePruneError):
+    """A bundle that does not agree with its reference."""
+
+
+class MissingExtraError(EdgePruneError):
+    """A Python package that the command needs is not installed."""
+
+    exit_code = 3
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raise MissingExtraError with the install line unless every package can be imported."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingExtraError(
+            f"{', '.join(missing)} not installed.", hint=f'Install with: pip install "edgeprune[{extra}]"'
+        )

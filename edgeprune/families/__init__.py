@@ -1,0 +1,1 @@
+"""Model families: what EdgePrune must know of an architecture, one file each."""

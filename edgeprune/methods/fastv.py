@@ -1,0 +1,31 @@
+"""FastV: drop the visual tokens that the last token hardly looks at.
+
+Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. After layer K - 1 the visual tokens are
+ranked by the attention they receive from the last prompt token, averaged over heads; layers K and later see the best only, at
+their original positions.
+
+Made static: the kept count is the plan's constant instead of round(N (1 - R)). The attention row is computed apart from the
+main attention, so that one stays fused. Departure: none in the ranking.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from edgeprune.methods.base import View
+from edgeprune.plan import Cut, Geometry
+
+
+class FastV:
+    """Keep the tokens with the highest head-mean attention from the last prompt token."""
+
+    sites: ClassVar[tuple[str, ...]] = ("layer",)
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del cut, geometry  # the ranking has no parameters
+
+    def score(self, view: View) -> torch.Tensor:
+        """Return the head-mean attention [V]."""
+        return view.attention().mean(dim=0)

@@ -1,0 +1,30 @@
+"""Random: keep tokens drawn by lot, the baseline that many published methods do not beat.
+
+UniPruneBench (arXiv 2511.02650) finds it stronger than most attention-based methods at high pruning. The lot is drawn once, by
+the cut's seed, and frozen into the graph: the same places are kept in every image. Later cuts with the same seed keep a subset
+of what earlier ones kept.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from edgeprune.methods.base import View
+from edgeprune.plan import Cut, Geometry
+
+
+class Random:
+    """Keep the tokens that come first in a seeded shuffle of the image's places."""
+
+    sites: ClassVar[tuple[str, ...]] = ("input", "layer")
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        ranks = np.random.default_rng(cut.seed).permutation(geometry.tokens)
+        self._scores = torch.from_numpy(ranks.astype(np.float32))
+
+    def score(self, view: View) -> torch.Tensor:
+        """Return the frozen lot of each token [V]."""
+        return self._scores.index_select(0, view.order)

@@ -1,0 +1,45 @@
+"""Uniform: keep tokens spread evenly over the image, the honest geometric baseline.
+
+A stride over the raster order would keep whole columns on some grids. Here every next token is the one farthest from those
+taken so far (farthest-point order from the middle, ties in reading order), so any count is spread over both axes and smaller
+sets are subsets of larger ones.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from edgeprune.methods.base import View
+from edgeprune.plan import Cut, Geometry
+
+
+class Uniform:
+    """Keep the first tokens of a farthest-point order of the grid."""
+
+    sites: ClassVar[tuple[str, ...]] = ("input", "layer")
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del cut  # nothing is drawn by lot
+        order = farthest_point_order(geometry.rows, geometry.columns)
+        scores = np.empty(geometry.tokens, np.float32)
+        scores[order] = np.arange(geometry.tokens, 0, -1)
+        self._scores = torch.from_numpy(scores)
+
+    def score(self, view: View) -> torch.Tensor:
+        """Return how early each token comes in the order [V]."""
+        return self._scores.index_select(0, view.order)
+
+
+def farthest_point_order(rows: int, columns: int) -> np.ndarray:
+    """Return the raster indices of a grid [rows * columns], each the farthest from all before it."""
+    points = np.stack(np.mgrid[:rows, :columns], axis=-1).reshape(-1, 2).astype(np.float64)
+    middle = np.array([rows - 1, columns - 1]) / 2
+    order = [int(np.square(points - middle).sum(axis=1).argmin())]
+    nearest = np.full(len(points), np.inf)
+    for _ in range(len(points) - 1):
+        nearest = np.minimum(nearest, np.square(points - points[order[-1]]).sum(axis=1))
+        order.append(int(nearest.argmax()))
+    return np.array(order)

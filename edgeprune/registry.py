@@ -1,0 +1,52 @@
+"""The tables of what EdgePrune knows. Adding a method or a family is one file and one line here.
+
+Nothing is imported until it is asked for, so that listing costs nothing and the runtime stays free of torch.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from importlib.resources import files
+from typing import Any
+
+from edgeprune.errors import UnsupportedModelError, UsageError
+
+METHODS = {
+    "fastv": "edgeprune.methods.fastv:FastV",
+    "random": "edgeprune.methods.random:Random",
+    "uniform": "edgeprune.methods.uniform:Uniform",
+}
+
+# By `model_type` of a transformers config.json.
+FAMILIES = {
+    "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
+}
+
+
+def method_class(name: str) -> Any:
+    """Return the class of a pruning method; raise UsageError listing the methods when there is none of that name."""
+    if name not in METHODS:
+        raise UsageError(f"Unknown method {name!r}.", hint=f"Methods are: {', '.join(sorted(METHODS))}.")
+    return _resolve(METHODS[name])
+
+
+def family_class(model_type: str) -> Any:
+    """Return the class of a model family; raise UnsupportedModelError listing the families when there is none."""
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"Models of type {model_type!r} are not supported.", hint=f"Supported: {', '.join(sorted(FAMILIES))}."
+        )
+    return _resolve(FAMILIES[model_type])
+
+
+def summary_of(reference: str) -> str:
+    """Return the first line of a registered file's docstring; the file is read, not imported, for it may need torch."""
+    module = reference.partition(":")[0]
+    source = files(module.rpartition(".")[0]).joinpath(module.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].rstrip(".")
+
+
+def _resolve(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)

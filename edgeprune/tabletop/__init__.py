@@ -1,0 +1,5 @@
+"""TableTop: a drawn world of robot tables, questions about it, and a small trained model that answers them."""
+
+from pathlib import Path
+
+MODEL_FOLDER = Path(__file__).parent / "model"

@@ -1,0 +1,175 @@
+"""Compare keep ratios and methods on the bundled model: accuracy, agreement, and what an answer costs.
+
+    python examples/budgets/compare.py OUT --scenes 200
+
+Every bundle answers each question twice in a row, with and without its plan, so that drift of the machine cancels in the ratios.
+transformers' own generate answers the same questions on the same threads. Writes OUT/results.json, OUT/table.md, OUT/pareto.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import edgeprune.runtime
+import torch
+from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, evaluate
+from edgeprune.calibration.planning import staircase_plan, unpruned_plan
+from edgeprune.calibration.samples import Sample, read_samples, score
+from edgeprune.cli.show import Counter
+from edgeprune.export.exporter import export_bundle
+from edgeprune.export.loading import LoadedModel, find_model, load_model
+from edgeprune.tabletop.dataset import write_dataset
+from edgeprune.tabletop.questions import DESCRIBE
+from PIL import Image
+from rich.console import Console
+
+KEEPS = (0.5, 0.25, 0.1)
+METHODS = ("fastv", "random", "uniform")
+LAYER = 2
+THREADS = 1
+
+
+def measure_bundle(loaded: LoadedModel, method: str, keep: float, samples: list[Sample], folder: Path) -> dict[str, Any]:
+    """Export one budget, evaluate it, and return its row."""
+    base = unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(None))
+    plan = base if keep == 1.0 else staircase_plan(base, method, [keep], [LAYER])
+    bundle = export_bundle(loaded, plan, folder / f"{method}-{round(100 * keep)}", force=True)
+    model = edgeprune.runtime.load(bundle.path, threads=THREADS)
+    model.generate(samples[0].image, samples[0].prompt)  # warm up
+    with Counter(f"{method} {keep:.0%}", len(samples), quiet=False) as counter:
+        report = evaluate(model, samples, progress=counter.update)
+    variant = PRUNED if report.pruned else UNPRUNED
+    short, facts = report.rows()[ALL], report.kinds[DESCRIBE]
+    cost, whole = report.cost[variant].to_dict(), report.cost[UNPRUNED].to_dict()
+    return {
+        "method": method if report.pruned else "none",
+        "keep": keep,
+        "accuracy": short.accuracy(variant),
+        "facts": facts.accuracy(variant),
+        "agreement": short.agreement if report.pruned else 1.0,
+        "ttft_ratio": cost["ttft_ms"] / whole["ttft_ms"],
+        "ms_per_token_ratio": cost["ms_per_token"] / whole["ms_per_token"],
+        "ttft_ms": cost["ttft_ms"],
+        "ms_per_token": cost["ms_per_token"],
+        "kv_bytes": cost["kv_bytes"],
+    }
+
+
+class _Clock:
+    # A streamer for generate: notes when each token arrived.
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing: the times are all that is wanted."""
+
+
+def measure_transformers(loaded: LoadedModel, samples: list[Sample], whole: dict[str, Any]) -> dict[str, Any]:
+    """Answer the samples with transformers' processor, template and generate; return the row."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(loaded.folder.path, backend="pil")
+    right, of, facts, stated = 0.0, 0.0, 0.0, 0.0
+    first: list[float] = []
+    later: list[float] = []
+    kv_bytes = 0
+    with Counter("transformers", len(samples), quiet=False) as counter:
+        for done, sample in enumerate(samples, start=1):
+            begun, clock = time.perf_counter(), _Clock()
+            inputs = _inputs(loaded, processor, sample)
+            with torch.no_grad():
+                output = loaded.model.generate(
+                    **inputs, max_new_tokens=128, do_sample=False, streamer=clock, return_dict_in_generate=True
+                )
+            length = inputs["input_ids"].shape[1]
+            text = loaded.tokenizer.decode(output.sequences[0, length:], skip_special_tokens=True)
+            first.append(1e3 * (clock.times[1] - begun))
+            later += [1e3 * (b - a) for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+            kv_bytes = max(kv_bytes, sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
+            points = score(sample, text)
+            if sample.kind == DESCRIBE:
+                facts, stated = facts + points.right, stated + points.of
+            else:
+                right, of = right + points.right, of + points.of
+            counter.update(done)
+    ttft, per_token = statistics.median(first), statistics.median(later)
+    ratios = {"ttft_ratio": ttft / whole["ttft_ms"], "ms_per_token_ratio": per_token / whole["ms_per_token"]}
+    scores = {"accuracy": right / of, "facts": facts / stated, "agreement": 1.0}
+    return {"method": "transformers", "keep": 1.0, **scores, **ratios, "ttft_ms": ttft, "ms_per_token": per_token, "kv_bytes": kv_bytes}
+
+
+def _inputs(loaded: LoadedModel, processor: Any, sample: Sample) -> dict[str, torch.Tensor]:
+    pixels = processor(images=[Image.open(sample.image).convert("RGB")], return_tensors="pt")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}]
+    text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    count = int(pixels["image_grid_thw"].prod()) // loaded.model.config.vision_config.spatial_merge_size ** 2
+    ids = loaded.tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt").input_ids
+    types = (ids == loaded.model.config.image_token_id).long()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **pixels}
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a table."""
+    lines = [
+        "| keep | method | short answers | facts described | agreement | TTFT | ms per token | KV bytes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['keep']:.0%} | {row['method']} | {row['accuracy']:.1%} | {row['facts']:.1%} | {row['agreement']:.1%} "
+            f"| {row['ttft_ratio']:.2f}x | {row['ms_per_token_ratio']:.2f}x | {row['kv_bytes'] / 1024:.0f} KiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_pareto(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy over the share of tokens kept, one line a method, for short answers and for descriptions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    whole = next(row for row in rows if row["method"] == "none")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, (key, title) in zip(panels, (("accuracy", "short answers right"), ("facts", "described facts right")), strict=True):
+        for method, marker in zip(METHODS, "osD", strict=True):
+            line = [row for row in rows if row["method"] == method]
+            keeps = [whole["keep"], *(row["keep"] for row in line)]
+            panel.plot([100 * keep for keep in keeps], [100 * v for v in (whole[key], *(row[key] for row in line))], marker=marker, label=method)
+        panel.set(title=title, xlabel=f"visual tokens kept from layer {LAYER} on, %", ylim=(0, 103), xlim=(105, 0))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("%")
+    panels[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Parse the command line and measure everything in one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1000)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    write_dataset(options.out / "data", options.scenes, options.seed, force=True)
+    samples = read_samples(options.out / "data" / "dataset.jsonl")
+    loaded = load_model(find_model("tabletop"))
+    rows = [measure_bundle(loaded, "none", 1.0, samples, options.out)]
+    rows += [measure_bundle(loaded, method, keep, samples, options.out) for keep in KEEPS for method in METHODS]
+    rows.append(measure_transformers(loaded, samples, rows[0]))
+    (options.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (options.out / "table.md").write_text(to_markdown(rows))
+    draw_pareto(rows, options.out / "pareto.png")
+    Console().print(to_markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

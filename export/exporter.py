@@ -1,0 +1,123 @@
+"""The export stage: a model folder and a plan go in, a bundle comes out, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from edgeprune.bundle import (
+    CHAT_TEMPLATE,
+    DECODER,
+    EMBED,
+    PLAN,
+    PREPROCESSOR,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    VISION,
+    Bundle,
+    DecoderShape,
+    Manifest,
+    record_files,
+)
+from edgeprune.errors import EdgePruneError, PlanError
+from edgeprune.export.graphs import OPSET, trace_decoder, trace_embedding, trace_vision
+from edgeprune.export.loading import LoadedModel, ModelFolder
+from edgeprune.files import new_folder
+from edgeprune.plan import KeepPlan
+from edgeprune.registry import method_class
+
+STAGES = ("vision encoder", "embedding", "decoder", "processor", "manifest")
+_PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
+Progress = Callable[[str], None]
+
+
+def export_bundle(
+    loaded: LoadedModel, plan: KeepPlan, output: Path, *, force: bool = False, progress: Progress = lambda stage: None
+) -> Bundle:
+    """Trace a model under a plan and write the bundle; `progress` is called with each of STAGES as it begins.
+
+    Raises PlanError when the plan was made for another model, UsageError when `output` exists and `force` is not given.
+    """
+    check_plan(loaded, plan)
+    with new_folder(output, force=force) as folder:
+        _check_space(loaded.folder, folder)
+        _write_graphs(loaded, plan, folder, progress)
+        progress("processor")
+        _write_processor(loaded, plan, folder)
+        plan.save(folder / PLAN)
+        progress("manifest")
+        _manifest(loaded, folder).save(folder)
+    return Bundle.load(output)
+
+
+def check_plan(loaded: LoadedModel, plan: KeepPlan) -> None:
+    """Raise PlanError unless the plan fits the model's family, depth and vision geometry, and its methods their sites."""
+    if plan.family != loaded.folder.model_type:
+        raise PlanError(f"The plan was made for {plan.family}, but {loaded.folder.name} is {loaded.folder.model_type}.")
+    layers = len(loaded.family.decoder().layers)
+    if plan.layers != layers:
+        raise PlanError(f"The plan was made for {plan.layers} decoder layers, but {loaded.folder.name} has {layers}.")
+    size = (plan.geometry.height, plan.geometry.width)
+    if loaded.geometry(size) != plan.geometry:
+        raise PlanError(
+            f"The plan was made for {plan.geometry}, but {loaded.folder.name} divides that into {loaded.geometry(size)}."
+        )
+    for cut in plan.cuts:
+        sites = method_class(cut.method).sites
+        if cut.site not in sites:
+            raise PlanError(f"{cut.method} cannot act at site {cut.site!r}.", hint=f"It acts at: {', '.join(sites)}.")
+
+
+def _write_graphs(loaded: LoadedModel, plan: KeepPlan, folder: Path, progress: Progress) -> None:
+    (folder / VISION).parent.mkdir()
+    parts = loaded.family.decoder()
+    temporal = int(loaded.folder.processor.get("temporal_patch_size", 1))
+    progress("vision encoder")
+    pixels = 3 * temporal * plan.geometry.patch**2
+    trace_vision(loaded.family.vision(plan.geometry).eval(), plan.geometry, pixels, folder / VISION)
+    progress("embedding")
+    trace_embedding(parts.embed_tokens, folder / EMBED)
+    progress("decoder")
+    trace_decoder(parts, loaded.family.position_axes, plan, folder / DECODER)
+
+
+def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
+    (folder / TOKENIZER).parent.mkdir()
+    loaded.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    (folder / SPECIAL_TOKENS).write_text(json.dumps(loaded.special_tokens(), indent=2) + "\n", encoding="utf-8")
+    (folder / CHAT_TEMPLATE).write_text(loaded.chat_template(), encoding="utf-8")
+    (folder / PREPROCESSOR).write_text(json.dumps(loaded.processor(plan.geometry), indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(loaded: LoadedModel, folder: Path) -> Manifest:
+    parts = loaded.family.decoder()
+    vocabulary, hidden = parts.embed_tokens.weight.shape
+    return Manifest(
+        source=loaded.folder.source(),
+        decoder=DecoderShape(
+            layers=len(parts.layers),
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            hidden=hidden,
+            vocabulary=vocabulary,
+            position_axes=loaded.family.position_axes,
+        ),
+        opset=OPSET,
+        image_token=int(loaded.model.config.image_token_id),
+        end_tokens=loaded.end_tokens(),
+        versions={package: version(package) for package in _PACKAGES},
+        files=record_files(folder),
+    )
+
+
+def _check_space(model: ModelFolder, folder: Path) -> None:
+    # float32 weights, twice as large as the common 16-bit checkpoints, and the embedding table a second time.
+    needed, free = 3 * model.bytes, shutil.disk_usage(folder).free
+    if free < needed:
+        raise EdgePruneError(
+            f"The bundle may take {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free beside it.",
+            hint="Free some space, or write it elsewhere with -o.",
+        )

@@ -1,0 +1,208 @@
+"""A conversation: messages, the KV caches that hold them, and the loop that generates the next answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from edgeprune.errors import UsageError
+from edgeprune.plan import KeepPlan
+from edgeprune.runtime.chat import ChatTemplate, Message, StreamDecoder, TextCodec, refuse_control_tokens
+from edgeprune.runtime.engine import Engine, Step, Tokens
+from edgeprune.runtime.positions import image_positions, text_positions
+from edgeprune.runtime.preprocess import ImageSpec, fit
+from edgeprune.runtime.receipt import CutReceipt, Receipt
+from edgeprune.runtime.sampling import Sampler, Sampling, StopWatch
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything that conversations share and never change: the engine, the text side, the image side and the plan."""
+
+    engine: Engine
+    codec: TextCodec
+    template: ChatTemplate
+    special_tokens: dict[str, str]
+    image_spec: ImageSpec
+    image_token: int
+    end_tokens: tuple[int, ...]
+    hidden: int
+    position_axes: int
+    plan: KeepPlan
+
+
+class Stream:
+    """An answer being generated: iterate it for pieces of text. `receipt` fills as it goes and is final at the end."""
+
+    def __init__(self, pieces: Generator[str], receipt: Receipt) -> None:
+        self._pieces = pieces
+        self.receipt = receipt
+        self.text = ""
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            self.text += piece
+            yield piece
+
+    def close(self) -> None:
+        """Stop generating; what was said so far is the answer."""
+        self._pieces.close()
+
+
+class Conversation:
+    """Several turns on the same caches. Not thread-safe: one thread a conversation."""
+
+    def __init__(self, model: Model, *, prune: bool = True, how: str = "exact") -> None:
+        self._model, self._prune, self._fit = model, prune, how
+        self._messages: list[Message] = []
+        self._images: list[np.ndarray] = []  # visual tokens, in the order of the messages
+        self._reset()
+
+    def _reset(self) -> None:
+        self._ids: list[int] = []  # what the caches hold; an image is one id
+        self._seen_images = 0
+        self._caches: object = None
+        self._position = 0
+
+    def ask(self, prompt: str, image: Image.Image | None = None, sampling: Sampling | None = None) -> Stream:
+        """Add a user turn and return the stream of the answer; the turn counts once the stream has ended."""
+        if not prompt.strip():
+            raise UsageError("The prompt is empty.", hint="Ask something about the image.")
+        if self._messages and self._messages[-1]["role"] == "user":
+            raise UsageError("The stream of the last turn was never read.", hint="Iterate it before asking again.")
+        refuse_control_tokens(prompt, self._model.codec)
+        receipt = Receipt(pruned=False, reason="this turn has no image" if image is None else "")
+        if image is not None:
+            self._images.append(self._see(image, receipt))
+        parts = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}]
+        self._messages.append({"role": "user", "content": parts})
+        sampler = Sampler(sampling or Sampling())
+        return Stream(self._answer(sampler, receipt), receipt)
+
+    def _see(self, image: Image.Image, receipt: Receipt) -> np.ndarray:
+        started = time.perf_counter()
+        patches, _ = self._model.image_spec.patches(fit(image, self._model.plan.geometry, self._fit, self._model.image_spec))
+        prepared = time.perf_counter()
+        visual = self._model.engine.see(patches)
+        receipt.times.preprocess_ms = 1e3 * (prepared - started)
+        receipt.times.vision_ms = 1e3 * (time.perf_counter() - prepared)
+        return visual
+
+    def _answer(self, sampler: Sampler, receipt: Receipt) -> Generator[str]:
+        # A stream closed early still leaves the conversation whole: what was said so far is the answer.
+        said: list[int] = []
+        try:
+            yield from self._generate(sampler, receipt, said)
+        finally:
+            if receipt.finish_reason == "running":
+                receipt.finish_reason = "cancelled"
+            self._messages.append({"role": "assistant", "content": self._model.codec.decode(said)})
+
+    def _generate(self, sampler: Sampler, receipt: Receipt, said: list[int]) -> Generator[str]:
+        started = time.perf_counter()
+        step = self._prefill(receipt)
+        token = sampler.pick(step.logits)
+        receipt.times.prefill_ms = 1e3 * (time.perf_counter() - started)
+        decoder, watch = StreamDecoder(self._model.codec), StopWatch(sampler.sampling.stop)
+        while True:
+            receipt.generated_tokens += 1
+            receipt.kv_bytes = self._model.engine.cache_bytes(self._caches)
+            if token in self._model.end_tokens:
+                receipt.finish_reason = "end"
+                yield watch.push(decoder.flush()) + watch.flush()
+                return
+            said.append(token)
+            yield watch.push(decoder.push(token))
+            if watch.stopped:
+                receipt.finish_reason = "stop"
+                return
+            if receipt.generated_tokens >= sampler.sampling.max_tokens:
+                receipt.finish_reason = "length"
+                yield watch.push(decoder.flush()) + watch.flush()
+                return
+            token = self._decode(token, sampler, receipt)
+
+    def _decode(self, token: int, sampler: Sampler, receipt: Receipt) -> int:
+        started = time.perf_counter()
+        nothing = self._no_tokens()
+        step = self._step(nothing, nothing, self._text([token]))
+        self._ids.append(token)
+        picked = sampler.pick(step.logits)
+        receipt.times.decode_ms.append(1e3 * (time.perf_counter() - started))
+        return picked
+
+    def _prefill(self, receipt: Receipt) -> Step:
+        ids = self._model.codec.encode(
+            self._model.template.render(self._messages, add_generation_prompt=True, **self._model.special_tokens)
+        )
+        if ids.count(self._model.image_token) != len(self._images):
+            raise UsageError("The chat template of this model does not place one image token for each image.")
+        if ids[: len(self._ids)] != self._ids:
+            self._reset()  # the text was tokenised otherwise than it was generated: start over, images are kept
+        step = self._feed(ids[len(self._ids) :], receipt)
+        self._ids = ids
+        return step
+
+    def _feed(self, ids: list[int], receipt: Receipt) -> Step:
+        # One forward per image: the text before it, the image, and the text up to the next image.
+        images = [index for index, token in enumerate(ids) if token == self._model.image_token]
+        ends = [*images[1:], len(ids)] if images else [len(ids)]
+        begin, step = 0, None
+        receipt.text_tokens = len(ids) - len(images)
+        for image, end in zip(images or [None], ends, strict=True):
+            if image is None:
+                nothing = self._no_tokens()
+                step = self._step(nothing, nothing, self._text(ids[begin:end]))
+            else:
+                step = self._feed_image(ids[begin:image], ids[image + 1 : end], receipt)
+            begin = end
+        assert step is not None  # a turn has at least its own text
+        return step
+
+    def _feed_image(self, before: list[int], after: list[int], receipt: Receipt) -> Step:
+        geometry = self._model.plan.geometry
+        prefix = self._text(before)
+        where, self._position = image_positions(
+            self._position, geometry.rows, geometry.columns, self._model.position_axes
+        )
+        visual = Tokens(self._images[self._seen_images], where)
+        self._seen_images += 1
+        suffix = self._text(after)
+        receipt.visual_tokens += geometry.tokens
+        if not self._prune:
+            receipt.reason = "pruning was switched off"
+            return self._step(prefix.then(visual), self._no_tokens(), suffix)
+        step = self._step(prefix, visual, suffix)
+        receipt.cuts += _cut_receipts(self._model.plan, step)
+        receipt.pruned = bool(receipt.cuts)
+        receipt.reason = "" if receipt.cuts else "the plan has no cuts"
+        return step
+
+    def _step(self, prefix: Tokens, visual: Tokens, suffix: Tokens) -> Step:
+        step = self._model.engine.step(prefix, visual, suffix, self._caches)
+        self._caches = step.caches
+        return replace(step, caches=None)
+
+    def _text(self, ids: list[int]) -> Tokens:
+        if not ids:
+            return self._no_tokens()
+        positions = text_positions(self._position, len(ids), self._model.position_axes)
+        self._position += len(ids)
+        return Tokens(self._model.engine.embed(ids), positions)
+
+    def _no_tokens(self) -> Tokens:
+        return Tokens(
+            np.zeros((1, 0, self._model.hidden), np.float32), np.zeros((self._model.position_axes, 0), np.int64)
+        )
+
+
+def _cut_receipts(plan: KeepPlan, step: Step) -> tuple[CutReceipt, ...]:
+    before = [plan.geometry.tokens, *(len(kept) for kept in step.kept)]
+    return tuple(
+        CutReceipt(str(cut), count, len(kept), kept)
+        for cut, count, kept in zip(plan.cuts, before, step.kept, strict=False)
+    )

@@ -1,0 +1,135 @@
+"""Read images: every source becomes an upright RGB image, or one clear error.
+
+Pixels agree with transformers, source by source: a path is read as image_utils.load_image does and then as the Qwen2-VL
+processor does (image_processing_backends.PilBackend.process_image, image_transforms.convert_to_rgb); a Pillow image or an
+array goes straight to the second step. One difference shows: load_image drops the alpha channel of a file, the processor
+lays an image in memory on white. Departures: EXIF rotation is applied to Pillow images too, and only the formats below are
+opened (an EPS is a program, an ICO may hold an image larger than its header says).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from edgeprune.errors import ImageError
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+Source = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+def read_image(source: Source) -> Image.Image:
+    """Return the image as upright RGB; raise ImageError when it cannot be read or is not safe to read.
+
+    Arrays are uint8: [height, width, 3], [height, width, 4], [height, width, 1] or [height, width].
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, "the given Pillow image", from_file=False)
+    if isinstance(source, (str, os.PathLike)):
+        return _from_file(os.fsdecode(source))
+    raise ImageError(f"Cannot read an image from {type(source).__name__}.", hint="Give a path, a Pillow image or an array.")
+
+
+def _from_file(path: str) -> Image.Image:
+    if not os.path.isfile(path):
+        raise _no_file(path)
+    with warnings.catch_warnings():
+        # They would stand beside our one line. Only Pillow's: the filters are the whole process's, other threads' too.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with _open(path) as image:
+            return _decode(image, path, from_file=True)
+
+
+def _no_file(path: str) -> ImageError:
+    shown = path if len(path) <= 200 else path[:200] + "..."
+    if path.startswith(("http://", "https://", "data:")):
+        return ImageError(f"{shown} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
+    if os.path.isdir(path):
+        return ImageError(f"{shown} is a folder.", hint="Give one image file.")
+    if os.path.exists(path):
+        return ImageError(f"{shown} is not a regular file.", hint="Copy its data into a file and give that.")
+    return ImageError(f"There is no image {shown!r}.", hint="Check the path.")
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        return Image.open(path, formats=FORMATS)  # reads the header only
+    except Image.DecompressionBombError as error:
+        raise _too_large(path) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path} is not an image of a known format.", hint=f"Known are: {', '.join(FORMATS)}.") from error
+    except PermissionError as error:
+        raise ImageError(f"Not allowed to read {path}.", hint="Change its permissions.") from error
+    except Exception as error:  # on damaged data, Pillow's decoders raise nearly anything
+        raise _damaged(path, error) from error
+
+
+def _decode(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
+    _check_size(image.size, name)
+    try:
+        upright = ImageOps.exif_transpose(image)  # a copy in any case
+        return _rgb(_opaque(_rgb(upright) if from_file else upright))
+    except Exception as error:
+        raise _damaged(name, error) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    # A colour key ("transparency") survives the step to RGB, unlike an alpha channel.
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA"))
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8:
+        scale = "np.clip(255 * array, 0, 255)" if pixels.dtype.kind == "f" else "the array scaled to 0..255"
+        raise ImageError(f"An image array must be uint8, not {pixels.dtype}.", hint=f"Give {scale} with .astype(np.uint8).")
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"An image array cannot have shape {pixels.shape}.", hint=_shape_hint(pixels))
+    _check_size((pixels.shape[1], pixels.shape[0]), f"the array of shape {pixels.shape}")
+    if pixels.ndim == 2 or pixels.shape[2] == 1:
+        return Image.fromarray(pixels.reshape(pixels.shape[:2])).convert("RGB")
+    return Image.fromarray(_on_white(pixels) if pixels.shape[2] == 4 else np.ascontiguousarray(pixels))
+
+
+def _shape_hint(pixels: np.ndarray) -> str:
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
+        return "Channels come last: give array.transpose(1, 2, 0)."
+    if pixels.ndim == 4:
+        return "Give one image at a time: array[0]."
+    return "Give [height, width], or [height, width, channels] with 1, 3 or 4 channels."
+
+
+def _on_white(pixels: np.ndarray) -> np.ndarray:
+    # Exact rounding of colour * alpha + white * (1 - alpha): no sum exceeds 255 * 255 + 127, and 255 is odd, so no ties.
+    colour, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:].astype(np.uint16)
+    return ((colour * alpha + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"Cannot use {name}: it is {width}x{height} pixels.", hint="Give an image with pixels in it.")
+    if width * height > MAX_PIXELS:
+        raise _too_large(f"{name} ({width}x{height})")
+
+
+def _too_large(name: str) -> ImageError:
+    return ImageError(f"Cannot use {name}: it has more than {MAX_PIXELS // 10**6} megapixels.", hint="Scale it down first.")
+
+
+def _damaged(name: str, error: Exception) -> ImageError:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ImageError(f"Cannot read {name}: {reason}.", hint="It is damaged or cut short; copy or save it again.")

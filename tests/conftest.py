@@ -1,0 +1,93 @@
+"""A tiny random model with awkward sizes, and bundles exported once for all tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from edgeprune.bundle import Bundle
+from edgeprune.calibration.planning import staircase_plan, unpruned_plan
+from edgeprune.export.exporter import export_bundle
+from edgeprune.export.loading import LoadedModel, find_model, load_model
+from edgeprune.plan import Geometry, KeepPlan
+from edgeprune.tabletop import MODEL_FOLDER
+from PIL import Image
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+TINY_GEOMETRY = Geometry(height=84, width=112, patch=14, merge=2)  # 3 x 4 visual tokens
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Qwen2-VL folder of random weights: 3 layers, 6 heads on 2 KV heads of 8, 14-pixel patches merged 2 x 2."""
+    folder = tmp_path_factory.mktemp("tiny-qwen2-vl")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL_FOLDER / name, folder)
+    processor = json.loads((MODEL_FOLDER / "preprocessor_config.json").read_text())
+    processor |= {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": 84 * 112}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(_tiny_config())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)  # large enough that attention is not flat
+    model.generation_config.eos_token_id = 2
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder)
+    return folder
+
+
+def _tiny_config() -> Qwen2VLConfig:
+    shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
+    text = {
+        "vocab_size": shipped["text_config"]["vocab_size"],
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2}
+    tokens = {name: value for name, value in shipped.items() if name.endswith("_token_id")}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> LoadedModel:
+    """Return the tiny model, loaded."""
+    return load_model(find_model(str(tiny_folder)))
+
+
+@pytest.fixture(scope="session")
+def tiny_plan() -> KeepPlan:
+    """Return a staircase that drops half the tokens by attention, then all but a quarter by lot."""
+    base = unpruned_plan("qwen2_vl", 3, TINY_GEOMETRY)
+    by_attention = staircase_plan(base, "fastv", [0.5], [1])
+    by_lot = staircase_plan(base, "random", [0.25], [2], seed=3)
+    return KeepPlan(base.family, base.layers, base.geometry, by_attention.cuts + by_lot.cuts)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return a bundle of the tiny model under the staircase."""
+    return export_bundle(tiny, tiny_plan, tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_image() -> Image.Image:
+    """Return a noisy picture of the tiny model's own size."""
+    pixels = np.random.default_rng(5).integers(0, 256, (84, 112, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def altered_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """Return a private copy of the tiny bundle, to be broken by the test."""
+    copy = tmp_path / "altered"
+    shutil.copytree(tiny_bundle.path, copy)
+    return copy

@@ -1,0 +1,201 @@
+"""The commands, as a user types them: what they print, what they refuse, and how they exit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from edgeprune.bundle import Bundle
+from edgeprune.cli import main
+from edgeprune.registry import FAMILIES, METHODS
+from edgeprune.tabletop.dataset import write_dataset
+from PIL import Image
+
+COMMANDS = ("export", "verify", "run", "eval", "tabletop", "inspect", "models", "methods")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object, code: int = 2) -> str:
+    """Return the one line that a refused command prints."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture
+def picture(tiny_image: Image.Image, tmp_path: Path) -> Path:
+    tiny_image.save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_help_lists_every_command() -> None:
+    output = run("--help").output
+    assert all(command in output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_help_stays_light() -> None:
+    code = "import sys; from edgeprune.cli import main; main(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"'torch'", "'onnxruntime'", "'numpy'", "'rich'", "'transformers'"} & set(output.split("[")[-1].split(", "))
+
+
+def test_methods_and_models_come_from_the_registry() -> None:
+    assert {row["method"] for row in json.loads(run("methods", "--json").output)} == set(METHODS)
+    assert {row["model_type"] for row in json.loads(run("models", "--json").output)} == set(FAMILIES)
+    assert "FastV" in run("methods").output
+
+
+def test_underscores_are_accepted(tmp_path: Path) -> None:
+    assert "no image size" in refused("export", "tabletop", "-o", tmp_path / "b", "--image_size", "big")
+
+
+def test_inspect_shows_the_cuts(tiny_bundle: Bundle) -> None:
+    result = run("inspect", tiny_bundle.path)
+    assert "fastv @ layer 1: keep 6 of 12 = 50%, remove 50%" in result.output
+    data = json.loads(run("inspect", tiny_bundle.path, "--json").output)
+    assert [cut["keep"] for cut in data["plan"]["cuts"]] == [6, 3]
+
+
+def test_run_answers_with_a_receipt(tiny_bundle: Bundle, picture: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "kept.png"
+    command = ("run", tiny_bundle.path, "--image", picture, "--prompt", "What is it?", "--max-tokens", 4)
+    result = run(*command, "--overlay", overlay)
+    assert result.exit_code == 0, result.output
+    assert "fastv @ layer 1: 12 -> 6 visual tokens" in result.stderr
+    assert Image.open(overlay).width > 0
+    data = json.loads(run(*command, "--json").output)
+    assert data["receipt"]["pruned"] is True
+    assert json.loads(run(*command, "--json", "--no-prune").output)["receipt"]["pruned"] is False
+
+
+def test_run_needs_image_and_prompt(tiny_bundle: Bundle, picture: Path) -> None:
+    assert "--image" in refused("run", tiny_bundle.path, "--prompt", "What is it?")
+    assert "--prompt" in refused("run", tiny_bundle.path, "--image", picture)
+    assert "prompt is empty" in refused("run", tiny_bundle.path, "--image", picture, "--prompt", " ")
+
+
+def test_run_refuses_bad_images(tiny_bundle: Bundle, picture: Path, tmp_path: Path) -> None:
+    command = ("run", tiny_bundle.path, "--prompt", "What is it?", "--image")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture.read_bytes()[:200])
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for image in (tmp_path / "none.png", broken, tmp_path / "bomb.png", tmp_path / "empty.png"):
+        assert image.name in refused(*command, image)
+
+
+def test_run_refuses_bad_sampling(tiny_bundle: Bundle, picture: Path) -> None:
+    command = ("run", tiny_bundle.path, "--image", picture, "--prompt", "What?")
+    for option, value in (("--max-tokens", 0), ("--temperature", -1), ("--top-p", 1.5)):
+        refused(*command, option, value)
+
+
+def test_broken_bundles_are_refused(altered_bundle: Path, tmp_path: Path) -> None:
+    assert "no bundle" in refused("inspect", tmp_path / "none", code=1)
+    (altered_bundle / "plan.json").write_text("{}")
+    assert "sha256" in refused("inspect", altered_bundle, code=1)
+
+
+def test_verify_passes_and_fails(tiny_bundle: Bundle, tiny_folder: Path) -> None:
+    result = run("verify", tiny_bundle.path, "--against", tiny_folder)
+    assert result.exit_code == 0, result.output
+    assert "verified" in result.output
+    data = json.loads(run("verify", tiny_bundle.path, "--against", tiny_folder, "--json").output)
+    assert data["passed"] is True
+    assert "other weights" in refused("verify", tiny_bundle.path, "--against", "tabletop", code=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "fastv", "--keep", "0"), "outside (0, 1]"),
+        (("--method", "fastv", "--keep", "1.5"), "outside (0, 1]"),
+        (("--method", "fastv"), "belong together"),
+        (("--keep", "0.5"), "belong together"),
+        (("--layer", "2"), "needs --method"),
+        (("--method", "magic", "--keep", "0.5"), "fastv, random, uniform"),
+        (("--method", "fastv", "--keep", "0.5", "--layer", "0"), "cannot act at site"),
+        (("--method", "fastv", "--keep", "0.5", "--layer", "9"), "beyond the model's 3 layers"),
+        (("--image-size", "50x50"), "does not divide"),
+        (("--plan", "none.json"), "Cannot read plan"),
+        (("--plan", "none.json", "--method", "fastv"), "already says"),
+    ],
+)
+def test_export_refuses_bad_plans(options: tuple[str, ...], words: str, tiny_folder: Path, tmp_path: Path) -> None:
+    size = () if "--image-size" in options or "--plan" in options else ("--image-size", "84x112")
+    assert words in refused("export", tiny_folder, "-o", tmp_path / "out", *size, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_bad_models(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "no model folder" in refused("export", tmp_path / "none", "-o", out)
+    (tmp_path / "bert").mkdir()
+    assert "config.json" in refused("export", tmp_path / "bert", "-o", out)
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "bert" / "preprocessor_config.json").write_text("{}")
+    line = refused("export", tmp_path / "bert", "-o", out, code=1)
+    assert "bert" in line and "qwen2_vl" in line
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (tmp_path / "bert" / "pytorch_model.bin").write_bytes(b"")
+    assert "pickle" in refused("export", tmp_path / "bert", "-o", out, code=1)
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "qwen2_vl", "auto_map": {}}')
+    assert "trust_remote_code" in refused("export", tmp_path / "bert", "-o", out, code=1)
+    assert not out.exists()
+
+
+def test_export_refuses_an_existing_output(tiny_folder: Path, tmp_path: Path) -> None:
+    assert "--force" in refused("export", tiny_folder, "-o", tmp_path, "--image-size", "84x112")
+
+
+def test_export_says_what_it_made(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    result = run("export", tiny_folder, "-o", out, "--image-size", "84x112", "--method", "uniform", "--keep", "0.5")
+    assert result.exit_code == 0, result.output
+    assert "uniform @ layer 2: keep 6 of 12 = 50%, remove 50%" in result.output
+    assert f"edgeprune verify {out}" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_eval_compares_pruned_and_unpruned(tiny_bundle: Bundle, tiny_folder: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", 2, 0)
+    data = ("--data", tmp_path / "data" / "dataset.jsonl", "--fit", "stretch", "--limit", 6)
+    result = run("eval", tiny_bundle.path, *data)
+    assert result.exit_code == 0, result.output
+    report = json.loads(run("eval", tiny_bundle.path, *data, "--json").output)
+    assert {"pruned", "unpruned", "agreement", "asked"} == set(report["kinds"]["colour"])
+    eager = run("eval", tiny_folder, *data, "--image-size", "84x112", "--json")
+    assert "pruned" not in json.loads(eager.output)["kinds"]["colour"]
+    assert "frozen in" in refused("eval", tiny_bundle.path, *data, "--keep", "0.5")
+
+
+def test_eval_refuses_bad_data(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    refused("eval", tiny_bundle.path, "--data", tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\n')
+    assert "bad.jsonl:1" in refused("eval", tiny_bundle.path, "--data", tmp_path / "bad.jsonl")
+
+
+def test_tabletop_writes_a_dataset(tmp_path: Path) -> None:
+    result = run("tabletop", tmp_path / "data", "--scenes", 3, "--seed", 4)
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "data" / "dataset.jsonl").read_text().splitlines()
+    assert {"image", "prompt", "answer", "kind"} == set(json.loads(lines[0]))
+    assert "--force" in refused("tabletop", tmp_path / "data", "--scenes", 3)
+    refused("tabletop", tmp_path / "more", "--scenes", 0)

@@ -1,0 +1,76 @@
+"""Every method keeps exactly what it should; one example each by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from edgeprune.methods.base import View, keep_best
+from edgeprune.methods.fastv import FastV
+from edgeprune.methods.uniform import farthest_point_order
+from edgeprune.plan import Cut, Geometry
+from edgeprune.registry import METHODS, method_class
+
+GEOMETRY = Geometry(96, 128, 16, 1)  # 6 x 8
+
+
+def view(order: torch.Tensor) -> View:
+    rows = torch.softmax(torch.randn(4, 200, generator=torch.Generator().manual_seed(1)), dim=-1)
+    return View(order, lambda: rows[:, : len(order)])
+
+
+def make_cut(method: str, keep: int, seed: int = 0) -> Cut:
+    return Cut("layer", method, keep, layer=2, seed=seed)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("keep", [1, 7, 48])
+def test_exactly_the_budget_is_kept_in_order(name: str, keep: int) -> None:
+    method = method_class(name)(make_cut(name, keep), GEOMETRY)
+    kept = keep_best(method.score(view(torch.arange(48))), keep).tolist()
+    assert len(kept) == keep
+    assert kept == sorted(set(kept))
+    assert 0 <= kept[0] and kept[-1] < 48
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_no_image_keeps_nothing_and_breaks_nothing(name: str) -> None:
+    method = method_class(name)(make_cut(name, 7), GEOMETRY)
+    assert keep_best(method.score(view(torch.arange(0))), 7).tolist() == []
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_same_cut_scores_the_same(name: str) -> None:
+    scores = [method_class(name)(make_cut(name, 7, seed=5), GEOMETRY).score(view(torch.arange(48))) for _ in range(2)]
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_later_cuts_keep_a_subset(name: str) -> None:
+    method = method_class(name)(make_cut(name, 20), GEOMETRY)
+    first = keep_best(method.score(view(torch.arange(48))), 20)
+    second = first[keep_best(method.score(view(first)), 8)]
+    alone = keep_best(method.score(view(torch.arange(48))), 8)
+    assert torch.equal(second, alone)
+
+
+def test_fastv_by_hand() -> None:
+    # Two heads; the means are .15, .35, .05, .25: the best two are tokens 1 and 3.
+    attention = torch.tensor([[0.2, 0.1, 0.1, 0.4], [0.1, 0.6, 0.0, 0.1]])
+    scores = FastV(make_cut("fastv", 2), GEOMETRY).score(View(torch.arange(4), lambda: attention))
+    assert keep_best(scores, 2).tolist() == [1, 3]
+
+
+def test_random_depends_on_the_seed() -> None:
+    kept = [keep_best(method_class("random")(make_cut("random", 9, seed), GEOMETRY).score(view(torch.arange(48))), 9) for seed in (0, 1)]
+    assert not torch.equal(*kept)
+
+
+def test_uniform_by_hand() -> None:
+    # From the middle of a 3 x 3 grid the four corners are farthest, in reading order; then the sides.
+    assert farthest_point_order(3, 3).tolist() == [4, 0, 2, 6, 8, 1, 3, 5, 7]
+
+
+def test_uniform_spreads_over_both_axes() -> None:
+    kept = farthest_point_order(12, 12)[:36]
+    assert len(set(kept // 12)) >= 6
+    assert len(set(kept % 12)) >= 6

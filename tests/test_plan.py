@@ -1,0 +1,107 @@
+"""Keep plans: what is valid, and that they survive being written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from edgeprune.calibration.planning import DEFAULT_LAYER, staircase_plan, unpruned_plan
+from edgeprune.errors import PlanError
+from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
+
+GEOMETRY = Geometry(192, 192, 16, 1)
+
+
+def plan(*cuts: Cut) -> KeepPlan:
+    return KeepPlan("qwen2_vl", 8, GEOMETRY, cuts)
+
+
+def test_geometry_counts_visual_tokens() -> None:
+    assert (GEOMETRY.rows, GEOMETRY.columns, GEOMETRY.tokens) == (12, 12, 144)
+    merged = Geometry(84, 112, 14, 2)
+    assert (merged.rows, merged.columns, merged.tokens) == (3, 4, 12)
+
+
+def test_alive_follows_the_cuts() -> None:
+    staircase = plan(Cut("input", "random", 100), Cut("layer", "fastv", 72, layer=2), Cut("layer", "fastv", 9, layer=5))
+    assert [staircase.alive(layer) for layer in range(8)] == [100, 100, 72, 72, 72, 9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "words"),
+    [
+        ((Cut("layer", "fastv", 9, layer=3), Cut("layer", "fastv", 10, layer=4)), "only 9 are left"),
+        ((Cut("layer", "fastv", 145, layer=3),), "only 144 are left"),
+        ((Cut("layer", "fastv", 9, layer=8),), "beyond the model's 8 layers"),
+        ((Cut("layer", "fastv", 9, layer=3), Cut("layer", "fastv", 8, layer=3)), "order of their layers"),
+    ],
+)
+def test_impossible_plans_are_refused(cuts: tuple[Cut, ...], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        plan(*cuts)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("layer", "fastv", 9, 0), ("input", "random", 9, 2), ("cache", "fastv", 9, 2), ("layer", "fastv", 0, 2)]
+)
+def test_impossible_cuts_are_refused(arguments: tuple[str, str, int, int]) -> None:
+    with pytest.raises(PlanError):
+        Cut(*arguments)
+
+
+def test_a_plan_survives_being_written(tmp_path: Path) -> None:
+    written = plan(Cut("input", "random", 100, seed=4), Cut("layer", "fastv", 72, layer=2))
+    written.save(tmp_path / "plan.json")
+    assert KeepPlan.load(tmp_path / "plan.json") == written
+
+
+def test_the_written_form_is_stable() -> None:
+    assert plan(Cut("layer", "fastv", 72, layer=2)).to_dict() == {
+        "schema_version": 1,
+        "family": "qwen2_vl",
+        "layers": 8,
+        "geometry": {"height": 192, "width": 192, "patch": 16, "merge": 1},
+        "cuts": ({"site": "layer", "method": "fastv", "keep": 72, "layer": 2, "seed": 0},),
+    }
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1, "family": "x"}'])
+def test_malformed_files_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError):
+        KeepPlan.load(tmp_path / "plan.json")
+
+
+def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    data = plan(Cut("layer", "fastv", 72, layer=2)).to_dict()
+    data["cuts"][0]["rate"] = 0.5
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match="rate"):
+        KeepPlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(("keep", "count"), [(1.0, 144), (0.5, 72), (0.25, 36), (0.1, 14), (0.001, 1), (1 / 3, 48)])
+def test_keep_ratios_round_down_to_at_least_one(keep: float, count: int) -> None:
+    assert keep_count(144, keep) == count
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.01, float("nan"), float("inf")])
+def test_keep_ratios_outside_are_refused(keep: float) -> None:
+    with pytest.raises(PlanError, match=r"outside \(0, 1\]"):
+        keep_count(144, keep)
+
+
+def test_one_ratio_needs_no_layer() -> None:
+    cut = staircase_plan(unpruned_plan("qwen2_vl", 8, GEOMETRY), "fastv", [0.25]).cuts[0]
+    assert (cut.layer, cut.keep) == (DEFAULT_LAYER, 36)
+
+
+def test_layer_zero_is_the_input_site() -> None:
+    cut = staircase_plan(unpruned_plan("qwen2_vl", 8, GEOMETRY), "uniform", [0.25], [0]).cuts[0]
+    assert cut.site == "input"
+
+
+def test_ratios_and_layers_must_pair_up() -> None:
+    with pytest.raises(PlanError, match="one --layer for each --keep"):
+        staircase_plan(unpruned_plan("qwen2_vl", 8, GEOMETRY), "fastv", [0.5, 0.25], [2])

@@ -1,0 +1,106 @@
+"""The picture of kept tokens: kept in colour, dropped in dim grey, one panel a cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeprune.errors import UsageError
+from edgeprune.runtime.overlay import MAX_SIDE, MIN_WIDTH, draw_kept
+
+GRID = (12, 12)
+TOP, MARGIN = 84, 20  # where the panels' images begin
+RED = (200, 30, 40)
+
+
+def panel(sheet: Image.Image, number: int, size: tuple[int, int] = (384, 384)) -> np.ndarray:
+    """Return the image of panel `number` as integers [height, width, 3]."""
+    left = MARGIN + number * (max(size[0], MIN_WIDTH) + MARGIN)
+    return np.asarray(sheet)[TOP : TOP + size[1], left : left + size[0]].astype(int)
+
+
+def scene(width: int = 192, height: int = 192) -> Image.Image:
+    return Image.new("RGB", (width, height), RED)
+
+
+def test_one_panel_more_than_cuts() -> None:
+    kept = [("fastv @ layer 3", np.arange(72)), ("random @ layer 6", np.arange(36))]
+    assert draw_kept(scene(), kept, GRID).size == (MARGIN + 3 * (384 + MARGIN), TOP + 384 + MARGIN)
+    assert draw_kept(scene(), [], GRID).size == (384 + 2 * MARGIN, TOP + 384 + MARGIN)
+
+
+def test_input_panel_is_the_image() -> None:
+    assert (panel(draw_kept(scene(), [("all", np.arange(144))], GRID), 0) == RED).all()
+
+
+def test_kept_in_colour_and_dropped_in_dim_grey() -> None:
+    kept = np.array([0, 13, 77, 143])
+    picture = panel(draw_kept(scene(), [("some", kept)], GRID), 1)
+    for token in range(144):
+        row, column = divmod(token, 12)
+        middle = picture[32 * row + 16, 32 * column + 16]
+        if token in kept:
+            assert middle.tolist() == list(RED)
+        else:
+            assert np.ptp(middle) == 0
+            assert middle[0] < 60
+
+
+def test_outline_surrounds_the_region_not_each_token() -> None:
+    picture = panel(draw_kept(scene(), [("block", np.array([0, 1, 12, 13]))], GRID), 1)
+    line = (picture == (255, 196, 0)).all(axis=-1)
+    rim = np.zeros((384, 384), bool)
+    rim[:64, :64] = True
+    rim[2:62, 2:62] = False
+    np.testing.assert_array_equal(line, rim)
+
+
+def test_none_and_all_tokens() -> None:
+    sheet = draw_kept(scene(), [("none", np.array([], np.int64)), ("all", np.arange(144))], GRID)
+    assert np.ptp(panel(sheet, 1), axis=-1).max() == 0
+    assert (panel(sheet, 2)[2:-2, 2:-2] == RED).all()
+
+
+def test_order_and_repeats_do_not_matter() -> None:
+    assert draw_kept(scene(), [("a", np.array([5, 3, 5]))], GRID) == draw_kept(scene(), [("a", np.array([3, 5]))], GRID)
+
+
+def test_captions_are_written_and_differ() -> None:
+    def caption(sheet: Image.Image, number: int) -> np.ndarray:
+        left = MARGIN + number * (MIN_WIDTH + MARGIN)
+        return np.asarray(sheet)[:TOP, left : left + MIN_WIDTH]
+
+    sheet = draw_kept(scene(), [("a", np.arange(3)), ("a", np.arange(4))], GRID)
+    assert caption(sheet, 1).min() < 100
+    assert (caption(sheet, 1) != caption(sheet, 2)).any()
+
+
+@pytest.mark.parametrize("title", ["w" * 60, "w" * 500])
+def test_long_title_stays_in_its_panel(title: str) -> None:
+    pixels = np.asarray(draw_kept(scene(), [(title, np.arange(3)), ("b", np.arange(3))], GRID))
+    gap = MARGIN + 2 * (MIN_WIDTH + MARGIN) - MARGIN
+    assert (pixels[:TOP, gap + 1 : gap + MARGIN] == pixels[0, 0]).all()
+    assert pixels[:TOP, gap - 60 : gap].min() < 100
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((10, 10), (384, 384)), ((500, 300), (500, 300)), ((4000, 1000), (MAX_SIDE, 256)), ((28, 1000), (29, MAX_SIDE))],
+)
+def test_size_of_a_panel(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    sheet = draw_kept(scene(*size), [("a", np.arange(3))], GRID)
+    assert sheet.size == (MARGIN + 2 * (max(shown[0], MIN_WIDTH) + MARGIN), TOP + shown[1] + MARGIN)
+    assert (panel(sheet, 0, shown) == RED).all()
+
+
+def test_image_is_not_changed() -> None:
+    image = scene()
+    draw_kept(image, [("a", np.arange(3))], GRID)
+    assert image == scene()
+
+
+@pytest.mark.parametrize("indices", [np.array([144]), np.array([-1]), np.array([0.5]), np.ones(144, bool)])
+def test_wrong_indices(indices: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="12 x 12 grid"):
+        draw_kept(scene(), [("a", indices)], GRID)
