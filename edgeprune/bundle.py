@@ -1,11 +1,11 @@
 """Bundles: the folder that `edgeprune export` writes and the runtime loads.
 
-    manifest.json                    this module's Manifest, with the sha256 of every other file
-    plan.json                        the keep plan that is frozen into the decoder
-    onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden]
-    onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
-    onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
-    processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
+manifest.json                    this module's Manifest, with the sha256 of every other file
+plan.json                        the keep plan that is frozen into the decoder
+onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden]
+onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
+onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
+processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
 """
 
 from __future__ import annotations

@@ -63,6 +63,4 @@ def require_extra(extra: str, *packages: str) -> None:
     """Raise MissingExtraError with the install line unless every package can be imported."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingExtraError(
-            f"{', '.join(missing)} not installed.", hint=f'Install with: pip install "edgeprune[{extra}]"'
-        )
+        raise MissingExtraError(f"{', '.join(missing)} not installed.", hint=f'Install with: pip install "edgeprune[{extra}]"')

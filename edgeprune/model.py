@@ -58,8 +58,8 @@ class PrunedDecoder(nn.Module):
 
     def empty_caches(self) -> tuple[Cache, ...]:
         """Return caches of length 0, one a layer."""
-        reference = self.norm.weight
-        empty = torch.zeros(1, self.kv_heads, 0, self.head_dim, dtype=reference.dtype, device=reference.device)
+        reference = next(self.parameters())
+        empty = reference.new_zeros(1, self.kv_heads, 0, self.head_dim)
         return tuple((empty, empty) for _ in self.layers)
 
     def forward(self, prefix: Segment, visual: Segment, suffix: Segment, caches: Sequence[Cache]) -> StepOutput:
@@ -69,7 +69,7 @@ class PrunedDecoder(nn.Module):
         kept: list[torch.Tensor] = []
         row: torch.Tensor | None = None
         masks: dict[int, torch.Tensor] = {}
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._layers()):
             if index in self.cuts:
                 tokens = self._cut(tokens, *self.cuts[index], row)
                 kept.append(tokens.order)
@@ -83,6 +83,9 @@ class PrunedDecoder(nn.Module):
             tokens = tokens.with_hidden(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
         logits = self.lm_head(self.norm(tokens.hidden[-1:]))
         return StepOutput(logits[None], tuple(present), tuple(kept))
+
+    def _layers(self) -> list[Any]:
+        return list(self.layers)
 
     def _cut(self, tokens: _Tokens, cut: Cut, method: Method, row: torch.Tensor | None) -> _Tokens:
         def attention() -> torch.Tensor:

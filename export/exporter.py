@@ -94,15 +94,14 @@ def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
 
 def _manifest(loaded: LoadedModel, folder: Path) -> Manifest:
     parts = loaded.family.decoder()
-    vocabulary, hidden = parts.embed_tokens.weight.shape
     return Manifest(
         source=loaded.folder.source(),
         decoder=DecoderShape(
             layers=len(parts.layers),
             kv_heads=parts.kv_heads,
             head_dim=parts.head_dim,
-            hidden=hidden,
-            vocabulary=vocabulary,
+            hidden=parts.hidden,
+            vocabulary=parts.vocabulary,
             position_axes=loaded.family.position_axes,
         ),
         opset=OPSET,

@@ -44,7 +44,7 @@ def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, path: Path) ->
     decoder = PrunedDecoder(parts, plan).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
     examples = dict(zip(SEGMENTS, (3, plan.geometry.tokens, 5), strict=True))
-    hidden = parts.embed_tokens.weight.shape[1]
+    hidden = parts.hidden
     embeds = [torch.zeros(1, examples[name], hidden) for name in SEGMENTS]
     positions = [torch.zeros(axes, examples[name], dtype=torch.int64) for name in SEGMENTS]
     shapes = [{1: lengths[name]} for name in SEGMENTS]
@@ -97,9 +97,7 @@ def _example_caches(parts: DecoderParts, plan: KeepPlan) -> tuple[list[torch.Ten
     return caches, shapes
 
 
-def _trace(
-    module: nn.Module, arguments: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str], path: Path
-) -> None:
+def _trace(module: nn.Module, arguments: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str], path: Path) -> None:
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module,

@@ -107,6 +107,7 @@ def load_model(folder: ModelFolder) -> LoadedModel:
     import transformers
     from optimum.exporters.tasks import TasksManager
 
+    transformers.utils.logging.disable_progress_bar()  # the command shows its own stages
     family = family_class(folder.model_type)
     config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     family.check(config)

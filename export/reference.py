@@ -41,8 +41,7 @@ class EagerEngine:
     def step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, caches: Any) -> Step:
         """Run the tokens of three segments on top of `caches` (None: empty ones)."""
         segments = [
-            Segment(torch.from_numpy(tokens.embeds), torch.from_numpy(tokens.positions))
-            for tokens in (prefix, visual, suffix)
+            Segment(torch.from_numpy(tokens.embeds), torch.from_numpy(tokens.positions)) for tokens in (prefix, visual, suffix)
         ]
         output = self._decoder(*segments, self._decoder.empty_caches() if caches is None else caches)
         return Step(_array(output.logits)[0, 0], output.caches, tuple(_array(kept) for kept in output.kept))
@@ -63,7 +62,7 @@ def reference_model(loaded: LoadedModel, plan: KeepPlan) -> Model:
         image_spec=ImageSpec.from_processor_config(loaded.processor(plan.geometry)),
         image_token=int(loaded.model.config.image_token_id),
         end_tokens=loaded.end_tokens(),
-        hidden=parts.embed_tokens.weight.shape[1],
+        hidden=parts.hidden,
         position_axes=loaded.family.position_axes,
         plan=plan,
     )

@@ -1,10 +1,10 @@
 """What runs on the robot: load a bundle, ask it about images. Never imports torch or transformers.
 
-    import edgeprune.runtime
+import edgeprune.runtime
 
-    model = edgeprune.runtime.load("tabletop.bundle")
-    answer = model.generate("table.png", "What colour is the cube?")
-    print(answer.text, answer.receipt.times.ttft_ms)
+model = edgeprune.runtime.load("tabletop.bundle")
+answer = model.generate("table.png", "What colour is the cube?")
+print(answer.text, answer.receipt.times.ttft_ms)
 """
 
 from edgeprune.runtime.receipt import CutReceipt, Receipt, Times

@@ -28,9 +28,7 @@ class ChatTemplate:
     """A chat template in the dialect of transformers: Jinja in a sandbox, blocks trimmed, a few helpers."""
 
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
@@ -42,9 +40,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **special_tokens: str) -> str:
         """Return the prompt text; raise UsageError when the template refuses the messages."""
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens
-            )
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
         except TemplateError as error:
             raise BundleError(f"The chat template failed: {error}.", hint="Export the bundle again.") from error
 
@@ -54,9 +50,7 @@ class TextCodec:
 
     def __init__(self, source: Path | Tokenizer) -> None:
         self._tokenizer = source if isinstance(source, Tokenizer) else _read_tokenizer(source)
-        self.special = frozenset(
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        )
+        self.special = frozenset(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens only where the text itself spells them."""

@@ -150,25 +150,20 @@ class Conversation:
     def _feed(self, ids: list[int], receipt: Receipt) -> Step:
         # One forward per image: the text before it, the image, and the text up to the next image.
         images = [index for index, token in enumerate(ids) if token == self._model.image_token]
-        ends = [*images[1:], len(ids)] if images else [len(ids)]
-        begin, step = 0, None
         receipt.text_tokens = len(ids) - len(images)
-        for image, end in zip(images or [None], ends, strict=True):
-            if image is None:
-                nothing = self._no_tokens()
-                step = self._step(nothing, nothing, self._text(ids[begin:end]))
-            else:
-                step = self._feed_image(ids[begin:image], ids[image + 1 : end], receipt)
+        if not images:
+            nothing = self._no_tokens()
+            return self._step(nothing, nothing, self._text(ids))
+        begin = 0
+        for image, end in zip(images, [*images[1:], len(ids)], strict=True):
+            step = self._feed_image(ids[begin:image], ids[image + 1 : end], receipt)
             begin = end
-        assert step is not None  # a turn has at least its own text
         return step
 
     def _feed_image(self, before: list[int], after: list[int], receipt: Receipt) -> Step:
         geometry = self._model.plan.geometry
         prefix = self._text(before)
-        where, self._position = image_positions(
-            self._position, geometry.rows, geometry.columns, self._model.position_axes
-        )
+        where, self._position = image_positions(self._position, geometry.rows, geometry.columns, self._model.position_axes)
         visual = Tokens(self._images[self._seen_images], where)
         self._seen_images += 1
         suffix = self._text(after)
@@ -195,14 +190,11 @@ class Conversation:
         return Tokens(self._model.engine.embed(ids), positions)
 
     def _no_tokens(self) -> Tokens:
-        return Tokens(
-            np.zeros((1, 0, self._model.hidden), np.float32), np.zeros((self._model.position_axes, 0), np.int64)
-        )
+        return Tokens(np.zeros((1, 0, self._model.hidden), np.float32), np.zeros((self._model.position_axes, 0), np.int64))
 
 
 def _cut_receipts(plan: KeepPlan, step: Step) -> tuple[CutReceipt, ...]:
     before = [plan.geometry.tokens, *(len(kept) for kept in step.kept)]
     return tuple(
-        CutReceipt(str(cut), count, len(kept), kept)
-        for cut, count, kept in zip(plan.cuts, before, step.kept, strict=False)
+        CutReceipt(str(cut), count, len(kept), kept) for cut, count, kept in zip(plan.cuts, before, step.kept, strict=False)
     )

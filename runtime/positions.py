@@ -12,12 +12,12 @@ import numpy as np
 
 def text_positions(start: int, count: int, axes: int) -> np.ndarray:
     """Return the positions [axes, count] of `count` text tokens from `start`."""
-    return np.broadcast_to(np.arange(start, start + count, dtype=np.int64), (axes, count)).copy()
+    return np.tile(np.arange(start, start + count, dtype=np.int64), (axes, 1))
 
 
 def image_positions(start: int, rows: int, columns: int, axes: int) -> tuple[np.ndarray, int]:
     """Return the positions [axes, rows * columns] of an image's tokens, and the position of the token after it."""
     if axes == 1:
         return text_positions(start, rows * columns, axes), start + rows * columns
-    row, column = np.mgrid[:rows, :columns].reshape(2, -1)
-    return start + np.stack([np.zeros_like(row), row, column]).astype(np.int64), start + max(rows, columns)
+    row, column = np.divmod(np.arange(rows * columns, dtype=np.int64), columns)
+    return start + np.stack([np.zeros_like(row), row, column]), start + max(rows, columns)

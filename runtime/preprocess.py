@@ -71,9 +71,7 @@ class ImageSpec:
         if min(height, width) < 1:
             raise ImageError(f"An image of {width}x{height} pixels is empty.", hint="Give an image with pixels in it.")
         if max(height, width) / min(height, width) > MAX_ASPECT:
-            raise ImageError(
-                f"A {width}x{height} image is too oblong: the limit is {MAX_ASPECT}:1.", hint="Crop it or pad it."
-            )
+            raise ImageError(f"A {width}x{height} image is too oblong: the limit is {MAX_ASPECT}:1.", hint="Crop it or pad it.")
         unit = self.patch_size * self.merge_size
         # round() sends halves to the even neighbour; upstream counts on it.
         rows, columns = round(height / unit), round(width / unit)

@@ -67,8 +67,7 @@ class Receipt:
             "text_tokens": self.text_tokens,
             "generated_tokens": self.generated_tokens,
             "cuts": [
-                {"cut": c.cut, "before": c.before, "after": c.after, "kept": [int(index) for index in c.kept]}
-                for c in self.cuts
+                {"cut": c.cut, "before": c.before, "after": c.after, "kept": [int(index) for index in c.kept]} for c in self.cuts
             ],
             "times_ms": {
                 "preprocess": times.preprocess_ms,

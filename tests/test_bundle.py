@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 import pytest
+
 from edgeprune.bundle import DECODER, EMBED, MANIFEST, PLAN, VISION, Bundle, is_bundle
 from edgeprune.errors import BundleError, EdgePruneError, PlanError, UsageError
 from edgeprune.export import exporter

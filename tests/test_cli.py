@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
+
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.registry import FAMILIES, METHODS
 from edgeprune.tabletop.dataset import write_dataset
-from PIL import Image
 
 COMMANDS = ("export", "verify", "run", "eval", "tabletop", "inspect", "models", "methods")
 
@@ -57,8 +58,8 @@ def test_help_stays_light() -> None:
 
 
 def test_methods_and_models_come_from_the_registry() -> None:
-    assert {row["method"] for row in json.loads(run("methods", "--json").output)} == set(METHODS)
-    assert {row["model_type"] for row in json.loads(run("models", "--json").output)} == set(FAMILIES)
+    assert {row["method"] for row in json.loads(run("methods", "--json").stdout)} == set(METHODS)
+    assert {row["model_type"] for row in json.loads(run("models", "--json").stdout)} == set(FAMILIES)
     assert "FastV" in run("methods").output
 
 
@@ -69,7 +70,7 @@ def test_underscores_are_accepted(tmp_path: Path) -> None:
 def test_inspect_shows_the_cuts(tiny_bundle: Bundle) -> None:
     result = run("inspect", tiny_bundle.path)
     assert "fastv @ layer 1: keep 6 of 12 = 50%, remove 50%" in result.output
-    data = json.loads(run("inspect", tiny_bundle.path, "--json").output)
+    data = json.loads(run("inspect", tiny_bundle.path, "--json").stdout)
     assert [cut["keep"] for cut in data["plan"]["cuts"]] == [6, 3]
 
 
@@ -79,8 +80,9 @@ def test_run_answers_with_a_receipt(tiny_bundle: Bundle, picture: Path, tmp_path
     result = run(*command, "--overlay", overlay)
     assert result.exit_code == 0, result.output
     assert "fastv @ layer 1: 12 -> 6 visual tokens" in result.stderr
-    assert Image.open(overlay).width > 0
-    data = json.loads(run(*command, "--json").output)
+    with Image.open(overlay) as drawn:
+        assert drawn.width > 1000
+    data = json.loads(run(*command, "--json").stdout)
     assert data["receipt"]["pruned"] is True
     assert json.loads(run(*command, "--json", "--no-prune").output)["receipt"]["pruned"] is False
 
@@ -117,7 +119,7 @@ def test_verify_passes_and_fails(tiny_bundle: Bundle, tiny_folder: Path) -> None
     result = run("verify", tiny_bundle.path, "--against", tiny_folder)
     assert result.exit_code == 0, result.output
     assert "verified" in result.output
-    data = json.loads(run("verify", tiny_bundle.path, "--against", tiny_folder, "--json").output)
+    data = json.loads(run("verify", tiny_bundle.path, "--against", tiny_folder, "--json").stdout)
     assert data["passed"] is True
     assert "other weights" in refused("verify", tiny_bundle.path, "--against", "tabletop", code=1)
 
@@ -179,10 +181,10 @@ def test_eval_compares_pruned_and_unpruned(tiny_bundle: Bundle, tiny_folder: Pat
     data = ("--data", tmp_path / "data" / "dataset.jsonl", "--fit", "stretch", "--limit", 6)
     result = run("eval", tiny_bundle.path, *data)
     assert result.exit_code == 0, result.output
-    report = json.loads(run("eval", tiny_bundle.path, *data, "--json").output)
-    assert {"pruned", "unpruned", "agreement", "asked"} == set(report["kinds"]["colour"])
+    report = json.loads(run("eval", tiny_bundle.path, *data, "--json").stdout)
+    assert {"pruned", "unpruned", "agreement", "asked"} == set(report["kinds"]["size"])
     eager = run("eval", tiny_folder, *data, "--image-size", "84x112", "--json")
-    assert "pruned" not in json.loads(eager.output)["kinds"]["colour"]
+    assert "pruned" not in json.loads(eager.stdout)["kinds"]["size"]
     assert "frozen in" in refused("eval", tiny_bundle.path, *data, "--keep", "0.5")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from edgeprune.methods.base import View, keep_best
 from edgeprune.methods.fastv import FastV
 from edgeprune.methods.uniform import farthest_point_order
@@ -29,7 +30,7 @@ def test_exactly_the_budget_is_kept_in_order(name: str, keep: int) -> None:
     kept = keep_best(method.score(view(torch.arange(48))), keep).tolist()
     assert len(kept) == keep
     assert kept == sorted(set(kept))
-    assert 0 <= kept[0] and kept[-1] < 48
+    assert kept[0] >= 0 and kept[-1] < 48
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -61,7 +62,9 @@ def test_fastv_by_hand() -> None:
 
 
 def test_random_depends_on_the_seed() -> None:
-    kept = [keep_best(method_class("random")(make_cut("random", 9, seed), GEOMETRY).score(view(torch.arange(48))), 9) for seed in (0, 1)]
+    kept = [
+        keep_best(method_class("random")(make_cut("random", 9, seed), GEOMETRY).score(view(torch.arange(48))), 9) for seed in (0, 1)
+    ]
     assert not torch.equal(*kept)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.export.loading import LoadedModel, find_model, load_model
 from edgeprune.model import PrunedDecoder, Segment, StepOutput
@@ -164,9 +165,7 @@ def test_steps_on_caches_equal_one_forward(tiny: LoadedModel, tiny_plan: KeepPla
 def test_visual_tokens_in_the_prefix_are_never_pruned(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
     prompt = Prompt.make(tiny, tiny_plan)
     prefix, visual, suffix = prompt.segments(tiny, tiny_plan)
-    joined = Segment(
-        torch.cat([prefix.embeds, visual.embeds], dim=1), torch.cat([prefix.positions, visual.positions], dim=1)
-    )
+    joined = Segment(torch.cat([prefix.embeds, visual.embeds], dim=1), torch.cat([prefix.positions, visual.positions], dim=1))
     nothing = Segment(suffix.embeds[:, :0], suffix.positions[:, :0])
     decoder = PrunedDecoder(tiny.family.decoder(), tiny_plan)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from edgeprune.calibration.planning import DEFAULT_LAYER, staircase_plan, unpruned_plan
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from edgeprune.bundle import Bundle
 from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.errors import ImageError, UsageError
@@ -15,7 +17,6 @@ from edgeprune.export.loading import LoadedModel
 from edgeprune.export.reference import reference_model
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Runtime, load
-from PIL import Image
 
 PROMPT = "What colour is the cube?"
 
@@ -138,8 +139,7 @@ def test_an_unread_stream_blocks_the_next_turn(runtime: Runtime, tiny_image: Ima
 
 
 def test_seeds_repeat(runtime: Runtime, tiny_image: Image.Image) -> None:
-    options = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 12}
-    texts = [runtime.generate(tiny_image, PROMPT, seed=seed, **options).text for seed in (1, 1, 2)]
+    texts = [runtime.generate(tiny_image, PROMPT, temperature=1.5, top_p=0.9, seed=seed, max_tokens=12).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
+
 from edgeprune.bundle import DECODER, MANIFEST, PREPROCESSOR, VISION, Bundle, record_files
 from edgeprune.errors import VerificationError
 from edgeprune.export.loading import LoadedModel, find_model, load_model
 from edgeprune.export.verification import Stage, verify
-from onnx import numpy_helper
 
 
 def first_failure(report: list[Stage]) -> str | None:

@@ -174,8 +174,7 @@ def show_evaluation(report: EvalReport, as_json: bool) -> None:
     rows = [[kind, row["asked"], *(f"{row[name]:.1%}" for name in variants)] for kind, row in data["kinds"].items()]
     show_table(["kind", "asked", *variants], rows, as_json=False)
     costs = [
-        [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}"]
-        for name, c in data["cost"].items()
+        [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}"] for name, c in data["cost"].items()
     ]
     click.echo()
     show_table(["cost (median)", "TTFT ms", "ms per token", "KV KiB"], costs, as_json=False)

@@ -25,6 +25,8 @@ class DecoderParts:
     lm_head: nn.Module
     embed_tokens: nn.Module
     rope: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    hidden: int
+    vocabulary: int
     heads: int
     kv_heads: int
     head_dim: int

@@ -63,6 +63,8 @@ class Qwen2VL:
             lm_head=self._model.lm_head,
             embed_tokens=text.embed_tokens,
             rope=_Rope(text.rotary_emb),
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=config.hidden_size // config.num_attention_heads,

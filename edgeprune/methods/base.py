@@ -41,6 +41,6 @@ def keep_best(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
     Lowers to TopK twice: by score, then on the indices, since graphs for TensorRT have no Sort.
     """
-    count = torch.sym_min(keep, scores.shape[0])
+    count = torch.sym_min(keep, scores.shape[0])  # type: ignore[no-untyped-call]  # torch leaves it untyped
     best = torch.topk(scores, count).indices
     return torch.topk(best, count, largest=False, sorted=True).values

@@ -35,7 +35,7 @@ class Uniform:
 
 def farthest_point_order(rows: int, columns: int) -> np.ndarray:
     """Return the raster indices of a grid [rows * columns], each the farthest from all before it."""
-    points = np.stack(np.mgrid[:rows, :columns], axis=-1).reshape(-1, 2).astype(np.float64)
+    points = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1).astype(np.float64)
     middle = np.array([rows - 1, columns - 1]) / 2
     order = [int(np.square(points - middle).sum(axis=1).argmin())]
     nearest = np.full(len(points), np.inf)

@@ -91,7 +91,7 @@ class Scene:
 def sample_scene(rng: np.random.Generator) -> Scene:
     """Draw one scene by lot; equal generators give equal scenes."""
     count = int(rng.integers(3, 7))
-    cells = np.sort(rng.permutation(9)[:count + 1])
+    cells = np.sort(rng.permutation(9)[: count + 1])
     label_at = int(rng.integers(count + 1))
     names = _distinct_names(rng, count)
     items: list[Item] = []

@@ -15,8 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import edgeprune.runtime
 import torch
+from PIL import Image
+from rich.console import Console
+
+import edgeprune.runtime
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, evaluate
 from edgeprune.calibration.planning import staircase_plan, unpruned_plan
 from edgeprune.calibration.samples import Sample, read_samples, score
@@ -25,8 +28,6 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.export.loading import LoadedModel, find_model, load_model
 from edgeprune.tabletop.dataset import write_dataset
 from edgeprune.tabletop.questions import DESCRIBE
-from PIL import Image
-from rich.console import Console
 
 KEEPS = (0.5, 0.25, 0.1)
 METHODS = ("fastv", "random", "uniform")
@@ -103,14 +104,22 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], whole: dict
     ttft, per_token = statistics.median(first), statistics.median(later)
     ratios = {"ttft_ratio": ttft / whole["ttft_ms"], "ms_per_token_ratio": per_token / whole["ms_per_token"]}
     scores = {"accuracy": right / of, "facts": facts / stated, "agreement": 1.0}
-    return {"method": "transformers", "keep": 1.0, **scores, **ratios, "ttft_ms": ttft, "ms_per_token": per_token, "kv_bytes": kv_bytes}
+    return {
+        "method": "transformers",
+        "keep": 1.0,
+        **scores,
+        **ratios,
+        "ttft_ms": ttft,
+        "ms_per_token": per_token,
+        "kv_bytes": kv_bytes,
+    }
 
 
 def _inputs(loaded: LoadedModel, processor: Any, sample: Sample) -> dict[str, torch.Tensor]:
     pixels = processor(images=[Image.open(sample.image).convert("RGB")], return_tensors="pt")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}]
     text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    count = int(pixels["image_grid_thw"].prod()) // loaded.model.config.vision_config.spatial_merge_size ** 2
+    count = int(pixels["image_grid_thw"].prod()) // loaded.model.config.vision_config.spatial_merge_size**2
     ids = loaded.tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt").input_ids
     types = (ids == loaded.model.config.image_token_id).long()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **pixels}
@@ -143,7 +152,12 @@ def draw_pareto(rows: list[dict[str, Any]], path: Path) -> None:
         for method, marker in zip(METHODS, "osD", strict=True):
             line = [row for row in rows if row["method"] == method]
             keeps = [whole["keep"], *(row["keep"] for row in line)]
-            panel.plot([100 * keep for keep in keeps], [100 * v for v in (whole[key], *(row[key] for row in line))], marker=marker, label=method)
+            panel.plot(
+                [100 * keep for keep in keeps],
+                [100 * v for v in (whole[key], *(row[key] for row in line))],
+                marker=marker,
+                label=method,
+            )
         panel.set(title=title, xlabel=f"visual tokens kept from layer {LAYER} on, %", ylim=(0, 103), xlim=(105, 0))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("%")

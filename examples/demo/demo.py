@@ -1,6 +1,6 @@
 """Export the bundled model with a pruning plan, ask it about fresh scenes with and without pruning, and draw what was kept.
 
-    python examples/demo/demo.py demo
+python examples/demo/demo.py demo
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import edgeprune.runtime
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import edgeprune.runtime
 from edgeprune.calibration.planning import staircase_plan, unpruned_plan
 from edgeprune.calibration.samples import Sample, score
 from edgeprune.cli.show import Stages
@@ -19,8 +22,6 @@ from edgeprune.runtime import Answer
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import ask_one
 from edgeprune.tabletop.world import sample_scene
-from rich.console import Console
-from rich.table import Table
 
 KINDS = ("colour", "where", "label", "nearest", "describe")
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import DESCRIBE, KINDS, Question, ask_one, describe
 from edgeprune.tabletop.world import COLOURS, DIGITS, LETTERS, SHAPES, SIDE, SIZES, Scene, sample_scene
-from tokenizers import Tokenizer
 
 PATCH = 16
 GRID = SIDE // PATCH
@@ -22,6 +23,7 @@ HEAD = 3  # <|im_start|> user <|vision_start|>
 TEXT = 250  # packed question tokens a row
 _MEAN, _STD = 0.5, 0.25
 IGNORE = -100
+_HARD = {"relation": 3, "count": 2, "exists": 2}  # asked that much more often than the others
 
 
 @dataclass
@@ -95,14 +97,13 @@ def _span(low: float, high: float) -> tuple[int, int]:
 
 
 def _pack(scene: Scene, rng: np.random.Generator, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
-    special = {t: tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>")}
     length = HEAD + TOKENS + TEXT
-    ids = np.full(length, tokenizer.token_to_id("<|endoftext|>"), np.int64)
+    ids = np.full(length, tokenizer.token_to_id("<|endoftext|>") or 0, np.int64)
     segments = np.full(length, -1, np.int64)
     positions = np.zeros((3, length), np.int64)
     labels, kinds = np.full(length, IGNORE, np.int64), np.full(length, IGNORE, np.int64)
-    ids[:HEAD] = special["<|im_start|>"], tokenizer.token_to_id("user"), special["<|vision_start|>"]
-    ids[HEAD : HEAD + TOKENS] = special["<|image_pad|>"]
+    ids[:HEAD] = tokenizer.encode("<|im_start|>user<|vision_start|>").ids
+    ids[HEAD : HEAD + TOKENS] = tokenizer.encode("<|image_pad|>").ids
     segments[: HEAD + TOKENS] = 0
     positions[:, :HEAD] = np.arange(HEAD)
     rows, columns = np.mgrid[:GRID, :GRID].reshape(2, -1)
@@ -131,7 +132,7 @@ def encode_question(question: Question, tokenizer: Tokenizer) -> tuple[list[int]
 
 def _questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     asked = [] if rng.random() < 0.3 else [Question(DESCRIBE, "Describe the scene.", describe(scene))]
-    short = [kind for kind in KINDS if kind != DESCRIBE]
+    short = [kind for kind in KINDS for _ in range(_HARD.get(kind, 1)) if kind != DESCRIBE]
     while len(asked) < 20:
         question = ask_one(scene, rng, short[int(rng.integers(len(short)))])
         if question is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from edgeprune.tabletop.questions import ask_all
-from edgeprune.tabletop.world import COLOURS, DIGITS, LETTERS, SHAPES, SIDE, sample_scene
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -14,6 +12,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+
+from edgeprune.tabletop.questions import ask_all
+from edgeprune.tabletop.world import COLOURS, DIGITS, LETTERS, SHAPES, SIDE, sample_scene
 
 PATCH = 16
 SPECIAL = (

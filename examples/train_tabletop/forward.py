@@ -6,13 +6,14 @@ into that. The arithmetic is the same: a still image repeats its frame, so the t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from batches import ATTRIBUTES, GRID, HEAD, TOKENS
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
-
-from batches import ATTRIBUTES, GRID, HEAD, TOKENS
 
 
 class Trainee(nn.Module):
@@ -27,7 +28,7 @@ class Trainee(nn.Module):
 
     def see(self, patches: torch.Tensor) -> torch.Tensor:
         """Return visual tokens [B, TOKENS, hidden] of patches [B, TOKENS, 3 * PATCH * PATCH]."""
-        tower = self.model.model.visual
+        tower: Any = self.model.model.visual
         kernel = tower.patch_embed.proj.weight.sum(dim=2).flatten(1)
         hidden = nn.functional.linear(patches, kernel)
         cos, sin = tower.rotary_pos_emb(hidden, self.grid)
@@ -39,17 +40,16 @@ class Trainee(nn.Module):
             mixed = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
             hidden = hidden + attn.proj(mixed)
             hidden = hidden + block.mlp(block.norm2(hidden))
-        return tower.merger.mlp(tower.merger.ln_q(hidden))
+        tokens: torch.Tensor = tower.merger.mlp(tower.merger.ln_q(hidden))
+        return tokens
 
     def attributes(self, visual: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return one tensor of logits [B, TOKENS, classes] per attribute."""
-        return self.heads(visual).split(list(ATTRIBUTES.values()), dim=-1)
+        return torch.split(self.heads(visual), list(ATTRIBUTES.values()), dim=-1)
 
-    def read(
-        self, visual: torch.Tensor, ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def read(self, visual: torch.Tensor, ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the decoder's last hidden states [B, S, hidden] for one packed batch."""
-        text = self.model.model.language_model
+        text: Any = self.model.model.language_model
         embeds = text.embed_tokens(ids)
         hidden = torch.cat([embeds[:, :HEAD], visual, embeds[:, HEAD + TOKENS :]], dim=1)
         cos, sin = text.rotary_emb(hidden, positions)
@@ -57,17 +57,17 @@ class Trainee(nn.Module):
         for layer in text.layers:
             hidden = hidden + _attend(layer.self_attn, layer.input_layernorm(hidden), cos, sin, mask)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return text.norm(hidden)
+        last: torch.Tensor = text.norm(hidden)
+        return last
 
 
-def _attend(
-    attn: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def _attend(attn: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     shape = (*hidden.shape[:2], -1, attn.head_dim)
     query, key, value = (p(hidden).view(shape).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
     mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    return attn.o_proj(mixed.transpose(1, 2).flatten(2))
+    output: torch.Tensor = attn.o_proj(mixed.transpose(1, 2).flatten(2))
+    return output
 
 
 def _mask(segments: torch.Tensor) -> torch.Tensor:

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edgeprune.tabletop.questions import KINDS
+from batches import IGNORE, Batch, make_batch
+from checkpoint import new_model, save_processor
+from forward import Trainee
 from rich.console import Console
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
-from batches import IGNORE, Batch, make_batch
-from checkpoint import new_model, save_processor
-from forward import Trainee
+from edgeprune.tabletop.questions import KINDS
 
 TRAIN_STREAM, EVAL_STREAM = 20_250_101, 20_250_102  # first words of the seeds; `edgeprune tabletop` has another
 SAVE_EVERY, EVAL_EVERY = 2.0, 5.0  # minutes
@@ -50,7 +50,8 @@ class Run:
             self._resume()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, rest = [], []
+        matrices: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, parameter in self.trainee.named_parameters():
             hidden = parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("heads")
             (matrices if hidden else rest).append(parameter)
@@ -82,10 +83,11 @@ class Run:
     def loss(self, batch: Batch, tower_only: bool) -> torch.Tensor:
         """Return answer loss plus weighted attribute loss, or the attribute loss alone."""
         visual = self.trainee.see(batch.patches)
-        attributes = sum(
+        losses = [
             cross_entropy(logits.flatten(0, 1), batch.token_labels[..., index].flatten())
             for index, logits in enumerate(self.trainee.attributes(visual))
-        )
+        ]
+        attributes = torch.stack(losses).sum()
         if tower_only:
             return attributes
         return AUXILIARY * attributes + cross_entropy(*self._answers(batch, visual), label_smoothing=0.02)
@@ -101,7 +103,7 @@ class Run:
         rng = np.random.default_rng([TRAIN_STREAM, self.step])
         tower_only = self.minutes < tower_minutes
         loss = self.loss(make_batch(rng, self.tokenizer, rows), tower_only)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
         left = (total_minutes - self.minutes) / (DECAY * total_minutes)
         scale = min(1.0, (self.step + 1) / 100, max(left, 0.0))

@@ -1,0 +1,35 @@
+"""The base install resolves to binary wheels on both JetPacks: aarch64 with Python 3.10 (JetPack 6) and 3.12 (JetPack 7)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+# Ubuntu 22.04 under JetPack 6 has glibc 2.35, so wheels up to manylinux_2_35 install; these are the tags in use.
+PLATFORMS = ("manylinux_2_34", "manylinux_2_31", "manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.12"])
+def test_the_base_install_resolves_for_jetson(python: str, tmp_path: Path) -> None:
+    base = [requirement for requirement in requires("edgeprune") or [] if "extra ==" not in requirement]
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--only-binary=:all:"]
+    command += [f"--platform={platform}_aarch64" for platform in PLATFORMS]
+    command += ["--implementation=cp", f"--python-version={python}", "--target", str(tmp_path), "--report", str(report)]
+    result = subprocess.run([*command, *base], capture_output=True, text=True)
+    if result.returncode and not _index_answers(tmp_path):
+        pytest.skip("no package index can be reached")
+    assert result.returncode == 0, result.stderr
+    names = {entry["metadata"]["name"].lower() for entry in json.loads(report.read_text())["install"]}
+    assert {"numpy", "onnxruntime", "tokenizers", "pillow"} <= names
+    assert not names & {"torch", "transformers", "onnx"}
+
+
+def _index_answers(folder: Path) -> bool:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "click"]
+    return subprocess.run(command, capture_output=True).returncode == 0
