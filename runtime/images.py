@@ -52,9 +52,9 @@ def _no_file(path: str) -> ImageError:
     shown = path if len(path) <= 200 else path[:200] + "..."
     if path.startswith(("http://", "https://", "data:")):
         return ImageError(f"{shown} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         return ImageError(f"{shown} is a folder.", hint="Give one image file.")
-    if Path(path).exists():
+    if path and Path(path).exists():
         return ImageError(f"{shown} is not a regular file.", hint="Copy its data into a file and give that.")
     return ImageError(f"There is no image {shown!r}.", hint="Check the path.")
 

@@ -41,7 +41,8 @@ def ask(bundle: Path, folder: Path, seed: int) -> Table:
     model = edgeprune.runtime.load(bundle)
     rng = np.random.default_rng([11, seed])
     table = Table("question", "truth", "all 144 tokens", "pruned", "tokens kept", "first token ms", "ms a token")
-    model.generate(draw_scene(sample_scene(rng)), "Describe the scene.")  # warm up
+    for prune in (False, True):  # warm up
+        model.generate(draw_scene(sample_scene(rng)), "Describe the scene.", prune=prune)
     for kind in KINDS:
         question = None
         while question is None:
