@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
+from edgeprune.export.verification import TOLERANCES
 from edgeprune.registry import FAMILIES, METHODS
 from edgeprune.tabletop.dataset import write_dataset
 
@@ -124,6 +127,15 @@ def test_verify_passes_and_fails(tiny_bundle: Bundle, tiny_folder: Path) -> None
     assert "other weights" in refused("verify", tiny_bundle.path, "--against", "tabletop", code=1)
 
 
+def test_a_failed_verification_names_the_stage(
+    tiny_bundle: Bundle, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOLERANCES, "prefill", -1.0)
+    result = run("verify", tiny_bundle.path, "--against", tiny_folder)
+    assert result.exit_code == 1
+    assert "FAILED: the first stage that differs is 'prefill'" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -174,6 +186,21 @@ def test_export_says_what_it_made(tiny_folder: Path, tmp_path: Path) -> None:
     assert "uniform @ layer 2: keep 6 of 12 = 50%, remove 50%" in result.output
     assert f"edgeprune verify {out}" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_ctrl_c_in_the_middle_of_export_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    code = "from edgeprune.cli import main; main()"
+    command = [sys.executable, "-P", "-c", code, "export", str(tiny_folder), "-o", str(tmp_path / "out"), "--image-size", "84x112"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()), "the export did not begin"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Aborted!" in errors and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_eval_compares_pruned_and_unpruned(tiny_bundle: Bundle, tiny_folder: Path, tmp_path: Path) -> None:

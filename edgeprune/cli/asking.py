@@ -21,7 +21,7 @@ from edgeprune.files import save_image
 @click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--sampling-seed", type=int, help="The same seed gives the same answer.")
+@click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
 @fit_option
@@ -34,7 +34,6 @@ def run(bundle: Path, image: Path | None, prompt: str | None, as_json: bool, **o
     from edgeprune.runtime.images import read_image
 
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
-    options["seed"] = options.pop("sampling_seed")
     picture = read_image(image)
     runtime = load(bundle, threads=options.pop("threads"))
     stream = runtime.stream(picture, prompt, prune=prune, **options)

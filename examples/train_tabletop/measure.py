@@ -17,6 +17,9 @@ from collections import Counter as Tally
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+from rich.console import Console
+
 import edgeprune.runtime
 from edgeprune.calibration.evaluation import ALL, UNPRUNED, EvalReport, evaluate
 from edgeprune.calibration.planning import unpruned_plan
@@ -27,15 +30,15 @@ from edgeprune.export.loading import find_model, load_model
 from edgeprune.tabletop.dataset import write_dataset
 from edgeprune.tabletop.questions import DESCRIBE
 from edgeprune.tabletop.world import SIDE
-from PIL import Image
-from rich.console import Console
 
 CARD = """# TableTop, a small model that sees
 
-A Qwen2-VL of {parameters:.1f} M parameters ({layers} decoder layers of hidden size {hidden}, {heads} query heads on {kv_heads} KV heads, a
-{depth}-layer vision tower, 144 visual tokens for a {side} x {side} image), trained from random weights on drawn robot-table scenes by
-`examples/train_tabletop/train.py`. It is EdgePrune's accuracy instrument: its attention is learned, small items cover one to
-four visual tokens, and without its eyes it knows nothing. It answers the questions of `edgeprune tabletop` and nothing else.
+A Qwen2-VL of {parameters:.1f} M parameters: {layers} decoder layers of hidden size {hidden}, {heads} query heads on
+{kv_heads} KV heads, a vision tower of {depth} layers, 144 visual tokens for a {side} x {side} image.
+It was trained from random weights on drawn
+robot-table scenes by `examples/train_tabletop/train.py`. It is EdgePrune's accuracy instrument: its attention is learned, small
+items cover one to four visual tokens, and without its eyes it knows nothing. It answers the questions of `edgeprune tabletop`
+and nothing else.
 
 ## Accuracy
 
@@ -49,8 +52,8 @@ exactly; for descriptions each stated fact counts (item and place, or label and 
 
 ## Training
 
-{minutes:.0f} minutes on 2 CPU cores, {steps} steps of 8 images with about 16 questions each. Accuracy over short answers and descriptions
-together on 64 scenes of another stream, as the run went ([the whole log](training_log.jsonl)):
+{minutes:.0f} minutes on 2 CPU cores, {steps} steps of 8 images with about 16 questions each. Accuracy over short answers and
+descriptions together, on 64 scenes of another stream, as the run went ([the whole log](training_log.jsonl)):
 
 | step | minute | right |
 |---|---|---|

@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="images a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scenes", type=int, default=512, help="for the evaluation at the end")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run = Run(options.work, options.learning_rate)
@@ -172,7 +173,7 @@ def main() -> None:
             run.log({"step": run.step} | {k: round(v, 3) for k, v in run.evaluate().items()})
             evaluated = run.minutes
     run.save()
-    run.log({"step": run.step} | {k: round(v, 3) for k, v in run.evaluate(rows=512).items()})
+    run.log({"step": run.step} | {k: round(v, 3) for k, v in run.evaluate(options.scenes).items()})
 
 
 if __name__ == "__main__":

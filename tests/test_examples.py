@@ -1,0 +1,65 @@
+"""The examples and the README's code do what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edgeprune.bundle import Bundle
+from edgeprune.export.loading import find_model, load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: object) -> str:
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_example_has_a_readme() -> None:
+    folders = [path for path in (ROOT / "examples").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert folders
+    assert all((folder / "README.md").is_file() for folder in folders)
+
+
+def test_the_demo_asks_and_draws(tmp_path: Path) -> None:
+    output = run("examples/demo/demo.py", tmp_path)
+    assert "144 -> 72 -> 36" in output
+    with Image.open(tmp_path / "kept-label.png") as drawn:
+        assert drawn.width > 1000
+    assert Bundle.load(tmp_path / "tabletop.bundle").plan.alive(7) == 36
+
+
+def test_training_runs_and_resumes(tmp_path: Path) -> None:
+    command = ("examples/train_tabletop/train.py", tmp_path, "--rows", 2, "--threads", 1, "--scenes", 16)
+    run(*command, "--minutes", 0.02, "--tower-minutes", 0.01)
+    output = run(*command, "--minutes", 0.03, "--tower-minutes", 0.01)
+    assert "resumed at step" in output
+    assert load_model(find_model(str(tmp_path))).geometry(None).tokens == 144
+
+
+def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, scenes = tmp_path / "table.bundle", tmp_path / "scenes"
+    code = "from edgeprune.cli import main; main()"
+    run("-c", code, "export", "tabletop", "-o", bundle, "--method", "uniform", "--keep", "0.5")
+    run("-c", code, "tabletop", scenes, "--scenes", 1)
+    (scenes / "images" / "000000.png").rename(tmp_path / "scene.png")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})  # the README's own code
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "edgeprune/tabletop/model/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
