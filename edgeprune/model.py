@@ -89,7 +89,7 @@ class PrunedDecoder(nn.Module):
 
     def _cut(self, tokens: _Tokens, cut: Cut, method: Method, row: torch.Tensor | None) -> _Tokens:
         def attention() -> torch.Tensor:
-            assert row is not None  # Cut allows the input site, where no layer has run yet, to other methods only
+            assert row is not None  # plans are checked: at the input, where no layer has run, no method asks for it
             return row
 
         return tokens.keep(keep_best(method.score(View(tokens.order, attention)), cut.keep))

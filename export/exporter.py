@@ -22,12 +22,11 @@ from edgeprune.bundle import (
     Manifest,
     record_files,
 )
-from edgeprune.errors import EdgePruneError, PlanError
+from edgeprune.errors import EdgePruneError
 from edgeprune.export.graphs import OPSET, trace_decoder, trace_embedding, trace_vision
 from edgeprune.export.loading import LoadedModel, ModelFolder
 from edgeprune.files import new_folder
 from edgeprune.plan import KeepPlan
-from edgeprune.registry import method_class
 
 STAGES = ("vision encoder", "embedding", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
@@ -41,7 +40,7 @@ def export_bundle(
 
     Raises PlanError when the plan was made for another model, UsageError when `output` exists and `force` is not given.
     """
-    check_plan(loaded, plan)
+    loaded.check_plan(plan)
     with new_folder(output, force=force) as folder:
         _check_space(loaded.folder, folder)
         _write_graphs(loaded, plan, folder, progress)
@@ -51,24 +50,6 @@ def export_bundle(
         progress("manifest")
         _manifest(loaded, folder).save(folder)
     return Bundle.load(output)
-
-
-def check_plan(loaded: LoadedModel, plan: KeepPlan) -> None:
-    """Raise PlanError unless the plan fits the model's family, depth and vision geometry, and its methods their sites."""
-    if plan.family != loaded.folder.model_type:
-        raise PlanError(f"The plan was made for {plan.family}, but {loaded.folder.name} is {loaded.folder.model_type}.")
-    layers = len(loaded.family.decoder().layers)
-    if plan.layers != layers:
-        raise PlanError(f"The plan was made for {plan.layers} decoder layers, but {loaded.folder.name} has {layers}.")
-    size = (plan.geometry.height, plan.geometry.width)
-    if loaded.geometry(size) != plan.geometry:
-        raise PlanError(
-            f"The plan was made for {plan.geometry}, but {loaded.folder.name} divides that into {loaded.geometry(size)}."
-        )
-    for cut in plan.cuts:
-        sites = method_class(cut.method).sites
-        if cut.site not in sites:
-            raise PlanError(f"{cut.method} cannot act at site {cut.site!r}.", hint=f"It acts at: {', '.join(sites)}.")
 
 
 def _write_graphs(loaded: LoadedModel, plan: KeepPlan, folder: Path, progress: Progress) -> None:

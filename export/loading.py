@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import Source, sha256_of
-from edgeprune.errors import UnsupportedModelError, UsageError, require_extra
-from edgeprune.plan import Geometry
-from edgeprune.registry import family_class
+from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, require_extra
+from edgeprune.plan import Geometry, KeepPlan
+from edgeprune.registry import family_class, method_class
 from edgeprune.tabletop import MODEL_FOLDER
 
 TABLETOP = "tabletop"
@@ -56,6 +56,22 @@ class LoadedModel:
         """Return the geometry for images of `size` (height, width), or of the model's own default size."""
         geometry: Geometry = self.family.geometry(self.model.config, self.folder.processor, size)
         return geometry
+
+    def check_plan(self, plan: KeepPlan) -> None:
+        """Raise PlanError unless the plan fits the model's family, depth and vision geometry, and its methods their sites."""
+        name = self.folder.name
+        if plan.family != self.folder.model_type:
+            raise PlanError(f"The plan was made for {plan.family}, but {name} is {self.folder.model_type}.")
+        layers = len(self.family.decoder().layers)
+        if plan.layers != layers:
+            raise PlanError(f"The plan was made for {plan.layers} decoder layers, but {name} has {layers}.")
+        own = self.geometry((plan.geometry.height, plan.geometry.width))
+        if own != plan.geometry:
+            raise PlanError(f"The plan was made for {plan.geometry}, but {name} divides that into {own}.")
+        for cut in plan.cuts:
+            sites = method_class(cut.method).sites
+            if cut.site not in sites:
+                raise PlanError(f"{cut.method} cannot act at site {cut.site!r}.", hint=f"It acts at: {', '.join(sites)}.")
 
     def processor(self, geometry: Geometry) -> dict[str, Any]:
         """Return the image-processor settings for one geometry: every image is brought to its area."""

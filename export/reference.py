@@ -53,7 +53,7 @@ class EagerEngine:
 
 def reference_model(loaded: LoadedModel, plan: KeepPlan) -> Model:
     """Return the model behind the runtime's interface; wrap it in `edgeprune.runtime.Runtime` to ask it questions."""
-    parts = loaded.family.decoder()
+    loaded.check_plan(plan)
     return Model(
         engine=EagerEngine(loaded, plan),
         codec=TextCodec(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
@@ -62,7 +62,7 @@ def reference_model(loaded: LoadedModel, plan: KeepPlan) -> Model:
         image_spec=ImageSpec.from_processor_config(loaded.processor(plan.geometry)),
         image_token=int(loaded.model.config.image_token_id),
         end_tokens=loaded.end_tokens(),
-        hidden=parts.hidden,
+        hidden=loaded.family.decoder().hidden,
         position_axes=loaded.family.position_axes,
         plan=plan,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,17 +36,23 @@ class Model:
 
 
 class Stream:
-    """An answer being generated: iterate it for pieces of text. `receipt` fills as it goes and is final at the end."""
+    """An answer being generated, an iterator of pieces of text; nothing runs before the first is asked for.
+
+    `text` is what was said so far; `receipt` fills as it goes and is final at the end.
+    """
 
     def __init__(self, pieces: Generator[str], receipt: Receipt) -> None:
         self._pieces = pieces
         self.receipt = receipt
         self.text = ""
 
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            self.text += piece
-            yield piece
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
 
     def close(self) -> None:
         """Stop generating; what was said so far is the answer."""
@@ -60,6 +66,7 @@ class Conversation:
         self._model, self._prune, self._fit = model, prune, how
         self._messages: list[Message] = []
         self._images: list[np.ndarray] = []  # visual tokens, in the order of the messages
+        self._stream: Stream | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -69,19 +76,21 @@ class Conversation:
         self._position = 0
 
     def ask(self, prompt: str, image: Image.Image | None = None, sampling: Sampling | None = None) -> Stream:
-        """Add a user turn and return the stream of the answer; the turn counts once the stream has ended."""
+        """Return the stream of the answer to the next user turn.
+
+        A stream that is never read leaves no trace; one that is still running is ended by asking again.
+        """
         if not prompt.strip():
             raise UsageError("The prompt is empty.", hint="Ask something about the image.")
-        if self._messages and self._messages[-1]["role"] == "user":
-            raise UsageError("The stream of the last turn was never read.", hint="Iterate it before asking again.")
         refuse_control_tokens(prompt, self._model.codec)
+        if self._stream is not None:
+            self._stream.close()
         receipt = Receipt(pruned=False, reason="this turn has no image" if image is None else "")
-        if image is not None:
-            self._images.append(self._see(image, receipt))
-        parts = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}]
-        self._messages.append({"role": "user", "content": parts})
-        sampler = Sampler(sampling or Sampling())
-        return Stream(self._answer(sampler, receipt), receipt)
+        seen = [] if image is None else [self._see(image, receipt)]
+        parts = [{"type": "image"} for _ in seen] + [{"type": "text", "text": prompt}]
+        turn: Message = {"role": "user", "content": parts}
+        self._stream = Stream(self._answer(turn, seen, Sampler(sampling or Sampling()), receipt), receipt)
+        return self._stream
 
     def _see(self, image: Image.Image, receipt: Receipt) -> np.ndarray:
         started = time.perf_counter()
@@ -92,14 +101,21 @@ class Conversation:
         receipt.times.vision_ms = 1e3 * (time.perf_counter() - prepared)
         return visual
 
-    def _answer(self, sampler: Sampler, receipt: Receipt) -> Generator[str]:
-        # A stream closed early still leaves the conversation whole: what was said so far is the answer.
+    def _answer(self, turn: Message, seen: list[np.ndarray], sampler: Sampler, receipt: Receipt) -> Generator[str]:
+        # However the stream ends, the conversation stays whole: what was said so far is the answer.
         said: list[int] = []
+        self._messages.append(turn)
+        self._images += seen
         try:
             yield from self._generate(sampler, receipt, said)
+        except GeneratorExit:
+            receipt.finish_reason = "cancelled"
+            raise
+        except Exception:
+            receipt.finish_reason = "error"
+            self._reset()  # the caches may hold half a turn
+            raise
         finally:
-            if receipt.finish_reason == "running":
-                receipt.finish_reason = "cancelled"
             self._messages.append({"role": "assistant", "content": self._model.codec.decode(said)})
 
     def _generate(self, sampler: Sampler, receipt: Receipt, said: list[int]) -> Generator[str]:

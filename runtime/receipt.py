@@ -44,7 +44,7 @@ class Receipt:
     """The account of one answer.
 
     `pruned` tells whether the plan was applied, and `reason` why not. `finish_reason`: "end" (the model ended its turn), "stop" (a
-    stop string), "length" (max_tokens), "cancelled" (the stream was closed early) or "running".
+    stop string), "length" (max_tokens), "cancelled" (the stream was closed early), "error" or "running".
     """
 
     pruned: bool

@@ -211,6 +211,9 @@ def test_eval_compares_pruned_and_unpruned(tiny_bundle: Bundle, tiny_folder: Pat
     eager = run("eval", tiny_folder, *data, "--image-size", "84x112", "--json")
     assert "pruned" not in json.loads(eager.stdout)["kinds"]["size"]
     assert "frozen in" in refused("eval", tiny_bundle.path, *data, "--keep", "0.5")
+    eager_cut = ("--image-size", "84x112", "--method", "fastv", "--keep", "0.5", "--layer")
+    assert "pruned" in json.loads(run("eval", tiny_folder, *data, *eager_cut, 1, "--json").stdout)["kinds"]["size"]
+    assert "cannot act at site" in refused("eval", tiny_folder, *data, *eager_cut, 0)
 
 
 def test_eval_refuses_bad_data(tiny_bundle: Bundle, tmp_path: Path) -> None:

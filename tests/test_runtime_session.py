@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,11 +132,40 @@ def test_a_stream_closed_early_is_cancelled(runtime: Runtime, tiny_image: Image.
     assert "".join(chat.ask("And now?", max_tokens=2)) is not None
 
 
-def test_an_unread_stream_blocks_the_next_turn(runtime: Runtime, tiny_image: Image.Image) -> None:
+def test_an_unread_stream_leaves_no_trace(runtime: Runtime, tiny_image: Image.Image) -> None:
     chat = runtime.chat()
-    chat.ask(PROMPT, tiny_image)
-    with pytest.raises(UsageError, match="never read"):
-        chat.ask("And now?")
+    chat.ask("What is nearest to the gripper?", tiny_image)
+    answer = "".join(chat.ask(PROMPT, tiny_image, max_tokens=6))
+    assert answer == runtime.generate(tiny_image, PROMPT, max_tokens=6).text
+
+
+def test_asking_again_ends_the_running_stream(runtime: Runtime, tiny_image: Image.Image) -> None:
+    chat = runtime.chat()
+    stream = chat.ask(PROMPT, tiny_image, max_tokens=50)
+    next(stream)
+    assert "".join(chat.ask("And now?", max_tokens=2)) is not None
+    assert stream.receipt.finish_reason == "cancelled"
+
+
+def test_a_failing_engine_leaves_the_conversation_usable(
+    runtime: Runtime, tiny_image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = runtime.chat()
+    engine = runtime._model.engine
+    step, calls = engine.step, iter(range(3))
+
+    def fail(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError
+        return step(*arguments)
+
+    monkeypatch.setattr(engine, "step", fail)
+    stream = chat.ask(PROMPT, tiny_image, max_tokens=9)
+    with pytest.raises(MemoryError):
+        "".join(stream)
+    assert stream.receipt.finish_reason == "error"
+    monkeypatch.undo()
+    assert "".join(chat.ask("And now?", max_tokens=2)) is not None
 
 
 def test_seeds_repeat(runtime: Runtime, tiny_image: Image.Image) -> None:
