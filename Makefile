@@ -26,8 +26,8 @@ check: .venv/.test tree
 tree:
 	rm -rf $(TREE)
 	mkdir -p $(TREE)/edgeprune
-	ln -s $(CURDIR)/edgeprune/* $(CURDIR)/export $(CURDIR)/runtime $(CURDIR)/calibration $(TREE)/edgeprune/
-	ln -s $(CURDIR)/tests $(CURDIR)/examples $(TREE)/
+	ln -s "$(CURDIR)"/edgeprune/* "$(CURDIR)/export" "$(CURDIR)/runtime" "$(CURDIR)/calibration" $(TREE)/edgeprune/
+	ln -s "$(CURDIR)/tests" "$(CURDIR)/examples" $(TREE)/
 
 # torch first and by its exact version, so that nothing else decides which build of it comes.
 .venv/.demo: pyproject.toml constraints.txt
