@@ -35,10 +35,9 @@ CARD = """# TableTop, a small model that sees
 
 A Qwen2-VL of {parameters:.1f} M parameters: {layers} decoder layers of hidden size {hidden}, {heads} query heads on
 {kv_heads} KV heads, a vision tower of {depth} layers, 144 visual tokens for a {side} x {side} image.
-It was trained from random weights on drawn
-robot-table scenes by `examples/train_tabletop/train.py`. It is EdgePrune's accuracy instrument: its attention is learned, small
-items cover one to four visual tokens, and without its eyes it knows nothing. It answers the questions of `edgeprune tabletop`
-and nothing else.
+It was trained from random weights on drawn robot-table scenes by `examples/train_tabletop/train.py`. It is EdgePrune's
+accuracy instrument: its attention is learned, small items cover one to four visual tokens, and without its eyes it knows
+nothing. It answers the questions of `edgeprune tabletop` and nothing else.
 
 ## Accuracy
 
