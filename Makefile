@@ -13,13 +13,14 @@ TREE := build/tree
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
 
+# Not `python -m pytest`: that puts the root on sys.path, where edgeprune lacks its mapped folders.
 test: check
-	$(BIN)/python -P -m pytest
+	$(BIN)/pytest
 
 check: .venv/.test tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml edgeprune tests examples
+	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache edgeprune tests examples
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 # mypy and import-linter see mapped packages only as one real tree.

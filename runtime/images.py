@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -39,7 +38,7 @@ def read_image(source: Source) -> Image.Image:
 
 
 def _from_file(path: str) -> Image.Image:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise _no_file(path)
     with warnings.catch_warnings():
         # They would stand beside our one line. Only Pillow's: the filters are the whole process's, other threads' too.
@@ -52,9 +51,9 @@ def _no_file(path: str) -> ImageError:
     shown = path if len(path) <= 200 else path[:200] + "..."
     if path.startswith(("http://", "https://", "data:")):
         return ImageError(f"{shown} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
-    if path and Path(path).is_dir():
+    if os.path.isdir(path):
         return ImageError(f"{shown} is a folder.", hint="Give one image file.")
-    if path and Path(path).exists():
+    if os.path.exists(path):
         return ImageError(f"{shown} is not a regular file.", hint="Copy its data into a file and give that.")
     return ImageError(f"There is no image {shown!r}.", hint="Check the path.")
 

@@ -67,7 +67,8 @@ def _highlight(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
 
 def _edges(length: int, cells: int) -> np.ndarray:
-    return np.rint(np.linspace(0, length, cells + 1)).astype(np.int64)
+    edges: np.ndarray = np.rint(np.linspace(0, length, cells + 1)).astype(np.int64)
+    return edges
 
 
 def _interior(inside: np.ndarray) -> np.ndarray:

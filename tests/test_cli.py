@@ -188,7 +188,7 @@ def test_export_says_what_it_made(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_in_the_middle_of_export_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     code = "from edgeprune.cli import main; main()"
-    command = [sys.executable, "-P", "-c", code, "export", str(tiny_folder), "-o", str(tmp_path / "out"), "--image-size", "84x112"]
+    command = [sys.executable, "-I", "-c", code, "export", str(tiny_folder), "-o", str(tmp_path / "out"), "--image-size", "84x112"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:

@@ -15,7 +15,7 @@ HEAVY = {"torch", "transformers", "optimum", "onnx", "onnxscript", "safetensors"
 def loaded_after(code: str) -> set[str]:
     """Return the top-level modules that are loaded after running code in a fresh interpreter."""
     report = "\nimport sys; print('MODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
-    command = [sys.executable, "-P", "-c", code + report]
+    command = [sys.executable, "-I", "-c", code + report]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return set(output.split("MODULES ")[1].split())
 

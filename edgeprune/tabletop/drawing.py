@@ -69,7 +69,7 @@ def _lit_table() -> np.ndarray:
     # One hue shift along x and another along y: position can be read from colour.
     ramp = np.linspace(-1.0, 1.0, SIDE)
     x, y = np.meshgrid(ramp, ramp)
-    pixels = _TABLE + np.stack([-34 * x, -10 * x - 10 * y, 34 * y], axis=-1)
+    pixels: np.ndarray = _TABLE + np.stack([-34 * x, -10 * x - 10 * y, 34 * y], axis=-1)
     rim = np.ones((SIDE, SIDE), bool)
     rim[RIM - 4 : 4 - RIM, RIM - 4 : 4 - RIM] = False
     pixels[rim] *= 0.6
