@@ -35,24 +35,24 @@ class KindScore:
 
 @dataclass
 class Cost:
-    """What the answers of one variant cost: every time to first token and per token in ms, KV bytes of the longest answer."""
+    """What the answers of one variant cost: time to first token and per token in ms, and KV bytes when each answer ended."""
 
     ttft_ms: list[float] = field(default_factory=list)
     ms_per_token: list[float] = field(default_factory=list)
-    kv_bytes: int = 0
+    kv_bytes: list[int] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
         """Count one answer."""
         self.ttft_ms.append(receipt.times.ttft_ms)
         self.ms_per_token += receipt.times.decode_ms
-        self.kv_bytes = max(self.kv_bytes, receipt.kv_bytes)
+        self.kv_bytes.append(receipt.kv_bytes)
 
     def to_dict(self) -> dict[str, float]:
         """Return medians as JSON data."""
         return {
             "ttft_ms": statistics.median(self.ttft_ms or [0.0]),
             "ms_per_token": statistics.median(self.ms_per_token or [0.0]),
-            "kv_bytes": self.kv_bytes,
+            "kv_bytes": statistics.median(self.kv_bytes or [0]),
         }
 
 

@@ -113,7 +113,7 @@ def _answer_with_transformers(loaded: LoadedModel, processor: Any, sample: Sampl
         output = loaded.model.generate(**inputs, max_new_tokens=128, do_sample=False, streamer=clock, return_dict_in_generate=True)
     cost.ttft_ms.append(1e3 * (clock.times[1] - begun))  # the first call of the streamer is the prompt
     cost.ms_per_token += [1e3 * (b - a) for a, b in pairwise(clock.times[1:])]
-    cost.kv_bytes = max(cost.kv_bytes, sum(x.keys.nbytes + x.values.nbytes for x in output.past_key_values.layers))
+    cost.kv_bytes.append(sum(x.keys.nbytes + x.values.nbytes for x in output.past_key_values.layers))
     text: str = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 
