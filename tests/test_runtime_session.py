@@ -18,6 +18,7 @@ from edgeprune.export.loading import LoadedModel
 from edgeprune.export.reference import reference_model
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.conversation import Stream
 
 PROMPT = "What colour is the cube?"
 
@@ -25,6 +26,13 @@ PROMPT = "What colour is the cube?"
 @pytest.fixture(scope="module")
 def runtime(tiny_bundle: Bundle) -> Runtime:
     return load(tiny_bundle.path, threads=1)
+
+
+def finishes(stream: Stream) -> bool:
+    """Read a stream to its end and tell whether it came to a proper one."""
+    for _ in stream:
+        pass
+    return stream.receipt.finish_reason in ("end", "length") and stream.receipt.generated_tokens > 0
 
 
 def transformers_answer(loaded: LoadedModel, image: Image.Image, prompt: str, tokens: int) -> str:
@@ -96,7 +104,7 @@ def test_pruning_shortens_the_cache(runtime: Runtime, tiny_image: Image.Image) -
 
 def test_turns_share_the_caches(runtime: Runtime, tiny_image: Image.Image) -> None:
     chat = runtime.chat(prune=False)
-    first = "".join(chat.ask(PROMPT, tiny_image, max_tokens=4))
+    "".join(chat.ask(PROMPT, tiny_image, max_tokens=4))
     second = chat.ask("And the ball?", max_tokens=6)
     answer = "".join(second)
     assert (second.receipt.visual_tokens, second.receipt.reason) == (0, "this turn has no image")
@@ -105,7 +113,6 @@ def test_turns_share_the_caches(runtime: Runtime, tiny_image: Image.Image) -> No
     "".join(again.ask(PROMPT, tiny_image, max_tokens=4))
     again._conversation._reset()
     assert "".join(again.ask("And the ball?", max_tokens=6)) == answer
-    assert isinstance(first, str)
 
 
 def test_a_second_image_may_come_later(runtime: Runtime, tiny_image: Image.Image) -> None:
@@ -129,7 +136,7 @@ def test_a_stream_closed_early_is_cancelled(runtime: Runtime, tiny_image: Image.
     next(pieces)
     stream.close()
     assert stream.receipt.finish_reason == "cancelled"
-    assert "".join(chat.ask("And now?", max_tokens=2)) is not None
+    assert finishes(chat.ask("And now?", max_tokens=2))
 
 
 def test_an_unread_stream_leaves_no_trace(runtime: Runtime, tiny_image: Image.Image) -> None:
@@ -143,7 +150,7 @@ def test_asking_again_ends_the_running_stream(runtime: Runtime, tiny_image: Imag
     chat = runtime.chat()
     stream = chat.ask(PROMPT, tiny_image, max_tokens=50)
     next(stream)
-    assert "".join(chat.ask("And now?", max_tokens=2)) is not None
+    assert finishes(chat.ask("And now?", max_tokens=2))
     assert stream.receipt.finish_reason == "cancelled"
 
 
@@ -165,7 +172,7 @@ def test_a_failing_engine_leaves_the_conversation_usable(
         "".join(stream)
     assert stream.receipt.finish_reason == "error"
     monkeypatch.undo()
-    assert "".join(chat.ask("And now?", max_tokens=2)) is not None
+    assert finishes(chat.ask("And now?", max_tokens=2))
 
 
 def test_seeds_repeat(runtime: Runtime, tiny_image: Image.Image) -> None:
