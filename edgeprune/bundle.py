@@ -3,6 +3,8 @@
 manifest.json                    this module's Manifest, with the sha256 of every other file
 plan.json                        the keep plan that is frozen into the decoder
 onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden]
+onnx/selector.onnx               the input cut, if the plan has one: visual tokens and prompt -> kept tokens [1, K, hidden], indices
+onnx/predictor.onnx              the rate of a live decode cut: attention split [layers, 4] and step -> share kept [1]
 onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
 onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
 processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from edgeprune.errors import BundleError
 from edgeprune.files import write_text
 from edgeprune.plan import KeepPlan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, PLAN = "manifest.json", "plan.json"
 VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder.onnx"
+SELECTOR, PREDICTOR = "onnx/selector.onnx", "onnx/predictor.onnx"
 TOKENIZER, SPECIAL_TOKENS = "processor/tokenizer.json", "processor/special_tokens.json"
 CHAT_TEMPLATE, PREPROCESSOR = "processor/chat_template.jinja", "processor/preprocessor_config.json"
 
@@ -112,10 +115,11 @@ class Bundle:
         manifest = Manifest.load(path)
         for name, record in manifest.files.items():
             _check_file(path, name, record)
-        for name in (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR):
-            if name not in manifest.files:
-                raise BundleError(f"The manifest of {path} does not list {name}.", hint="Export it again.")
-        return cls(path, manifest, KeepPlan.load(path / PLAN))
+        always = (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR)
+        _check_listed(path, manifest, always)
+        plan = KeepPlan.load(path / PLAN)
+        _check_listed(path, manifest, [*([SELECTOR] if plan.input else []), *([PREDICTOR] if plan.live else [])])
+        return cls(path, manifest, plan)
 
     def file(self, name: str) -> Path:
         """Return the path of one file of the bundle."""
@@ -151,6 +155,12 @@ def _read_json(folder: Path) -> Any:
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}.") from error
     except (OSError, ValueError) as error:
         raise BundleError(f"Cannot read {folder / MANIFEST}: {error}.", hint="Export it again.") from error
+
+
+def _check_listed(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in manifest.files:
+            raise BundleError(f"The manifest of {folder} does not list {name}.", hint="Export it again.")
 
 
 def _check_file(folder: Path, name: str, record: FileRecord) -> None:

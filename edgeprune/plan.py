@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import PlanError
 from edgeprune.files import write_text
 
-SCHEMA_VERSION = 1
-SITES = ("input", "layer")
+SCHEMA_VERSION = 2
+SITES = ("input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ class Geometry:
 class Cut:
     """One place where visual tokens leave.
 
-    `site` "input" acts before decoder layer 0, "layer" before decoder layer `layer` (1 or more). `keep` tokens stay, chosen by
-    `method`; `seed` matters to methods that draw lots.
+    `site` "input": before decoder layer 0. "layer": before decoder layer `layer` (1 or more), for all later ones. "cache": at
+    the end of prefill, from the KV cache of `layer` alone, each KV head its own. "decode": while tokens are generated, from the
+    caches of `layer` and all later ones. `keep` tokens stay (at "decode": at least), chosen by `method`; `seed` matters to
+    methods that draw lots; `options` are the method's own settings.
     """
 
     site: str
@@ -62,18 +64,33 @@ class Cut:
     keep: int
     layer: int = 0
     seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise PlanError(f"Unknown site {self.site!r}.", hint=f"Sites are: {', '.join(SITES)}.")
-        if (self.site == "input") != (self.layer == 0):
-            raise PlanError(f"A cut at site {self.site!r} cannot act before layer {self.layer}.")
-        if self.keep < 1:
-            raise PlanError(f"A cut must keep at least one token, not {self.keep}.")
+        if self.layer < 0 or (self.site == "input" and self.layer != 0) or (self.site == "layer" and self.layer == 0):
+            raise PlanError(f"A cut at site {self.site!r} cannot act at layer {self.layer}.")
+        if self.keep < 0 or (self.site == "input" and self.keep == 0):
+            raise PlanError(f"{self} cannot keep {self.keep} tokens.")
+        if not isinstance(self.options, Mapping):
+            raise PlanError(f"The options of {self} must be names and values.")
 
     def __str__(self) -> str:
-        where = "input" if self.site == "input" else f"layer {self.layer}"
-        return f"{self.method} @ {where}"
+        return f"{self.method} @ {self.site if self.site == 'input' else f'{self.site} {self.layer}'}"
+
+    def settings(self, **defaults: Any) -> dict[str, Any]:
+        """Return the method's settings: `defaults`, and over them the cut's options; raise PlanError for one that is no setting."""
+        for name, value in self.options.items():
+            if name not in defaults:
+                known = f"Options of {self.method}: {', '.join(defaults)}." if defaults else f"{self.method} has no options."
+                raise PlanError(f"{self} has the unknown option {name!r}.", hint=known)
+            expected = type(defaults[name])
+            if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool) != (
+                expected is bool
+            ):
+                raise PlanError(f"Option {name!r} of {self} must be of type {expected.__name__}, not {value!r}.")
+        return {**defaults, **self.options}
 
 
 @dataclass(frozen=True)
@@ -86,20 +103,81 @@ class KeepPlan:
     cuts: tuple[Cut, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        alive, last = self.geometry.tokens, -1
+        places = [(SITES.index(cut.site), cut.layer) for cut in self.cuts]
+        for cut, before, place in zip(self.cuts[1:], places, places[1:], strict=False):
+            if place <= before:
+                raise PlanError(f"The cuts must stand in the order of their sites and layers, one at each; {cut} does not.")
         for cut in self.cuts:
-            if cut.layer <= last:
-                raise PlanError(f"The cuts must stand in the order of their layers, one a layer; {cut} does not.")
             if cut.layer >= self.layers:
                 raise PlanError(f"{cut} lies beyond the model's {self.layers} layers (0 to {self.layers - 1}).")
-            if cut.keep > alive:
-                raise PlanError(f"{cut} keeps {cut.keep} tokens, but only {alive} are left there.")
-            alive, last = cut.keep, cut.layer
+        self._check_counts()
+        self._check_decode()
+
+    def _check_counts(self) -> None:
+        alive = self.geometry.tokens
+        for cut in self.cuts:
+            left = self.alive(cut.layer) if cut.site == "cache" else alive
+            if cut.keep > left:
+                raise PlanError(f"{cut} keeps {cut.keep} tokens, but only {left} are left there.")
+            alive = cut.keep if cut.site in ("input", "layer") else alive
+
+    def _check_decode(self) -> None:
+        if self.decode is None:
+            return
+        ranked = {cut.layer for cut in self.cache_cuts}
+        missing = [layer for layer in range(self.decode.layer, self.layers) if layer not in ranked]
+        if missing:
+            raise PlanError(
+                f"{self.decode} needs a cache cut in every layer from {self.decode.layer} on; layer {missing[0]} has none.",
+                hint="A cache cut may keep every token: it ranks them, so that a smaller budget is a prefix.",
+            )
+
+    @property
+    def input(self) -> Cut | None:
+        """The cut before layer 0, if any."""
+        return next((cut for cut in self.cuts if cut.site == "input"), None)
+
+    @property
+    def layer_cuts(self) -> tuple[Cut, ...]:
+        """The cuts between layers."""
+        return tuple(cut for cut in self.cuts if cut.site == "layer")
+
+    @property
+    def cache_cuts(self) -> tuple[Cut, ...]:
+        """The cuts of KV caches."""
+        return tuple(cut for cut in self.cuts if cut.site == "cache")
+
+    @property
+    def decode(self) -> Cut | None:
+        """The cut that acts while tokens are generated, if any."""
+        return next((cut for cut in self.cuts if cut.site == "decode"), None)
+
+    @property
+    def live(self) -> bool:
+        """Whether the rate of the decode cut follows attention, step by step, instead of a schedule."""
+        return self.decode is not None and self.decode.options.get("form") != "schedule"
+
+    @property
+    def seen(self) -> int:
+        """Visual tokens that enter the decoder."""
+        return self.input.keep if self.input else self.geometry.tokens
 
     def alive(self, layer: int) -> int:
-        """Return how many visual tokens decoder layer `layer` sees."""
-        counts = [self.geometry.tokens, *(cut.keep for cut in self.cuts if cut.layer <= layer)]
-        return counts[-1]
+        """Return how many visual tokens decoder layer `layer` sees in prefill."""
+        return [self.seen, *(cut.keep for cut in self.layer_cuts if cut.layer <= layer)][-1]
+
+    def stored(self, layer: int) -> int:
+        """Return how many visual tokens the KV cache of decoder layer `layer` holds after prefill."""
+        return next((cut.keep for cut in self.cache_cuts if cut.layer == layer), self.alive(layer))
+
+    def cache_stage(self, layer: int) -> tuple[int, bool]:
+        """Return what all layers have in common whose visual caches are of one length throughout generation."""
+        return self.stored(layer), self.decode is not None and layer >= self.decode.layer
+
+    def with_cuts(self, *cuts: Cut) -> KeepPlan:
+        """Return this plan with these cuts added at their places."""
+        ordered = sorted((*self.cuts, *cuts), key=lambda cut: (SITES.index(cut.site), cut.layer))
+        return replace(self, cuts=tuple(ordered))
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""

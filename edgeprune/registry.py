@@ -13,7 +13,9 @@ from typing import Any
 from edgeprune.errors import UnsupportedModelError, UsageError
 
 METHODS = {
+    "dyrate": "edgeprune.methods.dyrate:DyRate",
     "fastv": "edgeprune.methods.fastv:FastV",
+    "plphp": "edgeprune.methods.plphp:PLPHP",
     "random": "edgeprune.methods.random:Random",
     "uniform": "edgeprune.methods.uniform:Uniform",
 }

@@ -13,22 +13,23 @@ from edgeprune.bundle import (
     DECODER,
     EMBED,
     PLAN,
+    PREDICTOR,
     PREPROCESSOR,
+    SELECTOR,
     SPECIAL_TOKENS,
     TOKENIZER,
     VISION,
     Bundle,
-    DecoderShape,
     Manifest,
     record_files,
 )
 from edgeprune.errors import EdgePruneError
-from edgeprune.export.graphs import OPSET, trace_decoder, trace_embedding, trace_vision
-from edgeprune.export.loading import LoadedModel, ModelFolder
+from edgeprune.export.graphs import OPSET, trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.files import new_folder
+from edgeprune.loading import LoadedModel, ModelFolder
 from edgeprune.plan import KeepPlan
 
-STAGES = ("vision encoder", "embedding", "decoder", "processor", "manifest")
+STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
 Progress = Callable[[str], None]
 
@@ -58,9 +59,14 @@ def _write_graphs(loaded: LoadedModel, plan: KeepPlan, folder: Path, progress: P
     temporal = int(loaded.folder.processor.get("temporal_patch_size", 1))
     progress("vision encoder")
     pixels = 3 * temporal * plan.geometry.patch**2
-    trace_vision(loaded.family.vision(plan.geometry).eval(), plan.geometry, pixels, folder / VISION)
+    trace_vision(loaded.family, plan, pixels, folder / VISION)
     progress("embedding")
     trace_embedding(parts.embed_tokens, folder / EMBED)
+    progress("selection")
+    if plan.input is not None:
+        trace_selector(parts, plan, folder / SELECTOR)
+    if plan.live:
+        trace_predictor(plan, folder / PREDICTOR)
     progress("decoder")
     trace_decoder(parts, loaded.family.position_axes, plan, folder / DECODER)
 
@@ -74,17 +80,9 @@ def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
 
 
 def _manifest(loaded: LoadedModel, folder: Path) -> Manifest:
-    parts = loaded.family.decoder()
     return Manifest(
         source=loaded.folder.source(),
-        decoder=DecoderShape(
-            layers=len(parts.layers),
-            kv_heads=parts.kv_heads,
-            head_dim=parts.head_dim,
-            hidden=parts.hidden,
-            vocabulary=parts.vocabulary,
-            position_axes=loaded.family.position_axes,
-        ),
+        decoder=loaded.decoder_shape(),
         opset=OPSET,
         image_token=int(loaded.model.config.image_token_id),
         end_tokens=loaded.end_tokens(),

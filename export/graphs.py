@@ -1,7 +1,8 @@
-"""Trace the three graphs of a bundle with `torch.onnx.export(dynamo=True)`.
+"""Trace the graphs of a bundle with `torch.onnx.export(dynamo=True)`.
 
 No shape depends on data: lengths of the segments and caches are dynamic dimensions, the kept counts are constants bounded by
-the length of the visual segment. Layers between the same two cuts share one cache length.
+the length of the visual segment. All layers share the length of their text caches; layers whose visual caches hold as many tokens
+share that length.
 """
 
 from __future__ import annotations
@@ -17,20 +18,53 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
-from edgeprune.families.base import DecoderParts
-from edgeprune.model import PrunedDecoder, Segment
-from edgeprune.plan import Geometry, KeepPlan
-from edgeprune.runtime.engine import SEGMENTS, cache_name, kept_name
+from edgeprune.families.base import DecoderParts, Family
+from edgeprune.model import InputSelector, PrunedDecoder, Segment
+from edgeprune.model.attention import caches_of, flat_text, flat_visual
+from edgeprune.plan import KeepPlan
+from edgeprune.registry import method_class
+from edgeprune.runtime.engine import SEGMENTS, SIGNALS, decoder_inputs, decoder_outputs, kept_name
 
 OPSET = 20  # what TensorRT 10.3 of JetPack 6 reads
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 
 
-def trace_vision(tower: nn.Module, geometry: Geometry, patch_pixels: int, path: Path) -> None:
-    """Write the vision encoder of one geometry: pixel_values [patches, patch_pixels] -> visual_embeds [1, V, hidden]."""
-    patches = geometry.tokens * geometry.merge**2
-    example = torch.zeros(patches, patch_pixels)
-    _trace(tower, (example,), None, ["pixel_values"], ["visual_embeds"], path)
+def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, path: Path) -> None:
+    """Write the vision encoder of one geometry: pixel_values [patches, patch_pixels] -> visual_embeds [1, V, hidden].
+
+    Where the plan's input cut needs them, also what the encoder attends to: vision_attention [V], vision_keys [V, key dim].
+    """
+    geometry, signals = plan.geometry, wants_signals(plan)
+    example = torch.zeros(geometry.tokens * geometry.merge**2, patch_pixels)
+    outputs = ["visual_embeds", *(SIGNALS if signals else ())]
+    _trace(family.vision(geometry, signals=signals).eval(), (example,), None, ["pixel_values"], outputs, path)
+
+
+def trace_selector(parts: DecoderParts, plan: KeepPlan, path: Path) -> None:
+    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, hidden], kept.0 [K]."""
+    assert plan.input is not None
+    tokens = plan.geometry.tokens
+    words = torch.export.Dim("words", min=1, max=MAX_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    arguments = [torch.randn(1, n, parts.hidden, generator=generator) for n in (tokens, 5)]
+    names, shapes = ["visual_embeds", "prompt_embeds"], [None, {1: words}]
+    if wants_signals(plan):
+        arguments += [torch.rand(tokens, generator=generator), torch.randn(tokens, 2 * parts.hidden, generator=generator)]
+        names, shapes = [*names, *SIGNALS], [*shapes, None, {1: torch.export.Dim("key_dim", min=1, max=MAX_LENGTH)}]
+    selector = InputSelector(plan.input, plan.geometry).eval()
+    _trace(selector, tuple(arguments), tuple(shapes), names, ["kept_embeds", kept_name(0)], path)
+
+
+def trace_predictor(plan: KeepPlan, path: Path) -> None:
+    """Write the rate of a live decode cut: attention_split [layers, 4], step [1] -> share [1]."""
+    assert plan.decode is not None
+    rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rater()
+    _trace(rater, (torch.full((plan.layers, 4), 0.25), torch.ones(1)), None, ["attention_split", "step"], ["share"], path)
+
+
+def wants_signals(plan: KeepPlan) -> bool:
+    """Tell whether the plan's input cut asks the vision encoder for more than the visual tokens."""
+    return plan.input is not None and bool(method_class(plan.input.method).needs)
 
 
 def trace_embedding(embed_tokens: nn.Module, path: Path) -> None:
@@ -43,19 +77,16 @@ def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, path: Path) ->
     """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.runtime.engine`."""
     decoder = PrunedDecoder(parts, plan).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
-    examples = dict(zip(SEGMENTS, (3, plan.geometry.tokens, 5), strict=True))
-    hidden = parts.hidden
-    embeds = [torch.zeros(1, examples[name], hidden) for name in SEGMENTS]
+    examples = dict(zip(SEGMENTS, (3, plan.seen, 5), strict=True))
+    embeds = [torch.zeros(1, examples[name], parts.hidden) for name in SEGMENTS]
     positions = [torch.zeros(axes, examples[name], dtype=torch.int64) for name in SEGMENTS]
-    shapes = [{1: lengths[name]} for name in SEGMENTS]
-    caches, cache_shapes = _example_caches(parts, plan)
-    layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
-    inputs = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
-    inputs += [cache_name(*layer) for layer in layers]
-    outputs = ["logits", *(cache_name(*layer, present=True) for layer in layers)]
-    outputs += [kept_name(index) for index in range(len(plan.cuts))]
-    arguments = (*embeds, *positions, caches)
-    _trace(_FlatDecoder(decoder), arguments, (*shapes, *shapes, cache_shapes), inputs, outputs, path)
+    shapes: list[Any] = [{1: lengths[name]} for name in SEGMENTS] * 2 + [{0: lengths["visual"]}]
+    arguments: list[Any] = [*embeds, *positions, torch.arange(plan.seen)]
+    past, past_shapes = _example_caches(parts, plan)
+    groups = torch.zeros(past[0].shape[2] + 3 + 5, 3)
+    arguments += [groups if plan.live else None, past]
+    shapes += [{0: torch.export.Dim.AUTO} if plan.live else None, past_shapes]
+    _trace(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), decoder_inputs(plan), decoder_outputs(plan), path)
 
 
 class _FlatDecoder(nn.Module):
@@ -72,29 +103,34 @@ class _FlatDecoder(nn.Module):
         prefix_positions: torch.Tensor,
         visual_positions: torch.Tensor,
         suffix_positions: torch.Tensor,
-        caches: Sequence[torch.Tensor],
+        order: torch.Tensor,
+        groups: torch.Tensor | None,
+        past: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         output = self.decoder(
             Segment(prefix, prefix_positions),
             Segment(visual, visual_positions),
             Segment(suffix, suffix_positions),
-            list(zip(caches[::2], caches[1::2], strict=True)),
+            caches_of(past),
+            order,
+            text_groups=groups,
         )
-        return (output.logits, *(part for cache in output.caches for part in cache), *output.kept)
+        present = (*flat_text(output.caches), *flat_visual(output.caches))
+        return (output.logits, *present, *output.kept, *(() if output.split is None else (output.split,)))
 
 
-def _example_caches(parts: DecoderParts, plan: KeepPlan) -> tuple[list[torch.Tensor], list[dict[int, Any]]]:
-    # One dynamic length for all layers of a stage; the example lengths differ, so that none is taken for another.
-    dims: dict[int, Any] = {}
-    caches: list[torch.Tensor] = []
-    shapes: list[dict[int, Any]] = []
+def _example_caches(parts: DecoderParts, plan: KeepPlan) -> tuple[list[torch.Tensor], list[Any]]:
+    # All examples differ in length, so that no length is taken for another.
+    text = torch.export.Dim("past_text", min=0, max=MAX_LENGTH)
+    stages: dict[tuple[int, bool], Any] = {}
+    visual: list[tuple[torch.Tensor, Any]] = []
     for layer in range(plan.layers):
-        stage = dims.setdefault(plan.alive(layer), torch.export.Dim(f"past_{len(dims)}", min=0, max=MAX_LENGTH))
-        length = 7 + list(dims).index(plan.alive(layer))
-        for _ in range(2):
-            caches.append(torch.zeros(1, parts.kv_heads, length, parts.head_dim))
-            shapes.append({2: stage})
-    return caches, shapes
+        stage = plan.cache_stage(layer)
+        length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
+        rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim)
+        visual += [(rows, {0: length})] * 2
+    past = [(torch.zeros(1, parts.kv_heads, 7, parts.head_dim), {2: text})] * (2 * plan.layers) + visual
+    return [example.clone() for example, _ in past], [shape for _, shape in past]
 
 
 def _trace(module: nn.Module, arguments: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str], path: Path) -> None:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from edgeprune.bundle import PREPROCESSOR, Bundle
+from edgeprune.calibration.reference import reference_model
 from edgeprune.errors import VerificationError
-from edgeprune.export.loading import LoadedModel
-from edgeprune.export.reference import reference_model
+from edgeprune.loading import LoadedModel
 from edgeprune.runtime import load
+from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.conversation import Conversation, Model
-from edgeprune.runtime.engine import Engine, OnnxEngine, Step, Tokens
+from edgeprune.runtime.engine import Engine, OnnxEngine, Seen, Step, StepInput
 from edgeprune.runtime.preprocess import ImageSpec
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.tabletop.drawing import draw_scene
@@ -66,7 +66,7 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] 
     engine = OnnxEngine(bundle)
     stages = [_pixels(loaded, bundle, image)]
     progress("vision")
-    stages.append(_stage("vision", [(recorder.visual, engine.see(recorder.patches))], f"{recorder.visual.shape[1]} tokens"))
+    stages.append(_vision(engine, recorder))
     progress("decoder")
     stages += _replay(engine, recorder)
     progress("text")
@@ -84,22 +84,34 @@ class _Recorder:
     # An engine that keeps what went in and what came out.
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.steps: list[tuple[tuple[Tokens, Tokens, Tokens], Step]] = []
+        self.steps: list[tuple[StepInput, KvCache, Step]] = []
+        self.selections: list[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]] = []
 
-    def see(self, patches: np.ndarray) -> np.ndarray:
-        self.patches, self.visual = patches, self._engine.see(patches)
-        return self.visual
+    def see(self, patches: np.ndarray) -> Seen:
+        self.patches, self.seen = patches, self._engine.see(patches)
+        return self.seen
+
+    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        selected = self._engine.select(seen, prompt)
+        self.selections.append((prompt, selected))
+        return selected
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         return self._engine.embed(ids)
 
-    def step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, caches: Any) -> Step:
-        step = self._engine.step(prefix, visual, suffix, caches)
-        self.steps.append(((prefix, visual, suffix), step))
+    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+        step = self._engine.step(tokens, cache)
+        self.steps.append((tokens, cache, step))
         return step
 
-    def cache_bytes(self, caches: Any) -> int:
-        return self._engine.cache_bytes(caches)
+    def rate(self, split: np.ndarray, step: int) -> float:
+        return self._engine.rate(split, step)
+
+
+def _vision(engine: OnnxEngine, recorder: _Recorder) -> Stage:
+    expected, actual = recorder.seen, engine.see(recorder.patches)
+    pairs = [(expected.embeds, actual.embeds), *((expected.signals[name], actual.signals[name]) for name in expected.signals)]
+    return _stage("vision", pairs, f"{expected.embeds.shape[1]} tokens")
 
 
 def _pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Stage:
@@ -114,21 +126,26 @@ def _pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Stage:
 
 
 def _replay(engine: OnnxEngine, recorder: _Recorder) -> list[Stage]:
-    caches: Any = None
-    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    # Every step starts from the reference's cache, so that one wrong step does not spoil the next.
+    kept = [(expected[1], engine.select(recorder.seen, prompt)[1]) for prompt, expected in recorder.selections]
     logits: list[tuple[np.ndarray, np.ndarray]] = []
-    for inputs, expected in recorder.steps:
-        actual = engine.step(*inputs, caches)
-        caches = actual.caches
+    for tokens, cache, expected in recorder.steps:
+        actual = engine.step(tokens, cache)
         logits.append((expected.logits, actual.logits))
         kept += zip(expected.kept, actual.kept, strict=True)
-    different = sum(len(np.setxor1d(expected, actual)) for expected, actual in kept)
-    counts = ", ".join(str(len(expected)) for expected, _ in kept if len(expected)) or "no cuts"
+    different = sum(_differences(expected, actual) for expected, actual in kept)
+    counts = ", ".join(str(expected.shape[-1]) for expected, _ in kept if expected.size) or "no cuts"
     return [
         Stage("kept", float(different), TOLERANCES["kept"], f"tokens kept: {counts}"),
         _stage("prefill", logits[:1], "logits of the last prompt token"),
         _stage("generation", logits[1:], f"logits of {len(logits) - 1} generated tokens"),
     ]
+
+
+def _differences(expected: np.ndarray, actual: np.ndarray) -> int:
+    # Sets, head by head: the order in a cache does not matter to attention.
+    rows = zip(np.atleast_2d(expected), np.atleast_2d(actual), strict=True)
+    return sum(len(np.setxor1d(*pair)) for pair in rows)
 
 
 def _stage(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], compared: str) -> Stage:

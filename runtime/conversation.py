@@ -9,14 +9,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from edgeprune.bundle import DecoderShape
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
+from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.chat import ChatTemplate, Message, StreamDecoder, TextCodec, refuse_control_tokens
-from edgeprune.runtime.engine import Engine, Step, Tokens
+from edgeprune.runtime.engine import Engine, Seen, Step, StepInput, Tokens
 from edgeprune.runtime.positions import image_positions, text_positions
 from edgeprune.runtime.preprocess import ImageSpec, fit
-from edgeprune.runtime.receipt import CutReceipt, Receipt
+from edgeprune.runtime.rate import Rate
+from edgeprune.runtime.receipt import Receipt, cut_receipts
 from edgeprune.runtime.sampling import Sampler, Sampling, StopWatch
+
+SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2
+_ONE_HOT = np.eye(3, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,7 @@ class Model:
     image_spec: ImageSpec
     image_token: int
     end_tokens: tuple[int, ...]
-    hidden: int
-    position_axes: int
+    decoder: DecoderShape
     plan: KeepPlan
 
 
@@ -65,14 +70,16 @@ class Conversation:
     def __init__(self, model: Model, *, prune: bool = True, how: str = "exact") -> None:
         self._model, self._prune, self._fit = model, prune, how
         self._messages: list[Message] = []
-        self._images: list[np.ndarray] = []  # visual tokens, in the order of the messages
+        self._images: list[_Shown] = []  # in the order of the messages
         self._stream: Stream | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._ids: list[int] = []  # what the caches hold; an image is one id
         self._seen_images = 0
-        self._caches: object = None
+        shape = self._model.decoder
+        self._cache = KvCache.empty(shape.layers, shape.kv_heads, shape.head_dim)
+        self._groups: list[int] = []  # of the text in the caches: SYSTEM, INSTRUCTION, GENERATED or none of them
         self._position = 0
 
     def ask(self, prompt: str, image: Image.Image | None = None, sampling: Sampling | None = None) -> Stream:
@@ -86,22 +93,22 @@ class Conversation:
         if self._stream is not None:
             self._stream.close()
         receipt = Receipt(pruned=False, reason="this turn has no image" if image is None else "")
-        seen = [] if image is None else [self._see(image, receipt)]
+        seen = [] if image is None else [_Shown(self._see(image, receipt), prompt)]
         parts = [{"type": "image"} for _ in seen] + [{"type": "text", "text": prompt}]
         turn: Message = {"role": "user", "content": parts}
         self._stream = Stream(self._answer(turn, seen, Sampler(sampling or Sampling()), receipt), receipt)
         return self._stream
 
-    def _see(self, image: Image.Image, receipt: Receipt) -> np.ndarray:
+    def _see(self, image: Image.Image, receipt: Receipt) -> Seen:
         started = time.perf_counter()
         patches, _ = self._model.image_spec.patches(fit(image, self._model.plan.geometry, self._fit, self._model.image_spec))
         prepared = time.perf_counter()
-        visual = self._model.engine.see(patches)
+        seen = self._model.engine.see(patches)
         receipt.times.preprocess_ms = 1e3 * (prepared - started)
         receipt.times.vision_ms = 1e3 * (time.perf_counter() - prepared)
-        return visual
+        return seen
 
-    def _answer(self, turn: Message, seen: list[np.ndarray], sampler: Sampler, receipt: Receipt) -> Generator[str]:
+    def _answer(self, turn: Message, seen: list[_Shown], sampler: Sampler, receipt: Receipt) -> Generator[str]:
         # However the stream ends, the conversation stays whole: what was said so far is the answer.
         said: list[int] = []
         self._messages.append(turn)
@@ -122,11 +129,12 @@ class Conversation:
         started = time.perf_counter()
         step = self._prefill(receipt)
         token = sampler.pick(step.logits)
-        receipt.times.prefill_ms = 1e3 * (time.perf_counter() - started)
+        receipt.times.prefill_ms = 1e3 * (time.perf_counter() - started) - receipt.times.select_ms
         decoder, watch = StreamDecoder(self._model.codec), StopWatch(sampler.sampling.stop)
+        rate = Rate(self._model.engine, self._model.plan.decode) if self._prune and receipt.visual_tokens else None
         while True:
             receipt.generated_tokens += 1
-            receipt.kv_bytes = self._model.engine.cache_bytes(self._caches)
+            receipt.kv_bytes = self._cache.bytes
             if token in self._model.end_tokens:
                 receipt.finish_reason = "end"
                 yield watch.push(decoder.flush()) + watch.flush()
@@ -140,16 +148,20 @@ class Conversation:
                 receipt.finish_reason = "length"
                 yield watch.push(decoder.flush()) + watch.flush()
                 return
-            token = self._decode(token, sampler, receipt)
+            step = self._decode(token, step, rate, receipt)
+            token = sampler.pick(step.logits)
 
-    def _decode(self, token: int, sampler: Sampler, receipt: Receipt) -> int:
+    def _decode(self, token: int, before: Step, rate: Rate | None, receipt: Receipt) -> Step:
         started = time.perf_counter()
+        if rate is not None:
+            self._cache = rate.shorten(self._cache, before, receipt)
+        # Unpruned, visual tokens lie among the text and are all read.
+        receipt.visual_reads.append(self._cache.visual_reads if self._prune else receipt.visual_whole)
         nothing = self._no_tokens()
-        step = self._step(nothing, nothing, self._text([token]))
+        step = self._step(nothing, nothing, self._text([token]), GENERATED)
         self._ids.append(token)
-        picked = sampler.pick(step.logits)
         receipt.times.decode_ms.append(1e3 * (time.perf_counter() - started))
-        return picked
+        return step
 
     def _prefill(self, receipt: Receipt) -> Step:
         ids = self._model.codec.encode(
@@ -159,6 +171,7 @@ class Conversation:
             raise UsageError("The chat template of this model does not place one image token for each image.")
         if ids[: len(self._ids)] != self._ids:
             self._reset()  # the text was tokenised otherwise than it was generated: start over, images are kept
+        self._cache = self._cache.shortened(1.0, 0)  # what an earlier answer could spare, this one may need
         step = self._feed(ids[len(self._ids) :], receipt)
         self._ids = ids
         return step
@@ -169,7 +182,7 @@ class Conversation:
         receipt.text_tokens = len(ids) - len(images)
         if not images:
             nothing = self._no_tokens()
-            return self._step(nothing, nothing, self._text(ids))
+            return self._step(nothing, nothing, self._text(ids), INSTRUCTION)
         begin = 0
         for image, end in zip(images, [*images[1:], len(ids)], strict=True):
             step = self._feed_image(ids[begin:image], ids[image + 1 : end], receipt)
@@ -177,40 +190,59 @@ class Conversation:
         return step
 
     def _feed_image(self, before: list[int], after: list[int], receipt: Receipt) -> Step:
-        geometry = self._model.plan.geometry
+        geometry, shape, plan = self._model.plan.geometry, self._model.decoder, self._model.plan
         prefix = self._text(before)
-        where, self._position = image_positions(self._position, geometry.rows, geometry.columns, self._model.position_axes)
-        visual = Tokens(self._images[self._seen_images], where)
+        where, self._position = image_positions(self._position, geometry.rows, geometry.columns, shape.position_axes)
+        shown = self._images[self._seen_images]
+        visual = Tokens(shown.seen.embeds, where)
         self._seen_images += 1
         suffix = self._text(after)
         receipt.visual_tokens += geometry.tokens
+        receipt.visual_whole += geometry.tokens * plan.layers
         if not self._prune:
             receipt.reason = "pruning was switched off"
-            return self._step(prefix.then(visual), self._no_tokens(), suffix)
-        step = self._step(prefix, visual, suffix)
-        receipt.cuts += _cut_receipts(self._model.plan, step)
+            receipt.visual_stored += geometry.tokens * plan.layers
+            return self._step(prefix.then(visual), self._no_tokens(), suffix, INSTRUCTION)
+        order = np.arange(geometry.tokens)
+        if plan.input is not None:
+            visual, order = self._select(visual, shown, receipt)
+        before_image = self._cache.visual_reads
+        step = self._step(prefix, visual, suffix, INSTRUCTION, order)
+        receipt.visual_stored += self._cache.visual_reads - before_image
+        receipt.cuts += cut_receipts(plan, order, step)
         receipt.pruned = bool(receipt.cuts)
         receipt.reason = "" if receipt.cuts else "the plan has no cuts"
         return step
 
-    def _step(self, prefix: Tokens, visual: Tokens, suffix: Tokens) -> Step:
-        step = self._model.engine.step(prefix, visual, suffix, self._caches)
-        self._caches = step.caches
-        return replace(step, caches=None)
+    def _select(self, visual: Tokens, shown: _Shown, receipt: Receipt) -> tuple[Tokens, np.ndarray]:
+        started = time.perf_counter()
+        prompt = self._model.engine.embed(self._model.codec.encode(shown.prompt))
+        embeds, kept = self._model.engine.select(shown.seen, prompt)
+        receipt.times.select_ms += 1e3 * (time.perf_counter() - started)
+        return visual.only(kept, embeds), kept
+
+    def _step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, group: int, order: np.ndarray | None = None) -> Step:
+        before = prefix.embeds.shape[1]
+        self._groups += [SYSTEM] * before + [group] * suffix.embeds.shape[1]
+        order = np.zeros(0, np.int64) if order is None else order
+        step = self._model.engine.step(StepInput(prefix, visual, suffix, order, _ONE_HOT[self._groups]), self._cache)
+        self._cache = self._cache.grown(step.text, step.visual if len(order) else None)
+        return replace(step, text=(), visual=())
 
     def _text(self, ids: list[int]) -> Tokens:
         if not ids:
             return self._no_tokens()
-        positions = text_positions(self._position, len(ids), self._model.position_axes)
+        positions = text_positions(self._position, len(ids), self._model.decoder.position_axes)
         self._position += len(ids)
         return Tokens(self._model.engine.embed(ids), positions)
 
     def _no_tokens(self) -> Tokens:
-        return Tokens(np.zeros((1, 0, self._model.hidden), np.float32), np.zeros((self._model.position_axes, 0), np.int64))
+        shape = self._model.decoder
+        return Tokens(np.zeros((1, 0, shape.hidden), np.float32), np.zeros((shape.position_axes, 0), np.int64))
 
 
-def _cut_receipts(plan: KeepPlan, step: Step) -> tuple[CutReceipt, ...]:
-    before = [plan.geometry.tokens, *(len(kept) for kept in step.kept)]
-    return tuple(
-        CutReceipt(str(cut), count, len(kept), kept) for cut, count, kept in zip(plan.cuts, before, step.kept, strict=False)
-    )
+@dataclass(frozen=True)
+class _Shown:
+    # An image of the conversation and the words it was shown with, which an input cut may ask for.
+    seen: Seen
+    prompt: str

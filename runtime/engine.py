@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
 
-from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle
 from edgeprune.errors import BundleError
+from edgeprune.plan import KeepPlan
+from edgeprune.runtime.cache import Arrays, KvCache
 
 SEGMENTS = ("prefix", "visual", "suffix")
+SIGNALS = ("vision_attention", "vision_keys")
 
 
 @dataclass(frozen=True)
@@ -29,44 +32,104 @@ class Tokens:
             np.concatenate([self.embeds, other.embeds], axis=1), np.concatenate([self.positions, other.positions], axis=1)
         )
 
+    def only(self, indices: np.ndarray, embeds: np.ndarray) -> Tokens:
+        """Return the tokens at some indices, with new embeddings."""
+        return Tokens(embeds, self.positions[:, indices])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the vision encoder says of an image: visual tokens `embeds` [1, V, hidden] and `signals` for input methods that need
+    them.
+    """
+
+    embeds: np.ndarray
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The new tokens of one forward. `order` [V]: indices of the visual tokens in the image; `groups` [text, 3]: for each text
+    key, past and new, 1 in the column of its group (system, instruction, generated).
+    """
+
+    prefix: Tokens
+    visual: Tokens
+    suffix: Tokens
+    order: np.ndarray
+    groups: np.ndarray
+
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: `logits` [vocabulary] of the last token, `caches` with it appended, `kept` [K] of every cut."""
+    """One forward: `logits` [vocabulary] of the last token; `text` caches with the new text appended; `visual` caches of this
+    step's image alone; `kept` of every layer and cache cut; `split` [layers, 4] of a plan whose rate follows attention, else
+    None.
+    """
 
     logits: np.ndarray
-    caches: Any
+    text: Arrays
+    visual: Arrays
     kept: tuple[np.ndarray, ...]
+    split: np.ndarray | None
 
 
 class Engine(Protocol):
-    """The model as the generation loop sees it. Caches are the engine's own; the loop only hands them back."""
+    """The model as the generation loop sees it."""
 
-    def see(self, patches: np.ndarray) -> np.ndarray:
-        """Return visual tokens [1, V, hidden] of patches [patches, patch pixels]."""
+    def see(self, patches: np.ndarray) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]."""
+        ...
+
+    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
+        [K].
+        """
         ...
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
         ...
 
-    def step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, caches: Any) -> Step:
-        """Run the tokens of three segments on top of `caches` (None: empty ones)."""
+    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+        """Run new tokens on top of a cache."""
         ...
 
-    def cache_bytes(self, caches: Any) -> int:
-        """Return the bytes that the keys and values take."""
+    def rate(self, split: np.ndarray, step: int) -> float:
+        """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
         ...
 
 
 def cache_name(layer: int, part: str, *, present: bool = False) -> str:
-    """Return the graph's name for the "key" or "value" cache of a layer, as an input or (`present`) as an output."""
+    """Return the graph's name for the "key" or "value" cache of a layer's text, as an input or (`present`) as an output."""
     return f"{'present' if present else 'past_key_values'}.{layer}.{part}"
 
 
+def visual_cache_name(layer: int, part: str, *, present: bool = False) -> str:
+    """Return the graph's name for the "key" or "value" cache of a layer's visual tokens."""
+    return f"visual_{cache_name(layer, part, present=present)}"
+
+
 def kept_name(cut: int) -> str:
-    """Return the graph's name for the kept indices of a cut."""
+    """Return the graph's name for the kept indices of the plan's cut of that number."""
     return f"kept.{cut}"
+
+
+def decoder_inputs(plan: KeepPlan) -> list[str]:
+    """Return the names of the decoder's inputs, in its order."""
+    layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
+    names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
+    names += ["visual_order", *(["text_groups"] if plan.live else [])]
+    return names + [cache_name(*layer) for layer in layers] + [visual_cache_name(*layer) for layer in layers]
+
+
+def decoder_outputs(plan: KeepPlan) -> list[str]:
+    """Return the names of the decoder's outputs, in its order."""
+    layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
+    names = ["logits", *(cache_name(*layer, present=True) for layer in layers)]
+    names += [visual_cache_name(*layer, present=True) for layer in layers]
+    names += [kept_name(index) for index, cut in enumerate(plan.cuts) if cut.site in ("layer", "cache")]
+    return names + (["attention_split"] if plan.live else [])
 
 
 class OnnxEngine:
@@ -77,42 +140,54 @@ class OnnxEngine:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._shape = bundle.manifest.decoder
+        self._plan = bundle.plan
         self._vision = _open(bundle.file(VISION), options)
         self._embed = _open(bundle.file(EMBED), options)
         self._decoder = _open(bundle.file(DECODER), options)
-        layers = range(self._shape.layers)
-        self._inputs = [cache_name(i, part) for i in layers for part in ("key", "value")]
-        self._outputs = ["logits", *(cache_name(i, part, present=True) for i in layers for part in ("key", "value"))]
-        self._outputs += [kept_name(i) for i in range(len(bundle.plan.cuts))]
+        self._selector = _open(bundle.file(SELECTOR), options) if bundle.plan.input else None
+        self._predictor = _open(bundle.file(PREDICTOR), options) if bundle.plan.live else None
+        self._seen = [output.name for output in self._vision.get_outputs()]
+        self._inputs, self._outputs = decoder_inputs(bundle.plan), decoder_outputs(bundle.plan)
+        # A graph without cuts does not ask which tokens these are.
+        self._wanted = {node.name for node in self._decoder.get_inputs()}
 
-    def see(self, patches: np.ndarray) -> np.ndarray:
-        """Return visual tokens [1, V, hidden] of patches [patches, patch pixels]."""
-        visual: np.ndarray = self._vision.run(["visual_embeds"], {"pixel_values": patches})[0]
-        return visual
+    def see(self, patches: np.ndarray) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]."""
+        visual, *signals = self._vision.run(self._seen, {"pixel_values": patches})
+        return Seen(visual, dict(zip(SIGNALS, signals, strict=False)))
+
+    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
+        [K].
+        """
+        assert self._selector is not None
+        offered = {"visual_embeds": seen.embeds, "prompt_embeds": prompt, **seen.signals}
+        feeds = {node.name: offered[node.name] for node in self._selector.get_inputs()}
+        embeds, kept = self._selector.run(["kept_embeds", kept_name(0)], feeds)
+        return embeds, kept
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
         embeds: np.ndarray = self._embed.run(["embeds"], {"ids": np.array([ids], np.int64)})[0]
         return embeds
 
-    def step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, caches: Any) -> Step:
-        """Run the tokens of three segments on top of `caches` (None: empty ones)."""
-        feeds: dict[str, Any] = {}
-        for name, tokens in zip(SEGMENTS, (prefix, visual, suffix), strict=True):
-            feeds[f"{name}_embeds"], feeds[f"{name}_positions"] = tokens.embeds, tokens.positions
-        feeds.update(zip(self._inputs, self._empty() if caches is None else caches, strict=True))
+    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+        """Run new tokens on top of a cache."""
+        segments = (tokens.prefix, tokens.visual, tokens.suffix)
+        values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
+        values += [*([tokens.groups] if self._plan.live else []), *cache.text, *cache.visual]
+        feeds = {name: value for name, value in zip(self._inputs, values, strict=True) if name in self._wanted}
         logits, *rest = self._decoder.run(self._outputs, feeds)
-        split = len(self._inputs)
-        return Step(logits[0, 0], rest[:split], tuple(rest[split:]))
+        split = rest.pop() if self._plan.live else None
+        count = len(cache.text)
+        return Step(logits[0, 0], tuple(rest[:count]), tuple(rest[count : 2 * count]), tuple(rest[2 * count :]), split)
 
-    def cache_bytes(self, caches: Any) -> int:
-        """Return the bytes that the keys and values take."""
-        return sum(part.nbytes for part in caches or ())
-
-    def _empty(self) -> list[np.ndarray]:
-        empty = np.zeros((1, self._shape.kv_heads, 0, self._shape.head_dim), np.float32)
-        return [empty] * len(self._inputs)
+    def rate(self, split: np.ndarray, step: int) -> float:
+        """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
+        assert self._predictor is not None
+        offered = {"attention_split": split, "step": np.array([step], np.float32)}
+        feeds = {node.name: offered[node.name] for node in self._predictor.get_inputs()}
+        return float(self._predictor.run(["share"], feeds)[0][0])
 
 
 def _open(path: Path, options: Any) -> Any:

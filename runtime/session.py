@@ -89,7 +89,6 @@ class Chat:
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Runtime:
     """Load a bundle after checking every file against its manifest; raise BundleError when one is missing or altered."""
     bundle = Bundle.load(Path(path))
-    shape = bundle.manifest.decoder
     engine = OnnxEngine(bundle, threads)
     return Runtime(
         Model(
@@ -100,8 +99,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Runtime
             image_spec=ImageSpec.from_processor_config(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))),
             image_token=bundle.manifest.image_token,
             end_tokens=bundle.manifest.end_tokens,
-            hidden=shape.hidden,
-            position_axes=shape.position_axes,
+            decoder=bundle.manifest.decoder,
             plan=bundle.plan,
         )
     )

@@ -15,7 +15,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from edgeprune.bundle import Bundle
 from edgeprune.calibration.planning import staircase_plan, unpruned_plan
 from edgeprune.export.exporter import export_bundle
-from edgeprune.export.loading import LoadedModel, find_model, load_model
+from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.tabletop import MODEL_FOLDER
 

@@ -14,7 +14,7 @@ from edgeprune.bundle import DECODER, EMBED, MANIFEST, PLAN, VISION, Bundle, is_
 from edgeprune.errors import BundleError, EdgePruneError, PlanError, UsageError
 from edgeprune.export import exporter
 from edgeprune.export.exporter import STAGES, export_bundle
-from edgeprune.export.loading import LoadedModel
+from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry, KeepPlan
 
 
@@ -58,8 +58,8 @@ def _rewrite_manifest(folder: Path, **changes: Any) -> None:
 
 
 def test_a_newer_schema_is_refused(altered_bundle: Path) -> None:
-    _rewrite_manifest(altered_bundle, schema_version=2)
-    with pytest.raises(BundleError, match="schema version 2"):
+    _rewrite_manifest(altered_bundle, schema_version=3)
+    with pytest.raises(BundleError, match="schema version 3"):
         Bundle.load(altered_bundle)
 
 

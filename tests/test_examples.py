@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from edgeprune.bundle import Bundle
-from edgeprune.export.loading import find_model, load_model
+from edgeprune.loading import find_model, load_model
 
 ROOT = Path(__file__).parent.parent
 

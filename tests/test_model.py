@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from edgeprune.calibration.planning import unpruned_plan
-from edgeprune.export.loading import LoadedModel, find_model, load_model
-from edgeprune.model import PrunedDecoder, Segment, StepOutput
+from edgeprune.loading import LoadedModel, find_model, load_model
+from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.plan import KeepPlan
 
 LOGITS = 1e-4  # absolute, against transformers in float32
@@ -142,8 +142,8 @@ def _masked_forward(loaded: LoadedModel, plan: KeepPlan, prompt: Prompt, kept: t
 def test_caches_shrink_with_the_cuts(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
     prompt = Prompt.make(tiny, tiny_plan)
     text = prompt.inputs["input_ids"].shape[1] - prompt.tokens
-    lengths = [keys.shape[2] for keys, _ in run(tiny, tiny_plan, prompt).caches]
-    assert lengths == [text + 12, text + 6, text + 3]
+    lengths = [(cache.key.shape[2], cache.visual_key.shape[0]) for cache in run(tiny, tiny_plan, prompt).caches]
+    assert lengths == [(text, 1 + 12), (text, 1 + 6), (text, 1 + 3)]
 
 
 def test_steps_on_caches_equal_one_forward(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
@@ -156,10 +156,16 @@ def test_steps_on_caches_equal_one_forward(tiny: LoadedModel, tiny_plan: KeepPla
         whole = decoder(prefix, visual, suffix, decoder.empty_caches())
         begin = Segment(suffix.embeds[:, :4], suffix.positions[:, :4])
         step = decoder(prefix, visual, begin, decoder.empty_caches())
+        seen = step.caches
         for index in range(4, suffix.embeds.shape[1]):
             one = Segment(suffix.embeds[:, index : index + 1], suffix.positions[:, index : index + 1])
-            step = decoder(nothing, nothing, one, step.caches)
+            step = decoder(nothing, nothing, one, with_visual(step.caches, seen))
     assert torch.allclose(step.logits, whole.logits, atol=LOGITS, rtol=0)
+
+
+def with_visual(text: tuple[LayerCache, ...], seen: tuple[LayerCache, ...]) -> list[LayerCache]:
+    """Return the caches of text with the visual tokens of an earlier step, as whoever runs steps must hold them."""
+    return [replace(old, key=new.key, value=new.value) for new, old in zip(text, seen, strict=True)]
 
 
 def test_visual_tokens_in_the_prefix_are_never_pruned(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:

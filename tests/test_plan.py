@@ -35,7 +35,7 @@ def test_alive_follows_the_cuts() -> None:
         ((Cut("layer", "fastv", 9, layer=3), Cut("layer", "fastv", 10, layer=4)), "only 9 are left"),
         ((Cut("layer", "fastv", 145, layer=3),), "only 144 are left"),
         ((Cut("layer", "fastv", 9, layer=8),), "beyond the model's 8 layers"),
-        ((Cut("layer", "fastv", 9, layer=3), Cut("layer", "fastv", 8, layer=3)), "order of their layers"),
+        ((Cut("layer", "fastv", 9, layer=3), Cut("layer", "fastv", 8, layer=3)), "order of their sites"),
     ],
 )
 def test_impossible_plans_are_refused(cuts: tuple[Cut, ...], words: str) -> None:
@@ -44,11 +44,44 @@ def test_impossible_plans_are_refused(cuts: tuple[Cut, ...], words: str) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", [("layer", "fastv", 9, 0), ("input", "random", 9, 2), ("cache", "fastv", 9, 2), ("layer", "fastv", 0, 2)]
+    "arguments", [("layer", "fastv", 9, 0), ("input", "random", 9, 2), ("heads", "fastv", 9, 2), ("input", "random", 0, 0)]
 )
 def test_impossible_cuts_are_refused(arguments: tuple[str, str, int, int]) -> None:
     with pytest.raises(PlanError):
         Cut(*arguments)
+
+
+def test_every_site_has_its_counts() -> None:
+    whole = plan(Cut("input", "random", 100), Cut("layer", "fastv", 50, layer=4), Cut("cache", "plphp", 20, layer=1))
+    assert [whole.stored(layer) for layer in range(8)] == [100, 20, 100, 100, 50, 50, 50, 50]
+    assert (whole.seen, whole.input, whole.decode) == (100, whole.cuts[0], None)
+
+
+def test_a_cache_keeps_no_more_than_is_alive() -> None:
+    with pytest.raises(PlanError, match="only 50 are left"):
+        plan(Cut("layer", "fastv", 50, layer=4), Cut("cache", "plphp", 51, layer=5))
+    plan(Cut("layer", "fastv", 50, layer=4), Cut("cache", "plphp", 60, layer=3))
+
+
+def test_a_decode_cut_needs_ranked_caches() -> None:
+    ranked = [Cut("cache", "plphp", 144, layer=layer) for layer in range(2, 8)]
+    shrinking = Cut("decode", "dyrate", 9, layer=2)
+    plan(*ranked, shrinking)
+    with pytest.raises(PlanError, match="layer 5 has none"):
+        plan(*ranked[:3], *ranked[4:], shrinking)
+
+
+def test_cuts_are_put_in_order() -> None:
+    early, late = Cut("input", "random", 100), Cut("cache", "plphp", 20, layer=1)
+    assert plan(late).with_cuts(Cut("layer", "fastv", 50, layer=4), early).cuts == (early, Cut("layer", "fastv", 50, layer=4), late)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"rate": 1}, "unknown option 'rate'"), ({"reduce": 3}, "of type str"), ({"sum": True}, "of type float")]
+)
+def test_options_are_checked(options: dict[str, object], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        Cut("cache", "plphp", 9, options=options).settings(reduce="mean", sum=1.0)
 
 
 def test_a_plan_survives_being_written(tmp_path: Path) -> None:
@@ -59,15 +92,15 @@ def test_a_plan_survives_being_written(tmp_path: Path) -> None:
 
 def test_the_written_form_is_stable() -> None:
     assert plan(Cut("layer", "fastv", 72, layer=2)).to_dict() == {
-        "schema_version": 1,
+        "schema_version": 2,
         "family": "qwen2_vl",
         "layers": 8,
         "geometry": {"height": 192, "width": 192, "patch": 16, "merge": 1},
-        "cuts": ({"site": "layer", "method": "fastv", "keep": 72, "layer": 2, "seed": 0},),
+        "cuts": ({"site": "layer", "method": "fastv", "keep": 72, "layer": 2, "seed": 0, "options": {}},),
     }
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1, "family": "x"}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 2, "family": "x"}'])
 def test_malformed_files_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PlanError):

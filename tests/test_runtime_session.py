@@ -12,10 +12,10 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.calibration.reference import reference_model
 from edgeprune.errors import ImageError, UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.export.loading import LoadedModel
-from edgeprune.export.reference import reference_model
+from edgeprune.loading import LoadedModel
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.conversation import Stream

@@ -13,8 +13,8 @@ from onnx import numpy_helper
 
 from edgeprune.bundle import DECODER, MANIFEST, PREPROCESSOR, VISION, Bundle, record_files
 from edgeprune.errors import VerificationError
-from edgeprune.export.loading import LoadedModel, find_model, load_model
 from edgeprune.export.verification import Stage, verify
+from edgeprune.loading import LoadedModel, find_model, load_model
 
 
 def first_failure(report: list[Stage]) -> str | None:

@@ -84,8 +84,8 @@ def _open_model(model: str, plan_request: dict[str, Any]) -> Any:
 
         return load(model)
     require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.export.loading import find_model, load_model
-    from edgeprune.export.reference import reference_model
+    from edgeprune.calibration.reference import reference_model
+    from edgeprune.loading import find_model, load_model
     from edgeprune.runtime import Runtime
 
     loaded = load_model(find_model(model))

@@ -27,7 +27,7 @@ def export(model: str, output: Path, force: bool, as_json: bool, **plan_request:
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
     from edgeprune.cli.show import Stages, show_export
     from edgeprune.export.exporter import STAGES, export_bundle
-    from edgeprune.export.loading import find_model, load_model
+    from edgeprune.loading import find_model, load_model
 
     folder = find_model(model)
     with Stages(["model", *STAGES], quiet=as_json) as stages:
@@ -50,8 +50,8 @@ def verify(ctx: click.Context, bundle: Path, against: str | None, as_json: bool)
     opened = Bundle.load(bundle)
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.cli.show import Stages, show_verification
-    from edgeprune.export.loading import find_model, load_model
     from edgeprune.export.verification import verify as verify_bundle
+    from edgeprune.loading import find_model, load_model
 
     folder = find_model(against or opened.manifest.source.model)
     with Stages(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:

@@ -33,10 +33,14 @@ class DecoderParts:
 
 
 class Family(Protocol):
-    """One architecture: how to check a model, and where its parts are."""
+    """One architecture: how to check a model, and where its parts are.
+
+    `signals`: what its vision encoder tells beside the visual tokens, for input methods whose `needs` name it.
+    """
 
     name: str
     position_axes: int
+    signals: tuple[str, ...]
 
     def __init__(self, model: Any) -> None: ...
 
@@ -49,8 +53,11 @@ class Family(Protocol):
         """Return the geometry of an image of `size` (height, width) pixels, or of the processor's own default size."""
         ...
 
-    def vision(self, geometry: Geometry) -> nn.Module:
-        """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden]."""
+    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+        """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden].
+
+        With `signals`, of a family that has them, it also returns the attention each token receives [V] and its keys [V, key dim].
+        """
         ...
 
     def decoder(self) -> DecoderParts:

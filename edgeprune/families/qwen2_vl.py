@@ -24,6 +24,7 @@ class Qwen2VL:
 
     name = "qwen2_vl"
     position_axes = 3
+    signals = ("vision attention",)
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -49,9 +50,9 @@ class Qwen2VL:
             raise UsageError(f"Image size {size[0]}x{size[1]} does not divide into {unit}-pixel visual tokens.")
         return Geometry(size[0], size[1], vision.patch_size, vision.spatial_merge_size)
 
-    def vision(self, geometry: Geometry) -> nn.Module:
-        """Return the vision tower for one fixed grid."""
-        return VisionTower(self._model.model.visual, geometry)
+    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+        """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
+        return VisionTower(self._model.model.visual, geometry, signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -72,35 +73,46 @@ class Qwen2VL:
 
 
 class VisionTower(nn.Module):
-    """The tower and merger over one image of a fixed grid: patches [patches, C * T * P * P] to tokens [1, V, hidden]."""
+    """The tower and merger over one image of a fixed grid: patches [patches, C * T * P * P] to tokens [1, V, hidden].
 
-    def __init__(self, tower: Any, geometry: Geometry) -> None:
+    With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries,
+    and its keys [V, heads * head_dim], both averaged over the patches that are merged into it. There is no class token to ask
+    instead.
+    """
+
+    def __init__(self, tower: Any, geometry: Geometry, *, signals: bool = False) -> None:
         super().__init__()
         self.tower = tower
+        self.merged = geometry.merge**2
+        self.signal_block = max(len(tower.blocks) - 2, 0) if signals else -1
         grid = torch.tensor([[1, geometry.height // geometry.patch, geometry.width // geometry.patch]])
         where = get_vision_position_ids(grid, geometry.merge)
         cos, sin = tower.rotary_pos_emb(tower.patch_embed.proj.weight, where)
         self.register_buffer("cos", cos[None], persistent=False)
         self.register_buffer("sin", sin[None], persistent=False)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the visual tokens of one image."""
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return the visual tokens of one image, and the signals."""
         # The kernel is as large as its stride: a convolution over one patch is a matrix product.
         hidden = nn.functional.linear(pixel_values, self.tower.patch_embed.proj.weight.flatten(1))
-        for block in self.tower.blocks:
-            hidden = hidden + self._attend(block.attn, block.norm1(hidden))
+        signals: tuple[torch.Tensor, ...] = ()
+        for index, block in enumerate(self.tower.blocks):
+            mixed, weights, keys = self._attend(block.attn, block.norm1(hidden))
+            if index == self.signal_block:
+                received = weights.mean(dim=(0, 1)).view(-1, self.merged).mean(dim=1)
+                signals = (received, keys.transpose(0, 1).reshape(received.shape[0], self.merged, -1).mean(dim=1))
+            hidden = hidden + mixed
             hidden = hidden + block.mlp(block.norm2(hidden))
         merged: torch.Tensor = self.tower.merger(hidden)
-        return merged[None]
+        return (merged[None], *signals) if signals else merged[None]
 
-    def _attend(self, attn: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def _attend(self, attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = (hidden.shape[0], 3, attn.num_heads, attn.head_dim)
         query, key, value = attn.qkv(hidden).view(shape).permute(1, 2, 0, 3).unbind(0)  # [heads, patches, head_dim]
         query, key = apply_rotary_pos_emb(query, key, self.cos, self.sin, unsqueeze_dim=0)
         query, key = query[0], key[0]
         weights = torch.softmax(query @ key.transpose(1, 2) * attn.scaling, dim=-1)
-        mixed: torch.Tensor = attn.proj((weights @ value).transpose(0, 1).flatten(1))
-        return mixed
+        return attn.proj((weights @ value).transpose(0, 1).flatten(1)), weights, key
 
 
 class _Rope(nn.Module):

@@ -1,38 +1,102 @@
-"""What a method sees at its cut, and what it answers."""
+"""What methods see at their cuts, and what they answer.
+
+A method is a class made for one cut and one geometry. It says *which* tokens; how many is the plan's matter. At the sites "input"
+and "layer" it answers positions (`select`), at "cache" a score for each KV head (`score_heads`). Everything is traced, so shapes
+must not depend on values; at a layer or in a cache V may be 0 (steps without an image), at the input it never is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from edgeprune.plan import Cut, Geometry
 
+Signal = Callable[[], Any]
+
+
+def _absent() -> Any:
+    raise AssertionError("a method asked for a signal that its site does not give")
+
 
 @dataclass(frozen=True)
-class View:
-    """The visual tokens still alive where a cut acts.
+class InputView:
+    """What is known before decoder layer 0.
 
-    `order` [V]: their indices among the image's visual tokens, ascending. `attention()` [heads, V]: the share of attention that
-    the last token of the prompt pays to each in the layer just run, softmaxed over all keys; computed only when called.
-    V is 0 when the step carries no image.
+    `visual` [V, hidden]: the projected visual tokens. `prompt` [M, hidden]: the embeddings of the user's words, without the
+    chat template. From the vision encoder, for methods whose `needs` name them: `attention` [V], how much attention a token
+    receives in the last block but one, and `keys` [V, key dim] of that block.
+    """
+
+    visual: torch.Tensor
+    prompt: torch.Tensor
+    attention: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+
+    @property
+    def order(self) -> torch.Tensor:
+        """Indices [V] of the tokens in the image: all of them."""
+        return torch.arange(self.visual.shape[0], device=self.visual.device)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What is known at a cut inside the decoder; each signal is computed only when called.
+
+    `order` [V]: indices of the living visual tokens among the image's, ascending. H query heads, `kv_heads` KV heads, T tokens
+    of text after the image. All attention is softmaxed over every key, of the layer just run (at "cache": of the cache's own
+    layer).
+
+    `attention()` [H, V]: from the last token. `text_attention()` [H, T, V]: from every text token after the image.
+    `visual_attention()` [H, V, V]: from visual to visual tokens. `next_attention()` [H, V]: from the last token, as the next layer
+    will see it. `embeds()`: the embeddings ([V, hidden], [T, hidden]) with which visual tokens and text entered the decoder.
     """
 
     order: torch.Tensor
-    attention: Callable[[], torch.Tensor]
+    kv_heads: int = 1
+    attention: Signal = _absent
+    text_attention: Signal = _absent
+    visual_attention: Signal = _absent
+    next_attention: Signal = _absent
+    embeds: Signal = _absent
 
 
 class Method(Protocol):
-    """A pruning method, made for one cut and one geometry. `sites`: where it can act."""
+    """What every method has. `sites`: where it can act; `needs`: signals of the vision encoder that not every family gives."""
 
     sites: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None: ...
 
-    def score(self, view: View) -> torch.Tensor:
-        """Return one number per visual token [V]; the cut keeps the highest."""
+
+class Scored:
+    """A method that gives every token one number and keeps the highest."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def score(self, view: Any) -> torch.Tensor:
+        """Return one number per visual token [V]."""
+        raise NotImplementedError
+
+    def select(self, view: Any, keep: int) -> torch.Tensor:
+        """Return the ascending positions [min(keep, V)] of the tokens that stay."""
+        return keep_best(self.score(view), keep)
+
+    def score_heads(self, view: LayerView) -> torch.Tensor:
+        """Return the same numbers for every KV head [kv heads, V]."""
+        return self.score(view)[None].expand(view.kv_heads, -1)
+
+
+@runtime_checkable
+class Merging(Protocol):
+    """An input method that does not only drop tokens: it also returns what the kept ones become [K, hidden]."""
+
+    def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of the chosen tokens [K], the dropped ones merged into them."""
         ...
 
 
@@ -41,6 +105,15 @@ def keep_best(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
     Lowers to TopK twice: by score, then on the indices, since graphs for TensorRT have no Sort.
     """
-    count = torch.sym_min(keep, scores.shape[0])  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    best = torch.topk(scores, count).indices
-    return torch.topk(best, count, largest=False, sorted=True).values
+    return ascending(rank(scores, keep))
+
+
+def rank(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Return the positions [..., min(keep, V)] of the highest scores [..., V], the highest first."""
+    count = torch.sym_min(keep, scores.shape[-1])  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return torch.topk(scores, count).indices
+
+
+def ascending(positions: torch.Tensor) -> torch.Tensor:
+    """Return positions [K] in ascending order; lowers to TopK."""
+    return torch.topk(positions, positions.shape[0], largest=False, sorted=True).values

@@ -14,18 +14,20 @@ from typing import ClassVar
 
 import torch
 
-from edgeprune.methods.base import View
+from edgeprune.methods.base import LayerView, Scored
 from edgeprune.plan import Cut, Geometry
 
 
-class FastV:
+class FastV(Scored):
     """Keep the tokens with the highest head-mean attention from the last prompt token."""
 
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
-        del cut, geometry  # the ranking has no parameters
+        del geometry
+        cut.settings()  # the ranking has no parameters
 
-    def score(self, view: View) -> torch.Tensor:
+    def score(self, view: LayerView) -> torch.Tensor:
         """Return the head-mean attention [V]."""
-        return view.attention().mean(dim=0)
+        mean: torch.Tensor = view.attention().mean(dim=0)
+        return mean

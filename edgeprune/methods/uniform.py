@@ -12,23 +12,23 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from edgeprune.methods.base import View
+from edgeprune.methods.base import InputView, LayerView, Scored
 from edgeprune.plan import Cut, Geometry
 
 
-class Uniform:
+class Uniform(Scored):
     """Keep the first tokens of a farthest-point order of the grid."""
 
-    sites: ClassVar[tuple[str, ...]] = ("input", "layer")
+    sites: ClassVar[tuple[str, ...]] = ("input", "layer", "cache")
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
-        del cut  # nothing is drawn by lot
+        cut.settings()  # nothing to set, nothing drawn by lot
         order = farthest_point_order(geometry.rows, geometry.columns)
         scores = np.empty(geometry.tokens, np.float32)
         scores[order] = np.arange(geometry.tokens, 0, -1)
         self._scores = torch.from_numpy(scores)
 
-    def score(self, view: View) -> torch.Tensor:
+    def score(self, view: InputView | LayerView) -> torch.Tensor:
         """Return how early each token comes in the order [V]."""
         return self._scores.index_select(0, view.order)
 

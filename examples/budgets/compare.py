@@ -26,7 +26,7 @@ from edgeprune.calibration.planning import staircase_plan, unpruned_plan
 from edgeprune.calibration.samples import Sample, read_samples, score
 from edgeprune.cli.show import Counter
 from edgeprune.export.exporter import export_bundle
-from edgeprune.export.loading import LoadedModel, find_model, load_model
+from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.tabletop.dataset import write_dataset
 from edgeprune.tabletop.questions import DESCRIBE
 

@@ -17,7 +17,7 @@ from edgeprune.calibration.planning import staircase_plan, unpruned_plan
 from edgeprune.calibration.samples import Sample, score
 from edgeprune.cli.show import Stages
 from edgeprune.export.exporter import STAGES, export_bundle
-from edgeprune.export.loading import find_model, load_model
+from edgeprune.loading import find_model, load_model
 from edgeprune.runtime import Answer
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import ask_one

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import Source, sha256_of
+from edgeprune.bundle import DecoderShape, Source, sha256_of
 from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, require_extra
-from edgeprune.plan import Geometry, KeepPlan
+from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.registry import family_class, method_class
 from edgeprune.tabletop import MODEL_FOLDER
 
@@ -69,9 +69,28 @@ class LoadedModel:
         if own != plan.geometry:
             raise PlanError(f"The plan was made for {plan.geometry}, but {name} divides that into {own}.")
         for cut in plan.cuts:
-            sites = method_class(cut.method).sites
-            if cut.site not in sites:
-                raise PlanError(f"{cut.method} cannot act at site {cut.site!r}.", hint=f"It acts at: {', '.join(sites)}.")
+            self._check_cut(cut, plan.geometry)
+
+    def _check_cut(self, cut: Cut, geometry: Geometry) -> None:
+        method = method_class(cut.method)
+        if cut.site not in method.sites:
+            raise PlanError(f"{cut.method} cannot act at site {cut.site!r}.", hint=f"It acts at: {', '.join(method.sites)}.")
+        for signal in method.needs:
+            if signal not in self.family.signals:
+                raise PlanError(f"{cut.method} needs the signal {signal!r}, which the family {self.family.name} does not give.")
+        method(cut, geometry)  # refuses options that it does not know
+
+    def decoder_shape(self) -> DecoderShape:
+        """Return the sizes of the decoder."""
+        parts = self.family.decoder()
+        return DecoderShape(
+            layers=len(parts.layers),
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            hidden=parts.hidden,
+            vocabulary=parts.vocabulary,
+            position_axes=self.family.position_axes,
+        )
 
     def processor(self, geometry: Geometry) -> dict[str, Any]:
         """Return the image-processor settings for one geometry: every image is brought to its area."""

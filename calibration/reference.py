@@ -1,0 +1,100 @@
+"""The eager reference: the same generation loop as the runtime, on PyTorch instead of ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from edgeprune.loading import LoadedModel
+from edgeprune.model import InputSelector, PrunedDecoder, Segment
+from edgeprune.model.attention import caches_of, flat_text, flat_visual
+from edgeprune.plan import KeepPlan
+from edgeprune.registry import method_class
+from edgeprune.runtime.cache import KvCache
+from edgeprune.runtime.chat import ChatTemplate, TextCodec
+from edgeprune.runtime.conversation import Model
+from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput
+from edgeprune.runtime.preprocess import ImageSpec
+
+
+class EagerEngine:
+    """The family's modules, the input cut and the pruned decoder, run eagerly."""
+
+    def __init__(self, loaded: LoadedModel, plan: KeepPlan) -> None:
+        parts = loaded.family.decoder()
+        signals = plan.input is not None and bool(method_class(plan.input.method).needs)
+        self._vision = loaded.family.vision(plan.geometry, signals=signals).eval()
+        self._embed = parts.embed_tokens
+        self._decoder = PrunedDecoder(parts, plan).eval()
+        self._selector = InputSelector(plan.input, plan.geometry) if plan.input else None
+        self._rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rater() if plan.decode and plan.live else None
+
+    @torch.no_grad()
+    def see(self, patches: np.ndarray) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]."""
+        seen = self._vision(torch.from_numpy(patches))
+        visual, *signals = seen if isinstance(seen, tuple) else (seen,)
+        return Seen(_array(visual), dict(zip(SIGNALS, (_array(signal) for signal in signals), strict=False)))
+
+    @torch.no_grad()
+    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
+        [K].
+        """
+        assert self._selector is not None
+        signals = [torch.from_numpy(signal) for signal in seen.signals.values()]
+        embeds, kept = self._selector(torch.from_numpy(seen.embeds), torch.from_numpy(prompt), *signals)
+        return _array(embeds), _array(kept)
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Return embeddings [1, n, hidden]."""
+        return _array(self._embed(torch.tensor([list(ids)])))
+
+    @torch.no_grad()
+    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+        """Run new tokens on top of a cache."""
+        segments = [
+            Segment(torch.from_numpy(part.embeds), torch.from_numpy(part.positions))
+            for part in (tokens.prefix, tokens.visual, tokens.suffix)
+        ]
+        caches = caches_of([torch.from_numpy(rows) for rows in (*cache.text, *cache.visual)])
+        groups = torch.from_numpy(tokens.groups) if self._rater is not None else None
+        output = self._decoder(*segments, caches, torch.from_numpy(tokens.order), text_groups=groups)
+        return Step(
+            _array(output.logits)[0, 0],
+            tuple(_array(rows) for rows in flat_text(output.caches)),
+            tuple(_array(rows) for rows in flat_visual(output.caches)),
+            tuple(_array(kept) for kept in output.kept),
+            None if output.split is None else _array(output.split),
+        )
+
+    @torch.no_grad()
+    def rate(self, split: np.ndarray, step: int) -> float:
+        """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
+        assert self._rater is not None
+        return float(self._rater(torch.from_numpy(split), torch.tensor([float(step)]))[0])
+
+
+def reference_model(loaded: LoadedModel, plan: KeepPlan) -> Model:
+    """Return the model behind the runtime's interface; wrap it in `edgeprune.runtime.Runtime` to ask it questions."""
+    loaded.check_plan(plan)
+    return Model(
+        engine=EagerEngine(loaded, plan),
+        codec=TextCodec(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
+        template=ChatTemplate(loaded.chat_template()),
+        special_tokens=loaded.special_tokens(),
+        image_spec=ImageSpec.from_processor_config(loaded.processor(plan.geometry)),
+        image_token=int(loaded.model.config.image_token_id),
+        end_tokens=loaded.end_tokens(),
+        decoder=loaded.decoder_shape(),
+        plan=plan,
+    )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.numpy()
+    return array

@@ -1,0 +1,109 @@
+"""DyRate: drop more visual tokens the further the answer has come, as the answer's attention to vision fades.
+
+Liang et al., "Dynamic Token Reduction during Generation for Vision Language Models", arXiv 2501.14204. A light predictor on the
+attention distribution picks the reduction rate at every step of generation.
+
+DyRate (reconstruction): the paper's features, bins and training were not available to us. Here the predictor is one linear layer
+over the shares of attention that the newest token pays to system prompt, image, instruction and generated text in every layer,
+and the step; it picks among fixed keep shares (option form = "predictor"). Beside it stand the same rates frozen by step
+("schedule"), and, as a baseline without training, a monotone map of the image's share of attention ("map"). Rates never fall
+within an answer.
+
+Made static: cache cuts leave each KV head's visual tokens in descending order of score, so a smaller budget is a prefix and no
+graph changes. Which tokens go first is therefore the cache cut's decision, made once, at the end of prefill.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from edgeprune.errors import PlanError
+from edgeprune.plan import Cut, Geometry
+
+LAST_STEP = 128  # the step feature reaches 1 here
+FORMS = {
+    "schedule": {"form": "schedule", "steps": [], "shares": []},
+    "map": {"form": "map", "attention": [], "shares": []},
+    "predictor": {"form": "predictor", "weight": [], "bias": [], "shares": []},
+}
+
+
+class DyRate:
+    """The rate of a decode cut. It keeps `shares` of every layer's visual cache: by step, by attention or by a linear predictor."""
+
+    sites: ClassVar[tuple[str, ...]] = ("decode",)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del geometry
+        form = cut.options.get("form")
+        if form not in FORMS:
+            raise PlanError(f"{cut} has no form: {', '.join(FORMS)}.", hint="Calibrate one: edgeprune calibrate --method dyrate")
+        self.form: str = form
+        self._settings = cut.settings(**FORMS[form])
+        shares, counts = self._settings["shares"], {name: len(value) for name, value in self._settings.items() if name != "form"}
+        expected = len(shares) - 1 if form == "map" else len(shares)
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise PlanError(f"The shares of {cut} must be numbers from 0 to 1.")
+        if any(count != (len(shares) if name == "shares" else expected) for name, count in counts.items()):
+            raise PlanError(f"The settings of {cut} are not of one length: {counts}.")
+
+    @property
+    def live(self) -> bool:
+        """Whether the rate depends on attention, so that a predictor is exported."""
+        return self.form != "schedule"
+
+    def rater(self) -> nn.Module:
+        """Return the module from split [layers, 4] and step [1] to the share [1] that is kept."""
+        values = self._settings
+        shares = torch.tensor(values["shares"], dtype=torch.float32)
+        if self.form == "map":
+            return AttentionMap(torch.tensor(values["attention"], dtype=torch.float32), shares)
+        return Predictor(torch.tensor(values["weight"]), torch.tensor(values["bias"]), shares)
+
+
+class Predictor(nn.Module):
+    """Linear classifier over keep shares."""
+
+    shares: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, shares: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.register_buffer("shares", shares)
+
+    def logits(self, split: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Return [..., bins] of split [..., layers, 4] and step [..., 1]."""
+        scaled = torch.log(step + 1) / math.log(LAST_STEP + 1)
+        return nn.functional.linear(torch.cat([split.flatten(-2), scaled], dim=-1), self.weight, self.bias)
+
+    def forward(self, split: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Return the share [1] of the likeliest bin."""
+        return self.shares.index_select(0, self.logits(split, step).argmax(dim=-1, keepdim=True))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options of a cut with this predictor."""
+        rounded = {"weight": self.weight, "bias": self.bias, "shares": self.shares}
+        return {"form": "predictor", **{name: torch.round(t.detach().double(), decimals=5).tolist() for name, t in rounded.items()}}
+
+
+class AttentionMap(nn.Module):
+    """Training-free: the share kept is a step function of the image's share of attention, averaged over layers."""
+
+    attention: torch.Tensor
+    shares: torch.Tensor
+
+    def __init__(self, attention: torch.Tensor, shares: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("attention", attention)
+        self.register_buffer("shares", shares)
+
+    def forward(self, split: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Return the share [1] of the interval that the image's attention falls into."""
+        del step
+        above = (split[:, 1].mean() >= self.attention).sum().view(1)
+        return self.shares.index_select(0, above)

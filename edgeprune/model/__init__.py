@@ -1,0 +1,7 @@
+"""The pruning-aware model: the family's own layers, our attention forward, the cuts of one plan. Eager and traced alike."""
+
+from edgeprune.model.attention import LayerCache
+from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput
+from edgeprune.model.selector import InputSelector
+
+__all__ = ["InputSelector", "LayerCache", "PrunedDecoder", "Segment", "StepOutput"]

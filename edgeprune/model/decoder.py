@@ -1,0 +1,179 @@
+"""The pruning-aware decoder: the family's own layers, our attention forward, the cuts of one plan.
+
+The same module runs eagerly (verify, eval, calibrate) and is traced (export), so there is no second implementation to keep equal.
+One forward serves the image turn, text turns and every decode step: tokens enter as three segments, and a step without an image
+simply has an empty visual one, in which case no cut removes anything. Visual embeddings passed in the prefix segment are
+treated as text: that is how one graph also runs without pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.families.base import DecoderParts
+from edgeprune.methods.base import LayerView, rank
+from edgeprune.model.attention import Attended, LayerCache, Tokens, attend, causal_mask, rotated, with_null
+from edgeprune.plan import KeepPlan
+from edgeprune.registry import method_class
+
+Probe = Callable[[int, LayerView], None]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens: `embeds` [1, n, hidden] and integer `positions` [axes, n]; n may be 0."""
+
+    embeds: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one forward returns.
+
+    `logits` [1, n, vocabulary] of the last token, or of all n tokens of the suffix; `caches`, one a layer: all text so far, and of
+    this step's visual tokens those that stay. `kept` for each layer and cache cut of the plan, in its order: the indices in the
+    image that passed it, [K] or [kv heads, K]. `split` [layers, 4], where text groups were given: the share of the last token's
+    attention that goes to the system prompt, the image, the instruction and generated text, averaged over heads.
+    """
+
+    logits: torch.Tensor
+    caches: tuple[LayerCache, ...]
+    kept: tuple[torch.Tensor, ...]
+    split: torch.Tensor | None
+
+
+class PrunedDecoder(nn.Module):
+    """A decoder whose visual tokens thin out as a plan says."""
+
+    def __init__(self, parts: DecoderParts, plan: KeepPlan) -> None:
+        super().__init__()
+        self.layers, self.norm, self.lm_head, self.rope = parts.layers, parts.norm, parts.lm_head, parts.rope
+        self.shape = parts
+        self.plan = plan
+        self.layer_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.layer_cuts}
+        self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
+
+    def empty_caches(self) -> tuple[LayerCache, ...]:
+        """Return caches of length 0, one a layer."""
+        reference = next(self.parameters())
+        text = reference.new_zeros(1, self.shape.kv_heads, 0, self.shape.head_dim)
+        visual = reference.new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
+        return tuple(LayerCache(text, text, visual, visual) for _ in self.layers)
+
+    def forward(
+        self,
+        prefix: Segment,
+        visual: Segment,
+        suffix: Segment,
+        caches: Sequence[LayerCache],
+        order: torch.Tensor | None = None,
+        *,
+        text_groups: torch.Tensor | None = None,
+        probe: Probe | None = None,
+        hide: Sequence[torch.Tensor] | None = None,
+        every_logit: bool = False,
+    ) -> StepOutput:
+        """Run the tokens of three segments on top of the caches.
+
+        `order` [V]: the visual tokens' indices in the image, by default all of it. `text_groups` [text, 3], one row for each text
+        key, past and new: 1 for its group (system, instruction, generated). `probe(layer, view)` is called after every layer's
+        attention. `hide`, one a layer [S, K]: added to the scores of the last K earlier visual tokens. `every_logit`: of the
+        whole suffix.
+        """
+        tokens = self._join(prefix, visual, suffix, order)
+        embeds = tokens.split(tokens.hidden)[1:]
+        present, kept, splits = [], dict[str, torch.Tensor](), []
+        masks: dict[Any, torch.Tensor] = {}
+        attended: Attended | None = None
+        for index, layer in enumerate(self._layers()):
+            if index in self.layer_cuts:
+                cut, method = self.layer_cuts[index]
+                view = self._view(tokens, attended, embeds, layer)
+                chosen = method.select(view, cut.keep)
+                tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
+                kept[str(cut)] = tokens.order
+            mask = self._mask(index, tokens, caches[index], masks)
+            mask = mask if hide is None else _hide(mask, hide[index])
+            hidden = layer.input_layernorm(tokens.hidden)
+            attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask)
+            if probe is not None:
+                probe(index, self._view(tokens, attended, embeds, None))
+            present.append(self._cut_cache(index, tokens, attended, embeds, kept))
+            if text_groups is not None:
+                splits.append(_split(attended, text_groups))
+            hidden = tokens.hidden + attended.output
+            tokens = tokens.with_hidden(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
+        last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
+        logits = self.lm_head(self.norm(last))
+        in_order = tuple(kept[str(cut)] for cut in (*self.plan.layer_cuts, *self.plan.cache_cuts))
+        return StepOutput(logits[None], tuple(present), in_order, torch.stack(splits) if splits else None)
+
+    def _layers(self) -> list[Any]:
+        return list(self.layers)
+
+    def _join(self, prefix: Segment, visual: Segment, suffix: Segment, order: torch.Tensor | None) -> Tokens:
+        segments = (prefix, visual, suffix)
+        cos, sin = self.rope(torch.cat([segment.positions for segment in segments], dim=1))
+        hidden = torch.cat([segment.embeds[0] for segment in segments])
+        sizes = (prefix.embeds.shape[1], visual.embeds.shape[1], suffix.embeds.shape[1])
+        return Tokens(hidden, cos, sin, torch.arange(sizes[1], device=hidden.device) if order is None else order, sizes)
+
+    def _mask(self, index: int, tokens: Tokens, cache: LayerCache, masks: dict[Any, torch.Tensor]) -> torch.Tensor:
+        # Layers whose visual tokens are as many now and were as many before share a mask.
+        length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
+        stage = (self.plan.alive(index), length if isinstance(length, int) else self.plan.cache_stage(index))
+        if stage not in masks:
+            masks[stage] = causal_mask(tokens.sizes, cache.key.shape[2], cache.visual_key.shape[0])
+        return masks[stage]
+
+    def _cut_cache(self, index: int, tokens: Tokens, attended: Attended, embeds: Any, kept: dict[str, torch.Tensor]) -> LayerCache:
+        if index not in self.cache_cuts:
+            return attended.cache
+        cut, method = self.cache_cuts[index]
+        chosen = rank(method.score_heads(self._view(tokens, attended, embeds, None)), cut.keep)  # [kv heads, K]
+        kept[str(cut)] = tokens.order.index_select(0, chosen.flatten()).view(chosen.shape)
+        cache = attended.cache
+        return LayerCache(cache.key, cache.value, *(_pick_heads(rows, chosen) for rows in (cache.visual_key, cache.visual_value)))
+
+    def _view(self, tokens: Tokens, attended: Attended | None, embeds: Any, next_layer: Any) -> LayerView:
+        assert attended is not None  # plans are checked: no layer cut stands before layer 0
+        before, visual = tokens.sizes[:2]
+
+        def next_attention() -> torch.Tensor:
+            query, key = rotated(next_layer.self_attn, self.shape, next_layer.input_layernorm(tokens.hidden), tokens)
+            row = torch.softmax(query[:, :, -1] @ key.permute(1, 2, 0), dim=-1).flatten(0, 1)
+            return torch.split(row, list(tokens.sizes), dim=1)[1]
+
+        return LayerView(
+            tokens.order,
+            self.shape.kv_heads,
+            attention=lambda: attended.last_row()[1],
+            text_attention=lambda: attended.visual_columns()[:, before + visual :],
+            visual_attention=lambda: attended.visual_columns()[:, before : before + visual],
+            next_attention=next_attention,
+            embeds=lambda: embeds,
+        )
+
+
+def _pick_heads(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    # Of rows [1 + V, kv heads, head_dim] each head takes its own [kv heads, K]; one flat Gather, as no target lacks it.
+    heads = rows.shape[1]
+    flat = (chosen.transpose(0, 1) + 1) * heads + torch.arange(heads, device=rows.device)
+    return with_null(rows.flatten(0, 1).index_select(0, flat.flatten()).view(chosen.shape[1], heads, rows.shape[2]))
+
+
+def _hide(mask: torch.Tensor, hide: torch.Tensor) -> torch.Tensor:
+    # The visual tokens of earlier steps are the last columns.
+    return torch.cat([mask[:, : mask.shape[1] - hide.shape[1]], mask[:, mask.shape[1] - hide.shape[1] :] + hide], dim=1)
+
+
+def _split(attended: Attended, text_groups: torch.Tensor) -> torch.Tensor:
+    text, visual, past = attended.last_row()
+    system, instruction, generated = (text @ text_groups).mean(dim=0).unbind()
+    return torch.stack([system, (visual.sum(dim=1) + past.sum(dim=1)).mean(), instruction, generated])

@@ -1,0 +1,35 @@
+"""The input cut: which visual tokens enter the decoder, and what they are then. A graph of its own, run for image turns only.
+
+Standing between vision encoder and decoder it sees a constant number of tokens, so that greedy selections need no care for steps
+without an image, and the decoder's prefill is shorter from layer 0 on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from edgeprune.methods.base import InputView, Merging
+from edgeprune.plan import Cut, Geometry
+from edgeprune.registry import method_class
+
+
+class InputSelector(nn.Module):
+    """Apply one input cut to the visual tokens of an image."""
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        super().__init__()
+        self.cut = cut
+        self.method = method_class(cut.method)(cut, geometry)
+
+    def forward(
+        self, visual: torch.Tensor, prompt: torch.Tensor, attention: torch.Tensor | None = None, keys: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kept embeddings [1, K, hidden] and their indices [K] of visual [1, V, hidden] and prompt [1, M, hidden].
+
+        `attention` [V] and `keys` [V, key dim] come from the vision encoder, for methods that need them.
+        """
+        view = InputView(visual[0], prompt[0], attention, keys)
+        chosen = self.method.select(view, self.cut.keep)
+        kept = self.method.merge(view, chosen) if isinstance(self.method, Merging) else visual[0].index_select(0, chosen)
+        return kept[None], chosen
