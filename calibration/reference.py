@@ -16,7 +16,7 @@ from edgeprune.registry import method_class
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.conversation import Model
-from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput
+from edgeprune.runtime.engine import SIGNALS, Engine, Seen, Step, StepInput
 from edgeprune.runtime.preprocess import ImageSpec
 
 
@@ -77,6 +77,40 @@ class EagerEngine:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
         assert self._rater is not None
         return float(self._rater(torch.from_numpy(split), torch.tensor([float(step)]))[0])
+
+
+class Recorder:
+    """An engine that keeps what went into another and what came out of it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.steps: list[tuple[StepInput, KvCache, Step]] = []
+        self.selections: list[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]] = []
+
+    def see(self, patches: np.ndarray) -> Seen:
+        """Look at an image."""
+        self.patches, self.seen = patches, self._engine.see(patches)
+        return self.seen
+
+    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Apply the input cut."""
+        selected = self._engine.select(seen, prompt)
+        self.selections.append((prompt, selected))
+        return selected
+
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Embed tokens."""
+        return self._engine.embed(ids)
+
+    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+        """Run new tokens on top of a cache."""
+        step = self._engine.step(tokens, cache)
+        self.steps.append((tokens, cache, step))
+        return step
+
+    def rate(self, split: np.ndarray, step: int) -> float:
+        """Ask the predictor."""
+        return self._engine.rate(split, step)
 
 
 def reference_model(loaded: LoadedModel, plan: KeepPlan) -> Model:

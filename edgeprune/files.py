@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file through a temporary one beside it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file through a temporary one beside it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         raise EdgePruneError(f"Cannot write {path}: {error.strerror}.") from error

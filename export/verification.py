@@ -8,20 +8,19 @@ token, and last the text that the bundle generates by itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from edgeprune.bundle import PREPROCESSOR, Bundle
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.reference import Recorder, reference_model
 from edgeprune.errors import VerificationError
 from edgeprune.loading import LoadedModel
 from edgeprune.runtime import load
-from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.conversation import Conversation, Model
-from edgeprune.runtime.engine import Engine, OnnxEngine, Seen, Step, StepInput
+from edgeprune.runtime.engine import OnnxEngine
 from edgeprune.runtime.preprocess import ImageSpec
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.tabletop.drawing import draw_scene
@@ -61,7 +60,7 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] 
     size = (bundle.plan.geometry.width, bundle.plan.geometry.height)
     image = draw_scene(sample_scene(np.random.default_rng(1))).resize(size, Image.Resampling.BICUBIC)
     progress("reference")
-    recorder = _Recorder(reference.engine)
+    recorder = Recorder(reference.engine)
     text = _describe(reference, recorder, image)
     engine = OnnxEngine(bundle)
     stages = [_pixels(loaded, bundle, image)]
@@ -75,40 +74,12 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] 
     return stages
 
 
-def _describe(model: Model, recorder: _Recorder, image: Image.Image) -> str:
+def _describe(model: Model, recorder: Recorder, image: Image.Image) -> str:
     conversation = Conversation(replace(model, engine=recorder))
     return "".join(conversation.ask(DESCRIBE_PROMPT, image, Sampling(max_tokens=GENERATED)))
 
 
-class _Recorder:
-    # An engine that keeps what went in and what came out.
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.steps: list[tuple[StepInput, KvCache, Step]] = []
-        self.selections: list[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]] = []
-
-    def see(self, patches: np.ndarray) -> Seen:
-        self.patches, self.seen = patches, self._engine.see(patches)
-        return self.seen
-
-    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        selected = self._engine.select(seen, prompt)
-        self.selections.append((prompt, selected))
-        return selected
-
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
-        return self._engine.embed(ids)
-
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
-        step = self._engine.step(tokens, cache)
-        self.steps.append((tokens, cache, step))
-        return step
-
-    def rate(self, split: np.ndarray, step: int) -> float:
-        return self._engine.rate(split, step)
-
-
-def _vision(engine: OnnxEngine, recorder: _Recorder) -> Stage:
+def _vision(engine: OnnxEngine, recorder: Recorder) -> Stage:
     expected, actual = recorder.seen, engine.see(recorder.patches)
     pairs = [(expected.embeds, actual.embeds), *((expected.signals[name], actual.signals[name]) for name in expected.signals)]
     return _stage("vision", pairs, f"{expected.embeds.shape[1]} tokens")
@@ -125,7 +96,7 @@ def _pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Stage:
     return _stage("pixels", [(expected, actual)], f"{actual.shape[0]} patches")
 
 
-def _replay(engine: OnnxEngine, recorder: _Recorder) -> list[Stage]:
+def _replay(engine: OnnxEngine, recorder: Recorder) -> list[Stage]:
     # Every step starts from the reference's cache, so that one wrong step does not spoil the next.
     kept = [(expected[1], engine.select(recorder.seen, prompt)[1]) for prompt, expected in recorder.selections]
     logits: list[tuple[np.ndarray, np.ndarray]] = []

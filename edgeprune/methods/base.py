@@ -51,7 +51,7 @@ class LayerView:
     layer).
 
     `attention()` [H, V]: from the last token. `text_attention()` [H, T, V]: from every text token after the image.
-    `visual_attention()` [H, V, V]: from visual to visual tokens. `next_attention()` [H, V]: from the last token, as the next layer
+    `past_attention()` [H, S, K]: from every new token to the visual tokens of earlier steps. `visual_attention()` [H, V, V]: from visual to visual tokens. `next_attention()` [H, V]: from the last token, as the next layer
     will see it. `embeds()`: the embeddings ([V, hidden], [T, hidden]) with which visual tokens and text entered the decoder.
     """
 
@@ -59,6 +59,7 @@ class LayerView:
     kv_heads: int = 1
     attention: Signal = _absent
     text_attention: Signal = _absent
+    past_attention: Signal = _absent
     visual_attention: Signal = _absent
     next_attention: Signal = _absent
     embeds: Signal = _absent

@@ -106,6 +106,10 @@ class Attended:
         """Return every token's attention to this step's visual tokens [heads, S, V]."""
         return torch.split(self.weights, list(self.parts), dim=3)[1][..., 1:].flatten(0, 1)
 
+    def past_columns(self) -> torch.Tensor:
+        """Return every token's attention to the visual tokens of earlier steps [heads, S, K]."""
+        return torch.split(self.weights, list(self.parts), dim=3)[2][..., 1:].flatten(0, 1)
+
 
 def attend(attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: Tokens, cache: LayerCache, mask: torch.Tensor) -> Attended:
     """Return the attention of `hidden` [S, hidden] over the cache and itself; `mask` [S, keys] as `causal_mask` returns it."""

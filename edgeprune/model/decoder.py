@@ -155,6 +155,7 @@ class PrunedDecoder(nn.Module):
             self.shape.kv_heads,
             attention=lambda: attended.last_row()[1],
             text_attention=lambda: attended.visual_columns()[:, before + visual :],
+            past_attention=attended.past_columns,
             visual_attention=lambda: attended.visual_columns()[:, before : before + visual],
             next_attention=next_attention,
             embeds=lambda: embeds,

@@ -1,0 +1,78 @@
+"""What plans cost and how well they answer: the points that a search measured, and the best of them at every cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import PlanError, UsageError
+from edgeprune.files import write_text
+from edgeprune.plan import KeepPlan
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured plan. `group`: the method, or "composed". Costs are shares of the unpruned model's: `flops` of the decoder's visual
+    work in prefill, `kv` of the visual cache after it; `ttft_ms` where times are known. `score`: agreement with the unpruned answers, 0
+    to 1, over `samples` samples.
+    """
+
+    name: str
+    group: str
+    flops: float
+    kv: float
+    score: float
+    samples: int
+    plan: KeepPlan
+    ttft_ms: float | None = None
+
+    def cost(self, axis: str) -> float:
+        """Return the cost along "flops", "kv" or "ttft_ms"."""
+        value = {"flops": self.flops, "kv": self.kv, "ttft_ms": self.ttft_ms}[axis]
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True)
+class Curve:
+    """All points of a search along one `axis` of cost, and which of them was `chosen`, if any."""
+
+    axis: str
+    points: tuple[Point, ...]
+    chosen: int | None = None
+
+    def front(self) -> list[Point]:
+        """Return the points that no cheaper or equally cheap one beats, the cheapest first."""
+        return pareto_front(self.points, self.axis)
+
+    def save(self, path: Path) -> None:
+        """Write the curve as JSON, whole or not at all."""
+        points = [{**asdict(point), "plan": point.plan.to_dict()} for point in self.points]
+        data = {"schema_version": SCHEMA_VERSION, "axis": self.axis, "chosen": self.chosen, "points": points}
+        write_text(path, json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Curve:
+        """Read a curve; raise UsageError when the file is none."""
+        try:
+            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema_version"] != SCHEMA_VERSION:
+                raise UsageError(f"{path} has schema version {data['schema_version']}, this EdgePrune reads {SCHEMA_VERSION}.")
+            points = tuple(Point(**{**point, "plan": KeepPlan.from_dict(point["plan"])}) for point in data["points"])
+            return cls(str(data["axis"]), points, data["chosen"])
+        except (OSError, ValueError, KeyError, TypeError, PlanError) as error:
+            raise UsageError(f"Cannot read the curve {path}: {error!r}.") from error
+
+
+def pareto_front(points: Sequence[Point], axis: str) -> list[Point]:
+    """Return the points that no cheaper or equally cheap one beats, the cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost(axis), -point.score)):
+        if not front or point.score > front[-1].score:
+            front.append(point)
+    return front
