@@ -17,9 +17,9 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Point:
-    """One measured plan. `group`: the method, or "composed". Costs are shares of the unpruned model's: `flops` of the decoder's visual
-    work in prefill, `kv` of the visual cache after it; `ttft_ms` where times are known. `score`: agreement with the unpruned answers, 0
-    to 1, over `samples` samples.
+    """One measured plan. `group`: the method, or "composed". Costs are shares of the unpruned model's: `flops` of the decoder's
+    visual work in prefill, `kv` of the visual cache after it; `ttft_ms` where times are known. `score`: agreement with the
+    unpruned answers, 0 to 1, over `samples` samples.
     """
 
     name: str

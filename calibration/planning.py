@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
@@ -13,6 +14,18 @@ DEFAULT_LAYER = 2  # FastV's canonical place
 def unpruned_plan(family: str, layers: int, geometry: Geometry) -> KeepPlan:
     """Return the plan that keeps every visual token."""
     return KeepPlan(family, layers, geometry)
+
+
+def ranked_plan(
+    base: KeepPlan, keeps: Sequence[int] | None = None, priors: Sequence[list[list[int]]] | None = None, **options: Any
+) -> KeepPlan:
+    """Return `base` with a PLPHP cut of every layer's cache: keeping `keeps` of each, or all that is there, ranked.
+
+    `priors`: for each layer and KV head the order of the image's places; `options`: other settings of `edgeprune.methods.plphp`.
+    """
+    counts = [base.alive(layer) for layer in range(base.layers)] if keeps is None else keeps
+    own = [{} for _ in counts] if priors is None else [{"prior": prior} for prior in priors]
+    return base.with_cuts(*(Cut("cache", "plphp", counts[n], n, options={**options, **own[n]}) for n in range(base.layers)))
 
 
 def staircase_plan(

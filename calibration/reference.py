@@ -23,19 +23,23 @@ from edgeprune.runtime.preprocess import ImageSpec
 class EagerEngine:
     """The family's modules, the input cut and the pruned decoder, run eagerly."""
 
-    def __init__(self, loaded: LoadedModel, plan: KeepPlan) -> None:
+    def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> None:
+        loaded.model.to(device)
+        self._device = device
         parts = loaded.family.decoder()
         signals = plan.input is not None and bool(method_class(plan.input.method).needs)
-        self._vision = loaded.family.vision(plan.geometry, signals=signals).eval()
+        self._vision = loaded.family.vision(plan.geometry, signals=signals).eval().to(device)
         self._embed = parts.embed_tokens
         self._decoder = PrunedDecoder(parts, plan).eval()
         self._selector = InputSelector(plan.input, plan.geometry) if plan.input else None
-        self._rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rater() if plan.decode and plan.live else None
+        self._rater = (
+            method_class(plan.decode.method)(plan.decode, plan.geometry).rater().to(device) if plan.decode and plan.live else None
+        )
 
     @torch.no_grad()
     def see(self, patches: np.ndarray) -> Seen:
         """Return what the vision encoder says of patches [patches, patch pixels]."""
-        seen = self._vision(torch.from_numpy(patches))
+        seen = self._vision(self._tensor(patches))
         visual, *signals = seen if isinstance(seen, tuple) else (seen,)
         return Seen(_array(visual), dict(zip(SIGNALS, (_array(signal) for signal in signals), strict=False)))
 
@@ -45,25 +49,25 @@ class EagerEngine:
         [K].
         """
         assert self._selector is not None
-        signals = [torch.from_numpy(signal) for signal in seen.signals.values()]
-        embeds, kept = self._selector(torch.from_numpy(seen.embeds), torch.from_numpy(prompt), *signals)
+        signals = [self._tensor(signal) for signal in seen.signals.values()]
+        embeds, kept = self._selector(self._tensor(seen.embeds), self._tensor(prompt), *signals)
         return _array(embeds), _array(kept)
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
-        return _array(self._embed(torch.tensor([list(ids)])))
+        return _array(self._embed(torch.tensor([list(ids)], device=self._device)))
 
     @torch.no_grad()
     def step(self, tokens: StepInput, cache: KvCache) -> Step:
         """Run new tokens on top of a cache."""
         segments = [
-            Segment(torch.from_numpy(part.embeds), torch.from_numpy(part.positions))
+            Segment(self._tensor(part.embeds), self._tensor(part.positions))
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
         ]
-        caches = caches_of([torch.from_numpy(rows) for rows in (*cache.text, *cache.visual)])
-        groups = torch.from_numpy(tokens.groups) if self._rater is not None else None
-        output = self._decoder(*segments, caches, torch.from_numpy(tokens.order), text_groups=groups)
+        caches = caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
+        groups = self._tensor(tokens.groups) if self._rater is not None else None
+        output = self._decoder(*segments, caches, self._tensor(tokens.order), text_groups=groups)
         return Step(
             _array(output.logits)[0, 0],
             tuple(_array(rows) for rows in flat_text(output.caches)),
@@ -76,7 +80,10 @@ class EagerEngine:
     def rate(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
         assert self._rater is not None
-        return float(self._rater(torch.from_numpy(split), torch.tensor([float(step)]))[0])
+        return float(self._rater(self._tensor(split), torch.tensor([float(step)], device=self._device))[0])
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
 
 
 class Recorder:
@@ -113,11 +120,11 @@ class Recorder:
         return self._engine.rate(split, step)
 
 
-def reference_model(loaded: LoadedModel, plan: KeepPlan) -> Model:
+def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Model:
     """Return the model behind the runtime's interface; wrap it in `edgeprune.runtime.Runtime` to ask it questions."""
     loaded.check_plan(plan)
     return Model(
-        engine=EagerEngine(loaded, plan),
+        engine=EagerEngine(loaded, plan, device),
         codec=TextCodec(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
         template=ChatTemplate(loaded.chat_template()),
         special_tokens=loaded.special_tokens(),
@@ -130,5 +137,5 @@ def reference_model(loaded: LoadedModel, plan: KeepPlan) -> Model:
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.numpy()
+    array: np.ndarray = tensor.cpu().numpy()
     return array

@@ -30,7 +30,7 @@ _ONE = 2.0**32  # fixed point: a sum of a million values up to 2000 still fits 6
 class Source:
     """What statistics belong to: only those of one model, geometry and ranking can be added, or used for its plans.
 
-    `rows` and `reduce`: how the caches were ranked (see `edgeprune.methods.plphp`).
+    `rows`, `reduce` and `spread`: how the caches were ranked (see `edgeprune.methods.plphp`).
     """
 
     family: str
@@ -40,6 +40,12 @@ class Source:
     geometry: Geometry
     rows: str
     reduce: str
+    spread: bool
+
+    @property
+    def ranking(self) -> dict[str, Any]:
+        """The options of the cache cuts."""
+        return {"rows": self.rows, "reduce": self.reduce, "spread": self.spread}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every sum."""
@@ -49,6 +55,7 @@ class Source:
             "cache_kl": (layers, shares),
             "cache_flips": (layers, shares),
             "coverage": (layers, self.kv_heads, shares),
+            "habit": (layers, self.kv_heads, self.geometry.tokens),
             "split": (STEPS, layers, 4),
             "steps": (STEPS,),
             "withdrawn_kl": (layers,),
@@ -61,12 +68,13 @@ class Statistics:
     """Sums over `samples` samples, as fixed-point integers by name.
 
     `gamma` [layers, GAMMA_BINS]: how often a sample's vision attention score fell into a bin.
-    `cache_kl`, `cache_flips` [layers, SHARES]: with that share of one layer's visual cache left, the mean over the answer's tokens of the
-    KL divergence in nats from the unpruned model, and of changed choices. `coverage` [layers, kv heads, SHARES]: the share of the
-    answer's attention to vision that this part of the cache receives. `split` [STEPS, layers, 4] and `steps` [STEPS]: attention to
-    system prompt, image, instruction and generated text at each decode step, and how many answers came that far.
-    `withdrawn_kl` [layers]: KL of the first answer token with no visual tokens from that layer on. `fitprune` [ALPHAS, layers]: tokens
-    that FitPrune leaves in each layer at each tolerance.
+    `cache_kl`, `cache_flips` [layers, SHARES]: with that share of one layer's visual cache left, the sum over the answer's
+    tokens of the KL divergence in nats from the unpruned model, and of changed choices. `coverage` [layers, kv heads, SHARES]:
+    the share of the answer's attention to vision that this part of the cache receives. `habit` [layers, kv heads, V]: the answer's
+    attention to each place of the image, of its attention to vision. `split` [STEPS, layers, 4] and `steps`
+    [STEPS]: attention to system prompt, image, instruction and generated text at each decode step, and how many answers came
+    that far. `withdrawn_kl` [layers]: KL of the first answer token with no visual tokens from that layer on. `fitprune` [ALPHAS,
+    layers]: tokens that FitPrune leaves in each layer at each tolerance.
     """
 
     source: Source
@@ -80,7 +88,9 @@ class Statistics:
 
     def with_sample(self, values: Mapping[str, np.ndarray]) -> Statistics:
         """Return the statistics with one more sample, given its value of every sum."""
-        return Statistics(self.source, self.samples + 1, {n: s + np.rint(values[n] * _ONE).astype(np.int64) for n, s in self.sums.items()})
+        return Statistics(
+            self.source, self.samples + 1, {n: s + np.rint(values[n] * _ONE).astype(np.int64) for n, s in self.sums.items()}
+        )
 
     def __add__(self, other: Statistics) -> Statistics:
         """Return the statistics of both sets of samples; raise UsageError when they are of different sources."""
@@ -111,7 +121,14 @@ class Statistics:
     def attention_split(self) -> np.ndarray:
         """Return the mean attention split [STEPS, layers, 4] at each decode step; NaN for steps that no answer reached."""
         counts = self.total("steps")[:, None, None]
-        return np.divide(self.total("split"), counts, out=np.full((STEPS, self.source.layers, 4), np.nan), where=counts > 0)
+        split: np.ndarray = np.full((STEPS, self.source.layers, 4), np.nan)
+        np.divide(self.total("split"), counts, out=split, where=counts > 0)
+        return split
+
+    def prior(self) -> list[list[list[int]]]:
+        """Return for each layer and KV head the places of the image, the most attended first."""
+        order = np.argsort(-self.sums["habit"], axis=-1, kind="stable")
+        return [[head.tolist() for head in layer] for layer in order]
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -132,7 +149,9 @@ class Statistics:
         except (OSError, SafetensorError, ValueError) as error:
             raise UsageError(f"Cannot read statistics {path}: {error}.") from error
         if header.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{path} has statistics of schema {header.get('schema_version')}, this EdgePrune reads {SCHEMA_VERSION}.")
+            raise UsageError(
+                f"{path} has statistics of schema {header.get('schema_version')}, this EdgePrune reads {SCHEMA_VERSION}."
+            )
         return cls._parsed(path, header, sums)
 
     @classmethod

@@ -82,6 +82,11 @@ class Conversation:
         self._groups: list[int] = []  # of the text in the caches: SYSTEM, INSTRUCTION, GENERATED or none of them
         self._position = 0
 
+    @property
+    def cache(self) -> KvCache:
+        """What the conversation has taken in."""
+        return self._cache
+
     def ask(self, prompt: str, image: Image.Image | None = None, sampling: Sampling | None = None) -> Stream:
         """Return the stream of the answer to the next user turn.
 

@@ -27,8 +27,10 @@ class Rate:
             return cache
         share = self._scheduled() if before.split is None else self._engine.rate(before.split, self._step)
         self._step += 1
-        receipt.decode_shares.append(min(share, self.share))
-        if share >= self.share:
+        if self._cut.options.get("monotone", True):
+            share = min(share, self.share)
+        receipt.decode_shares.append(share)
+        if share == self.share:
             return cache
         self.share = share
         return cache.shortened(share, self._cut.layer)

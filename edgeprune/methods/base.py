@@ -51,8 +51,9 @@ class LayerView:
     layer).
 
     `attention()` [H, V]: from the last token. `text_attention()` [H, T, V]: from every text token after the image.
-    `past_attention()` [H, S, K]: from every new token to the visual tokens of earlier steps. `visual_attention()` [H, V, V]: from visual to visual tokens. `next_attention()` [H, V]: from the last token, as the next layer
-    will see it. `embeds()`: the embeddings ([V, hidden], [T, hidden]) with which visual tokens and text entered the decoder.
+    `past_attention()` [H, S, K]: from every new token to the visual tokens of earlier steps. `visual_attention()` [H, V, V]:
+    from visual to visual tokens. `next_attention()` [H, V]: from the last token, as the next layer will see it. `embeds()`: the
+    embeddings ([V, hidden], [T, hidden]) with which visual tokens and text entered the decoder.
     """
 
     order: torch.Tensor

@@ -26,9 +26,9 @@ from edgeprune.plan import Cut, Geometry
 
 LAST_STEP = 128  # the step feature reaches 1 here
 FORMS = {
-    "schedule": {"form": "schedule", "steps": [], "shares": []},
-    "map": {"form": "map", "attention": [], "shares": []},
-    "predictor": {"form": "predictor", "weight": [], "bias": [], "shares": []},
+    "schedule": {"form": "schedule", "monotone": True, "steps": [], "shares": []},
+    "map": {"form": "map", "monotone": True, "attention": [], "shares": []},
+    "predictor": {"form": "predictor", "monotone": True, "weight": [], "bias": [], "shares": []},
 }
 
 
@@ -45,7 +45,10 @@ class DyRate:
             raise PlanError(f"{cut} has no form: {', '.join(FORMS)}.", hint="Calibrate one: edgeprune calibrate --method dyrate")
         self.form: str = form
         self._settings = cut.settings(**FORMS[form])
-        shares, counts = self._settings["shares"], {name: len(value) for name, value in self._settings.items() if name != "form"}
+        shares, counts = (
+            self._settings["shares"],
+            {name: len(value) for name, value in self._settings.items() if isinstance(value, list)},
+        )
         expected = len(shares) - 1 if form == "map" else len(shares)
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise PlanError(f"The shares of {cut} must be numbers from 0 to 1.")

@@ -4,23 +4,30 @@ Meng et al., "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large
 layer's vision attention score decides its retention rate (section on layer-level allocation; see
 `edgeprune.calibration.allocation`); inside a layer each head keeps the visual tokens that the last prompt token attends to most.
 
-Made static: the rate of each layer is frozen from a calibration set, where the paper picks a class per input. Reconstruction: the
-paper says nothing about grouped queries; the query heads that share a KV head are averaged (option reduce = "mean") or their
-maximum counts ("max"). Option rows = "text" asks every token of the instruction instead of the last one. Prefill is untouched, the
-cache shrinks. Ranks descend, so a smaller budget is a prefix of a larger one.
+Made static: the rate of each layer is frozen from a calibration set, where the paper picks a class per input. Prefill is untouched,
+the cache shrinks. Ranks descend, so a smaller budget is a prefix of a larger one.
+
+Reconstruction: the paper says nothing about grouped queries; the query heads that share a KV head are averaged (option reduce =
+"mean") or their maximum counts ("max"). Ours, off unless asked for, since the last prompt token does not know what a long answer
+will come to: rows = "text" asks every token of the instruction; rows = "peak" takes a token's highest attention from any of
+them, in turns with its highest from any visual token; spread also takes turns with an even lattice, shifted from head to head;
+prior with the order in which the answers of a calibration set attended to the places of the image (one list of all tokens for
+each KV head).
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import LayerView
+from edgeprune.methods.uniform import farthest_point_order
 from edgeprune.plan import Cut, Geometry
 
-REDUCTIONS = ("mean", "max")
+REDUCTIONS, ROWS = ("mean", "max"), ("last", "text", "peak")
 
 
 class PLPHP:
@@ -30,18 +37,57 @@ class PLPHP:
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
-        del geometry
-        settings = cut.settings(reduce="mean", rows="last")
-        self._reduce, self._rows = settings["reduce"], settings["rows"]
-        if self._reduce not in REDUCTIONS or self._rows not in ("last", "text"):
-            raise PlanError(f"{cut} knows reduce = mean or max, and rows = last or text.")
+        settings = cut.settings(reduce="mean", rows="last", spread=False, prior=[])
+        self._reduce, self._rows, self._spread = settings["reduce"], settings["rows"], settings["spread"]
+        if self._reduce not in REDUCTIONS or self._rows not in ROWS:
+            raise PlanError(f"{cut} knows reduce = {' or '.join(REDUCTIONS)}, and rows = {', '.join(ROWS)}.")
+        self._geometry = geometry
+        if any(sorted(order) != list(range(geometry.tokens)) for order in settings["prior"]):
+            raise PlanError(f"The prior of {cut} must list every visual token once for each KV head.")
+        # Sorting an order gives each token's place in it.
+        self._places = torch.tensor(settings["prior"], dtype=torch.int64).argsort(dim=-1).neg().float()
 
     def score_heads(self, view: LayerView) -> torch.Tensor:
-        """Return the attention [kv heads, V] of the query heads that share a KV head."""
-        rows = view.attention() if self._rows == "last" else view.text_attention().mean(dim=1)  # [heads, V]
-        grouped = rows.view(view.kv_heads, rows.shape[0] // view.kv_heads, rows.shape[1])
-        reduced: torch.Tensor = grouped.mean(dim=1) if self._reduce == "mean" else grouped.amax(dim=1)
-        return reduced
+        """Return a number per visual token and KV head [kv heads, V], the highest for the token to keep first."""
+        rankings = [self._grouped(rows, view.kv_heads) for rows in self._attention(view)]
+        if self._spread:
+            rankings.append(self._lattice(view))
+        if len(self._places):
+            rankings.append(self._places.to(view.order.device).index_select(1, view.order))
+        return rankings[0] if len(rankings) == 1 else in_turns(rankings)
+
+    def _attention(self, view: LayerView) -> list[torch.Tensor]:
+        if self._rows == "last":
+            return [view.attention()]
+        text = view.text_attention()  # [heads, T, V]
+        if self._rows == "text":
+            return [text.mean(dim=1)]
+        # A row of zeros: without an image there is no visual row to take a maximum over.
+        visual = torch.cat([torch.zeros_like(text[:, :1]), view.visual_attention()], dim=1)
+        return [text.amax(dim=1), visual.amax(dim=1)]
+
+    def _grouped(self, rows: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        grouped = rows.view(kv_heads, rows.shape[0] // kv_heads, rows.shape[1])
+        return grouped.mean(dim=1) if self._reduce == "mean" else grouped.amax(dim=1)
+
+    def _lattice(self, view: LayerView) -> torch.Tensor:
+        grid = self._geometry.rows, self._geometry.columns
+        early = np.empty(grid, np.float32)
+        early.flat[farthest_point_order(*grid)] = np.arange(early.size, 0, -1)
+        shifted = np.stack([np.roll(early, (head, head), (0, 1)).ravel() for head in range(view.kv_heads)])
+        return torch.from_numpy(shifted).to(view.order.device).index_select(1, view.order)
+
+
+def in_turns(rankings: list[torch.Tensor]) -> torch.Tensor:
+    """Return scores [..., V] whose order takes from each of the rankings [..., V] its best, then its second best, and so on."""
+    count = rankings[0].shape[-1]
+    turns = []
+    for turn, scores in enumerate(rankings):
+        # The rank of each token: the inverse permutation of the order, by sorting twice.
+        order = torch.topk(scores, count).indices
+        place = torch.topk(order, count, largest=False).indices
+        turns.append(place * len(rankings) + turn)
+    return -torch.stack(turns).amin(dim=0).float()
 
 
 def vision_attention_score(attention: torch.Tensor) -> torch.Tensor:

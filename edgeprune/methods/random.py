@@ -28,4 +28,4 @@ class Random(Scored):
 
     def score(self, view: InputView | LayerView) -> torch.Tensor:
         """Return the frozen lot of each token [V]."""
-        return self._scores.index_select(0, view.order)
+        return self._scores.to(view.order.device).index_select(0, view.order)

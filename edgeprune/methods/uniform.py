@@ -30,7 +30,7 @@ class Uniform(Scored):
 
     def score(self, view: InputView | LayerView) -> torch.Tensor:
         """Return how early each token comes in the order [V]."""
-        return self._scores.index_select(0, view.order)
+        return self._scores.to(view.order.device).index_select(0, view.order)
 
 
 def farthest_point_order(rows: int, columns: int) -> np.ndarray:

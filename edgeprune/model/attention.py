@@ -102,6 +102,11 @@ class Attended:
         text, visual, past = torch.split(row, sizes, dim=1)
         return text, visual, past
 
+    def last_rows(self, count: int) -> tuple[torch.Tensor, ...]:
+        """Return the attention of the last tokens [heads, count, keys] to each of the parts."""
+        parts = torch.split(self.weights[:, :, self.weights.shape[2] - count :].flatten(0, 1), list(self.parts), dim=2)
+        return parts[0], parts[1][..., 1:], parts[2][..., 1:]
+
     def visual_columns(self) -> torch.Tensor:
         """Return every token's attention to this step's visual tokens [heads, S, V]."""
         return torch.split(self.weights, list(self.parts), dim=3)[1][..., 1:].flatten(0, 1)
@@ -143,13 +148,14 @@ def with_null(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows.new_zeros(1, *rows.shape[1:]), rows])
 
 
-def causal_mask(sizes: tuple[int, int, int], past_text: int, past_visual: int) -> torch.Tensor:
+def causal_mask(sizes: tuple[int, int, int], past_text: int, past_visual: int, device: torch.device) -> torch.Tensor:
     """Return 0 where a new token may look, -inf else [S, keys]; cached tokens are visible to all."""
-    row = torch.arange(sum(sizes))
+    row = torch.arange(sum(sizes), device=device)
     before, visual, after = torch.split(row, list(sizes))
     # The place of each key among the new tokens, in the order of the parts. -1: it was there before. The null rows come too late.
-    null = torch.full((1,), sum(sizes))
-    column = torch.cat([torch.full((past_text,), -1), before, after, null, visual, null, torch.full((past_visual - 1,), -1)])
+    null = torch.full((1,), sum(sizes), device=device)
+    past, seen = (torch.full((count,), -1, device=device) for count in (past_text, past_visual - 1))
+    column = torch.cat([past, before, after, null, visual, null, seen])
     return torch.where(column[None] <= row[:, None], 0.0, float("-inf"))
 
 

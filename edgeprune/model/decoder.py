@@ -106,13 +106,13 @@ class PrunedDecoder(nn.Module):
                 probe(index, self._view(tokens, attended, embeds, None))
             present.append(self._cut_cache(index, tokens, attended, embeds, kept))
             if text_groups is not None:
-                splits.append(_split(attended, text_groups))
+                splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
             hidden = tokens.hidden + attended.output
             tokens = tokens.with_hidden(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
         last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
         logits = self.lm_head(self.norm(last))
         in_order = tuple(kept[str(cut)] for cut in (*self.plan.layer_cuts, *self.plan.cache_cuts))
-        return StepOutput(logits[None], tuple(present), in_order, torch.stack(splits) if splits else None)
+        return StepOutput(logits[None], tuple(present), in_order, torch.stack(splits, dim=-2) if splits else None)
 
     def _layers(self) -> list[Any]:
         return list(self.layers)
@@ -129,7 +129,7 @@ class PrunedDecoder(nn.Module):
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
         stage = (self.plan.alive(index), length if isinstance(length, int) else self.plan.cache_stage(index))
         if stage not in masks:
-            masks[stage] = causal_mask(tokens.sizes, cache.key.shape[2], cache.visual_key.shape[0])
+            masks[stage] = causal_mask(tokens.sizes, cache.key.shape[2], length, tokens.order.device)
         return masks[stage]
 
     def _cut_cache(self, index: int, tokens: Tokens, attended: Attended, embeds: Any, kept: dict[str, torch.Tensor]) -> LayerCache:
@@ -174,7 +174,9 @@ def _hide(mask: torch.Tensor, hide: torch.Tensor) -> torch.Tensor:
     return torch.cat([mask[:, : mask.shape[1] - hide.shape[1]], mask[:, mask.shape[1] - hide.shape[1] :] + hide], dim=1)
 
 
-def _split(attended: Attended, text_groups: torch.Tensor) -> torch.Tensor:
-    text, visual, past = attended.last_row()
-    system, instruction, generated = (text @ text_groups).mean(dim=0).unbind()
-    return torch.stack([system, (visual.sum(dim=1) + past.sum(dim=1)).mean(), instruction, generated])
+def _split(attended: Attended, text_groups: torch.Tensor, rows: int) -> torch.Tensor:
+    # Of the last token, or with `rows` of that many last ones.
+    text, visual, past = attended.last_rows(rows) if rows else attended.last_row()
+    system, instruction, generated = (text @ text_groups).mean(dim=0).unbind(dim=-1)
+    image = (visual.sum(dim=-1) + past.sum(dim=-1)).mean(dim=0)
+    return torch.stack([system, image, instruction, generated], dim=-1)

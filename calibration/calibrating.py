@@ -1,0 +1,77 @@
+"""The calibrate stage: samples and a method go in, a plan with frozen budgets comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeprune.calibration.collecting import Request, collect, source_of
+from edgeprune.calibration.dyrate import FORMS, dyrate_options
+from edgeprune.calibration.episodes import Episodes
+from edgeprune.calibration.planning import ranked_plan
+from edgeprune.calibration.rates import Theatre
+from edgeprune.calibration.recipes import plan_at
+from edgeprune.calibration.samples import Sample
+from edgeprune.calibration.statistics import Statistics
+from edgeprune.errors import PlanError, UsageError
+from edgeprune.loading import LoadedModel
+from edgeprune.plan import Cut, KeepPlan
+
+Progress = Callable[[int], None]
+LONG_ENOUGH = 4  # decode steps; shorter answers have nothing for DyRate to learn
+
+
+@dataclass(frozen=True)
+class RateRequest:
+    """How DyRate's rate is made: the form, the first layer whose cache shrinks, and whether the share may grow again."""
+
+    form: str = "predictor"
+    layer: int = 0
+    monotone: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UsageError(f"Unknown form {self.form!r}.", hint=f"Forms are: {', '.join(FORMS)}.")
+
+
+@dataclass
+class Calibration:
+    """A model under calibration: the samples, how to measure them, and where the statistics are kept."""
+
+    loaded: LoadedModel
+    samples: Sequence[Sample]
+    request: Request
+    statistics_path: Path
+    progress: Progress = field(default=lambda done: None)
+
+    def statistics(self) -> Statistics:
+        """Return the statistics: those at the path when they are of this model and request, or newly collected ones."""
+        if not self.statistics_path.is_file():
+            return collect(self.loaded, self.samples, self.request, self.statistics_path, self.progress)
+        found = Statistics.load(self.statistics_path)
+        found.check(source_of(self.loaded, self.request))
+        return found
+
+    def allocate(self, method: str, share: float, base: KeepPlan, **settings: Any) -> KeepPlan:
+        """Return `base` with the cuts of a method at a cost of `share` of what it has."""
+        return plan_at(method, share, base, self.statistics(), **settings)
+
+    def rate(self, share: float, base: KeepPlan, request: RateRequest, *, prior: bool = False) -> KeepPlan:
+        """Return `base` with a DyRate cut whose decode steps read `share` of the visual cache on average.
+
+        Caches that `base` does not rank yet are ranked, whole, as the request for statistics says.
+        """
+        if not 0.0 < share <= 1.0:
+            raise PlanError(f"Keep ratio {share} is outside (0, 1].")
+        if not base.cache_cuts:
+            statistics = self.statistics()
+            base = ranked_plan(base, None, statistics.prior() if prior else None, **statistics.source.ranking)
+        theatre = Theatre(
+            Episodes(self.loaded, base, self.request.max_tokens, self.request.device), request.layer, monotone=request.monotone
+        )
+        answers = theatre.record(self.samples, self.request.fit, LONG_ENOUGH, self.progress)
+        options = dyrate_options(theatre, answers, share, request.form, request.seed, self.progress)
+        return base.with_cuts(Cut("decode", "dyrate", 0, request.layer, options=options))

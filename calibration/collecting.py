@@ -1,0 +1,107 @@
+"""The pass over the calibration samples: resumable, in shards, with memory that does not grow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeprune.calibration.episodes import Episodes
+from edgeprune.calibration.measuring import Meter
+from edgeprune.calibration.planning import ranked_plan, unpruned_plan
+from edgeprune.calibration.samples import Sample
+from edgeprune.calibration.statistics import Source, Statistics
+from edgeprune.errors import UsageError
+from edgeprune.loading import LoadedModel
+from edgeprune.plan import Geometry
+
+SAVE_EVERY = 10  # samples, at most, that an interruption loses
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to collect. `shard` (i, n): every n-th sample from the i-th on, counted from 1. `rows`, `reduce`, `spread`: how
+    caches are ranked.
+    """
+
+    geometry: Geometry
+    rows: str = "last"
+    reduce: str = "mean"
+    spread: bool = False
+    shard: tuple[int, int] = (1, 1)
+    max_tokens: int = 128
+    fit: str = "exact"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        if not 1 <= index <= count:
+            raise UsageError(f"There is no shard {index}/{count}.", hint="Shards are 1/n to n/n.")
+
+
+def source_of(loaded: LoadedModel, request: Request) -> Source:
+    """Return what statistics of a model under a request belong to."""
+    shape = loaded.decoder_shape()
+    weights = loaded.folder.source().weights_sha256
+    return Source(
+        loaded.folder.model_type,
+        shape.layers,
+        shape.kv_heads,
+        weights,
+        request.geometry,
+        request.rows,
+        request.reduce,
+        request.spread,
+    )
+
+
+def collect(
+    loaded: LoadedModel, samples: Sequence[Sample], request: Request, output: Path, progress: Progress = lambda done: None
+) -> Statistics:
+    """Measure the shard's samples, write the statistics to `output` and return them.
+
+    An interrupted pass leaves a file beside `output` from which the same request goes on where it stopped, with the same result.
+    `progress` is called with the number of samples done.
+    """
+    index, count = request.shard
+    mine = list(samples)[index - 1 :: count]
+    if not mine:
+        raise UsageError(f"Shard {index}/{count} of {len(samples)} samples is empty.", hint="Ask for fewer shards.")
+    source = source_of(loaded, request)
+    partial = output.with_name(f".{output.name}.{_digest(source, mine, request)}.partial")
+    statistics = Statistics.load(partial) if partial.is_file() else Statistics.empty(source)
+    base = unpruned_plan(source.family, source.layers, request.geometry)
+    episodes = Episodes(loaded, ranked_plan(base, **source.ranking), request.max_tokens, request.device)
+    meter = Meter(loaded, base, source, episodes)
+    try:
+        for sample in mine[statistics.samples :]:
+            progress(statistics.samples)
+            statistics = statistics.with_sample(meter.values(episodes.record(sample, request.fit)))
+            if statistics.samples % SAVE_EVERY == 0:
+                statistics.save(partial)
+    except KeyboardInterrupt:
+        statistics.save(partial)
+        raise
+    progress(statistics.samples)
+    statistics.save(output)
+    partial.unlink(missing_ok=True)
+    return statistics
+
+
+def chosen_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """Return `limit` samples drawn by a seed, in their order in the file; all of them without a limit."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    drawn = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
+    return [samples[index] for index in sorted(drawn)]
+
+
+def _digest(source: Source, samples: Sequence[Sample], request: Request) -> str:
+    # Another request must not go on from this one's file.
+    content = [asdict(source), asdict(request), [(str(sample.image), sample.prompt) for sample in samples]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

@@ -1,0 +1,104 @@
+"""One sample as the unpruned model lives it: the prefill, the answer it gives, and the caches in between, ready to be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from edgeprune.calibration.reference import Recorder, reference_model
+from edgeprune.calibration.samples import Sample
+from edgeprune.loading import LoadedModel
+from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
+from edgeprune.model.attention import caches_of
+from edgeprune.plan import KeepPlan
+from edgeprune.runtime.cache import kept_of
+from edgeprune.runtime.conversation import Conversation
+from edgeprune.runtime.engine import StepInput, Tokens
+from edgeprune.runtime.images import read_image
+from edgeprune.runtime.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Episode:
+    """`prefill`: what went into the image turn. `caches`: what it left, visual tokens ranked. `answer`: every token of the
+    answer but the last, which no step took in; `groups` [text, 3] of all text up to its end.
+    """
+
+    prefill: StepInput
+    caches: tuple[LayerCache, ...]
+    answer: Segment
+    groups: torch.Tensor
+
+    @property
+    def steps(self) -> int:
+        """Decode steps of the answer."""
+        return self.answer.embeds.shape[1]
+
+
+class Episodes:
+    """Records samples and replays their answers on a model whose caches are ranked, but whole (`ranked_plan`)."""
+
+    def __init__(self, loaded: LoadedModel, plan: KeepPlan, max_tokens: int, device: str) -> None:
+        self.plan = plan
+        self._model = reference_model(loaded, self.plan, device)
+        self._max_tokens, self._device = max_tokens, device
+        self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
+        loaded.model.requires_grad_(False)  # what is trained on episodes is never the model
+
+    def record(self, sample: Sample, fit: str) -> Episode:
+        """Answer one sample greedily and return what happened. An answer of one token has no steps."""
+        recorder = Recorder(self._model.engine)
+        conversation = Conversation(replace(self._model, engine=recorder), how=fit)
+        for _ in conversation.ask(sample.prompt, read_image(sample.image), Sampling(max_tokens=self._max_tokens)):
+            pass
+        prefill, *steps = recorder.steps
+        after = steps[0][1] if steps else conversation.cache
+        caches = tuple(caches_of([self._tensor(rows) for rows in (*after.text, *after.visual)]))
+        taken = [tokens.suffix for tokens, _, _ in steps]
+        embeds = [self._tensor(part.embeds) for part in taken] or [self._tensor(prefill[0].suffix.embeds[:, :0])]
+        where = [self._tensor(part.positions) for part in taken] or [self._tensor(prefill[0].suffix.positions[:, :0])]
+        groups = self._tensor(steps[-1][0].groups if steps else prefill[0].groups)
+        return Episode(prefill[0], caches, Segment(torch.cat(embeds, dim=1), torch.cat(where, dim=1)), groups)
+
+    def segments(self, episode: Episode) -> tuple[Segment, Segment, Segment]:
+        """Return the prefill of an episode for a decoder."""
+        tokens = episode.prefill
+        return tuple(self._segment(part) for part in (tokens.prefix, tokens.visual, tokens.suffix))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def first_split(self, episode: Episode) -> torch.Tensor:
+        """Return the attention split [layers, 4] of the last prompt token."""
+        groups = self._tensor(episode.prefill.groups)
+        order = self._tensor(episode.prefill.order)
+        output = self.decoder(*self.segments(episode), self.decoder.empty_caches(), order, text_groups=groups)
+        assert output.split is not None
+        return torch.as_tensor(output.split)
+
+    @torch.no_grad()
+    def replay(self, episode: Episode, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
+        """Run the whole answer in one forward, on the caches of the prefill or others, and return every token's logits."""
+        return self.run(episode, caches, **options)
+
+    def run(self, episode: Episode, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
+        """Do as `replay`, with gradients."""
+        nothing = Segment(episode.answer.embeds[:, :0], episode.answer.positions[:, :0])
+        output: StepOutput = self.decoder(nothing, nothing, episode.answer, caches or episode.caches, every_logit=True, **options)
+        return output
+
+    def _segment(self, tokens: Tokens) -> Segment:
+        return Segment(self._tensor(tokens.embeds), self._tensor(tokens.positions))
+
+    def _tensor(self, array: object) -> torch.Tensor:
+        return torch.as_tensor(array, device=self._device)
+
+
+def shortened(caches: tuple[LayerCache, ...], layers: Iterable[int], share: float) -> tuple[LayerCache, ...]:
+    """Return caches of which some layers keep only a share of their visual tokens, the first in rank."""
+    changed = list(caches)
+    for layer in layers:
+        cache = caches[layer]
+        end = 1 + kept_of(cache.visual_key.shape[0] - 1, share)
+        changed[layer] = replace(cache, visual_key=cache.visual_key[:end], visual_value=cache.visual_value[:end])
+    return tuple(changed)

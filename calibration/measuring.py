@@ -1,0 +1,93 @@
+"""What one sample adds to the statistics: its attention, and what the answer would have lost with fewer visual tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from edgeprune.calibration.episodes import Episode, Episodes, shortened
+from edgeprune.calibration.fitprune import deletion_counts
+from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, STEPS, Source
+from edgeprune.loading import LoadedModel
+from edgeprune.methods.base import LayerView
+from edgeprune.methods.plphp import vision_attention_score
+from edgeprune.model import PrunedDecoder, Segment
+from edgeprune.plan import Cut, KeepPlan
+from edgeprune.runtime.cache import kept_of
+
+
+class Meter:
+    """Measures episodes of one model and geometry."""
+
+    def __init__(self, loaded: LoadedModel, base: KeepPlan, source: Source, episodes: Episodes) -> None:
+        self._source, self._episodes = source, episodes
+        parts = loaded.family.decoder()
+        # Which tokens go does not matter where none stay.
+        plans = [base.with_cuts(Cut("layer", "random", 0, layer)) for layer in range(1, base.layers)]
+        self._withdrawing = [PrunedDecoder(parts, plan).eval() for plan in plans]
+
+    def values(self, episode: Episode) -> dict[str, np.ndarray]:
+        """Return the sample's value of every sum of its Statistics."""
+        values = {name: np.zeros(shape) for name, shape in self._source.shapes().items()}
+        logits, kept = self._prefill(episode, values)
+        self._withdraw(episode, logits, values)
+        if episode.steps:
+            self._answer(episode, kept, values)
+        return values
+
+    @torch.no_grad()
+    def _prefill(self, episode: Episode, values: dict[str, np.ndarray]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        cross, within = [], []
+
+        def probe(layer: int, view: LayerView) -> None:
+            gamma = float(vision_attention_score(view.attention()))
+            values["gamma"][layer, min(int(gamma * GAMMA_BINS), GAMMA_BINS - 1)] = 1.0
+            cross.append(view.text_attention().amax(dim=0).mean(dim=0))
+            within.append(view.visual_attention().amax(dim=0).sum(dim=0))
+
+        decoder = self._episodes.decoder
+        output = decoder(*self._episodes.segments(episode), decoder.empty_caches(), probe=probe)
+        values["fitprune"] = deletion_counts(torch.stack(cross).cpu().numpy(), torch.stack(within).cpu().numpy())
+        return output.logits[0], output.kept
+
+    @torch.no_grad()
+    def _withdraw(self, episode: Episode, logits: torch.Tensor, values: dict[str, np.ndarray]) -> None:
+        prefix, visual, suffix = self._episodes.segments(episode)
+        nothing = Segment(visual.embeds[:, :0], visual.positions[:, :0])
+        for layer, decoder in enumerate((self._episodes.decoder, *self._withdrawing)):
+            output = decoder(prefix, visual if layer else nothing, suffix, decoder.empty_caches())
+            values["withdrawn_kl"][layer] = float(divergence(logits, output.logits[0]).mean())
+
+    def _answer(self, episode: Episode, kept: tuple[torch.Tensor, ...], values: dict[str, np.ndarray]) -> None:
+        def probe(layer: int, view: LayerView) -> None:
+            received = _received(view)
+            values["coverage"][layer] = np.stack(
+                [received[:, : kept_of(received.shape[1], share)].sum(axis=1) for share in SHARES], axis=1
+            )
+            np.put_along_axis(values["habit"][layer], kept[layer].cpu().numpy(), received, axis=1)
+
+        whole = self._episodes.replay(episode, text_groups=episode.groups, probe=probe)
+        assert whole.split is not None
+        for step, split in enumerate(whole.split.cpu().numpy()):
+            values["split"][min(step, STEPS - 1)] += split
+            values["steps"][min(step, STEPS - 1)] += 1.0
+        for layer in range(self._source.layers):
+            for index, share in enumerate(SHARES):
+                output = self._episodes.replay(episode, shortened(episode.caches, [layer], share))
+                values["cache_kl"][layer, index] = float(divergence(whole.logits[0], output.logits[0]).sum())
+                changed = whole.logits[0].argmax(dim=-1) != output.logits[0].argmax(dim=-1)
+                values["cache_flips"][layer, index] = float(changed.double().sum())
+
+
+def divergence(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """Return the KL divergence in nats [n] of logits [n, vocabulary] from the expected ones."""
+    reference = torch.log_softmax(expected.double(), dim=-1)
+    return (reference.exp() * (reference - torch.log_softmax(actual.double(), dim=-1))).sum(dim=-1)
+
+
+def _received(view: LayerView) -> np.ndarray:
+    # The share [kv heads, K] of the answer's attention to vision that each visual token receives, in rank order.
+    columns = view.past_attention().double().mean(dim=1)  # [heads, K]
+    grouped = columns.view(view.kv_heads, -1, columns.shape[1]).mean(dim=1)
+    received: np.ndarray = (grouped / grouped.sum(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
+    return received

@@ -1,0 +1,127 @@
+"""Plans of every method at a given cost, so that methods can be compared at equal cost.
+
+The cost of a plan is its mean share of living visual tokens over the decoder's layers: the share of the visual tokens' work in
+prefill, up to the small part of attention that grows with the square. Cache and decode methods leave prefill alone; their share
+is of the visual cache, held or read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from edgeprune.calibration.allocation import classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
+from edgeprune.calibration.planning import DEFAULT_LAYER
+from edgeprune.calibration.statistics import Statistics
+from edgeprune.errors import PlanError, UsageError
+from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
+from edgeprune.registry import METHODS
+
+INPUT = ("cdpruner", "dart", "divprune", "random", "uniform", "visionzip", "zspaprune")
+STATISTICAL = ("fitprune", "plphp", "vtw")
+RESIZE = "resize"
+ALLOCATORS = ("classes", "least-cost", "even")
+# SparseVLM's published table for 192 of 576 tokens: cuts before layers 2, 6 and 15 of 32.
+_SPARSEVLM = {2 / 32: 300 / 576, 6 / 32: 200 / 576, 15 / 32: 110 / 576}
+_PYRAMID = (0.25, 0.5, 0.75)  # PyramidDrop cuts after layers 8, 16 and 24 of 32
+
+
+def method_names() -> list[str]:
+    """Return every method that `plan_at` knows: the registered ones but DyRate, which is trained, and the smaller image."""
+    return sorted({*METHODS, RESIZE} - {"dyrate"})
+
+
+def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
+    """Return `base` with a method's cuts at a cost of `share` of what `base` has.
+
+    `settings`: `layer` of a single cut; `allocate`, `delta`, `prior` of PLPHP; `stages` of FitPrune; others become options of
+    the cut. Raises PlanError when the method cannot be that cheap.
+    """
+    if not 0.0 < share <= 1.0:
+        raise PlanError(f"Keep ratio {share} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
+    if method in STATISTICAL:
+        if statistics is None:
+            raise UsageError(f"{method} needs statistics.", hint="Give samples to collect them from: --data FILE.jsonl")
+        return _from_statistics(method, share, base, statistics, settings)
+    if method == RESIZE:
+        if base.cuts:
+            raise PlanError("A smaller image comes before all cuts.", hint="Add the other methods onto a resized plan.")
+        return replace(base, geometry=resized(base.geometry, share))
+    recipes: dict[str, Callable[..., KeepPlan]] = {"fastv": _one_cut, "pyramiddrop": _pyramid, "sparsevlm": _sparsevlm}
+    if method in INPUT:
+        return base.with_cuts(Cut("input", method, keep_count(base.seen, share), options=settings))
+    if method not in recipes:
+        raise UsageError(f"Unknown method {method!r}.", hint=f"Methods are: {', '.join(method_names())}.")
+    return recipes[method](method, share, base, **settings)
+
+
+def resized(geometry: Geometry, share: float) -> Geometry:
+    """Return a smaller image of the same aspect whose visual tokens come nearest to that share."""
+    unit, scale = geometry.patch * geometry.merge, math.sqrt(share)
+    rows, columns = max(1, round(geometry.rows * scale)), max(1, round(geometry.columns * scale))
+    return Geometry(rows * unit, columns * unit, geometry.patch, geometry.merge)
+
+
+def _from_statistics(method: str, share: float, base: KeepPlan, statistics: Statistics, settings: dict[str, Any]) -> KeepPlan:
+    if method == "fitprune":
+        return fitprune_plan(statistics, base, share, **settings)
+    if method == "vtw":
+        return vtw_plan(statistics, base, share)
+    return plphp_plan(statistics, base, plphp_shares(statistics, share, settings), prior=bool(settings.get("prior")))
+
+
+def plphp_shares(statistics: Statistics, share: float, settings: dict[str, Any]) -> list[float]:
+    """Return the share of its cache that each layer keeps, by the allocator that the settings name."""
+    allocate = settings.get("allocate", ALLOCATORS[0])
+    if allocate == "even":
+        return [share] * statistics.source.layers
+    if allocate == "least-cost":
+        return least_cost_shares(statistics, share)
+    delta = float(settings.get("delta", min(share, 1 - share) / 2))
+    return [verdict.share for verdict in classify(statistics, share, delta)]
+
+
+def _one_cut(method: str, share: float, base: KeepPlan, layer: int = DEFAULT_LAYER) -> KeepPlan:
+    left = (share * base.layers - layer) / (base.layers - layer)
+    if left <= 0:
+        raise PlanError(f"{method} before layer {layer} cannot reach {share:.0%}: {layer} layers see every token.")
+    return base.with_cuts(Cut("layer", method, keep_count(base.alive(layer - 1), left), layer))
+
+
+def _pyramid(method: str, share: float, base: KeepPlan) -> KeepPlan:
+    def kept(stage: int) -> Callable[[float], float]:
+        return lambda ratio: ratio**stage  # every stage keeps the same part of the one before
+
+    return _staircase(method, share, base, {place: kept(stage) for stage, place in enumerate(_PYRAMID, start=1)})
+
+
+def _sparsevlm(method: str, share: float, base: KeepPlan) -> KeepPlan:
+    def kept(published: float) -> Callable[[float], float]:
+        # From the published ratio down to nothing, and up to everything, by one number.
+        return lambda ratio: published * 2 * ratio if ratio < 0.5 else published + (1 - published) * (2 * ratio - 1)
+
+    return _staircase(method, share, base, {place: kept(published) for place, published in _SPARSEVLM.items()})
+
+
+def _staircase(method: str, share: float, base: KeepPlan, steps: dict[float, Callable[[float], float]]) -> KeepPlan:
+    # The largest ratio whose plan costs no more than the share.
+    def at(ratio: float) -> KeepPlan:
+        cuts = {max(1, round(place * base.layers)): step(ratio) for place, step in steps.items()}
+        return base.with_cuts(
+            *(
+                Cut("layer", method, max(1, int(base.seen * kept + 1e-9)), layer)
+                for layer, kept in cuts.items()
+                if layer < base.layers
+            )
+        )
+
+    whole = base.seen * base.layers
+    low, high = 0.0, 1.0
+    if sum(map(at(low).alive, range(base.layers))) > share * whole:
+        raise PlanError(f"{method} cannot reach {share:.0%}: its first layers see every token.", hint="Cut at the input as well.")
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(map(at(middle).alive, range(base.layers))) <= share * whole else (low, middle)
+    return at(low)
