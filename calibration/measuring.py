@@ -10,6 +10,7 @@ from edgeprune.calibration.fitprune import deletion_counts
 from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, STEPS, Source
 from edgeprune.loading import LoadedModel
 from edgeprune.methods.base import LayerView
+from edgeprune.methods.fitprune import attention_received
 from edgeprune.methods.plphp import vision_attention_score
 from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.plan import Cut, KeepPlan
@@ -37,13 +38,14 @@ class Meter:
 
     @torch.no_grad()
     def _prefill(self, episode: Episode, values: dict[str, np.ndarray]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        cross, within = [], []
+        cross: list[torch.Tensor] = []
+        within: list[torch.Tensor] = []
 
         def probe(layer: int, view: LayerView) -> None:
             gamma = float(vision_attention_score(view.attention()))
             values["gamma"][layer, min(int(gamma * GAMMA_BINS), GAMMA_BINS - 1)] = 1.0
-            cross.append(view.text_attention().amax(dim=0).mean(dim=0))
-            within.append(view.visual_attention().amax(dim=0).sum(dim=0))
+            for rows, received in zip((cross, within), attention_received(view), strict=True):
+                rows.append(received)
 
         decoder = self._episodes.decoder
         output = decoder(*self._episodes.segments(episode), decoder.empty_caches(), probe=probe)

@@ -26,7 +26,7 @@ _INTERVALS = 8  # of the attention map
 
 @dataclass(frozen=True)
 class Answer:
-    """A recorded answer, ready for policies: the unpruned `logits` [T, vocabulary] and the split [layers, 4] before its first step."""
+    """A recorded answer: the unpruned `logits` [T, vocabulary], and the split [layers, 4] before its first step."""
 
     episode: Episode
     logits: torch.Tensor

@@ -13,11 +13,20 @@ from typing import Any
 from edgeprune.errors import UnsupportedModelError, UsageError
 
 METHODS = {
+    "cdpruner": "edgeprune.methods.cdpruner:CDPruner",
+    "dart": "edgeprune.methods.dart:DART",
+    "divprune": "edgeprune.methods.divprune:DivPrune",
     "dyrate": "edgeprune.methods.dyrate:DyRate",
     "fastv": "edgeprune.methods.fastv:FastV",
+    "fitprune": "edgeprune.methods.fitprune:FitPrune",
     "plphp": "edgeprune.methods.plphp:PLPHP",
+    "pyramiddrop": "edgeprune.methods.pyramiddrop:PyramidDrop",
     "random": "edgeprune.methods.random:Random",
+    "sparsevlm": "edgeprune.methods.sparsevlm:SparseVLM",
     "uniform": "edgeprune.methods.uniform:Uniform",
+    "visionzip": "edgeprune.methods.visionzip:VisionZip",
+    "vtw": "edgeprune.methods.vtw:VTW",
+    "zspaprune": "edgeprune.methods.zspaprune:ZSPAPrune",
 }
 
 # By `model_type` of a transformers config.json.

@@ -1,0 +1,62 @@
+"""DART: keep a few pivots and, for each, the tokens that least resemble it.
+
+Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, arXiv
+2502.11494, in the embedding-level form that NVIDIA's TensorRT Edge-LLM documents: pivots are the visual and prompt tokens of the
+largest L1 norm, taken from the decoder's input, and the budget is shared out among them.
+
+Made static: quotas are constants that add up to the budget exactly. Reconstruction: the order of the pivots (visual ones first, by
+norm). A prompt shorter than text_pivots gives some of its words twice. Kept tokens stay at their original positions.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from edgeprune.errors import PlanError
+from edgeprune.methods.base import InputView, ascending
+from edgeprune.methods.diversity import cosine
+from edgeprune.plan import Cut, Geometry
+
+
+class DART:
+    """Keep pivots and what is least like them."""
+
+    sites: ClassVar[tuple[str, ...]] = ("input",)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del geometry
+        settings = cut.settings(image_pivots=4, text_pivots=4)
+        self._image_pivots, self._text_pivots = settings["image_pivots"], settings["text_pivots"]
+        if self._image_pivots < 1 or self._text_pivots < 0:
+            raise PlanError(f"{cut} needs one image pivot or more, and no fewer than 0 text pivots.")
+
+    def select(self, view: InputView, keep: int) -> torch.Tensor:
+        """Return the ascending positions [min(keep, V)] of pivots and their opposites."""
+        visual = view.visual
+        keep = min(keep, visual.shape[0])
+        own = torch.topk(visual.float().abs().sum(dim=1), min(self._image_pivots, keep)).indices
+        pivots = torch.cat([visual.index_select(0, own), self._words(view.prompt)])
+        similarity = cosine(pivots, visual)
+        places = torch.arange(visual.shape[0], device=visual.device)
+        taken = (places[:, None] == own[None]).any(dim=1)
+        picked = [own]
+        left = keep - own.shape[0]
+        for index in range(pivots.shape[0]):
+            quota = -(-left // (pivots.shape[0] - index))  # what is left, shared among the pivots left
+            if quota == 0:
+                break
+            best = torch.topk(similarity[index] + 4.0 * taken, quota, largest=False).indices
+            picked.append(best)
+            taken = taken | (places[:, None] == best[None]).any(dim=1)
+            left -= quota
+        return ascending(torch.cat(picked))
+
+    def _words(self, prompt: torch.Tensor) -> torch.Tensor:
+        # The prompt, repeated, is long enough for any number of pivots.
+        if not self._text_pivots:
+            return prompt[:0]
+        repeated = prompt.repeat(self._text_pivots, 1)
+        return repeated.index_select(0, torch.topk(repeated.float().abs().sum(dim=1), self._text_pivots).indices)

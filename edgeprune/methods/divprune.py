@@ -1,0 +1,40 @@
+"""DivPrune: keep the tokens that differ most from each other, whatever the prompt.
+
+Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175. The
+first token is the one farthest from its nearest neighbour (cosine distance); every next one is the farthest from all chosen
+(max-min).
+
+Made static: nothing had to change. Departure: kept tokens stay at their original positions. Option block: see diversity.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from edgeprune.errors import PlanError
+from edgeprune.methods.base import InputView, ascending
+from edgeprune.methods.diversity import add_most_different, cosine
+from edgeprune.plan import Cut, Geometry
+
+
+class DivPrune:
+    """Keep a max-min diverse set."""
+
+    sites: ClassVar[tuple[str, ...]] = ("input",)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del geometry
+        self._block = cut.settings(block=1)["block"]
+        if self._block < 1:
+            raise PlanError(f"{cut} needs a block of 1 or more.")
+
+    def select(self, view: InputView, keep: int) -> torch.Tensor:
+        """Return the ascending positions [min(keep, V)] of the set."""
+        count = view.visual.shape[0]
+        similarity = cosine(view.visual, view.visual)
+        others = similarity - 4.0 * torch.eye(count, device=similarity.device)  # a token is not its own neighbour
+        first = torch.topk(others.amax(dim=0), 1, largest=False).indices
+        return ascending(add_most_different(similarity, first, min(keep, count) - 1, block=self._block))

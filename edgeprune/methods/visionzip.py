@@ -1,0 +1,65 @@
+"""VisionZip: keep the tokens that the vision encoder itself attends to, and fold the rest into a few more.
+
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467. Dominant tokens
+receive the most attention in the encoder's last block but one; of the others, evenly strided ones become contextual tokens, and
+each of those left is averaged into the contextual token whose key is most similar to its own.
+
+Made static: nothing had to change. Departures: encoders without a class token are asked by the mean over their queries; tokens
+stay in raster order at their original positions, where the paper appends the contextual ones. Option contextual: their share of
+the budget.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from edgeprune.errors import PlanError
+from edgeprune.methods.base import InputView, ascending, rank
+from edgeprune.methods.diversity import cosine
+from edgeprune.plan import Cut, Geometry
+
+
+class VisionZip:
+    """Keep dominant tokens and merged contextual ones."""
+
+    sites: ClassVar[tuple[str, ...]] = ("input",)
+    needs: ClassVar[tuple[str, ...]] = ("vision attention",)
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del geometry
+        self._contextual = float(cut.settings(contextual=0.15)["contextual"])
+        if not 0.0 <= self._contextual <= 1.0:
+            raise PlanError(f"The contextual share of {cut} must be from 0 to 1.")
+
+    def select(self, view: InputView, keep: int) -> torch.Tensor:
+        """Return the ascending positions [min(keep, V)] of dominant tokens and contextual targets."""
+        dominant, targets, _ = self._parts(view, min(keep, view.visual.shape[0]))
+        return ascending(torch.cat([dominant, targets]))
+
+    def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [K, hidden] of the chosen tokens, with what resembles the contextual ones averaged in."""
+        assert view.keys is not None
+        _, targets, others = self._parts(view, chosen.shape[0])
+        if not targets.shape[0] or not others.shape[0]:
+            return view.visual.index_select(0, chosen)
+        likeness = cosine(view.keys.index_select(0, others), view.keys.index_select(0, targets))
+        nearest = targets.index_select(0, likeness.argmax(dim=1))  # [others] the target of each
+        joined = (chosen[:, None] == nearest[None]).to(view.visual.dtype)  # [K, others]
+        total = view.visual.index_select(0, chosen) + joined @ view.visual.index_select(0, others)
+        return total / (1 + joined.sum(dim=1, keepdim=True))
+
+    def _parts(self, view: InputView, keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Dominant tokens, contextual targets, and the rest, which is merged.
+        assert view.attention is not None
+        tokens = view.visual.shape[0]
+        contextual = min(int(self._contextual * keep), keep - 1)
+        order = rank(view.attention, tokens)
+        dominant, left = order[: keep - contextual], ascending(order[keep - contextual :])
+        step = (tokens - keep + contextual) / max(contextual, 1)
+        at = np.floor(np.arange(contextual) * step).astype(np.int64)
+        rest = np.setdiff1d(np.arange(tokens - keep + contextual), at)
+        targets, others = (left.index_select(0, torch.from_numpy(places).to(left.device)) for places in (at, rest))
+        return dominant, targets, others

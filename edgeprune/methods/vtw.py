@@ -1,0 +1,33 @@
+"""VTW: from some layer on, no visual tokens at all.
+
+Lin et al., "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference", AAAI 2025, arXiv
+2405.05803. The layer is found offline as the first whose withdrawal hardly changes the next-token distribution.
+
+Made static: it is by nature. Positions are kept.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from edgeprune.errors import PlanError
+from edgeprune.methods.base import LayerView, Scored
+from edgeprune.plan import Cut, Geometry
+
+
+class VTW(Scored):
+    """Keep nothing."""
+
+    sites: ClassVar[tuple[str, ...]] = ("layer",)
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del geometry
+        cut.settings()
+        if cut.keep:
+            raise PlanError(f"{cut} withdraws every visual token; it cannot keep {cut.keep}.", hint="Say keep = 0.")
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        """Return zeros [V]: where none stays, none is better."""
+        return torch.zeros_like(view.order, dtype=torch.float32)
