@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+from edgeprune.calibration.cluster import collect_on_ray
 from edgeprune.calibration.collecting import Request, collect, source_of
-from edgeprune.calibration.dyrate import FORMS, dyrate_options
+from edgeprune.calibration.dyrate import EPOCHS, FORMS, dyrate_options
 from edgeprune.calibration.episodes import Episodes
 from edgeprune.calibration.planning import ranked_plan
 from edgeprune.calibration.rates import Theatre
-from edgeprune.calibration.recipes import plan_at
 from edgeprune.calibration.samples import Sample
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
 
-Progress = Callable[[int], None]
 LONG_ENOUGH = 4  # decode steps; shorter answers have nothing for DyRate to learn
 
 
@@ -37,27 +36,37 @@ class RateRequest:
             raise UsageError(f"Unknown form {self.form!r}.", hint=f"Forms are: {', '.join(FORMS)}.")
 
 
+class Counting(Protocol):
+    """Where long work says how far it is: `count` begins something and returns the function that is told how much of it is done."""
+
+    def count(self, what: str, total: int) -> Callable[[int], None]:
+        """Begin."""
+        ...
+
+
 @dataclass
 class Calibration:
-    """A model under calibration: the samples, how to measure them, and where the statistics are kept."""
+    """A model under calibration: the samples, how to measure them, where the statistics are kept, and a Ray cluster or none."""
 
     loaded: LoadedModel
     samples: Sequence[Sample]
     request: Request
     statistics_path: Path
-    progress: Progress = field(default=lambda done: None)
+    progress: Counting
+    ray_address: str | None = None
 
     def statistics(self) -> Statistics:
         """Return the statistics: those at the path when they are of this model and request, or newly collected ones."""
-        if not self.statistics_path.is_file():
-            return collect(self.loaded, self.samples, self.request, self.statistics_path, self.progress)
-        found = Statistics.load(self.statistics_path)
-        found.check(source_of(self.loaded, self.request))
-        return found
-
-    def allocate(self, method: str, share: float, base: KeepPlan, **settings: Any) -> KeepPlan:
-        """Return `base` with the cuts of a method at a cost of `share` of what it has."""
-        return plan_at(method, share, base, self.statistics(), **settings)
+        if self.statistics_path.is_file():
+            found = Statistics.load(self.statistics_path)
+            found.check(source_of(self.loaded, self.request))
+            return found
+        index, count = self.request.shard
+        done = self.progress.count("samples", len(self.samples[index - 1 :: count]))
+        if self.ray_address is not None:
+            name = str(self.loaded.folder.path)
+            return collect_on_ray(name, self.samples, self.request, self.statistics_path, self.ray_address, done)
+        return collect(self.loaded, self.samples, self.request, self.statistics_path, done)
 
     def rate(self, share: float, base: KeepPlan, request: RateRequest, *, prior: bool = False) -> KeepPlan:
         """Return `base` with a DyRate cut whose decode steps read `share` of the visual cache on average.
@@ -72,6 +81,8 @@ class Calibration:
         theatre = Theatre(
             Episodes(self.loaded, base, self.request.max_tokens, self.request.device), request.layer, monotone=request.monotone
         )
-        answers = theatre.record(self.samples, self.request.fit, LONG_ENOUGH, self.progress)
-        options = dyrate_options(theatre, answers, share, request.form, request.seed, self.progress)
+        recorded = self.progress.count("answers", len(self.samples))
+        answers = theatre.record(self.samples, self.request.fit, LONG_ENOUGH, recorded)
+        trained = self.progress.count("training", EPOCHS * len(answers))
+        options = dyrate_options(theatre, answers, share, request.form, request.seed, trained)
         return base.with_cuts(Cut("decode", "dyrate", 0, request.layer, options=options))

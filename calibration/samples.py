@@ -33,8 +33,11 @@ class Score:
     recall: float
 
 
-def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
-    """Return the samples of a JSONL file; image paths are relative to it. Raise UsageError naming the line at fault."""
+def read_samples(path: Path, limit: int | None = None, *, need_answers: bool = True) -> list[Sample]:
+    """Return the samples of a JSONL file; image paths are relative to it. Raise UsageError naming the line at fault.
+
+    Without `need_answers` a sample may lack one: calibration compares with the unpruned model.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +45,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     if limit is not None and limit < 1:
         raise UsageError(f"The limit must be 1 or more samples, not {limit}.")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    samples = [_sample(path, number, line) for number, line in numbered[:limit]]
+    samples = [_sample(path, number, line, need_answers) for number, line in numbered[:limit]]
     if not samples:
         raise UsageError(f"{path} has no samples.", hint='A line is {"image": ..., "prompt": ..., "answer": ..., "kind": ...}.')
     return samples
@@ -58,7 +61,7 @@ def score(sample: Sample, text: str) -> Score:
     return Score(same, 1.0, same)
 
 
-def _sample(path: Path, number: int, line: str) -> Sample:
+def _sample(path: Path, number: int, line: str, need_answers: bool) -> Sample:
     where = f"{path}:{number}"
     try:
         data: Any = json.loads(line)
@@ -66,6 +69,8 @@ def _sample(path: Path, number: int, line: str) -> Sample:
         raise UsageError(f"{where} is not JSON ({error.msg}).") from error
     if not isinstance(data, dict):
         raise UsageError(f"{where} is not a JSON object.")
+    if not need_answers:
+        data.setdefault("answer", "")
     for key in ("image", "prompt", "answer"):
         if not isinstance(data.get(key), str):
             raise UsageError(f"{where} has no text {key!r}.")

@@ -7,7 +7,7 @@ for bit. Their size does not depend on the number of samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,3 +164,12 @@ class Statistics:
         if {name: array.shape for name, array in sums.items()} != source.shapes():
             raise UsageError(f"{path} lacks sums, or has them in another shape.", hint="Collect the statistics again.")
         return found
+
+
+def merge_files(parts: Sequence[Path], output: Path) -> Statistics:
+    """Write the sum of several files of statistics to another one and return it."""
+    merged = Statistics.load(parts[0])
+    for part in parts[1:]:
+        merged = merged + Statistics.load(part)
+    merged.save(output)
+    return merged

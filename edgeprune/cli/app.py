@@ -8,6 +8,7 @@ import click
 
 from edgeprune import __version__
 from edgeprune.cli.asking import eval_command, run
+from edgeprune.cli.calibrating import calibrate, merge, profile
 from edgeprune.cli.listing import inspect, methods, models, tabletop
 from edgeprune.cli.making import export, verify
 from edgeprune.errors import EdgePruneError
@@ -37,5 +38,5 @@ def main() -> None:
     """Export vision-language models with pruned visual tokens to ONNX, and run them without torch."""
 
 
-for _command in (export, verify, run, eval_command, tabletop, inspect, models, methods):
+for _command in (calibrate, merge, profile, export, verify, run, eval_command, tabletop, inspect, models, methods):
     main.add_command(_command)

@@ -49,6 +49,27 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return height, width
 
 
+def parse_share(text: str | None) -> float | None:
+    """Return 0.01 of "1%" or "0.01"; None stays None."""
+    if text is None:
+        return None
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no share.", hint="Write 1% or 0.01.") from error
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Return (i, n) of "i/n"; None stays None."""
+    if text is None:
+        return None
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no shard.", hint="Write i/n, such as 1/4.") from error
+    return index, count
+
+
 def resolve_plan(
     loaded: Any,
     plan_file: Path | None,

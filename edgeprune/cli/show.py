@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle
+    from edgeprune.calibration.commands import Calibrated
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import Stage
     from edgeprune.runtime.conversation import Stream
@@ -70,6 +72,65 @@ class Counter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
+
+
+class Activity:
+    """Says on stderr what is going on, and counts where there is something to count."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+        self._saying = self._bars.add_task("", total=None)
+
+    def count(self, what: str, total: int) -> Callable[[int], None]:
+        """Begin a bar and return the function that moves it."""
+        task = self._bars.add_task(what, total=total)
+        return lambda done: self._bars.update(task, completed=done)
+
+    def say(self, what: str) -> None:
+        """Show a line until the next one."""
+        self._bars.update(self._saying, description=what)
+
+    def __enter__(self) -> Activity:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+
+def show_calibration(result: Calibrated, as_json: bool) -> None:
+    """Print what was learnt: the plan's budgets, what it costs, PLPHP's classes, or the curve of a search."""
+    if as_json:
+        show_json(_calibration_data(result))
+        return
+    if result.plan is None:
+        show_facts({"statistics": str(result.statistics), "samples": result.samples}, as_json=False)
+        return
+    for cut in result.plan.cuts:
+        click.echo(f"{'cut':14} {cut}: keep {cut.keep}")
+    show_facts(
+        {"geometry": str(result.plan.geometry), "visual FLOPs": f"{result.flops:.1%}", "visual KV": f"{result.kv:.1%}"}, False
+    )
+    if result.classes:
+        rows = [(c.layer, c.name, f"{c.share:.0%}", f"{c.gamma:.3f}", f"{c.stability:.0%}") for c in result.classes]
+        show_table(("layer", "class", "keep", "attention to vision", "samples that agree"), rows, as_json=False)
+    if result.curve is not None:
+        front = [(p.name, f"{p.flops:.1%}", f"{p.kv:.1%}", f"{p.score:.1%}") for p in result.curve.front()]
+        show_table(("best plans", "visual FLOPs", "visual KV", "agreement"), front, as_json=False)
+    if result.times is not None:
+        click.echo(f"times: {result.times.how}, {result.times.device}")
+    click.echo(f"\nplan written to {result.output}; next: edgeprune export MODEL --plan {result.output} -o BUNDLE")
+
+
+def _calibration_data(result: Calibrated) -> dict[str, Any]:
+    found: dict[str, Any] = {"statistics": None if result.statistics is None else str(result.statistics), "samples": result.samples}
+    if result.plan is not None:
+        costs = {"flops": result.flops, "kv": result.kv}
+        found |= {"output": str(result.output), "plan": result.plan.to_dict(), **costs}
+        found["classes"] = [asdict(verdict) for verdict in result.classes]
+    return found
 
 
 def show_json(data: Any) -> None:

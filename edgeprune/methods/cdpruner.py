@@ -39,7 +39,7 @@ class CDPruner:
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""
         relevance = cosine(view.visual, view.prompt).mean(dim=1)
-        lowest, highest = relevance.amin(), relevance.amax()
+        lowest, highest = relevance.amin(dim=0), relevance.amax(dim=0)
         scale = torch.exp(self._theta * (relevance - lowest) / (highest - lowest + _TINY))
         kernel = scale[:, None] * cosine(view.visual, view.visual) * scale[None]
         return ascending(greedy_map(kernel, min(keep, view.visual.shape[0])))

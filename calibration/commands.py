@@ -1,0 +1,222 @@
+"""What `edgeprune calibrate` does, from its options to the files that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgeprune.calibration.agreement import Agreement
+from edgeprune.calibration.allocation import LayerClass, classify
+from edgeprune.calibration.auto import DropExceededError, Goal, find_plan
+from edgeprune.calibration.calibrating import Calibration, Counting, RateRequest
+from edgeprune.calibration.collecting import Request, chosen_samples
+from edgeprune.calibration.costs import flops_share, kv_share, roofline_times
+from edgeprune.calibration.pareto import Curve
+from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.calibration.recipes import STATISTICAL, plan_at
+from edgeprune.calibration.samples import Sample, read_samples
+from edgeprune.errors import UsageError
+from edgeprune.loading import LoadedModel, find_model, load_model
+from edgeprune.plan import KeepPlan
+from edgeprune.runtime.profiling import DeviceTimes
+
+AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
+_SETTINGS = {  # which options a method takes
+    "fastv": ("layer",),
+    "fitprune": ("stages",),
+    "plphp": ("allocate", "delta", "prior"),
+    "zspaprune": ("core", "relevance"),
+    "dyrate": ("layer", "form", "follow", "prior"),
+}
+_ALLOCATION = ("layer", "allocate", "delta", "prior", "stages", "core", "relevance", "form", "follow")
+_SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "device_name", "times", "curve")
+
+
+class Progress(Counting, Protocol):
+    """Where the user sees what is going on."""
+
+    def say(self, what: str) -> None:
+        """Say it."""
+        ...
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """The command's options by name; None where the user said nothing."""
+
+    model: str
+    data: Path
+    method: str | None
+    keep: float | None
+    output: Path | None
+    statistics: Path | None
+    force: bool
+    limit: int | None
+    seed: int
+    rows: str
+    reduce: str
+    spread: bool
+    max_tokens: int
+    image_size: tuple[int, int] | None
+    device: str
+    shard: tuple[int, int] | None
+    ray_address: str | None
+    fit: str
+    layer: int | None
+    allocate: str | None
+    delta: float | None
+    prior: bool
+    stages: int | None
+    core: float | None
+    relevance: str | None
+    form: str | None
+    follow: bool
+    onto: Path | None
+    max_drop: float | None
+    target_flops: float | None
+    target_kv: float | None
+    target_ttft: float | None
+    device_name: str | None
+    times: Path | None
+    curve: Path | None
+
+    def given(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return those of some options that the user gave."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+
+    def check(self) -> None:
+        """Raise UsageError when options do not belong together."""
+        if self.method is None:
+            if self.statistics is None:
+                raise UsageError(
+                    "Neither --method nor --statistics says what to make.", hint="For example: --method plphp --keep 0.5 -o p.json"
+                )
+            unused = {"--keep": self.keep, "--output": self.output, "--onto": self.onto}
+        elif self.output is None:
+            raise UsageError("There is no file for the plan (-o).")
+        elif self.shard is not None:
+            raise UsageError("A shard gives statistics, not a plan.", hint="Leave --method out, and merge the shards first.")
+        else:
+            unused = {"--keep": self.keep} if self.method == AUTO else {}
+            if self.method != AUTO and self.keep is None:
+                raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
+        foreign = [name for name in self.given(_ALLOCATION) if name not in _SETTINGS.get(self.method or "", ())]
+        foreign += [] if self.method == AUTO else list(self.given(_SEARCH))
+        foreign += [name.lstrip("-") for name, value in unused.items() if value is not None]
+        if foreign:
+            raise UsageError(f"--{foreign[0].replace('_', '-')} is not for {self.method or 'statistics alone'}.")
+        if self.output is not None and self.output.exists() and not self.force:
+            raise UsageError(f"{self.output} exists already.", hint="Give another output, or --force to replace it.")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What came out: a plan with its costs, or statistics alone."""
+
+    statistics: Path | None
+    samples: int
+    plan: KeepPlan | None = None
+    output: Path | None = None
+    flops: float = 1.0
+    kv: float = 1.0
+    classes: tuple[LayerClass, ...] = ()
+    curve: Curve | None = None
+    times: DeviceTimes | None = None
+
+
+def run_calibrate(options: CalibrateOptions, progress: Progress) -> Calibrated:
+    """Make what the options ask for."""
+    options.check()
+    samples = chosen_samples(read_samples(options.data, need_answers=False), options.limit, options.seed)
+    folder = find_model(options.model)
+    progress.say("loading the model")
+    loaded = load_model(folder)
+    geometry = loaded.geometry(options.image_size)
+    whole = unpruned_plan(folder.model_type, loaded.decoder_shape().layers, geometry)
+    request = Request(
+        geometry,
+        options.rows,
+        options.reduce,
+        options.spread,
+        options.shard or (1, 1),
+        options.max_tokens,
+        options.fit,
+        options.device,
+    )
+    path = options.statistics or options.output.with_suffix(".statistics.safetensors")  # type: ignore[union-attr]  # checked
+    if options.method == AUTO:
+        return _auto(options, loaded, samples, request, path, whole, progress)
+    calibration = Calibration(loaded, samples, request, path, progress, options.ray_address)
+    if options.method is None:
+        return Calibrated(path, calibration.statistics().samples)
+    base = whole if options.onto is None else KeepPlan.load(options.onto)
+    loaded.check_plan(base)
+    plan = _allocate(options, calibration, base)
+    loaded.check_plan(plan)
+    classes = _classes(options, calibration)
+    return _written(options, loaded, plan, Calibrated(path if path.is_file() else None, len(samples), classes=tuple(classes)))
+
+
+def _allocate(options: CalibrateOptions, calibration: Calibration, base: KeepPlan) -> KeepPlan:
+    method, keep = str(options.method), float(options.keep or 0.0)
+    settings = options.given(_ALLOCATION)
+    if method == DYRATE:
+        rate = RateRequest(settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed)
+        return calibration.rate(keep, base, rate, prior=options.prior)
+    statistics = calibration.statistics() if method in STATISTICAL else None
+    return plan_at(method, keep, base, statistics, **settings)
+
+
+def _classes(options: CalibrateOptions, calibration: Calibration) -> list[LayerClass]:
+    if options.method != PLPHP or options.allocate not in (None, "classes"):
+        return []
+    keep = float(options.keep or 0.0)
+    return classify(calibration.statistics(), keep, options.delta if options.delta is not None else min(keep, 1 - keep) / 2)
+
+
+def _auto(
+    options: CalibrateOptions,
+    loaded: LoadedModel,
+    samples: list[Sample],
+    request: Request,
+    path: Path,
+    whole: KeepPlan,
+    progress: Progress,
+) -> Calibrated:
+    # Every second sample is held out: plans are judged on others than those that the statistics come from.
+    drop = 0.01 if options.max_drop is None else options.max_drop
+    goal = Goal(drop, options.target_flops, options.target_kv, options.target_ttft)
+    times = _times(options, loaded, whole)
+    calibration = Calibration(loaded, samples[::2], request, path, progress, options.ray_address)
+    progress.say("answering without pruning")
+    held_out = Agreement(loaded, whole, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device)
+    try:
+        plan, curve = find_plan(calibration, held_out, whole, goal, times, progress.say)
+    except DropExceededError as error:
+        if options.curve is not None:
+            error.curve.save(options.curve)
+        raise
+    if options.curve is not None:
+        curve.save(options.curve)
+    return _written(options, loaded, plan, Calibrated(path, len(samples), curve=curve, times=times))
+
+
+def _times(options: CalibrateOptions, loaded: LoadedModel, whole: KeepPlan) -> DeviceTimes | None:
+    if options.times is not None and options.device_name is not None:
+        raise UsageError("Times are either measured or computed.", hint="Give one of --times and --device-name.")
+    if options.times is not None:
+        times = DeviceTimes.load(options.times)
+        if times.tokens != whole.geometry.tokens:
+            raise UsageError(f"{options.times} was measured with {times.tokens} visual tokens, not {whole.geometry.tokens}.")
+        return times
+    return None if options.device_name is None else roofline_times(loaded, whole.geometry, options.device_name)
+
+
+def _written(options: CalibrateOptions, loaded: LoadedModel, plan: KeepPlan, result: Calibrated) -> Calibrated:
+    assert options.output is not None
+    plan.save(options.output)
+    parts = loaded.family.decoder()
+    whole = unpruned_plan(plan.family, plan.layers, loaded.geometry(options.image_size))
+    return replace(result, plan=plan, output=options.output, flops=flops_share(parts, plan, whole), kv=kv_share(plan, whole))

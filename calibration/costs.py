@@ -1,0 +1,90 @@
+"""What a plan costs, as shares of the unpruned model's work and in milliseconds on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgeprune.errors import UsageError
+from edgeprune.families.base import DecoderParts
+from edgeprune.loading import LoadedModel
+from edgeprune.plan import Geometry, KeepPlan
+from edgeprune.runtime.profiling import PARTS, TEXT, DeviceTimes
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak numbers of a device: dense FP16 TFLOPS and memory bandwidth in GB/s, before `_REACHED`."""
+
+    tflops: float
+    gigabytes: float
+
+
+# Published peaks; the modules' names without capacity mean the largest one. Orin Nano and NX in their faster ("super") modes.
+DEVICES = {
+    "agx-orin": Device(42.5, 204.8),
+    "orin-nano": Device(16.7, 102.0),
+    "orin-nx": Device(19.1, 102.0),
+    "thor": Device(259.0, 273.0),
+}
+_REACHED = 0.5, 0.7  # of the peak: compute and bandwidth, middle of what engines usually reach
+
+
+def visual_flops(parts: DecoderParts, plan: KeepPlan) -> float:
+    """Return the operations that visual tokens cause in prefill under a plan, over the layers.
+
+    Every living token passes the layer's matrices (2 operations a weight) and attends to those before it.
+    """
+    total = 0.0
+    attention = 2.0 * parts.heads * parts.head_dim  # per pair of tokens: two products, half of the pairs
+    for index, layer in enumerate(parts.layers):
+        weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
+        alive = plan.alive(index)
+        total += 2.0 * weights * alive + attention * alive * (alive + 2 * TEXT)
+    return total
+
+
+def flops_share(parts: DecoderParts, plan: KeepPlan, whole: KeepPlan) -> float:
+    """Return the plan's visual operations in prefill as a share of the unpruned plan's."""
+    return visual_flops(parts, plan) / visual_flops(parts, whole)
+
+
+def kv_share(plan: KeepPlan, whole: KeepPlan) -> float:
+    """Return the visual cache that the plan holds after prefill as a share of the unpruned plan's."""
+    return sum(map(plan.stored, range(plan.layers))) / sum(map(whole.stored, range(whole.layers)))
+
+
+def predicted_ttft(times: DeviceTimes, plan: KeepPlan) -> float:
+    """Return the milliseconds to the first token: the vision encoder for the plan's image, and a prefill layer by layer.
+
+    The encoder is taken to cost in proportion to its tokens; the selection itself, a few per cent, is left out.
+    """
+    known = np.linspace(0, times.tokens, PARTS + 1)
+    prefill = [float(np.interp(plan.alive(layer), known, times.prefill_ms)) for layer in range(plan.layers)]
+    return times.vision_ms * plan.geometry.tokens / times.tokens + sum(prefill) / plan.layers
+
+
+def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> DeviceTimes:
+    """Return what the roofline of a device allows in FP16: the larger of operations over compute and bytes over bandwidth."""
+    if device not in DEVICES:
+        raise UsageError(f"Unknown device {device!r}.", hint=f"Known: {', '.join(DEVICES)}; or measure yours: edgeprune profile")
+    parts = loaded.family.decoder()
+    tower = loaded.family.vision(geometry).eval()
+    pixels = 3 * int(loaded.folder.processor.get("temporal_patch_size", 1)) * geometry.patch**2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower(torch.zeros(geometry.tokens * geometry.merge**2, pixels))
+    vision = _milliseconds(device, counter.get_total_flops(), tower)
+    weights = sum(parameter.numel() for parameter in parts.layers.parameters())
+    attention = 2.0 * parts.heads * parts.head_dim * len(parts.layers)
+    counts = [geometry.tokens * part // PARTS + TEXT for part in range(PARTS + 1)]
+    prefill = [_milliseconds(device, 2.0 * weights * n + attention * n * n, parts.layers) for n in counts]
+    return DeviceTimes(device, "roofline", geometry.tokens, vision, tuple(prefill))
+
+
+def _milliseconds(device: str, operations: float, module: torch.nn.Module) -> float:
+    peak, (compute, bandwidth) = DEVICES[device], _REACHED
+    size = 2.0 * sum(parameter.numel() for parameter in module.parameters())
+    return 1e3 * max(operations / (peak.tflops * 1e12 * compute), size / (peak.gigabytes * 1e9 * bandwidth))

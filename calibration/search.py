@@ -1,0 +1,136 @@
+"""Search for the cheapest plan that still answers like the unpruned model: methods, layers, budgets, compositions, image size.
+
+At one cost, candidates race: all are scored on a few samples, the better half on twice as many, until few are left. Single
+methods start; the best of the input methods are then composed with cuts further in, at the same total cost, and race against
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from edgeprune.calibration.agreement import Agreement
+from edgeprune.calibration.costs import flops_share, kv_share, predicted_ttft
+from edgeprune.calibration.pareto import Point
+from edgeprune.calibration.recipes import RESIZE, method_names, plan_at, resized
+from edgeprune.calibration.statistics import Statistics
+from edgeprune.errors import PlanError
+from edgeprune.families.base import DecoderParts
+from edgeprune.plan import Cut, KeepPlan
+from edgeprune.runtime.profiling import DeviceTimes
+
+FIRST_ROUND = 24  # samples
+PARTNERS = 3  # input methods that go on into compositions
+BASELINES = ("random", "uniform", RESIZE)
+_VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "zspaprune": [{"core": 0.0}, {"core": 0.15}, {"core": 0.3}, {"core": 0.5}, {"core": 0.3, "relevance": "max"}],
+    "cdpruner": [{"weight": 0.2}, {"weight": 0.5}, {"weight": 0.8}],
+    "fastv": [{"layer": 1}, {"layer": 2}, {"layer": 3}],
+}
+_CACHE_VARIANTS: list[dict[str, Any]] = [
+    {"allocate": allocate, "prior": prior} for allocate in ("classes", "least-cost", "even") for prior in (False, True)
+]
+Candidate = tuple[str, KeepPlan]  # group and plan
+
+
+@dataclass
+class Search:
+    """One search: what is known of the model and what was measured so far. `points`: every plan that reached a last round."""
+
+    parts: DecoderParts
+    whole: KeepPlan
+    statistics: Statistics
+    agreement: Agreement
+    times: DeviceTimes | None
+    progress: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.points: list[Point] = []
+
+    def at(self, share: float, axis: str) -> Point:
+        """Return the best plan found whose cost along "flops" or "kv" is at most `share`; raise PlanError when there is none."""
+        singles = [*self._singles(share), *(self._cache_cuts(self.whole, share) if axis == "kv" else ())]
+        ranked = self.race(singles)
+        partners = [point for point in ranked if point.plan.input is not None and point.group not in BASELINES][:PARTNERS]
+        composed = [candidate for point in partners for candidate in self._compositions(point, share)]
+        if axis == "kv":
+            composed += [candidate for point in partners for candidate in self._cached(point, share)]
+        finalists = [point for point in (*ranked[:PARTNERS], *self.race(composed)) if point.cost(axis) <= share + 1e-6]
+        if not finalists:
+            raise PlanError(f"No plan costs {share:.0%} or less ({axis}).", hint="Ask for more.")
+        return max(finalists, key=lambda point: (point.samples, point.score, -point.cost(axis)))
+
+    def race(self, candidates: list[Candidate]) -> list[Point]:
+        """Return the candidates measured, the best first; baselines and the last ones left are scored on every sample."""
+        count, running = min(FIRST_ROUND, len(self.agreement)), candidates
+        while True:
+            points = sorted((self._measure(*candidate, count) for candidate in running), key=lambda point: -point.score)
+            if count == len(self.agreement):
+                break
+            half = points[: max(PARTNERS, len(points) // 2)]
+            running = [
+                (point.group, point.plan) for point in (*half, *(p for p in points if p.group in BASELINES and p not in half))
+            ]
+            count = min(2 * count, len(self.agreement))
+        self.points += points
+        return points
+
+    def _measure(self, group: str, plan: KeepPlan, count: int) -> Point:
+        name = " + ".join(dict.fromkeys(cut.method for cut in plan.cuts)) or (
+            RESIZE if plan.geometry != self.whole.geometry else "none"
+        )
+        self.progress(f"{name}, {count} samples")
+        ttft = None if self.times is None else predicted_ttft(self.times, plan)
+        flops, kv = flops_share(self.parts, plan, self.whole), kv_share(plan, self.whole)
+        return Point(name, group, flops, kv, self.agreement.score(plan, count), count, plan, ttft)
+
+    def _singles(self, share: float) -> Iterator[Candidate]:
+        for method in method_names():
+            if method == "plphp":
+                continue  # leaves prefill as it is
+            for settings in _VARIANTS.get(method, [{}]):
+                yield from self._possible(method, partial(plan_at, method, share, self.whole, self.statistics, **settings))
+
+    def _compositions(self, point: Point, share: float) -> Iterator[Candidate]:
+        # Keep more at the input, and make up for it further in: the rest withdrawn, or ranked by attention. Or a smaller image.
+        cut, tokens, layers = point.plan.input, self.whole.geometry.tokens, self.whole.layers
+        assert cut is not None
+        smaller = replace(self.whole, geometry=resized(self.whole.geometry, 0.5))
+        if smaller.geometry.tokens > cut.keep:
+            yield from self._possible("composed", partial(smaller.with_cuts, cut))
+        for layer in range(1, layers):
+            whole = int(share * tokens * layers / layer)
+            if whole <= tokens:
+                early = self.whole.with_cuts(replace(cut, keep=max(1, whole)))
+                yield from self._possible("composed", partial(early.with_cuts, Cut("layer", "vtw", 0, layer)))
+            for more in (1.25, 1.6, 2.2):
+                first = int(more * share * tokens)
+                rest = int((share * tokens * layers - first * layer) / (layers - layer))
+                if 0 < rest < first <= tokens:
+                    early = self.whole.with_cuts(replace(cut, keep=first))
+                    for method in ("fastv", "sparsevlm"):
+                        yield from self._possible("composed", partial(early.with_cuts, Cut("layer", method, rest, layer)))
+
+    def _cache_cuts(self, base: KeepPlan, share: float) -> Iterator[Candidate]:
+        for settings in _CACHE_VARIANTS:
+            yield from self._possible(
+                "plphp" if not base.cuts else "composed", partial(plan_at, "plphp", share, base, self.statistics, **settings)
+            )
+
+    def _cached(self, point: Point, share: float) -> Iterator[Candidate]:
+        # Half the saving at the input, the rest from the caches.
+        assert point.plan.input is not None
+        kept = share**0.5
+        base = self.whole.with_cuts(replace(point.plan.input, keep=max(1, int(kept * self.whole.geometry.tokens))))
+        yield from self._cache_cuts(base, share / kept)
+
+    def _possible(self, group: str, make: Callable[[], KeepPlan]) -> Iterator[Candidate]:
+        try:
+            plan = make()
+        except PlanError:
+            return  # this method cannot be that cheap
+        if plan.cuts or plan.geometry != self.whole.geometry:
+            yield group, plan

@@ -1,0 +1,127 @@
+"""Commands that learn budgets: calibrate, merge, profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune.cli.options import bundle_argument, fit_option, json_option, parse_shard, parse_share, parse_size
+from edgeprune.errors import UsageError, require_extra
+
+_COLLECT = (
+    click.option("--limit", type=int, help="Only N samples, drawn by the seed."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Draws samples, and DyRate's training noise."),
+    click.option("--rows", default="last", show_default=True, help="Whose attention ranks caches: last, text or peak."),
+    click.option("--reduce", default="mean", show_default=True, help="Query heads of one KV head count by mean or max."),
+    click.option("--spread", is_flag=True, help="Rank caches also by an even lattice."),
+    click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer to learn from."),
+    click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
+    click.option("--device", default="cpu", show_default=True, help="Where torch runs: cpu or cuda."),
+    click.option("--shard", help="Only samples i, i + n ... of the file, as i/n; merge the statistics afterwards."),
+    click.option("--ray", "ray_address", help="Spread the pass over a Ray cluster: its address, or local."),
+)
+_ALLOCATE = (
+    click.option("--layer", type=int, help="First layer of a single cut, or of DyRate's."),
+    click.option("--allocate", type=click.Choice(["classes", "least-cost", "even"]), help="PLPHP's budgets.  [default: classes]"),
+    click.option("--delta", type=float, help="PLPHP: how far the classes' rates lie apart."),
+    click.option("--prior", is_flag=True, help="PLPHP, DyRate: rank also by where the samples' answers looked."),
+    click.option("--stages", type=int, help="FitPrune: cuts into which the recipe is gathered.  [default: 4]"),
+    click.option("--core", type=float, help="ZSPAPrune: share of the relevant core.  [default: 0.5]"),
+    click.option("--relevance", type=click.Choice(["pooled", "mean", "max"]), help="ZSPAPrune: how words are compared."),
+    click.option("--form", type=click.Choice(["predictor", "schedule", "map"]), help="DyRate's rate.  [default: predictor]"),
+    click.option("--follow", is_flag=True, help="DyRate: the share may also grow within an answer."),
+    click.option("--onto", type=click.Path(path_type=Path), help="Add the cuts to this plan."),
+)
+_SEARCH = (
+    click.option("--max-drop", help="auto: agreement that may be lost, such as 1%.  [default: 1%]"),
+    click.option("--target-flops", help="auto: share of the visual tokens' prefill work, such as 0.25."),
+    click.option("--target-kv", help="auto: share of the visual KV cache."),
+    click.option("--target-ttft", help="auto: time to first token, such as 250ms."),
+    click.option("--device-name", help="auto: a device of the roofline table, such as orin-nano."),
+    click.option("--times", type=click.Path(path_type=Path), help="auto: times that `edgeprune profile` measured."),
+    click.option("--curve", type=click.Path(path_type=Path), help="auto: write all measured plans here."),
+)
+
+
+def _all_options(command: Any) -> Any:
+    for option in reversed((*_COLLECT, *_ALLOCATE, *_SEARCH)):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt; answers are not needed.")
+@click.option("--method", help="Method to make a plan of, or auto; without one, statistics alone are collected.")
+@click.option("--keep", type=float, help="Share of the method's cost that stays, in (0, 1].")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The plan to write.")
+@click.option("--statistics", type=click.Path(path_type=Path), help="Kept here, and used from here.  [default: beside the plan]")
+@click.option("--force", is_flag=True, help="Replace an existing plan.")
+@_all_options
+@fit_option
+@json_option
+def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
+    """Learn a keep plan for MODEL, a transformers folder or tabletop, from samples.
+
+    K means what the method spends: visual tokens (input methods), their mean over the layers (layer methods), the visual KV cache
+    (plphp), or its reads while answering (dyrate).
+    """
+    require_extra("export", "torch", "transformers", "optimum")
+    from edgeprune.calibration.commands import CalibrateOptions, run_calibrate
+    from edgeprune.cli.show import Activity, show_calibration
+
+    options["shard"] = parse_shard(options["shard"])
+    options["image_size"] = parse_size(options["image_size"])
+    for share in ("max_drop", "target_flops", "target_kv"):
+        options[share] = parse_share(options[share])
+    options["target_ttft"] = _milliseconds(options["target_ttft"])
+    with Activity(quiet=as_json) as activity:
+        result = run_calibrate(CalibrateOptions(model=model, data=data, **options), activity)
+    show_calibration(result, as_json)
+
+
+@click.command()
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The statistics of all.")
+@json_option
+def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
+    """Add the statistics of shards; the result is that of one pass over all their samples."""
+    require_extra("export", "safetensors")
+    from edgeprune.calibration.statistics import merge_files
+    from edgeprune.cli.show import show_facts
+
+    merged = merge_files(parts, output)
+    show_facts({"statistics": str(output), "samples": merged.samples}, as_json)
+
+
+@click.command()
+@bundle_argument
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The times to write.")
+@click.option("--repeats", type=int, default=20, show_default=True, help="Runs of each part; medians are kept.")
+@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@json_option
+def profile(bundle: Path, output: Path, repeats: int, threads: int | None, as_json: bool) -> None:
+    """Measure on this device what a first token of BUNDLE is made of, for `calibrate --method auto --target-ttft`."""
+    from dataclasses import asdict
+
+    from edgeprune.bundle import Bundle
+    from edgeprune.cli.show import show_facts
+    from edgeprune.runtime.profiling import profile as measure
+
+    if repeats < 1:
+        raise UsageError(f"The times need one run or more, not {repeats}.")
+    times = measure(Bundle.load(bundle), repeats=repeats, threads=threads)
+    times.save(output)
+    show_facts(asdict(times), as_json)
+
+
+def _milliseconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    number, scale = (text[:-2], 1.0) if text.endswith("ms") else (text[:-1], 1e3) if text.endswith("s") else (text, 1.0)
+    try:
+        return float(number) * scale
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no time.", hint="Write milliseconds or seconds, such as 250ms or 0.25s.") from error

@@ -1,0 +1,92 @@
+"""Measure on a device what a first token is made of: `edgeprune profile` writes it, and a search for plans reads it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import UsageError
+from edgeprune.files import write_text
+from edgeprune.runtime.cache import KvCache
+from edgeprune.runtime.engine import Engine, OnnxEngine, StepInput, Tokens
+from edgeprune.runtime.positions import text_positions
+
+SCHEMA_VERSION = 1
+PARTS = 4  # prefill is timed without visual tokens, with a quarter of them, and so on up to all
+TEXT = 32  # text tokens of the timed prefill
+
+
+@dataclass(frozen=True)
+class DeviceTimes:
+    """Milliseconds of the parts of a first token, unpruned. `prefill_ms`: with 0, 1/4, ... all of `tokens` visual tokens in
+    every layer.
+
+    `how`: "measured", or "roofline" where it was computed from a device's peak numbers.
+    """
+
+    device: str
+    how: str
+    tokens: int
+    vision_ms: float
+    prefill_ms: tuple[float, ...]
+
+    @property
+    def ttft_ms(self) -> float:
+        """Vision encoder and unpruned prefill."""
+        return self.vision_ms + self.prefill_ms[-1]
+
+    def save(self, path: Path) -> None:
+        """Write the times as JSON, whole or not at all."""
+        write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> DeviceTimes:
+        """Read times; raise UsageError when the file holds none."""
+        try:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("schema_version") != SCHEMA_VERSION:
+                raise UsageError(f"{path} is of another schema version.", hint="Profile the bundle again.")
+            return cls(**{**data, "prefill_ms": tuple(map(float, data["prefill_ms"]))})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"Cannot read device times {path}: {error!r}.", hint="Write them with: edgeprune profile") from error
+
+
+def profile(bundle: Bundle, *, repeats: int = 20, threads: int | None = None, device: str = "this machine") -> DeviceTimes:
+    """Return the medians of `repeats` runs of a bundle's graphs on random tokens, without pruning."""
+    engine = OnnxEngine(bundle, threads)
+    geometry, shape = bundle.plan.geometry, bundle.manifest.decoder
+    rng = np.random.default_rng(0)
+    patches = rng.standard_normal((geometry.tokens * geometry.merge**2, engine.patch_pixels), np.float32)
+    vision = _median(lambda: engine.see(patches), repeats)
+    empty = KvCache.empty(shape.layers, shape.kv_heads, shape.head_dim)
+    counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
+    prefill = [_prefill_ms(engine, rng, count, shape.hidden, shape.position_axes, empty, repeats) for count in counts]
+    return DeviceTimes(device, "measured", geometry.tokens, vision, tuple(prefill))
+
+
+def _prefill_ms(
+    engine: Engine, rng: np.random.Generator, count: int, hidden: int, axes: int, cache: KvCache, repeats: int
+) -> float:
+    # As text: nothing is pruned, whatever the plan says.
+    tokens = Tokens(rng.standard_normal((1, count + TEXT, hidden), np.float32), text_positions(0, count + TEXT, axes))
+    nothing = Tokens(np.zeros((1, 0, hidden), np.float32), np.zeros((axes, 0), np.int64))
+    step = StepInput(nothing, nothing, tokens, np.zeros(0, np.int64), np.zeros((count + TEXT, 3), np.float32))
+    return _median(lambda: engine.step(step, cache), repeats)
+
+
+def _median(run: Callable[[], object], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
