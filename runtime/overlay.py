@@ -1,9 +1,10 @@
-"""Draw which visual tokens each cut kept: one panel a cut, beside the input image. Needs Pillow only."""
+"""Draw which visual tokens each cut kept: one panel a cut, one for all KV caches, beside the input image. Needs Pillow only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -12,6 +13,7 @@ from edgeprune.errors import UsageError
 
 MIN_WIDTH = 384  # of a panel; smaller images are enlarged to it
 MAX_SIDE = 1024  # of the image in a panel; larger images are reduced to it
+CACHES = "KV caches"  # title of the panel of all cache cuts
 
 _MARGIN = 20
 _CAPTION = 64  # height of the two text lines over a panel
@@ -22,22 +24,49 @@ _DIM, _LIFT = 0.28, 22.0  # a dropped pixel is its luminance, dimmed and lifted 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Panel = tuple[str, str, Image.Image]  # title, count, picture
 
 
-def draw_kept(image: Image.Image, kept: Sequence[tuple[str, np.ndarray]], grid: tuple[int, int]) -> Image.Image:
-    """Return a picture of the input and, for each cut (title, kept raster indices), of what it kept in full colour.
+class Panel(NamedTuple):
+    """One picture with its two lines of text."""
 
-    `grid` is (rows, columns) in visual tokens. Raises UsageError for an index outside the grid.
+    title: str
+    count: str
+    picture: Image.Image
+
+
+def draw_kept(
+    image: Image.Image, kept: Sequence[tuple[str, np.ndarray]], grid: tuple[int, int], caches: Sequence[np.ndarray] = ()
+) -> Image.Image:
+    """Return the panels of `kept_panels` side by side."""
+    return lay_out(kept_panels(image, kept, grid, caches))
+
+
+def kept_panels(
+    image: Image.Image, kept: Sequence[tuple[str, np.ndarray]], grid: tuple[int, int], caches: Sequence[np.ndarray] = ()
+) -> list[Panel]:
+    """Return the input and, for each cut (title, kept raster indices), a picture with what it kept in full colour.
+
+    `grid` is (rows, columns) in visual tokens. `caches`: what each cut of a KV cache kept [heads, tokens]; in the one panel of
+    them all a token is as bright as its share of the heads' caches. Raises UsageError for an index outside the grid.
     """
     tokens = grid[0] * grid[1]
     shown = _enlarge(image.convert("RGB"))
-    panels: list[Panel] = [(f"input, {tokens} tokens", f"{grid[0]} x {grid[1]}", shown)]
+    panels = [Panel(f"input, {tokens} tokens", f"{grid[0]} x {grid[1]}", shown)]
     for title, indices in kept:
         mask = _mask(title, indices, grid)
         count = f"kept {int(mask.sum())} of {tokens} ({mask.mean():.0%})"
-        panels.append((title, count, _highlight(shown, mask)))
-    return _lay_out(panels)
+        panels.append(Panel(title, count, _outline(_highlight(shown, mask), mask)))
+    if caches:
+        panels.append(_cache_panel(shown, caches, grid))
+    return panels
+
+
+def _cache_panel(shown: Image.Image, caches: Sequence[np.ndarray], grid: tuple[int, int]) -> Panel:
+    masks = [_mask(CACHES, head, grid) for heads in caches for head in heads]
+    counts, share = sorted({int(mask.sum()) for mask in masks}), np.mean(masks, axis=0)
+    amount = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    count = f"kept {amount} of {share.size} in a head's cache ({share.mean():.0%})"
+    return Panel(CACHES, count, _highlight(shown, share))
 
 
 def _mask(title: str, indices: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -56,14 +85,25 @@ def _enlarge(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _highlight(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    ys, xs = _edges(image.height, mask.shape[0]), _edges(image.width, mask.shape[1])
-    inside = np.repeat(np.repeat(mask, np.diff(ys), axis=0), np.diff(xs), axis=1)
+def _highlight(image: Image.Image, share: np.ndarray) -> Image.Image:
+    # From dim grey at share 0 to full colour at share 1.
+    weight = _spread(share, image)[..., None].astype(np.float32)
     pixels = np.asarray(image, np.float32)
     grey = _DIM * (pixels @ _LUMA)[..., None] + _LIFT
-    picture = np.where(inside[..., None], pixels, grey).astype(np.uint8)
+    return Image.fromarray((grey + weight * (pixels - grey)).astype(np.uint8))
+
+
+def _outline(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    inside = _spread(mask, image)
+    picture = np.array(image)
     picture[inside & ~_interior(inside)] = _LINE
     return Image.fromarray(picture)
+
+
+def _spread(cells: np.ndarray, image: Image.Image) -> np.ndarray:
+    # The value of every pixel's token.
+    ys, xs = _edges(image.height, cells.shape[0]), _edges(image.width, cells.shape[1])
+    return np.repeat(np.repeat(cells, np.diff(ys), axis=0), np.diff(xs), axis=1)
 
 
 def _edges(length: int, cells: int) -> np.ndarray:
@@ -78,7 +118,8 @@ def _interior(inside: np.ndarray) -> np.ndarray:
     return eroded[_LINE_WIDTH:-_LINE_WIDTH, _LINE_WIDTH:-_LINE_WIDTH]
 
 
-def _lay_out(panels: Sequence[Panel]) -> Image.Image:
+def lay_out(panels: Sequence[Panel]) -> Image.Image:
+    """Return panels of one size side by side, each under its text."""
     width, height = max(MIN_WIDTH, panels[0][2].width), panels[0][2].height
     step = width + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + step * len(panels), height + _CAPTION + 2 * _MARGIN), _PAPER)

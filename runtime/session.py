@@ -18,7 +18,7 @@ from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.conversation import Conversation, Model, Stream
 from edgeprune.runtime.engine import OnnxEngine
 from edgeprune.runtime.images import read_image
-from edgeprune.runtime.overlay import draw_kept
+from edgeprune.runtime.overlay import Panel, kept_panels, lay_out
 from edgeprune.runtime.preprocess import ImageSpec
 from edgeprune.runtime.preprocess import fit as fit_image
 from edgeprune.runtime.receipt import Receipt
@@ -63,11 +63,16 @@ class Runtime:
         return self.chat(prune=prune, fit=fit).ask(prompt, image, **sampling)
 
     def draw(self, image: ImageLike, receipt: Receipt, *, fit: str = "exact") -> Image.Image:
-        """Return the image once for each cut of an answer's receipt, the dropped visual tokens greyed out."""
-        geometry = self.plan.geometry
+        """Return the image once for each cut of an answer's receipt, the dropped visual tokens greyed out; KV caches are one."""
+        return lay_out(self.panels(image, receipt, fit=fit))
+
+    def panels(self, image: ImageLike, receipt: Receipt, *, fit: str = "exact") -> list[Panel]:
+        """Return the pictures that `draw` puts side by side, with their titles."""
+        geometry, caches = self.plan.geometry, {str(cut) for cut in self.plan.cache_cuts}
         picture = fit_image(read_image(image), geometry, fit, self._model.image_spec)
-        kept = [(cut.cut, cut.kept) for cut in receipt.cuts]
-        return draw_kept(picture, kept, (geometry.rows, geometry.columns))
+        kept = [(cut.cut, cut.kept) for cut in receipt.cuts if cut.cut not in caches]
+        cached = [cut.kept for cut in receipt.cuts if cut.cut in caches]
+        return kept_panels(picture, kept, (geometry.rows, geometry.columns), cached)
 
     def chat(self, *, prune: bool = True, fit: str = "exact") -> Chat:
         """Return a new conversation of several turns, with an image in any of them."""

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.overlay import MAX_SIDE, MIN_WIDTH, draw_kept
+from edgeprune.runtime.overlay import CACHES, MAX_SIDE, MIN_WIDTH, draw_kept, kept_panels
 
 GRID = (12, 12)
 TOP, MARGIN = 84, 20  # where the panels' images begin
@@ -104,3 +104,38 @@ def test_image_is_not_changed() -> None:
 def test_wrong_indices(indices: np.ndarray) -> None:
     with pytest.raises(UsageError, match="12 x 12 grid"):
         draw_kept(scene(), [("a", indices)], GRID)
+
+
+def test_all_cache_cuts_are_one_panel_after_the_others() -> None:
+    caches = [np.array([[0, 1, 2, 3], [0, 1, 2, 4]])] * 28
+    panels = kept_panels(scene(), [("fastv @ layer 1", np.arange(72))], GRID, caches)
+    assert [panel.title for panel in panels] == ["input, 144 tokens", "fastv @ layer 1", CACHES]
+    assert panels[-1].count == "kept 4 of 144 in a head's cache (3%)"
+    assert draw_kept(scene(), [], GRID, caches).size == (MARGIN + 2 * (384 + MARGIN), TOP + 384 + MARGIN)
+
+
+def test_caches_of_different_lengths_are_counted_as_a_range() -> None:
+    caches = [np.arange(72).reshape(1, 72), np.zeros((1, 0), np.int64)]
+    assert kept_panels(scene(), [], GRID, caches)[1].count == "kept 0 to 72 of 144 in a head's cache (25%)"
+
+
+def test_a_token_is_as_bright_as_the_share_of_caches_that_keep_it() -> None:
+    # Of four caches (two layers, two heads): token 0 in all, 1 in two, 2 in one, the others in none.
+    caches = [np.array([[0, 1], [1, 0]]), np.array([[0, 2], [0, 7]])]
+    picture = np.asarray(kept_panels(scene(), [], GRID, caches)[1].picture).astype(float)
+    middles = np.stack([picture[16, 32 * token + 16] for token in (0, 1, 2, 3)])
+    grey, colour = middles[3], middles[0]
+    assert colour.tolist() == list(RED)
+    assert np.ptp(grey) == 0 and grey[0] < 60
+    np.testing.assert_allclose(middles[1], grey + 0.5 * (colour - grey), atol=1)
+    np.testing.assert_allclose(middles[2], grey + 0.25 * (colour - grey), atol=1)
+
+
+def test_the_order_of_ranks_does_not_matter_in_a_cache() -> None:
+    ranked = [np.array([[5, 3, 9]])]
+    assert kept_panels(scene(), [], GRID, ranked)[1] == kept_panels(scene(), [], GRID, [np.sort(ranked[0])])[1]
+
+
+def test_wrong_indices_of_a_cache() -> None:
+    with pytest.raises(UsageError, match="12 x 12 grid"):
+        kept_panels(scene(), [], GRID, [np.array([[0, 144]])])

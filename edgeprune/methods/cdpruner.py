@@ -52,16 +52,13 @@ def greedy_map(kernel: torch.Tensor, count: int) -> torch.Tensor:
     """
     places = torch.arange(kernel.shape[0], device=kernel.device)
     gain = kernel.diagonal()
-    factors: list[torch.Tensor] = []  # rows [V] of the incremental Cholesky factor
+    factors = torch.zeros_like(kernel[:1])  # rows of the incremental Cholesky factor, after one of zeros: no sum is empty
     picked = []
     for _ in range(count):
         best = torch.topk(gain, 1).indices
         picked.append(best)
-        row = kernel.index_select(0, best)[0]
-        if factors:
-            known = torch.stack(factors)
-            row = row - (known.index_select(1, best) * known).sum(dim=0)
+        row = kernel.index_select(0, best) - (factors.index_select(1, best) * factors).sum(dim=0, keepdim=True)
         factor = row / gain.index_select(0, best).clamp_min(_TINY).sqrt()
-        factors.append(factor)
-        gain = torch.where(places == best, float("-inf"), gain - factor.square())
+        factors = torch.cat([factors, factor])
+        gain = torch.where(places == best, float("-inf"), gain - factor[0].square())
     return torch.cat(picked)

@@ -55,8 +55,11 @@ class DART:
         return ascending(torch.cat(picked))
 
     def _words(self, prompt: torch.Tensor) -> torch.Tensor:
-        # The prompt, repeated, is long enough for any number of pivots.
+        # The prompt, repeated, is long enough for any number of pivots. Each repetition ranks below the one before it, so that
+        # no word is taken twice before every word is taken once.
         if not self._text_pivots:
             return prompt[:0]
-        repeated = prompt.repeat(self._text_pivots, 1)
-        return repeated.index_select(0, torch.topk(repeated.float().abs().sum(dim=1), self._text_pivots).indices)
+        norms = prompt.float().abs().sum(dim=1)
+        below = torch.arange(self._text_pivots, device=prompt.device)[:, None] * (norms.amax(dim=0) + 1)
+        best = torch.topk((norms[None] - below).flatten(), self._text_pivots).indices
+        return prompt.repeat(self._text_pivots, 1).index_select(0, best)

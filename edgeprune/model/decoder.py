@@ -176,7 +176,7 @@ def _hide(mask: torch.Tensor, hide: torch.Tensor) -> torch.Tensor:
 
 def _split(attended: Attended, text_groups: torch.Tensor, rows: int) -> torch.Tensor:
     # Of the last token, or with `rows` of that many last ones.
-    text, visual, past = attended.last_rows(rows) if rows else attended.last_row()
+    text, _, _ = attended.last_rows(rows) if rows else attended.last_row()
     system, instruction, generated = (text @ text_groups).mean(dim=0).unbind(dim=-1)
-    image = (visual.sum(dim=-1) + past.sum(dim=-1)).mean(dim=0)
-    return torch.stack([system, image, instruction, generated], dim=-1)
+    # The rest goes to the image. Not summed: ONNX Runtime's ReduceSum fails where there is no visual token to sum over.
+    return torch.stack([system, 1.0 - system - instruction - generated, instruction, generated], dim=-1)
