@@ -98,17 +98,19 @@ def fitprune_plan(statistics: Statistics, base: KeepPlan, share: float, stages: 
 
     The recipe deletes a few tokens in every layer; deletions are gathered at stage boundaries, so that a graph has few cuts.
     """
-    recipes = statistics.mean("fitprune")
-    tokens = base.geometry.tokens
-    fitting = [index for index in range(ALPHAS) if recipes[index].mean() <= share * tokens]
-    if not fitting:
-        raise PlanError(f"FitPrune cannot reach {share:.0%}: layer 0 sees every token.", hint="Ask for more, or cut at the input.")
-    recipe = recipes[fitting[0]]
+    for recipe in statistics.mean("fitprune"):  # from the strictest tolerance to the loosest
+        plan = _staged(base, recipe, stages)
+        if sum(map(plan.alive, range(base.layers))) <= share * base.geometry.tokens * base.layers:
+            return plan
+    raise PlanError(f"FitPrune cannot reach {share:.0%}: layer 0 sees every token.", hint="Ask for more, or cut at the input.")
+
+
+def _staged(base: KeepPlan, recipe: np.ndarray, stages: int) -> KeepPlan:
+    # A stage keeps the mean of its layers, so that the total stays near what the recipe says.
     boundaries = _boundaries(recipe, stages)
     ends = [*boundaries[1:], base.layers]
-    # A stage keeps its layers' mean, so that the total stays what the recipe says.
-    cuts = [Cut("layer", "fitprune", max(1, int(recipe[a:b].mean())), a) for a, b in zip(boundaries, ends, strict=True)]
-    return base.with_cuts(*cuts)
+    kept = [max(1, int(recipe[a:b].mean())) for a, b in zip(boundaries, ends, strict=True)]
+    return base.with_cuts(*(Cut("layer", "fitprune", keep, layer) for keep, layer in zip(kept, boundaries, strict=True)))
 
 
 def _boundaries(recipe: np.ndarray, stages: int) -> list[int]:

@@ -27,10 +27,12 @@ _SETTINGS = {  # which options a method takes
     "fastv": ("layer",),
     "fitprune": ("stages",),
     "plphp": ("allocate", "delta", "prior"),
+    "random": ("site",),
+    "uniform": ("site",),
     "zspaprune": ("core", "relevance"),
     "dyrate": ("layer", "form", "follow", "prior"),
 }
-_ALLOCATION = ("layer", "allocate", "delta", "prior", "stages", "core", "relevance", "form", "follow")
+_ALLOCATION = ("site", "layer", "allocate", "delta", "prior", "stages", "core", "relevance", "form", "follow")
 _SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "device_name", "times", "curve")
 
 
@@ -64,6 +66,7 @@ class CalibrateOptions:
     shard: tuple[int, int] | None
     ray_address: str | None
     fit: str
+    site: str | None
     layer: int | None
     allocate: str | None
     delta: float | None

@@ -16,12 +16,16 @@ PRUNED, UNPRUNED = "pruned", "unpruned"
 
 @dataclass
 class KindScore:
-    """The answers to one kind of question: `right` of `of` points, and how many of the `asked` answers equal the unpruned one."""
+    """The answers to one kind of question: `right` of `of` points, and how many of the `asked` answers equal the unpruned one.
+
+    `visual_reads`: the share of visual KV entries that the pruned answers' decode steps read, added up.
+    """
 
     asked: int = 0
     right: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
     of: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
     agreed: int = 0
+    visual_reads: float = 0.0
 
     def accuracy(self, variant: str) -> float:
         """Return the share of points that PRUNED or UNPRUNED answers got."""
@@ -35,17 +39,21 @@ class KindScore:
 
 @dataclass
 class Cost:
-    """What the answers of one variant cost: time to first token and per token in ms, and KV bytes when each answer ended."""
+    """What the answers of one variant cost: time to first token and per token in ms, and KV bytes when each answer ended;
+    `visual_kv`: share held.
+    """
 
     ttft_ms: list[float] = field(default_factory=list)
     ms_per_token: list[float] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
+    visual_kv: list[float] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
         """Count one answer."""
         self.ttft_ms.append(receipt.times.ttft_ms)
         self.ms_per_token += receipt.times.decode_ms
         self.kv_bytes.append(receipt.kv_bytes)
+        self.visual_kv.append(receipt.visual_kv_share)
 
     def to_dict(self) -> dict[str, float]:
         """Return medians as JSON data."""
@@ -53,6 +61,7 @@ class Cost:
             "ttft_ms": statistics.median(self.ttft_ms or [0.0]),
             "ms_per_token": statistics.median(self.ms_per_token or [0.0]),
             "kv_bytes": statistics.median(self.kv_bytes or [0]),
+            "visual_kv": statistics.median(self.visual_kv or [1.0]),
         }
 
 
@@ -72,6 +81,7 @@ class EvalReport:
                 continue
             total.asked += entry.asked
             total.agreed += entry.agreed
+            total.visual_reads += entry.visual_reads
             for variant in (PRUNED, UNPRUNED):
                 total.right[variant] += entry.right[variant]
                 total.of[variant] += entry.of[variant]
@@ -85,6 +95,7 @@ class EvalReport:
             kinds[kind] = {"asked": entry.asked, **{variant: entry.accuracy(variant) for variant in variants}}
             if self.pruned:
                 kinds[kind]["agreement"] = entry.agreement
+                kinds[kind]["visual_reads"] = entry.visual_reads / max(entry.asked, 1)
         return {"kinds": kinds, "cost": {variant: self.cost[variant].to_dict() for variant in variants}}
 
 
@@ -104,6 +115,8 @@ def evaluate(
             entry.of[variant] += points.of
             report.cost[variant].add(answer.receipt)
             texts[variant] = answer.text
+            if variant == PRUNED:
+                entry.visual_reads += answer.receipt.visual_read_share
         entry.agreed += texts.get(PRUNED) == texts[UNPRUNED]
         progress(done)
     return report

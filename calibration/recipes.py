@@ -36,8 +36,8 @@ def method_names() -> list[str]:
 def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
     """Return `base` with a method's cuts at a cost of `share` of what `base` has.
 
-    `settings`: `layer` of a single cut; `allocate`, `delta`, `prior` of PLPHP; `stages` of FitPrune; others become options of
-    the cut. Raises PlanError when the method cannot be that cheap.
+    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; `allocate`, `delta`, `prior` of PLPHP; `stages` of
+    FitPrune; others become options of the cut. Raises PlanError when the method cannot be that cheap.
     """
     if not 0.0 < share <= 1.0:
         raise PlanError(f"Keep ratio {share} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
@@ -51,7 +51,7 @@ def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | 
         return replace(base, geometry=resized(base.geometry, share))
     recipes: dict[str, Callable[..., KeepPlan]] = {"fastv": _one_cut, "pyramiddrop": _pyramid, "sparsevlm": _sparsevlm}
     if method in INPUT:
-        return base.with_cuts(Cut("input", method, keep_count(base.seen, share), options=settings))
+        return _by_baseline_or_input(method, share, base, settings)
     if method not in recipes:
         raise UsageError(f"Unknown method {method!r}.", hint=f"Methods are: {', '.join(method_names())}.")
     return recipes[method](method, share, base, **settings)
@@ -62,6 +62,14 @@ def resized(geometry: Geometry, share: float) -> Geometry:
     unit, scale = geometry.patch * geometry.merge, math.sqrt(share)
     rows, columns = max(1, round(geometry.rows * scale)), max(1, round(geometry.columns * scale))
     return Geometry(rows * unit, columns * unit, geometry.patch, geometry.merge)
+
+
+def _by_baseline_or_input(method: str, share: float, base: KeepPlan, settings: dict[str, Any]) -> KeepPlan:
+    site, options = settings.get("site", "input"), {name: value for name, value in settings.items() if name != "site"}
+    if site == "input":
+        return base.with_cuts(Cut("input", method, keep_count(base.seen, share), options=options))
+    counts = [keep_count(base.alive(layer), share) for layer in range(base.layers)]
+    return base.with_cuts(*(Cut(site, method, count, layer, options=options) for layer, count in enumerate(counts)))
 
 
 def _from_statistics(method: str, share: float, base: KeepPlan, statistics: Statistics, settings: dict[str, Any]) -> KeepPlan:

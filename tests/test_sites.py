@@ -27,7 +27,7 @@ from edgeprune.runtime import Runtime, load
 
 PROMPT = "What colour is the cube?"
 BASE = unpruned_plan("qwen2_vl", 3, TINY_GEOMETRY)
-RANKED = {"rows": "peak", "reduce": "max", "spread": True}
+RANKED: dict[str, Any] = {"rows": "peak", "reduce": "max", "spread": True}
 PREDICTOR_OPTIONS: dict[str, Any] = {
     "form": "predictor",
     "weight": [[0.0] * 13, [*[0.0, 0.0, 0.0, 1.0] * 3, 9.0], [0.0] * 13],
@@ -151,8 +151,8 @@ def test_a_smaller_budget_is_a_prefix(tiny: LoadedModel) -> None:
     large, small = (run(tiny, ranked_plan(BASE, [keep] * 3, **RANKED), prompt) for keep in (9, 4))
     for whole, part in zip(large.kept, small.kept, strict=True):
         assert torch.equal(whole[:, :4], part)
-    for whole, part in zip(large.caches, small.caches, strict=True):
-        assert torch.equal(whole.visual_key[:5], part.visual_key)
+    for longer, shorter in zip(large.caches, small.caches, strict=True):
+        assert torch.equal(longer.visual_key[:5], shorter.visual_key)
 
 
 def test_reading_a_prefix_equals_masking_the_rest(tiny: LoadedModel) -> None:

@@ -23,6 +23,7 @@ _COLLECT = (
     click.option("--ray", "ray_address", help="Spread the pass over a Ray cluster: its address, or local."),
 )
 _ALLOCATE = (
+    click.option("--site", type=click.Choice(["input", "cache"]), help="Where random and uniform act.  [default: input]"),
     click.option("--layer", type=int, help="First layer of a single cut, or of DyRate's."),
     click.option("--allocate", type=click.Choice(["classes", "least-cost", "even"]), help="PLPHP's budgets.  [default: classes]"),
     click.option("--delta", type=float, help="PLPHP: how far the classes' rates lie apart."),

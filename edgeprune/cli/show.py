@@ -231,11 +231,12 @@ def show_evaluation(report: EvalReport, as_json: bool) -> None:
     if as_json:
         show_json(data)
         return
-    variants = [name for name in ("pruned", "unpruned", "agreement") if name in next(iter(data["kinds"].values()))]
+    variants = [name for name in ("pruned", "unpruned", "agreement", "visual_reads") if name in next(iter(data["kinds"].values()))]
     rows = [[kind, row["asked"], *(f"{row[name]:.1%}" for name in variants)] for kind, row in data["kinds"].items()]
-    show_table(["kind", "asked", *variants], rows, as_json=False)
+    show_table(["kind", "asked", *(name.replace("_", " ") for name in variants)], rows, as_json=False)
     costs = [
-        [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}"] for name, c in data["cost"].items()
+        [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}", f"{c['visual_kv']:.0%}"]
+        for name, c in data["cost"].items()
     ]
     click.echo()
-    show_table(["cost (median)", "TTFT ms", "ms per token", "KV KiB"], costs, as_json=False)
+    show_table(["cost (median)", "TTFT ms", "ms per token", "KV KiB", "visual KV"], costs, as_json=False)

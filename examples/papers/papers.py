@@ -1,0 +1,133 @@
+"""Calibrate the methods of three papers on the bundled model, and measure them on scenes that nothing was tuned on.
+
+    python examples/papers/papers.py OUT --scenes 60
+
+Plans come from `edgeprune calibrate` on its own scenes; every plan is exported and measured by `edgeprune eval` on others. Rows
+that OUT already holds are kept, so an interrupted run goes on; --only NAME ... makes some rows. Writes OUT/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgeprune.calibration.pareto import Curve, Point
+from edgeprune.calibration.search import BASELINES
+from edgeprune.tabletop.questions import DESCRIBE
+
+CALIBRATION_SEED, EVALUATION_SEED = 77, 1000
+RANKING = "--rows peak --reduce max"
+SHORT = "all short answers"
+# Row: how its plan is calibrated, on all samples or on those with long answers.
+ALL, LONG = "dataset.jsonl", "long.jsonl"
+RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --keep 0.62"
+PLANS = {
+    "plphp-50": f"{LONG} {RANKING} --method plphp --prior --keep 0.5",
+    "plphp-40": f"{LONG} {RANKING} --method plphp --prior --keep 0.4 --delta 0.16",
+    "plphp-30": f"{LONG} {RANKING} --method plphp --prior --keep 0.3 --delta 0.1",
+    "plphp-30-last-row": f"{LONG} --method plphp --keep 0.3 --delta 0.1",
+    "random-cache-30": f"{ALL} --method random --site cache --keep 0.3",
+    "uniform-cache-30": f"{ALL} --method uniform --site cache --keep 0.3",
+    **{f"zspaprune-{keep}": f"{ALL} --method zspaprune --core 0.15 --keep {keep / 100}" for keep in (25, 10)},
+    **{f"{method}-{keep}": f"{ALL} --method {method} --keep {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
+    **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
+    **{
+        f"auto-{share}": f"{ALL} {RANKING} --limit 120 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
+        f"--curve auto-{share}.curve.json"
+        for share in (50, 25, 10)
+    },
+}
+SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
+
+
+def main() -> None:
+    """Make the rows that are asked for, and the table of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
+    parser.add_argument("--calibration-scenes", type=int, default=120)
+    parser.add_argument("--only", nargs="+", help="rows to make")
+    request = parser.parse_args()
+    request.out.mkdir(parents=True, exist_ok=True)
+    _draw(request.out / "calibration", request.calibration_scenes, CALIBRATION_SEED)
+    _draw(request.out / "evaluation", request.scenes, EVALUATION_SEED)
+    rows = ["none", *PLANS, *SINGLES]
+    for row in request.only or rows:
+        if not (request.out / f"{row}.result.json").is_file():
+            print(row, flush=True)
+            _measure(request.out, row)
+    _write_table(request.out, rows)
+
+
+def _draw(folder: Path, scenes: int, seed: int) -> None:
+    if not folder.exists():
+        _edgeprune("tabletop", str(folder), "--scenes", str(scenes), "--seed", str(seed))
+    lines = (folder / ALL).read_text().splitlines()
+    (folder / LONG).write_text("\n".join(line for line in lines if json.loads(line)["kind"] == DESCRIBE) + "\n")
+
+
+def _measure(out: Path, row: str) -> None:
+    plan = [] if row == "none" else ["--plan", str(_plan(out, row))]
+    _edgeprune("export", "tabletop", "-o", str(out / row), "--force", *plan)
+    result = _edgeprune("eval", str(out / row), "--data", str(out / "evaluation" / ALL), "--json")
+    (out / f"{row}.result.json").write_text(result)
+
+
+def _plan(out: Path, row: str) -> Path:
+    path = out / f"{row}.json"
+    if path.is_file():
+        return path
+    if row in SINGLES:
+        curve = Curve.load(out / f"auto-{SINGLES[row]}.curve.json")
+        _best_single(curve, SINGLES[row] / 100).plan.save(path)
+        return path
+    data, *options = PLANS[row].split()
+    options = [str(out / option) if option.endswith(".json") else option for option in options]
+    statistics = ["--statistics", str(out / f"{row.split('-')[0]}-{'last' if 'last' in row else 'ranked'}.safetensors")]
+    _edgeprune("calibrate", "tabletop", "--data", str(out / "calibration" / data), *options, *statistics, "-o", str(path))
+    return path
+
+
+def _best_single(curve: Curve, share: float) -> Point:
+    singles = [point for point in curve.points if point.group not in (*BASELINES, "composed") and point.flops <= share + 0.005]
+    return max(singles, key=lambda point: (point.score, -point.flops))
+
+
+def _write_table(out: Path, rows: list[str]) -> None:
+    lines = ["| plan | short answers | facts described | agreement | visual tokens' prefill work | visual KV held | read |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        path = out / f"{row}.result.json"
+        if path.is_file():
+            lines.append(_line(row, json.loads(path.read_text()), _prefill(out / row)))
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def _line(row: str, result: dict[str, Any], prefill: float) -> str:
+    kinds, variant = result["kinds"], "pruned" if "pruned" in result["cost"] else "unpruned"
+    short, facts = kinds[SHORT], kinds[DESCRIBE]
+    agreement, reads = short.get("agreement", 1.0), facts.get("visual_reads", 1.0)
+    kept = prefill if row.startswith(("resize", "best-single")) and variant == "unpruned" else result["cost"][variant]["visual_kv"]
+    cells = (short[variant], facts[variant], agreement, prefill, kept, reads if variant == "pruned" else kept)
+    return f"| {row} | " + " | ".join(f"{cell:.1%}" for cell in cells) + " |"
+
+
+def _prefill(bundle: Path) -> float:
+    # Against the whole image, which a smaller one has less of: mean of the living tokens over the layers.
+    from edgeprune.bundle import Bundle
+
+    plan = Bundle.load(bundle).plan
+    return sum(map(plan.alive, range(plan.layers))) / plan.layers / 144
+
+
+def _edgeprune(*arguments: str) -> str:
+    command = [sys.executable, "-c", "from edgeprune.cli import main; main()", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Budgets from statistics: classes and allocators by hand, and every recipe at its cost."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from edgeprune.calibration.allocation import (
+    _knapsack,
+    classify,
+    fitprune_plan,
+    least_cost_shares,
+    plphp_plan,
+    vtw_plan,
+)
+from edgeprune.calibration.fitprune import deletion_counts
+from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.calibration.recipes import method_names, plan_at, resized
+from edgeprune.calibration.statistics import ALPHAS, GAMMA_BINS, SHARES, Source, Statistics
+from edgeprune.errors import PlanError, UsageError
+from edgeprune.plan import Geometry
+
+GEOMETRY = Geometry(160, 160, 16, 1)  # 10 x 10
+LAYERS = 8
+BASE = unpruned_plan("qwen2_vl", LAYERS, GEOMETRY)
+SOURCE = Source("qwen2_vl", LAYERS, 2, "abc", GEOMETRY, "last", "mean", False)
+
+
+def statistics(**sums: np.ndarray) -> Statistics:
+    values = {name: np.zeros(shape) for name, shape in SOURCE.shapes().items()}
+    return Statistics.empty(SOURCE).with_sample({**values, **sums})
+
+
+def gammas(*samples: list[float]) -> Statistics:
+    total = Statistics.empty(SOURCE)
+    for sample in samples:
+        values = {name: np.zeros(shape) for name, shape in SOURCE.shapes().items()}
+        for layer, gamma in enumerate(sample):
+            values["gamma"][layer, int(gamma * GAMMA_BINS)] = 1.0
+        total = total.with_sample(values)
+    return total
+
+
+def test_classes_by_hand() -> None:
+    # Means .1 .2 ... .8; quartiles at .275 and .625: layers 0, 1 are indifferent, 6, 7 attentive.
+    spread = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    found = classify(gammas(spread, spread), 0.5, 0.2)
+    assert [c.name for c in found] == ["indifferent"] * 2 + ["balanced"] * 4 + ["attentive"] * 2
+    assert [c.share for c in found] == pytest.approx([0.3] * 2 + [0.5] * 4 + [0.7] * 2)
+    assert all(c.stability == 1.0 for c in found)
+
+
+def test_stability_counts_the_samples_that_agree() -> None:
+    spread = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    odd = [0.5, *spread[1:]]  # layer 0 would have been balanced
+    found = classify(gammas(spread, spread, spread, odd), 0.5, 0.2)
+    assert found[0].stability == pytest.approx(0.75)
+    assert found[3].stability == pytest.approx(1.0)
+
+
+def test_a_plan_keeps_the_shares() -> None:
+    plan = plphp_plan(statistics(), BASE, [0.3, 0.5, 1.0, 0.0, 0.25, 0.25, 0.25, 0.25])
+    assert [plan.stored(layer) for layer in range(LAYERS)] == [30, 50, 100, 0, 25, 25, 25, 25]
+    assert [plan.alive(layer) for layer in range(LAYERS)] == [100] * LAYERS
+
+
+def test_the_allocator_spends_where_it_costs() -> None:
+    cost = np.zeros((LAYERS, len(SHARES)))
+    cost[2] = [5.0, 3.0, 2.0, 1.0, 0.5, 0.2]  # only layer 2 matters
+    shares = least_cost_shares(statistics(cache_kl=cost), 0.25)
+    assert shares[2] == 1.0
+    assert sum(shares) / LAYERS == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_allocator_is_exact() -> None:
+    rng = np.random.default_rng(3)
+    costs, budget = np.sort(rng.random((3, 6)), axis=1)[:, ::-1], 7
+    best = min((choice for choice in product(range(6), repeat=3) if sum(choice) <= budget), key=lambda c: sum(costs[range(3), c]))
+    assert _knapsack(costs, budget) == list(best)
+
+
+def test_fitprune_counts_by_hand() -> None:
+    # One layer sees all; what may go at a tolerance of .3 is the least attended of both kinds: token 2 (.1 and .2) alone.
+    cross = np.array([[0.5, 0.4, 0.1], [1.0, 0.0, 0.0]])
+    within = np.array([[0.4, 0.4, 0.2], [1.0, 0.0, 0.0]])
+    counts = deletion_counts(cross, within)
+    assert counts.shape == (ALPHAS, 2)
+    assert counts[30].tolist() == [3.0, 2.0]
+    assert counts[0].tolist() == [3.0, 3.0]
+
+
+def test_fitprune_stages_keep_the_recipe() -> None:
+    recipe = np.zeros((ALPHAS, LAYERS))
+    recipe[:] = [100, 90, 60, 58, 30, 29, 28, 10]
+    plan = fitprune_plan(statistics(fitprune=recipe), BASE, 0.6, stages=3)
+    assert [(cut.layer, cut.keep) for cut in plan.cuts] == [(2, 59), (4, 29), (7, 10)]
+
+
+def test_vtw_finds_the_first_harmless_layer() -> None:
+    divergence = np.array([9.0, 5.0, 1.0, 0.1, 0.01, 0.002, 0.001, 0.0])
+    plan = vtw_plan(statistics(withdrawn_kl=divergence), BASE)
+    assert [(cut.layer, cut.keep) for cut in plan.cuts] == [(5, 0)]
+    with pytest.raises(PlanError, match="before every layer"):
+        vtw_plan(statistics(withdrawn_kl=np.ones(LAYERS)), BASE)
+
+
+@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("share", [0.6, 0.5])
+def test_every_recipe_meets_its_cost(name: str, share: float) -> None:
+    recipe = np.zeros((ALPHAS, LAYERS))
+    recipe[:] = np.linspace(100, 0, ALPHAS)[:, None] * np.linspace(1.0, 0.4, LAYERS)
+    gamma = np.eye(GAMMA_BINS)[np.linspace(10, 150, LAYERS).astype(int)]
+    plan = plan_at(name, share, BASE, statistics(fitprune=recipe, gamma=gamma))
+    held = [plan.stored(layer) if name == "plphp" else plan.alive(layer) for layer in range(LAYERS)]
+    spent = sum(held) / (100 * LAYERS)
+    whole_steps = {"resize": 0.05, "vtw": 0.07}  # a grid and a layer cannot be divided further
+    assert spent <= share + whole_steps.get(name, 1e-9)
+    assert spent >= share - 0.09
+
+
+def test_recipes_that_cannot_be_met_are_refused() -> None:
+    for name in ("fastv", "pyramiddrop"):
+        with pytest.raises(PlanError, match="cannot reach"):
+            plan_at(name, 0.1, BASE)
+    with pytest.raises(UsageError, match="needs statistics"):
+        plan_at("plphp", 0.5, BASE)
+    with pytest.raises(PlanError, match="outside"):
+        plan_at("random", 0.0, BASE)
+    with pytest.raises(UsageError, match="Unknown method"):
+        plan_at("magic", 0.5, BASE)
+
+
+def test_a_smaller_image_keeps_its_aspect() -> None:
+    assert resized(Geometry(160, 320, 16, 1), 0.25) == Geometry(80, 160, 16, 1)
+    assert plan_at("resize", 0.25, BASE).geometry.tokens == 25
+
+
+def test_baselines_may_act_on_caches() -> None:
+    plan = plan_at("random", 0.3, BASE, site="cache")
+    assert [cut.keep for cut in plan.cache_cuts] == [30] * LAYERS
