@@ -91,6 +91,14 @@ def find_plan(
     return best.plan, Curve(goal.axis, tuple(search.points), search.points.index(best))
 
 
+def target_shares(goal: Goal, whole: KeepPlan, times: DeviceTimes | None, samples: int) -> tuple[float, ...]:
+    """Return the costs to search at; raise EdgePruneError when `samples` are too few or a latency is out of reach."""
+    share = _target_share(goal, whole, times)
+    if samples < LEAST:
+        raise UsageError(f"A search needs {LEAST} samples to judge plans by, beside those for the statistics; there are {samples}.")
+    return SHARES if share is None else (share,)
+
+
 def _target_share(goal: Goal, whole: KeepPlan, times: DeviceTimes | None) -> float | None:
     if goal.ttft_ms is None:
         return goal.kv if goal.kv is not None else goal.flops

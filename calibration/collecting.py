@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from edgeprune.calibration.episodes import Episodes
 from edgeprune.calibration.measuring import Meter
@@ -42,6 +43,10 @@ class Request:
         index, count = self.shard
         if not 1 <= index <= count:
             raise UsageError(f"There is no shard {index}/{count}.", hint="Shards are 1/n to n/n.")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"Unknown device {self.device!r}.", hint="Devices are cpu and cuda.")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
 
 
 def source_of(loaded: LoadedModel, request: Request) -> Source:

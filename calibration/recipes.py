@@ -92,6 +92,8 @@ def plphp_shares(statistics: Statistics, share: float, settings: dict[str, Any])
 
 
 def _one_cut(method: str, share: float, base: KeepPlan, layer: int = DEFAULT_LAYER) -> KeepPlan:
+    if not 0 < layer < base.layers:
+        raise PlanError(f"{method} cannot cut before layer {layer} of {base.layers}.")
     left = (share * base.layers - layer) / (base.layers - layer)
     if left <= 0:
         raise PlanError(f"{method} before layer {layer} cannot reach {share:.0%}: {layer} layers see every token.")

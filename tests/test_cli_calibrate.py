@@ -1,0 +1,144 @@
+"""The commands calibrate, merge and profile: files in, files out, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgeprune.bundle import Bundle
+from edgeprune.calibration.statistics import Statistics
+from edgeprune.cli import main
+from edgeprune.plan import KeepPlan
+from edgeprune.runtime.profiling import DeviceTimes
+from edgeprune.tabletop.dataset import write_dataset
+
+SIZE = ("--image-size", "84x84", "--max-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_dataset(folder, 1, 7)
+    lines = (folder / "dataset.jsonl").read_text().splitlines()
+    unanswered = [{key: value for key, value in json.loads(line).items() if key != "answer"} for line in lines]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, unanswered[-5:])))
+    return folder / "prompts.jsonl"
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Result:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_many_plans_from_one_pass(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    statistics = tmp_path / "s.safetensors"
+    common = ("calibrate", tiny_folder, "--data", data, *SIZE, "--statistics", statistics)
+    output = done(*common, "--method", "plphp", "--keep", 0.5, "-o", tmp_path / "a.json").output
+    assert "samples that agree" in output and "attentive" in output
+    written = statistics.stat().st_mtime_ns
+    done(*common, "--method", "fitprune", "--keep", 0.7, "--stages", 1, "-o", tmp_path / "b.json")
+    result = done(*common, "--method", "plphp", "--keep", 0.4, "--allocate", "even", "--prior", "-o", tmp_path / "c.json", "--json")
+    assert json.loads(result.output)["kv"] == pytest.approx(3 / 9)
+    assert statistics.stat().st_mtime_ns == written
+    assert KeepPlan.load(tmp_path / "c.json").cache_cuts[0].options["prior"]
+
+
+def test_cuts_are_added_onto_a_plan(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("1.json", "2.json", "3.json"))
+    common = ("calibrate", tiny_folder, "--data", data, *SIZE)
+    done(*common, "--method", "zspaprune", "--keep", 0.8, "--core", 0.2, "-o", first)
+    done(*common, "--method", "plphp", "--keep", 0.5, "--allocate", "even", "--onto", first, "-o", second)
+    done(*common, "--method", "dyrate", "--form", "schedule", "--keep", 0.5, "--onto", second, "-o", third)
+    plan = KeepPlan.load(third)
+    assert [cut.site for cut in plan.cuts] == ["input", "cache", "cache", "cache", "decode"]
+    assert plan.seen == 7 and [plan.stored(layer) for layer in range(3)] == [3, 3, 3]
+
+
+def test_shards_merge_to_the_whole(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    common = ("calibrate", tiny_folder, "--data", data, *SIZE)
+    for shard in (1, 2):
+        done(*common, "--shard", f"{shard}/2", "--statistics", tmp_path / str(shard))
+    done(*common, "--statistics", tmp_path / "whole")
+    assert "5" in done("merge", tmp_path / "1", tmp_path / "2", "-o", tmp_path / "merged").output
+    merged, whole = (Statistics.load(tmp_path / name) for name in ("merged", "whole"))
+    assert all((sums == whole.sums[name]).all() for name, sums in merged.sums.items())
+
+
+def test_profile_writes_times(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    done("profile", tiny_bundle.path, "-o", tmp_path / "t.json", "--repeats", 2, "--threads", 1)
+    times = DeviceTimes.load(tmp_path / "t.json")
+    assert (times.how, times.tokens, len(times.prefill_ms)) == ("measured", 12, 5)
+
+
+def test_a_calibrated_plan_is_measured(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    done("calibrate", tiny_folder, "--data", data, *SIZE, "--method", "divprune", "--keep", 0.5, "-o", tmp_path / "p.json")
+    result = call("eval", tiny_folder, "--data", data, "--plan", tmp_path / "p.json", "--json")
+    assert result.exit_code == 2 and "no text 'answer'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "Neither --method nor --statistics"),
+        (("--method", "plphp", "--keep", 0.5), "no file for the plan"),
+        (("--method", "plphp", "-o", "p.json"), "needs a budget"),
+        (("--method", "magic", "--keep", 0.5, "-o", "p.json"), "Unknown method 'magic'"),
+        (("--method", "divprune", "--keep", 0, "-o", "p.json"), "outside (0, 1]"),
+        (("--method", "divprune", "--keep", 0.5, "--core", 0.5, "-o", "p.json"), "--core is not for divprune"),
+        (("--method", "divprune", "--keep", 0.5, "--max-drop", "1%", "-o", "p.json"), "--max-drop is not for divprune"),
+        (("--method", "fastv", "--keep", 0.2, "-o", "p.json"), "cannot reach 20%"),
+        (("--method", "auto", "--keep", 0.5, "-o", "p.json"), "--keep is not for auto"),
+        (("--method", "auto", "--target-flops", "0.5", "--target-kv", "0.5", "-o", "p.json"), "one target"),
+        (("--method", "auto", "-o", "p.json"), "needs 20 samples"),
+        (("--method", "auto", "--target-ttft", "5 minutes", "-o", "p.json"), "no time"),
+        (("--method", "auto", "--target-ttft", "50ms", "-o", "p.json"), "needs a device"),
+        (("--method", "plphp", "--keep", 0.5, "--shard", "1/2", "-o", "p.json"), "merge the shards first"),
+        (("--shard", "2", "--statistics", "s"), "'2' is no shard"),
+        (("--statistics", "s", "--rows", "first"), "last, text, peak"),
+        (("--statistics", "s", "--device", "abacus"), "abacus"),
+    ],
+)
+def test_mistakes_get_one_line(
+    options: tuple[object, ...], words: str, tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("calibrate", tiny_folder, "--data", data, *SIZE, *options)
+    assert result.exit_code in (1, 2), result.output
+    assert words in result.output and "Traceback" not in result.output
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_an_existing_plan_is_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text("mine")
+    common = ("calibrate", tiny_folder, "--data", data, *SIZE, "--method", "divprune", "--keep", 0.5, "-o", tmp_path / "p.json")
+    assert "exists already" in call(*common).output
+    assert (tmp_path / "p.json").read_text() == "mine"
+    done(*common, "--force")
+
+
+def test_statistics_of_another_model_are_refused(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    done("calibrate", tiny_folder, "--data", data, *SIZE, "--statistics", tmp_path / "s")
+    result = call(
+        "calibrate", tiny_folder, "--data", data, "--image-size", "84x112", "--statistics", tmp_path / "s", "--method", "plphp",
+        "--keep", 0.5, "-o", tmp_path / "p.json",
+    )  # fmt: skip
+    assert result.exit_code == 2 and "another geometry" in result.output
+
+
+def test_a_missing_image_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"image": "gone.png", "prompt": "What?"}')
+    result = call("calibrate", tiny_folder, "--data", tmp_path / "d.jsonl", *SIZE, "--statistics", tmp_path / "s")
+    assert result.exit_code == 2 and "gone.png" in result.output
+
+
+def test_one_sample_is_enough_for_statistics(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    done("calibrate", tiny_folder, "--data", data, *SIZE, "--limit", 1, "--statistics", tmp_path / "s")
+    assert Statistics.load(tmp_path / "s").samples == 1
