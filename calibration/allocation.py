@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeprune.calibration.planning import ranked_plan
-from edgeprune.calibration.statistics import ALPHAS, GAMMA_BINS, SHARES, Statistics
+from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, Statistics
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, KeepPlan, keep_count
 

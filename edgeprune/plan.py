@@ -192,8 +192,8 @@ class KeepPlan:
         """Read a plan; raise PlanError when the file is no plan of this schema."""
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise PlanError(f"Cannot read plan {path}: {error.strerror}.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"Cannot read plan {path}: {getattr(error, 'strerror', None) or error}.") from error
         except json.JSONDecodeError as error:
             raise PlanError(f"Plan {path} is not JSON (line {error.lineno}: {error.msg}).") from error
 

@@ -30,7 +30,7 @@ class Panel(NamedTuple):
     """One picture with its two lines of text."""
 
     title: str
-    count: str
+    caption: str
     picture: Image.Image
 
 
@@ -54,8 +54,8 @@ def kept_panels(
     panels = [Panel(f"input, {tokens} tokens", f"{grid[0]} x {grid[1]}", shown)]
     for title, indices in kept:
         mask = _mask(title, indices, grid)
-        count = f"kept {int(mask.sum())} of {tokens} ({mask.mean():.0%})"
-        panels.append(Panel(title, count, _outline(_highlight(shown, mask), mask)))
+        caption = f"kept {int(mask.sum())} of {tokens} ({mask.mean():.0%})"
+        panels.append(Panel(title, caption, _outline(_highlight(shown, mask), mask)))
     if caches:
         panels.append(_cache_panel(shown, caches, grid))
     return panels
@@ -65,8 +65,8 @@ def _cache_panel(shown: Image.Image, caches: Sequence[np.ndarray], grid: tuple[i
     masks = [_mask(CACHES, head, grid) for heads in caches for head in heads]
     counts, share = sorted({int(mask.sum()) for mask in masks}), np.mean(masks, axis=0)
     amount = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    count = f"kept {amount} of {share.size} in a head's cache ({share.mean():.0%})"
-    return Panel(CACHES, count, _highlight(shown, share))
+    caption = f"kept {amount} of {share.size} in a head's cache ({share.mean():.0%})"
+    return Panel(CACHES, caption, _highlight(shown, share))
 
 
 def _mask(title: str, indices: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -90,7 +90,7 @@ def _highlight(image: Image.Image, share: np.ndarray) -> Image.Image:
     weight = _spread(share, image)[..., None].astype(np.float32)
     pixels = np.asarray(image, np.float32)
     grey = _DIM * (pixels @ _LUMA)[..., None] + _LIFT
-    return Image.fromarray((grey + weight * (pixels - grey)).astype(np.uint8))
+    return Image.fromarray(np.rint(grey + weight * (pixels - grey)).astype(np.uint8))
 
 
 def _outline(image: Image.Image, mask: np.ndarray) -> Image.Image:
@@ -124,9 +124,9 @@ def lay_out(panels: Sequence[Panel]) -> Image.Image:
     step = width + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + step * len(panels), height + _CAPTION + 2 * _MARGIN), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for number, (title, count, picture) in enumerate(panels):
+    for number, (title, caption, picture) in enumerate(panels):
         left = _MARGIN + number * step
-        for y, text, size, ink in ((13, title, _TITLE_SIZE, _INK), (41, count, _COUNT_SIZE, _FAINT)):
+        for y, text, size, ink in ((13, title, _TITLE_SIZE, _INK), (41, caption, _COUNT_SIZE, _FAINT)):
             fitted, font = _fitted(pen, text, width, size)
             pen.text((left, _MARGIN + y), fitted, fill=ink, font=font, anchor="lm")
         sheet.paste(picture, (left, _MARGIN + _CAPTION))

@@ -19,7 +19,20 @@ from edgeprune.export.verification import TOLERANCES
 from edgeprune.registry import FAMILIES, METHODS
 from edgeprune.tabletop.dataset import write_dataset
 
-COMMANDS = ("export", "verify", "run", "eval", "tabletop", "inspect", "models", "methods")
+COMMANDS = (
+    "calibrate",
+    "merge",
+    "profile",
+    "report",
+    "export",
+    "verify",
+    "run",
+    "eval",
+    "tabletop",
+    "inspect",
+    "models",
+    "methods",
+)
 
 
 def run(*arguments: object) -> Result:
@@ -207,7 +220,7 @@ def test_eval_compares_pruned_and_unpruned(tiny_bundle: Bundle, tiny_folder: Pat
     result = run("eval", tiny_bundle.path, *data)
     assert result.exit_code == 0, result.output
     report = json.loads(run("eval", tiny_bundle.path, *data, "--json").stdout)
-    assert {"pruned", "unpruned", "agreement", "asked"} == set(report["kinds"]["size"])
+    assert {"pruned", "unpruned", "agreement", "visual_reads", "asked"} == set(report["kinds"]["size"])
     eager = run("eval", tiny_folder, *data, "--image-size", "84x112", "--json")
     assert "pruned" not in json.loads(eager.stdout)["kinds"]["size"]
     assert "frozen in" in refused("eval", tiny_bundle.path, *data, "--keep", "0.5")

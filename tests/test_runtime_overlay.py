@@ -110,13 +110,13 @@ def test_all_cache_cuts_are_one_panel_after_the_others() -> None:
     caches = [np.array([[0, 1, 2, 3], [0, 1, 2, 4]])] * 28
     panels = kept_panels(scene(), [("fastv @ layer 1", np.arange(72))], GRID, caches)
     assert [panel.title for panel in panels] == ["input, 144 tokens", "fastv @ layer 1", CACHES]
-    assert panels[-1].count == "kept 4 of 144 in a head's cache (3%)"
+    assert panels[-1].caption == "kept 4 of 144 in a head's cache (3%)"
     assert draw_kept(scene(), [], GRID, caches).size == (MARGIN + 2 * (384 + MARGIN), TOP + 384 + MARGIN)
 
 
 def test_caches_of_different_lengths_are_counted_as_a_range() -> None:
     caches = [np.arange(72).reshape(1, 72), np.zeros((1, 0), np.int64)]
-    assert kept_panels(scene(), [], GRID, caches)[1].count == "kept 0 to 72 of 144 in a head's cache (25%)"
+    assert kept_panels(scene(), [], GRID, caches)[1].caption == "kept 0 to 72 of 144 in a head's cache (25%)"
 
 
 def test_a_token_is_as_bright_as_the_share_of_caches_that_keep_it() -> None:

@@ -11,6 +11,7 @@ from edgeprune.cli.asking import eval_command, run
 from edgeprune.cli.calibrating import calibrate, merge, profile
 from edgeprune.cli.listing import inspect, methods, models, tabletop
 from edgeprune.cli.making import export, verify
+from edgeprune.cli.reporting import report
 from edgeprune.errors import EdgePruneError
 
 
@@ -38,5 +39,5 @@ def main() -> None:
     """Export vision-language models with pruned visual tokens to ONNX, and run them without torch."""
 
 
-for _command in (calibrate, merge, profile, export, verify, run, eval_command, tabletop, inspect, models, methods):
+for _command in (calibrate, merge, profile, export, verify, run, eval_command, report, tabletop, inspect, models, methods):
     main.add_command(_command)

@@ -1,0 +1,124 @@
+"""What a bundle answered, and where it looked: made from the indices that the bundle itself returned."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from edgeprune.report.words import counted
+from edgeprune.runtime import Answer, CutReceipt, Receipt, Runtime
+from edgeprune.runtime.images import read_image
+from edgeprune.runtime.session import ImageLike
+
+_LARGEST = 640  # pixels along the longer side of a picture in the page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with its two lines of text, as a data URI."""
+
+    title: str
+    caption: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question and what came of it."""
+
+    prompt: str
+    text: str
+    facts: tuple[tuple[str, str], ...]
+    pictures: tuple[Picture, ...]
+    decode_shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Interview:
+    """One or two questions about one image. `shared`: what two questions kept in common, for each picture after the input."""
+
+    asked: tuple[Asked, ...]
+    shared: tuple[str, ...]
+
+
+def interview(
+    runtime: Runtime, image: ImageLike, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128
+) -> Interview:
+    """Ask a model each prompt about the image."""
+    picture = read_image(image)
+    runtime.generate(picture, prompts[0], fit=fit, max_tokens=1)  # the first run of a session is slower than all others
+    answers = [runtime.generate(picture, prompt, fit=fit, max_tokens=max_tokens) for prompt in prompts]
+    panels = [runtime.panels(picture, answer.receipt, fit=fit) for answer in answers]
+    asked = [
+        _asked(prompt, answer, [Picture(p.title, p.caption, data_uri(p.picture)) for p in drawn])
+        for prompt, answer, drawn in zip(prompts, answers, panels, strict=True)
+    ]
+    return Interview(tuple(asked), _shared([answer.receipt for answer in answers]))
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Return a picture as a PNG inside a URI, reduced where it is larger than a page needs."""
+    smaller = picture.copy()
+    smaller.thumbnail((_LARGEST, _LARGEST))
+    file = io.BytesIO()
+    smaller.save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _asked(prompt: str, answer: Answer, pictures: Sequence[Picture]) -> Asked:
+    facts = _facts(answer.receipt)
+    return Asked(prompt, answer.text, tuple(facts), tuple(pictures), tuple(answer.receipt.decode_shares))
+
+
+def _facts(receipt: Receipt) -> list[tuple[str, str]]:
+    times, steps = receipt.times, len(receipt.visual_reads)
+    parts = f"preprocess {times.preprocess_ms:.1f}, vision {times.vision_ms:.1f}, select {times.select_ms:.1f}"
+    return [
+        ("tokens", f"{receipt.visual_tokens} visual, {receipt.text_tokens} text, {receipt.generated_tokens} generated"),
+        *_cut_facts(receipt),
+        ("first token", f"{times.ttft_ms:.1f} ms"),
+        ("of which", f"{parts}, prefill {times.prefill_ms:.1f} ms"),
+        ("each further token", f"{times.ms_per_token:.1f} ms" if times.decode_ms else "there was none"),
+        ("KV cache", f"{receipt.kv_bytes / 1024:.0f} KiB"),
+        ("visual KV stored", f"{receipt.visual_kv_share:.0%} of the unpruned"),
+        ("visual KV read", f"{receipt.visual_read_share:.0%} of the unpruned, over {steps} decode step{'s' * (steps != 1)}"),
+        ("ended by", receipt.finish_reason),
+    ]
+
+
+def _cut_facts(receipt: Receipt) -> list[tuple[str, str]]:
+    if not receipt.pruned:
+        return [("not pruned", receipt.reason)]
+    single, caches = _by_kind(receipt)
+    facts = [(cut.cut, f"{cut.before} → {cut.after} visual tokens") for cut in single]
+    if caches:
+        before, after = counted([cut.before for cut in caches]), counted([cut.after for cut in caches])
+        facts.append((f"{len(caches)} KV caches", f"{before} → {after} visual tokens in every head"))
+    return facts
+
+
+def _by_kind(receipt: Receipt) -> tuple[list[CutReceipt], list[CutReceipt]]:
+    # What a cache cut kept has an axis for the heads.
+    return [cut for cut in receipt.cuts if cut.kept.ndim == 1], [cut for cut in receipt.cuts if cut.kept.ndim == 2]
+
+
+def _shared(receipts: Sequence[Receipt]) -> tuple[str, ...]:
+    if len(receipts) != 2 or not all(receipt.pruned for receipt in receipts):
+        return ()
+    (single, caches), (others, other_caches) = map(_by_kind, receipts)
+    lines = [f"{_common(a.kept, b.kept):.0f} of {a.after} kept for both questions" for a, b in zip(single, others, strict=True)]
+    if caches:
+        common = [_common(a.kept, b.kept) for a, b in zip(caches, other_caches, strict=True)]
+        kept = np.mean([cut.after for cut in caches])
+        lines.append(f"{np.mean(common):.1f} of {kept:.1f} kept for both questions, mean over the caches")
+    return tuple(lines)
+
+
+def _common(first: np.ndarray, second: np.ndarray) -> float:
+    rows = zip(np.atleast_2d(first), np.atleast_2d(second), strict=True)
+    return float(np.mean([len(np.intersect1d(a, b)) for a, b in rows]))

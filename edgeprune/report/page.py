@@ -1,0 +1,196 @@
+"""The page itself: from what was gathered to one HTML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from edgeprune import __version__
+from edgeprune.calibration.pareto import Curve
+from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, Statistics
+from edgeprune.files import write_text
+from edgeprune.plan import Cut, KeepPlan
+from edgeprune.report import charts
+from edgeprune.report.answers import Interview
+from edgeprune.report.material import Material, Request, gather
+from edgeprune.report.words import costs, cut_lines, schedule_of
+
+_SPLIT = ("system prompt", "image", "instruction", "generated text")
+_FAINTEST = 1e-4  # of the largest cost: what is below looks the same
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, its heading, and how to read it; `svg` is empty where there is nothing to draw."""
+
+    title: str
+    note: str
+    svg: Markup = field(default=Markup())
+
+
+def write_report(request: Request, output: Path) -> list[str]:
+    """Write the report that a request describes, and return the names of its sections."""
+    material = gather(request)
+    sections = sections_of(material)
+    write_text(output, render(material, sections))
+    return list(sections)
+
+
+def sections_of(material: Material) -> dict[str, list[Chart]]:
+    """Return the charts of every section that has data; the answers have pictures besides."""
+    sections = {"budgets": _budget_charts(material)}
+    if material.statistics is not None:
+        sections["statistics"] = _statistics_charts(material.statistics)
+    if material.curve is not None:
+        sections["curve"] = [_curve_chart(material.curve, material.plan)]
+    if material.interview is not None:
+        sections["answers"] = []
+    return sections
+
+
+def render(material: Material, sections: dict[str, list[Chart]]) -> str:
+    """Return the page; everything that came from outside is escaped."""
+    template = files("edgeprune.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    plan, curve = material.plan, material.curve
+    return environment.from_string(template).render(
+        material=material,
+        plan=plan,
+        facts=_facts(material),
+        costs=[*costs(plan), *_measured(curve, plan)],
+        lines=cut_lines(plan),
+        sections=sections,
+        front=[] if curve is None else _front_rows(curve, plan),
+        version=__version__,
+    )
+
+
+def _facts(material: Material) -> list[tuple[str, str]]:
+    plan, bundle = material.plan, material.bundle
+    facts = [("family", plan.family), ("decoder layers", f"{plan.layers}"), ("image", str(plan.geometry))]
+    if bundle is not None:
+        manifest = bundle.manifest
+        size = sum(record.bytes for record in manifest.files.values()) / 1e6
+        facts[:0] = [("model", manifest.source.model)]
+        facts += [("KV heads", f"{manifest.decoder.kv_heads}"), ("bundle", f"{size:.1f} MB, opset {manifest.opset}")]
+    return facts
+
+
+def _measured(curve: Curve | None, plan: KeepPlan) -> list[tuple[str, str, str]]:
+    # What a search measured of this very plan.
+    point = None if curve is None else next((point for point in curve.points if point.plan == plan), None)
+    if point is None:
+        return []
+    rows = [
+        ("visual work in prefill", f"{point.flops:.0%}", "operations, of the unpruned"),
+        ("agreement", f"{point.score:.1%}", f"with the unpruned answers, {point.samples} samples"),
+    ]
+    return rows if point.ttft_ms is None else [*rows, ("time to first token", f"{point.ttft_ms:.1f} ms", "predicted")]
+
+
+def _budget_charts(material: Material) -> list[Chart]:
+    plan = material.plan
+    note = "A layer sees the pale bar while it reads the prompt, and its KV cache keeps the strong one for the answer."
+    found = [Chart("Visual tokens per layer", note, charts.budgets(plan))]
+    if plan.cache_cuts and material.statistics is not None:
+        found.append(_coverage_chart(plan, material.statistics))
+    if plan.decode is not None:
+        found.append(_decode_chart(plan, plan.decode, material.interview))
+    return found
+
+
+def _decode_chart(plan: KeepPlan, cut: Cut, interview: Interview | None) -> Chart:
+    title, asked = "Visual cache by decode step", () if interview is None else interview.asked
+    real = [(f"answer {number}", a.decode_shares) for number, a in enumerate(asked, start=1) if a.decode_shares]
+    shown = "Marks are what the answers below really read. " if real else ""
+    if not plan.live:
+        schedule = schedule_of(cut, max((len(shares) for _, shares in real), default=0))
+        return Chart(title, f"{shown}The schedule is the same for every answer.", charts.decode_shares(schedule, real))
+    live = "The share follows attention: it is decided step by step, in every answer anew."
+    if not real:
+        return Chart(title, f"{live} Ask a bundle about an image (--image, --prompt) to see what its answers read.")
+    return Chart(title, shown + live, charts.decode_shares(None, real))
+
+
+def _coverage_chart(plan: KeepPlan, statistics: Statistics) -> Chart:
+    answers = max(float(statistics.total("steps")[0]), 1.0)  # samples whose answer had a decode step
+    covered = np.concatenate([statistics.total("coverage") / answers, np.ones((*statistics.sums["coverage"].shape[:2], 1))], axis=2)
+    values = np.full(covered.shape[1::-1], np.nan)
+    for layer in {cut.layer for cut in plan.cache_cuts}:
+        share = plan.stored(layer) / plan.geometry.tokens
+        values[:, layer] = [np.interp(share, [*SHARES, 1.0], head) for head in covered[layer]]
+    heads = [f"{head}" for head in range(len(values))]
+    heat = charts.Heat(values, np.nan_to_num(np.clip(values, 0.0, 1.0)), heads, "KV head", "{:.0%}".format)
+    note = (
+        "All heads of a layer keep the same number of tokens, each its own. Of the attention that an unpruned answer pays to the "
+        "image, this is the share that falls on as many of the head's highest-ranked tokens; empty where a layer has no cache cut. "
+        f"Here it is {np.nanmin(values):.0%} to {np.nanmax(values):.0%}."
+    )
+    return Chart("Attention that the kept tokens cover", note, charts.heat_map("coverage", "Coverage by layer and KV head", heat))
+
+
+def _statistics_charts(statistics: Statistics) -> list[Chart]:
+    split = statistics.attention_split()
+    found = [_attention_chart(statistics)]
+    if not np.isnan(split).all():
+        note = "Mean over the layers, of the unpruned model's answers. Fewer answers reach the later steps."
+        found.append(Chart("Where the answer looks", note, charts.attention_by_step(split.mean(axis=1), _SPLIT)))
+    return [*found, _cost_chart(statistics)]
+
+
+def _attention_chart(statistics: Statistics) -> Chart:
+    histogram = statistics.total("gamma")
+    share = np.cumsum(histogram, axis=1) / np.maximum(histogram.sum(axis=1, keepdims=True), 1e-12)
+    edges = np.arange(GAMMA_BINS + 1) / GAMMA_BINS
+    mean = histogram @ (edges[1:] + edges[:-1]) / 2 / np.maximum(histogram.sum(axis=1), 1e-12)
+    low, high = (np.array([np.interp(quartile, [0.0, *row], edges) for row in share]) for quartile in (0.25, 0.75))
+    note = f"Share of the last prompt token's attention that goes to the image, over {statistics.samples} samples."
+    return Chart("Attention to vision", note, charts.attention_by_layer(mean, low, high))
+
+
+def _cost_chart(statistics: Statistics) -> Chart:
+    values = statistics.mean("cache_kl").T
+    largest = max(float(values.max()), 1e-12)
+    least = np.clip(values.min() / largest, _FAINTEST, 0.5)
+    depth = 1.0 - np.log(np.clip(values / largest, least, 1.0)) / np.log(least)
+    heat = charts.Heat(values, depth, [f"{share:.0%}" for share in SHARES], "share kept", _nats)
+    note = (
+        "KL divergence from the unpruned answer in nats, with one layer's visual cache cut and the others whole: "
+        f"{_nats(float(values.min()))} to {_nats(float(values.max()))}, in logarithmic colours. Mean over {statistics.samples} "
+        "samples, summed over an answer."
+    )
+    return Chart("What a smaller cache costs", note, charts.heat_map("cost", "Cost by layer and share kept", heat))
+
+
+def _nats(value: float) -> str:
+    return "<0.001" if value < 0.0005 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def _curve_chart(curve: Curve, plan: KeepPlan) -> Chart:
+    note = "Every measured plan; hollow marks are the baselines that a method must beat, the line joins the best at every cost."
+    return Chart("Score over cost", note, charts.trade_off(curve, plan))
+
+
+def _front_rows(curve: Curve, plan: KeepPlan) -> list[dict[str, Any]]:
+    chosen = None if curve.chosen is None else curve.points[curve.chosen]
+    points = curve.front()
+    if chosen is not None and chosen not in points:
+        points.append(chosen)
+    return [
+        {
+            "name": point.name,
+            "flops": f"{point.flops:.1%}",
+            "kv": f"{point.kv:.1%}",
+            "ttft": "" if point.ttft_ms is None else f"{point.ttft_ms:.1f} ms",
+            "score": f"{point.score:.1%}",
+            "samples": point.samples,
+            "mark": ", ".join(word for word, is_it in (("chosen", point is chosen), ("this plan", point.plan == plan)) if is_it),
+        }
+        for point in points
+    ]
