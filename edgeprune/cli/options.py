@@ -82,6 +82,7 @@ def resolve_plan(
     """Return the keep plan that the plan options describe for a loaded model; no option at all means no pruning."""
     from edgeprune.calibration.planning import staircase_plan, unpruned_plan
     from edgeprune.plan import KeepPlan
+    from edgeprune.registry import method_class
 
     if plan_file is not None:
         if method or keep or layer or image_size:
@@ -95,4 +96,8 @@ def resolve_plan(
         return base
     if method is None or not keep:
         raise UsageError("--method and --keep belong together.", hint="For example: --method fastv --keep 0.25")
-    return staircase_plan(base, method, keep, layer, seed=seed)
+    sites = method_class(method).sites
+    if "input" not in sites and "layer" not in sites:
+        raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
+    at_input = not layer and len(keep) == 1 and "layer" not in sites
+    return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed)
