@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from edgeprune.calibration.episodes import Episodes
+from edgeprune.calibration.measuring import divergence
 from edgeprune.calibration.reference import reference_model
 from edgeprune.calibration.samples import Sample, score
 from edgeprune.loading import LoadedModel
@@ -19,7 +21,7 @@ class Agreement:
         self, loaded: LoadedModel, whole: KeepPlan, samples: Sequence[Sample], *, max_tokens: int, fit: str, device: str
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
-        self._samples: list[Sample] = []
+        self._whole = whole
         answers = self._answers(whole, samples)
         self._samples = [replace(sample, answer=answer) for sample, answer in zip(samples, answers, strict=True)]
 
@@ -31,6 +33,22 @@ class Agreement:
         samples = self._samples[:count]
         points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples), strict=True)]
         return sum(min(point.right / point.of, point.recall) for point in points) / len(points)
+
+    def divergences(self, plans: Sequence[KeepPlan]) -> list[float]:
+        """Return for each plan how far it is from the unpruned model when retelling its answers: KL divergence in nats, mean
+        over samples.
+
+        Finer than agreement: it tells apart plans that answer a few samples alike.
+        """
+        whole, *pruned = (Episodes(self._loaded, plan, 1, self._device) for plan in (self._whole, *plans))
+        codec = reference_model(self._loaded, self._whole, self._device).codec
+        totals = [0.0] * len(pruned)
+        for sample in self._samples:
+            ids = codec.encode(sample.answer)
+            expected = whole.retold(sample, ids, self._fit)
+            for index, episodes in enumerate(pruned):
+                totals[index] += float(divergence(expected, episodes.retold(sample, ids, self._fit)).sum())
+        return [total / len(self._samples) for total in totals]
 
     def _answers(self, plan: KeepPlan, samples: Sequence[Sample]) -> list[str]:
         runtime = Runtime(reference_model(self._loaded, plan, self._device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +61,25 @@ class Episodes:
         where = [self._tensor(part.positions) for part in taken] or [self._tensor(prefill[0].suffix.positions[:, :0])]
         groups = self._tensor(steps[-1][0].groups if steps else prefill[0].groups)
         return Episode(prefill[0], caches, Segment(torch.cat(embeds, dim=1), torch.cat(where, dim=1)), groups)
+
+    @torch.no_grad()
+    def retold(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
+        """Return the logits [len(ids) + 1, vocabulary] with which the model would have given an answer, before each token and at
+        the end.
+        """
+        recorder = Recorder(self._model.engine)
+        conversation = Conversation(replace(self._model, engine=recorder), how=fit)
+        for _ in conversation.ask(sample.prompt, read_image(sample.image), Sampling(max_tokens=1)):
+            pass
+        tokens, _, prefill = recorder.steps[0]
+        first = self._tensor(prefill.logits)[None]
+        if not ids:
+            return first
+        where = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)
+        answer = Segment(self._tensor(self._model.engine.embed(ids)), where)
+        caches = tuple(caches_of([self._tensor(rows) for rows in (*conversation.cache.text, *conversation.cache.visual)]))
+        retold = self.replay(Episode(tokens, caches, answer, self._tensor(tokens.groups)))
+        return torch.cat([first, retold.logits[0]])
 
     def segments(self, episode: Episode) -> tuple[Segment, Segment, Segment]:
         """Return the prefill of an episode for a decoder."""

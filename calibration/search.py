@@ -23,6 +23,7 @@ from edgeprune.plan import Cut, KeepPlan
 from edgeprune.runtime.profiling import DeviceTimes
 
 FIRST_ROUND = 24  # samples
+ALIKE, FINALISTS = 0.01, 8  # agreement that a few samples cannot tell apart, and how many such plans are looked at closely
 PARTNERS = 3  # input methods that go on into compositions
 BASELINES = ("random", "uniform", RESIZE)
 _VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -58,10 +59,19 @@ class Search:
         composed = [candidate for point in partners for candidate in self._compositions(point, share)]
         if axis == "kv":
             composed += [candidate for point in partners for candidate in self._cached(point, share)]
-        finalists = [point for point in (*ranked[:PARTNERS], *self.race(composed)) if point.cost(axis) <= share + 1e-6]
+        finalists = [point for point in (*ranked, *self.race(composed)) if point.cost(axis) <= share + 1e-6]
         if not finalists:
             raise PlanError(f"No plan costs {share:.0%} or less ({axis}).", hint="Ask for more.")
-        return max(finalists, key=lambda point: (point.samples, point.score, -point.cost(axis)))
+        return self._closest(finalists)
+
+    def _closest(self, finalists: list[Point]) -> Point:
+        # Among those that agree about as well, which a few samples cannot tell apart, the one whose distributions are nearest.
+        best = max(finalists, key=lambda point: (point.samples, point.score))
+        level = [point for point in finalists if point.samples == best.samples and point.score >= best.score - ALIKE]
+        level = sorted(level, key=lambda point: -point.score)[:FINALISTS]
+        self.progress(f"retelling, {len(level)} plans")
+        distances = self.agreement.divergences([point.plan for point in level])
+        return level[distances.index(min(distances))]
 
     def race(self, candidates: list[Candidate]) -> list[Point]:
         """Return the candidates measured, the best first; baselines and the last ones left are scored on every sample."""

@@ -58,7 +58,9 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         exec(compile(block, "README.md", "exec"), {})  # the README's own code
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "edgeprune/tabletop/model/README.md", "examples/papers/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "edgeprune/tabletop/model/README.md", "examples/papers/README.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -65,6 +65,17 @@ def run(loaded: LoadedModel, plan: KeepPlan, prompt: Prompt) -> StepOutput:
     return output
 
 
+def attentions_of(loaded: LoadedModel, prompt: Prompt) -> tuple[torch.Tensor, ...]:
+    """Return transformers' own attention of every layer [1, heads, S, S]."""
+    loaded.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            found: tuple[torch.Tensor, ...] = loaded.model(**prompt.inputs, output_attentions=True).attentions
+    finally:
+        loaded.model.set_attn_implementation("sdpa")
+    return found
+
+
 def without_cuts(plan: KeepPlan) -> KeepPlan:
     return unpruned_plan(plan.family, plan.layers, plan.geometry)
 
@@ -97,12 +108,7 @@ def test_the_parity_check_can_fail(tiny: LoadedModel, tiny_plan: KeepPlan) -> No
 
 def test_fastv_keeps_what_transformers_attends_to(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
     prompt = Prompt.make(tiny, tiny_plan)
-    tiny.model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            attentions = tiny.model(**prompt.inputs, output_attentions=True).attentions
-    finally:
-        tiny.model.set_attn_implementation("sdpa")
+    attentions = attentions_of(tiny, prompt)
     cut = tiny_plan.cuts[0]
     row = attentions[cut.layer - 1][0, :, -1, prompt.before : prompt.before + prompt.tokens].mean(dim=0)
     expected = row.topk(cut.keep).indices.sort().values

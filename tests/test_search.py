@@ -38,6 +38,9 @@ class Judge:
         skill = 1.0 if any(cut.method == "divprune" for cut in plan.cuts) else 0.5
         return min(1.0, skill * (0.6 + plan.alive(2) / 400 * 2))
 
+    def divergences(self, plans: list[KeepPlan]) -> list[float]:
+        return [1.0 / (1 + plan.alive(2)) for plan in plans]
+
 
 class Ready:
     """A calibration whose statistics are there."""
@@ -93,6 +96,13 @@ def test_the_best_method_wins_at_its_cost(tiny: LoadedModel) -> None:
     found = search(tiny, Judge()).at(0.5, "flops")
     assert found.group in ("divprune", "composed") and "divprune" in found.name
     assert found.flops <= 0.5 and found.samples == 40
+
+
+def test_plans_that_agree_alike_are_told_apart_by_divergence(tiny: LoadedModel) -> None:
+    looking = search(tiny, Judge())
+    plans = [WHOLE.with_cuts(Cut("input", "divprune", keep)) for keep in (250, 300, 350)]
+    level = [Point("p", "divprune", 0.5, 0.5, score, 40, plan) for score, plan in zip((0.995, 0.99, 0.9), plans, strict=True)]
+    assert looking._closest(level) is level[1]
 
 
 def test_baselines_are_measured_on_every_sample(tiny: LoadedModel) -> None:

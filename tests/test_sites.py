@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY_GEOMETRY
 from PIL import Image
-from test_model import Prompt, run
+from test_model import Prompt, attentions_of, run
 
 from edgeprune.bundle import PREDICTOR, SELECTOR, Bundle
 from edgeprune.calibration.planning import ranked_plan, unpruned_plan
@@ -133,12 +133,7 @@ def test_a_second_image_joins_the_first(tiny: LoadedModel, tiny_image: Image.Ima
 def test_cache_cuts_keep_what_each_head_attends_to(tiny: LoadedModel) -> None:
     plan = ranked_plan(BASE, [4, 4, 4])
     prompt = Prompt.make(tiny, plan)
-    tiny.model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            attentions = tiny.model(**prompt.inputs, output_attentions=True).attentions
-    finally:
-        tiny.model.set_attn_implementation("sdpa")
+    attentions = attentions_of(tiny, prompt)
     for layer, kept in enumerate(run(tiny, plan, prompt).kept):
         row = attentions[layer][0, :, -1, prompt.before : prompt.before + prompt.tokens]
         expected = row.view(2, 3, -1).mean(dim=1).topk(4).indices

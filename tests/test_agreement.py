@@ -1,0 +1,41 @@
+"""Agreement: equal answers score 1, and retelling tells how far a plan is from the unpruned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgeprune.calibration.agreement import Agreement
+from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.calibration.samples import read_samples
+from edgeprune.loading import LoadedModel
+from edgeprune.plan import Cut, Geometry
+from edgeprune.tabletop.dataset import write_dataset
+
+WHOLE = unpruned_plan("qwen2_vl", 3, Geometry(84, 84, 14, 2))
+
+
+@pytest.fixture(scope="module")
+def agreement(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Agreement:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_dataset(folder, 1, 8)
+    samples = read_samples(folder / "dataset.jsonl", 3)
+    return Agreement(tiny, WHOLE, samples, max_tokens=5, fit="exact", device="cpu")
+
+
+def test_the_unpruned_plan_agrees_with_itself(agreement: Agreement) -> None:
+    assert agreement.score(WHOLE, 3) == 1.0
+    assert agreement.divergences([WHOLE]) == [pytest.approx(0.0, abs=1e-6)]
+
+
+def test_fewer_tokens_are_farther_away(agreement: Agreement) -> None:
+    plans = [WHOLE.with_cuts(Cut("input", "uniform", keep)) for keep in (8, 1)]
+    near, far = agreement.divergences(plans)
+    assert 0.0 < near < far
+    assert agreement.score(plans[1], 3) <= agreement.score(plans[0], 3) <= 1.0
+
+
+def test_the_score_is_over_the_first_samples(agreement: Agreement, tmp_path: Path) -> None:
+    assert len(agreement) == 3
+    assert agreement.score(WHOLE, 1) == 1.0
