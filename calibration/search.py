@@ -74,16 +74,15 @@ class Search:
         return level[distances.index(min(distances))]
 
     def race(self, candidates: list[Candidate]) -> list[Point]:
-        """Return the candidates measured, the best first; baselines and the last ones left are scored on every sample."""
+        """Return the candidates measured, the best first; the last ones left, one of every method, are scored on every sample."""
         count, running = min(FIRST_ROUND, len(self.agreement)), candidates
         while True:
             points = sorted((self._measure(*candidate, count) for candidate in running), key=lambda point: -point.score)
             if count == len(self.agreement):
                 break
             half = points[: max(PARTNERS, len(points) // 2)]
-            running = [
-                (point.group, point.plan) for point in (*half, *(p for p in points if p.group in BASELINES and p not in half))
-            ]
+            best = {point.group: point for point in reversed(points)}  # of every method, so that the curve shows them all
+            running = [(point.group, point.plan) for point in (*half, *(p for p in best.values() if p not in half))]
             count = min(2 * count, len(self.agreement))
         self.points += points
         return points

@@ -105,10 +105,11 @@ def test_plans_that_agree_alike_are_told_apart_by_divergence(tiny: LoadedModel) 
     assert looking._closest(level) is level[1]
 
 
-def test_baselines_are_measured_on_every_sample(tiny: LoadedModel) -> None:
+def test_every_method_is_measured_on_every_sample(tiny: LoadedModel) -> None:
     looking = search(tiny, Judge())
     looking.at(0.5, "flops")
-    assert {point.group for point in looking.points if point.samples == 40} >= set(BASELINES)
+    found = {point.group for point in looking.points if point.samples == 40}
+    assert found >= {*BASELINES, "divprune", "zspaprune", "visionzip", "fastv", "composed"}
 
 
 def test_caches_are_searched_too(tiny: LoadedModel) -> None:
