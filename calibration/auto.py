@@ -103,7 +103,9 @@ def _target_share(goal: Goal, whole: KeepPlan, times: DeviceTimes | None) -> flo
     if goal.ttft_ms is None:
         return goal.kv if goal.kv is not None else goal.flops
     if times is None:
-        raise UsageError("A target in milliseconds needs a device.", hint="Give --device-name or --times FILE (edgeprune profile).")
+        raise UsageError(
+            "A target in milliseconds needs a device.", hint="Give --device orin-nano, say, or --times FILE (edgeprune profile)."
+        )
     whole_ms, least = predicted_ttft(times, whole), times.vision_ms + times.prefill_ms[0]
     if goal.ttft_ms <= least:
         raise EdgePruneError(

@@ -33,7 +33,7 @@ _SETTINGS = {  # which options a method takes
     "dyrate": ("layer", "form", "follow", "prior"),
 }
 _ALLOCATION = ("site", "layer", "allocate", "delta", "prior", "stages", "core", "relevance", "form", "follow")
-_SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "device_name", "times", "curve")
+_SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "times", "curve")
 
 
 class Progress(Counting, Protocol):
@@ -105,13 +105,19 @@ class CalibrateOptions:
             unused = {"--keep": self.keep} if self.method == AUTO else {}
             if self.method != AUTO and self.keep is None:
                 raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
-        foreign = [name for name in self.given(_ALLOCATION) if name not in _SETTINGS.get(self.method or "", ())]
-        foreign += [] if self.method == AUTO else list(self.given(_SEARCH))
-        foreign += [name.lstrip("-") for name, value in unused.items() if value is not None]
-        if foreign:
-            raise UsageError(f"--{foreign[0].replace('_', '-')} is not for {self.method or 'statistics alone'}.")
+        self._check_foreign([name for name, value in unused.items() if value is not None])
         if self.output is not None and self.output.exists() and not self.force:
             raise UsageError(f"{self.output} exists already.", hint="Give another output, or --force to replace it.")
+
+    def _check_foreign(self, unused: list[str]) -> None:
+        foreign = [name for name in self.given(_ALLOCATION) if name not in _SETTINGS.get(self.method or "", ())]
+        foreign += [] if self.method == AUTO else list(self.given(_SEARCH))
+        options = [*(f"--{name.replace('_', '-')}" for name in foreign), *unused]
+        if options:
+            raise UsageError(f"{options[0]} is not for {self.method or 'statistics alone'}.")
+        if self.device_name is not None and self.target_ttft is None:
+            hint = "Devices are cpu and cuda; others go with --target-ttft."
+            raise UsageError(f"Unknown device {self.device_name!r}.", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ def _auto(
 
 def _times(options: CalibrateOptions, loaded: LoadedModel, whole: KeepPlan) -> DeviceTimes | None:
     if options.times is not None and options.device_name is not None:
-        raise UsageError("Times are either measured or computed.", hint="Give one of --times and --device-name.")
+        raise UsageError("Times are either measured or computed.", hint="Give --times or a target --device, not both.")
     if options.times is not None:
         times = DeviceTimes.load(options.times)
         if times.tokens != whole.geometry.tokens:

@@ -103,7 +103,10 @@ def test_a_calibrated_plan_is_measured(tiny_folder: Path, data: Path, tmp_path: 
         (("--method", "plphp", "--keep", 0.5, "--shard", "1/2", "-o", "p.json"), "merge the shards first"),
         (("--shard", "2", "--statistics", "s"), "'2' is no shard"),
         (("--statistics", "s", "--rows", "first"), "last, text, peak"),
-        (("--statistics", "s", "--device", "abacus"), "abacus"),
+        (("--statistics", "s", "--device", "abacus"), "Unknown device 'abacus'"),
+        (("--method", "auto", "--target-ttft", "50ms", "--device", "abacus", "-o", "p.json"), "orin-nano"),
+        (("--method", "auto", "--target-ttft", "0.0001ms", "--device", "orin-nano", "-o", "p.json"), "pruning cannot pass"),
+        (("--statistics", "s", "--device", "cpu", "--device", "cuda"), "several devices"),
     ],
 )
 def test_mistakes_get_one_line(

@@ -18,7 +18,9 @@ _COLLECT = (
     click.option("--spread", is_flag=True, help="Rank caches also by an even lattice."),
     click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer to learn from."),
     click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
-    click.option("--device", default="cpu", show_default=True, help="Where torch runs: cpu or cuda."),
+    click.option(
+        "--device", multiple=True, help="Where torch runs, cpu or cuda; or the target of --target-ttft, such as orin-nano."
+    ),
     click.option("--shard", help="Only samples i, i + n ... of the file, as i/n; merge the statistics afterwards."),
     click.option("--ray", "ray_address", help="Spread the pass over a Ray cluster: its address, or local."),
 )
@@ -40,7 +42,6 @@ _SEARCH = (
     click.option("--target-flops", help="auto: share of the visual tokens' prefill work, such as 0.25."),
     click.option("--target-kv", help="auto: share of the visual KV cache."),
     click.option("--target-ttft", help="auto: time to first token, such as 250ms."),
-    click.option("--device-name", help="auto: a device of the roofline table, such as orin-nano."),
     click.option("--times", type=click.Path(path_type=Path), help="auto: times that `edgeprune profile` measured."),
     click.option("--curve", type=click.Path(path_type=Path), help="auto: write all measured plans here."),
 )
@@ -73,6 +74,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     from edgeprune.calibration.commands import CalibrateOptions, run_calibrate
     from edgeprune.cli.show import Activity, show_calibration
 
+    options["device"], options["device_name"] = _devices(options["device"])
     options["shard"] = parse_shard(options["shard"])
     options["image_size"] = parse_size(options["image_size"])
     for share in ("max_drop", "target_flops", "target_kv"):
@@ -116,6 +118,15 @@ def profile(bundle: Path, output: Path, repeats: int, threads: int | None, as_js
     times = measure(Bundle.load(bundle), repeats=repeats, threads=threads)
     times.save(output)
     show_facts(asdict(times), as_json)
+
+
+def _devices(names: tuple[str, ...]) -> tuple[str, str | None]:
+    # torch's device and the device that a latency is predicted for, in any order.
+    torch_names = [name for name in names if name.partition(":")[0] in ("cpu", "cuda")]
+    targets = [name for name in names if name not in torch_names]
+    if len(torch_names) > 1 or len(targets) > 1:
+        raise UsageError(f"--device names several devices of a kind: {', '.join(names)}.")
+    return next(iter(torch_names), "cpu"), next(iter(targets), None)
 
 
 def _milliseconds(text: str | None) -> float | None:
