@@ -53,7 +53,7 @@ def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | 
     if method in INPUT:
         return _by_baseline_or_input(method, share, base, settings)
     if method not in recipes:
-        raise UsageError(f"Unknown method {method!r}.", hint=f"Methods are: {', '.join(method_names())}.")
+        raise UsageError(f"Unknown method {method!r}.", hint=f"Methods are: auto, dyrate, {', '.join(method_names())}.")
     return recipes[method](method, share, base, **settings)
 
 

@@ -103,6 +103,9 @@ def test_plans_that_agree_alike_are_told_apart_by_divergence(tiny: LoadedModel) 
     plans = [WHOLE.with_cuts(Cut("input", "divprune", keep)) for keep in (250, 300, 350)]
     level = [Point("p", "divprune", 0.5, 0.5, score, 40, plan) for score, plan in zip((0.995, 0.99, 0.9), plans, strict=True)]
     assert looking._closest(level) is level[1]
+    composed = plans[1].with_cuts(Cut("layer", "fastv", 299, layer=1))
+    level.append(Point("p", "composed", 0.5, 0.5, 0.999, 40, composed))
+    assert looking._closest(level) is level[1]  # not better by more than a few samples can tell, so the simpler one
 
 
 def test_every_method_is_measured_on_every_sample(tiny: LoadedModel) -> None:

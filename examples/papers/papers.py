@@ -19,7 +19,7 @@ from edgeprune.calibration.pareto import Curve, Point
 from edgeprune.calibration.search import BASELINES
 from edgeprune.tabletop.questions import DESCRIBE
 
-CALIBRATION_SEED, EVALUATION_SEED = 77, 1000
+CALIBRATION_SEED, EVALUATION_SEED = 77, 2000
 RANKING = "--rows peak --reduce max"
 SHORT = "all short answers"
 # Row: how its plan is calibrated, on all samples or on those with long answers.
@@ -36,7 +36,7 @@ PLANS = {
     **{f"{method}-{keep}": f"{ALL} --method {method} --keep {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
     **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
     **{
-        f"auto-{share}": f"{ALL} {RANKING} --limit 120 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
+        f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
         f"--curve auto-{share}.curve.json"
         for share in (50, 25, 10)
     },
@@ -110,10 +110,11 @@ def _write_table(out: Path, rows: list[str]) -> None:
 def _line(row: str, result: dict[str, Any], prefill: float) -> str:
     kinds, variant = result["kinds"], "pruned" if "pruned" in result["cost"] else "unpruned"
     short, facts = kinds[SHORT], kinds[DESCRIBE]
-    agreement, reads = short.get("agreement", 1.0), facts.get("visual_reads", 1.0)
+    agreement, reads = short.get("agreement"), facts.get("visual_reads", 1.0)
     kept = prefill if row.startswith(("resize", "best-single")) and variant == "unpruned" else result["cost"][variant]["visual_kv"]
     cells = (short[variant], facts[variant], agreement, prefill, kept, reads if variant == "pruned" else kept)
-    return f"| {row} | " + " | ".join(f"{cell:.1%}" for cell in cells) + " |"
+    # A smaller image is a bundle without cuts: its answers have none beside them to agree with.
+    return f"| {row} | " + " | ".join("-" if cell is None else f"{cell:.1%}" for cell in cells) + " |"
 
 
 def _prefill(bundle: Path) -> float:
