@@ -1,0 +1,1 @@
+"""A lint of exported graphs against what each TensorRT accepts. Needs onnx, never torch."""

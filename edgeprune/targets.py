@@ -1,0 +1,51 @@
+"""Targets: what will read the graphs of a bundle, and which ONNX they may therefore use.
+
+The decoder is the same everywhere; a target says how it is lowered. Versions are those that the JetPacks carry: 6.1 and 6.2 TensorRT
+10.3, 7.0 and 7.1 10.13, 7.2 10.16. Which operator is parsed since when: the change logs of TensorRT and onnx-tensorrt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeprune.errors import UsageError
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_INT4_OPSET = 21  # the first whose DequantizeLinear takes INT4 in blocks; TensorRT reads such nodes since 10.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader of graphs: its oldest `tensorrt` (None: ONNX Runtime alone), the `opset`, and the operators it has.
+
+    `fused`: Attention, RotaryEmbedding and RMSNormalization are nodes; otherwise they are decomposed. `modules`: the Jetsons.
+    """
+
+    name: str
+    tensorrt: tuple[int, int] | None
+    opset: int
+    fused: bool
+    modules: str
+
+    def opset_of(self, precision: str) -> int:
+        """Return the opset of graphs whose weights have a precision."""
+        return max(self.opset, _INT4_OPSET) if precision == "int4" else self.opset
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("onnxruntime", None, 20, False, "any machine, CPU or CUDA"),
+        Target("jetpack6", (10, 3), 20, False, "Orin with JetPack 6.1 or 6.2"),
+        Target("jetpack7", (10, 13), 20, False, "Thor with JetPack 7.0 or 7.1"),
+        Target("jetpack7.2", (10, 16), 23, True, "Orin and Thor with JetPack 7.2"),
+        Target("tensorrt11", (11, 0), 23, True, "TensorRT 11"),
+    )
+}
+
+
+def target_named(name: str) -> Target:
+    """Return a target; raise UsageError with the known names for another."""
+    if name not in TARGETS:
+        raise UsageError(f"Unknown target {name!r}.", hint=f"Targets are: {', '.join(TARGETS)}.")
+    return TARGETS[name]
