@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from edgeprune.loading import LoadedModel
 from edgeprune.model import InputSelector, PrunedDecoder, Segment
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
+from edgeprune.model.precision import at_precision
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 from edgeprune.runtime.cache import KvCache
@@ -18,6 +20,7 @@ from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.conversation import Model
 from edgeprune.runtime.engine import SIGNALS, Engine, Seen, Step, StepInput
 from edgeprune.runtime.preprocess import ImageSpec
+from edgeprune.targets import Lowering
 
 
 class EagerEngine:
@@ -26,7 +29,7 @@ class EagerEngine:
     def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> None:
         loaded.model.to(device)
         self._device = device
-        parts = loaded.family.decoder()
+        self._parts = parts = loaded.family.decoder()
         signals = plan.input is not None and bool(method_class(plan.input.method).needs)
         self._vision = loaded.family.vision(plan.geometry, signals=signals).eval().to(device)
         self._embed = parts.embed_tokens
@@ -35,6 +38,10 @@ class EagerEngine:
         self._rater = (
             method_class(plan.decode.method)(plan.decode, plan.geometry).rater().to(device) if plan.decode and plan.live else None
         )
+
+    def lowered(self, lowering: Lowering) -> AbstractContextManager[None]:
+        """Compute with the weights and roundings of a lowering, for as long as the context lasts."""
+        return at_precision(self._parts, self._vision, lowering)
 
     @torch.no_grad()
     def see(self, patches: np.ndarray) -> Seen:

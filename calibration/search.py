@@ -65,8 +65,8 @@ class Search:
         return self._closest(finalists)
 
     def _closest(self, finalists: list[Point]) -> Point:
-        # Among those that agree about as well, which a few samples cannot tell apart, the simplest: what is composed to fit them best
-        # may fit nothing else. Then the one whose distributions are nearest.
+        # Among those that agree about as well, which a few samples cannot tell apart, the simplest: what is composed to fit them
+        # best may fit nothing else. Then the one whose distributions are nearest.
         best = max(finalists, key=lambda point: (point.samples, point.score))
         level = [point for point in finalists if point.samples == best.samples and point.score >= best.score - ALIKE]
         fewest = min(len(point.plan.cuts) for point in level)

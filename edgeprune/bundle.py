@@ -22,8 +22,9 @@ from typing import Any
 from edgeprune.errors import BundleError
 from edgeprune.files import write_text
 from edgeprune.plan import KeepPlan
+from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST, PLAN = "manifest.json", "plan.json"
 VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder.onnx"
 SELECTOR, PREDICTOR = "onnx/selector.onnx", "onnx/predictor.onnx"
@@ -42,7 +43,10 @@ class Source:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions."""
+    """The sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
+
+    `cache_type`: float32 or float16, of the KV caches.
+    """
 
     layers: int
     kv_heads: int
@@ -50,6 +54,7 @@ class DecoderShape:
     hidden: int
     vocabulary: int
     position_axes: int
+    cache_type: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,24 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is made of. `image_token` and `end_tokens` are token ids, `versions` the packages that wrote it."""
+    """What a bundle is made of. `image_token` and `end_tokens` are token ids, `versions` the packages that wrote it.
+
+    `target` and `precision` say how its graphs were lowered: see `lowering`.
+    """
 
     source: Source
     decoder: DecoderShape
-    opset: int
+    target: str
+    precision: str
     image_token: int
     end_tokens: tuple[int, ...]
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+
+    @property
+    def lowering(self) -> Lowering:
+        """How the graphs were lowered; raise UsageError when this EdgePrune does not know the target."""
+        return Lowering(target_named(self.target), self.precision)
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
@@ -91,7 +105,8 @@ class Manifest:
             return cls(
                 source=Source(**data["source"]),
                 decoder=DecoderShape(**data["decoder"]),
-                opset=int(data["opset"]),
+                target=str(data["target"]),
+                precision=str(data["precision"]),
                 image_token=int(data["image_token"]),
                 end_tokens=tuple(int(token) for token in data["end_tokens"]),
                 versions=dict(data["versions"]),

@@ -1,7 +1,7 @@
 """Targets: what will read the graphs of a bundle, and which ONNX they may therefore use.
 
-The decoder is the same everywhere; a target says how it is lowered. Versions are those that the JetPacks carry: 6.1 and 6.2 TensorRT
-10.3, 7.0 and 7.1 10.13, 7.2 10.16. Which operator is parsed since when: the change logs of TensorRT and onnx-tensorrt.
+The decoder is the same everywhere; a target says how it is lowered. Versions are those that the JetPacks carry: 6.1 and 6.2
+TensorRT 10.3, 7.0 and 7.1 10.13, 7.2 10.16. Which operator is parsed since when: the change logs of TensorRT and onnx-tensorrt.
 """
 
 from __future__ import annotations
@@ -27,10 +27,6 @@ class Target:
     fused: bool
     modules: str
 
-    def opset_of(self, precision: str) -> int:
-        """Return the opset of graphs whose weights have a precision."""
-        return max(self.opset, _INT4_OPSET) if precision == "int4" else self.opset
-
 
 TARGETS = {
     target.name: target
@@ -49,3 +45,39 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"Unknown target {name!r}.", hint=f"Targets are: {', '.join(TARGETS)}.")
     return TARGETS[name]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How a bundle's graphs are written: for which `target`, and in which `precision` their weights are kept.
+
+    fp16: weights, matrix products and KV caches; norms, softmax, rotation, the residual stream and logits stay in float32. int8:
+    weights alone, one scale for each output; int4: those of the decoder's layers, in blocks of 128 inputs, the rest int8.
+    """
+
+    target: Target
+    precision: str
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"Unknown precision {self.precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
+
+    @property
+    def opset(self) -> int:
+        """The opset of the graphs."""
+        return max(self.target.opset, _INT4_OPSET) if self.precision == "int4" else self.target.opset
+
+    @property
+    def products(self) -> str:
+        """The type of matrix products and KV caches. Quantized weights meet float32 on ONNX Runtime, whose CPU has no fp16."""
+        whole = self.precision == "fp32" or (self.target.tensorrt is None and self.precision in ("int8", "int4"))
+        return "float32" if whole else "float16"
+
+    def weights_of(self, part: str) -> str:
+        """Return how the matrices of a part are kept: "layers" and "head" of the decoder, "vision", or "embedding"."""
+        if part == "embedding":
+            return "fp32" if self.products == "float32" else "fp16"
+        return "int8" if self.precision == "int4" and part != "layers" else self.precision
+
+
+PLAIN = Lowering(TARGETS["onnxruntime"], "fp32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from edgeprune.bundle import (
     record_files,
 )
 from edgeprune.errors import EdgePruneError
-from edgeprune.export.graphs import OPSET, trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
+from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.files import new_folder
 from edgeprune.loading import LoadedModel, ModelFolder
 from edgeprune.plan import KeepPlan
+from edgeprune.targets import PLAIN, Lowering
 
 STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
@@ -35,40 +37,46 @@ Progress = Callable[[str], None]
 
 
 def export_bundle(
-    loaded: LoadedModel, plan: KeepPlan, output: Path, *, force: bool = False, progress: Progress = lambda stage: None
+    loaded: LoadedModel,
+    plan: KeepPlan,
+    output: Path,
+    *,
+    lowering: Lowering = PLAIN,
+    force: bool = False,
+    progress: Progress = lambda stage: None,
 ) -> Bundle:
-    """Trace a model under a plan and write the bundle; `progress` is called with each of STAGES as it begins.
+    """Trace a model under a plan, lower it and write the bundle; `progress` is called with each of STAGES as it begins.
 
     Raises PlanError when the plan was made for another model, UsageError when `output` exists and `force` is not given.
     """
     loaded.check_plan(plan)
     with new_folder(output, force=force) as folder:
         _check_space(loaded.folder, folder)
-        _write_graphs(loaded, plan, folder, progress)
+        _write_graphs(loaded, plan, lowering, folder, progress)
         progress("processor")
         _write_processor(loaded, plan, folder)
         plan.save(folder / PLAN)
         progress("manifest")
-        _manifest(loaded, folder).save(folder)
+        _manifest(loaded, lowering, folder).save(folder)
     return Bundle.load(output)
 
 
-def _write_graphs(loaded: LoadedModel, plan: KeepPlan, folder: Path, progress: Progress) -> None:
+def _write_graphs(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path, progress: Progress) -> None:
     (folder / VISION).parent.mkdir()
     parts = loaded.family.decoder()
     temporal = int(loaded.folder.processor.get("temporal_patch_size", 1))
     progress("vision encoder")
     pixels = 3 * temporal * plan.geometry.patch**2
-    trace_vision(loaded.family, plan, pixels, folder / VISION)
+    trace_vision(loaded.family, plan, pixels, lowering, folder / VISION)
     progress("embedding")
-    trace_embedding(parts.embed_tokens, folder / EMBED)
+    trace_embedding(parts.embed_tokens, lowering, folder / EMBED)
     progress("selection")
     if plan.input is not None:
-        trace_selector(parts, plan, folder / SELECTOR)
+        trace_selector(parts, plan, lowering, folder / SELECTOR)
     if plan.live:
-        trace_predictor(plan, folder / PREDICTOR)
+        trace_predictor(plan, lowering, folder / PREDICTOR)
     progress("decoder")
-    trace_decoder(parts, loaded.family.position_axes, plan, folder / DECODER)
+    trace_decoder(parts, loaded.family.position_axes, plan, lowering, folder / DECODER)
 
 
 def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
@@ -79,11 +87,12 @@ def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
     (folder / PREPROCESSOR).write_text(json.dumps(loaded.processor(plan.geometry), indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(loaded: LoadedModel, folder: Path) -> Manifest:
+def _manifest(loaded: LoadedModel, lowering: Lowering, folder: Path) -> Manifest:
     return Manifest(
         source=loaded.folder.source(),
-        decoder=loaded.decoder_shape(),
-        opset=OPSET,
+        decoder=replace(loaded.decoder_shape(), cache_type=lowering.products),
+        target=lowering.target.name,
+        precision=lowering.precision,
         image_token=int(loaded.model.config.image_token_id),
         end_tokens=loaded.end_tokens(),
         versions={package: version(package) for package in _PACKAGES},

@@ -11,25 +11,26 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
+from edgeprune.export.passes import finish
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import InputSelector, PrunedDecoder, Segment
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 from edgeprune.runtime.engine import SEGMENTS, SIGNALS, decoder_inputs, decoder_outputs, kept_name
+from edgeprune.targets import Lowering
 
-OPSET = 20  # what TensorRT 10.3 of JetPack 6 reads
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 
 
-def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, path: Path) -> None:
+def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, lowering: Lowering, path: Path) -> None:
     """Write the vision encoder of one geometry: pixel_values [patches, patch_pixels] -> visual_embeds [1, V, hidden].
 
     Where the plan's input cut needs them, also what the encoder attends to: vision_attention [V], vision_keys [V, key dim].
@@ -37,10 +38,11 @@ def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, path: Path) 
     geometry, signals = plan.geometry, wants_signals(plan)
     example = torch.zeros(geometry.tokens * geometry.merge**2, patch_pixels)
     outputs = ["visual_embeds", *(SIGNALS if signals else ())]
-    _trace(family.vision(geometry, signals=signals).eval(), (example,), None, ["pixel_values"], outputs, path)
+    tower = family.vision(geometry, signals=signals).eval()
+    _trace(_Graph(tower, (example,), None, ["pixel_values"], outputs, "vision"), lowering, path)
 
 
-def trace_selector(parts: DecoderParts, plan: KeepPlan, path: Path) -> None:
+def trace_selector(parts: DecoderParts, plan: KeepPlan, lowering: Lowering, path: Path) -> None:
     """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, hidden], kept.0 [K]."""
     assert plan.input is not None
     tokens = plan.geometry.tokens
@@ -52,14 +54,15 @@ def trace_selector(parts: DecoderParts, plan: KeepPlan, path: Path) -> None:
         arguments += [torch.rand(tokens, generator=generator), torch.randn(tokens, 2 * parts.hidden, generator=generator)]
         names, shapes = [*names, *SIGNALS], [*shapes, None, {1: torch.export.Dim("key_dim", min=1, max=MAX_LENGTH)}]
     selector = InputSelector(plan.input, plan.geometry).eval()
-    _trace(selector, tuple(arguments), tuple(shapes), names, ["kept_embeds", kept_name(0)], path)
+    _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, ["kept_embeds", kept_name(0)]), lowering, path)
 
 
-def trace_predictor(plan: KeepPlan, path: Path) -> None:
+def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> None:
     """Write the rate of a live decode cut: attention_split [layers, 4], step [1] -> share [1]."""
     assert plan.decode is not None
     rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rater()
-    _trace(rater, (torch.full((plan.layers, 4), 0.25), torch.ones(1)), None, ["attention_split", "step"], ["share"], path)
+    arguments = torch.full((plan.layers, 4), 0.25), torch.ones(1)
+    _trace(_Graph(rater, arguments, None, ["attention_split", "step"], ["share"]), lowering, path)
 
 
 def wants_signals(plan: KeepPlan) -> bool:
@@ -67,26 +70,28 @@ def wants_signals(plan: KeepPlan) -> bool:
     return plan.input is not None and bool(method_class(plan.input.method).needs)
 
 
-def trace_embedding(embed_tokens: nn.Module, path: Path) -> None:
+def trace_embedding(embed_tokens: nn.Module, lowering: Lowering, path: Path) -> None:
     """Write the embedding table: ids [1, n] -> embeds [1, n, hidden]."""
     length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
-    _trace(embed_tokens, (torch.zeros(1, 5, dtype=torch.int64),), ({1: length},), ["ids"], ["embeds"], path)
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    _trace(_Graph(embed_tokens, (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path)
 
 
-def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, path: Path) -> None:
+def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path) -> None:
     """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.runtime.engine`."""
-    decoder = PrunedDecoder(parts, plan).eval()
+    decoder = PrunedDecoder(parts, plan, fused=lowering.target.fused).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
     examples = dict(zip(SEGMENTS, (3, plan.seen, 5), strict=True))
     embeds = [torch.zeros(1, examples[name], parts.hidden) for name in SEGMENTS]
     positions = [torch.zeros(axes, examples[name], dtype=torch.int64) for name in SEGMENTS]
     shapes: list[Any] = [{1: lengths[name]} for name in SEGMENTS] * 2 + [{0: lengths["visual"]}]
     arguments: list[Any] = [*embeds, *positions, torch.arange(plan.seen)]
-    past, past_shapes = _example_caches(parts, plan)
+    past, past_shapes = _example_caches(parts, plan, getattr(torch, lowering.products))
     groups = torch.zeros(past[0].shape[2] + 3 + 5, 3)
     arguments += [groups if plan.live else None, past]
     shapes += [{0: torch.export.Dim.AUTO} if plan.live else None, past_shapes]
-    _trace(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), decoder_inputs(plan), decoder_outputs(plan), path)
+    names = decoder_inputs(plan), decoder_outputs(plan)
+    _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
 
 
 class _FlatDecoder(nn.Module):
@@ -119,7 +124,7 @@ class _FlatDecoder(nn.Module):
         return (output.logits, *present, *output.kept, *(() if output.split is None else (output.split,)))
 
 
-def _example_caches(parts: DecoderParts, plan: KeepPlan) -> tuple[list[torch.Tensor], list[Any]]:
+def _example_caches(parts: DecoderParts, plan: KeepPlan, kind: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
     # All examples differ in length, so that no length is taken for another.
     text = torch.export.Dim("past_text", min=0, max=MAX_LENGTH)
     stages: dict[tuple[int, bool], Any] = {}
@@ -127,28 +132,47 @@ def _example_caches(parts: DecoderParts, plan: KeepPlan) -> tuple[list[torch.Ten
     for layer in range(plan.layers):
         stage = plan.cache_stage(layer)
         length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
-        rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim)
+        rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim, dtype=kind)
         visual += [(rows, {0: length})] * 2
-    past = [(torch.zeros(1, parts.kv_heads, 7, parts.head_dim), {2: text})] * (2 * plan.layers) + visual
+    past = [(torch.zeros(1, parts.kv_heads, 7, parts.head_dim, dtype=kind), {2: text})] * (2 * plan.layers) + visual
     return [example.clone() for example, _ in past], [shape for _, shape in past]
 
 
-def _trace(module: nn.Module, arguments: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str], path: Path) -> None:
+@dataclass(frozen=True)
+class _Graph:
+    # What is traced: a module, example arguments and their dynamic shapes, names, and the part of the model whose matrices it has.
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    shapes: Any
+    inputs: list[str]
+    outputs: list[str]
+    part: str = ""
+
+
+def _trace(graph: _Graph, lowering: Lowering, path: Path) -> None:
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            module,
-            arguments,
+            graph.module,
+            graph.arguments,
             dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=inputs,
-            output_names=outputs,
-            opset_version=OPSET,
+            dynamic_shapes=graph.shapes,
+            input_names=graph.inputs,
+            output_names=graph.outputs,
+            opset_version=lowering.opset,
             verbose=False,
         )
     assert program is not None  # the dynamo exporter always returns the program
-    # The exporter notes the source line of every node, with paths of the machine that exports.
-    ClearMetadataAndDocStringPass()(program.model)
+    program.model = finish(program.model, _dimensions(graph), lowering, graph.part)
     program.save(path, external_data=True)
+
+
+def _dimensions(graph: _Graph) -> dict[str, dict[int, str]]:
+    # The names of the dynamic axes of every input. Where the exporter finds the length by itself, it is all the text there is.
+    flat: list[Any] = []
+    for argument, shape in zip(graph.arguments, graph.shapes or (None,) * len(graph.arguments), strict=True):
+        flat += shape if isinstance(argument, list) else [] if argument is None else [shape]
+    named = zip(graph.inputs, flat, strict=True)
+    return {name: {axis: getattr(dim, "__name__", "text") for axis, dim in (shape or {}).items()} for name, shape in named}
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edgeprune.bundle import DecoderShape
+
 Arrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
 
 
@@ -26,10 +28,11 @@ class KvCache:
     visual: Arrays
 
     @classmethod
-    def empty(cls, layers: int, kv_heads: int, head_dim: int) -> KvCache:
+    def empty(cls, shape: DecoderShape) -> KvCache:
         """Return a cache that holds nothing."""
-        text = np.zeros((1, kv_heads, 0, head_dim), np.float32)
-        return cls((text,) * (2 * layers), (), (np.zeros((1, kv_heads, head_dim), np.float32),) * (2 * layers))
+        text = np.zeros((1, shape.kv_heads, 0, shape.head_dim), shape.cache_type)
+        null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type)
+        return cls((text,) * (2 * shape.layers), (), (null,) * (2 * shape.layers))
 
     def grown(self, text: Arrays, image: Arrays | None) -> KvCache:
         """Return the cache with other text and, after an image, its visual tokens. All images are whole again."""

@@ -78,7 +78,7 @@ class Conversation:
         self._ids: list[int] = []  # what the caches hold; an image is one id
         self._seen_images = 0
         shape = self._model.decoder
-        self._cache = KvCache.empty(shape.layers, shape.kv_heads, shape.head_dim)
+        self._cache = KvCache.empty(shape)
         self._groups: list[int] = []  # of the text in the caches: SYSTEM, INSTRUCTION, GENERATED or none of them
         self._position = 0
 

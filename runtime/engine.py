@@ -133,11 +133,16 @@ def decoder_outputs(plan: KeepPlan) -> list[str]:
 
 
 class OnnxEngine:
-    """A bundle's graphs on ONNX Runtime's CPU provider."""
+    """A bundle's graphs on ONNX Runtime's CPU provider.
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    `exact`: multiply quantized weights in floating point, as TensorRT does. ONNX Runtime rounds what they meet to int8 otherwise.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, exact: bool = False) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if exact:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         self._plan = bundle.plan

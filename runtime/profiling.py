@@ -66,7 +66,7 @@ def profile(bundle: Bundle, *, repeats: int = 20, threads: int | None = None, de
     rng = np.random.default_rng(0)
     patches = rng.standard_normal((geometry.tokens * geometry.merge**2, engine.patch_pixels), np.float32)
     vision = _median(lambda: engine.see(patches), repeats)
-    empty = KvCache.empty(shape.layers, shape.kv_heads, shape.head_dim)
+    empty = KvCache.empty(shape)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
     prefill = [_prefill_ms(engine, rng, count, shape.hidden, shape.position_axes, empty, repeats) for count in counts]
     return DeviceTimes(device, "measured", geometry.tokens, vision, tuple(prefill))

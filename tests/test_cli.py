@@ -141,7 +141,7 @@ def test_verify_passes_and_fails(tiny_bundle: Bundle, tiny_folder: Path) -> None
 
 
 def test_a_failed_verification_names_the_stage(tiny_bundle: Bundle, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TOLERANCES, "prefill", -1.0)
+    monkeypatch.setitem(TOLERANCES["fp32"], "prefill", -1.0)
     result = run("verify", tiny_bundle.path, "--against", tiny_folder)
     assert result.exit_code == 1
     assert "FAILED: the first stage that differs is 'prefill'" in result.stdout

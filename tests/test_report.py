@@ -267,7 +267,7 @@ def test_the_command_reports_a_bundle(
     page = out.read_text()
     assert found_sections(page) == NAMES and "&lt;b&gt;What?" in page
     assert page.count("<img") == 1 + len(tiny_bundle.plan.cuts)
-    assert "12 → 6 visual tokens" in page and f"opset {tiny_bundle.manifest.opset}" in page
+    assert "12 → 6 visual tokens" in page and f"opset {tiny_bundle.manifest.lowering.opset}" in page
 
 
 def test_charts_are_the_same_every_time() -> None:

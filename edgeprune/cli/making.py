@@ -9,15 +9,20 @@ import click
 
 from edgeprune.cli.options import bundle_argument, json_option, plan_options, resolve_plan
 from edgeprune.errors import UsageError, require_extra
+from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
 
 
 @click.command()
 @click.argument("model", default="tabletop")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @plan_options
+@click.option(
+    "--target", type=click.Choice(list(TARGETS)), default="onnxruntime", show_default=True, help="What will read the graphs."
+)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="How weights are kept.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @json_option
-def export(model: str, output: Path, force: bool, as_json: bool, **plan_request: Any) -> None:
+def export(model: str, output: Path, target: str, precision: str, force: bool, as_json: bool, **plan_request: Any) -> None:
     """Export MODEL, a transformers folder or `tabletop`, as a bundle of ONNX graphs under a keep plan.
 
     Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
@@ -34,7 +39,8 @@ def export(model: str, output: Path, force: bool, as_json: bool, **plan_request:
         stages.begin("model")
         loaded = load_model(folder)
         plan = resolve_plan(loaded, **plan_request)
-        bundle = export_bundle(loaded, plan, output, force=force, progress=stages.begin)
+        lowering = Lowering(target_named(target), precision)
+        bundle = export_bundle(loaded, plan, output, lowering=lowering, force=force, progress=stages.begin)
     show_export(bundle, as_json)
 
 

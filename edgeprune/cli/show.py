@@ -173,12 +173,16 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
     if as_json:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
-        show_json({**facts, "plan": plan.to_dict(), "opset": manifest.opset, "versions": manifest.versions, "files": files})
+        facts |= {"target": manifest.target, "precision": manifest.precision}
+        show_json(
+            {**facts, "plan": plan.to_dict(), "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files}
+        )
         return
     facts = {
         "bundle": str(bundle.path),
         "model": f"{manifest.source.model} ({manifest.source.family}, {manifest.decoder.layers} layers)",
         "geometry": str(plan.geometry),
+        "lowered": f"{manifest.precision} for {manifest.target}, opset {manifest.lowering.opset}",
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     show_facts(facts, as_json=False)

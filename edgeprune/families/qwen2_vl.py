@@ -83,6 +83,10 @@ class VisionTower(nn.Module):
     def __init__(self, tower: Any, geometry: Geometry, *, signals: bool = False) -> None:
         super().__init__()
         self.tower = tower
+        # The kernel is as large as its stride: a convolution over one patch is a matrix product.
+        kernel = tower.patch_embed.proj.weight
+        self.patch = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=False, device="meta")
+        self.patch.weight = nn.Parameter(kernel.flatten(1), requires_grad=False)
         self.merged = geometry.merge**2
         self.signal_block = max(len(tower.blocks) - 2, 0) if signals else -1
         grid = torch.tensor([[1, geometry.height // geometry.patch, geometry.width // geometry.patch]])
@@ -93,8 +97,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the visual tokens of one image, and the signals."""
-        # The kernel is as large as its stride: a convolution over one patch is a matrix product.
-        hidden = nn.functional.linear(pixel_values, self.tower.patch_embed.proj.weight.flatten(1))
+        hidden = self.patch(pixel_values)
         signals: tuple[torch.Tensor, ...] = ()
         for index, block in enumerate(self.tower.blocks):
             mixed, weights, keys = self._attend(block.attn, block.norm1(hidden))

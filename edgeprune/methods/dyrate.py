@@ -86,7 +86,8 @@ class Predictor(nn.Module):
 
     def forward(self, split: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return the share [1] of the likeliest bin."""
-        return self.shares.index_select(0, self.logits(split, step).argmax(dim=-1, keepdim=True))
+        # With an axis in front: TensorRT's ArgMax wants two.
+        return self.shares.index_select(0, self.logits(split, step)[None].argmax(dim=-1))
 
     def settings(self) -> dict[str, Any]:
         """Return the options of a cut with this predictor."""

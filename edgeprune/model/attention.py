@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,25 +79,61 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Who may see whom: `visible` [S, keys], and as what is added to scores, 0 or -inf."""
+
+    visible: torch.Tensor
+    added: torch.Tensor
+
+
+class Scores:
+    """What attention is decided by: queries [kv heads, group, S, head_dim], scaled, and the keys of each part.
+
+    Computed when asked for: where a fused node attends, a cut that ranks by the last token costs one row and no more.
+    """
+
+    def __init__(self, query: torch.Tensor, keys: Sequence[torch.Tensor], mask: Mask) -> None:
+        self._query, self._keys, self._mask = query, keys, mask  # keys: [kv heads, n, head_dim]
+        self.parts = [key.shape[1] for key in keys]
+
+    @cached_property
+    def raw(self) -> torch.Tensor:
+        """Before mask and softmax [kv heads, group, S, keys]."""
+        return self._of(self._query)
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """After them, in float32."""
+        return torch.softmax(self.raw.float() + self._mask.added, dim=-1)
+
+    def last(self) -> torch.Tensor:
+        """Return the raw scores of the last token [kv heads, group, keys]."""
+        rows = self.raw if "raw" in self.__dict__ else self._of(self._query[:, :, -1:])
+        return rows[:, :, -1].float()
+
+    def _of(self, query: torch.Tensor) -> torch.Tensor:
+        # The query heads that share a KV head are folded into rows: no key is ever expanded.
+        rows = query.flatten(1, 2)  # [kv heads, group * S, head_dim]
+        return torch.cat([rows @ key.transpose(1, 2) for key in self._keys], dim=2).view(*query.shape[:3], -1)
+
+
+@dataclass(frozen=True)
 class Attended:
     """One layer's attention: `output` [S, hidden], `cache` with this step's text appended and this step's visual tokens alone.
 
-    `scores` and `weights` [kv heads, group, S, keys] before and after mask and softmax; `parts`: how many of the keys are text,
-    visual tokens of this step, and those of earlier steps, null rows included.
+    The parts of its `scores` are text, visual tokens of this step, and those of earlier steps, null rows included.
     """
 
     output: torch.Tensor
     cache: LayerCache
-    scores: torch.Tensor
-    weights: torch.Tensor
-    parts: tuple[int, int, int]
+    scores: Scores
 
     def last_row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the attention of the last token [heads, keys] to each of the parts.
 
-        It sees every key but the null rows, so it needs no mask: one extra row, whatever computes the main attention.
+        It sees every key but the null rows, so it needs no mask.
         """
-        text, visual, past = torch.split(self.scores[:, :, -1].flatten(0, 1), list(self.parts), dim=1)
+        text, visual, past = torch.split(self.scores.last().flatten(0, 1), self.scores.parts, dim=1)
         sizes = [text.shape[1], visual.shape[1] - 1, past.shape[1] - 1]
         row = torch.softmax(torch.cat([text, visual[:, 1:], past[:, 1:]], dim=1), dim=-1)
         text, visual, past = torch.split(row, sizes, dim=1)
@@ -104,42 +141,69 @@ class Attended:
 
     def last_rows(self, count: int) -> tuple[torch.Tensor, ...]:
         """Return the attention of the last tokens [heads, count, keys] to each of the parts."""
-        parts = torch.split(self.weights[:, :, self.weights.shape[2] - count :].flatten(0, 1), list(self.parts), dim=2)
+        weights = self.scores.weights
+        parts = torch.split(weights[:, :, weights.shape[2] - count :].flatten(0, 1), self.scores.parts, dim=2)
         return parts[0], parts[1][..., 1:], parts[2][..., 1:]
 
     def visual_columns(self) -> torch.Tensor:
         """Return every token's attention to this step's visual tokens [heads, S, V]."""
-        return torch.split(self.weights, list(self.parts), dim=3)[1][..., 1:].flatten(0, 1)
+        return self._columns(1)
 
     def past_columns(self) -> torch.Tensor:
         """Return every token's attention to the visual tokens of earlier steps [heads, S, K]."""
-        return torch.split(self.weights, list(self.parts), dim=3)[2][..., 1:].flatten(0, 1)
+        return self._columns(2)
+
+    def _columns(self, part: int) -> torch.Tensor:
+        return torch.split(self.scores.weights, self.scores.parts, dim=3)[part][..., 1:].flatten(0, 1)
 
 
-def attend(attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: Tokens, cache: LayerCache, mask: torch.Tensor) -> Attended:
-    """Return the attention of `hidden` [S, hidden] over the cache and itself; `mask` [S, keys] as `causal_mask` returns it."""
-    query, key = rotated(attn, shape, hidden, tokens)
+def attend(
+    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: Tokens, cache: LayerCache, mask: Mask, *, fused: bool = False
+) -> Attended:
+    """Return the attention of `hidden` [S, hidden] over the cache and itself.
+
+    `fused`: attend and rotate by one operator each (Attention and RotaryEmbedding of opset 23), for which the parts are joined.
+    Products are computed in the type of the cache, the rest in that of `hidden`.
+    """
+    query, key = rotated(attn, shape, hidden, tokens, fused=fused)
+    query = query.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim)
-    keys, visual_key = _append(cache.key, key, tokens)
-    values, visual_value = _append(cache.value, value, tokens)
-    # The query heads that share a KV head are folded into rows: no key is ever expanded.
-    rows = query.flatten(1, 2)  # [kv heads, group * S, head_dim]
-    scores = torch.cat(
-        [rows @ keys[0].transpose(1, 2), rows @ visual_key.permute(1, 2, 0), rows @ cache.visual_key.permute(1, 2, 0)], dim=2
-    ).view(*query.shape[:3], -1)
-    weights = torch.softmax(scores + mask, dim=-1)
-    parts = (keys.shape[2], visual_key.shape[0], cache.visual_key.shape[0])
-    text, visual, past = torch.split(weights.flatten(1, 2), list(parts), dim=2)
-    mixed = text @ values[0] + visual @ visual_value.transpose(0, 1) + past @ cache.visual_value.transpose(0, 1)
-    output = attn.o_proj(mixed.view(query.shape).permute(2, 0, 1, 3).flatten(1))
-    return Attended(output, LayerCache(keys, values, visual_key, visual_value), scores, weights, parts)
+    keys, visual_key = _append(cache.key, key.to(cache.key.dtype), tokens)
+    values, visual_value = _append(cache.value, value.to(cache.value.dtype), tokens)
+    all_keys = keys[0], visual_key.transpose(0, 1), cache.visual_key.transpose(0, 1)
+    all_values = values[0], visual_value.transpose(0, 1), cache.visual_value.transpose(0, 1)
+    scores = Scores(query, all_keys, mask)
+    mixed = _fused(query, all_keys, all_values, mask) if fused else _mixed(scores, query, all_values)
+    output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
+    return Attended(output, LayerCache(keys, values, visual_key, visual_value), scores)
 
 
-def rotated(attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+def _mixed(scores: Scores, query: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    weights = scores.weights.to(query.dtype).flatten(1, 2)
+    first, *others = (part @ value for part, value in zip(torch.split(weights, scores.parts, dim=2), values, strict=True))
+    return sum(others, first).view(query.shape)
+
+
+def _fused(query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], mask: Mask) -> torch.Tensor:
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        query.flatten(0, 1)[None],
+        torch.cat(list(keys), dim=1)[None],
+        torch.cat(list(values), dim=1)[None],
+        mask.visible[None, None],
+        scale=1.0,
+        enable_gqa=query.shape[1] > 1,
+    )
+    return mixed.view(query.shape)
+
+
+def rotated(
+    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: Tokens, *, fused: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both at their positions."""
     length, group = hidden.shape[0], shape.heads // shape.kv_heads
-    query = _rotate(attn.q_proj(hidden).view(length, shape.heads, shape.head_dim), tokens.cos, tokens.sin)
-    key = _rotate(attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim), tokens.cos, tokens.sin)
+    rotate = _rotate_fused if fused else _rotate
+    query = rotate(attn.q_proj(hidden).view(length, shape.heads, shape.head_dim), tokens.cos, tokens.sin)
+    key = rotate(attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim), tokens.cos, tokens.sin)
     return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5, key
 
 
@@ -148,15 +212,16 @@ def with_null(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows.new_zeros(1, *rows.shape[1:]), rows])
 
 
-def causal_mask(sizes: tuple[int, int, int], past_text: int, past_visual: int, device: torch.device) -> torch.Tensor:
-    """Return 0 where a new token may look, -inf else [S, keys]; cached tokens are visible to all."""
+def causal_mask(sizes: tuple[int, int, int], past_text: int, past_visual: int, device: torch.device) -> Mask:
+    """Return where new tokens may look; cached tokens are visible to all."""
     row = torch.arange(sum(sizes), device=device)
     before, visual, after = torch.split(row, list(sizes))
     # The place of each key among the new tokens, in the order of the parts. -1: it was there before. The null rows come too late.
     null = torch.full((1,), sum(sizes), device=device)
     past, seen = (torch.full((count,), -1, device=device) for count in (past_text, past_visual - 1))
     column = torch.cat([past, before, after, null, visual, null, seen])
-    return torch.where(column[None] <= row[:, None], 0.0, float("-inf"))
+    visible = column[None] <= row[:, None]
+    return Mask(visible, torch.where(visible, 0.0, float("-inf")))
 
 
 def _append(past: torch.Tensor, rows: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,3 +233,10 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     # Rotary embedding of [S, heads, head_dim], halves as pairs.
     first, second = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def _rotate_fused(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    # The operator takes the angles of one half: those of the other are the same.
+    half = cos.shape[1] // 2
+    angles = cos[None, :, :half], sin[None, :, :half]
+    return torch.onnx.ops.rotary_embedding(states.transpose(0, 1)[None], *angles)[0].transpose(0, 1)

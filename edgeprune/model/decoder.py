@@ -17,7 +17,7 @@ from torch import nn
 
 from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
-from edgeprune.model.attention import Attended, LayerCache, Tokens, attend, causal_mask, rotated, with_null
+from edgeprune.model.attention import Attended, LayerCache, Mask, Tokens, attend, causal_mask, rotated, with_null
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 
@@ -49,13 +49,18 @@ class StepOutput:
 
 
 class PrunedDecoder(nn.Module):
-    """A decoder whose visual tokens thin out as a plan says."""
+    """A decoder whose visual tokens thin out as a plan says.
 
-    def __init__(self, parts: DecoderParts, plan: KeepPlan) -> None:
+    `fused`: trace attention and rotation as one operator each, which only newer readers have. The cache it is given decides in
+    which type products of attention are computed.
+    """
+
+    def __init__(self, parts: DecoderParts, plan: KeepPlan, *, fused: bool = False) -> None:
         super().__init__()
         self.layers, self.norm, self.lm_head, self.rope = parts.layers, parts.norm, parts.lm_head, parts.rope
         self.shape = parts
         self.plan = plan
+        self.fused = fused
         self.layer_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.layer_cuts}
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
 
@@ -89,7 +94,7 @@ class PrunedDecoder(nn.Module):
         tokens = self._join(prefix, visual, suffix, order)
         embeds = tokens.split(tokens.hidden)[1:]
         present, kept, splits = [], dict[str, torch.Tensor](), []
-        masks: dict[Any, torch.Tensor] = {}
+        masks: dict[Any, Mask] = {}
         attended: Attended | None = None
         for index, layer in enumerate(self._layers()):
             if index in self.layer_cuts:
@@ -101,7 +106,7 @@ class PrunedDecoder(nn.Module):
             mask = self._mask(index, tokens, caches[index], masks)
             mask = mask if hide is None else _hide(mask, hide[index])
             hidden = layer.input_layernorm(tokens.hidden)
-            attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask)
+            attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask, fused=self.fused)
             if probe is not None:
                 probe(index, self._view(tokens, attended, embeds, None))
             present.append(self._cut_cache(index, tokens, attended, embeds, kept))
@@ -124,7 +129,7 @@ class PrunedDecoder(nn.Module):
         sizes = (prefix.embeds.shape[1], visual.embeds.shape[1], suffix.embeds.shape[1])
         return Tokens(hidden, cos, sin, torch.arange(sizes[1], device=hidden.device) if order is None else order, sizes)
 
-    def _mask(self, index: int, tokens: Tokens, cache: LayerCache, masks: dict[Any, torch.Tensor]) -> torch.Tensor:
+    def _mask(self, index: int, tokens: Tokens, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
         # Layers whose visual tokens are as many now and were as many before share a mask.
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
         stage = (self.plan.alive(index), length if isinstance(length, int) else self.plan.cache_stage(index))
@@ -169,9 +174,10 @@ def _pick_heads(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return with_null(rows.flatten(0, 1).index_select(0, flat.flatten()).view(chosen.shape[1], heads, rows.shape[2]))
 
 
-def _hide(mask: torch.Tensor, hide: torch.Tensor) -> torch.Tensor:
+def _hide(mask: Mask, hide: torch.Tensor) -> Mask:
     # The visual tokens of earlier steps are the last columns.
-    return torch.cat([mask[:, : mask.shape[1] - hide.shape[1]], mask[:, mask.shape[1] - hide.shape[1] :] + hide], dim=1)
+    before = mask.added.shape[1] - hide.shape[1]
+    return Mask(mask.visible, torch.cat([mask.added[:, :before], mask.added[:, before:] + hide], dim=1))
 
 
 def _split(attended: Attended, text_groups: torch.Tensor, rows: int) -> torch.Tensor:

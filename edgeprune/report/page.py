@@ -78,7 +78,7 @@ def _facts(material: Material) -> list[tuple[str, str]]:
         manifest = bundle.manifest
         size = sum(record.bytes for record in manifest.files.values()) / 1e6
         facts[:0] = [("model", manifest.source.model)]
-        facts += [("KV heads", f"{manifest.decoder.kv_heads}"), ("bundle", f"{size:.1f} MB, opset {manifest.opset}")]
+        facts += [("KV heads", f"{manifest.decoder.kv_heads}"), ("bundle", f"{size:.1f} MB, opset {manifest.lowering.opset}")]
     return facts
 
 

@@ -1,0 +1,133 @@
+"""Passes over traced graphs: dimension names, fused norms, the precision of matrix products and weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
+
+from edgeprune.model.quantization import BLOCK, quantize
+from edgeprune.targets import Lowering
+
+_TYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def finish(model: ir.Model, dimensions: Mapping[str, Mapping[int, str]], lowering: Lowering, part: str) -> ir.Model:
+    """Return a traced graph as it is written: `dimensions` names the dynamic axes of inputs, `part` whose
+    matrices they are: "layers" (the decoder), "vision", "embedding" or "" for a graph that stays as it is.
+    """
+    # The exporter notes the source line of every node, with paths of the machine that exports.
+    ClearMetadataAndDocStringPass()(model)
+    _name_dimensions(model.graph, dimensions)
+    if lowering.target.fused:
+        model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
+    if part == "embedding":
+        _halve_table(model.graph, lowering)
+    elif part in ("layers", "vision"):
+        _lower_products(model.graph, lowering, part)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]]) -> None:
+    # The exporter calls them s31 where two inputs share one; an engine's profile wants to know which is which.
+    renamed: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, name in dimensions.get(value.name or "", {}).items():
+            assert value.shape is not None
+            renamed[str(value.shape[axis].value)] = name  # type: ignore[union-attr]
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, renamed)) + r")\b")
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is None:
+            continue
+        value.shape = ir.Shape(
+            [
+                pattern.sub(lambda match: renamed[match[0]], str(axis.value))
+                if renamed and isinstance(axis, ir.SymbolicDim)
+                else axis
+                for axis in value.shape
+            ]
+        )
+
+
+def _halve_table(graph: ir.Graph, lowering: Lowering) -> None:
+    if lowering.weights_of("embedding") == "fp32":
+        return
+    (gather,) = graph
+    tape = Tape()
+    rows = tape.op("Gather", [_halved(tape, gather.inputs[0]), gather.inputs[1]])
+    _put(graph, gather, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
+
+
+def _lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
+    casts: dict[ir.Value, ir.Value] = {}
+    half = lowering.products == "float16"
+    for node in list(graph):
+        # The decoder's own products of activations are of the type of its cache already.
+        if node.op_type == "Gemm" and lowering.precision != "fp32":
+            tape = Tape()
+            product = _linear(tape, node, lowering, part, casts)
+        elif node.op_type == "MatMul" and part == "vision" and half:
+            tape = Tape()
+            product = tape.op("MatMul", [_cast(tape, value, casts) for value in node.inputs])
+        else:
+            continue
+        _put(graph, node, tape, tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product)
+
+
+def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, casts: dict[ir.Value, ir.Value]) -> ir.Value:
+    # The exporter writes a linear layer as Gemm with the weight [out, in].
+    state, weight, *bias = node.inputs
+    assert weight is not None and weight.const_value is not None
+    half = lowering.products == "float16"
+    kind = lowering.weights_of("head" if "lm_head" in str(weight.name) else part)
+    state = _cast(tape, state, casts) if half else state
+    added = [_halved(tape, value) if half else value for value in bias]
+    if kind == "fp16":
+        return tape.op("Gemm", [state, _halved(tape, weight), *added], {"transB": 1})
+    product = tape.op("MatMul", [state, _restored(tape, weight, kind, _TYPES[lowering.products])])
+    return tape.op("Add", [product, *added]) if added else product
+
+
+def _restored(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype) -> ir.Value:
+    # [in, out], as MatMul wants it: a transposition after the DequantizeLinear would hide the pattern that readers look for.
+    assert weight.const_value is not None
+    quantized = quantize(torch.from_numpy(weight.const_value.numpy()), kind, products)
+    integers, scales = (np.ascontiguousarray(part.numpy().T) for part in (quantized.values, quantized.scales))
+    attributes = {"axis": 0, "block_size": BLOCK} if quantized.kind == "int4" else {"axis": 1}
+    stored = integers.astype(ml_dtypes.int4) if quantized.kind == "int4" else integers
+    inputs = [
+        tape.initializer(ir.tensor(stored), f"{weight.name}.{quantized.kind}"),
+        tape.initializer(ir.tensor(scales if quantized.kind == "int4" else scales[0]), f"{weight.name}.scales"),
+    ]
+    return tape.op("DequantizeLinear", inputs, attributes)
+
+
+def _cast(tape: Tape, value: ir.Value | None, casts: dict[ir.Value, ir.Value]) -> ir.Value:
+    assert value is not None
+    if value not in casts:
+        casts[value] = tape.op("Cast", [value], {"to": ir.DataType.FLOAT16})
+    return casts[value]
+
+
+def _halved(tape: Tape, value: ir.Value | None) -> ir.Value:
+    assert value is not None and value.const_value is not None
+    return tape.initializer(ir.tensor(value.const_value.numpy().astype(np.float16)), f"{value.name}.fp16")
+
+
+def _put(graph: ir.Graph, node: ir.Node, tape: Tape, value: ir.Value) -> None:
+    # In place of a node; what it returned keeps its name, type and shape.
+    old = node.outputs[0]
+    value.type, value.shape = old.type, old.shape
+    for initializer in tape.initializers:
+        if initializer.name not in graph.initializers:
+            graph.register_initializer(initializer)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), [old], [value])
