@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgeprune.errors import UsageError
+from edgeprune.device.modules import Module, module_named
 from edgeprune.families.base import DecoderParts
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime.profiling import PARTS, TEXT, DeviceTimes
 
-
-@dataclass(frozen=True)
-class Device:
-    """Peak numbers of a device: dense FP16 TFLOPS and memory bandwidth in GB/s, before `_REACHED`."""
-
-    tflops: float
-    gigabytes: float
-
-
-# Published peaks; the modules' names without capacity mean the largest one. Orin Nano and NX in their faster ("super") modes.
-DEVICES = {
-    "agx-orin": Device(42.5, 204.8),
-    "orin-nano": Device(16.7, 102.0),
-    "orin-nx": Device(19.1, 102.0),
-    "thor": Device(259.0, 273.0),
-}
 _REACHED = 0.5, 0.7  # of the peak: compute and bandwidth, middle of what engines usually reach
 
 
@@ -68,23 +50,25 @@ def predicted_ttft(times: DeviceTimes, plan: KeepPlan) -> float:
 
 
 def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> DeviceTimes:
-    """Return what the roofline of a device allows in FP16: the larger of operations over compute and bytes over bandwidth."""
-    if device not in DEVICES:
-        raise UsageError(f"Unknown device {device!r}.", hint=f"Known: {', '.join(DEVICES)}; or measure yours: edgeprune profile")
+    """Return what the roofline of a module allows in FP16: the larger of operations over compute and bytes over bandwidth.
+
+    `device` is a name of edgeprune.device.modules; raises UsageError for another.
+    """
+    module = module_named(device)
     parts = loaded.family.decoder()
     tower = loaded.family.vision(geometry).eval()
     pixels = 3 * int(loaded.folder.processor.get("temporal_patch_size", 1)) * geometry.patch**2
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(torch.zeros(geometry.tokens * geometry.merge**2, pixels))
-    vision = _milliseconds(device, counter.get_total_flops(), tower)
+    vision = _milliseconds(module, counter.get_total_flops(), tower)
     weights = sum(parameter.numel() for parameter in parts.layers.parameters())
     attention = 2.0 * parts.heads * parts.head_dim * len(parts.layers)
     counts = [geometry.tokens * part // PARTS + TEXT for part in range(PARTS + 1)]
-    prefill = [_milliseconds(device, 2.0 * weights * n + attention * n * n, parts.layers) for n in counts]
+    prefill = [_milliseconds(module, 2.0 * weights * n + attention * n * n, parts.layers) for n in counts]
     return DeviceTimes(device, "roofline", geometry.tokens, vision, tuple(prefill))
 
 
-def _milliseconds(device: str, operations: float, module: torch.nn.Module) -> float:
-    peak, (compute, bandwidth) = DEVICES[device], _REACHED
-    size = 2.0 * sum(parameter.numel() for parameter in module.parameters())
-    return 1e3 * max(operations / (peak.tflops * 1e12 * compute), size / (peak.gigabytes * 1e9 * bandwidth))
+def _milliseconds(module: Module, operations: float, part: torch.nn.Module) -> float:
+    compute, bandwidth = _REACHED
+    size = 2.0 * sum(parameter.numel() for parameter in part.parameters())
+    return 1e3 * max(operations / (module.tflops() * 1e12 * compute), size / (module.bandwidth * 1e9 * bandwidth))

@@ -9,6 +9,8 @@ import click
 from edgeprune import __version__
 from edgeprune.cli.asking import eval_command, run
 from edgeprune.cli.calibrating import calibrate, merge, profile
+from edgeprune.cli.diagnosing import bench, doctor
+from edgeprune.cli.estimating import estimate
 from edgeprune.cli.listing import inspect, methods, models, tabletop
 from edgeprune.cli.making import export, verify
 from edgeprune.cli.reporting import report
@@ -39,5 +41,21 @@ def main() -> None:
     """Export vision-language models with pruned visual tokens to ONNX, and run them without torch."""
 
 
-for _command in (calibrate, merge, profile, export, verify, run, eval_command, report, tabletop, inspect, models, methods):
+for _command in (
+    calibrate,
+    merge,
+    profile,
+    estimate,
+    export,
+    verify,
+    run,
+    eval_command,
+    report,
+    tabletop,
+    inspect,
+    models,
+    methods,
+    bench,
+    doctor,
+):
     main.add_command(_command)

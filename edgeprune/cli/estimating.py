@@ -1,0 +1,105 @@
+"""The command that computes what an answer would cost on a module: estimate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeprune.cli.options import bundle_argument, json_option
+from edgeprune.targets import PRECISIONS
+
+if TYPE_CHECKING:
+    from edgeprune.device.modules import Module
+    from edgeprune.device.roofline import Estimate, Memory, Range
+    from edgeprune.device.workload import Workload
+
+
+@click.command()
+@bundle_argument
+@click.option("--device", required=True, help="A Jetson module, such as orin-nano, orin-nx, agx-orin or thor.")
+@click.option("--text-tokens", default=32, show_default=True, help="Tokens of the question.")
+@click.option("--tokens", default=64, show_default=True, help="Tokens of the answer.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Of the engines.  [default: the bundle's; fp16 for one of fp32]")
+@json_option
+def estimate(bundle: Path, device: str, text_tokens: int, tokens: int, precision: str | None, as_json: bool) -> None:
+    """Compute what an answer of BUNDLE costs on a module: times as ranges, what limits them, memory.
+
+    A roofline of the module's peak numbers, not a measurement; `edgeprune profile` measures.
+    """
+    from edgeprune.bundle import Bundle
+    from edgeprune.device import modules, roofline, workload
+
+    module, opened = modules.module_named(device), Bundle.load(bundle)
+    chosen = precision or _lowered(opened.manifest.precision)
+    work = workload.workload_of(opened, text_tokens=text_tokens, generated=tokens, precision=chosen)
+    found, whole = roofline.estimate(work, module), roofline.estimate(work.unpruned(), module)
+    _show(work, module, opened.manifest.precision, found, whole, as_json)
+
+
+def _lowered(precision: str) -> str:
+    # Engines of float32 graphs are commonly built with FP16 allowed; said in the output.
+    return "fp16" if precision == "fp32" else precision
+
+
+def _show(work: Workload, module: Module, bundled: str, found: Estimate, whole: Estimate, as_json: bool) -> None:
+    from edgeprune.cli.show import show_facts, show_json, show_table
+
+    if as_json:
+        asked = {"device": module.name, "precision": work.precision.name, "bundle_precision": bundled}
+        tokens = {"visual_tokens": work.tower.tokens, "text_tokens": work.text_tokens, "tokens": work.generated}
+        show_json({**asked, **tokens, "pruned": _data(found), "unpruned": _data(whole)})
+        return
+    assumed = "" if work.precision.name == bundled else f", assumed: the bundle is {bundled}"
+    facts = {
+        "device": f"{module.title}: {module.tflops():.1f} TFLOPS dense FP16, {module.bandwidth:g} GB/s, {module.ram} GiB",
+        "workload": f"{work.tower.tokens} visual tokens, {work.text_tokens} of the question, {work.generated} of the answer",
+        "precision": f"{work.precision.name}{assumed}",
+    }
+    show_facts(facts, as_json=False)
+    click.echo()
+    show_table(["stage", "ms", "limit", "unpruned ms", "limit"], _time_rows(found, whole), as_json=False)
+    click.echo()
+    show_table(["memory", "MB", "unpruned MB"], _memory_rows(found.memory, whole.memory), as_json=False)
+    click.echo(f"\nfits in {module.ram} GiB, the system's own not counted: {found.memory.fits}")
+    click.echo("A roofline of peak numbers, not a measurement; how far off it was: docs/roofline.md")
+
+
+def _time_rows(found: Estimate, whole: Estimate) -> list[list[str]]:
+    rows = []
+    for stage in found.stages:
+        other = whole.stage(stage.name)
+        beside = ["-", ""] if other is None else [_span(other.ms), other.limit]
+        rows.append(["decode, a token" if stage.name == "decode" else stage.name, _span(stage.ms), stage.limit, *beside])
+    rows.insert(-1, ["first token", _span(found.ttft_ms), "", _span(whole.ttft_ms), ""])
+    return rows
+
+
+def _memory_rows(found: Memory, whole: Memory) -> list[list[str]]:
+    return [
+        ["weights", *(f"{memory.weights / 1e6:.1f}" for memory in (found, whole))],
+        ["runtime", *(_span(memory.runtime, 1e-6) for memory in (found, whole))],
+        ["at rest", *(_span(memory.at_rest, 1e-6) for memory in (found, whole))],
+        ["KV cache", *(f"{memory.kv / 1e6:.1f}" for memory in (found, whole))],
+        ["activations", *(f"{memory.activations / 1e6:.1f}" for memory in (found, whole))],
+        ["at peak", *(_span(memory.at_peak, 1e-6) for memory in (found, whole))],
+        ["file cache, given back", *(f"{memory.file_cache / 1e6:.1f}" for memory in (found, whole))],
+    ]
+
+
+def _span(value: Range, scale: float = 1.0) -> str:
+    digits = 2 if value.high * scale < 1 else 1 if value.high * scale < 100 else 0
+    return f"{value.low * scale:.{digits}f} to {value.high * scale:.{digits}f}"
+
+
+def _data(found: Estimate) -> dict[str, Any]:
+    memory = found.memory
+    totals = {"at_rest": asdict(memory.at_rest), "at_peak": asdict(memory.at_peak), "fits": memory.fits}
+    return {
+        "stages": [asdict(stage) for stage in found.stages],
+        "ttft_ms": asdict(found.ttft_ms),
+        "token_ms": asdict(found.token_ms),
+        "memory": {**asdict(memory), **totals},
+    }

@@ -1,0 +1,168 @@
+"""What EdgePrune can do on a machine, what stands in the way, and the command that removes it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgeprune.device.cautions import Caution, cautions_of
+from edgeprune.device.machine import BINDING, Machine, dotted
+from edgeprune.device.system import version_numbers
+from edgeprune.targets import TARGETS
+
+OLDEST_TENSORRT = min(target.tensorrt for target in TARGETS.values() if target.tensorrt is not None)
+UPGRADE_JETPACK = (
+    "sudo sed -i 's/r36\\.[0-9]*/r36.4/' /etc/apt/sources.list.d/nvidia-l4t-apt-source.list && "
+    "sudo apt update && sudo apt dist-upgrade && sudo reboot"
+)
+_NEEDED = ("torch", "transformers", "optimum", "onnx", "onnxscript")
+_CPU, _CUDA, _BUILD, _ENGINES, _EXPORTS = (
+    "run bundles on the CPU",
+    "ONNX Runtime on CUDA",
+    "build TensorRT engines",
+    "run TensorRT engines",
+    "export and calibrate",
+)
+_GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+_CPU_WHEEL = "pip uninstall onnxruntime-gpu && pip install --force-reinstall onnxruntime"  # both bring the same module
+_NO_DRIVER = "no NVIDIA driver is loaded, and an engine fits one GPU and one TensorRT only"
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One thing that EdgePrune does: whether it can be done here; with what, or what stands in the way; and the remedy."""
+
+    name: str
+    able: bool
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a machine can do, and what would spoil it or its measurements."""
+
+    machine: Machine
+    abilities: tuple[Ability, ...]
+    cautions: tuple[Caution, ...]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether a bundle can be run here, in any way."""
+        return any(ability.able for ability in self.abilities if ability.name in (_CPU, _ENGINES))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the diagnosis as JSON data."""
+        return {
+            "can_run": self.can_run,
+            "machine": self.machine.to_dict(),
+            "abilities": [asdict(ability) for ability in self.abilities],
+            "cautions": [asdict(caution) for caution in self.cautions],
+        }
+
+
+def diagnose(machine: Machine) -> Diagnosis:
+    """Return what EdgePrune can do on a machine."""
+    abilities = (_run_on_cpu(machine), _run_on_cuda(machine), _build_engines(machine), _run_engines(machine), _export(machine))
+    return Diagnosis(machine, abilities, cautions_of(machine))
+
+
+def _run_on_cpu(machine: Machine) -> Ability:
+    if "CPUExecutionProvider" in machine.software.providers:
+        return Ability(_CPU, True, f"ONNX Runtime {_onnxruntime_version(machine)}")
+    if _onnxruntime_version(machine):
+        return Ability(_CPU, False, "ONNX Runtime is installed but cannot be imported", "pip install --force-reinstall onnxruntime")
+    return Ability(_CPU, False, "ONNX Runtime is not installed", "pip install onnxruntime")
+
+
+def _run_on_cuda(machine: Machine) -> Ability:
+    offered = [provider for provider in _GPU_PROVIDERS if provider in machine.software.providers]
+    if not machine.gpu:
+        return Ability(_CUDA, False, "no NVIDIA driver is loaded")
+    if has_foreign_wheel(machine):
+        return Ability(_CUDA, False, "this onnxruntime-gpu has no kernels for a Jetson", _CPU_WHEEL)
+    if not offered and machine.is_jetson:
+        return Ability(_CUDA, False, "ONNX Runtime offers no CUDA provider; its Jetson wheels are on NVIDIA's Jetson package index")
+    if not offered:
+        remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+        return Ability(_CUDA, False, "ONNX Runtime offers no CUDA provider", remedy)
+    # The runtime opens its graphs on the CPU provider: this tells what the machine has, not what `edgeprune run` uses.
+    reason = f"ONNX Runtime {_onnxruntime_version(machine)} offers {', '.join(offered)}; edgeprune run uses the CPU"
+    return Ability(_CUDA, True, reason)
+
+
+def _build_engines(machine: Machine) -> Ability:
+    if (blocked := _tensorrt_blocked(_BUILD, machine)) is not None:
+        return blocked
+    if not machine.onnx_parser:
+        major = version_numbers(machine.tensorrt)[0]
+        return Ability(_BUILD, False, "TensorRT's ONNX parser is not installed", f"sudo apt install libnvonnxparsers{major}")
+    return Ability(_BUILD, True, f"TensorRT {machine.tensorrt}, for bundles of the target {_target_name(machine)}")
+
+
+def _run_engines(machine: Machine) -> Ability:
+    return _tensorrt_blocked(_ENGINES, machine) or Ability(
+        _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built by it on this GPU"
+    )
+
+
+def _tensorrt_blocked(name: str, machine: Machine) -> Ability | None:
+    if not machine.gpu:
+        return Ability(name, False, _NO_DRIVER)
+    carried = machine.jetpack.tensorrt if machine.jetpack else OLDEST_TENSORRT
+    if machine.tensorrt is None and carried >= OLDEST_TENSORRT:
+        remedy = f"sudo apt update && sudo apt install tensorrt {BINDING}" if machine.is_jetson else "pip install tensorrt"
+        return Ability(name, False, "TensorRT is not installed", remedy)
+    if version_numbers(machine.tensorrt)[:2] < OLDEST_TENSORRT:
+        found = machine.tensorrt or f"{dotted(carried)} of JetPack {machine.jetpack.name if machine.jetpack else ''}"
+        reason = f"TensorRT {found} is too old: {dotted(OLDEST_TENSORRT)} is needed"
+        return Ability(name, False, reason, _upgrade(machine))
+    if "tensorrt" not in machine.software.packages:
+        return _binding_missing(name, machine)
+    return None
+
+
+def _binding_missing(name: str, machine: Machine) -> Ability:
+    wanted = machine.jetpack.python if machine.jetpack else machine.software.version
+    python = f"python{dotted(wanted)}"
+    venv = f"{python} -m venv --system-site-packages VENV"
+    install = "" if BINDING in machine.debs else f"sudo apt install {BINDING}"
+    if machine.software.version != wanted:
+        reason = f"TensorRT's Python package is for Python {dotted(wanted)}, this is {dotted(machine.software.version)}"
+        return Ability(name, False, reason, " && ".join(filter(None, (install, venv))))
+    if install:
+        remedy = f"{install} && {venv}" if machine.software.isolated else install
+        return Ability(name, False, "TensorRT's Python package is not installed", remedy)
+    return Ability(name, False, "this virtual environment does not see the system's TensorRT package", venv)
+
+
+def _upgrade(machine: Machine) -> str:
+    if machine.jetpack is not None and machine.jetpack.name == "6.0":
+        return UPGRADE_JETPACK
+    return "" if machine.is_jetson else "pip install --upgrade tensorrt"
+
+
+def _export(machine: Machine) -> Ability:
+    missing = [package for package in _NEEDED if package not in machine.software.packages]
+    if missing:
+        return Ability(_EXPORTS, False, f"{', '.join(missing)} not installed", 'pip install "edgeprune[export]"')
+    return Ability(_EXPORTS, True, f"torch {machine.software.packages['torch']}")
+
+
+def has_foreign_wheel(machine: Machine) -> bool:
+    """Return whether a Jetson has the package index's onnxruntime-gpu, whose kernels are for other GPUs.
+
+    It begins with Python 3.11 and, unlike those made for Jetsons, has no TensorRT provider.
+    """
+    software = machine.software
+    foreign = "onnxruntime-gpu" in software.packages and "TensorrtExecutionProvider" not in software.providers
+    return machine.is_jetson and foreign and software.version >= (3, 11)
+
+
+def _onnxruntime_version(machine: Machine) -> str:
+    packages = machine.software.packages
+    return packages.get("onnxruntime-gpu") or packages.get("onnxruntime") or ""
+
+
+def _target_name(machine: Machine) -> str:
+    return machine.target.name if machine.target else "onnxruntime"

@@ -1,0 +1,193 @@
+"""Power and energy: the INA sensors of a Jetson, or tegrastats, and a meter that integrates what they say over time.
+
+A module with one input rail is read there. AGX Orin has none: its total is the sum of the rails that are fed side by side, of
+which VIN_SYS_5V0 is only one. Thor's developer kit measures its whole input, carrier board included, as VIN, which INA3221 does
+not see.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from edgeprune.device.system import read_number, read_text
+from edgeprune.device.tegrastats import parse_tegrastats
+
+_INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")  # each the whole input of its board
+_FED_BY_OTHERS = ("VDDQ_VDD2_1V8AO",)  # drawn from VIN_SYS_5V0: adding it would count it twice
+_UNUSED = ("", "NC", "sum of shunt voltages")
+_CHANNELS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Power:
+    """Milliwatts, and the rails that were added up."""
+
+    milliwatts: float
+    rails: tuple[str, ...]
+
+
+class PowerSource(Protocol):
+    """Something that says what is drawn now."""
+
+    name: str
+
+    def read(self) -> Power | None:
+        """Return the power, or None when there is no reading."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the source holds."""
+        ...
+
+
+def total_power(rails: Mapping[str, float]) -> Power | None:
+    """Return the total of rails in milliwatts: the input rail, or the sum of those that are fed side by side; None without any."""
+    whole = next((name for name in _INPUTS if name in rails), None)
+    if whole is not None:
+        return Power(rails[whole], (whole,))
+    parts = {name: value for name, value in rails.items() if name not in _FED_BY_OTHERS}
+    return Power(sum(parts.values()), tuple(parts)) if parts else None
+
+
+class Ina3221:
+    """The INA3221 sensors of the module, through hwmon below `root`."""
+
+    name = "INA3221"
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._channels = _labelled_channels(root)
+
+    def rails(self) -> dict[str, float]:
+        """Return the milliwatts of every labelled rail; a channel that is switched off cannot be read and is left out."""
+        found = {}
+        for label, chip, channel in self._channels:
+            millivolts = read_number(self._root, f"{chip}/in{channel}_input")
+            milliamperes = read_number(self._root, f"{chip}/curr{channel}_input")
+            if millivolts is not None and milliamperes is not None:
+                found[label] = millivolts * milliamperes / 1000
+        return found
+
+    def read(self) -> Power | None:
+        """Return the power of this moment."""
+        return total_power(self.rails())
+
+    def close(self) -> None:
+        """Do nothing: no file is kept open."""
+
+
+class TegrastatsPower:
+    """A tegrastats process, whose last line is the reading."""
+
+    name = "tegrastats"
+
+    def __init__(self, command: Sequence[str] = ("tegrastats", "--interval", "100")) -> None:
+        self._process = subprocess.Popen(
+            list(command), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True, errors="replace"
+        )
+        self._last: Power | None = None
+        self._first = threading.Event()
+        self._reader = threading.Thread(target=self._follow, daemon=True)
+        self._reader.start()
+
+    def _follow(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._last = total_power(parse_tegrastats(line).rails) or self._last
+            self._first.set()
+        self._first.set()  # it ended: nobody needs to wait
+
+    def read(self) -> Power | None:
+        """Return the power of the last line; wait up to a second for the first."""
+        self._first.wait(1.0)
+        return self._last
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
+        self._reader.join()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+def find_power_source(
+    root: Path = Path("/"), tegrastats: Sequence[str] = ("tegrastats", "--interval", "100")
+) -> PowerSource | None:
+    """Return the INA3221 sensors, or else tegrastats, whichever gives a reading; None on a machine without either."""
+    if (sensors := Ina3221(root)).read() is not None:
+        return sensors
+    try:
+        process = TegrastatsPower(tegrastats)
+    except OSError:
+        return None
+    if process.read() is not None:
+        return process
+    process.close()
+    return None
+
+
+class EnergyMeter:
+    """Measures the energy of a `with` block: samples in a thread, the trapezoids between them added up. Idle power counts.
+
+    Without a source, or when it gives no reading, there is no energy either. A meter can be used again, for one block at a time.
+    """
+
+    def __init__(
+        self, source: PowerSource | None, *, interval_s: float = 0.05, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._source, self._interval, self._clock = source, interval_s, clock
+        self._samples: list[tuple[float, float]] = []  # seconds, milliwatts
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def joules(self) -> float | None:
+        """Energy of the block, up to the last sample; None without two of them."""
+        pairs = list(zip(self._samples, self._samples[1:], strict=False))
+        return sum((later - t) * (mw + next_mw) / 2000 for (t, mw), (later, next_mw) in pairs) if pairs else None
+
+    def sample(self) -> None:
+        """Take one sample now."""
+        power = self._source.read() if self._source is not None else None
+        if power is not None:
+            self._samples.append((self._clock(), power.milliwatts))
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.sample()
+
+    def __enter__(self) -> EnergyMeter:
+        self._samples.clear()
+        self._stop.clear()
+        self.sample()
+        if self._samples:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.sample()
+
+
+def _labelled_channels(root: Path) -> list[tuple[str, str, int]]:
+    # (label, folder of the chip, channel), in the order of the chips.
+    found = []
+    for chip in sorted(root.glob("sys/class/hwmon/hwmon*")):
+        folder = str(chip.relative_to(root))
+        if read_text(root, f"{folder}/name") != "ina3221":
+            continue
+        labels = ((read_text(root, f"{folder}/in{channel}_label") or "", folder, channel) for channel in _CHANNELS)
+        found += [entry for entry in labels if entry[0] not in _UNUSED]
+    return found

@@ -1,0 +1,207 @@
+"""What one question about one image asks of a module, in plain numbers; and those numbers of a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
+from edgeprune.device.graph import Graph, read_graph
+from edgeprune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a weight with its scales in each part of a model, and of a `number` that is computed: activations, KV cache.
+
+    The matrices of the decoder's layers are multiplied in `arithmetic`; everything else at the width of a number.
+    """
+
+    name: str
+    layers: float
+    head: float
+    vision: float
+    embedding: float
+    number: int
+    arithmetic: str
+
+    @property
+    def elsewhere(self) -> str:
+        """The arithmetic of the vision encoder and of a selection before the decoder."""
+        return "fp16" if self.number == 2 else "fp32"
+
+    @property
+    def unpacked(self) -> bool:
+        """Whether integers become FP16 on the way to a product."""
+        return self.arithmetic == "fp16" and self.layers < 2.0
+
+
+# As Lowering.weights_of says for TensorRT: integers are of weights alone, an int4 block of 128 inputs has an FP16 scale.
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", 4.0, 4.0, 4.0, 4.0, 4, "fp32"),
+        Precision("fp16", 2.0, 2.0, 2.0, 2.0, 2, "fp16"),
+        Precision("int8", 1.0, 1.0, 1.0, 2.0, 2, "fp16"),
+        Precision("int4", 0.5 + 2 / 128, 1.0, 1.0, 2.0, 2, "fp16"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The vision encoder: `layers` blocks of width `hidden` with an `mlp` over `patches`, then `tokens` visual tokens.
+
+    `parameters` are multiplied once a patch, `merger` (the projection into the decoder) once a visual token.
+    """
+
+    layers: int
+    hidden: int
+    mlp: int
+    patches: int
+    tokens: int
+    parameters: int
+    merger: int
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language model; `parameters` are those of its layers' matrices together, without embedding and output head."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    parameters: int
+
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers of one token's queries in one layer."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers that the KV cache of one layer holds for one token."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One question about one image: `alive` and `stored` are the visual tokens of each layer, in prefill and then in the cache.
+
+    `selector`: nodes of the graph that selects before the decoder, 0 where there is none; `generated`: tokens of the answer.
+    """
+
+    tower: Tower
+    decoder: Decoder
+    precision: Precision
+    alive: tuple[int, ...]
+    stored: tuple[int, ...]
+    text_tokens: int
+    generated: int
+    selector: int = 0
+
+    def __post_init__(self) -> None:
+        if self.text_tokens < 1 or self.generated < 1:
+            raise UsageError("A question and its answer have at least one token each.")
+        if not len(self.alive) == len(self.stored) == self.decoder.layers:
+            raise UsageError(f"{self.decoder.layers} layers need as many token counts, not {len(self.alive)}, {len(self.stored)}.")
+
+    @property
+    def layer_bytes(self) -> float:
+        """Bytes of the decoder layers' weights."""
+        return self.decoder.parameters * self.precision.layers
+
+    @property
+    def head_bytes(self) -> float:
+        """Bytes of the output head."""
+        return self.decoder.head * self.precision.head
+
+    @property
+    def embedding_bytes(self) -> float:
+        """Bytes of the embedding, stored apart from the head even where the model ties them."""
+        return self.decoder.head * self.precision.embedding
+
+    @property
+    def tower_bytes(self) -> float:
+        """Bytes of the vision encoder's weights."""
+        return (self.tower.parameters + self.tower.merger) * self.precision.vision
+
+    def kv_bytes(self, generated: float) -> float:
+        """Return the bytes of the KV cache after some generated tokens; what a decode cut removes is not taken off."""
+        tokens = sum(self.stored) + self.decoder.layers * (self.text_tokens + generated)
+        return float(tokens * self.decoder.kv_width * self.precision.number)
+
+    def unpruned(self) -> Workload:
+        """Return the same question with every visual token in every layer, and no selection."""
+        every = (self.tower.tokens,) * self.decoder.layers
+        return replace(self, alive=every, stored=every, selector=0)
+
+
+def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: str = "fp32") -> Workload:
+    """Return the workload of a question to a bundle, as if it were exported in a precision.
+
+    Sizes that the manifest lacks are read off the shapes of the graphs' weights. The width of the vision encoder is the one that
+    most of its matrices share, its depth the number of softmaxes, and its attention is taken to be over the whole image. Raises
+    UsageError for an unknown precision, BundleError for a graph that cannot be read.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"Unknown precision {precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
+    plan, manifest = bundle.plan, bundle.manifest
+    tokens, side = plan.geometry.tokens, plan.geometry.merge
+    layers = range(plan.layers)
+    return Workload(
+        tower=_tower(read_graph(bundle.file(VISION)), tokens * side * side, tokens),
+        decoder=_decoder(read_graph(bundle.file(DECODER)), bundle),
+        precision=PRECISIONS[precision],
+        alive=tuple(map(plan.alive, layers)),
+        stored=tuple(map(plan.stored, layers)),
+        text_tokens=text_tokens,
+        generated=generated,
+        selector=read_graph(bundle.file(SELECTOR)).nodes if SELECTOR in manifest.files else 0,
+    )
+
+
+def _tower(graph: Graph, patches: int, tokens: int) -> Tower:
+    hidden = _common(size for shape in graph.weights for size in set(shape)) or 1
+    wide = [shape for shape in graph.weights if hidden in shape]
+    mlp = _common(size for shape in wide if len(shape) == 2 for size in shape if size not in (hidden, 3 * hidden))
+    layers = graph.operators["Softmax"] + graph.operators["Attention"]
+    parameters = sum(map(math.prod, wide))
+    return Tower(layers, hidden, mlp or 4 * hidden, patches, tokens, parameters, sum(map(math.prod, graph.weights)) - parameters)
+
+
+def _decoder(graph: Graph, bundle: Bundle) -> Decoder:
+    shape = bundle.manifest.decoder
+    matrices = [sizes for sizes in graph.weights if shape.vocabulary not in sizes]
+    others = Counter(size for sizes in matrices if shape.hidden in sizes for size in sizes if size != shape.hidden)
+    kv = shape.kv_heads * shape.head_dim
+    # Gate, up and down are of the MLP's width; keys and values have the width of the cache. What is left are the queries' matrices,
+    # square where nothing is left.
+    intermediate = _common(others.elements()) or 4 * shape.hidden
+    queries = _common(size for size in others.elements() if size not in (intermediate, kv)) or shape.hidden
+    return Decoder(
+        layers=shape.layers,
+        hidden=shape.hidden,
+        heads=queries // shape.head_dim,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate=intermediate,
+        vocabulary=shape.vocabulary,
+        parameters=sum(map(math.prod, matrices)),
+    )
+
+
+def _common(sizes: Iterable[int]) -> int | None:
+    found = Counter(sizes).most_common(1)
+    return found[0][0] if found else None
