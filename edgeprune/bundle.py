@@ -58,6 +58,22 @@ class DecoderShape:
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """Type and shape of an input or output of a graph; a dynamic length is its name, or what it is computed from."""
+
+    type: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What goes into a graph and what comes out, by name."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """Size and sha256 of one file."""
 
@@ -69,7 +85,7 @@ class FileRecord:
 class Manifest:
     """What a bundle is made of. `image_token` and `end_tokens` are token ids, `versions` the packages that wrote it.
 
-    `target` and `precision` say how its graphs were lowered: see `lowering`.
+    `target` and `precision` say how its graphs were lowered: see `lowering`. `graphs`: by path in the bundle.
     """
 
     source: Source
@@ -79,6 +95,7 @@ class Manifest:
     image_token: int
     end_tokens: tuple[int, ...]
     versions: Mapping[str, str]
+    graphs: Mapping[str, GraphRecord]
     files: Mapping[str, FileRecord]
 
     @property
@@ -110,6 +127,7 @@ class Manifest:
                 image_token=int(data["image_token"]),
                 end_tokens=tuple(int(token) for token in data["end_tokens"]),
                 versions=dict(data["versions"]),
+                graphs={name: _graph(record) for name, record in data["graphs"].items()},
                 files={name: FileRecord(**record) for name, record in data["files"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -170,6 +188,13 @@ def _read_json(folder: Path) -> Any:
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}.") from error
     except (OSError, ValueError) as error:
         raise BundleError(f"Cannot read {folder / MANIFEST}: {error}.", hint="Export it again.") from error
+
+
+def _graph(record: Any) -> GraphRecord:
+    sides = (
+        {name: Tensor(str(at["type"]), tuple(at["shape"])) for name, at in record[side].items()} for side in ("inputs", "outputs")
+    )
+    return GraphRecord(*sides)
 
 
 def _check_listed(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:

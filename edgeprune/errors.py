@@ -6,6 +6,7 @@
     │   └── PlanError              a keep plan that is malformed or was made for something else
     ├── UnsupportedModelError      a model folder that EdgePrune cannot take, and what it can
     ├── BundleError                a bundle with a missing, altered or too new part
+    ├── EngineError                a TensorRT engine that cannot be built, is not trusted or cannot run what is asked
     ├── VerificationError          a bundle that does not agree with its reference
     └── MissingExtraError          a Python package that the command needs is not installed (exit code 3)
 
@@ -18,12 +19,13 @@ import importlib.util
 
 
 class EdgePruneError(Exception):
-    """A request that cannot be met. `hint` is the remedy, one sentence."""
+    """A request that cannot be met: `message`, and `hint`, the remedy, one sentence each."""
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(f"{message} {hint}" if hint else message)
+        self.message = message
         self.hint = hint
 
 
@@ -47,6 +49,10 @@ class UnsupportedModelError(EdgePruneError):
 
 class BundleError(EdgePruneError):
     """A bundle with a missing, altered or too new part."""
+
+
+class EngineError(EdgePruneError):
+    """A TensorRT engine that cannot be built, is not trusted, or cannot run what is asked."""
 
 
 class VerificationError(EdgePruneError):

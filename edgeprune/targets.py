@@ -64,8 +64,12 @@ class Lowering:
 
     @property
     def opset(self) -> int:
-        """The opset of the graphs."""
-        return max(self.target.opset, _INT4_OPSET) if self.precision == "int4" else self.target.opset
+        """The opset of the decoder."""
+        return self.opset_of("layers")
+
+    def opset_of(self, part: str) -> int:
+        """Return the opset of a part's graph."""
+        return max(self.target.opset, _INT4_OPSET) if self.weights_of(part) == "int4" else self.target.opset
 
     @property
     def products(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from edgeprune.bundle import (
     TOKENIZER,
     VISION,
     Bundle,
+    GraphRecord,
     Manifest,
     record_files,
 )
@@ -52,31 +53,36 @@ def export_bundle(
     loaded.check_plan(plan)
     with new_folder(output, force=force) as folder:
         _check_space(loaded.folder, folder)
-        _write_graphs(loaded, plan, lowering, folder, progress)
+        graphs = _write_graphs(loaded, plan, lowering, folder, progress)
         progress("processor")
         _write_processor(loaded, plan, folder)
         plan.save(folder / PLAN)
         progress("manifest")
-        _manifest(loaded, lowering, folder).save(folder)
+        _manifest(loaded, lowering, graphs, folder).save(folder)
     return Bundle.load(output)
 
 
-def _write_graphs(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path, progress: Progress) -> None:
+def _write_graphs(
+    loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path, progress: Progress
+) -> dict[str, GraphRecord]:
     (folder / VISION).parent.mkdir()
-    parts = loaded.family.decoder()
+    parts, graphs = loaded.family.decoder(), dict[str, GraphRecord]()
     temporal = int(loaded.folder.processor.get("temporal_patch_size", 1))
     progress("vision encoder")
     pixels = 3 * temporal * plan.geometry.patch**2
-    trace_vision(loaded.family, plan, pixels, lowering, folder / VISION)
+    graphs[VISION] = trace_vision(loaded.family, plan, pixels, lowering, folder / VISION)
     progress("embedding")
-    trace_embedding(parts.embed_tokens, lowering, folder / EMBED)
+    graphs[EMBED] = trace_embedding(parts.embed_tokens, lowering, folder / EMBED)
     progress("selection")
     if plan.input is not None:
-        trace_selector(parts, plan, lowering, folder / SELECTOR)
+        keys = graphs[VISION].outputs.get("vision_keys")
+        key_dim = int(keys.shape[1]) if keys else 0
+        graphs[SELECTOR] = trace_selector(parts, plan, key_dim, lowering, folder / SELECTOR)
     if plan.live:
-        trace_predictor(plan, lowering, folder / PREDICTOR)
+        graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress("decoder")
-    trace_decoder(parts, loaded.family.position_axes, plan, lowering, folder / DECODER)
+    graphs[DECODER] = trace_decoder(parts, loaded.family.position_axes, plan, lowering, folder / DECODER)
+    return graphs
 
 
 def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
@@ -87,7 +93,7 @@ def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
     (folder / PREPROCESSOR).write_text(json.dumps(loaded.processor(plan.geometry), indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(loaded: LoadedModel, lowering: Lowering, folder: Path) -> Manifest:
+def _manifest(loaded: LoadedModel, lowering: Lowering, graphs: Mapping[str, GraphRecord], folder: Path) -> Manifest:
     return Manifest(
         source=loaded.folder.source(),
         decoder=replace(loaded.decoder_shape(), cache_type=lowering.products),
@@ -96,6 +102,7 @@ def _manifest(loaded: LoadedModel, lowering: Lowering, folder: Path) -> Manifest
         image_token=int(loaded.model.config.image_token_id),
         end_tokens=loaded.end_tokens(),
         versions={package: version(package) for package in _PACKAGES},
+        graphs=graphs,
         files=record_files(folder),
     )
 

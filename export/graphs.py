@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprune.export.passes import finish
+from edgeprune.bundle import GraphRecord
+from edgeprune.export.passes import described, finish
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import InputSelector, PrunedDecoder, Segment
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
@@ -30,7 +31,7 @@ from edgeprune.targets import Lowering
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 
 
-def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, lowering: Lowering, path: Path) -> None:
+def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the vision encoder of one geometry: pixel_values [patches, patch_pixels] -> visual_embeds [1, V, hidden].
 
     Where the plan's input cut needs them, also what the encoder attends to: vision_attention [V], vision_keys [V, key dim].
@@ -39,11 +40,14 @@ def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, lowering: Lo
     example = torch.zeros(geometry.tokens * geometry.merge**2, patch_pixels)
     outputs = ["visual_embeds", *(SIGNALS if signals else ())]
     tower = family.vision(geometry, signals=signals).eval()
-    _trace(_Graph(tower, (example,), None, ["pixel_values"], outputs, "vision"), lowering, path)
+    return _trace(_Graph(tower, (example,), None, ["pixel_values"], outputs, "vision"), lowering, path)
 
 
-def trace_selector(parts: DecoderParts, plan: KeepPlan, lowering: Lowering, path: Path) -> None:
-    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, hidden], kept.0 [K]."""
+def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: Lowering, path: Path) -> GraphRecord:
+    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, hidden], kept.0 [K].
+
+    `key_dim`: of the vision encoder's keys, where it gives any.
+    """
     assert plan.input is not None
     tokens = plan.geometry.tokens
     words = torch.export.Dim("words", min=1, max=MAX_LENGTH)
@@ -51,18 +55,18 @@ def trace_selector(parts: DecoderParts, plan: KeepPlan, lowering: Lowering, path
     arguments = [torch.randn(1, n, parts.hidden, generator=generator) for n in (tokens, 5)]
     names, shapes = ["visual_embeds", "prompt_embeds"], [None, {1: words}]
     if wants_signals(plan):
-        arguments += [torch.rand(tokens, generator=generator), torch.randn(tokens, 2 * parts.hidden, generator=generator)]
-        names, shapes = [*names, *SIGNALS], [*shapes, None, {1: torch.export.Dim("key_dim", min=1, max=MAX_LENGTH)}]
+        arguments += [torch.rand(tokens, generator=generator), torch.randn(tokens, key_dim, generator=generator)]
+        names, shapes = [*names, *SIGNALS], [*shapes, None, None]
     selector = InputSelector(plan.input, plan.geometry).eval()
-    _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, ["kept_embeds", kept_name(0)]), lowering, path)
+    return _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, ["kept_embeds", kept_name(0)]), lowering, path)
 
 
-def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> None:
+def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the rate of a live decode cut: attention_split [layers, 4], step [1] -> share [1]."""
     assert plan.decode is not None
     rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rater()
     arguments = torch.full((plan.layers, 4), 0.25), torch.ones(1)
-    _trace(_Graph(rater, arguments, None, ["attention_split", "step"], ["share"]), lowering, path)
+    return _trace(_Graph(rater, arguments, None, ["attention_split", "step"], ["share"]), lowering, path)
 
 
 def wants_signals(plan: KeepPlan) -> bool:
@@ -70,14 +74,14 @@ def wants_signals(plan: KeepPlan) -> bool:
     return plan.input is not None and bool(method_class(plan.input.method).needs)
 
 
-def trace_embedding(embed_tokens: nn.Module, lowering: Lowering, path: Path) -> None:
+def trace_embedding(embed_tokens: nn.Module, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the embedding table: ids [1, n] -> embeds [1, n, hidden]."""
     length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
     ids = torch.zeros(1, 5, dtype=torch.int64)
-    _trace(_Graph(embed_tokens, (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path)
+    return _trace(_Graph(embed_tokens, (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path)
 
 
-def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path) -> None:
+def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.runtime.engine`."""
     decoder = PrunedDecoder(parts, plan, fused=lowering.target.fused).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
@@ -91,7 +95,7 @@ def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowe
     arguments += [groups if plan.live else None, past]
     shapes += [{0: torch.export.Dim.AUTO} if plan.live else None, past_shapes]
     names = decoder_inputs(plan), decoder_outputs(plan)
-    _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
+    return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
 
 
 class _FlatDecoder(nn.Module):
@@ -149,7 +153,7 @@ class _Graph:
     part: str = ""
 
 
-def _trace(graph: _Graph, lowering: Lowering, path: Path) -> None:
+def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             graph.module,
@@ -158,12 +162,13 @@ def _trace(graph: _Graph, lowering: Lowering, path: Path) -> None:
             dynamic_shapes=graph.shapes,
             input_names=graph.inputs,
             output_names=graph.outputs,
-            opset_version=lowering.opset,
+            opset_version=lowering.opset_of(graph.part),
             verbose=False,
         )
     assert program is not None  # the dynamo exporter always returns the program
     program.model = finish(program.model, _dimensions(graph), lowering, graph.part)
     program.save(path, external_data=True)
+    return described(program.model.graph)
 
 
 def _dimensions(graph: _Graph) -> dict[str, dict[int, str]]:

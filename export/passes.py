@@ -14,6 +14,7 @@ from onnx_ir.tape import Tape
 from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
+from edgeprune.bundle import GraphRecord, Tensor
 from edgeprune.model.quantization import BLOCK, quantize
 from edgeprune.targets import Lowering
 
@@ -35,6 +36,16 @@ def finish(model: ir.Model, dimensions: Mapping[str, Mapping[int, str]], lowerin
         _lower_products(model.graph, lowering, part)
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def described(graph: ir.Graph) -> GraphRecord:
+    """Return the inputs and outputs of a graph."""
+    return GraphRecord(*({str(value.name): _tensor(value) for value in side} for side in (graph.inputs, graph.outputs)))
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    assert value.shape is not None and value.dtype is not None
+    return Tensor(str(value.dtype.numpy()), tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape))
 
 
 def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]]) -> None:

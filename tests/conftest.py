@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +26,26 @@ TINY_GEOMETRY = Geometry(height=84, width=112, patch=14, merge=2)  # 3 x 4 visua
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Qwen2-VL folder of random weights: 3 layers, 6 heads on 2 KV heads of 8, 14-pixel patches merged 2 x 2."""
-    folder = tmp_path_factory.mktemp("tiny-qwen2-vl")
+    return _model_folder(tmp_path_factory.mktemp("tiny-qwen2-vl"), {})
+
+
+@pytest.fixture(scope="session")
+def even(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Return a model whose sizes suit every kernel: 2 layers, 4 heads on 2 KV heads of 32, matrices of whole int4 blocks."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    folder = _model_folder(tmp_path_factory.mktemp("even-qwen2-vl"), {**sizes, "rope_parameters": rope})
+    return load_model(find_model(str(folder)))
+
+
+def _model_folder(folder: Path, text: dict[str, Any]) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(MODEL_FOLDER / name, folder)
     processor = json.loads((MODEL_FOLDER / "preprocessor_config.json").read_text())
     processor |= {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": 84 * 112}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(_tiny_config())
+    model = Qwen2VLForConditionalGeneration(_config(text))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)  # large enough that attention is not flat
     model.generation_config.eos_token_id = 2
@@ -41,7 +54,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _tiny_config() -> Qwen2VLConfig:
+def _config(sizes: dict[str, Any]) -> Qwen2VLConfig:
     shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
     text = {
         "vocab_size": shipped["text_config"]["vocab_size"],
@@ -52,8 +65,15 @@ def _tiny_config() -> Qwen2VLConfig:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    } | sizes
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": text["hidden_size"],
+        "num_heads": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
     }
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2}
     tokens = {name: value for name, value in shipped.items() if name.endswith("_token_id")}
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
 

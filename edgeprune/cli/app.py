@@ -8,6 +8,7 @@ import click
 
 from edgeprune import __version__
 from edgeprune.cli.asking import eval_command, run
+from edgeprune.cli.building import build, check
 from edgeprune.cli.calibrating import calibrate, merge, profile
 from edgeprune.cli.diagnosing import bench, doctor
 from edgeprune.cli.estimating import estimate
@@ -48,6 +49,8 @@ for _command in (
     estimate,
     export,
     verify,
+    check,
+    build,
     run,
     eval_command,
     report,

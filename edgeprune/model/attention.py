@@ -18,6 +18,8 @@ import torch
 
 from edgeprune.families.base import DecoderParts
 
+_SMALLEST_HEAD = 16
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -163,7 +165,8 @@ def attend(
     """Return the attention of `hidden` [S, hidden] over the cache and itself.
 
     `fused`: attend and rotate by one operator each (Attention and RotaryEmbedding of opset 23), for which the parts are joined.
-    Products are computed in the type of the cache, the rest in that of `hidden`.
+    Products are computed in the type of the cache, the rest in that of `hidden`. TensorRT has kernels for Attention in half
+    precision and heads of 16 or more; elsewhere it stays decomposed.
     """
     query, key = rotated(attn, shape, hidden, tokens, fused=fused)
     query = query.to(cache.key.dtype)
@@ -173,7 +176,8 @@ def attend(
     all_keys = keys[0], visual_key.transpose(0, 1), cache.visual_key.transpose(0, 1)
     all_values = values[0], visual_value.transpose(0, 1), cache.visual_value.transpose(0, 1)
     scores = Scores(query, all_keys, mask)
-    mixed = _fused(query, all_keys, all_values, mask) if fused else _mixed(scores, query, all_values)
+    whole = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
+    mixed = _fused(query, all_keys, all_values, mask) if whole else _mixed(scores, query, all_values)
     output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
     return Attended(output, LayerCache(keys, values, visual_key, visual_value), scores)
 

@@ -1,0 +1,77 @@
+"""Commands about TensorRT: check, build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edgeprune.cli.options import bundle_argument, json_option
+from edgeprune.errors import require_extra
+from edgeprune.targets import TARGETS, target_named
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def limit_options(command: F) -> F:
+    """Add the options that say how long things may get in an engine."""
+    options = (
+        click.option("--context", default=2048, show_default=True, help="Text tokens that the caches may hold."),
+        click.option("--turn", default=512, show_default=True, help="New text tokens in one turn."),
+        click.option("--images", default=1, show_default=True, help="Images in one conversation."),
+        click.option("--unpruned", is_flag=True, help="Engines that can also answer with every visual token."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@bundle_argument
+@click.option("--target", type=click.Choice(list(TARGETS)), help="What would read the graphs.  [default: the bundle's own]")
+@limit_options
+@json_option
+@click.pass_context
+def check(ctx: click.Context, /, bundle: Path, target: str | None, as_json: bool, **limits: Any) -> None:
+    """Check every graph of BUNDLE for a target: a lint against what its TensorRT takes, and real builds where tensorrt-rtx is
+    installed (no GPU is needed).
+    """
+    from edgeprune.bundle import Bundle
+    from edgeprune.runtime.tensorrt.ranges import Limits
+
+    opened = Bundle.load(bundle)
+    asked = Limits(**limits)
+    require_extra("check", "onnx")
+    from edgeprune.cli.built import show_check
+    from edgeprune.cli.show import Stages
+    from edgeprune.export.checking import check_bundle
+
+    with Stages(list(opened.manifest.graphs), quiet=as_json) as stages:
+        report = check_bundle(opened, target_named(target or opened.manifest.target), asked, progress=stages.begin)
+    show_check(report, as_json)
+    ctx.exit(0 if report.passed else 1)
+
+
+@click.command()
+@bundle_argument
+@limit_options
+@click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True, help="How long the builder searches.")
+@click.option("--workspace", default=512, show_default=True, help="Scratch memory that a layer may ask for, in MiB.")
+@click.option("--reuse", multiple=True, type=click.Path(path_type=Path), help="A bundle whose engines of equal graphs are taken.")
+@click.option("--ignore-memory", is_flag=True, help="Build even if memory looks too small.")
+@click.option("--dry-run", is_flag=True, help="Print profiles, memory and trtexec commands; needs neither GPU nor TensorRT.")
+@json_option
+def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, **request: Any) -> None:
+    """Build the TensorRT engines of BUNDLE, on the device that will run them."""
+    from edgeprune.cli.built import EngineProgress, show_engines, show_jobs
+    from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle, planned
+
+    asked = BuildRequest.of(bundle, reuse=reuse, **request)
+    if dry_run:
+        show_jobs(*planned(asked), as_json)
+        return
+    with EngineProgress(quiet=as_json) as progress:
+        done = build_bundle(asked, progress.advance)
+    show_engines(bundle, done, as_json)

@@ -1,0 +1,143 @@
+"""How checks and builds of engines look: tables, or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from edgeprune.cli.show import show_facts, show_json, show_table
+
+if TYPE_CHECKING:
+    from edgeprune.export.checking import Report
+    from edgeprune.runtime.tensorrt.commands import BuildRequest
+    from edgeprune.runtime.tensorrt.jobs import Done, Job
+    from edgeprune.runtime.tensorrt.ranges import Profile, Shapes
+
+
+class EngineProgress:
+    """A bar for each engine, from the builder's own account of its phases, on stderr."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[phase]}"),
+        )
+        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+        self._tasks: dict[str, tuple[TaskID, str]] = {}
+
+    def advance(self, graph: str, phase: str, done: float) -> None:
+        """Say how far a graph's build is. The first phase that begins is the whole build; the others lie in it."""
+        if graph not in self._tasks:
+            self._tasks[graph] = self._bars.add_task(graph, total=1.0, phase=""), phase
+        task, whole = self._tasks[graph]
+        if phase == whole:
+            self._bars.update(task, completed=done)
+        else:
+            self._bars.update(task, phase=phase)
+
+    def __enter__(self) -> EngineProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+
+def show_jobs(request: BuildRequest, jobs: Sequence[Job], as_json: bool) -> None:
+    """Print what would be built: profiles, memory, and the trtexec commands that do the same."""
+    from edgeprune.runtime.tensorrt.jobs import trtexec_command
+
+    settings, commands = request.settings, [trtexec_command(request.bundle, job, request.settings) for job in jobs]
+    if as_json:
+        entries = [
+            {"graph": job.graph, "profiles": job.profiles, "peak_bytes": job.peak_bytes(settings), "trtexec": command}
+            for job, command in zip(jobs, commands, strict=True)
+        ]
+        show_json({"bundle": str(request.bundle.path), "engines": entries})
+        return
+    for job, command in zip(jobs, commands, strict=True):
+        facts = {
+            "engine": job.graph,
+            "weights": f"{job.weights / 1e6:.1f} MB",
+            "memory": f"{job.peak_bytes(settings) / 1e9:.1f} GB at most",
+        }
+        show_facts(facts, as_json=False)
+        for number, profile in enumerate(job.profiles):
+            for names, shapes in _alike(profile):
+                click.echo(f"  profile {number}  {names:44} {' | '.join('x'.join(map(str, shape)) for shape in shapes)}")
+        click.echo(f"  {command}\n")
+
+
+def _alike(profile: Profile) -> Iterator[tuple[str, Shapes]]:
+    # The caches of all layers are as long: one line for those.
+    alike: dict[Shapes, list[str]] = {}
+    for name, shapes in profile.items():
+        alike.setdefault(shapes, []).append(name)
+    for shapes, names in alike.items():
+        yield names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), shapes
+
+
+def show_engines(bundle: Path, done: Sequence[Done], as_json: bool) -> None:
+    """Print which engines the bundle has now, and how they came."""
+    if as_json:
+        show_json({"bundle": str(bundle), "engines": [{**asdict(each.record), "how": each.how} for each in done]})
+        return
+    rows = [[each.record.graph, each.how, f"{each.record.seconds:.1f} s", f"{each.record.bytes / 1e6:.1f} MB"] for each in done]
+    show_table(["graph", "engine", "built in", "size"], rows, as_json=False)
+
+
+def show_check(report: Report, as_json: bool) -> None:
+    """Print what the lint found and what the builds took, and whether the target takes the graphs."""
+    if as_json:
+        trials = None if report.trials is None else [asdict(trial) for trial in report.trials]
+        findings = [asdict(finding) for finding in report.findings]
+        show_json({"target": report.target.name, "passed": report.passed, "findings": findings, "builds": trials})
+        return
+    for finding in report.findings:
+        where = " ".join(
+            part for part in (finding.graph, finding.node, f"({finding.operator})" if finding.operator else "") if part
+        )
+        click.echo(f"{finding.severity}: {where}: {finding.reason} {finding.remedy}")
+    if report.trials is not None:
+        names = ["graph", "parsed", "built", "peak memory", "engine"]
+        rows = [
+            [
+                trial.graph,
+                *(
+                    ["refused: " + trial.error, "", "", ""]
+                    if trial.error
+                    else [
+                        f"{trial.parse_seconds:.2f} s",
+                        f"{trial.build_seconds:.1f} s",
+                        f"{trial.peak_bytes / 1e6:.0f} MB",
+                        f"{trial.plan_bytes / 1e6:.1f} MB",
+                    ]
+                ),
+            ]
+            for trial in report.trials
+        ]
+        show_table(names, rows, as_json=False)
+    click.echo(_verdict(report))
+
+
+def _verdict(report: Report) -> str:
+    name, errors = report.target.name, sum(finding.severity == "error" for finding in report.findings)
+    refused = sum(bool(trial.error) for trial in report.trials or ())
+    if not report.passed:
+        return f"\n{name}: {errors} errors in the lint, {refused} graphs refused by the builder."
+    if report.target.tensorrt is None:
+        return f"\n{name}: nothing stands in the way."
+    if report.trials is None:
+        return f'\n{name}: nothing found by the lint. Not tried: pip install "edgeprune[check]" brings NVIDIA\'s builder.'
+    return f"\n{name}: nothing found by the lint, every graph was built by TensorRT-RTX."

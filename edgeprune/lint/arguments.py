@@ -1,0 +1,106 @@
+"""Rules on how an operator is used: inputs that must be constants, outputs and attributes that TensorRT refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgeprune.lint.constants import constant, is_constant
+from edgeprune.lint.facts import Version
+from edgeprune.lint.findings import Finding
+from edgeprune.lint.subject import Subject
+
+# Operator -> the input that must be an initializer, or fold to one from weights alone.
+_CONSTANT_INPUTS = {"CumSum": 1, "Pad": 3, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1} | {
+    f"Reduce{name}": 1 for name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+}
+_FIRST_OUTPUT_ONLY = ("LayerNormalization", "MaxPool")
+_EINSUM_SINCE: Version = (10, 12)  # with ellipsis, diagonals and broadcast
+# Operator -> attribute -> what TensorRT takes, of every element where the attribute is a list; the first is the default.
+_ATTRIBUTES: dict[str, dict[str, tuple[int | str, ...]]] = {
+    "AveragePool": {"dilations": (1,)},
+    "BatchNormalization": {"training_mode": (0,)},
+    "LSTM": {"input_forget": (0,), "layout": (0,)},
+    "LpPool": {"dilations": (1,), "p": (2, 1)},
+    "MaxPool": {"dilations": (1,)},
+    "Resize": {
+        "antialias": (0,),
+        "coordinate_transformation_mode": (
+            "half_pixel",
+            "pytorch_half_pixel",
+            "tf_half_pixel_for_nn",
+            "asymmetric",
+            "align_corners",
+        ),
+        "keep_aspect_ratio_policy": ("stretch",),
+    },
+    "TensorScatter": {"mode": ("linear",), "axis": (-2,)},
+}
+
+
+def flat_arguments(subject: Subject) -> Iterator[Finding]:
+    """Find ArgMax and ArgMin on one dimension."""
+    for node in subject.graph.nodes:
+        shape = node.input(0).shape
+        if node.operator in ("ArgMax", "ArgMin") and shape is not None and len(shape) < 2:
+            reason = f"TensorRT takes {node.operator} on two dimensions or more, this input has {len(shape)}."
+            yield subject.error(node, reason, "Keep a leading dimension of 1 and squeeze the result.")
+
+
+def computed_axes(subject: Subject) -> Iterator[Finding]:
+    """Find axes that are no initializers, of operators that need them when the engine is built."""
+    for node in subject.graph.nodes:
+        index = _CONSTANT_INPUTS.get(node.operator)
+        if index is not None and node.has_input(index) and not is_constant(node.scope, node.inputs[index]):
+            reason = f"The axes of {node.operator} are computed, and TensorRT needs them as a constant."
+            yield subject.error(node, reason, "Make the axes an initializer.")
+
+
+def reductions_in_scatter(subject: Subject) -> Iterator[Finding]:
+    """Find scatters that reduce: ScatterND is refused, ScatterElements needs a plugin of the target's libraries."""
+    for node in subject.graph.nodes:
+        reduction = node.attribute("reduction", "none")
+        if node.operator == "ScatterND" and reduction != "none":
+            reason = f"TensorRT does not take ScatterND with reduction {reduction}."
+            yield subject.error(node, reason, "Sum with MatMul on a one-hot matrix, or scatter without reduction.")
+        if node.operator == "ScatterElements" and reduction != "none":
+            reason = f"ScatterElements with reduction {reduction} is a plugin, which not every TensorRT carries."
+            yield subject.warning(node, reason, "Scatter without reduction, or install libnvinfer_plugin on the device.")
+
+
+def extra_outputs(subject: Subject) -> Iterator[Finding]:
+    """Find operators whose further outputs TensorRT does not compute."""
+    for node in subject.graph.nodes:
+        if node.operator in _FIRST_OUTPUT_ONLY and any(node.outputs[1:]):
+            reason = f"TensorRT computes the first output of {node.operator} alone, and the node has {len(node.outputs)}."
+            yield subject.error(node, reason, "Drop the other outputs, or compute them with operators of their own.")
+
+
+def training_dropout(subject: Subject) -> Iterator[Finding]:
+    """Find Dropout that may drop."""
+    for node in subject.graph.nodes:
+        if node.operator == "Dropout" and node.has_input(2):
+            mode = constant(node.scope, node.inputs[2])
+            if mode is None or bool(mode.any()):
+                yield subject.error(node, "TensorRT takes Dropout that is off for certain.", "Export the model in evaluation mode.")
+
+
+def odd_einsum(subject: Subject) -> Iterator[Finding]:
+    """Find Einsum with an ellipsis or a diagonal where the target's TensorRT does not have it."""
+    for node in subject.graph.nodes:
+        if node.operator != "Einsum" or subject.tensorrt >= _EINSUM_SINCE:
+            continue
+        equation = node.attribute("equation", "").replace(" ", "")
+        terms = equation.split("->")[0].split(",")
+        if "..." in equation or any(len(set(term)) < len(term) for term in terms):
+            reason = f"The equation {equation} has an ellipsis or a diagonal, which TensorRT takes since 10.12."
+            yield subject.error(node, reason, "Write it as Transpose, Reshape and MatMul.")
+
+
+def refused_attributes(subject: Subject) -> Iterator[Finding]:
+    """Find attributes with a value that TensorRT does not take."""
+    for node in subject.graph.nodes:
+        for name, taken in _ATTRIBUTES.get(node.operator, {}).items():
+            value = node.attribute(name, taken[0])
+            if any(item not in taken for item in (value if isinstance(value, list) else [value])):
+                reason = f"TensorRT does not take {node.operator} with {name} = {value}."
+                yield subject.error(node, reason, f"Set {name} to {' or '.join(map(str, taken))}.")

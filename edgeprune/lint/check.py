@@ -1,0 +1,113 @@
+"""Run the rules on a graph or a bundle.
+
+A new rule is a function from a Subject to its findings, in the file of its matter, and a line in one of the two tables below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import UsageError
+from edgeprune.lint import arguments, attention, control, numbers, operators, profiles, quantization, selection, shapes
+from edgeprune.lint.findings import Finding
+from edgeprune.lint.graphs import load_graph
+from edgeprune.lint.subject import Profile, Rule, Subject
+from edgeprune.targets import Target
+
+MODULES = ("Orin", "Thor")
+
+ONNX_RULES: tuple[Rule, ...] = (  # what breaks ONNX itself, for every target
+    operators.unreadable_shapes,
+    numbers.mixed_types,
+    selection.short_axes,
+)
+ONNXRUNTIME_RULES: tuple[Rule, ...] = (
+    operators.foreign_operators,
+    operators.newer_onnxruntime_opset,
+)
+TENSORRT_RULES: tuple[Rule, ...] = (
+    operators.unknown_operators,
+    operators.newer_opset,
+    operators.unlisted_types,
+    operators.high_ranks,
+    arguments.flat_arguments,
+    arguments.computed_axes,
+    arguments.reductions_in_scatter,
+    arguments.extra_outputs,
+    arguments.training_dropout,
+    arguments.odd_einsum,
+    arguments.refused_attributes,
+    attention.partial_attention,
+    control.uneven_branches,
+    control.growing_loops,
+    control.open_loops,
+    selection.many_selected,
+    selection.unsorted_selections,
+    selection.counted_selections,
+    shapes.shapes_from_data,
+    numbers.lacking_types,
+    numbers.doubles,
+    numbers.inner_bytes,
+    quantization.zero_points,
+    quantization.unsigned_bytes,
+    quantization.int4_blocks,
+    quantization.small_floats,
+    quantization.packed_borders,
+    profiles.unknown_inputs,
+    profiles.missing_ranges,
+    profiles.wrong_ranks,
+    profiles.disordered_ranges,
+    profiles.changed_lengths,
+    profiles.unequal_ranges,
+    profiles.unreachable_sums,
+)
+
+
+def lint(
+    path: Path, target: Target, profiles: Sequence[Profile] = (), *, modules: Sequence[str] | None = None, name: str = ""
+) -> list[Finding]:
+    """Return what a target refuses or changes in a graph file, errors first.
+
+    `profiles` are the ranges that an engine will be built for; without them only fixed lengths are judged. `modules` are the
+    Jetsons that are meant, of `MODULES`; without them, all that the target has. Findings call the graph `name`, or by its file.
+    Raise BundleError for a file that is no graph, UsageError for a module that is unknown.
+    """
+    meant = _modules_of(target) if modules is None else tuple(modules)
+    for module in meant:
+        if module not in MODULES:
+            raise UsageError(f"Unknown module {module!r}.", hint=f"Modules are: {', '.join(MODULES)}.")
+    subject = Subject(load_graph(path, name), target, tuple(profiles), meant)
+    findings = [finding for rule in _rules_of(target) for finding in rule(subject)]
+    return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity)
+
+
+def lint_bundle(
+    bundle: Bundle,
+    target: Target,
+    profiles_by_graph: Mapping[str, Sequence[Profile]] | None = None,
+    *,
+    modules: Sequence[str] | None = None,
+) -> list[Finding]:
+    """Return the findings of every graph of a bundle; profiles are by path in the bundle, `onnx/decoder.onnx` for instance.
+
+    Raise UsageError for profiles of a graph that the bundle does not have, and what `lint` raises.
+    """
+    graphs = [name for name in bundle.manifest.files if name.endswith(".onnx")]
+    given = profiles_by_graph or {}
+    for name in given:
+        if name not in graphs:
+            raise UsageError(f"There is no graph {name!r} in {bundle.path}.", hint=f"It has: {', '.join(graphs)}.")
+    return [
+        finding for name in graphs for finding in lint(bundle.file(name), target, given.get(name, ()), modules=modules, name=name)
+    ]
+
+
+def _rules_of(target: Target) -> tuple[Rule, ...]:
+    return (*ONNX_RULES, *(TENSORRT_RULES if target.tensorrt else ONNXRUNTIME_RULES))
+
+
+def _modules_of(target: Target) -> tuple[str, ...]:
+    named = tuple(module for module in MODULES if module in target.modules)
+    return named if named or not target.tensorrt else MODULES

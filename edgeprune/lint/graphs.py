@@ -1,0 +1,215 @@
+"""A view of an ONNX graph for the lint: nodes with their scopes, types and shapes of values, and small constants.
+
+Weights stay on disk; only constants that a rule asks for are read. Bodies of If, Loop and Scan are scopes inside the graph's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, inliner, shape_inference
+
+from edgeprune.errors import BundleError
+from edgeprune.lint.constants import read_tensor
+from edgeprune.lint.lengths import Dim
+
+ONNX_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor by name: its element type (a name of TensorProto.DataType, empty if unknown) and shape (None if unknown)."""
+
+    name: str
+    element: str
+    shape: tuple[Dim, ...] | None
+
+
+@dataclass
+class Scope:
+    """One graph or body: what it computes, stores and declares, and the scope around it."""
+
+    proto: GraphProto
+    folder: Path
+    outer: Scope | None = None
+    producers: dict[str, NodeProto] = field(default_factory=dict)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    arguments: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.producers = {output: node for node in self.proto.node for output in node.output if output}
+        self.initializers = {tensor.name: tensor for tensor in self.proto.initializer}
+        self.arguments = frozenset(item.name for item in self.proto.input)
+        declared = (*self.proto.value_info, *self.proto.input, *self.proto.output)
+        self.values = {info.name: _value_of(info) for info in declared}
+        for tensor in self.proto.initializer:
+            self.values[tensor.name] = Value(tensor.name, TensorProto.DataType.Name(tensor.data_type), tuple(tensor.dims))
+
+    def owner(self, name: str) -> Scope | None:
+        """Return the innermost scope from here outwards that holds a value, None for a name that nothing declares."""
+        if name in self.producers or name in self.initializers or name in self.arguments:
+            return self
+        return self.outer.owner(name) if self.outer else None
+
+    def value(self, name: str) -> Value:
+        """Return what is known of a value."""
+        owner = self.owner(name) or self
+        return owner.values.get(name, Value(name, "", None))
+
+    def producer(self, name: str) -> Node | None:
+        """Return the node that computes a value, here or in a scope around."""
+        owner = self.owner(name)
+        return Node(owner.producers[name], owner) if owner and name in owner.producers else None
+
+    def initializer(self, name: str) -> np.ndarray | None:
+        """Return the stored tensor of a name, None where there is none or it is large."""
+        owner = self.owner(name)
+        return read_tensor(owner.initializers[name], owner.folder) if owner and name in owner.initializers else None
+
+    def is_stored(self, name: str) -> bool:
+        """Tell whether a value is an initializer."""
+        owner = self.owner(name)
+        return owner is not None and name in owner.initializers
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node in its scope; inputs and outputs are empty strings where the node leaves them out."""
+
+    proto: NodeProto
+    scope: Scope
+
+    @property
+    def name(self) -> str:
+        """The node's name, or that of its first output where it has none."""
+        return self.proto.name or next((name for name in self.proto.output if name), self.proto.op_type)
+
+    @property
+    def operator(self) -> str:
+        """The operator, with its domain where that is not ONNX's."""
+        return self.proto.op_type if self.standard else f"{self.proto.domain}::{self.proto.op_type}"
+
+    @property
+    def standard(self) -> bool:
+        """Whether the operator is one of ONNX's own domain."""
+        return self.proto.domain in ONNX_DOMAINS
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs."""
+        return tuple(self.proto.output)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs."""
+        return tuple(self.proto.input)
+
+    def has_input(self, index: int) -> bool:
+        """Tell whether an optional input is given."""
+        return index < len(self.proto.input) and bool(self.proto.input[index])
+
+    def has_output(self, index: int) -> bool:
+        """Tell whether an optional output is asked for."""
+        return index < len(self.proto.output) and bool(self.proto.output[index])
+
+    def input(self, index: int) -> Value:
+        """Return what is known of an input; an unnamed value for one that is left out."""
+        return self.scope.value(self.proto.input[index]) if self.has_input(index) else Value("", "", None)
+
+    def output(self, index: int = 0) -> Value:
+        """Return what is known of an output; an unnamed value for one that is left out."""
+        return self.scope.value(self.proto.output[index]) if self.has_output(index) else Value("", "", None)
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """Return an attribute's value (strings as str), or the default."""
+        for attribute in self.proto.attribute:
+            if attribute.name == name:
+                value = helper.get_attribute_value(attribute)
+                return value.decode() if isinstance(value, bytes) else value
+        return default
+
+    def bodies(self) -> Iterator[GraphProto]:
+        """Yield the graphs inside the node, in the order of its attributes."""
+        for attribute in self.proto.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield attribute.g
+            yield from attribute.graphs
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph file: `name` is how findings call it, `opset` that of ONNX's domain, `unread` why inference failed, or empty."""
+
+    name: str
+    opset: int
+    main: Scope
+    nodes: tuple[Node, ...]
+    scopes: tuple[Scope, ...]
+    unread: str = ""
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """The inputs of the graph that are no initializers."""
+        return tuple(self.main.values[item.name] for item in self.main.proto.input if item.name not in self.main.initializers)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        """The outputs of the graph."""
+        return tuple(self.main.values[item.name] for item in self.main.proto.output)
+
+
+def load_graph(path: Path, name: str = "") -> Graph:
+    """Read a graph without its external data, with inferred types and shapes; raise BundleError for a file that is no ONNX."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
+        raise BundleError(f"Cannot read the graph {path}: {error}.", hint="Export the bundle again.") from error
+    return view_graph(model, path.parent, name or path.name)
+
+
+def view_graph(model: ModelProto, folder: Path, name: str) -> Graph:
+    """Return the view of a model whose external data lie in `folder`."""
+    model, unread = _infer(model)
+    main = Scope(model.graph, folder)
+    scopes = [main]
+    nodes = list(_walk(main, scopes))
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ONNX_DOMAINS), default=0)
+    return Graph(name, opset, main, tuple(nodes), tuple(scopes), unread)
+
+
+def _infer(model: ModelProto) -> tuple[ModelProto, str]:
+    # A model with more than 2 GB inside, or one that breaks ONNX's own rules, keeps the shapes that it declares.
+    try:
+        inlined = inliner.inline_local_functions(model) if model.functions else model
+        return shape_inference.infer_shapes(inlined, data_prop=True), ""
+    except (shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        return model, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _walk(scope: Scope, scopes: list[Scope]) -> Iterator[Node]:
+    for proto in scope.proto.node:
+        node = Node(proto, scope)
+        yield node
+        for body in node.bodies():
+            inner = Scope(body, scope.folder, scope)
+            scopes.append(inner)
+            yield from _walk(inner, scopes)
+
+
+def _value_of(info: ValueInfoProto) -> Value:
+    tensor = info.type.tensor_type
+    if not info.type.HasField("tensor_type"):
+        return Value(info.name, "", None)
+    element = TensorProto.DataType.Name(tensor.elem_type) if tensor.elem_type else ""
+    if not tensor.HasField("shape"):
+        return Value(info.name, element, None)
+    return Value(
+        info.name, element, tuple(item.dim_value if item.HasField("dim_value") else item.dim_param for item in tensor.shape.dim)
+    )

@@ -1,0 +1,148 @@
+"""Rules on operators: whether a TensorRT parses them at all, in this opset, on these types and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+
+from edgeprune.lint.facts import (
+    DOUBLES,
+    IMAGES,
+    INSTEAD,
+    INTEGERS,
+    KNOWN_TYPES,
+    LARGEST_RANK,
+    LISTED,
+    MOVERS,
+    NEWEST_ONNXRUNTIME_OPSET,
+    OPERATORS,
+    OWN_OPERATORS,
+    QUANTIZED,
+    RUN,
+    TYPED_INPUT,
+    Support,
+    Version,
+    newest_opset,
+)
+from edgeprune.lint.findings import Finding
+from edgeprune.lint.graphs import Graph, Node, Value
+from edgeprune.lint.subject import Subject
+
+_REWRITE = "Rewrite the model without it, or pick a target that has it."
+_ONNXRUNTIME_DOMAINS = ("", "ai.onnx", "com.microsoft")
+_INT4_OPSET = 21
+
+
+def unreadable_shapes(subject: Subject) -> Iterator[Finding]:
+    """Find a graph whose types and shapes ONNX itself cannot infer, so that the other rules see less of it."""
+    if subject.graph.unread:
+        reason = f"Types and shapes cannot be inferred: {subject.graph.unread}."
+        yield subject.warning(subject.graph.name, reason, "Check the graph with onnx.checker and export it again.")
+
+
+def foreign_operators(subject: Subject) -> Iterator[Finding]:
+    """Find operators that ONNX does not have and ONNX Runtime may not have either."""
+    for node in subject.graph.nodes:
+        if node.proto.domain not in _ONNXRUNTIME_DOMAINS or (node.standard and not onnx.defs.has(node.operator)):
+            reason = f"{node.operator} is no operator of ONNX."
+            yield subject.warning(node, reason, "Register the library that has it with ONNX Runtime.")
+
+
+def newer_onnxruntime_opset(subject: Subject) -> Iterator[Finding]:
+    """Find an opset that the oldest ONNX Runtime which EdgePrune takes cannot read."""
+    if subject.graph.opset > NEWEST_ONNXRUNTIME_OPSET:
+        reason = f"Opset {subject.graph.opset} is newer than {NEWEST_ONNXRUNTIME_OPSET}, which ONNX Runtime 1.20 reads."
+        yield subject.warning(
+            subject.graph.name, reason, "Install a newer onnxruntime on the device, or export with a lower opset."
+        )
+
+
+def unknown_operators(subject: Subject) -> Iterator[Finding]:
+    """Find operators that the target's TensorRT does not parse."""
+    for node in subject.graph.nodes:
+        since = _since(node)
+        if since is None:
+            remedy = INSTEAD.get(node.proto.op_type, _REWRITE if node.standard else f"{_REWRITE[:-1]}, or load a plugin for it.")
+            yield subject.error(node, f"TensorRT has no {node.operator}.", remedy)
+        elif since > subject.tensorrt:
+            reason = f"TensorRT parses {node.operator} since {_dotted(since)}, the target has {_dotted(subject.tensorrt)}."
+            remedy = f"Export for {subject.target.name}, which decomposes it." if not subject.target.fused else _REWRITE
+            yield subject.error(node, reason, remedy)
+
+
+def newer_opset(subject: Subject) -> Iterator[Finding]:
+    """Find an opset that the target's TensorRT does not read.
+
+    INT4 needs opset 21, where every TensorRT of a target takes it; without INT4, 21 is not documented for the oldest.
+    """
+    graph = subject.graph
+    newest = newest_opset(subject.tensorrt)
+    if graph.opset <= newest or (graph.opset == _INT4_OPSET and _has_int4(graph)):
+        return
+    report = subject.warning if graph.opset == _INT4_OPSET else subject.error
+    reason = f"Opset {graph.opset} is newer than {newest}, the last that TensorRT {_dotted(subject.tensorrt)} is known to read."
+    yield report(graph.name, reason, f"Export with opset {newest} or lower.")
+
+
+def unlisted_types(subject: Subject) -> Iterator[Finding]:
+    """Find operators on element types that TensorRT does not take there. Types that it takes nowhere are another rule's."""
+    for node in subject.graph.nodes:
+        support = OPERATORS.get(node.operator)
+        element = _typed(node).element
+        element = "FLOAT" if element in DOUBLES else element
+        if support is None or element in support.types or element not in KNOWN_TYPES - IMAGES:
+            continue
+        if element in support.newer:
+            if subject.tensorrt < RUN:
+                reason = f"TensorRT {_dotted(LISTED)} does not list {node.operator} on {element}; {_dotted(RUN)} takes it."
+                yield subject.warning(node, reason, _cast_advice(support))
+        elif element in QUANTIZED:
+            yield from _quantized(subject, node, support, element)
+        else:
+            yield subject.error(node, f"TensorRT does not take {node.operator} on {element}.", _cast_advice(support))
+
+
+def high_ranks(subject: Subject) -> Iterator[Finding]:
+    """Find tensors of more dimensions than TensorRT has."""
+    for scope in subject.graph.scopes:
+        for value in scope.values.values():
+            if value.shape is not None and len(value.shape) > LARGEST_RANK:
+                reason = f"{value.name} has {len(value.shape)} dimensions, TensorRT has {LARGEST_RANK}."
+                yield subject.error(scope.producer(value.name) or value, reason, "Merge dimensions with Reshape.")
+
+
+def _has_int4(graph: Graph) -> bool:
+    return any(value.element == "INT4" for scope in graph.scopes for value in scope.values.values())
+
+
+def _since(node: Node) -> Version | None:
+    if node.proto.op_type in OWN_OPERATORS and not node.standard:
+        return OWN_OPERATORS[node.proto.op_type]
+    return OPERATORS[node.operator].since if node.operator in OPERATORS else None
+
+
+def _typed(node: Node) -> Value:
+    index = TYPED_INPUT.get(node.operator, 0)
+    return node.output() if index is None else node.input(index)
+
+
+def _quantized(subject: Subject, node: Node, support: Support, element: str) -> Iterator[Finding]:
+    remedy = "Put DequantizeLinear before the node."
+    if node.operator in MOVERS:
+        return
+    if element == "INT8" and support.types >= INTEGERS:
+        yield subject.warning(
+            node, f"TensorRT documents INT8 for QuantizeLinear and DequantizeLinear, not for {node.operator}.", remedy
+        )
+    else:
+        yield subject.error(node, f"TensorRT does not take {node.operator} on {element}.", remedy)
+
+
+def _cast_advice(support: Support) -> str:
+    types = ", ".join(sorted(support.types))
+    return f"Cast its input to one of {types} and the result back."
+
+
+def _dotted(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -1,0 +1,162 @@
+"""Build the engines of a bundle: what is to be done, whether it fits into memory, and doing it.
+
+What is there already for this TensorRT, GPU, precision and these profiles is kept; of another bundle, such as one with other
+budgets, engines of equal graphs are taken over.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.bundle import Bundle
+from edgeprune.device.memory import Memory
+from edgeprune.errors import EngineError
+from edgeprune.runtime.tensorrt.building import Settings, build_engine
+from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
+from edgeprune.runtime.tensorrt.store import TIMINGS, EngineRecord, Identity, Store, engine_key, record_of
+
+# Peak resident memory of TensorRT-RTX builds of decoders of 3 to 1400 MB of weights: a base, and the weights as parsed, as laid out
+# for kernels, and as serialized (docs/tensorrt.md).
+BASE_BYTES, COPIES = 600 << 20, 3.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to be had: its graph, profiles and key; `weights`: bytes of the graph; `ready`: it is there already."""
+
+    graph: str
+    profiles: tuple[Profile, ...]
+    weights: int
+    key: str = ""
+    ready: bool = False
+
+    def peak_bytes(self, settings: Settings) -> int:
+        """Return the estimated peak of memory while it is built."""
+        return int(BASE_BYTES + COPIES * self.weights + settings.workspace)
+
+
+@dataclass(frozen=True)
+class Done:
+    """An engine and how it came: "built", "kept" (it was there) or "taken" from another bundle."""
+
+    record: EngineRecord
+    how: str
+
+
+def jobs_of(
+    bundle: Bundle, limits: Limits, settings: Settings, identity: Identity | None = None, store: Store | None = None
+) -> list[Job]:
+    """Return the engines that a bundle needs; without an identity, none of them has a key or is ready."""
+    jobs = []
+    for graph, profiles in profiles_of(bundle, limits).items():
+        weights = sum(record.bytes for name, record in bundle.manifest.files.items() if name in (graph, f"{graph}.data"))
+        key = "" if identity is None else engine_key(bundle, graph, identity, profiles, settings.level)
+        ready = store is not None and _found(store, graph, key) is not None
+        jobs.append(Job(graph, profiles, weights, key, ready))
+    return jobs
+
+
+def build_jobs(
+    trt: Any,
+    bundle: Bundle,
+    jobs: Sequence[Job],
+    identity: Identity,
+    settings: Settings,
+    store: Store,
+    *,
+    others: Sequence[Store] = (),
+    advance: Callable[[str, str, float], None] = lambda graph, phase, done: None,
+    configure: Callable[[Any], None] = lambda config: None,
+) -> list[Done]:
+    """Build what is not there; an interruption keeps the engines that are finished.
+
+    `others`: stores of other bundles, whose engines of equal key are copied. `advance` is told graph, phase and share done.
+    """
+    done = []
+    for job in jobs:
+        kept = _found(store, job.graph, job.key)
+        taken = None if kept else next((found for other in others if (found := _read(other, job)) is not None), None)
+        if kept is not None:
+            done.append(Done(kept, "kept"))
+        elif taken is not None:
+            store.add(*taken)
+            done.append(Done(taken[0], "taken"))
+        else:
+            done.append(Done(_build(trt, bundle, job, identity, settings, store, advance, configure), "built"))
+    return done
+
+
+def check_memory(jobs: Sequence[Job], settings: Settings, memory: Memory) -> None:
+    """Raise EngineError when the largest build cannot fit into what is free, swap included."""
+    wanted = [job for job in jobs if not job.ready]
+    if not wanted or memory.available is None:
+        return
+    largest = max(wanted, key=lambda job: job.weights)
+    needed, free = largest.peak_bytes(settings), (memory.available + (memory.swap_free or 0)) << 20
+    if needed > free:
+        raise EngineError(
+            f"Building {largest.graph} takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free with swap.",
+            hint="Close other programs (a desktop: sudo systemctl isolate multi-user.target), add swap "
+            f"({(needed - free) / 1e9:.1f} GB or more), export with --precision int8 or int4, or try it with --ignore-memory.",
+        )
+
+
+def trtexec_command(bundle: Bundle, job: Job, settings: Settings) -> str:
+    """Return the `trtexec` command line that builds the same engine."""
+    words = ["trtexec", f"--onnx={bundle.file(job.graph)}", f"--saveEngine={Path(job.graph).stem}.plan", "--stronglyTyped"]
+    words += [f"--builderOptimizationLevel={settings.level}", f"--memPoolSize=workspace:{settings.workspace >> 20}M"]
+    words += [f"--timingCacheFile={bundle.path / TIMINGS}", "--skipInference"]
+    for number, profile in enumerate(job.profiles):
+        if profile:
+            words += [f"--profile={number}"] if len(job.profiles) > 1 else []
+            words += [f"--{end}Shapes={_shapes(profile, index)}" for index, end in enumerate(("min", "opt", "max"))]
+    return shlex.join(words)
+
+
+def _shapes(profile: Profile, end: int) -> str:
+    return ",".join(f"{name}:{'x'.join(map(str, shapes[end]))}" for name, shapes in profile.items())
+
+
+def _build(
+    trt: Any,
+    bundle: Bundle,
+    job: Job,
+    identity: Identity,
+    settings: Settings,
+    store: Store,
+    advance: Callable[[str, str, float], None],
+    configure: Callable[[Any], None],
+) -> EngineRecord:
+    started = time.perf_counter()
+    built = build_engine(
+        trt,
+        bundle.file(job.graph),
+        job.profiles,
+        settings,
+        timings=store.timings,
+        configure=configure,
+        advance=lambda phase, done: advance(job.graph, phase, done),
+    )
+    record = record_of(bundle, job.graph, job.key, identity, settings.level, built.plan, time.perf_counter() - started)
+    store.add(record, built.plan)
+    store.keep_timings(built.timings)
+    return record
+
+
+def _found(store: Store, graph: str, key: str) -> EngineRecord | None:
+    # A record of another device is no reason to stop a build: it is what the build replaces.
+    try:
+        return store.find(graph, key)
+    except EngineError:
+        return None
+
+
+def _read(store: Store, job: Job) -> tuple[EngineRecord, bytes] | None:
+    record = _found(store, job.graph, job.key)
+    return None if record is None else (record, store.read(record))
+

@@ -1,0 +1,103 @@
+"""Optimization profiles: for which lengths an engine is built.
+
+A decoder has two. The image turn has a visual segment of one fixed length, so that every kept count is a constant; text turns and
+decode steps have none. Lengths are named as the graph's dimensions are, which the manifest records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle, Tensor
+from edgeprune.errors import UsageError
+from edgeprune.plan import KeepPlan
+
+IMAGE_TURN, TEXT = 0, 1  # the decoder's profiles
+Range = tuple[int, int, int]  # least, usual, greatest
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Profile = Mapping[str, Shapes]  # by input
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may get in the engines of a bundle.
+
+    `context`: text tokens in the caches, generated ones included; `turn`: new text tokens in one forward; `images` in one
+    conversation; `unpruned`: answers with pruning switched off too, whose image lies among the text.
+    """
+
+    context: int = 2048
+    turn: int = 512
+    images: int = 1
+    unpruned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.turn < 1 or self.images < 1 or self.context < self.turn:
+            raise UsageError(
+                f"Engines for {self.context} tokens of context, {self.turn} a turn and {self.images} images make no sense.",
+                hint="Give at least one image and one token, and no more tokens a turn than of context.",
+            )
+
+
+def profiles_of(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]]:
+    """Return the profiles of every graph of a bundle, by its path; a graph of fixed shapes has one, without inputs."""
+    wanted: dict[str, tuple[Mapping[str, Range], ...]] = {
+        VISION: ({},),
+        EMBED: ({"length": (1, 16, limits.turn)},),
+        SELECTOR: ({"words": (1, 16, limits.turn)},),
+        PREDICTOR: ({},),
+        DECODER: (image_turn(bundle.plan, limits), text_and_decode(bundle.plan, limits)),
+    }
+    graphs = bundle.manifest.graphs
+    return {name: tuple(_profile(graphs[name].inputs, ranges) for ranges in wanted[name]) for name in wanted if name in graphs}
+
+
+def image_turn(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
+    """Return the ranges of a forward with an image: text before it, the image, text after it."""
+    usual = min(32, limits.turn)
+    ranges = {
+        "prefix": (0, min(16, limits.turn), limits.turn),
+        "visual": (plan.seen,) * 3,
+        "suffix": (1, usual, limits.turn),
+        "past_text": (0, 0, limits.context),
+    }
+    ranges |= {name: (1, 1, 1 + (limits.images - 1) * stored) for name, stored in _caches(plan).items()}
+    return ranges | {"text": _sum(ranges, "past_text", "prefix", "suffix")}
+
+
+def text_and_decode(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
+    """Return the ranges of a forward without an image; the usual one is a decode step."""
+    whole = plan.geometry.tokens if limits.unpruned else 0
+    most = limits.turn + whole if limits.unpruned else 0
+    context = limits.context + whole * limits.images
+    ranges = {
+        "prefix": (0, 0, most),
+        "visual": (0, 0, 0),
+        "suffix": (1, 1, limits.turn),
+        "past_text": (0, context // 4, context),
+    }
+    ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plan).items()}
+    return ranges | {"text": _sum(ranges, "past_text", "prefix", "suffix")}
+
+
+def shapes_of(shape: tuple[int | str, ...], ranges: Mapping[str, Range]) -> Shapes:
+    """Return the least, usual and greatest shape of an input whose dynamic lengths have ranges."""
+    least, usual, greatest = (tuple(axis if isinstance(axis, int) else ranges[axis][end] for axis in shape) for end in range(3))
+    return least, usual, greatest
+
+
+def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> Profile:
+    dynamic = {name: at.shape for name, at in inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
+    return {name: shapes_of(shape, ranges) for name, shape in dynamic.items()}
+
+
+def _caches(plan: KeepPlan) -> dict[str, int]:
+    # The lengths that the exporter named, one for each stage: layers that hold as many visual tokens share one.
+    stages = {plan.cache_stage(layer): plan.stored(layer) for layer in range(plan.layers)}
+    return {f"past_visual_{number}": stored for number, stored in enumerate(stages.values())}
+
+
+def _sum(ranges: Mapping[str, Range], *names: str) -> Range:
+    least, usual, greatest = (sum(ranges[name][end] for name in names) for end in range(3))
+    return least, usual, greatest

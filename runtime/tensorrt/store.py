@@ -1,0 +1,178 @@
+"""The engines of a bundle, and which of them may be loaded.
+
+A plan file is code: it runs with the rights of whoever deserializes it. So an engine is loaded only when this device recorded it
+when it built it. The record lies beside the engines, signed with a key that never leaves the device; a bundle that was copied here
+with engines in it, or whose record was written by somebody else, is built again.
+
+engines/engines.json    the records and their signature
+engines/KEY.plan        one engine, named by what it was made from
+engines/timings.cache   what the builder measured, for the next build
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edgeprune.bundle import Bundle, sha256_of
+from edgeprune.errors import EngineError
+from edgeprune.files import write_bytes, write_text
+from edgeprune.runtime.tensorrt.ranges import Profile
+
+FOLDER = "engines"
+RECORDS, TIMINGS = f"{FOLDER}/engines.json", f"{FOLDER}/timings.cache"
+REBUILD = "Build it here: edgeprune build BUNDLE"
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an engine fits: a version of TensorRT and a GPU's compute capability, such as "8.7"."""
+
+    tensorrt: str
+    capability: str
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine that this device built: of which `graph`, its key, and what the file must be."""
+
+    graph: str
+    key: str
+    tensorrt: str
+    capability: str
+    precision: str
+    level: int
+    bytes: int
+    sha256: str
+    seconds: float
+
+    @property
+    def file(self) -> str:
+        """The engine's path in the bundle."""
+        return f"{FOLDER}/{self.key}.plan"
+
+
+def engine_key(bundle: Bundle, graph: str, identity: Identity, profiles: Sequence[Profile], level: int) -> str:
+    """Return the name of an engine: a hash of the graph with its weights, TensorRT, GPU, precision and profiles."""
+    files = bundle.manifest.files
+    weights = {name: record.sha256 for name, record in files.items() if name == graph or name == f"{graph}.data"}
+    made_from = [weights, asdict(identity), bundle.manifest.precision, list(profiles), level]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Store:
+    """The engines of one bundle. `secret`: this device's key; without it, that of the user's data folder."""
+
+    def __init__(self, folder: Path, secret: bytes | None = None) -> None:
+        self._folder = folder
+        self._secret = device_secret() if secret is None else secret
+
+    def records(self) -> tuple[EngineRecord, ...]:
+        """Return what this device recorded; raise EngineError when the record is not its own or is malformed."""
+        path = self._folder / RECORDS
+        if not path.is_file():
+            return ()
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            records = tuple(EngineRecord(**record) for record in data["engines"])
+            signature = str(data["signature"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"Cannot read {path}: {error!r}.", hint=REBUILD) from error
+        if not hmac.compare_digest(signature, self._signature(records)):
+            raise EngineError(f"The engines in {path.parent} were not built on this device.", hint=REBUILD)
+        return records
+
+    def find(self, graph: str, key: str) -> EngineRecord | None:
+        """Return the record of an engine whose file is as it was built; None where there is none or its file is another."""
+        record = next((record for record in self.records() if (record.graph, record.key) == (graph, key)), None)
+        return record if record is not None and self._whole(record) else None
+
+    def read(self, record: EngineRecord) -> bytes:
+        """Return a recorded engine; raise EngineError when the file is missing, cut short or another."""
+        path = self._folder / record.file
+        try:
+            plan = path.read_bytes()
+        except OSError as error:
+            raise EngineError(f"Cannot read {path}: {error.strerror}.", hint=REBUILD) from error
+        # Of the bytes that will be deserialized, not of the file a moment earlier.
+        if not hmac.compare_digest(hashlib.sha256(plan).hexdigest(), record.sha256):
+            raise EngineError(f"{path} is not the engine that was built here.", hint=REBUILD)
+        return plan
+
+    def add(self, record: EngineRecord, plan: bytes) -> None:
+        """Write an engine and its record; engines of the same graph for anything else go."""
+        (self._folder / FOLDER).mkdir(exist_ok=True)
+        write_bytes(self._folder / record.file, plan)
+        try:
+            known = self.records()
+        except EngineError:
+            known = ()
+        old = [other for other in known if other.graph == record.graph and other.key != record.key]
+        self._sign(tuple(sorted((*(r for r in known if r.graph != record.graph), record), key=lambda each: each.graph)))
+        for other in old:
+            (self._folder / other.file).unlink(missing_ok=True)
+
+    @property
+    def timings(self) -> bytes:
+        """The builder's timing cache, empty when there is none."""
+        path = self._folder / TIMINGS
+        return path.read_bytes() if path.is_file() else b""
+
+    def keep_timings(self, timings: bytes) -> None:
+        """Write the builder's timing cache."""
+        if timings:
+            (self._folder / FOLDER).mkdir(exist_ok=True)
+            write_bytes(self._folder / TIMINGS, timings)
+
+    def _whole(self, record: EngineRecord) -> bool:
+        path = self._folder / record.file
+        return path.is_file() and path.stat().st_size == record.bytes and sha256_of(path) == record.sha256
+
+    def _sign(self, records: tuple[EngineRecord, ...]) -> None:
+        data = {"engines": [asdict(record) for record in records], "signature": self._signature(records)}
+        write_text(self._folder / RECORDS, json.dumps(data, indent=2) + "\n")
+
+    def _signature(self, records: tuple[EngineRecord, ...]) -> str:
+        signed = json.dumps([asdict(record) for record in records], sort_keys=True).encode()
+        return hmac.new(self._secret, signed, hashlib.sha256).hexdigest()
+
+
+def record_of(bundle: Bundle, graph: str, key: str, identity: Identity, level: int, plan: bytes, seconds: float) -> EngineRecord:
+    """Return the record of an engine that was just built."""
+    return EngineRecord(
+        graph=graph,
+        key=key,
+        tensorrt=identity.tensorrt,
+        capability=identity.capability,
+        precision=bundle.manifest.precision,
+        level=level,
+        bytes=len(plan),
+        sha256=hashlib.sha256(plan).hexdigest(),
+        seconds=seconds,
+    )
+
+
+def device_secret() -> bytes:
+    """Return this device's key, made on first use and readable by its user alone."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    path = Path(base) / "edgeprune" / "device.key"
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(_KEY_BYTES))
+            os.replace(temporary, path)
+        secret = path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"Cannot keep this device's key at {path}: {error.strerror}.", hint="Set XDG_DATA_HOME.") from error
+    if len(secret) != _KEY_BYTES:
+        raise EngineError(f"{path} is no device key.", hint="Delete it and build the engines again.")
+    return secret

@@ -1,0 +1,83 @@
+"""Try to build a graph with TensorRT-RTX, NVIDIA's own parser and builder, which need no GPU for it.
+
+Each build is a process of its own: its peak memory is the build's, and a builder that dies takes nothing with it. The result is a
+check, not an engine for a Jetson: TensorRT-RTX does not know Orin (8.7) or Thor (11.0), so their nearest relatives stand in.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.device.memory import peak_rss
+from edgeprune.errors import EdgePruneError, EngineError
+from edgeprune.runtime.tensorrt.building import build_engine
+from edgeprune.runtime.tensorrt.ranges import Profile
+from edgeprune.targets import Target
+
+# Orin's instruction set is that of SM 8.0, without FP8 and FP4; Thor's types are those of SM 12.0.
+_STAND_INS = {"orin": "SM80", "thor": "SM120"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One graph's build: what it took, or why it was refused (`error`)."""
+
+    graph: str
+    parse_seconds: float = 0.0
+    build_seconds: float = 0.0
+    peak_bytes: int = 0
+    plan_bytes: int = 0
+    error: str = ""
+
+
+def can_try() -> bool:
+    """Tell whether TensorRT-RTX is installed."""
+    return importlib.util.find_spec("tensorrt_rtx") is not None
+
+
+def stand_in(target: Target) -> str:
+    """Return the compute capability that graphs of a target are built for: Orin's, where the target has Orin."""
+    return _STAND_INS["orin" if "Orin" in target.modules or target.modules.startswith("TensorRT") else "thor"]
+
+
+def try_build(graph: Path, name: str, profiles: Sequence[Profile], capability: str) -> Trial:
+    """Return what building a graph takes, in a process of its own."""
+    request = json.dumps({"graph": str(graph), "name": name, "profiles": profiles, "capability": capability})
+    command = [sys.executable, "-m", "edgeprune.runtime.tensorrt.trial"]
+    done = subprocess.run(command, input=request, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the builder died with status {done.returncode}"]
+        return Trial(name, error=lines[-1])
+    return Trial(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _main() -> None:
+    import tensorrt_rtx as trt
+
+    request: dict[str, Any] = json.load(sys.stdin)
+
+    def configure(config: Any) -> None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, request["capability"]), 0)
+
+    name = request["name"]
+    try:
+        built = build_engine(trt, Path(request["graph"]), request["profiles"], configure=configure)
+    except EngineError as error:
+        trial = Trial(name, error=error.message)
+    except EdgePruneError as error:
+        trial = Trial(name, error=str(error))
+    else:
+        trial = Trial(name, built.parse_seconds, built.build_seconds, peak_rss() or 0, len(built.plan))
+    print(json.dumps(asdict(trial)))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,200 @@
+"""Building a bundle's engines and keeping them: with NVIDIA's builder, for a device that the test makes up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from recordings_jetson import orin_nano
+
+from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
+from edgeprune.cli import main
+from edgeprune.device.memory import Memory
+from edgeprune.errors import EngineError, UsageError
+from edgeprune.export.exporter import export_bundle
+from edgeprune.loading import LoadedModel
+from edgeprune.plan import KeepPlan
+from edgeprune.runtime.tensorrt.api import tensorrt
+from edgeprune.runtime.tensorrt.building import Settings
+from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle
+from edgeprune.runtime.tensorrt.jobs import check_memory, jobs_of, trtexec_command
+from edgeprune.runtime.tensorrt.ranges import Limits
+from edgeprune.runtime.tensorrt.store import RECORDS, TIMINGS, Identity, Store
+
+trt = pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
+
+ORIN = Identity("10.3.0", "8.7")
+SECRET = b"a device's own key, 32 bytes long"
+SMALL = Limits(context=64, turn=32)
+
+
+def configure(config: Any) -> None:
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+
+
+def build(bundle: Bundle, limits: Limits = SMALL, **changed: Any) -> dict[str, str]:
+    request = BuildRequest(bundle, limits, Settings(), reuse=changed.pop("reuse", ()))
+    given: dict[str, Any] = {"trt": trt, "device": ORIN, "secret": SECRET, "configure": configure} | changed
+    return {done.record.graph: done.how for done in build_bundle(request, **given)}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the tiny bundle with its engines."""
+    copy = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(tiny_bundle.path, copy)
+    assert set(build(Bundle.load(copy)).values()) == {"built"}
+    return copy
+
+
+@pytest.fixture
+def own(built: Path, tmp_path: Path) -> Bundle:
+    """Return a private copy of the built bundle."""
+    shutil.copytree(built, tmp_path / "own")
+    return Bundle.load(tmp_path / "own")
+
+
+def test_what_is_built_stays(own: Bundle) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (own.path / "engines").glob("*.plan")}
+    assert set(build(own).values()) == {"kept"} and len(before) == 3
+    assert before == {path: path.stat().st_mtime_ns for path in (own.path / "engines").glob("*.plan")}
+    assert (own.path / TIMINGS).is_file()
+
+
+def test_longer_profiles_rebuild_what_they_concern(own: Bundle) -> None:
+    assert build(own, Limits(context=65, turn=32)) == {VISION: "kept", EMBED: "kept", DECODER: "built"}
+    assert len(list((own.path / "engines").glob("*.plan"))) == 3  # the old engine went
+
+
+@pytest.mark.parametrize("device", [Identity("10.3.1", "8.7"), Identity("10.3.0", "11.0")])
+def test_another_tensorrt_or_gpu_rebuilds(own: Bundle, device: Identity) -> None:
+    store = Store(own.path, SECRET)
+    assert all(job.ready for job in jobs_of(own, SMALL, Settings(), ORIN, store))
+    assert not any(job.ready for job in jobs_of(own, SMALL, Settings(), device, store))
+
+
+def test_a_copied_bundle_is_not_trusted(own: Bundle) -> None:
+    elsewhere = Store(own.path, b"another device's own key, 32 byte")
+    with pytest.raises(EngineError, match=r"were not built on this device.*edgeprune build"):
+        elsewhere.records()
+    assert not any(job.ready for job in jobs_of(own, SMALL, Settings(), ORIN, elsewhere))
+
+
+def test_a_forged_record_is_not_trusted(own: Bundle) -> None:
+    path = own.path / RECORDS
+    data = json.loads(path.read_text())
+    data["engines"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(data))
+    with pytest.raises(EngineError, match="were not built on this device"):
+        Store(own.path, SECRET).records()
+    path.write_text("{}")
+    with pytest.raises(EngineError, match=r"Cannot read .*engines\.json"):
+        Store(own.path, SECRET).records()
+    assert set(build(own).values()) == {"built"}
+    assert set(build(own).values()) == {"kept"}
+
+
+def test_a_truncated_or_exchanged_plan_is_not_loaded(own: Bundle) -> None:
+    store = Store(own.path, SECRET)
+    decoder, vision = (next(record for record in store.records() if record.graph == graph) for graph in (DECODER, VISION))
+    path = own.path / decoder.file
+    plan = path.read_bytes()
+    path.write_bytes(plan[:-1])
+    with pytest.raises(EngineError, match="is not the engine that was built here"):
+        store.read(decoder)
+    path.write_bytes(bytes([plan[0] ^ 1]) + plan[1:])
+    with pytest.raises(EngineError, match="is not the engine that was built here"):
+        store.read(decoder)
+    (own.path / vision.file).unlink()
+    with pytest.raises(EngineError, match="Cannot read"):
+        store.read(vision)
+    assert build(own) == {VISION: "built", EMBED: "kept", DECODER: "built"}
+
+
+def test_an_interruption_keeps_what_is_finished(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
+    bundle = Bundle.load(tmp_path / "bundle")
+
+    class Interrupted(Exception):
+        pass
+
+    def refuse(config: Any) -> None:
+        configure(config)
+        if (bundle.path / "engines").is_dir() and len(list((bundle.path / "engines").glob("*.plan"))) == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        build(bundle, configure=refuse)
+    assert build(bundle) == {VISION: "kept", EMBED: "kept", DECODER: "built"}
+
+
+def test_other_budgets_rebuild_the_decoder_alone(built: Path, tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
+    fewer = KeepPlan(tiny_plan.family, tiny_plan.layers, tiny_plan.geometry, (replace(tiny_plan.cuts[0], keep=4),))
+    bundle = export_bundle(tiny, fewer, tmp_path / "fewer")
+    assert build(bundle, reuse=(built,)) == {VISION: "taken", EMBED: "taken", DECODER: "built"}
+    assert set(build(bundle).values()) == {"kept"}
+
+
+def test_a_graph_that_is_refused_is_named(own: Bundle) -> None:
+    import onnx
+
+    model = onnx.load(own.file(EMBED))
+    model.graph.node.append(onnx.helper.make_node("NonZero", ["ids"], ["where"], name="picked"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("where", onnx.TensorProto.INT64, [2, None]))
+    onnx.save(model, own.file(EMBED))
+    with pytest.raises(EngineError, match=r"cannot parse embed_tokens.onnx: picked \(NonZero\).*edgeprune check"):
+        build(own, Limits(context=66, turn=33))
+
+
+def test_too_little_memory_is_refused_before_anything_starts(own: Bundle) -> None:
+    jobs = jobs_of(own, Limits(context=600), Settings(), ORIN, Store(own.path, SECRET))
+    little = Memory(total=7600, available=500, swap_total=0, swap_free=0, cma_total=None, cma_free=None)
+    with pytest.raises(EngineError, match=r"takes about 1\.2 GB, and 0\.5 GB are free.*--ignore-memory"):
+        check_memory(jobs, Settings(), little)
+    check_memory(jobs, Settings(), replace(little, swap_free=8000))
+    check_memory(jobs, Settings(), replace(little, available=None))
+    check_memory([replace(job, ready=True) for job in jobs], Settings(), little)
+
+
+def test_trtexec_builds_the_same(own: Bundle) -> None:
+    jobs = {job.graph: job for job in jobs_of(own, SMALL, Settings(level=2))}
+    command = trtexec_command(own, jobs[DECODER], Settings(level=2))
+    assert "--stronglyTyped --builderOptimizationLevel=2" in command and "--fp16" not in command
+    image, text = command.split("--profile=1")
+    assert "--profile=0" in image and "visual_embeds:1x12x48" in image and "visual_embeds:1x0x48" in text
+    assert "past_key_values.0.key:1x2x64x8" in text
+    assert "--profile" not in trtexec_command(own, jobs[EMBED], Settings()) and "Shapes" not in trtexec_command(
+        own, jobs[VISION], Settings()
+    )
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(UsageError, match="make no sense"):
+        Limits(context=10, turn=20)
+    with pytest.raises(UsageError, match="0 images"):
+        Limits(images=0)
+
+
+def test_without_tensorrt_the_remedy_is_said(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="no NVIDIA driver"):
+        tensorrt()
+    nano = orin_nano()
+    bare = replace(nano.machine(tmp_path), debs={}, software=replace(nano.software, packages={}))
+    with pytest.raises(EngineError, match=r"TensorRT is not installed\. Remedy: sudo apt .*install tensorrt"):
+        tensorrt(bare)
+
+
+def test_the_command_says_what_it_would_do(own: Bundle) -> None:
+    shown = CliRunner().invoke(main, ["build", str(own.path), "--dry-run", "--context", "128", "--turn", "64"])
+    assert shown.exit_code == 0 and "trtexec --onnx=" in shown.output and "and 5 more" in shown.output
+    listed = json.loads(CliRunner().invoke(main, ["build", str(own.path), "--dry-run", "--json"]).output)
+    assert [engine["graph"] for engine in listed["engines"]] == [VISION, EMBED, DECODER]
+    refused = CliRunner().invoke(main, ["build", str(own.path)])
+    assert refused.exit_code == 1 and "TensorRT cannot be used here" in refused.output
+    assert CliRunner().invoke(main, ["build", str(own.path), "--dry-run", "--turn", "0"]).exit_code == 2
