@@ -117,6 +117,7 @@ def benchmark(
     tokens: int = 32,
     repeats: int = 10,
     threads: int | None = None,
+    provider: str = "cpu",
     fit: str = "exact",
     machine: Machine | None = None,
     power: PowerSource | None = None,
@@ -132,7 +133,7 @@ def benchmark(
         raise UsageError(
             f"Cannot measure {tokens} tokens in {repeats} rounds.", hint="Ask for 2 tokens or more, and for 1 round or more."
         )
-    runtime = load(path, threads=threads)
+    runtime = load(path, threads=threads, provider=provider)
     picture = _scene(runtime.plan.geometry) if image is None else read_image(image)
     facts = machine or read_machine()
     source = power or find_power_source()
@@ -149,7 +150,7 @@ def benchmark(
     return Benchmark(
         bundle=str(path),
         machine=facts,
-        provider=_provider(runtime),
+        provider=provider,
         threads=threads,
         tokens=tokens,
         repeats=repeats,
@@ -235,13 +236,6 @@ def _summary(taken: _Taken, peak: int | None) -> Measured:
 def _scene(geometry: Geometry) -> Image.Image:
     scene, _ = next(iter(scenes(0, 1)))
     return draw_scene(scene).resize((geometry.width, geometry.height))
-
-
-def _provider(runtime: Runtime) -> str:
-    # An engine that is no session of ONNX Runtime says what it is by its name.
-    engine = runtime._model.engine
-    session: Any = getattr(engine, "_decoder", None)
-    return str(session.get_providers()[0]) if hasattr(session, "get_providers") else type(engine).__name__
 
 
 def _number(measured: Measured, name: str) -> float | None:

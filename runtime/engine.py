@@ -11,10 +11,11 @@ import numpy as np
 import onnxruntime
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle
-from edgeprune.errors import BundleError
+from edgeprune.errors import BundleError, EngineError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.cache import Arrays, KvCache
 
+CPU = "CPUExecutionProvider"
 SEGMENTS = ("prefix", "visual", "suffix")
 SIGNALS = ("vision_attention", "vision_keys")
 
@@ -133,12 +134,15 @@ def decoder_outputs(plan: KeepPlan) -> list[str]:
 
 
 class OnnxEngine:
-    """A bundle's graphs on ONNX Runtime's CPU provider.
+    """A bundle's graphs on ONNX Runtime.
 
-    `exact`: multiply quantized weights in floating point, as TensorRT does. ONNX Runtime rounds what they meet to int8 otherwise.
+    `providers`: execution providers, the one that is wanted first; EngineError is raised where it cannot be had. `exact`: multiply
+    quantized weights in floating point, as TensorRT does. ONNX Runtime rounds what they meet to int8 otherwise.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,), exact: bool = False
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if exact:
@@ -146,11 +150,11 @@ class OnnxEngine:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._plan = bundle.plan
-        self._vision = _open(bundle.file(VISION), options)
-        self._embed = _open(bundle.file(EMBED), options)
-        self._decoder = _open(bundle.file(DECODER), options)
-        self._selector = _open(bundle.file(SELECTOR), options) if bundle.plan.input else None
-        self._predictor = _open(bundle.file(PREDICTOR), options) if bundle.plan.live else None
+        self._vision = _open(bundle.file(VISION), options, providers)
+        self._embed = _open(bundle.file(EMBED), options, providers)
+        self._decoder = _open(bundle.file(DECODER), options, providers)
+        self._selector = _open(bundle.file(SELECTOR), options, providers) if bundle.plan.input else None
+        self._predictor = _open(bundle.file(PREDICTOR), options, providers) if bundle.plan.live else None
         self._seen = [output.name for output in self._vision.get_outputs()]
         self._inputs, self._outputs = decoder_inputs(bundle.plan), decoder_outputs(bundle.plan)
         # A graph without cuts does not ask which tokens these are.
@@ -200,9 +204,22 @@ class OnnxEngine:
         return float(self._predictor.run(["share"], feeds)[0][0])
 
 
-def _open(path: Path, options: Any) -> Any:
+def _open(path: Path, options: Any, providers: Sequence[str]) -> Any:
+    _check_offered(providers[0])
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime raises types of its own, without a common base
         first = str(error).splitlines()[0]
         raise BundleError(f"ONNX Runtime cannot load {path}: {first}.", hint="Export it again.") from error
+    if session.get_providers()[0] != providers[0]:  # it goes on with the next one when a library is missing
+        raise EngineError(f"ONNX Runtime could not start {providers[0]}.", hint="See: edgeprune doctor, or use --provider cpu")
+    return session
+
+
+def _check_offered(provider: str) -> None:
+    offered = onnxruntime.get_available_providers()
+    if provider not in offered:
+        raise EngineError(
+            f"This ONNX Runtime has no {provider}; it has {', '.join(offered)}.",
+            hint="Replace onnxruntime by onnxruntime-gpu (on a Jetson, NVIDIA's own wheel), or use --provider cpu.",
+        )

@@ -16,11 +16,11 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.conversation import Conversation, Model, Stream
-from edgeprune.runtime.engine import OnnxEngine
 from edgeprune.runtime.images import read_image
 from edgeprune.runtime.overlay import Panel, kept_panels, lay_out
 from edgeprune.runtime.preprocess import ImageSpec
 from edgeprune.runtime.preprocess import fit as fit_image
+from edgeprune.runtime.providers import open_engine
 from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.sampling import Sampling
 
@@ -91,10 +91,14 @@ class Chat:
         return self._conversation.ask(prompt, picture, _sampling(sampling))
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Runtime:
-    """Load a bundle after checking every file against its manifest; raise BundleError when one is missing or altered."""
+def load(path: str | os.PathLike[str], *, threads: int | None = None, provider: str = "cpu") -> Runtime:
+    """Load a bundle after checking every file against its manifest.
+
+    `provider`: what computes, one of `edgeprune.runtime.providers.PROVIDERS`; no other is taken in its place. `threads`: of ONNX
+    Runtime. Raises BundleError when a file is missing or altered, EngineError when the provider cannot be had here.
+    """
     bundle = Bundle.load(Path(path))
-    engine = OnnxEngine(bundle, threads)
+    engine = open_engine(bundle, provider, threads)
     return Runtime(
         Model(
             engine=engine,

@@ -8,7 +8,7 @@ import click
 
 from edgeprune import __version__
 from edgeprune.cli.asking import eval_command, run
-from edgeprune.cli.building import build, check
+from edgeprune.cli.building import build, check, selftest
 from edgeprune.cli.calibrating import calibrate, merge, profile
 from edgeprune.cli.diagnosing import bench, doctor
 from edgeprune.cli.estimating import estimate
@@ -51,6 +51,7 @@ for _command in (
     verify,
     check,
     build,
+    selftest,
     run,
     eval_command,
     report,

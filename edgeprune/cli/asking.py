@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, fit_option, json_option, plan_options, resolve_plan
+from edgeprune.cli.options import bundle_argument, fit_option, json_option, plan_options, provider_option, resolve_plan
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.files import save_image
 
@@ -24,6 +24,7 @@ from edgeprune.files import save_image
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@provider_option
 @fit_option
 @json_option
 def run(bundle: Path, image: Path | None, prompt: str | None, as_json: bool, **options: Any) -> None:
@@ -35,7 +36,7 @@ def run(bundle: Path, image: Path | None, prompt: str | None, as_json: bool, **o
 
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
     picture = read_image(image)
-    runtime = load(bundle, threads=options.pop("threads"))
+    runtime = load(bundle, threads=options.pop("threads"), provider=options.pop("provider"))
     stream = runtime.stream(picture, prompt, prune=prune, **options)
     show_answer(stream, as_json)
     if overlay is not None:
@@ -46,10 +47,11 @@ def run(bundle: Path, image: Path | None, prompt: str | None, as_json: bool, **o
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt, answer, kind.")
 @click.option("--limit", type=int, help="Only the first N samples.")
+@provider_option
 @fit_option
 @plan_options
 @json_option
-def eval_command(model: str, data: Path, limit: int | None, fit: str, as_json: bool, **plan_request: Any) -> None:
+def eval_command(model: str, data: Path, limit: int | None, provider: str, fit: str, as_json: bool, **plan_request: Any) -> None:
     """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
 
     The plan options apply to a transformers folder only; a bundle has its plan frozen in.
@@ -59,7 +61,7 @@ def eval_command(model: str, data: Path, limit: int | None, fit: str, as_json: b
     from edgeprune.cli.show import Counter, show_evaluation
 
     samples = read_samples(data, limit)
-    runtime = _open_model(model, plan_request)
+    runtime = _open_model(model, provider, plan_request)
     with Counter("samples", len(samples), quiet=as_json) as counter:
         report = evaluate(runtime, samples, fit=fit, progress=counter.update)
     show_evaluation(report, as_json)
@@ -74,7 +76,7 @@ def _need_both(image: Path | None, prompt: str | None) -> tuple[Path, str]:
     return image, prompt
 
 
-def _open_model(model: str, plan_request: dict[str, Any]) -> Any:
+def _open_model(model: str, provider: str, plan_request: dict[str, Any]) -> Any:
     from edgeprune.bundle import is_bundle
 
     if is_bundle(Path(model)):
@@ -82,7 +84,9 @@ def _open_model(model: str, plan_request: dict[str, Any]) -> Any:
             raise UsageError(f"{model} is a bundle: its plan is frozen in.", hint="Export another bundle for another plan.")
         from edgeprune.runtime import load
 
-        return load(model)
+        return load(model, provider=provider)
+    if provider != "cpu":
+        raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.calibration.reference import reference_model
     from edgeprune.loading import find_model, load_model

@@ -1,7 +1,8 @@
-"""Commands about TensorRT: check, build."""
+"""Commands about TensorRT: check, build, selftest."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,3 +76,24 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
     with EngineProgress(quiet=as_json) as progress:
         done = build_bundle(asked, progress.advance)
     show_engines(bundle, done, as_json)
+
+
+@click.command()
+@bundle_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report as JSON, to send it to somebody.")
+@json_option
+@click.pass_context
+def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, as_json: bool) -> None:
+    """Compare the engines of BUNDLE on this device with ONNX Runtime on its CPU, step by step."""
+    from edgeprune.bundle import Bundle
+    from edgeprune.cli.built import show_selftest
+    from edgeprune.cli.show import Stages
+    from edgeprune.files import write_text
+    from edgeprune.runtime.tensorrt.selftest import selftest as run_selftest
+
+    with Stages(["reference", "engines", "memory"], quiet=as_json) as stages:
+        report = run_selftest(Bundle.load(bundle), progress=stages.begin)
+    if output is not None:
+        write_text(output, json.dumps(report.to_dict(), indent=2) + "\n")
+    show_selftest(report, as_json)
+    ctx.exit(0 if report.passed else 1)

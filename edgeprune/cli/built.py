@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgeprune.runtime.tensorrt.commands import BuildRequest
     from edgeprune.runtime.tensorrt.jobs import Done, Job
     from edgeprune.runtime.tensorrt.ranges import Profile, Shapes
+    from edgeprune.runtime.tensorrt.selftest import SelfTest
 
 
 class EngineProgress:
@@ -141,3 +142,19 @@ def _verdict(report: Report) -> str:
     if report.trials is None:
         return f'\n{name}: nothing found by the lint. Not tried: pip install "edgeprune[check]" brings NVIDIA\'s builder.'
     return f"\n{name}: nothing found by the lint, every graph was built by TensorRT-RTX."
+
+
+def show_selftest(report: SelfTest, as_json: bool) -> None:
+    """Print what was compared, the times of both ways to compute, and the verdict."""
+    if as_json:
+        show_json(report.to_dict())
+        return
+    machine = report.machine["machine"]
+    show_facts({"machine": machine["device"], **report.bundle, "cuts": ", ".join(report.bundle["cuts"]) or "none"}, as_json=False)
+    rows = [[c.name, c.words, f"{c.worst:.2g}", f"{c.allowed:.2g}", "yes" if c.passed else "NO"] for c in report.checks]
+    show_table(["check", "compared", "worst", "allowed", "passed"], rows, as_json=False)
+    names = list(next(iter(report.times.values())))
+    show_table(
+        ["ms", *names], [[how, *(f"{each[name]:.1f}" for name in names)] for how, each in report.times.items()], as_json=False
+    )
+    click.echo("\nEvery check passed." if report.passed else "\nThe engines do not compute what the graphs say.")

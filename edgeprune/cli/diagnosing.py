@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, fit_option, json_option
+from edgeprune.cli.options import bundle_argument, fit_option, json_option, provider_option
 
 
 @click.command()
@@ -31,6 +31,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 @click.option("--tokens", default=32, show_default=True, help="Tokens of every answer; end tokens do not end it.")
 @click.option("--repeats", default=10, show_default=True, help="How often both modes are measured, in turns.")
 @click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@provider_option
 @fit_option
 @json_option
 def bench(bundle: Path, repeats: int, as_json: bool, **options: Any) -> None:

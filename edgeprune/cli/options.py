@@ -10,6 +10,8 @@ import click
 
 from edgeprune.errors import UsageError
 
+# As in edgeprune.runtime.providers, which imports ONNX Runtime: too slow for --help.
+PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "tensorrt")
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -19,6 +21,13 @@ fit_option = click.option(
     default="exact",
     show_default=True,
     help="An image of another aspect than the bundle's: refuse, stretch or letterbox it.",
+)
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(PROVIDERS),
+    default="cpu",
+    show_default=True,
+    help="What computes: ONNX Runtime's cpu, cuda or ort-tensorrt, or the bundle's own engines (tensorrt).",
 )
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 

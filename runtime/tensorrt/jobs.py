@@ -6,6 +6,7 @@ budgets, engines of equal graphs are taken over.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from edgeprune.device.memory import Memory
 from edgeprune.errors import EngineError
 from edgeprune.runtime.tensorrt.building import Settings, build_engine
 from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
-from edgeprune.runtime.tensorrt.store import TIMINGS, EngineRecord, Identity, Store, engine_key, record_of
+from edgeprune.runtime.tensorrt.store import TIMINGS, EngineRecord, Identity, Store, engine_key
 
 # Peak resident memory of TensorRT-RTX builds of decoders of 3 to 1400 MB of weights: a base, and the weights as parsed, as laid out
 # for kernels, and as serialized (docs/tensorrt.md).
@@ -30,6 +31,7 @@ class Job:
     """One engine to be had: its graph, profiles and key; `weights`: bytes of the graph; `ready`: it is there already."""
 
     graph: str
+    limits: Limits
     profiles: tuple[Profile, ...]
     weights: int
     key: str = ""
@@ -57,7 +59,7 @@ def jobs_of(
         weights = sum(record.bytes for name, record in bundle.manifest.files.items() if name in (graph, f"{graph}.data"))
         key = "" if identity is None else engine_key(bundle, graph, identity, profiles, settings.level)
         ready = store is not None and _found(store, graph, key) is not None
-        jobs.append(Job(graph, profiles, weights, key, ready))
+        jobs.append(Job(graph, limits, profiles, weights, key, ready))
     return jobs
 
 
@@ -142,7 +144,18 @@ def _build(
         configure=configure,
         advance=lambda phase, done: advance(job.graph, phase, done),
     )
-    record = record_of(bundle, job.graph, job.key, identity, settings.level, built.plan, time.perf_counter() - started)
+    record = EngineRecord(
+        graph=job.graph,
+        key=job.key,
+        tensorrt=identity.tensorrt,
+        capability=identity.capability,
+        precision=bundle.manifest.precision,
+        limits=job.limits,
+        level=settings.level,
+        bytes=len(built.plan),
+        sha256=hashlib.sha256(built.plan).hexdigest(),
+        seconds=time.perf_counter() - started,
+    )
     store.add(record, built.plan)
     store.keep_timings(built.timings)
     return record
@@ -159,4 +172,3 @@ def _found(store: Store, graph: str, key: str) -> EngineRecord | None:
 def _read(store: Store, job: Job) -> tuple[EngineRecord, bytes] | None:
     record = _found(store, job.graph, job.key)
     return None if record is None else (record, store.read(record))
-

@@ -23,7 +23,7 @@ from pathlib import Path
 from edgeprune.bundle import Bundle, sha256_of
 from edgeprune.errors import EngineError
 from edgeprune.files import write_bytes, write_text
-from edgeprune.runtime.tensorrt.ranges import Profile
+from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
 
 FOLDER = "engines"
 RECORDS, TIMINGS = f"{FOLDER}/engines.json", f"{FOLDER}/timings.cache"
@@ -41,13 +41,14 @@ class Identity:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One engine that this device built: of which `graph`, its key, and what the file must be."""
+    """One engine that this device built: of which `graph`, its key, for how long things, and what the file must be."""
 
     graph: str
     key: str
     tensorrt: str
     capability: str
     precision: str
+    limits: Limits
     level: int
     bytes: int
     sha256: str
@@ -67,6 +68,27 @@ def engine_key(bundle: Bundle, graph: str, identity: Identity, profiles: Sequenc
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def usable_engines(bundle: Bundle, store: Store, identity: Identity) -> dict[str, tuple[EngineRecord, tuple[Profile, ...]]]:
+    """Return the engine of every graph with its profiles; raise EngineError saying what is missing or does not fit."""
+    records, found = {record.graph: record for record in store.records()}, {}
+    for graph in bundle.manifest.graphs:
+        record = records.get(graph)
+        if record is None:
+            raise EngineError(f"There is no engine of {graph} in {bundle.path}.", hint=REBUILD)
+        built_for = Identity(record.tensorrt, record.capability)
+        if built_for != identity:
+            raise EngineError(
+                f"The engine of {graph} is of TensorRT {built_for.tensorrt} for SM {built_for.capability}, "
+                f"this is {identity.tensorrt} on SM {identity.capability}.",
+                hint=REBUILD,
+            )
+        profiles = profiles_of(bundle, record.limits)[graph]
+        if record.key != engine_key(bundle, graph, identity, profiles, record.level):
+            raise EngineError(f"The engine of {graph} was built from another bundle.", hint=REBUILD)
+        found[graph] = record, profiles
+    return found
+
+
 class Store:
     """The engines of one bundle. `secret`: this device's key; without it, that of the user's data folder."""
 
@@ -81,7 +103,7 @@ class Store:
             return ()
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            records = tuple(EngineRecord(**record) for record in data["engines"])
+            records = tuple(EngineRecord(**{**record, "limits": Limits(**record["limits"])}) for record in data["engines"])
             signature = str(data["signature"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"Cannot read {path}: {error!r}.", hint=REBUILD) from error
@@ -142,21 +164,6 @@ class Store:
     def _signature(self, records: tuple[EngineRecord, ...]) -> str:
         signed = json.dumps([asdict(record) for record in records], sort_keys=True).encode()
         return hmac.new(self._secret, signed, hashlib.sha256).hexdigest()
-
-
-def record_of(bundle: Bundle, graph: str, key: str, identity: Identity, level: int, plan: bytes, seconds: float) -> EngineRecord:
-    """Return the record of an engine that was just built."""
-    return EngineRecord(
-        graph=graph,
-        key=key,
-        tensorrt=identity.tensorrt,
-        capability=identity.capability,
-        precision=bundle.manifest.precision,
-        level=level,
-        bytes=len(plan),
-        sha256=hashlib.sha256(plan).hexdigest(),
-        seconds=seconds,
-    )
 
 
 def device_secret() -> bytes:

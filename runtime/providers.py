@@ -1,0 +1,30 @@
+"""What computes: ONNX Runtime on one of its execution providers, or TensorRT engines that were built on this device."""
+
+from __future__ import annotations
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import UsageError
+from edgeprune.runtime.engine import CPU, Engine, OnnxEngine
+
+_CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+ENGINES = "tensorrt"
+# ONNX Runtime gives each provider what the one before it does not take. Its TensorRT provider builds engines while it loads and
+# keeps none: a cached one would be loaded blindly.
+ONNXRUNTIME = {"cpu": (CPU,), "cuda": (_CUDA, CPU), "ort-tensorrt": (_TENSORRT, _CUDA, CPU)}
+PROVIDERS = (*ONNXRUNTIME, ENGINES)
+
+
+def open_engine(bundle: Bundle, provider: str, threads: int | None = None) -> Engine:
+    """Return a bundle's graphs on a provider of PROVIDERS.
+
+    Raises EngineError when it cannot be had here, UsageError for an unknown one or threads that it does not have.
+    """
+    if provider in ONNXRUNTIME:
+        return OnnxEngine(bundle, threads, providers=ONNXRUNTIME[provider])
+    if provider != ENGINES:
+        raise UsageError(f"Unknown provider {provider!r}.", hint=f"Providers are: {', '.join(PROVIDERS)}.")
+    if threads is not None:
+        raise UsageError("TensorRT engines have no threads to choose.", hint="Leave --threads out.")
+    from edgeprune.runtime.tensorrt.engine import TensorRTEngine
+
+    return TensorRTEngine.here(bundle)

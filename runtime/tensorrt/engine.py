@@ -1,0 +1,105 @@
+"""A bundle's engines on the device, behind the interface of the generation loop.
+
+Only token ids, positions and pixels go to the device, and only logits, kept indices and shares come back; embeddings, caches and
+the attention split stay there. A text cache is written anew by every step, into the other one of two buffers. There is no CUDA
+graph of the decode step: its text caches are one longer every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle
+from edgeprune.runtime.cache import Arrays, KvCache
+from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_name
+from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
+from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool
+from edgeprune.runtime.tensorrt.driver import CudaDriver, Driver
+from edgeprune.runtime.tensorrt.executor import Executor, Value
+from edgeprune.runtime.tensorrt.ranges import IMAGE_TURN, TEXT
+from edgeprune.runtime.tensorrt.store import Identity, Store, usable_engines
+
+
+class TensorRTEngine:
+    """The graphs of a bundle as TensorRT engines; `close` gives their memory back.
+
+    Arrays in what it returns lie on the device. Raises EngineError when an engine is missing, is of another TensorRT or GPU, or was
+    not built on this device.
+    """
+
+    def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: Identity) -> None:
+        self._plan, self._driver, self._pool = bundle.plan, driver, Pool(driver)
+        self._executors: dict[str, Executor] = {}
+        usable = usable_engines(bundle, store, device)
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        for graph, (record, profiles) in usable.items():
+            described = bundle.manifest.graphs[graph]
+            self._executors[graph] = Executor(trt, self._runtime, store.read(record), described, profiles, self._pool)
+        self._inputs, self._outputs = decoder_inputs(bundle.plan), decoder_outputs(bundle.plan)
+
+    @classmethod
+    def here(cls, bundle: Bundle) -> TensorRTEngine:
+        """Return the engine on this machine's GPU."""
+        trt, runtime = tensorrt(), cuda()
+        return cls(bundle, trt, CudaDriver(runtime), Store(bundle.path), identity(trt, runtime))
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory for inputs, outputs and caches; engines and their scratch memory not counted."""
+        return self._pool.bytes
+
+    def see(self, patches: np.ndarray) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]."""
+        outputs = self._executors[VISION].run({"pixel_values": patches})
+        signals = {name: _array(outputs[name]) for name in SIGNALS if name in outputs}
+        return Seen(_array(outputs["visual_embeds"]), signals)
+
+    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
+        [K], those on the host.
+        """
+        outputs = self._executors[SELECTOR].run({"visual_embeds": seen.embeds, "prompt_embeds": prompt, **seen.signals})
+        return _array(outputs["kept_embeds"]), outputs[kept_name(0)].numpy()
+
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Return embeddings [1, n, hidden]."""
+        return _array(self._executors[EMBED].run({"ids": np.array([ids], np.int64)})["embeds"])
+
+    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+        """Run new tokens on top of a cache."""
+        segments = (tokens.prefix, tokens.visual, tokens.suffix)
+        values: list[Value] = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
+        values += [*([tokens.groups] if self._plan.live else []), *cache.text, *cache.visual]
+        profile = IMAGE_TURN if len(tokens.order) else TEXT
+        outputs = self._executors[DECODER].run(dict(zip(self._inputs, values, strict=True)), profile)
+        return self._step(outputs, len(cache.text))
+
+    def rate(self, split: np.ndarray, step: int) -> float:
+        """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
+        outputs = self._executors[PREDICTOR].run({"attention_split": split, "step": np.array([step], np.float32)})
+        return float(outputs["share"].numpy()[0])
+
+    def close(self) -> None:
+        """Destroy the engines, then free the memory, then give the stream back."""
+        for executor in self._executors.values():
+            executor.close()
+        self._pool.close()
+        self._driver.close()
+
+    def _step(self, outputs: Mapping[str, DeviceArray], count: int) -> Step:
+        logits, *rest = (outputs[name] for name in self._outputs)
+        split = _array(rest.pop()) if self._plan.live else None
+        text, visual, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        return Step(logits.numpy()[0, 0], _arrays(text), _arrays(visual), tuple(part.numpy() for part in kept), split)
+
+
+def _array(array: DeviceArray) -> np.ndarray:
+    # The loop passes these on, joins them and takes prefixes, which is all they can do.
+    return cast("np.ndarray", array)
+
+
+def _arrays(arrays: Sequence[DeviceArray]) -> Arrays:
+    return tuple(map(_array, arrays))

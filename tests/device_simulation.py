@@ -1,0 +1,176 @@
+"""A device made up for tests: memory that notices every wrong access, and TensorRT played by ONNX Runtime on it.
+
+The simulated TensorRT is given what stands for the plan of NVIDIA's builder: a JSON of the graph's path and its profiles. It reads
+inputs from the addresses that it was told, in the memory of the simulated driver, and writes outputs there; whatever lies outside
+a block, overlaps a freed one or was never set is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+STREAM = 77
+
+
+class SimulatedDriver:
+    """Memory as a table of blocks. `calls`: what was asked, in order."""
+
+    stream = STREAM
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, bytearray] = {}
+        self.calls: list[tuple[Any, ...]] = []
+        self.closed = False
+        self._next = 1 << 20
+
+    def allocate(self, size: int) -> int:
+        assert size > 0
+        address, self._next = self._next, self._next + size + (1 << 12)  # a gap, so that neighbours are never hit by chance
+        self._next = -(-self._next // 256) * 256
+        self.blocks[address] = bytearray(b"\xcd" * size)
+        self.calls.append(("allocate", size))
+        return address
+
+    def free(self, address: int) -> None:
+        del self.blocks[address]
+        self.calls.append(("free", address))
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous
+        self.view(address, array.nbytes)[:] = array.tobytes()
+        self.calls.append(("upload", array.nbytes))
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        array.reshape(-1)[:] = np.frombuffer(self.view(address, array.nbytes), array.dtype)
+        self.calls.append(("download", array.nbytes))
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        self.view(target, size)[:] = bytes(self.view(source, size))
+        self.calls.append(("copy", size))
+
+    def close(self) -> None:
+        assert not self.blocks, "memory is freed before the stream goes"
+        self.closed = True
+
+    def view(self, address: int, size: int) -> memoryview:
+        """Return the memory of an access, which must lie in one living block."""
+        for start, block in self.blocks.items():
+            if start <= address and address + size <= start + len(block):
+                return memoryview(block)[address - start : address - start + size]
+        raise AssertionError(f"{size} bytes at {address} are not in any living block")
+
+
+class SimulatedContext:
+    """Like IExecutionContext: remembers shapes and addresses of its profile, and runs on the driver's memory."""
+
+    def __init__(self, engine: SimulatedEngine) -> None:
+        self._engine, self._profile = engine, 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, number: int, stream: int) -> bool:
+        assert stream == STREAM
+        self._profile = number
+        return True
+
+    def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+        low, _, high = self._engine.profiles[self._profile].get(name, (shape, shape, shape))
+        self._shapes[name] = tuple(shape)
+        return len(low) == len(shape) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address and address % 2 == 0
+        self._addresses[name] = address
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        side = self._engine.graph["inputs"] | self._engine.graph["outputs"]
+        lengths = self._lengths()
+        return tuple(
+            axis if isinstance(axis, int) else int(eval(axis, {"Min": min, "Max": max}, lengths)) for axis in side[name]["shape"]
+        )
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == STREAM and set(self._addresses) == set(self._engine.names), "every address is set"
+        inputs = {name: self._read(name) for name in self._engine.graph["inputs"] if name in self._engine.used}
+        outputs = self._engine.session.run(list(self._engine.graph["outputs"]), inputs)
+        spans = []
+        for name, array in zip(self._engine.graph["outputs"], outputs, strict=True):
+            assert array.shape == self.get_tensor_shape(name), name
+            self._engine.driver.view(self._addresses[name], array.nbytes)[:] = array.tobytes()
+            spans.append((self._addresses[name], array.nbytes))
+        reads = [(self._addresses[name], array.nbytes) for name, array in inputs.items() if array.nbytes]
+        assert not any(_overlap(one, other) for one in spans for other in reads), "outputs never overwrite inputs"
+        self._engine.driver.calls.append(("execute", Path(self._engine.plan["onnx"]).stem, self._profile))
+        self._addresses.clear()  # nothing may rely on what an earlier step set
+        return True
+
+    def _read(self, name: str) -> np.ndarray:
+        kind = np.dtype(self._engine.graph["inputs"][name]["type"])
+        size = int(np.prod(self._shapes[name])) * kind.itemsize
+        memory = self._engine.driver.view(self._addresses[name], size)
+        return np.frombuffer(bytes(memory), kind).reshape(self._shapes[name])
+
+    def _lengths(self) -> dict[str, int]:
+        declared = self._engine.graph["inputs"]
+        return {
+            axis: length
+            for name, shape in self._shapes.items()
+            for axis, length in zip(declared[name]["shape"], shape, strict=True)
+            if isinstance(axis, str)
+        }
+
+
+class SimulatedEngine:
+    """Like ICudaEngine, of a plan that `simulated_plan` made."""
+
+    def __init__(self, plan: Mapping[str, Any], driver: SimulatedDriver) -> None:
+        self.plan, self.driver, self.graph, self.profiles = plan, driver, plan["graph"], plan["profiles"]
+        self.names = [*self.graph["inputs"], *self.graph["outputs"]]
+        self.session = onnxruntime.InferenceSession(plan["onnx"], providers=["CPUExecutionProvider"])
+        self.used = {node.name for node in self.session.get_inputs()}
+        self.num_io_tensors = len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return str(self.names[index])
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name in self.graph["inputs"] else "out"
+
+    def create_execution_context(self) -> SimulatedContext:
+        return SimulatedContext(self)
+
+
+def simulated_plan(onnx: Path, graph: Mapping[str, Any], profiles: Sequence[Any]) -> bytes:
+    """Return what stands for a serialized engine."""
+    return json.dumps({"onnx": str(onnx), "graph": graph, "profiles": profiles}).encode()
+
+
+def simulated_tensorrt(driver: SimulatedDriver) -> Any:
+    """Return a module that plays TensorRT's runtime on a driver's memory."""
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, severity: int) -> None:
+            self.severity = severity
+
+    class Runtime:
+        def __init__(self, logger: Logger) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> SimulatedEngine | None:
+            return None if plan == b"not an engine" else SimulatedEngine(json.loads(plan), driver)
+
+    return SimpleNamespace(Logger=Logger, Runtime=Runtime, TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"))
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
