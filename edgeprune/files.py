@@ -21,7 +21,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file through a temporary one beside it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -150,7 +150,7 @@ def test_the_table(result: Benchmark, capsys: pytest.CaptureFixture[str]) -> Non
         "JetPack 6.2",
         "clocks not pinned",
         "TensorRT 10.3.0",
-        "CPUExecutionProvider",
+        "provider cpu",
         "threads 1",
     ):
         assert words in header

@@ -24,7 +24,7 @@ from edgeprune.targets import TARGETS, Lowering
 pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
 
 BASE = unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY)
-RANKED: dict[str, Any] = {"rows": "peak", "reduce": "max", "spread": True, "prior": [0.0] * 12}
+RANKED: dict[str, Any] = {"rows": "peak", "reduce": "max", "spread": True, "prior": [list(range(12))] * 2}
 CACHES = BASE.with_cuts(*(Cut("cache", "plphp", keep, layer) for layer, keep in enumerate((7, 5))))
 PREDICTOR_OPTIONS = {"form": "predictor", "weight": [[0.1] * 9] * 2, "bias": [0.5, 0.0], "shares": [1.0, 0.4]}
 FORMS = {

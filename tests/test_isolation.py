@@ -20,7 +20,21 @@ def loaded_after(code: str) -> set[str]:
     return set(output.split("MODULES ")[1].split())
 
 
-@pytest.mark.parametrize("module", ["runtime", "bundle", "plan", "registry", "tabletop.dataset", "calibration.evaluation"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "runtime",
+        "runtime.tensorrt.engine",
+        "runtime.tensorrt.commands",
+        "device.doctor",
+        "bundle",
+        "plan",
+        "registry",
+        "targets",
+        "tabletop.dataset",
+        "calibration.evaluation",
+    ],
+)
 def test_importing_stays_torch_free(module: str) -> None:
     assert not loaded_after(f"import edgeprune.{module}") & HEAVY
 

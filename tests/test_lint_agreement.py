@@ -87,6 +87,7 @@ AGREED: dict[str, tuple[bool, str, list[Profile]]] = {
         f"{VECTOR.replace('4] y', 'n] y')} {{ {LOOP.replace('4] s2', '8] s2').replace('Add(s, s)', 'Concat<axis = 0>(s, s)')} }}",
         [],
     ),
+    "nonzero": (False, "agraph (float[4] x) => (int64[1,n] y) { y = NonZero(x) }", []),
     "uneven branches": (
         False,
         "agraph (bool c, float[4] x) => (float[n] y) { y = If(c)<then_branch = t () => (float[4] a) { a = Abs(x) }, "
@@ -97,9 +98,7 @@ AGREED: dict[str, tuple[bool, str, list[Profile]]] = {
 
 # What the lint says, what tensorrt-rtx does, and why they may differ.
 DIFFERENCES: dict[str, tuple[bool, bool, str, list[Profile]]] = {
-    # Parsed by a Jetson's TensorRT since 8.5; here it is a plugin that the wheel lacks. The lint warns.
-    "nonzero": (True, False, "agraph (float[4] x) => (int64[1,n] y) { y = NonZero(x) }", []),
-    # A plugin again; the lint warns.
+    # Parsed by a Jetson's TensorRT; here it is a plugin that the wheel lacks. The lint warns.
     "scatter elements": (
         True,
         False,

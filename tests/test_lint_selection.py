@@ -79,10 +79,10 @@ def test_no_order(tmp_path: Path) -> None:
 def test_a_count_of_what_is_not_zero(tmp_path: Path) -> None:
     text = "agraph (float[4] x) => (int64[1,n] y) { [count] y = NonZero(x) }"
     found = only(findings_of(tmp_path, text))
-    assert (found.node, found.severity) == ("count", "warning")
+    assert (found.node, found.severity) == ("count", "error")
     assert "depends on data" in found.reason and "TopK and Gather" in found.remedy
     on_masks = findings_of(tmp_path, text.replace("float", "bool"))
-    assert [finding.severity for finding in on_masks] == ["error", "warning"]
+    assert [finding.severity for finding in on_masks] == ["error", "error"]
     assert "NonZero on BOOL" in on_masks[0].reason
 
 

@@ -77,7 +77,7 @@ def _header(result: Benchmark) -> str:
         ),
         f"clocks {_pinned(machine)}",
         f"TensorRT {machine.tensorrt or 'none'}",
-        result.provider,
+        f"provider {result.provider}",
         f"threads {result.threads or 'by default'}",
         f"warm-up {result.warm_up}",
         f"repeats {result.repeats}",

@@ -86,8 +86,7 @@ def _run_on_cuda(machine: Machine) -> Ability:
     if not offered:
         remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
         return Ability(_CUDA, False, "ONNX Runtime offers no CUDA provider", remedy)
-    # The runtime opens its graphs on the CPU provider: this tells what the machine has, not what `edgeprune run` uses.
-    reason = f"ONNX Runtime {_onnxruntime_version(machine)} offers {', '.join(offered)}; edgeprune run uses the CPU"
+    reason = f"ONNX Runtime {_onnxruntime_version(machine)} offers {', '.join(offered)}: edgeprune run --provider cuda"
     return Ability(_CUDA, True, reason)
 
 
@@ -97,12 +96,12 @@ def _build_engines(machine: Machine) -> Ability:
     if not machine.onnx_parser:
         major = version_numbers(machine.tensorrt)[0]
         return Ability(_BUILD, False, "TensorRT's ONNX parser is not installed", f"sudo apt install libnvonnxparsers{major}")
-    return Ability(_BUILD, True, f"TensorRT {machine.tensorrt}, for bundles of the target {_target_name(machine)}")
+    return Ability(_BUILD, True, f"TensorRT {machine.tensorrt}: edgeprune export --target {_target_name(machine)}, edgeprune build")
 
 
 def _run_engines(machine: Machine) -> Ability:
     return _tensorrt_blocked(_ENGINES, machine) or Ability(
-        _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built by it on this GPU"
+        _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built on this device: edgeprune run --provider tensorrt"
     )
 
 

@@ -11,7 +11,7 @@ from edgeprune.lint.graphs import Node
 from edgeprune.lint.lengths import Dim, range_of
 from edgeprune.lint.subject import Subject
 
-# Parsed, yet how much they return is known only when they have run.
+# Jetson's TensorRT parses them, yet how much they return is known only when they have run: no buffer has a fixed size after them.
 _COUNTS_DATA = ("NonMaxSuppression", "NonZero")
 
 
@@ -60,7 +60,7 @@ def counted_selections(subject: Subject) -> Iterator[Finding]:
     for node in subject.graph.nodes:
         if node.operator in _COUNTS_DATA:
             reason = f"How much {node.operator} returns depends on data, so no memory after it is of fixed size."
-            yield subject.warning(node, reason, "Keep a fixed count with TopK and Gather, or mask with Where.")
+            yield subject.error(node, reason, "Keep a fixed count with TopK and Gather, or mask with Where.")
         elif node.operator == "Where" and len(node.inputs) == 1:
             reason = "Where with one input returns as much as the data say, and ONNX has it with three alone."
             yield subject.error(node, reason, "Keep a fixed count with TopK and Gather.")

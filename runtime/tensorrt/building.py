@@ -30,9 +30,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, the seconds that parsing and building took, and the builder's timing cache."""
+    """A serialized engine where the builder left it, the seconds that parsing and building took, and the builder's timing cache."""
 
-    plan: bytes
+    plan: memoryview
     parse_seconds: float
     build_seconds: float
     timings: bytes
@@ -69,7 +69,7 @@ def build_engine(
         raise EngineError(f"TensorRT cannot build {graph.name}: {log.first_error}", hint="See: edgeprune check")
     del parser  # the network reads the weights that the parser mapped
     serialized = bytes(cache.serialize()) if cache is not None else b""
-    return Built(bytes(plan), parsed - started, time.perf_counter() - parsed, serialized)
+    return Built(memoryview(plan).cast("B"), parsed - started, time.perf_counter() - parsed, serialized)
 
 
 def _parsed(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:

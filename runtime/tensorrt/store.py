@@ -128,7 +128,7 @@ class Store:
             raise EngineError(f"{path} is not the engine that was built here.", hint=REBUILD)
         return plan
 
-    def add(self, record: EngineRecord, plan: bytes) -> None:
+    def add(self, record: EngineRecord, plan: bytes | memoryview) -> None:
         """Write an engine and its record; engines of the same graph for anything else go."""
         (self._folder / FOLDER).mkdir(exist_ok=True)
         write_bytes(self._folder / record.file, plan)
