@@ -38,7 +38,7 @@ tree:
 	touch $@
 
 .venv/.test: .venv/.demo
-	$(INSTALL) -e ".[export,check,plot,ray,test]"
+	$(INSTALL) -e ".[export,check,plot,ray,tensorrt,test]"
 	touch $@
 
 clean:

@@ -58,8 +58,13 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         exec(compile(block, "README.md", "exec"), {})  # the README's own code
 
 
+def markdown(folder: str) -> list[Path]:
+    pattern = "*.md" if folder == "." else "**/*.md"
+    return list((ROOT / folder).glob(pattern))
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/papers.md", "edgeprune/tabletop/model/README.md", "examples/papers/README.md"]
+    "page", sorted(str(path.relative_to(ROOT)) for folder in (".", "docs", "examples", "edgeprune") for path in markdown(folder))
 )
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
