@@ -15,9 +15,10 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
 from edgeprune.bundle import GraphRecord, Tensor
-from edgeprune.model.quantization import BLOCK, quantize
+from edgeprune.model.quantization import BLOCK, Quantized, quantize
 from edgeprune.targets import Lowering
 
+Known = dict[ir.Value, ir.Value]  # what was lowered already, and to what
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -74,44 +75,71 @@ def _halve_table(graph: ir.Graph, lowering: Lowering) -> None:
         return
     (gather,) = graph
     tape = Tape()
-    rows = tape.op("Gather", [_halved(tape, gather.inputs[0]), gather.inputs[1]])
+    rows = tape.op("Gather", [_halved(tape, gather.inputs[0], {}), gather.inputs[1]])
     _put(graph, gather, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
 
 
 def _lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
-    casts: dict[ir.Value, ir.Value] = {}
+    known: Known = {}
     half = lowering.products == "float16"
     for node in list(graph):
         # The decoder's own products of activations are of the type of its cache already.
         if node.op_type == "Gemm" and lowering.precision != "fp32":
             tape = Tape()
-            product = _linear(tape, node, lowering, part, casts)
+            product = _linear(tape, node, lowering, part, known)
         elif node.op_type == "MatMul" and part == "vision" and half:
             tape = Tape()
-            product = tape.op("MatMul", [_cast(tape, value, casts) for value in node.inputs])
+            product = tape.op("MatMul", [_cast(tape, value, known) for value in node.inputs])
         else:
             continue
         _put(graph, node, tape, tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product)
+    _check_lowered(graph, lowering)
 
 
-def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, casts: dict[ir.Value, ir.Value]) -> ir.Value:
+def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
+    # A layer that the exporter writes otherwise would keep its weights in float32, and nobody would notice.
+    if lowering.precision == "fp32":
+        return
+    left = [
+        value.name
+        for node in graph
+        if node.op_type in ("Gemm", "MatMul", "Conv")
+        for value in node.inputs
+        if value is not None and value.const_value is not None and str(value.name).endswith(".weight")
+    ]
+    assert not left, f"not lowered to {lowering.precision}: {left}"
+
+
+def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Known) -> ir.Value:
     # The exporter writes a linear layer as Gemm with the weight [out, in].
     state, weight, *bias = node.inputs
     assert weight is not None and weight.const_value is not None
     half = lowering.products == "float16"
     kind = lowering.weights_of("head" if "lm_head" in str(weight.name) else part)
-    state = _cast(tape, state, casts) if half else state
-    added = [_halved(tape, value) if half else value for value in bias]
+    state = _cast(tape, state, known) if half else state
+    added = [_halved(tape, value, known) if half else value for value in bias]
     if kind == "fp16":
-        return tape.op("Gemm", [state, _halved(tape, weight), *added], {"transB": 1})
-    product = tape.op("MatMul", [state, _restored(tape, weight, kind, _TYPES[lowering.products])])
+        return tape.op("Gemm", [state, _halved(tape, weight, known), *added], {"transB": 1})
+    product = tape.op("MatMul", [state, _matrix(tape, weight, kind, _TYPES[lowering.products], known)])
     return tape.op("Add", [product, *added]) if added else product
 
 
-def _restored(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype) -> ir.Value:
+def _matrix(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype, known: Known) -> ir.Value:
     # [in, out], as MatMul wants it: a transposition after the DequantizeLinear would hide the pattern that readers look for.
     assert weight.const_value is not None
     quantized = quantize(torch.from_numpy(weight.const_value.numpy()), kind, products)
+    if weight not in known:
+        known[weight] = _restored(tape, weight, quantized)
+        return known[weight]
+    # A cut that asks the next layer's query and key multiplies by them once more. The numbers are the same, but they are written
+    # out: NVIDIA's builder dies of quantized weights that two products share (TensorRT-RTX 1.7.1, fusing them).
+    if known[weight].producer() is not None:
+        whole = np.ascontiguousarray(quantized.restored().to(products).numpy().T)
+        known[weight] = tape.initializer(ir.tensor(whole), f"{weight.name}.restored")
+    return known[weight]
+
+
+def _restored(tape: Tape, weight: ir.Value, quantized: Quantized) -> ir.Value:
     integers, scales = (np.ascontiguousarray(part.numpy().T) for part in (quantized.values, quantized.scales))
     attributes = {"axis": 0, "block_size": BLOCK} if quantized.kind == "int4" else {"axis": 1}
     stored = integers.astype(ml_dtypes.int4) if quantized.kind == "int4" else integers
@@ -122,16 +150,18 @@ def _restored(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype) ->
     return tape.op("DequantizeLinear", inputs, attributes)
 
 
-def _cast(tape: Tape, value: ir.Value | None, casts: dict[ir.Value, ir.Value]) -> ir.Value:
+def _cast(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
     assert value is not None
-    if value not in casts:
-        casts[value] = tape.op("Cast", [value], {"to": ir.DataType.FLOAT16})
-    return casts[value]
+    if value not in known:
+        known[value] = tape.op("Cast", [value], {"to": ir.DataType.FLOAT16})
+    return known[value]
 
 
-def _halved(tape: Tape, value: ir.Value | None) -> ir.Value:
+def _halved(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
     assert value is not None and value.const_value is not None
-    return tape.initializer(ir.tensor(value.const_value.numpy().astype(np.float16)), f"{value.name}.fp16")
+    if value not in known:
+        known[value] = tape.initializer(ir.tensor(value.const_value.numpy().astype(np.float16)), f"{value.name}.fp16")
+    return known[value]
 
 
 def _put(graph: ir.Graph, node: ir.Node, tape: Tape, value: ir.Value) -> None:
@@ -139,6 +169,5 @@ def _put(graph: ir.Graph, node: ir.Node, tape: Tape, value: ir.Value) -> None:
     old = node.outputs[0]
     value.type, value.shape = old.type, old.shape
     for initializer in tape.initializers:
-        if initializer.name not in graph.initializers:
-            graph.register_initializer(initializer)
+        graph.register_initializer(initializer)
     ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), [old], [value])

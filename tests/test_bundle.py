@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
-from edgeprune.bundle import DECODER, EMBED, MANIFEST, PLAN, VISION, Bundle, is_bundle
+from edgeprune.bundle import DECODER, EMBED, MANIFEST, PLAN, SCHEMA_VERSION, VISION, Bundle, is_bundle
 from edgeprune.errors import BundleError, EdgePruneError, PlanError, UsageError
 from edgeprune.export import exporter
 from edgeprune.export.exporter import STAGES, export_bundle
@@ -58,8 +58,8 @@ def _rewrite_manifest(folder: Path, **changes: Any) -> None:
 
 
 def test_a_newer_schema_is_refused(altered_bundle: Path) -> None:
-    _rewrite_manifest(altered_bundle, schema_version=3)
-    with pytest.raises(BundleError, match="schema version 3"):
+    _rewrite_manifest(altered_bundle, schema_version=SCHEMA_VERSION + 1)
+    with pytest.raises(BundleError, match=f"schema version {SCHEMA_VERSION + 1}"):
         Bundle.load(altered_bundle)
 
 
