@@ -160,11 +160,6 @@ class OnnxEngine:
         # A graph without cuts does not ask which tokens these are.
         self._wanted = {node.name for node in self._decoder.get_inputs()}
 
-    @property
-    def patch_pixels(self) -> int:
-        """Numbers in one patch, all channels and frames."""
-        return int(self._vision.get_inputs()[0].shape[1])
-
     def see(self, patches: np.ndarray) -> Seen:
         """Return what the vision encoder says of patches [patches, patch pixels]."""
         visual, *signals = self._vision.run(self._seen, {"pixel_values": patches})

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import VISION, Bundle
 from edgeprune.errors import UsageError
 from edgeprune.files import write_text
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Engine, OnnxEngine, StepInput, Tokens
+from edgeprune.runtime.engine import Engine, StepInput, Tokens
 from edgeprune.runtime.positions import text_positions
+from edgeprune.runtime.providers import open_engine
 
 SCHEMA_VERSION = 1
 PARTS = 4  # prefill is timed without visual tokens, with a quarter of them, and so on up to all
@@ -59,12 +60,18 @@ class DeviceTimes:
             raise UsageError(f"Cannot read device times {path}: {error!r}.", hint="Write them with: edgeprune profile") from error
 
 
-def profile(bundle: Bundle, *, repeats: int = 20, threads: int | None = None, device: str = "this machine") -> DeviceTimes:
-    """Return the medians of `repeats` runs of a bundle's graphs on random tokens, without pruning."""
-    engine = OnnxEngine(bundle, threads)
+def profile(
+    bundle: Bundle, *, repeats: int = 20, threads: int | None = None, provider: str = "cpu", device: str = "this machine"
+) -> DeviceTimes:
+    """Return the medians of `repeats` runs of a bundle's graphs on random tokens, without pruning.
+
+    Raises EngineError when the provider cannot be had, or its engines were built for shorter turns than an image's tokens.
+    """
+    engine = open_engine(bundle, provider, threads)
     geometry, shape = bundle.plan.geometry, bundle.manifest.decoder
     rng = np.random.default_rng(0)
-    patches = rng.standard_normal((geometry.tokens * geometry.merge**2, engine.patch_pixels), np.float32)
+    pixels = int(bundle.manifest.graphs[VISION].inputs["pixel_values"].shape[1])
+    patches = rng.standard_normal((geometry.tokens * geometry.merge**2, pixels), np.float32)
     vision = _median(lambda: engine.see(patches), repeats)
     empty = KvCache.empty(shape)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]

@@ -55,6 +55,9 @@ class SimulatedDriver:
         self.view(target, size)[:] = bytes(self.view(source, size))
         self.calls.append(("copy", size))
 
+    def synchronize(self) -> None:
+        self.calls.append(("synchronize",))
+
     def close(self) -> None:
         assert not self.blocks, "memory is freed before the stream goes"
         self.closed = True

@@ -26,6 +26,7 @@ from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.loading import LoadedModel
 from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.profiling import profile
 from edgeprune.runtime.providers import open_engine
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
 from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool, joined, upload
@@ -189,6 +190,18 @@ def test_providers_are_never_replaced(tiny_bundle: Bundle) -> None:
         load(tiny_bundle.path, provider="gpu")
     with pytest.raises(UsageError, match="no threads"):
         open_engine(tiny_bundle, "tensorrt", 2)
+
+
+def test_a_device_is_profiled_through_its_engines(own: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(opened: Bundle) -> TensorRTEngine:
+        return TensorRTEngine(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
+
+    monkeypatch.setattr(TensorRTEngine, "here", here)
+    with pytest.raises(EngineError, match="edgeprune build --turn N"):
+        profile(own, repeats=1, provider="tensorrt")  # the image's tokens are timed as text, of which 30 are too few
+    prepare(own, Limits(context=64, turn=64))
+    times = profile(own, repeats=2, provider="tensorrt")
+    assert len(times.prefill_ms) == 5 and times.vision_ms > 0 and ("synchronize",) in driver.calls
 
 
 def test_arrays_on_the_device_join_and_share(driver: SimulatedDriver) -> None:

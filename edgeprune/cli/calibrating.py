@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, fit_option, json_option, parse_shard, parse_share, parse_size
+from edgeprune.cli.options import bundle_argument, fit_option, json_option, parse_shard, parse_share, parse_size, provider_option
 from edgeprune.errors import UsageError, require_extra
 
 _COLLECT = (
@@ -104,8 +104,9 @@ def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The times to write.")
 @click.option("--repeats", type=int, default=20, show_default=True, help="Runs of each part; medians are kept.")
 @click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@provider_option
 @json_option
-def profile(bundle: Path, output: Path, repeats: int, threads: int | None, as_json: bool) -> None:
+def profile(bundle: Path, output: Path, repeats: int, threads: int | None, provider: str, as_json: bool) -> None:
     """Measure on this device what a first token of BUNDLE is made of, for `calibrate --method auto --target-ttft`."""
     from dataclasses import asdict
 
@@ -115,7 +116,7 @@ def profile(bundle: Path, output: Path, repeats: int, threads: int | None, as_js
 
     if repeats < 1:
         raise UsageError(f"The times need one run or more, not {repeats}.")
-    times = measure(Bundle.load(bundle), repeats=repeats, threads=threads)
+    times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider)
     times.save(output)
     show_facts(asdict(times), as_json)
 

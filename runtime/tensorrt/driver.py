@@ -37,6 +37,10 @@ class Driver(Protocol):
         """Copy on the device."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait for everything that was asked so far."""
+        ...
+
     def close(self) -> None:
         """Wait for the stream and give it back."""
         ...
@@ -81,9 +85,13 @@ class CudaDriver:
         """Copy on the device."""
         self._call(self._cuda.cudaMemcpyAsync, target, source, size, self._on, self._stream)
 
+    def synchronize(self) -> None:
+        """Wait for everything that was asked so far."""
+        self._call(self._cuda.cudaStreamSynchronize, self._stream)
+
     def close(self) -> None:
         """Wait for the stream and give it back."""
-        self._call(self._cuda.cudaStreamSynchronize, self._stream)
+        self.synchronize()
         self._call(self._cuda.cudaStreamDestroy, self._stream)
 
     def _call(self, function: Any, *arguments: Any) -> Any:

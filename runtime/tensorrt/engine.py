@@ -54,6 +54,7 @@ class TensorRTEngine:
     def see(self, patches: np.ndarray) -> Seen:
         """Return what the vision encoder says of patches [patches, patch pixels]."""
         outputs = self._executors[VISION].run({"pixel_values": patches})
+        self._driver.synchronize()  # so that its time is its own, and not that of the step that waits for it
         signals = {name: _array(outputs[name]) for name in SIGNALS if name in outputs}
         return Seen(_array(outputs["visual_embeds"]), signals)
 
