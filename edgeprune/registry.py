@@ -31,6 +31,7 @@ METHODS = {
 
 # By `model_type` of a transformers config.json.
 FAMILIES = {
+    "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
 }
 

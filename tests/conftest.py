@@ -26,7 +26,7 @@ TINY_GEOMETRY = Geometry(height=84, width=112, patch=14, merge=2)  # 3 x 4 visua
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Qwen2-VL folder of random weights: 3 layers, 6 heads on 2 KV heads of 8, 14-pixel patches merged 2 x 2."""
-    return _model_folder(tmp_path_factory.mktemp("tiny-qwen2-vl"), {})
+    return model_folder(tmp_path_factory.mktemp("tiny-qwen2-vl"), Qwen2VLForConditionalGeneration, _config({}))
 
 
 @pytest.fixture(scope="session")
@@ -34,18 +34,21 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """Return a model whose sizes suit every kernel: 2 layers, 4 heads on 2 KV heads of 32, matrices of whole int4 blocks."""
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    folder = _model_folder(tmp_path_factory.mktemp("even-qwen2-vl"), {**sizes, "rope_parameters": rope})
-    return load_model(find_model(str(folder)))
+    config = _config({**sizes, "rope_parameters": rope})
+    return load_model(
+        find_model(str(model_folder(tmp_path_factory.mktemp("even-qwen2-vl"), Qwen2VLForConditionalGeneration, config)))
+    )
 
 
-def _model_folder(folder: Path, text: dict[str, Any]) -> Path:
+def model_folder(folder: Path, kind: Any, config: Any, size: tuple[int, int] = (84, 112)) -> Path:
+    """Write a model of random weights with the bundled tokenizer and a processor of 14-pixel patches; return the folder."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(MODEL_FOLDER / name, folder)
     processor = json.loads((MODEL_FOLDER / "preprocessor_config.json").read_text())
-    processor |= {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": 84 * 112}}
+    processor |= {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": size[0] * size[1]}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(_config(text))
+    model = kind(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)  # large enough that attention is not flat
     model.generation_config.eos_token_id = 2

@@ -43,7 +43,7 @@ class EngineProgress:
             self._tasks[graph] = self._bars.add_task(graph, total=1.0, phase=""), phase
         task, whole = self._tasks[graph]
         if phase == whole:
-            self._bars.update(task, completed=done)
+            self._bars.update(task, completed=done, phase="")
         else:
             self._bars.update(task, phase=phase)
 

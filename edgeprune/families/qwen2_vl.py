@@ -80,6 +80,9 @@ class VisionTower(nn.Module):
     instead.
     """
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, tower: Any, geometry: Geometry, *, signals: bool = False) -> None:
         super().__init__()
         self.tower = tower
@@ -100,7 +103,7 @@ class VisionTower(nn.Module):
         hidden = self.patch(pixel_values)
         signals: tuple[torch.Tensor, ...] = ()
         for index, block in enumerate(self.tower.blocks):
-            mixed, weights, keys = self._attend(block.attn, block.norm1(hidden))
+            mixed, weights, keys = self._attend(index, block.attn, block.norm1(hidden))
             if index == self.signal_block:
                 received = weights.mean(dim=(0, 1)).view(-1, self.merged).mean(dim=1)
                 signals = (received, keys.transpose(0, 1).reshape(received.shape[0], self.merged, -1).mean(dim=1))
@@ -109,13 +112,18 @@ class VisionTower(nn.Module):
         merged: torch.Tensor = self.tower.merger(hidden)
         return (merged[None], *signals) if signals else merged[None]
 
-    def _attend(self, attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _attend(self, index: int, attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = (hidden.shape[0], 3, attn.num_heads, attn.head_dim)
         query, key, value = attn.qkv(hidden).view(shape).permute(1, 2, 0, 3).unbind(0)  # [heads, patches, head_dim]
         query, key = apply_rotary_pos_emb(query, key, self.cos, self.sin, unsqueeze_dim=0)
         query, key = query[0], key[0]
-        weights = torch.softmax(query @ key.transpose(1, 2) * attn.scaling, dim=-1)
-        return attn.proj((weights @ value).transpose(0, 1).flatten(1)), weights, key
+        mixed, weights = self._mix(index, query * attn.scaling, key, value)
+        return attn.proj(mixed.transpose(0, 1).flatten(1)), weights, key
+
+    def _mix(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # What a block attends to, and how: every patch to every other one.
+        weights = torch.softmax(query @ key.transpose(1, 2), dim=-1)
+        return weights @ value, weights
 
 
 class _Rope(nn.Module):
