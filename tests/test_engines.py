@@ -96,8 +96,10 @@ def test_a_forged_record_is_not_trusted(own: Bundle) -> None:
     path.write_text("{}")
     with pytest.raises(EngineError, match=r"Cannot read .*engines\.json"):
         Store(own.path, SECRET).records()
+    (own.path / "engines" / "left.plan").write_bytes(b"of a record that is gone")
     assert set(build(own).values()) == {"built"}
     assert set(build(own).values()) == {"kept"}
+    assert len(list((own.path / "engines").glob("*.plan"))) == 3
 
 
 def test_a_truncated_or_exchanged_plan_is_not_loaded(own: Bundle) -> None:

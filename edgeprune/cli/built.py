@@ -96,6 +96,7 @@ def show_engines(bundle: Path, done: Sequence[Done], as_json: bool) -> None:
         return
     rows = [[each.record.graph, each.how, f"{each.record.seconds:.1f} s", f"{each.record.bytes / 1e6:.1f} MB"] for each in done]
     show_table(["graph", "engine", "built in", "size"], rows, as_json=False)
+    click.echo(f'\nNext:\n  edgeprune selftest {bundle}\n  edgeprune run {bundle} --provider tensorrt --image IMAGE --prompt "..."')
 
 
 def show_check(report: Report, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle
+from edgeprune.errors import EngineError
 from edgeprune.runtime.cache import Arrays, KvCache
 from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_name
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
@@ -33,11 +34,14 @@ class TensorRTEngine:
     def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: Identity) -> None:
         self._plan, self._driver, self._pool = bundle.plan, driver, Pool(driver)
         self._executors: dict[str, Executor] = {}
-        usable = usable_engines(bundle, store, device)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        for graph, (record, profiles) in usable.items():
-            described = bundle.manifest.graphs[graph]
-            self._executors[graph] = Executor(trt, self._runtime, store.read(record), described, profiles, self._pool)
+        try:
+            for graph, (record, profiles) in usable_engines(bundle, store, device).items():
+                described = bundle.manifest.graphs[graph]
+                self._executors[graph] = Executor(trt, self._runtime, store.read(record), described, profiles, self._pool)
+        except EngineError:
+            self.close()
+            raise
         self._inputs, self._outputs = decoder_inputs(bundle.plan), decoder_outputs(bundle.plan)
 
     @classmethod

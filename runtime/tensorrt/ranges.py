@@ -44,8 +44,8 @@ def profiles_of(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]
     """Return the profiles of every graph of a bundle, by its path; a graph of fixed shapes has one, without inputs."""
     wanted: dict[str, tuple[Mapping[str, Range], ...]] = {
         VISION: ({},),
-        EMBED: ({"length": (1, 16, limits.turn)},),
-        SELECTOR: ({"words": (1, 16, limits.turn)},),
+        EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
+        SELECTOR: ({"words": (1, min(16, limits.turn), limits.turn)},),
         PREDICTOR: ({},),
         DECODER: (image_turn(bundle.plan, limits), text_and_decode(bundle.plan, limits)),
     }

@@ -129,17 +129,18 @@ class Store:
         return plan
 
     def add(self, record: EngineRecord, plan: bytes | memoryview) -> None:
-        """Write an engine and its record; engines of the same graph for anything else go."""
+        """Write an engine and its record; engines that are no longer on record go."""
         (self._folder / FOLDER).mkdir(exist_ok=True)
         write_bytes(self._folder / record.file, plan)
         try:
-            known = self.records()
+            known = [other for other in self.records() if other.graph != record.graph]
         except EngineError:
-            known = ()
-        old = [other for other in known if other.graph == record.graph and other.key != record.key]
-        self._sign(tuple(sorted((*(r for r in known if r.graph != record.graph), record), key=lambda each: each.graph)))
-        for other in old:
-            (self._folder / other.file).unlink(missing_ok=True)
+            known = []
+        records = tuple(sorted((*known, record), key=lambda each: each.graph))
+        self._sign(records)
+        for path in (self._folder / FOLDER).glob("*.plan"):
+            if not any(path == self._folder / each.file for each in records):
+                path.unlink()
 
     @property
     def timings(self) -> bytes:
