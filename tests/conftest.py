@@ -57,7 +57,13 @@ def model_folder(folder: Path, kind: Any, config: Any, size: tuple[int, int] = (
     return folder
 
 
-def _config(sizes: dict[str, Any]) -> Qwen2VLConfig:
+def _config(sizes: dict[str, Any]) -> Any:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": sizes.get("hidden_size", 48), "num_heads": 2}
+    return tiny_config(Qwen2VLConfig, vision, sizes)
+
+
+def tiny_config(kind: Any, vision: dict[str, Any], sizes: dict[str, Any] | None = None) -> Any:
+    """Return a configuration for the bundled tokenizer: 3 layers, 6 heads on 2 KV heads of 8, unless `sizes` says otherwise."""
     shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
     text = {
         "vocab_size": shipped["text_config"]["vocab_size"],
@@ -68,17 +74,10 @@ def _config(sizes: dict[str, Any]) -> Qwen2VLConfig:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-    } | sizes
-    vision = {
-        "depth": 2,
-        "embed_dim": 32,
-        "hidden_size": text["hidden_size"],
-        "num_heads": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
     }
+    vision = {"patch_size": 14, "spatial_merge_size": 2} | vision
     tokens = {name: value for name, value in shipped.items() if name.endswith("_token_id")}
-    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    return kind(text_config=text | (sizes or {}), vision_config=vision, tie_word_embeddings=False, **tokens)
 
 
 @pytest.fixture(scope="session")

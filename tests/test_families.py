@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import model_folder
+from conftest import model_folder, tiny_config
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -25,45 +24,29 @@ from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Cut, Geometry
 from edgeprune.runtime import Runtime
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
-from edgeprune.tabletop import MODEL_FOLDER
 from edgeprune.targets import TARGETS, Lowering
 
 SIZE = (84, 140)  # 3 x 5 visual tokens in windows of 2 x 2: whole ones, and cut by the right edge, the bottom edge and the corner
 GEOMETRY = Geometry(height=84, width=140, patch=14, merge=2)
 
 
-def windowed_config() -> Qwen2_5_VLConfig:
-    shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
-    text = {
-        "vocab_size": shipped["text_config"]["vocab_size"],
-        "hidden_size": 48,
-        "intermediate_size": 56,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-    }
-    vision = {
-        "depth": 3,
-        "hidden_size": 32,
-        "out_hidden_size": 48,
-        "intermediate_size": 40,
-        "num_heads": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-    }
-    tokens = {name: value for name, value in shipped.items() if name.endswith("_token_id")}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+WINDOWED = {
+    "depth": 3,
+    "hidden_size": 32,
+    "out_hidden_size": 48,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "window_size": 56,
+    "fullatt_block_indexes": [1],
+}
 
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """Return a tiny Qwen2.5-VL."""
     folder = tmp_path_factory.mktemp("tiny-qwen2-5-vl")
-    return load_model(find_model(str(model_folder(folder, Qwen2_5_VLForConditionalGeneration, windowed_config(), SIZE))))
+    config = tiny_config(Qwen2_5_VLConfig, WINDOWED)
+    return load_model(find_model(str(model_folder(folder, Qwen2_5_VLForConditionalGeneration, config, SIZE))))
 
 
 def patches(loaded: LoadedModel, geometry: Geometry) -> torch.Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from edgeprune.device.doctor import diagnose
+from edgeprune.device.doctor import OLDEST_TENSORRT, diagnose
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.errors import EngineError
 from edgeprune.runtime.tensorrt.store import Identity
-
-OLDEST = (10, 3)  # of JetPack 6.1: the first with INT4, and strongly typed networks that parse
 
 
 def tensorrt(machine: Machine | None = None) -> Any:
@@ -20,10 +18,9 @@ def tensorrt(machine: Machine | None = None) -> Any:
     except ImportError as error:
         raise EngineError(f"TensorRT cannot be used here: {_missing(machine or read_machine(), error)}") from error
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if version < OLDEST:
-        raise EngineError(
-            f"TensorRT {trt.__version__} is too old: {OLDEST[0]}.{OLDEST[1]} is needed.", hint="See: edgeprune doctor"
-        )
+    if version < OLDEST_TENSORRT:
+        needed = ".".join(map(str, OLDEST_TENSORRT))
+        raise EngineError(f"TensorRT {trt.__version__} is too old: {needed} is needed.", hint="See: edgeprune doctor")
     return trt
 
 
