@@ -14,7 +14,7 @@ from edgeprune.calibration.calibrating import Calibration, Counting, RateRequest
 from edgeprune.calibration.collecting import Request, chosen_samples
 from edgeprune.calibration.costs import flops_share, kv_share, roofline_times
 from edgeprune.calibration.pareto import Curve
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.calibration.planning import read_plan, unpruned_plan
 from edgeprune.calibration.recipes import STATISTICAL, plan_at
 from edgeprune.calibration.samples import Sample, read_samples
 from edgeprune.errors import UsageError
@@ -160,7 +160,7 @@ def run_calibrate(options: CalibrateOptions, progress: Progress) -> Calibrated:
     calibration = Calibration(loaded, samples, request, path, progress, options.ray_address)
     if options.method is None:
         return Calibrated(path, calibration.statistics().samples)
-    base = whole if options.onto is None else KeepPlan.load(options.onto)
+    base = whole if options.onto is None else read_plan(options.onto, whole)
     loaded.check_plan(base)
     plan = _allocate(options, calibration, base)
     loaded.check_plan(plan)

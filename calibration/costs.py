@@ -57,9 +57,8 @@ def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> Devi
     module = module_named(device)
     parts = loaded.family.decoder()
     tower = loaded.family.vision(geometry).eval()
-    pixels = 3 * int(loaded.folder.processor.get("temporal_patch_size", 1)) * geometry.patch**2
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tower(torch.zeros(geometry.tokens * geometry.merge**2, pixels))
+        tower(torch.zeros(*tower.takes))
     vision = _milliseconds(module, counter.get_total_flops(), tower)
     weights = sum(parameter.numel() for parameter in parts.layers.parameters())
     attention = 2.0 * parts.heads * parts.head_dim * len(parts.layers)

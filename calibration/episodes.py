@@ -51,7 +51,7 @@ class Episodes:
         """Answer one sample greedily and return what happened. An answer of one token has no steps."""
         recorder = Recorder(self._model.engine)
         conversation = Conversation(replace(self._model, engine=recorder), how=fit)
-        for _ in conversation.ask(sample.prompt, read_image(sample.image), Sampling(max_tokens=self._max_tokens)):
+        for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=self._max_tokens)):
             pass
         prefill, *steps = recorder.steps
         after = steps[0][1] if steps else conversation.cache
@@ -69,7 +69,7 @@ class Episodes:
         """
         recorder = Recorder(self._model.engine)
         conversation = Conversation(replace(self._model, engine=recorder), how=fit)
-        for _ in conversation.ask(sample.prompt, read_image(sample.image), Sampling(max_tokens=1)):
+        for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=1)):
             pass
         tokens, _, prefill = recorder.steps[0]
         first = self._tensor(prefill.logits)[None]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from edgeprune.calibration.lightcompress import SUFFIXES, read_lightcompress
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
 
@@ -14,6 +16,16 @@ DEFAULT_LAYER = 2  # FastV's canonical place
 def unpruned_plan(family: str, layers: int, geometry: Geometry) -> KeepPlan:
     """Return the plan that keeps every visual token."""
     return KeepPlan(family, layers, geometry)
+
+
+def is_lightcompress(path: Path) -> bool:
+    """Return whether a plan file is LightCompress's YAML, which counts no tokens: model and image size decide how many."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def read_plan(path: Path, base: KeepPlan) -> KeepPlan:
+    """Return the plan in a file: a keep plan (JSON), or `base` with the cuts of LightCompress's settings (YAML)."""
+    return read_lightcompress(path, base) if is_lightcompress(path) else KeepPlan.load(path)
 
 
 def ranked_plan(

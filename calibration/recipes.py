@@ -17,9 +17,9 @@ from edgeprune.calibration.planning import DEFAULT_LAYER
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
-from edgeprune.registry import METHODS
+from edgeprune.registry import METHODS, method_class
 
-INPUT = ("cdpruner", "dart", "divprune", "random", "uniform", "visionzip", "zspaprune")
+INPUT = ("cdpruner", "dart", "divprune", "evs", "random", "uniform", "visionzip", "zspaprune")
 STATISTICAL = ("fitprune", "plphp", "vtw")
 RESIZE = "resize"
 ALLOCATORS = ("classes", "least-cost", "even")
@@ -58,7 +58,12 @@ def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | 
 
 
 def resized(geometry: Geometry, share: float) -> Geometry:
-    """Return a smaller image of the same aspect whose visual tokens come nearest to that share."""
+    """Return a smaller image of the same aspect whose visual tokens come nearest to that share.
+
+    Raises PlanError for an image in several views, whose tokens do not follow its size.
+    """
+    if geometry.views:
+        raise PlanError("An image that is cut into views has as many visual tokens at any size.", hint="Use another baseline.")
     unit, scale = geometry.patch * geometry.merge, math.sqrt(share)
     rows, columns = max(1, round(geometry.rows * scale)), max(1, round(geometry.columns * scale))
     return Geometry(rows * unit, columns * unit, geometry.patch, geometry.merge)
@@ -67,7 +72,9 @@ def resized(geometry: Geometry, share: float) -> Geometry:
 def _by_baseline_or_input(method: str, share: float, base: KeepPlan, settings: dict[str, Any]) -> KeepPlan:
     site, options = settings.get("site", "input"), {name: value for name, value in settings.items() if name != "site"}
     if site == "input":
-        return base.with_cuts(Cut("input", method, keep_count(base.seen, share), options=options))
+        cut = Cut("input", method, keep_count(base.seen, share), options=options)
+        method_class(method)(cut, base.geometry)  # refuses what it is not made for, such as images where it takes videos
+        return base.with_cuts(cut)
     counts = [keep_count(base.alive(layer), share) for layer in range(base.layers)]
     return base.with_cuts(*(Cut(site, method, count, layer, options=options) for layer, count in enumerate(counts)))
 

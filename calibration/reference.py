@@ -10,16 +10,16 @@ import torch
 from tokenizers import Tokenizer
 
 from edgeprune.loading import LoadedModel
-from edgeprune.model import InputSelector, PrunedDecoder, Segment
+from edgeprune.model import InputSelector, PrunedDecoder, Segment, TextEmbedding
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
 from edgeprune.model.precision import at_precision
 from edgeprune.plan import KeepPlan
+from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.conversation import Model
 from edgeprune.runtime.engine import SIGNALS, Engine, Seen, Step, StepInput
-from edgeprune.runtime.preprocess import ImageSpec
 from edgeprune.targets import Lowering
 
 
@@ -32,9 +32,9 @@ class EagerEngine:
         self._parts = parts = loaded.family.decoder()
         signals = plan.input is not None and bool(method_class(plan.input.method).needs)
         self._vision = loaded.family.vision(plan.geometry, signals=signals).eval().to(device)
-        self._embed = parts.embed_tokens
+        self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
-        self._selector = InputSelector(plan.input, plan.geometry) if plan.input else None
+        self._selector = InputSelector(plan.input, plan.geometry, parts.hidden) if plan.input else None
         self._rater = (
             method_class(plan.decode.method)(plan.decode, plan.geometry).rater().to(device) if plan.decode and plan.live else None
         )
@@ -130,13 +130,14 @@ class Recorder:
 def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Model:
     """Return the model behind the runtime's interface; wrap it in `edgeprune.runtime.Runtime` to ask it questions."""
     loaded.check_plan(plan)
+    image = loaded.family.image_text(plan.geometry)
     return Model(
         engine=EagerEngine(loaded, plan, device),
         codec=TextCodec(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
-        template=ChatTemplate(loaded.chat_template()),
+        template=ChatTemplate(loaded.chat_template(image)),
         special_tokens=loaded.special_tokens(),
-        image_spec=ImageSpec.from_processor_config(loaded.processor(plan.geometry)),
-        image_token=int(loaded.model.config.image_token_id),
+        image_spec=image_spec(loaded.settings(plan.geometry)),
+        image=image,
         end_tokens=loaded.end_tokens(),
         decoder=loaded.decoder_shape(),
         plan=plan,

@@ -157,7 +157,7 @@ class Statistics:
     @classmethod
     def _parsed(cls, path: Path, header: dict[str, Any], sums: dict[str, np.ndarray]) -> Statistics:
         try:
-            source = Source(**{**header["source"], "geometry": Geometry(**header["source"]["geometry"])})
+            source = Source(**{**header["source"], "geometry": Geometry.from_dict(header["source"]["geometry"])})
             found = cls(source, int(header["samples"]), sums)
         except (KeyError, TypeError, ValueError, PlanError) as error:
             raise UsageError(f"{path} is malformed: {error!r}.", hint="Collect the statistics again.") from error

@@ -24,7 +24,7 @@ from edgeprune.files import write_text
 from edgeprune.plan import KeepPlan
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST, PLAN = "manifest.json", "plan.json"
 VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder.onnx"
 SELECTOR, PREDICTOR = "onnx/selector.onnx", "onnx/predictor.onnx"
@@ -45,7 +45,8 @@ class Source:
 class DecoderShape:
     """The sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
 
-    `cache_type`: float32 or float16, of the KV caches.
+    `cache_type`: float32 or float16, of the KV caches. `planes`: features beside each visual token, added by as many first layers.
+    `context`: the most tokens that a conversation may have.
     """
 
     layers: int
@@ -54,7 +55,30 @@ class DecoderShape:
     hidden: int
     vocabulary: int
     position_axes: int
+    context: int
+    planes: int = 0
     cache_type: str = "float32"
+
+    @property
+    def width(self) -> int:
+        """Columns of the embeddings that enter the decoder."""
+        return (1 + self.planes) * self.hidden
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """How an image, or a video, stands in the text of a prompt.
+
+    `kind`: "image" or "video", the type of its part in chat messages. `placeholder`: what the chat template writes for it, and
+    `text`: what that becomes, with the token of id `token` once for all views of the image, or once for each with other text
+    between them. `boundary`: a mark around images which neighbours share, and which a space sets off from a word; mostly none.
+    """
+
+    kind: str
+    placeholder: str
+    text: str
+    token: int
+    boundary: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +107,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is made of. `image_token` and `end_tokens` are token ids, `versions` the packages that wrote it.
+    """What a bundle is made of. `image`: how images stand in the text; `end_tokens`: ids; `versions` of the packages that wrote it.
 
     `target` and `precision` say how its graphs were lowered: see `lowering`. `graphs`: by path in the bundle.
     """
@@ -92,7 +116,7 @@ class Manifest:
     decoder: DecoderShape
     target: str
     precision: str
-    image_token: int
+    image: ImageText
     end_tokens: tuple[int, ...]
     versions: Mapping[str, str]
     graphs: Mapping[str, GraphRecord]
@@ -124,7 +148,7 @@ class Manifest:
                 decoder=DecoderShape(**data["decoder"]),
                 target=str(data["target"]),
                 precision=str(data["precision"]),
-                image_token=int(data["image_token"]),
+                image=ImageText(**data["image"]),
                 end_tokens=tuple(int(token) for token in data["end_tokens"]),
                 versions=dict(data["versions"]),
                 graphs={name: _graph(record) for name, record in data["graphs"].items()},

@@ -67,6 +67,18 @@ class MissingExtraError(EdgePruneError):
 
 def require_extra(extra: str, *packages: str) -> None:
     """Raise MissingExtraError with the install line unless every package can be imported."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    missing = [package for package in packages if not _is_installed(package)]
     if missing:
         raise MissingExtraError(f"{', '.join(missing)} not installed.", hint=f'Install with: pip install "edgeprune[{extra}]"')
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is not None:
+        return spec is not None
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    try:  # a namespace says nothing: our own wheel has a file in optimum's
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False

@@ -6,13 +6,18 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgeprune.bundle import DecoderShape, Source, sha256_of
+from edgeprune.applies import why_not
+from edgeprune.bundle import DecoderShape, ImageText, Source, sha256_of
 from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, require_extra
 from edgeprune.plan import Cut, Geometry, KeepPlan
+from edgeprune.processors import ImageSpec, image_spec
 from edgeprune.registry import family_class, method_class
 from edgeprune.tabletop import MODEL_FOLDER
+
+if TYPE_CHECKING:
+    from edgeprune.weights import StoredTensor
 
 TABLETOP = "tabletop"
 PREPROCESSOR = "preprocessor_config.json"
@@ -52,10 +57,33 @@ class LoadedModel:
     family: Any
     tokenizer: Any
 
-    def geometry(self, size: tuple[int, int] | None) -> Geometry:
-        """Return the geometry for images of `size` (height, width), or of the model's own default size."""
-        geometry: Geometry = self.family.geometry(self.model.config, self.folder.processor, size)
-        return geometry
+    def geometry(self, size: tuple[int, int] | None, frames: int = 1, fps: float = 0.0) -> Geometry:
+        """Return the geometry for images of `size` (height, width), or of the model's own default size; with `frames`, of a video.
+
+        Raises UsageError when there is no default, the size is not taken as it is, or the model takes no video.
+        """
+        if frames > 1 and not self.family.videos:
+            raise UsageError(f"Models of type {self.folder.model_type} take no video.", hint="Leave out --frames.")
+        if size is None:
+            size = self._spec(None).default_size()
+        if size is None:
+            raise UsageError("This model takes images of any size, but a bundle has one.", hint="Give --image-size 448x448, say.")
+        made = self._spec(size).geometry(*size, frames, fps)
+        if (made.height, made.width) != size:
+            unit = made.patch * made.merge
+            raise UsageError(f"Image size {size[0]}x{size[1]} does not divide into {unit}-pixel visual tokens.")
+        return made
+
+    def settings(self, geometry: Geometry) -> dict[str, Any]:
+        """Return the image-processor settings for one geometry: every image is brought to its area."""
+        return self._settings((geometry.height, geometry.width))
+
+    def _settings(self, size: tuple[int, int] | None) -> dict[str, Any]:
+        settings: dict[str, Any] = self.family.settings(self.model.config, self.folder.processor, size)
+        return settings
+
+    def _spec(self, size: tuple[int, int] | None) -> ImageSpec:
+        return image_spec(self._settings(size))
 
     def check_plan(self, plan: KeepPlan) -> None:
         """Raise PlanError unless the plan fits the model's family, depth and vision geometry, and its methods their sites."""
@@ -65,20 +93,20 @@ class LoadedModel:
         layers = len(self.family.decoder().layers)
         if plan.layers != layers:
             raise PlanError(f"The plan was made for {plan.layers} decoder layers, but {name} has {layers}.")
-        own = self.geometry((plan.geometry.height, plan.geometry.width))
-        if own != plan.geometry:
+        taken = plan.geometry
+        own = self.geometry((taken.height, taken.width), taken.frames, taken.fps)
+        if own != taken:
             raise PlanError(f"The plan was made for {plan.geometry}, but {name} divides that into {own}.")
         for cut in plan.cuts:
             self._check_cut(cut, plan.geometry)
 
     def _check_cut(self, cut: Cut, geometry: Geometry) -> None:
-        method = method_class(cut.method)
-        if cut.site not in method.sites:
-            raise PlanError(f"{cut.method} cannot act at site {cut.site!r}.", hint=f"It acts at: {', '.join(method.sites)}.")
-        for signal in method.needs:
-            if signal not in self.family.signals:
-                raise PlanError(f"{cut.method} needs the signal {signal!r}, which the family {self.family.name} does not give.")
-        method(cut, geometry)  # refuses options that it does not know
+        reason = why_not(cut.method, cut.site, self.family)
+        if reason:
+            raise PlanError(f"{cut.method} cannot act at site {cut.site!r} of {self.folder.model_type}.", hint=f"It {reason}.")
+        if cut.keep == 1 and cut.site in ("layer", "cache"):  # torch.export takes min(1, length) for 1, whatever the length
+            raise PlanError(f"{cut} keeps a single token, which no graph can.", hint="Keep 2, or none.")
+        method_class(cut.method)(cut, geometry)  # refuses options that it does not know
 
     def decoder_shape(self) -> DecoderShape:
         """Return the sizes of the decoder."""
@@ -90,20 +118,22 @@ class LoadedModel:
             hidden=parts.hidden,
             vocabulary=parts.vocabulary,
             position_axes=self.family.position_axes,
+            context=parts.context,
+            planes=parts.planes,
         )
 
-    def processor(self, geometry: Geometry) -> dict[str, Any]:
-        """Return the image-processor settings for one geometry: every image is brought to its area."""
-        area = geometry.height * geometry.width
-        settings = {key: value for key, value in self.folder.processor.items() if key not in ("min_pixels", "max_pixels")}
-        return settings | {"size": {"shortest_edge": area, "longest_edge": area}}
+    def chat_template(self, image: ImageText) -> str:
+        """Return the chat template, the folder's own where it writes what stands for an image, else the family's.
 
-    def chat_template(self) -> str:
-        """Return the chat template; raise UnsupportedModelError when the model has none."""
+        Raises UnsupportedModelError when there is none.
+        """
         template = self.tokenizer.chat_template
         legacy = self.folder.path / "chat_template.json"
         if template is None and legacy.is_file():
             template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+        general: str | None = self.family.chat_template
+        if general is not None and (template is None or (image.placeholder in general and image.placeholder not in template)):
+            template = general
         if not isinstance(template, str):
             raise UnsupportedModelError(f"{self.folder.name} has no chat template.", hint="Add a chat_template.jinja to it.")
         return template
@@ -124,7 +154,7 @@ def find_model(name: str) -> ModelFolder:
     if not path.is_dir():
         raise UsageError(f"There is no model folder {name}.", hint="Give a transformers folder, or tabletop for the bundled model.")
     config = _read_json(path, "config.json")
-    folder = ModelFolder(name, path, str(config.get("model_type")), _read_json(path, PREPROCESSOR))
+    folder = ModelFolder(name, path, str(config.get("model_type")), _processor(path))
     family_class(folder.model_type)
     if "auto_map" in config:
         raise UnsupportedModelError(f"{name} needs code of its own (trust_remote_code), which is never run.")
@@ -136,29 +166,23 @@ def find_model(name: str) -> ModelFolder:
     return folder
 
 
-def load_model(folder: ModelFolder) -> LoadedModel:
-    """Load the weights; raise UnsupportedModelError when tensors are missing, left over or of another shape."""
+def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
+    """Load the weights; raise UnsupportedModelError when tensors are missing, left over, quantized or of another shape.
+
+    `on_disk`: large matrices stay in their files until a graph with them is written. Such a model can be exported, but not run.
+    """
     require_extra("export", "torch", "transformers", "optimum")
     import transformers
-    from optimum.exporters.tasks import TasksManager
+
+    from edgeprune.weights import stored_tensors
 
     transformers.utils.logging.disable_progress_bar()  # the command shows its own stages
     family = family_class(folder.model_type)
     config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     family.check(config)
-    architecture = getattr(transformers, config.architectures[0])
-    task = TasksManager.infer_task_from_model(architecture)
-    loader = TasksManager.get_model_class_for_task(task, framework="pt", library="transformers")
+    stored = stored_tensors(folder.path)
     try:
-        model, report = loader.from_pretrained(
-            folder.path,
-            dtype="float32",
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model, report = _stored_model(folder.path, config, stored) if on_disk else _whole_model(folder.path, config)
     except (OSError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(f"Cannot load {folder.name}: {str(error).splitlines()[0]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -166,6 +190,49 @@ def load_model(folder: ModelFolder) -> LoadedModel:
             raise UnsupportedModelError(f"{folder.name} has {problem.replace('_', ' ')}: {sorted(report[problem])[:3]}.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
     return LoadedModel(folder, model.eval(), family(model), tokenizer)
+
+
+_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
+
+
+def _whole_model(path: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    task = TasksManager.infer_task_from_model(getattr(transformers, config.architectures[0]))
+    loader = TasksManager.get_model_class_for_task(task, framework="pt", library="transformers")
+    model, report = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_safetensors=True, **_OPTIONS)
+    return model, report
+
+
+def _stored_model(path: Path, config: Any, stored: list[StoredTensor]) -> tuple[Any, dict[str, Any]]:
+    import transformers
+    from transformers.core_model_loading import WeightConverter
+
+    from edgeprune.weights import attach, state_of
+
+    state = state_of(stored)
+    model, report = getattr(transformers, config.architectures[0]).from_pretrained(
+        None, config=config, state_dict=state, **_OPTIONS
+    )
+    # Names may differ between a checkpoint and its model; where matrices are split or joined, too, they are all needed now.
+    if any(isinstance(change, WeightConverter) for change in model._weight_conversions):
+        return _whole_model(path, config)
+    attach(model, stored, state)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model, report
+
+
+def _processor(path: Path) -> dict[str, Any]:
+    # Newer checkpoints keep the settings of all processors in one file.
+    whole = path / "processor_config.json"
+    if (path / PREPROCESSOR).is_file() or not whole.is_file():
+        return _read_json(path, PREPROCESSOR)
+    settings = _read_json(path, whole.name).get("image_processor")
+    if not isinstance(settings, dict):
+        raise UsageError(f"{whole} has no settings of an image processor.", hint=f"Add a {PREPROCESSOR}.")
+    return settings
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

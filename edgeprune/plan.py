@@ -19,34 +19,78 @@ SITES = ("input", "layer", "cache", "decode")  # in the order in which a plan li
 
 
 @dataclass(frozen=True)
+class View:
+    """What the vision encoder looks at in one go: a box of the prepared picture, and the visual tokens it becomes.
+
+    `top`, `left`, `height` and `width` in pixels of the picture as the image processor prepares it; `rows` x `columns` tokens in
+    reading order, each row followed by `separators` tokens that stand for no place (newlines). `time`: the temporal position of
+    its frame, counted from the first one.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    rows: int
+    columns: int
+    separators: int = 0
+    time: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of the view, separators included."""
+        return self.rows * (self.columns + self.separators)
+
+
+@dataclass(frozen=True)
 class Geometry:
     """The image size a graph is made for, in patches and in visual tokens.
 
     `patch` and `merge` are the processor's patch size in pixels and the patches merged along each side of a visual token.
+    `views`: in the order of the sequence, where there is more than the one grid of the whole image (tiles, frames). `frames` of
+    a video, `fps` of them a second; an image has one.
     """
 
     height: int
     width: int
     patch: int
     merge: int
+    views: tuple[View, ...] = ()
+    frames: int = 1
+    fps: float = 0.0
 
     @property
     def rows(self) -> int:
-        """Visual tokens along the height."""
+        """Visual tokens along the height of the whole image, were it one grid."""
         return self.height // (self.patch * self.merge)
 
     @property
     def columns(self) -> int:
-        """Visual tokens along the width."""
+        """Visual tokens along the width of the whole image, were it one grid."""
         return self.width // (self.patch * self.merge)
 
     @property
+    def layout(self) -> tuple[View, ...]:
+        """The views, of a plain image the one that is all of it."""
+        return self.views or (View(0, 0, self.height, self.width, self.rows, self.columns),)
+
+    @property
     def tokens(self) -> int:
-        """Visual tokens of one image."""
-        return self.rows * self.columns
+        """Visual tokens of one image, or of one video."""
+        return sum(view.tokens for view in self.layout)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Geometry:
+        """Return the geometry in JSON data."""
+        return cls(**{**data, "views": tuple(View(**view) for view in data.get("views", ()))})
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height} px = {self.rows} x {self.columns} visual tokens"
+        size = f"{self.width}x{self.height} px"
+        clip = f"{self.frames} frames of {size}" if self.frames > 1 else size
+        if not self.views:
+            return f"{clip} = {self.rows} x {self.columns} visual tokens"
+        views = "one view" if len(self.views) == 1 else f"{len(self.views)} views"
+        return f"{clip} in {views} = {self.tokens} visual tokens"
 
 
 @dataclass(frozen=True)
@@ -207,7 +251,7 @@ class KeepPlan:
             return cls(
                 family=str(data["family"]),
                 layers=int(data["layers"]),
-                geometry=Geometry(**data["geometry"]),
+                geometry=Geometry.from_dict(data["geometry"]),
                 cuts=tuple(Cut(**cut) for cut in data["cuts"]),
             )
         except (KeyError, TypeError, ValueError) as error:

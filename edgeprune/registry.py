@@ -17,6 +17,7 @@ METHODS = {
     "dart": "edgeprune.methods.dart:DART",
     "divprune": "edgeprune.methods.divprune:DivPrune",
     "dyrate": "edgeprune.methods.dyrate:DyRate",
+    "evs": "edgeprune.methods.evs:EVS",
     "fastv": "edgeprune.methods.fastv:FastV",
     "fitprune": "edgeprune.methods.fitprune:FitPrune",
     "plphp": "edgeprune.methods.plphp:PLPHP",
@@ -31,9 +32,19 @@ METHODS = {
 
 # By `model_type` of a transformers config.json.
 FAMILIES = {
+    "idefics2": "edgeprune.families.idefics2:Idefics2",
+    "idefics3": "edgeprune.families.idefics3:Idefics3",
+    "internvl": "edgeprune.families.internvl:InternVL",
+    "llava": "edgeprune.families.llava:Llava",
+    "llava_onevision": "edgeprune.families.llava_onevision:LlavaOneVision",
+    "paligemma": "edgeprune.families.paligemma:PaliGemma",
     "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
+    "qwen3_vl": "edgeprune.families.qwen3_vl:Qwen3VL",
+    "smolvlm": "edgeprune.families.smolvlm:SmolVLM",
 }
+
+TASK = "image-text-to-text"  # of every family, as transformers and optimum name it
 
 
 def method_class(name: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from edgeprune.bundle import (
     CHAT_TEMPLATE,
@@ -28,12 +29,13 @@ from edgeprune.bundle import (
 from edgeprune.errors import EdgePruneError
 from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.files import new_folder
-from edgeprune.loading import LoadedModel, ModelFolder
+from edgeprune.loading import LoadedModel
 from edgeprune.plan import KeepPlan
 from edgeprune.targets import PLAIN, Lowering
 
 STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # of a weight, with its share of the scales and of the graph
 Progress = Callable[[str], None]
 
 
@@ -52,13 +54,13 @@ def export_bundle(
     """
     loaded.check_plan(plan)
     with new_folder(output, force=force) as folder:
-        _check_space(loaded.folder, folder)
+        _check_space(loaded, lowering, folder)
         graphs = _write_graphs(loaded, plan, lowering, folder, progress)
         progress("processor")
         _write_processor(loaded, plan, folder)
         plan.save(folder / PLAN)
         progress("manifest")
-        _manifest(loaded, lowering, graphs, folder).save(folder)
+        _manifest(loaded, plan, lowering, graphs, folder).save(folder)
     return Bundle.load(output)
 
 
@@ -67,12 +69,10 @@ def _write_graphs(
 ) -> dict[str, GraphRecord]:
     (folder / VISION).parent.mkdir()
     parts, graphs = loaded.family.decoder(), dict[str, GraphRecord]()
-    temporal = int(loaded.folder.processor.get("temporal_patch_size", 1))
     progress("vision encoder")
-    pixels = 3 * temporal * plan.geometry.patch**2
-    graphs[VISION] = trace_vision(loaded.family, plan, pixels, lowering, folder / VISION)
+    graphs[VISION] = trace_vision(loaded.family, plan, lowering, folder / VISION)
     progress("embedding")
-    graphs[EMBED] = trace_embedding(parts.embed_tokens, lowering, folder / EMBED)
+    graphs[EMBED] = trace_embedding(parts, lowering, folder / EMBED)
     progress("selection")
     if plan.input is not None:
         keys = graphs[VISION].outputs.get("vision_keys")
@@ -89,17 +89,17 @@ def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
     (folder / TOKENIZER).parent.mkdir()
     loaded.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     (folder / SPECIAL_TOKENS).write_text(json.dumps(loaded.special_tokens(), indent=2) + "\n", encoding="utf-8")
-    (folder / CHAT_TEMPLATE).write_text(loaded.chat_template(), encoding="utf-8")
-    (folder / PREPROCESSOR).write_text(json.dumps(loaded.processor(plan.geometry), indent=2) + "\n", encoding="utf-8")
+    (folder / CHAT_TEMPLATE).write_text(loaded.chat_template(loaded.family.image_text(plan.geometry)), encoding="utf-8")
+    (folder / PREPROCESSOR).write_text(json.dumps(loaded.settings(plan.geometry), indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(loaded: LoadedModel, lowering: Lowering, graphs: Mapping[str, GraphRecord], folder: Path) -> Manifest:
+def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: Mapping[str, GraphRecord], folder: Path) -> Manifest:
     return Manifest(
         source=loaded.folder.source(),
         decoder=replace(loaded.decoder_shape(), cache_type=lowering.products),
         target=lowering.target.name,
         precision=lowering.precision,
-        image_token=int(loaded.model.config.image_token_id),
+        image=loaded.family.image_text(plan.geometry),
         end_tokens=loaded.end_tokens(),
         versions={package: version(package) for package in _PACKAGES},
         graphs=graphs,
@@ -107,11 +107,20 @@ def _manifest(loaded: LoadedModel, lowering: Lowering, graphs: Mapping[str, Grap
     )
 
 
-def _check_space(model: ModelFolder, folder: Path) -> None:
-    # float32 weights, twice as large as the common 16-bit checkpoints, and the embedding table a second time.
-    needed, free = 3 * model.bytes, shutil.disk_usage(folder).free
+def _check_space(loaded: LoadedModel, lowering: Lowering, folder: Path) -> None:
+    needed, free = _bytes(loaded, lowering), shutil.disk_usage(folder).free
     if free < needed:
         raise EdgePruneError(
-            f"The bundle may take {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free beside it.",
+            f"The bundle will take {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free beside it.",
             hint="Free some space, or write it elsewhere with -o.",
         )
+
+
+def _bytes(loaded: LoadedModel, lowering: Lowering) -> int:
+    # Of the weights as they are written: a head that is tied to the embedding table is a matrix of its own then.
+    decoder = loaded.family.decoder()
+    parts = {"layers": decoder.layers, "head": decoder.lm_head, "embedding": decoder.embed_tokens}
+    weights: dict[str, list[Any]] = {part: list(module.parameters()) for part, module in parts.items()}
+    others = {id(weight) for part in weights.values() for weight in part}
+    weights["vision"] = [weight for weight in loaded.model.parameters() if id(weight) not in others]
+    return sum(int(weight.numel() * _BYTES[lowering.weights_of(part)]) for part, several in weights.items() for weight in several)

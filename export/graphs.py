@@ -21,30 +21,30 @@ from torch import nn
 from edgeprune.bundle import GraphRecord
 from edgeprune.export.passes import described, finish
 from edgeprune.families.base import DecoderParts, Family
-from edgeprune.model import InputSelector, PrunedDecoder, Segment
+from edgeprune.model import InputSelector, PrunedDecoder, Segment, TextEmbedding
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 from edgeprune.runtime.engine import SEGMENTS, SIGNALS, decoder_inputs, decoder_outputs, kept_name
 from edgeprune.targets import Lowering
+from edgeprune.weights import stored_in
 
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 
 
-def trace_vision(family: Family, plan: KeepPlan, patch_pixels: int, lowering: Lowering, path: Path) -> GraphRecord:
-    """Write the vision encoder of one geometry: pixel_values [patches, patch_pixels] -> visual_embeds [1, V, hidden].
+def trace_vision(family: Family, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
+    """Write the vision encoder of one geometry: pixel_values [patches, patch pixels] -> visual_embeds [1, V, width].
 
     Where the plan's input cut needs them, also what the encoder attends to: vision_attention [V], vision_keys [V, key dim].
     """
-    geometry, signals = plan.geometry, wants_signals(plan)
-    example = torch.zeros(geometry.tokens * geometry.merge**2, patch_pixels)
+    signals = wants_signals(plan)
     outputs = ["visual_embeds", *(SIGNALS if signals else ())]
-    tower = family.vision(geometry, signals=signals).eval()
-    return _trace(_Graph(tower, (example,), None, ["pixel_values"], outputs, "vision"), lowering, path)
+    tower: Any = family.vision(plan.geometry, signals=signals).eval()
+    return _trace(_Graph(tower, (torch.zeros(*tower.takes),), None, ["pixel_values"], outputs, "vision"), lowering, path)
 
 
 def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: Lowering, path: Path) -> GraphRecord:
-    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, hidden], kept.0 [K].
+    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, width], kept.0 [K].
 
     `key_dim`: of the vision encoder's keys, where it gives any.
     """
@@ -52,12 +52,12 @@ def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: 
     tokens = plan.geometry.tokens
     words = torch.export.Dim("words", min=1, max=MAX_LENGTH)
     generator = torch.Generator().manual_seed(0)
-    arguments = [torch.randn(1, n, parts.hidden, generator=generator) for n in (tokens, 5)]
+    arguments = [torch.randn(1, n, (1 + parts.planes) * parts.hidden, generator=generator) for n in (tokens, 5)]
     names, shapes = ["visual_embeds", "prompt_embeds"], [None, {1: words}]
     if wants_signals(plan):
         arguments += [torch.rand(tokens, generator=generator), torch.randn(tokens, key_dim, generator=generator)]
         names, shapes = [*names, *SIGNALS], [*shapes, None, None]
-    selector = InputSelector(plan.input, plan.geometry).eval()
+    selector = InputSelector(plan.input, plan.geometry, parts.hidden).eval()
     return _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, ["kept_embeds", kept_name(0)]), lowering, path)
 
 
@@ -74,11 +74,11 @@ def wants_signals(plan: KeepPlan) -> bool:
     return plan.input is not None and bool(method_class(plan.input.method).needs)
 
 
-def trace_embedding(embed_tokens: nn.Module, lowering: Lowering, path: Path) -> GraphRecord:
-    """Write the embedding table: ids [1, n] -> embeds [1, n, hidden]."""
+def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path) -> GraphRecord:
+    """Write the embedding table: ids [1, n] -> embeds [1, n, width]."""
     length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
     ids = torch.zeros(1, 5, dtype=torch.int64)
-    return _trace(_Graph(embed_tokens, (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path)
+    return _trace(_Graph(TextEmbedding(parts), (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path)
 
 
 def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
@@ -86,7 +86,7 @@ def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowe
     decoder = PrunedDecoder(parts, plan, fused=lowering.target.fused).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
     examples = dict(zip(SEGMENTS, (3, plan.seen, 5), strict=True))
-    embeds = [torch.zeros(1, examples[name], parts.hidden) for name in SEGMENTS]
+    embeds = [torch.zeros(1, examples[name], (1 + parts.planes) * parts.hidden) for name in SEGMENTS]
     positions = [torch.zeros(axes, examples[name], dtype=torch.int64) for name in SEGMENTS]
     shapes: list[Any] = [{1: lengths[name]} for name in SEGMENTS] * 2 + [{0: lengths["visual"]}]
     arguments: list[Any] = [*embeds, *positions, torch.arange(plan.seen)]
@@ -164,9 +164,10 @@ def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
             output_names=graph.outputs,
             opset_version=lowering.opset_of(graph.part),
             verbose=False,
+            optimize=False,  # part of `finish`
         )
     assert program is not None  # the dynamo exporter always returns the program
-    program.model = finish(program.model, _dimensions(graph), lowering, graph.part)
+    program.model = finish(program.model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
     program.save(path, external_data=True)
     return described(program.model.graph)
 

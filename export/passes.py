@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
@@ -15,17 +13,29 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
 from edgeprune.bundle import GraphRecord, Tensor
-from edgeprune.model.quantization import BLOCK, Quantized, quantize
+from edgeprune.errors import UnsupportedModelError
+from edgeprune.export.matrices import IntegerMatrix, WholeTensor, halved, matrix_of
+from edgeprune.export.optimization import optimize
 from edgeprune.targets import Lowering
+from edgeprune.weights import StoredTensor, address
 
 Known = dict[ir.Value, ir.Value]  # what was lowered already, and to what
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def finish(model: ir.Model, dimensions: Mapping[str, Mapping[int, str]], lowering: Lowering, part: str) -> ir.Model:
+def finish(
+    model: ir.Model,
+    dimensions: Mapping[str, Mapping[int, str]],
+    lowering: Lowering,
+    part: str,
+    stored: Mapping[int, StoredTensor],
+) -> ir.Model:
     """Return a traced graph as it is written: `dimensions` names the dynamic axes of inputs, `part` whose
-    matrices they are: "layers" (the decoder), "vision", "embedding" or "" for a graph that stays as it is.
+    matrices they are: "layers" (the decoder), "vision", "embedding" or "" for a graph that stays as it is. `stored`: what
+    placeholders among its weights stand for, which is read when the graph is saved.
     """
+    _leave_stored(model.graph, stored)
+    optimize(model)
     # The exporter notes the source line of every node, with paths of the machine that exports.
     ClearMetadataAndDocStringPass()(model)
     _name_dimensions(model.graph, dimensions)
@@ -47,6 +57,20 @@ def described(graph: ir.Graph) -> GraphRecord:
 def _tensor(value: ir.Value) -> Tensor:
     assert value.shape is not None and value.dtype is not None
     return Tensor(str(value.dtype.numpy()), tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape))
+
+
+def _leave_stored(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> None:
+    for value in graph.initializers.values():
+        tensor = value.const_value.raw if value.const_value is not None else None
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        source = stored.get(address(tensor))
+        if source is not None:
+            assert tensor.shape == source.size and not any(tensor.stride())
+            value.const_value = WholeTensor(source, str(value.name))
+        elif tensor.is_floating_point() and tensor.isnan().any():
+            # A family that computes with a large matrix gets this, as placeholders are no numbers.
+            raise UnsupportedModelError(f"Some of the numbers that {value.name} becomes are none: the weights are broken.")
 
 
 def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]]) -> None:
@@ -73,7 +97,7 @@ def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]
 def _halve_table(graph: ir.Graph, lowering: Lowering) -> None:
     if lowering.weights_of("embedding") == "fp32":
         return
-    (gather,) = graph
+    (gather,) = (node for node in graph if node.op_type == "Gather")
     tape = Tape()
     rows = tape.op("Gather", [_halved(tape, gather.inputs[0], {}), gather.inputs[1]])
     _put(graph, gather, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
@@ -126,28 +150,19 @@ def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Kno
 
 def _matrix(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype, known: Known) -> ir.Value:
     # [in, out], as MatMul wants it: a transposition after the DequantizeLinear would hide the pattern that readers look for.
-    assert weight.const_value is not None
-    quantized = quantize(torch.from_numpy(weight.const_value.numpy()), kind, products)
+    matrix = IntegerMatrix(matrix_of(weight), kind, products)
     if weight not in known:
-        known[weight] = _restored(tape, weight, quantized)
+        inputs = [
+            tape.initializer(matrix.integers(f"{weight.name}.{matrix.kind}")),
+            tape.initializer(matrix.scales(f"{weight.name}.scales")),
+        ]
+        known[weight] = tape.op("DequantizeLinear", inputs, matrix.attributes)
         return known[weight]
     # A cut that asks the next layer's query and key multiplies by them once more. The numbers are the same, but they are written
     # out: NVIDIA's builder dies of quantized weights that two products share (TensorRT-RTX 1.7.1, fusing them).
     if known[weight].producer() is not None:
-        whole = np.ascontiguousarray(quantized.restored().to(products).numpy().T)
-        known[weight] = tape.initializer(ir.tensor(whole), f"{weight.name}.restored")
+        known[weight] = tape.initializer(matrix.restored(f"{weight.name}.restored"))
     return known[weight]
-
-
-def _restored(tape: Tape, weight: ir.Value, quantized: Quantized) -> ir.Value:
-    integers, scales = (np.ascontiguousarray(part.numpy().T) for part in (quantized.values, quantized.scales))
-    attributes = {"axis": 0, "block_size": BLOCK} if quantized.kind == "int4" else {"axis": 1}
-    stored = integers.astype(ml_dtypes.int4) if quantized.kind == "int4" else integers
-    inputs = [
-        tape.initializer(ir.tensor(stored), f"{weight.name}.{quantized.kind}"),
-        tape.initializer(ir.tensor(scales if quantized.kind == "int4" else scales[0]), f"{weight.name}.scales"),
-    ]
-    return tape.op("DequantizeLinear", inputs, attributes)
 
 
 def _cast(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
@@ -158,9 +173,9 @@ def _cast(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
 
 
 def _halved(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
-    assert value is not None and value.const_value is not None
+    assert value is not None
     if value not in known:
-        known[value] = tape.initializer(ir.tensor(value.const_value.numpy().astype(np.float16)), f"{value.name}.fp16")
+        known[value] = tape.initializer(halved(value, f"{value.name}.fp16"))
     return known[value]
 
 

@@ -19,14 +19,13 @@ from edgeprune.bundle import PREPROCESSOR, Bundle
 from edgeprune.calibration.reference import EagerEngine, Recorder, reference_model
 from edgeprune.errors import VerificationError
 from edgeprune.loading import LoadedModel
+from edgeprune.processors import image_spec
 from edgeprune.runtime import load
-from edgeprune.runtime.conversation import Conversation, Model
+from edgeprune.runtime.conversation import Conversation, Model, Picture
 from edgeprune.runtime.engine import OnnxEngine
-from edgeprune.runtime.preprocess import ImageSpec
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
-from edgeprune.tabletop.world import sample_scene
+from edgeprune.tabletop.showing import frames_for
 
 GENERATED = 32
 Found = tuple[str, float, str]  # stage, worst difference, what was compared
@@ -64,15 +63,16 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] 
         )
     lowering = bundle.manifest.lowering
     reference = replace(reference_model(loaded, bundle.plan), decoder=bundle.manifest.decoder)
-    size = (bundle.plan.geometry.width, bundle.plan.geometry.height)
-    image = draw_scene(sample_scene(np.random.default_rng(1))).resize(size, Image.Resampling.BICUBIC)
+    frames = frames_for(bundle.plan.geometry)
+    picture: Picture = frames if bundle.manifest.image.kind == "video" else frames[0]
     progress("reference")
     recorder = Recorder(reference.engine)
     assert isinstance(reference.engine, EagerEngine)
     with reference.engine.lowered(lowering):
-        text = _describe(reference, recorder, image)
+        text = _describe(reference, recorder, picture)
     engine = OnnxEngine(bundle, exact=True)
-    found = [_pixels(loaded, bundle, image)]
+    # What transformers makes of a video needs torchvision; a frame is prepared as an image is.
+    found = [_pixels(loaded, bundle, frames[0])] if len(frames) == 1 else []
     progress("vision")
     found.append(_vision(engine, recorder))
     progress("decoder")
@@ -81,7 +81,7 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] 
     if "text" not in tolerances:  # one near tie would change every word after it: `eval` judges what such a bundle says
         return _judged(found, tolerances)
     progress("text")
-    alone = load(bundle.path).generate(image, DESCRIBE_PROMPT, max_tokens=GENERATED).text
+    alone = load(bundle.path).generate(frames, DESCRIBE_PROMPT, max_tokens=GENERATED).text
     found.append(("text", float(alone != text), f"{len(text.split())} words"))
     return _judged(found, tolerances)
 
@@ -90,9 +90,9 @@ def _judged(found: list[Found], tolerances: Mapping[str, float]) -> list[Stage]:
     return [Stage(name, worst, tolerances[name], compared) for name, worst, compared in found]
 
 
-def _describe(model: Model, recorder: Recorder, image: Image.Image) -> str:
+def _describe(model: Model, recorder: Recorder, picture: Picture) -> str:
     conversation = Conversation(replace(model, engine=recorder))
-    return "".join(conversation.ask(DESCRIBE_PROMPT, image, Sampling(max_tokens=GENERATED)))
+    return "".join(conversation.ask(DESCRIBE_PROMPT, [picture], Sampling(max_tokens=GENERATED)))
 
 
 def _vision(engine: OnnxEngine, recorder: Recorder) -> Found:
@@ -104,12 +104,21 @@ def _vision(engine: OnnxEngine, recorder: Recorder) -> Found:
 def _pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Found:
     from transformers import AutoImageProcessor
 
+    own, frozen = loaded.folder.processor, loaded.settings(bundle.plan.geometry)
+    changed = {name: value for name, value in frozen.items() if name in own and value != own[name]}
     processor = AutoImageProcessor.from_pretrained(loaded.folder.path, local_files_only=True, backend="pil")
-    size = loaded.processor(bundle.plan.geometry)["size"]
-    expected = processor(images=[image], size=size, return_tensors="np")["pixel_values"]
-    spec = ImageSpec.from_processor_config(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8")))
-    actual, _ = spec.patches(image)
+    expected = processor(images=[image], return_tensors="np", **changed)["pixel_values"]
+    if expected.ndim > 2:
+        expected = _patches(expected.reshape(-1, *expected.shape[-3:]), bundle.plan.geometry.patch)
+    actual = image_spec(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))).patches([image])
     return _stage("pixels", [(expected, actual)], f"{actual.shape[0]} patches")
+
+
+def _patches(views: np.ndarray, side: int) -> np.ndarray:
+    # Of pictures [views, 3, height, width], as the patch convolution of a vision encoder takes them.
+    rows, columns = views.shape[2] // side, views.shape[3] // side
+    blocks = views[:, :, : rows * side, : columns * side].reshape(len(views), 3, rows, side, columns, side)
+    return np.ascontiguousarray(blocks.transpose(0, 2, 4, 1, 3, 5)).reshape(-1, 3 * side * side)
 
 
 def _replay(engine: OnnxEngine, recorder: Recorder) -> list[Found]:

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.device.power import EnergyMeter, PowerSource, find_power_source
 from edgeprune.errors import UsageError
-from edgeprune.plan import Geometry
 from edgeprune.runtime.images import read_image
 from edgeprune.runtime.receipt import Receipt
-from edgeprune.runtime.session import Runtime, load
-from edgeprune.tabletop.dataset import scenes
-from edgeprune.tabletop.drawing import draw_scene
+from edgeprune.runtime.session import Pictures, Runtime, load
+from edgeprune.tabletop.showing import frames_for
 
 WARM_UP = 2  # rounds that are not counted
 PROMPT = "What is on the table?"
@@ -134,11 +131,11 @@ def benchmark(
             f"Cannot measure {tokens} tokens in {repeats} rounds.", hint="Ask for 2 tokens or more, and for 1 round or more."
         )
     runtime = load(path, threads=threads, provider=provider)
-    picture = _scene(runtime.plan.geometry) if image is None else read_image(image)
+    shown: Pictures = frames_for(runtime.plan.geometry) if image is None else read_image(image)
     facts = machine or read_machine()
     source = power or find_power_source()
     try:
-        bench = _Bench(runtime, picture, PROMPT if prompt is None else prompt, tokens, fit, source)
+        bench = _Bench(runtime, shown, PROMPT if prompt is None else prompt, tokens, fit, source)
         peaks = bench.warm_up()
         for done in range(repeats):
             bench.round(done)
@@ -172,7 +169,7 @@ class _Taken:
 
 
 class _Bench:
-    def __init__(self, runtime: Runtime, image: Image.Image, prompt: str, tokens: int, fit: str, power: PowerSource | None) -> None:
+    def __init__(self, runtime: Runtime, image: Pictures, prompt: str, tokens: int, fit: str, power: PowerSource | None) -> None:
         self._runtime, self._image, self._prompt, self._tokens, self._fit = runtime, image, prompt, tokens, fit
         self._endless = Runtime(replace(runtime._model, end_tokens=()))
         self._meter = EnergyMeter(power)
@@ -231,11 +228,6 @@ def _summary(taken: _Taken, peak: int | None) -> Measured:
         energy_j=_median(taken.joules) if taken.joules else None,
         cuts=tuple((cut.cut, cut.before, cut.after) for cut in cuts),
     )
-
-
-def _scene(geometry: Geometry) -> Image.Image:
-    scene, _ = next(iter(scenes(0, 1)))
-    return draw_scene(scene).resize((geometry.width, geometry.height))
 
 
 def _number(measured: Measured, name: str) -> float | None:

@@ -8,7 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -18,17 +20,28 @@ _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole charact
 
 
 class Message(TypedDict):
-    """One turn: `role` is "user", "assistant" or "system"; `content` a text or parts of type "text" or "image"."""
+    """One turn: `role` is "user", "assistant" or "system"; `content` a text or parts of type "text", "image" or "video"."""
 
     role: str
     content: str | list[dict[str, str]]
+
+
+class _Generation(Extension):
+    # Templates mark with it what training counts as an answer; for a prompt it means nothing.
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
     """A chat template in the dialect of transformers: Jinja in a sandbox, blocks trimmed, a few helpers."""
 
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
@@ -94,9 +107,9 @@ class StreamDecoder:
         return piece
 
 
-def refuse_control_tokens(text: str, codec: TextCodec) -> None:
-    """Raise UsageError when a text spells a special token: it would act as one, not as text."""
-    for token in sorted(codec.special):
+def refuse_control_tokens(text: str, codec: TextCodec, placeholder: str) -> None:
+    """Raise UsageError when a text spells a special token, or an image's placeholder: it would act as one, not as text."""
+    for token in sorted({*codec.special, placeholder}):
         if token in text:
             raise UsageError(f"The prompt contains the control token {token}.", hint="Remove it from the prompt.")
 

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from edgeprune.errors import UsageError
+from edgeprune.runtime.board import MIN_WIDTH, Board
 
-MIN_WIDTH = 384  # of a panel; smaller images are enlarged to it
-MAX_SIDE = 1024  # of the image in a panel; larger images are reduced to it
 CACHES = "KV caches"  # title of the panel of all cache cuts
 
 _MARGIN = 20
@@ -34,81 +33,56 @@ class Panel(NamedTuple):
     picture: Image.Image
 
 
-def draw_kept(
-    image: Image.Image, kept: Sequence[tuple[str, np.ndarray]], grid: tuple[int, int], caches: Sequence[np.ndarray] = ()
-) -> Image.Image:
+def draw_kept(board: Board, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()) -> Image.Image:
     """Return the panels of `kept_panels` side by side."""
-    return lay_out(kept_panels(image, kept, grid, caches))
+    return lay_out(kept_panels(board, kept, caches))
 
 
-def kept_panels(
-    image: Image.Image, kept: Sequence[tuple[str, np.ndarray]], grid: tuple[int, int], caches: Sequence[np.ndarray] = ()
-) -> list[Panel]:
-    """Return the input and, for each cut (title, kept raster indices), a picture with what it kept in full colour.
+def kept_panels(board: Board, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()) -> list[Panel]:
+    """Return the input and, for each cut (title, kept indices), a picture with what it kept in full colour.
 
-    `grid` is (rows, columns) in visual tokens. `caches`: what each cut of a KV cache kept [heads, tokens]; in the one panel of
-    them all a token is as bright as its share of the heads' caches. Raises UsageError for an index outside the grid.
+    `caches`: what each cut of a KV cache kept [heads, tokens]; in the one panel of them all a token is as bright as its share of
+    the heads' caches. Raises UsageError for an index that is no token of the board.
     """
-    tokens = grid[0] * grid[1]
-    shown = _enlarge(image.convert("RGB"))
-    panels = [Panel(f"input, {tokens} tokens", f"{grid[0]} x {grid[1]}", shown)]
+    panels = [Panel(f"input, {board.tokens} tokens", board.shape, board.picture)]
     for title, indices in kept:
-        mask = _mask(title, indices, grid)
-        caption = f"kept {int(mask.sum())} of {tokens} ({mask.mean():.0%})"
-        panels.append(Panel(title, caption, _outline(_highlight(shown, mask), mask)))
+        mask = _mask(title, indices, board)
+        caption = f"kept {int(mask.sum())} of {board.tokens} ({mask.mean():.0%})"
+        panels.append(Panel(title, caption, _outline(_highlight(board, mask), board.spread(mask))))
     if caches:
-        panels.append(_cache_panel(shown, caches, grid))
+        panels.append(_cache_panel(board, caches))
     return panels
 
 
-def _cache_panel(shown: Image.Image, caches: Sequence[np.ndarray], grid: tuple[int, int]) -> Panel:
-    masks = [_mask(CACHES, head, grid) for heads in caches for head in heads]
+def _cache_panel(board: Board, caches: Sequence[np.ndarray]) -> Panel:
+    masks = [_mask(CACHES, head, board) for heads in caches for head in heads]
     counts, share = sorted({int(mask.sum()) for mask in masks}), np.mean(masks, axis=0)
     amount = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     caption = f"kept {amount} of {share.size} in a head's cache ({share.mean():.0%})"
-    return Panel(CACHES, caption, _highlight(shown, share))
+    return Panel(CACHES, caption, _highlight(board, share))
 
 
-def _mask(title: str, indices: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def _mask(title: str, indices: np.ndarray, board: Board) -> np.ndarray:
     flat = np.asarray(indices).reshape(-1)
-    tokens = grid[0] * grid[1]
-    if flat.size and (flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= tokens):
-        raise UsageError(f"{title!r} has kept indices that are no tokens of a {grid[0]} x {grid[1]} grid.")
-    mask = np.zeros(tokens, bool)
+    if flat.size and (flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= board.tokens):
+        raise UsageError(f"{title!r} has kept indices that are none of the image's {board.tokens} visual tokens.")
+    mask = np.zeros(board.tokens, bool)
     mask[flat.astype(np.int64)] = True
-    return mask.reshape(grid)
+    return mask
 
 
-def _enlarge(image: Image.Image) -> Image.Image:
-    scale = min(max(1.0, MIN_WIDTH / image.width), MAX_SIDE / max(image.size))
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _highlight(image: Image.Image, share: np.ndarray) -> Image.Image:
+def _highlight(board: Board, share: np.ndarray) -> Image.Image:
     # From dim grey at share 0 to full colour at share 1.
-    weight = _spread(share, image)[..., None].astype(np.float32)
-    pixels = np.asarray(image, np.float32)
+    weight = board.spread(share.astype(np.float32))[..., None]
+    pixels = np.asarray(board.picture, np.float32)
     grey = _DIM * (pixels @ _LUMA)[..., None] + _LIFT
     return Image.fromarray(np.rint(grey + weight * (pixels - grey)).astype(np.uint8))
 
 
-def _outline(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    inside = _spread(mask, image)
+def _outline(image: Image.Image, inside: np.ndarray) -> Image.Image:
     picture = np.array(image)
     picture[inside & ~_interior(inside)] = _LINE
     return Image.fromarray(picture)
-
-
-def _spread(cells: np.ndarray, image: Image.Image) -> np.ndarray:
-    # The value of every pixel's token.
-    ys, xs = _edges(image.height, cells.shape[0]), _edges(image.width, cells.shape[1])
-    return np.repeat(np.repeat(cells, np.diff(ys), axis=0), np.diff(xs), axis=1)
-
-
-def _edges(length: int, cells: int) -> np.ndarray:
-    edges: np.ndarray = np.rint(np.linspace(0, length, cells + 1)).astype(np.int64)
-    return edges
 
 
 def _interior(inside: np.ndarray) -> np.ndarray:

@@ -70,21 +70,19 @@ def profile(
     engine = open_engine(bundle, provider, threads)
     geometry, shape = bundle.plan.geometry, bundle.manifest.decoder
     rng = np.random.default_rng(0)
-    pixels = int(bundle.manifest.graphs[VISION].inputs["pixel_values"].shape[1])
-    patches = rng.standard_normal((geometry.tokens * geometry.merge**2, pixels), np.float32)
+    takes = map(int, bundle.manifest.graphs[VISION].inputs["pixel_values"].shape)
+    patches = rng.standard_normal(tuple(takes), np.float32)
     vision = _median(lambda: engine.see(patches), repeats)
     empty = KvCache.empty(shape)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
-    prefill = [_prefill_ms(engine, rng, count, shape.hidden, shape.position_axes, empty, repeats) for count in counts]
+    prefill = [_prefill_ms(engine, rng, count, shape.width, shape.position_axes, empty, repeats) for count in counts]
     return DeviceTimes(device, "measured", geometry.tokens, vision, tuple(prefill))
 
 
-def _prefill_ms(
-    engine: Engine, rng: np.random.Generator, count: int, hidden: int, axes: int, cache: KvCache, repeats: int
-) -> float:
+def _prefill_ms(engine: Engine, rng: np.random.Generator, count: int, width: int, axes: int, cache: KvCache, repeats: int) -> float:
     # As text: nothing is pruned, whatever the plan says.
-    tokens = Tokens(rng.standard_normal((1, count + TEXT, hidden), np.float32), text_positions(0, count + TEXT, axes))
-    nothing = Tokens(np.zeros((1, 0, hidden), np.float32), np.zeros((axes, 0), np.int64))
+    tokens = Tokens(rng.standard_normal((1, count + TEXT, width), np.float32), text_positions(0, count + TEXT, axes))
+    nothing = Tokens(np.zeros((1, 0, width), np.float32), np.zeros((axes, 0), np.int64))
     step = StepInput(nothing, nothing, tokens, np.zeros(0, np.int64), np.zeros((count + TEXT, 3), np.float32))
     return _median(lambda: engine.step(step, cache), repeats)
 

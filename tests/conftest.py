@@ -23,6 +23,18 @@ from edgeprune.tabletop import MODEL_FOLDER
 TINY_GEOMETRY = Geometry(height=84, width=112, patch=14, merge=2)  # 3 x 4 visual tokens
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--precision", default="fp32", help="Of the bundles of test_true_size.py.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes and gigabytes, unless it is asked for with `-m size`."""
+    if "size" not in config.getoption("-m"):
+        left = [item for item in items if "size" in item.keywords]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Qwen2-VL folder of random weights: 3 layers, 6 heads on 2 KV heads of 8, 14-pixel patches merged 2 x 2."""

@@ -20,11 +20,13 @@ from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.recipes import method_names, plan_at, resized
 from edgeprune.calibration.statistics import ALPHAS, GAMMA_BINS, SHARES, Source, Statistics
 from edgeprune.errors import PlanError, UsageError
-from edgeprune.plan import Geometry
+from edgeprune.plan import Geometry, View
 
 GEOMETRY = Geometry(160, 160, 16, 1)  # 10 x 10
 LAYERS = 8
 BASE = unpruned_plan("qwen2_vl", LAYERS, GEOMETRY)
+VIDEO = Geometry(80, 80, 16, 1, tuple(View(0, 0, 80, 80, 5, 5, time=time) for time in range(4)), frames=8, fps=2.0)  # 4 x 5 x 5
+BASES = {"evs": unpruned_plan("qwen2_vl", LAYERS, VIDEO)}
 SOURCE = Source("qwen2_vl", LAYERS, 2, "abc", GEOMETRY, "last", "mean", False)
 
 
@@ -112,7 +114,7 @@ def test_every_recipe_meets_its_cost(name: str, share: float) -> None:
     recipe = np.zeros((ALPHAS, LAYERS))
     recipe[:] = np.linspace(100, 0, ALPHAS)[:, None] * np.linspace(1.0, 0.4, LAYERS)
     gamma = np.eye(GAMMA_BINS)[np.linspace(10, 150, LAYERS).astype(int)]
-    plan = plan_at(name, share, BASE, statistics(fitprune=recipe, gamma=gamma))
+    plan = plan_at(name, share, BASES.get(name, BASE), statistics(fitprune=recipe, gamma=gamma))
     held = [plan.stored(layer) if name == "plphp" else plan.alive(layer) for layer in range(LAYERS)]
     spent = sum(held) / (100 * LAYERS)
     whole_steps = {"resize": 0.05, "vtw": 0.07}  # a grid and a layer cannot be divided further
@@ -124,6 +126,10 @@ def test_recipes_that_cannot_be_met_are_refused() -> None:
     for name in ("fastv", "pyramiddrop"):
         with pytest.raises(PlanError, match="cannot reach"):
             plan_at(name, 0.1, BASE)
+    with pytest.raises(PlanError, match="needs a video"):
+        plan_at("evs", 0.5, BASE)
+    with pytest.raises(PlanError, match="first frame whole: 25"):
+        plan_at("evs", 0.2, BASES["evs"])
     with pytest.raises(UsageError, match="needs statistics"):
         plan_at("plphp", 0.5, BASE)
     with pytest.raises(PlanError, match="outside"):

@@ -70,3 +70,7 @@ def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_table_of_families_is_up_to_date() -> None:
+    run("examples/families/table.py", "--check")

@@ -15,7 +15,7 @@ from conftest import TINY_GEOMETRY
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
 from edgeprune.calibration.planning import staircase_plan, unpruned_plan
 from edgeprune.errors import UsageError
-from edgeprune.export import passes
+from edgeprune.export import matrices
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.loading import LoadedModel
@@ -137,7 +137,7 @@ def test_verify_notices_a_wrong_scale(
         right = quantize(weight, kind, products)
         return Quantized(right.kind, right.values, right.scales * 1.05)
 
-    monkeypatch.setattr(passes, "quantize", wrong)
+    monkeypatch.setattr(matrices, "quantize", wrong)
     bundle = export_bundle(tiny, tiny_plan, tmp_path / "b", lowering=Lowering(TARGETS["onnxruntime"], "int8"))
     failed = [stage.name for stage in verify(bundle, tiny) if not stage.passed]
     assert {"vision", "prefill"} <= set(failed)

@@ -9,7 +9,7 @@ from edgeprune.errors import PlanError
 from edgeprune.methods.base import LayerView, keep_best, rank
 from edgeprune.methods.fastv import FastV
 from edgeprune.methods.plphp import PLPHP, vision_attention_score
-from edgeprune.methods.uniform import farthest_point_order
+from edgeprune.methods.uniform import farthest_point_order, raster
 from edgeprune.plan import Cut, Geometry
 from edgeprune.registry import METHODS, method_class
 
@@ -103,10 +103,10 @@ def test_random_depends_on_the_seed() -> None:
 
 def test_uniform_by_hand() -> None:
     # From the middle of a 3 x 3 grid the four corners are farthest, in reading order; then the sides.
-    assert farthest_point_order(3, 3).tolist() == [4, 0, 2, 6, 8, 1, 3, 5, 7]
+    assert farthest_point_order(raster(3, 3)).tolist() == [4, 0, 2, 6, 8, 1, 3, 5, 7]
 
 
 def test_uniform_spreads_over_both_axes() -> None:
-    kept = farthest_point_order(12, 12)[:36]
+    kept = farthest_point_order(raster(12, 12))[:36]
     assert len(set(kept // 12)) >= 6
     assert len(set(kept % 12)) >= 6

@@ -95,7 +95,7 @@ def test_the_written_form_is_stable() -> None:
         "schema_version": 2,
         "family": "qwen2_vl",
         "layers": 8,
-        "geometry": {"height": 192, "width": 192, "patch": 16, "merge": 1},
+        "geometry": {"height": 192, "width": 192, "patch": 16, "merge": 1, "views": (), "frames": 1, "fps": 0.0},
         "cuts": ({"site": "layer", "method": "fastv", "keep": 72, "layer": 2, "seed": 0, "options": {}},),
     }
 

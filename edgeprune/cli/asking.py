@@ -14,7 +14,9 @@ from edgeprune.files import save_image
 
 @click.command()
 @bundle_argument
-@click.option("--image", type=click.Path(path_type=Path), help="The image to ask about.")
+@click.option(
+    "--image", multiple=True, type=click.Path(path_type=Path), help="The image to ask about; repeat it for the frames of a video."
+)
 @click.option("--prompt", help="The question.")
 @click.option("--no-prune", is_flag=True, help="Run the same graphs with every visual token.")
 @click.option("--overlay", type=click.Path(path_type=Path), help="Write a picture with the dropped patches greyed out.")
@@ -27,20 +29,20 @@ from edgeprune.files import save_image
 @provider_option
 @fit_option
 @json_option
-def run(bundle: Path, image: Path | None, prompt: str | None, as_json: bool, **options: Any) -> None:
-    """Ask BUNDLE one question about one image; the answer is streamed, and a receipt says what was pruned."""
-    image, prompt = _need_both(image, prompt)
+def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool, **options: Any) -> None:
+    """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
+    prompt = _need_both(image, prompt)
     from edgeprune.cli.show import show_answer
     from edgeprune.runtime import load
     from edgeprune.runtime.images import read_image
 
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
-    picture = read_image(image)
+    pictures = [read_image(path) for path in image]
     runtime = load(bundle, threads=options.pop("threads"), provider=options.pop("provider"))
-    stream = runtime.stream(picture, prompt, prune=prune, **options)
+    stream = runtime.stream(pictures, prompt, prune=prune, **options)
     show_answer(stream, as_json)
     if overlay is not None:
-        save_image(runtime.draw(picture, stream.receipt, fit=options["fit"]), overlay)
+        save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"]), overlay)
 
 
 @click.command("eval")
@@ -67,13 +69,13 @@ def eval_command(model: str, data: Path, limit: int | None, provider: str, fit: 
     show_evaluation(report, as_json)
 
 
-def _need_both(image: Path | None, prompt: str | None) -> tuple[Path, str]:
+def _need_both(image: tuple[Path, ...], prompt: str | None) -> str:
     example = 'For example: --image table.png --prompt "What is on the table?"'
-    if image is None:
+    if not image:
         raise UsageError("There is no image to ask about (--image).", hint=example)
     if prompt is None:
         raise UsageError("There is no question about the image (--prompt).", hint=example)
-    return image, prompt
+    return prompt
 
 
 def _open_model(model: str, provider: str, plan_request: dict[str, Any]) -> Any:

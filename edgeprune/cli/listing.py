@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from edgeprune.cli.options import bundle_argument, json_option
+from edgeprune.cli.options import bundle_argument, json_option, open_plan
+from edgeprune.errors import UsageError, require_extra
+
+if TYPE_CHECKING:
+    from edgeprune.plan import KeepPlan
 
 
 @click.command()
@@ -27,24 +32,61 @@ def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> N
 
 @click.command()
 @bundle_argument
+@click.option("--model", help="What LightCompress's YAML is read for: a transformers folder, or tabletop.")
+@click.option("--image-size", help="And for which height x width in pixels.  [default: the model's own]")
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what BUNDLE holds, after checking every file against its manifest."""
-    from edgeprune.bundle import Bundle
-    from edgeprune.cli.show import show_bundle
+def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bool) -> None:
+    """Show what BUNDLE holds, after checking every file against its manifest; or the cuts of a plan.
 
+    --json of a plan is the plan itself: so a YAML file of LightCompress becomes a keep plan.
+    """
+    from edgeprune.bundle import Bundle
+    from edgeprune.cli.show import show_bundle, show_plan
+
+    if bundle.is_file():
+        show_plan(_plan_of(bundle, model, image_size), as_json)
+        return
+    if model or image_size:
+        raise UsageError("--model and --image-size are for LightCompress's YAML.")
     show_bundle(Bundle.load(bundle), as_json)
 
 
-@click.command()
-@json_option
-def models(as_json: bool) -> None:
-    """List the model families that can be exported."""
-    from edgeprune.cli.show import show_table
-    from edgeprune.registry import FAMILIES, summary_of
+def _plan_of(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
+    from edgeprune.calibration.planning import is_lightcompress
+    from edgeprune.plan import KeepPlan
 
-    rows = [[name, summary_of(reference)] for name, reference in sorted(FAMILIES.items())]
-    show_table(["model_type", "family"], rows, as_json)
+    if not is_lightcompress(path):
+        if model or image_size:
+            raise UsageError("--model and --image-size are for LightCompress's YAML.")
+        return KeepPlan.load(path)
+    if model is None:
+        raise UsageError(f"How many tokens {path} keeps depends on the model.", hint="Say which: --model FOLDER")
+    require_extra("export", "torch", "transformers", "optimum")
+    from edgeprune.loading import find_model, load_model
+
+    loaded = load_model(find_model(model))
+    plan: KeepPlan = open_plan(path, loaded, image_size=image_size)
+    loaded.check_plan(plan)
+    return plan
+
+
+@click.command()
+@click.argument("model_type", required=False)
+@json_option
+def models(model_type: str | None, as_json: bool) -> None:
+    """List the model families that can be exported; of one MODEL_TYPE, which method acts at which site, and why not."""
+    from edgeprune.cli.show import show_table
+    from edgeprune.registry import FAMILIES, family_class, summary_of
+
+    if model_type is None:
+        rows = [[name, summary_of(reference)] for name, reference in sorted(FAMILIES.items())]
+        show_table(["model_type", "family"], rows, as_json)
+        return
+    require_extra("export", "torch", "transformers")
+    from edgeprune.applies import fields
+
+    found = fields(family_class(model_type))
+    show_table(["method", "site", "applies"], [[field.method, field.site, field.reason or "yes"] for field in found], as_json)
 
 
 @click.command()

@@ -37,7 +37,7 @@ def export(model: str, output: Path, target: str, precision: str, force: bool, a
     folder = find_model(model)
     with Stages(["model", *STAGES], quiet=as_json) as stages:
         stages.begin("model")
-        loaded = load_model(folder)
+        loaded = load_model(folder, on_disk=True)
         plan = resolve_plan(loaded, **plan_request)
         lowering = Lowering(target_named(target), precision)
         bundle = export_bundle(loaded, plan, output, lowering=lowering, force=force, progress=stages.begin)

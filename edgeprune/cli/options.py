@@ -12,6 +12,7 @@ from edgeprune.errors import UsageError
 
 # As in edgeprune.runtime.providers, which imports ONNX Runtime: too slow for --help.
 PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "tensorrt")
+FPS = 2.0
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -35,12 +36,14 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 def plan_options(command: F) -> F:
     """Add the options that say how to prune: a plan file, or a method with keep ratios and layers."""
     options = (
-        click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON)."),
+        click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON), or LightCompress's YAML."),
         click.option("--method", help="Which tokens to keep: see `edgeprune methods`."),
         click.option("--keep", multiple=True, type=float, help="Share of all visual tokens kept, in (0, 1]; repeatable."),
         click.option("--layer", multiple=True, type=int, help="Decoder layer before which a --keep acts (0: the input)."),
         click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw lots."),
         click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
+        click.option("--frames", type=int, help="Of a video: how many frames are asked about at once."),
+        click.option("--fps", type=float, help=f"Of a video: its frames a second.  [default: {FPS}]"),
     )
     for option in reversed(options):
         command = option(command)
@@ -86,19 +89,20 @@ def resolve_plan(
     keep: tuple[float, ...],
     layer: tuple[int, ...],
     seed: int,
-    image_size: str | None,
+    **shown: Any,
 ) -> Any:
-    """Return the keep plan that the plan options describe for a loaded model; no option at all means no pruning."""
-    from edgeprune.calibration.planning import staircase_plan, unpruned_plan
-    from edgeprune.plan import KeepPlan
+    """Return the keep plan that the plan options describe for a loaded model; no option at all means no pruning.
+
+    `shown`: image_size, frames and fps, what the model is asked about.
+    """
+    from edgeprune.calibration.planning import staircase_plan
     from edgeprune.registry import method_class
 
     if plan_file is not None:
-        if method or keep or layer or image_size:
-            raise UsageError("--plan already says what --method, --keep, --layer and --image-size say.", hint="Give one of them.")
-        return KeepPlan.load(plan_file)
-    layers = len(loaded.family.decoder().layers)
-    base = unpruned_plan(loaded.folder.model_type, layers, loaded.geometry(parse_size(image_size)))
+        if method or keep or layer or seed:
+            raise UsageError("--plan already says what --method, --keep, --layer and --seed say.", hint="Give one of them.")
+        return open_plan(plan_file, loaded, **shown)
+    base = _whole(loaded, **shown)
     if method is None and not keep:
         if layer:
             raise UsageError("--layer needs --method and --keep.")
@@ -110,3 +114,27 @@ def resolve_plan(
         raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
     at_input = not layer and len(keep) == 1 and "layer" not in sites
     return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed)
+
+
+def open_plan(plan_file: Path, loaded: Any, **shown: Any) -> Any:
+    """Return the plan in a file; one that has none of its own is read for a loaded model and what it is shown."""
+    from edgeprune.calibration.planning import is_lightcompress, read_plan
+    from edgeprune.plan import KeepPlan
+
+    if is_lightcompress(plan_file):
+        return read_plan(plan_file, _whole(loaded, **shown))
+    for name, value in shown.items():
+        if value is not None:
+            raise UsageError(f"{plan_file} already says what --{name.replace('_', '-')} says.", hint="Give one of them.")
+    return KeepPlan.load(plan_file)
+
+
+def _whole(loaded: Any, image_size: str | None, frames: int | None = None, fps: float | None = None) -> Any:
+    from edgeprune.calibration.planning import unpruned_plan
+
+    if frames is not None and frames < 1:
+        raise UsageError(f"A video has frames, not {frames}.")
+    if fps is not None and (frames is None or fps <= 0):
+        raise UsageError("--fps is a number above 0, of a video with --frames.", hint="For example: --frames 8 --fps 2")
+    geometry = loaded.geometry(parse_size(image_size), frames or 1, fps or FPS)
+    return unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), geometry)

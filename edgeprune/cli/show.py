@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.commands import Calibrated
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import Stage
+    from edgeprune.plan import KeepPlan
     from edgeprune.runtime.conversation import Stream
 
 
@@ -186,6 +187,19 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     show_facts(facts, as_json=False)
+    _show_cuts(plan)
+
+
+def show_plan(plan: KeepPlan, as_json: bool) -> None:
+    """Print what a plan was made for and its cuts; as JSON, the plan."""
+    if as_json:
+        show_json(plan.to_dict())
+        return
+    show_facts({"family": f"{plan.family}, {plan.layers} layers", "geometry": str(plan.geometry)}, as_json=False)
+    _show_cuts(plan)
+
+
+def _show_cuts(plan: KeepPlan) -> None:
     tokens = plan.geometry.tokens
     for cut in plan.cuts:
         click.echo(f"{'cut':14} {cut}: keep {cut.keep} of {tokens} = {cut.keep / tokens:.0%}, remove {1 - cut.keep / tokens:.0%}")

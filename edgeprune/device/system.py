@@ -101,9 +101,9 @@ def _package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         pass
-    # Debian's packages do not always bring metadata.
-    present = _MODULES[name] not in _SHARED and importlib.util.find_spec(_MODULES[name]) is not None
-    return "unknown" if present else None
+    # Debian's packages do not always bring metadata. A namespace is none of them: our own wheel has a file in optimum's.
+    spec = None if _MODULES[name] in _SHARED else importlib.util.find_spec(_MODULES[name])
+    return "unknown" if spec is not None and spec.origin is not None else None
 
 
 def _providers() -> tuple[str, ...]:

@@ -158,10 +158,10 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
     if precision not in PRECISIONS:
         raise UsageError(f"Unknown precision {precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
     plan, manifest = bundle.plan, bundle.manifest
-    tokens, side = plan.geometry.tokens, plan.geometry.merge
+    patches = int(manifest.graphs[VISION].inputs["pixel_values"].shape[0])
     layers = range(plan.layers)
     return Workload(
-        tower=_tower(read_graph(bundle.file(VISION)), tokens * side * side, tokens),
+        tower=_tower(read_graph(bundle.file(VISION)), patches, plan.geometry.tokens),
         decoder=_decoder(read_graph(bundle.file(DECODER)), bundle),
         precision=PRECISIONS[precision],
         alive=tuple(map(plan.alive, layers)),

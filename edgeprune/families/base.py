@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from edgeprune.bundle import ImageText
 from edgeprune.plan import Geometry
 
 
@@ -16,8 +17,14 @@ from edgeprune.plan import Geometry
 class DecoderParts:
     """The decoder's own modules.
 
-    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj), `post_attention_layernorm`
-    and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions [axes, S].
+    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, and where it has them q_norm and
+    k_norm for each head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of
+    integer positions [axes, S]. `embed_tokens`: a module from ids to embeddings as they enter layer 0, scaled where the model
+    scales them.
+
+    `planes`: how many of the first layers add a feature of its own to every visual token (DeepStack): visual tokens and embeddings
+    are then (1 + planes) * hidden wide. `bidirectional`: tokens of one step all see each other (a prefix language model).
+    `context`: the longest sequence that attention was made for, in tokens.
     """
 
     layers: nn.ModuleList
@@ -30,17 +37,24 @@ class DecoderParts:
     heads: int
     kv_heads: int
     head_dim: int
+    context: int
+    planes: int = 0
+    bidirectional: bool = False
 
 
 class Family(Protocol):
-    """One architecture: how to check a model, and where its parts are.
+    """One architecture: how to check a model, what its images are in the text, and where its parts are.
 
-    `signals`: what its vision encoder tells beside the visual tokens, for input methods whose `needs` name it.
+    `signals`: what its vision encoder tells beside the visual tokens, for input methods whose `needs` name it; `unsignalled`: why
+    it tells no more, where it does not. `videos`: whether it was trained on them. `chat_template`: for model folders without one.
     """
 
-    name: str
-    position_axes: int
-    signals: tuple[str, ...]
+    name: ClassVar[str]
+    position_axes: ClassVar[int]
+    signals: ClassVar[tuple[str, ...]]
+    unsignalled: ClassVar[str]
+    videos: ClassVar[bool]
+    chat_template: ClassVar[str | None]
 
     def __init__(self, model: Any) -> None: ...
 
@@ -49,17 +63,39 @@ class Family(Protocol):
         """Raise UnsupportedModelError when the configuration has a twist that the family's graphs do not cover."""
 
     @staticmethod
-    def geometry(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None) -> Geometry:
-        """Return the geometry of an image of `size` (height, width) pixels, or of the processor's own default size."""
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return the settings for `edgeprune.processors.image_spec`: the model's image processor's own, and what it leaves to the
+        configuration; with `size` (height, width), such that images of that aspect are brought to it where any size is taken.
+        """
+        ...
+
+    def image_text(self, geometry: Geometry) -> ImageText:
+        """Return how an image, or a video, stands in the text."""
         ...
 
     def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
-        """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden].
+        """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden], with planes that much wider.
 
-        With `signals`, of a family that has them, it also returns the attention each token receives [V] and its keys [V, key dim].
+        Its `takes` is the shape of its patches. With `signals`, of a family that has them, it also returns the attention each
+        token receives [V] and its keys [V, key dim].
         """
         ...
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
         ...
+
+
+def text_rope(rotary: nn.Module) -> nn.Module:
+    """Return the rope of a Hugging Face text model with plain positions: integers [1, S] to cosines and sines [S, head_dim]."""
+    return _TextRope(rotary)
+
+
+class _TextRope(nn.Module):
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rotary(self.rotary.inv_freq, positions)
+        return cos[0], sin[0]

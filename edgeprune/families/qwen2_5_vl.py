@@ -2,11 +2,13 @@
 
 Bai et al., arXiv 2502.13923; the modules are those of transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py. A bundle's image has
 one fixed grid, so the windows are constants: patches are ordered by window once, windows of equal size attend in one batch, and
-there are at most four sizes (inner ones, and those cut by the right edge, the bottom edge and the corner).
+there are at most four sizes (inner ones, and those cut by the right edge, the bottom edge and the corner). Windows lie within a
+frame, and all frames of a video are cut alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ class Qwen25VL(Qwen2VL):
     """Where the parts of a Qwen2_5_VLForConditionalGeneration are."""
 
     name = "qwen2_5_vl"
+
+    @staticmethod
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return Qwen2-VL's settings and how many time positions a second has."""
+        return Qwen2VL.settings(config, processor, size) | {"tokens_per_second": config.vision_config.tokens_per_second}
 
     def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block without windows attends to."""
@@ -38,13 +45,14 @@ class WindowedTower(VisionTower):
         if signals:
             self.signal_block = max(self.whole)
         order, self.windows = _windows(geometry, tower.window_size // (geometry.patch * geometry.merge))
+        order = (torch.arange(self.frames)[:, None] * len(order) + order).flatten()
         patches = (order[:, None] * self.merged + torch.arange(self.merged)).flatten()  # those of a token lie together
         self.register_buffer("patches", patches, persistent=False)
         self.register_buffer("back", order.argsort(), persistent=False)
         self.cos, self.sin = self.cos[:, patches], self.sin[:, patches]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image, and the signals."""
+        """Return the visual tokens of one image or video, and the signals."""
         seen = super().forward(pixel_values.index_select(0, self.patches))
         if isinstance(seen, torch.Tensor):
             return seen.index_select(1, self.back)
@@ -65,7 +73,7 @@ class WindowedTower(VisionTower):
 
 
 def _windows(geometry: Geometry, side: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    # The visual tokens by window, windows of equal size one after the other; and how many windows there are of each size in tokens.
+    # The visual tokens of a frame by window, windows of equal size one after the other; and how many there are of each size.
     rows, columns = geometry.rows, geometry.columns
     window = torch.arange(rows)[:, None] // side * columns + torch.arange(columns) // side
     members = [torch.nonzero(window.flatten() == number).flatten() for number in sorted(set(window.flatten().tolist()))]

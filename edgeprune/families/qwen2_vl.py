@@ -1,20 +1,20 @@
-"""Qwen2-VL: mRoPE decoder, vision tower with 2-D rotary positions and full attention, patch merger.
+"""Qwen2-VL: mRoPE decoder, vision tower with 2-D rotary positions and full attention within a frame, patch merger.
 
 Wang et al., arXiv 2409.12191; the modules are those of transformers' models/qwen2_vl/modeling_qwen2_vl.py. A bundle's image
-has one fixed grid, so the tower's rotary tables are constants and its per-image attention windows vanish.
+has one fixed grid, so the tower's rotary tables are constants, and so have all frames of a video, which attend in one batch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, get_vision_position_ids
 
-from edgeprune.errors import UnsupportedModelError, UsageError
+from edgeprune.bundle import ImageText
+from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts
 from edgeprune.plan import Geometry
 
@@ -24,31 +24,34 @@ class Qwen2VL:
 
     name = "qwen2_vl"
     position_axes = 3
-    signals = ("vision attention",)
+    signals: tuple[str, ...] = ("vision attention",)
+    unsignalled = ""
+    videos = True
+    chat_template: str | None = None
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse sliding windows and quantized weights."""
-        if any(kind != "full_attention" for kind in config.text_config.layer_types):
-            raise UnsupportedModelError("This Qwen2-VL uses sliding-window attention, which is not supported.")
+        """Refuse sliding windows, rotary positions that depend on the length, and quantized weights."""
+        if any(kind != "full_attention" for kind in getattr(config.text_config, "layer_types", None) or ()):
+            raise UnsupportedModelError("This model uses sliding-window attention, which is not supported.")
+        if (rope := config.text_config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
+            raise UnsupportedModelError(f"This model's {rope!r} rotary positions depend on the length, which is not supported.")
         if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                "This checkpoint is quantized.", hint="Export the original weights; EdgePrune quantizes by itself."
-            )
+            raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
 
     @staticmethod
-    def geometry(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None) -> Geometry:
-        """Return the geometry; without `size`, a square of the processor's smallest area when that is its only one."""
-        vision = config.vision_config
-        unit = vision.patch_size * vision.spatial_merge_size
-        if size is None:
-            size = _default_size(processor, unit)
-        if size[0] % unit or size[1] % unit or min(size) <= 0:
-            raise UsageError(f"Image size {size[0]}x{size[1]} does not divide into {unit}-pixel visual tokens.")
-        return Geometry(size[0], size[1], vision.patch_size, vision.spatial_merge_size)
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return the image processor's settings; with `size`, such that every image is brought to that area."""
+        area = {} if size is None else {"size": dict.fromkeys(("shortest_edge", "longest_edge"), size[0] * size[1])}
+        return {key: value for key, value in processor.items() if not area or key not in ("min_pixels", "max_pixels")} | area
+
+    def image_text(self, geometry: Geometry) -> ImageText:
+        """Return the token that stands for an image, or for all frames of a video."""
+        kind = "video" if geometry.frames > 1 else "image"
+        return ImageText(kind, f"<|{kind}_pad|>", f"<|{kind}_pad|>", getattr(self._model.config, f"{kind}_token_id"))
 
     def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
@@ -69,15 +72,15 @@ class Qwen2VL:
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
+            context=config.max_position_embeddings,
         )
 
 
 class VisionTower(nn.Module):
-    """The tower and merger over one image of a fixed grid: patches [patches, C * T * P * P] to tokens [1, V, hidden].
+    """The tower and merger over the frames of one fixed grid: patches [patches, C * T * P * P] to tokens [1, V, hidden].
 
-    With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries,
-    and its keys [V, heads * head_dim], both averaged over the patches that are merged into it. There is no class token to ask
-    instead.
+    With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries (no
+    token stands for the class), and its keys [V, heads * head_dim], both averaged over the patches that are merged into it.
     """
 
     cos: torch.Tensor
@@ -87,43 +90,53 @@ class VisionTower(nn.Module):
         super().__init__()
         self.tower = tower
         # The kernel is as large as its stride: a convolution over one patch is a matrix product.
-        kernel = tower.patch_embed.proj.weight
-        self.patch = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=False, device="meta")
-        self.patch.weight = nn.Parameter(kernel.flatten(1), requires_grad=False)
-        self.merged = geometry.merge**2
+        kernel, bias = tower.patch_embed.proj.weight, tower.patch_embed.proj.bias
+        self.patch = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=bias is not None, device="meta")
+        self.patch.weight, self.patch.bias = nn.Parameter(kernel.flatten(1), requires_grad=False), bias
+        self.merged, self.frames = geometry.merge**2, len(geometry.layout)
+        self.takes = (geometry.tokens * self.merged, self.patch.in_features)
         self.signal_block = max(len(tower.blocks) - 2, 0) if signals else -1
-        grid = torch.tensor([[1, geometry.height // geometry.patch, geometry.width // geometry.patch]])
-        where = get_vision_position_ids(grid, geometry.merge)
-        cos, sin = tower.rotary_pos_emb(tower.patch_embed.proj.weight, where)
-        self.register_buffer("cos", cos[None], persistent=False)
-        self.register_buffer("sin", sin[None], persistent=False)
+        tables = tower.rotary_pos_emb(kernel, get_vision_position_ids(patch_grid(geometry), geometry.merge))
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            self.register_buffer(name, table[None], persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image, and the signals."""
-        hidden = self.patch(pixel_values)
+        """Return the visual tokens of one image or video, and the signals."""
+        (last,), signals = self._encode(self.patch(pixel_values))
+        merged: torch.Tensor = self.tower.merger(last)
+        return (merged[None], *signals) if signals else merged[None]
+
+    def _encode(self, hidden: torch.Tensor, also: Collection[int] = ()) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        # The states after the blocks `also`, in their order, and after the last one; and the signals.
+        states: list[torch.Tensor] = []
         signals: tuple[torch.Tensor, ...] = ()
         for index, block in enumerate(self.tower.blocks):
             mixed, weights, keys = self._attend(index, block.attn, block.norm1(hidden))
             if index == self.signal_block:
-                received = weights.mean(dim=(0, 1)).view(-1, self.merged).mean(dim=1)
+                received = weights.view(-1, self.frames, *weights.shape[1:]).mean(dim=(0, 2)).reshape(-1, self.merged).mean(dim=1)
                 signals = (received, keys.transpose(0, 1).reshape(received.shape[0], self.merged, -1).mean(dim=1))
             hidden = hidden + mixed
             hidden = hidden + block.mlp(block.norm2(hidden))
-        merged: torch.Tensor = self.tower.merger(hidden)
-        return (merged[None], *signals) if signals else merged[None]
+            states += [hidden] if index in also else []
+        return [*states, hidden], signals
 
     def _attend(self, index: int, attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = (hidden.shape[0], 3, attn.num_heads, attn.head_dim)
         query, key, value = attn.qkv(hidden).view(shape).permute(1, 2, 0, 3).unbind(0)  # [heads, patches, head_dim]
         query, key = apply_rotary_pos_emb(query, key, self.cos, self.sin, unsqueeze_dim=0)
-        query, key = query[0], key[0]
-        mixed, weights = self._mix(index, query * attn.scaling, key, value)
-        return attn.proj(mixed.transpose(0, 1).flatten(1)), weights, key
+        parts = (rows.reshape(-1, shape[0] // self.frames, shape[3]) for rows in (query * attn.scaling, key, value))
+        mixed, weights = self._mix(index, *parts)
+        return attn.proj(mixed.reshape(value.shape).transpose(0, 1).flatten(1)), weights, key[0]
 
     def _mix(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # What a block attends to, and how: every patch to every other one.
+        # What a block attends to, and how: every patch of a frame to every other one. [heads * frames, patches of one, head_dim]
         weights = torch.softmax(query @ key.transpose(1, 2), dim=-1)
         return weights @ value, weights
+
+
+def patch_grid(geometry: Geometry) -> torch.Tensor:
+    """Return how many frames there are, and rows and columns of patches in each [1, 3]."""
+    return torch.tensor([[len(geometry.layout), geometry.height // geometry.patch, geometry.width // geometry.patch]])
 
 
 class _Rope(nn.Module):
@@ -133,16 +146,5 @@ class _Rope(nn.Module):
         self.rotary = rotary
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        reference = self.rotary.inv_freq
-        cos, sin = self.rotary(reference, positions[:, None])
+        cos, sin = self.rotary(self.rotary.inv_freq, positions[:, None])
         return cos[0], sin[0]
-
-
-def _default_size(processor: Mapping[str, Any], unit: int) -> tuple[int, int]:
-    area = processor.get("size") or {}
-    smallest = area.get("shortest_edge", processor.get("min_pixels"))
-    largest = area.get("longest_edge", processor.get("max_pixels"))
-    side = math.isqrt(smallest) if smallest else 0
-    if smallest != largest or side * side != smallest or side % unit:
-        raise UsageError("This model takes images of any size, but a bundle has one.", hint="Give --image-size 448x448, say.")
-    return side, side

@@ -2,6 +2,7 @@
 
 from edgeprune.model.attention import LayerCache
 from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput
+from edgeprune.model.embedding import TextEmbedding
 from edgeprune.model.selector import InputSelector
 
-__all__ = ["InputSelector", "LayerCache", "PrunedDecoder", "Segment", "StepOutput"]
+__all__ = ["InputSelector", "LayerCache", "PrunedDecoder", "Segment", "StepOutput", "TextEmbedding"]

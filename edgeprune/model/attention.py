@@ -10,7 +10,7 @@ Runtime's matrix product with a folded transpose dies of a division by zero ther
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from edgeprune.families.base import DecoderParts
 
 _SMALLEST_HEAD = 16
+_ROWS = 1 << 20  # more than any step has
+_NEVER = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,17 @@ class Tokens:
     hidden: torch.Tensor  # [S, hidden]
     cos: torch.Tensor  # [S, head_dim]
     sin: torch.Tensor  # [S, head_dim]
+    places: torch.Tensor  # [S] in the sequence: a token sees those of lower or equal place
+    planes: torch.Tensor | None  # [S, planes * hidden] what the first layers add, 0 for text
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
 
     def keep(self, chosen: torch.Tensor) -> Tokens:
         """Return the tokens with only the chosen visual ones."""
         sizes = (self.sizes[0], chosen.shape[0], self.sizes[2])
-        rows = [self._pick(rows, chosen) for rows in (self.hidden, self.cos, self.sin)]
-        return Tokens(rows[0], rows[1], rows[2], self.order.index_select(0, chosen), sizes)
+        rows = [self._pick(rows, chosen) for rows in (self.hidden, self.cos, self.sin, self.places)]
+        planes = None if self.planes is None else self._pick(self.planes, chosen)
+        return Tokens(rows[0], rows[1], rows[2], rows[3], planes, self.order.index_select(0, chosen), sizes)
 
     def _pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         before, visual, after = self.split(rows)
@@ -72,7 +77,7 @@ class Tokens:
 
     def with_hidden(self, hidden: torch.Tensor) -> Tokens:
         """Return the same tokens in another state."""
-        return Tokens(hidden, self.cos, self.sin, self.order, self.sizes)
+        return replace(self, hidden=hidden)
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the rows of prefix, visual tokens and suffix."""
@@ -206,8 +211,9 @@ def rotated(
     """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both at their positions."""
     length, group = hidden.shape[0], shape.heads // shape.kv_heads
     rotate = _rotate_fused if fused else _rotate
-    query = rotate(attn.q_proj(hidden).view(length, shape.heads, shape.head_dim), tokens.cos, tokens.sin)
-    key = rotate(attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim), tokens.cos, tokens.sin)
+    query = _normed(attn, "q_norm", attn.q_proj(hidden).view(length, shape.heads, shape.head_dim))
+    key = _normed(attn, "k_norm", attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim))
+    query, key = (rotate(states, tokens.cos, tokens.sin) for states in (query, key))
     return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5, key
 
 
@@ -216,21 +222,37 @@ def with_null(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows.new_zeros(1, *rows.shape[1:]), rows])
 
 
-def causal_mask(sizes: tuple[int, int, int], past_text: int, past_visual: int, device: torch.device) -> Mask:
+def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.Tensor:
+    """Return the place [S] in the sequence of tokens at `positions` [axes, S], given in the order of their segments.
+
+    Text between the tiles of an image stands in the prefix, so the order of the rows is not the order of the sequence; the first
+    axis of the positions is, but for the tokens of one image with mRoPE, which share a time and keep their order. Tokens that all
+    see each other have one place.
+    """
+    row = torch.arange(positions.shape[1], device=positions.device)
+    return torch.zeros_like(row) if bidirectional else positions[0] * _ROWS + row
+
+
+def causal_mask(tokens: Tokens, past_text: int, past_visual: int) -> Mask:
     """Return where new tokens may look; cached tokens are visible to all."""
-    row = torch.arange(sum(sizes), device=device)
-    before, visual, after = torch.split(row, list(sizes))
-    # The place of each key among the new tokens, in the order of the parts. -1: it was there before. The null rows come too late.
-    null = torch.full((1,), sum(sizes), device=device)
-    past, seen = (torch.full((count,), -1, device=device) for count in (past_text, past_visual - 1))
+    before, visual, after = tokens.split(tokens.places)
+    # In the order of the parts of the keys. -1: it was there before. The null rows come too late.
+    null = torch.full_like(tokens.places[-1:], _NEVER)
+    past, seen = (torch.full((count,), -1, device=null.device) for count in (past_text, past_visual - 1))
     column = torch.cat([past, before, after, null, visual, null, seen])
-    visible = column[None] <= row[:, None]
+    visible = column[None] <= tokens.places[:, None]
     return Mask(visible, torch.where(visible, 0.0, float("-inf")))
 
 
 def _append(past: torch.Tensor, rows: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     before, visual, after = tokens.split(rows)
     return torch.cat([past, before.transpose(0, 1)[None], after.transpose(0, 1)[None]], dim=2), with_null(visual)
+
+
+def _normed(attn: Any, name: str, states: torch.Tensor) -> torch.Tensor:
+    # Some families norm the queries and keys of each head.
+    norm = getattr(attn, name, None)
+    return states if norm is None else norm(states)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

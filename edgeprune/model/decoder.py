@@ -17,7 +17,7 @@ from torch import nn
 
 from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
-from edgeprune.model.attention import Attended, LayerCache, Mask, Tokens, attend, causal_mask, rotated, with_null
+from edgeprune.model.attention import Attended, LayerCache, Mask, Tokens, attend, causal_mask, places_of, rotated, with_null
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 
@@ -26,7 +26,7 @@ Probe = Callable[[int, LayerView], None]
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens: `embeds` [1, n, hidden] and integer `positions` [axes, n]; n may be 0."""
+    """Tokens: `embeds` [1, n, width] (hidden, and as much for each plane) and integer `positions` [axes, n]; n may be 0."""
 
     embeds: torch.Tensor
     positions: torch.Tensor
@@ -113,7 +113,8 @@ class PrunedDecoder(nn.Module):
             if text_groups is not None:
                 splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
             hidden = tokens.hidden + attended.output
-            tokens = tokens.with_hidden(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            tokens = tokens.with_hidden(self._with_plane(index, hidden, tokens))
         last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
         logits = self.lm_head(self.norm(last))
         in_order = tuple(kept[str(cut)] for cut in (*self.plan.layer_cuts, *self.plan.cache_cuts))
@@ -124,17 +125,28 @@ class PrunedDecoder(nn.Module):
 
     def _join(self, prefix: Segment, visual: Segment, suffix: Segment, order: torch.Tensor | None) -> Tokens:
         segments = (prefix, visual, suffix)
-        cos, sin = self.rope(torch.cat([segment.positions for segment in segments], dim=1))
-        hidden = torch.cat([segment.embeds[0] for segment in segments])
+        positions = torch.cat([segment.positions for segment in segments], dim=1)
+        cos, sin = self.rope(positions)
+        embeds = torch.cat([segment.embeds[0] for segment in segments])
+        width = self.shape.hidden
+        hidden, planes = (embeds[:, :width], embeds[:, width:]) if self.shape.planes else (embeds, None)
         sizes = (prefix.embeds.shape[1], visual.embeds.shape[1], suffix.embeds.shape[1])
-        return Tokens(hidden, cos, sin, torch.arange(sizes[1], device=hidden.device) if order is None else order, sizes)
+        order = torch.arange(sizes[1], device=hidden.device) if order is None else order
+        places = places_of(positions, bidirectional=self.shape.bidirectional)
+        return Tokens(hidden, cos, sin, places, planes, order, sizes)
+
+    def _with_plane(self, index: int, hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        # DeepStack: what the encoder's earlier blocks saw is added after the first layers.
+        if tokens.planes is None or index >= self.shape.planes:
+            return hidden
+        return hidden + tokens.planes[:, index * self.shape.hidden : (index + 1) * self.shape.hidden]
 
     def _mask(self, index: int, tokens: Tokens, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
         # Layers whose visual tokens are as many now and were as many before share a mask.
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
         stage = (self.plan.alive(index), length if isinstance(length, int) else self.plan.cache_stage(index))
         if stage not in masks:
-            masks[stage] = causal_mask(tokens.sizes, cache.key.shape[2], length, tokens.order.device)
+            masks[stage] = causal_mask(tokens, cache.key.shape[2], length)
         return masks[stage]
 
     def _cut_cache(self, index: int, tokens: Tokens, attended: Attended, embeds: Any, kept: dict[str, torch.Tensor]) -> LayerCache:

@@ -20,8 +20,7 @@ from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Engine, Seen, Step, StepInput
 from edgeprune.runtime.session import Runtime, load
 from edgeprune.runtime.tensorrt.engine import TensorRTEngine
-from edgeprune.tabletop.dataset import scenes
-from edgeprune.tabletop.drawing import draw_scene
+from edgeprune.tabletop.showing import frames_for
 
 TOKENS = 24
 PROMPTS = ("What is on the table?", "What else?")  # the second without an image, on the caches of the first
@@ -136,11 +135,9 @@ class _Listener:
 
 def _answers(runtime: Runtime, engine: Engine) -> _Said:
     model = replace(runtime._model, engine=engine)
-    geometry = model.plan.geometry
-    scene, _ = next(iter(scenes(0, 1)))
-    image = draw_scene(scene).resize((geometry.width, geometry.height))
+    frames = frames_for(model.plan.geometry)
     chat, said = Runtime(model).chat(), _Said()
-    for prompt, shown in zip(PROMPTS, (image, None), strict=True):
+    for prompt, shown in zip(PROMPTS, (frames, None), strict=True):
         stream = chat.ask(prompt, shown, max_tokens=TOKENS)
         said.texts.append("".join(stream))
         if shown is not None:
@@ -185,9 +182,10 @@ def _grown(before: int, after: int) -> Check:
 
 
 def _refused(runtime: Runtime, engine: Engine) -> Check:
-    # What is too long has to be an error that names its remedy, and the engine has to work on.
+    # What is too long has to be an error that names its remedy, and the engine has to work on. The model's own limit stands aside.
+    unlimited = replace(runtime._model.decoder, context=1 << 30)
     try:
-        for _ in Runtime(replace(runtime._model, engine=engine)).chat().ask("word " * 20_000, max_tokens=1):
+        for _ in Runtime(replace(runtime._model, engine=engine, decoder=unlimited)).chat().ask("word " * 20_000, max_tokens=1):
             pass
     except EngineError as error:
         return Check("limits", 0.0, 0.0, error.hint)

@@ -1,56 +1,54 @@
-"""Preprocessing: equal to transformers' Qwen2VLImageProcessorPil, and a fixed geometry is never met by accident."""
+"""Qwen2-VL's image processor: equal to transformers' own, and a fixed geometry is never met by accident."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
+from processor_parity import SIZES, noise
+from processor_parity import pair as any_pair
 from transformers.image_utils import load_image
 
 from edgeprune.errors import BundleError, ImageError, UsageError
 from edgeprune.plan import Geometry
+from edgeprune.processors import fit, image_spec
+from edgeprune.processors.qwen import GridSpec
 from edgeprune.runtime.images import read_image
-from edgeprune.runtime.preprocess import ImageSpec, fit
 
-SIZES = [(1, 1), (1, 150), (37, 53), (56, 56), (192, 192), (641, 479), (28, 1000), (1000, 28), (13, 2600), (14, 42)]
+KIND = "Qwen2VLImageProcessor"
 AREAS = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 4 * 200}
 FIXED = Geometry(192, 192, 16, 2)
 
 
-def noise(height: int, width: int, mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    return Image.fromarray(pixels, "RGBA").convert("RGB" if mode == "P" else "RGBA").convert(mode)
-
-
-def pair(**settings: Any) -> tuple[ImageSpec, Any]:
+def pair(**settings: Any) -> tuple[GridSpec, Any]:
     """Return our spec and transformers' processor of the same configuration, through its JSON."""
-    processor = Qwen2VLImageProcessorPil(**settings)
-    return ImageSpec.from_processor_config(json.loads(processor.to_json_string())), processor
+    spec, processor = any_pair(KIND, {}, **settings)
+    assert isinstance(spec, GridSpec)
+    return spec, processor
 
 
-def assert_equal(spec: ImageSpec, ours: Image.Image, processor: Any, theirs: Image.Image) -> None:
+def assert_equal(spec: GridSpec, ours: Image.Image, processor: Any, theirs: Image.Image) -> None:
     """Fail unless both make the same patches, to 1e-5, and the same grid."""
-    patches, grid = spec.patches(ours)
+    patches, grid = spec.patches([ours]), spec.grid(ours.height, ours.width)
     expected = processor(images=theirs)
     assert expected["image_grid_thw"].tolist() == [[1, *grid]]
+    assert spec.geometry(ours.height, ours.width).layout[0].tokens * spec.merge_size**2 == len(patches)
     assert patches.dtype == np.float32
     assert patches.flags["C_CONTIGUOUS"]
     np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=1e-5)
 
 
 @pytest.fixture
-def fixed() -> ImageSpec:
+def fixed() -> GridSpec:
     """The bundled model's kind of spec: every image becomes about 192 x 192 pixels."""
     return pair(patch_size=16, size={"shortest_edge": 192 * 192, "longest_edge": 192 * 192})[0]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, (14, 42)])
 @pytest.mark.parametrize("merge", [1, 2])
 @pytest.mark.parametrize("patch", [14, 16])
 def test_patches_equal_transformers(patch: int, merge: int, size: tuple[int, int]) -> None:
@@ -126,7 +124,7 @@ def test_all_levels_are_bit_equal() -> None:
     spec, processor = pair(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})
     levels = np.resize(np.arange(256, dtype=np.uint8), (56, 56))
     image = Image.fromarray(np.stack([levels, levels.T, levels[::-1]], axis=-1))
-    np.testing.assert_array_equal(spec.patches(image)[0], processor(images=image)["pixel_values"])
+    np.testing.assert_array_equal(spec.patches([image]), processor(images=image)["pixel_values"])
 
 
 @pytest.mark.parametrize("areas", [AREAS, {"shortest_edge": 1, "longest_edge": 28 * 28 * 20}])
@@ -157,21 +155,20 @@ def test_empty_image(size: tuple[int, int]) -> None:
 
 def test_patches_want_rgb() -> None:
     with pytest.raises(ImageError, match="read_image"):
-        pair()[0].patches(noise(60, 60, "L"))
+        pair()[0].patches([noise(60, 60, "L")])
 
 
 def test_patch_order_by_hand() -> None:
     # 4 x 4 pixels, patch 1, merge 2: the four pixels of a 2 x 2 block come first, then the block to its right.
-    spec = ImageSpec(1, 2, 1, 16, 16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1.0, 3)
+    spec = GridSpec(1, 2, 1, 16, 16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1.0, 3)
     grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    patches, grid = spec.patches(read_image(grey))
-    assert grid == (4, 4)
+    patches = spec.patches([read_image(grey)])
     assert patches[:, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
 
 
 def test_config_spellings_of_the_area() -> None:
     def area(**config: Any) -> tuple[int, int]:
-        spec = ImageSpec.from_processor_config(config)
+        spec = GridSpec.from_settings(config)
         return spec.min_pixels, spec.max_pixels
 
     assert area() == (3136, 1003520)
@@ -183,18 +180,18 @@ def test_config_spellings_of_the_area() -> None:
 
 
 def test_config_defaults_are_those_of_transformers() -> None:
-    assert ImageSpec.from_processor_config({}) == pair()[0]
+    assert GridSpec.from_settings({}) == pair()[0]
 
 
-@pytest.mark.parametrize("kind", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast"])
-def test_config_of_a_processor_class(kind: str) -> None:
-    assert ImageSpec.from_processor_config({"image_processor_type": kind, "patch_size": 16}).patch_size == 16
+@pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
+def test_config_of_a_processor_class(suffix: str) -> None:
+    assert image_spec({"image_processor_type": KIND + suffix}) == image_spec({}) == pair()[0]
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is 'CLIPImageProcessor'"),
+        ({"image_processor_type": "BlipImageProcessor"}, "image_processor_type is 'BlipImageProcessor'"),
         ({"do_resize": False}, "do_resize is False, but must be true"),
         ({"do_rescale": False}, "do_rescale"),
         ({"do_normalize": False}, "do_normalize"),
@@ -215,45 +212,47 @@ def test_config_of_a_processor_class(kind: str) -> None:
         ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"resample": 99}, "resample is 99"),
         ({"resample": "bicubic"}, "resample is 'bicubic'"),
+        ({"tokens_per_second": "2"}, "tokens_per_second is '2', but must be a number, zero or above"),
+        ({"tokens_per_second": -1}, "tokens_per_second is -1"),
     ],
 )
 def test_config_that_cannot_be_honoured(config: dict[str, Any], words: str) -> None:
     with pytest.raises(BundleError) as caught:
-        ImageSpec.from_processor_config(config)
+        image_spec(config)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("side", [192, 96, 500])
-def test_exact_returns_the_image_itself(side: int, fixed: ImageSpec) -> None:
+def test_exact_returns_the_image_itself(side: int, fixed: GridSpec) -> None:
     image = noise(side, side)
     assert fit(image, FIXED, "exact", fixed) is image
-    assert fixed.patches(image)[1] == (12, 12)
+    assert fixed.geometry(side, side).layout == FIXED.layout
 
 
-def test_exact_names_the_choices(fixed: ImageSpec) -> None:
+def test_exact_names_the_choices(fixed: GridSpec) -> None:
     with pytest.raises(ImageError) as caught:
         fit(noise(100, 200), FIXED, "exact", fixed)
     message = str(caught.value)
-    assert "192x192 px = 6 x 6 visual tokens, but this 200x100 image makes 5 x 9." in message
+    assert "192x192 px = 6 x 6 visual tokens, but this 200x100 image makes 288x160 px = 5 x 9 visual tokens." in message
     assert '"stretch"' in message
     assert '"pad"' in message
 
 
 @pytest.mark.parametrize("how", ["stretch", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (100, 200), (200, 1), (1, 200), (641, 479), (192, 192)])
-def test_stretch_and_pad_fill_the_geometry(size: tuple[int, int], how: str, fixed: ImageSpec) -> None:
+def test_stretch_and_pad_fill_the_geometry(size: tuple[int, int], how: str, fixed: GridSpec) -> None:
     fitted = fit(noise(*size), FIXED, how, fixed)
     assert fitted.size == (192, 192)
-    assert fixed.patches(fitted)[1] == (12, 12)
+    assert fixed.geometry(192, 192) == FIXED
 
 
-def test_stretch_equals_the_direct_resize(fixed: ImageSpec) -> None:
+def test_stretch_equals_the_direct_resize(fixed: GridSpec) -> None:
     image = noise(300, 300)
-    np.testing.assert_array_equal(fixed.patches(image)[0], fixed.patches(fit(image, FIXED, "stretch", fixed))[0])
+    np.testing.assert_array_equal(fixed.patches([image]), fixed.patches([fit(image, FIXED, "stretch", fixed)]))
 
 
-def test_pad_keeps_the_aspect_in_the_middle_on_grey(fixed: ImageSpec) -> None:
+def test_pad_keeps_the_aspect_in_the_middle_on_grey(fixed: GridSpec) -> None:
     pixels = np.asarray(fit(Image.new("RGB", (100, 50), "red"), FIXED, "pad", fixed))
     assert (pixels[:48] == 128).all()
     assert (pixels[48:144] == (255, 0, 0)).all()
@@ -267,18 +266,20 @@ def test_pad_never_loses_a_thin_image(size: tuple[int, int]) -> None:
     assert (pixels == (255, 0, 0)).all(axis=-1).sum() == 32
 
 
-@pytest.mark.parametrize("how", ["exact", "stretch", "pad"])
-def test_fit_refuses_what_the_processor_refuses(how: str, fixed: ImageSpec) -> None:
+def test_only_exact_needs_an_image_that_the_processor_takes(fixed: GridSpec) -> None:
+    thin = Image.new("RGB", (201, 1))
     with pytest.raises(ImageError, match="too oblong"):
-        fit(Image.new("RGB", (201, 1)), FIXED, how, fixed)
+        fit(thin, FIXED, "exact", fixed)
+    for how in ("stretch", "pad"):
+        assert fit(thin, FIXED, how, fixed).size == (192, 192)
 
 
 @pytest.mark.parametrize("geometry", [Geometry(224, 224, 16, 2), Geometry(192, 192, 16, 1), Geometry(192, 192, 8, 4)])
-def test_fit_refuses_a_geometry_of_another_processor(geometry: Geometry, fixed: ImageSpec) -> None:
+def test_fit_refuses_a_geometry_of_another_processor(geometry: Geometry, fixed: GridSpec) -> None:
     with pytest.raises(BundleError, match="never makes"):
         fit(noise(192, 192), geometry, "stretch", fixed)
 
 
-def test_fit_refuses_an_unknown_way(fixed: ImageSpec) -> None:
+def test_fit_refuses_an_unknown_way(fixed: GridSpec) -> None:
     with pytest.raises(UsageError, match="Fits are: exact, stretch, pad"):
         fit(noise(192, 192), FIXED, "crop", fixed)

@@ -1,0 +1,150 @@
+"""LightCompress's token-reduction settings (YAML) as keep plans.
+
+LightCompress (ModelTC, formerly llmc) prunes in eager PyTorch. A configuration names one method and its numbers, under `sparse`,
+`token_reduction` or `special`; the whole file is read, or any of these blocks alone. Numbers mean what LightCompress's code does
+with them, see `edgeprune.calibration.lightcompress_methods`. The sections about its own model, data and output are not read, but
+for `base.seed`; everything else that a plan cannot hold is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune.calibration.lightcompress_methods import NO_EQUAL, READ, Block, shown
+from edgeprune.errors import PlanError, require_extra
+from edgeprune.plan import KeepPlan
+
+SUFFIXES = (".yml", ".yaml")
+_ELSEWHERE = {"base", "model", "calib", "eval", "save", "ignored_layers", "opencompass"}  # sections that say nothing of pruning
+_EXAMPLE = "For example: special: {method: FastV, pruning_loc: 3, rate: 0.778}"
+_ANY = "TokenReduction"  # LightCompress's class for all of them
+_PARTS = ("vision", "language", "video_gen")
+
+
+def read_lightcompress(path: Path, base: KeepPlan) -> KeepPlan:
+    """Return `base` with the cuts that a LightCompress file asks for.
+
+    `base`: the plan that keeps everything, of the model and image size that are meant. Raises PlanError, in one line that names
+    the file, for what is malformed or has no equal here.
+    """
+    require_extra("export", "yaml")
+    try:
+        return _plan(_parse(path.read_text(encoding="utf-8")), base)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    try:
+        _check_names(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise PlanError(f"this is not YAML ({where}{problem or str(error).splitlines()[0]}).") from error
+    except (RecursionError, ValueError) as error:
+        raise PlanError(f"this YAML cannot be read ({type(error).__name__}).") from error
+
+
+def _check_names(root: Any) -> None:
+    # PyYAML takes the last of equal names and says nothing of the others.
+    left, seen = [root], set[int]()
+    while left:
+        node = left.pop()
+        if id(node) in seen or not hasattr(node, "value") or isinstance(node.value, str):
+            continue
+        seen.add(id(node))
+        names = [item[0].value for item in node.value if isinstance(item, tuple) and isinstance(item[0].value, str)]
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            raise PlanError(f"{twice!r} stands twice in one block (line {node.start_mark.line + 1}).")
+        for item in node.value:
+            left.extend(item if isinstance(item, tuple) else (item,))
+
+
+@dataclass(frozen=True)
+class _Request:
+    # What a file says, before any of it is compared with a model. `part`: the half of the model whose layers are meant.
+    method: str
+    settings: Mapping[str, Any]
+    part: str | None = None
+    seed: int = 0
+
+
+def _plan(data: Any, base: KeepPlan) -> KeepPlan:
+    request = _request(data)
+    if request.method in NO_EQUAL:
+        raise PlanError(f"{request.method} has no equal here: {NO_EQUAL[request.method]}.", hint=_known())
+    if request.method not in READ:
+        raise PlanError(f"unknown method {shown(request.method)}.", hint=_known())
+    reader = READ[request.method]
+    if request.part not in (None, reader.part):
+        raise PlanError(f"{request.method} under {request.part!r} has no equal here.", hint=f"It is read under {reader.part!r}.")
+    unknown = [name for name in request.settings if name not in reader.names]
+    if unknown:
+        raise PlanError(
+            f"{request.method} has no setting {shown(unknown[0])}.",
+            hint=f"Settings of {request.method}: {', '.join(reader.names)}.",
+        )
+    block = Block(request.method, request.settings, base.seen, base.layers, request.seed)
+    return replace(base, cuts=reader.cuts(block))  # in the file's order, which the plan checks
+
+
+def _known() -> str:
+    return f"Methods that are read: {', '.join(READ)}."
+
+
+def _request(data: Any) -> _Request:
+    outer = _mapping(data, "the file")
+    if "sparse" not in outer and "quant" not in outer:
+        return _unwrapped(outer, None, 0)
+    if "sparse" in outer and "quant" in outer:
+        raise PlanError("of 'sparse' and 'quant' LightCompress reads only the second.", hint="Leave one of them out.")
+    section = "sparse" if "sparse" in outer else "quant"
+    _refuse_others(outer, {section, *_ELSEWHERE}, "a section that is not known")
+    inner = _mapping(outer[section], section)
+    if section == "quant":
+        _refuse_others(inner, {"token_reduction"}, "no part of a keep plan", "Leave it out, and quantize with --precision.")
+    seed = _mapping(outer.get("base", {}), "base").get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise PlanError(f"base.seed must be a whole number of 0 or more, not {shown(seed)}.")
+    parts = [name for name in _PARTS if name in inner]
+    if not parts:
+        return _unwrapped(inner, None, seed)
+    _refuse_others(inner, {parts[0]}, f"not read beside {parts[0]!r}")
+    return _unwrapped(_mapping(inner[parts[0]], parts[0]), parts[0], seed)
+
+
+def _unwrapped(block: Mapping[str, Any], part: str | None, seed: int) -> _Request:
+    if "token_reduction" in block:
+        _refuse_others(block, {"token_reduction"}, "not read beside 'token_reduction'")
+        block = _mapping(block["token_reduction"], "token_reduction")
+    settings = block
+    if "special" in block:
+        _refuse_others(block, {"method", "special"}, "not read beside 'special'")
+        settings = _mapping(block["special"], "special")
+    names = [part["method"] for part in (block, settings) if part.get("method", _ANY) != _ANY]
+    if not names:
+        raise PlanError("there is no token-reduction method.", hint=_EXAMPLE)
+    if not isinstance(names[0], str) or names[0] != names[-1]:
+        raise PlanError(f"the method must be one name, not {' and '.join(map(shown, names))}.", hint=_EXAMPLE)
+    return _Request(names[0], {name: value for name, value in settings.items() if name != "method"}, part, seed)
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PlanError(f"{name} must be names and values, not {shown(value)}.", hint=_EXAMPLE)
+    return value
+
+
+def _refuse_others(block: Mapping[str, Any], known: set[str], why: str, hint: str = "Leave it out.") -> None:
+    other = next((name for name in block if name not in known), None)
+    if other is not None:
+        raise PlanError(f"{shown(other)} is {why}.", hint=hint)

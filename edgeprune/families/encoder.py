@@ -1,0 +1,113 @@
+"""CLIP's and SigLIP's vision encoders as LLaVA and its relatives use them: features of some layers, and a projector behind.
+
+The modules are those of transformers' models/clip/modeling_clip.py and models/siglip/modeling_siglip.py, over equal views. They
+look at pictures of one size, so what an empty picture becomes (class token, bias and positions) is a constant. Layers behind the
+last feature are never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.errors import UnsupportedModelError
+from edgeprune.families.views import ViewEncoder, patch_linear
+from edgeprune.plan import Geometry
+
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+
+
+def check_encoder(config: Any, *kinds: str) -> None:
+    """Refuse vision encoders of other kinds (their `model_type`)."""
+    found = config.vision_config.model_type
+    if found not in kinds:
+        known = " and ".join(map(repr, kinds))
+        raise UnsupportedModelError(
+            f"Its vision encoder {found!r} is not supported behind {config.model_type!r}.", hint=f"Supported: {known}."
+        )
+
+
+def check_selection(config: Any) -> None:
+    """Refuse a choice of features that keeps CLIP's class token, or drops one of SigLIP's patches for want of one."""
+    selection, kind = config.vision_feature_select_strategy, config.vision_config.model_type
+    if (selection == "default") != (kind == CLIP):
+        what = "keeps the class token" if kind == CLIP else "drops the first patch"
+        raise UnsupportedModelError(f"Its vision_feature_select_strategy {selection!r} {what}, which is not supported.")
+
+
+def check_grid(config: Any, rows: int, columns: int) -> None:
+    """Refuse views of other rows and columns of patches than the encoder has positions for."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    if (rows, columns) != (side, side):
+        raise UnsupportedModelError(
+            f"Its image processor makes {rows} x {columns} patches, but its vision encoder takes {side} x {side}.",
+            hint="Check the size in preprocessor_config.json.",
+        )
+
+
+class FeatureEncoder(nn.Module):
+    """The encoder: patches [views * patches, 3 * P * P] to features [views * patches, layers * width], without class tokens.
+
+    `layers`: after how many layers the features are taken, counted back from all of them (-1) where below zero; of a list, those
+    of each stand side by side.
+    With `signals`, also from the layer before the last feature, but never from the encoder's last: the attention that a patch
+    receives [views * patches], from the class token, or averaged over queries where there is none; and its keys, of that width.
+    """
+
+    places: torch.Tensor
+
+    def __init__(self, tower: Any, views: int, layers: int | Sequence[int] = -1, *, signals: bool = False) -> None:
+        super().__init__()
+        depth, chosen = len(tower.encoder.layers), [layers] if isinstance(layers, int) else layers
+        self.chosen = [range(depth + 1)[layer] for layer in chosen]
+        self.layers, self.views = tower.encoder.layers[: max(self.chosen)], views
+        self.encoder = ViewEncoder(self.layers, views)
+        self.signal_layer = max(min(len(self.layers), depth - 1) - 1, 0) if signals else -1
+        embeddings, side = tower.embeddings, tower.embeddings.image_size
+        self.patch, self.norm = patch_linear(embeddings.patch_embedding), getattr(tower, "pre_layrnorm", nn.Identity())
+        self.takes = (views * embeddings.num_patches, self.patch.in_features)
+        with torch.no_grad():
+            places = embeddings(torch.zeros(1, 3, side, side))
+        self.first = places.shape[1] - embeddings.num_patches  # the class token comes before the patches
+        self.register_buffer("places", places, persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the features of all views and, if asked for, the signals."""
+        hidden = self.patch(pixel_values).unflatten(0, (self.views, -1)) + self.places[:, self.first :]
+        if self.first:
+            hidden = torch.cat([self.places[:, : self.first].expand(self.views, -1, -1), hidden], dim=1)
+        states, signals = [self.norm(hidden.flatten(0, 1))], tuple[torch.Tensor, ...]()
+        for index, layer in enumerate(self.layers):
+            hidden, weights, keys = self.encoder.layer(layer, states[-1])
+            states.append(hidden)
+            if index == self.signal_layer:
+                # The class token's row; without one, the mean of all.
+                rows = weights[:, :, : self.first or None, self.first :]
+                signals = rows.mean(dim=(1, 2)).flatten(), self._patches(keys)
+        return torch.cat([self._patches(states[layer]) for layer in self.chosen], dim=1), signals
+
+    def _patches(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.view(self.views, -1, rows.shape[1])[:, self.first :].flatten(0, 1) if self.first else rows
+
+
+class ProjectedView(nn.Module):
+    """The encoder and a projector of its features: patches [patches, 3 * P * P] to visual tokens [1, V, hidden], and signals."""
+
+    def __init__(self, encoder: FeatureEncoder, projector: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.projector, self.takes = encoder, projector, encoder.takes
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return the visual tokens of one image and, if asked for, the signals."""
+        features, signals = self.encoder(pixel_values)
+        visual = self.projector(features)[None]
+        return (visual, *signals) if signals else visual
+
+
+def projected_view(config: Any, geometry: Geometry, encoder: FeatureEncoder, *projectors: nn.Module) -> ProjectedView:
+    """Return the module for an image of one view, that is one visual token for each patch."""
+    check_grid(config, geometry.rows, geometry.columns)
+    return ProjectedView(encoder, nn.Sequential(*projectors))

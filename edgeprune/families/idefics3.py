@@ -1,0 +1,108 @@
+"""Idefics3: tiles of one size in an encoder like SigLIP's, patches shuffled into the channels of fewer tokens, a Llama decoder.
+
+Laurençon et al., arXiv 2408.12637; the modules are those of transformers' models/idefics3/modeling_idefics3.py, which are SmolVLM's
+too (Marafioti et al., arXiv 2504.05299; its first release calls itself Idefics3). A tile is full, so its position ids, made of the
+patches that are there, are a constant. The text is that of processing_idefics3.py: a tag before each tile and the whole image last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.bundle import ImageText
+from edgeprune.families.base import DecoderParts
+from edgeprune.families.idefics2 import empty_picture
+from edgeprune.families.text import check_text, text_decoder
+from edgeprune.families.views import ViewEncoder, patch_linear
+from edgeprune.plan import Geometry
+
+_FAKE, _IMAGE, _WHOLE = "<fake_token_around_image>", "<image>", "<global-img>"
+
+
+class Idefics3:
+    """Where the parts of an Idefics3ForConditionalGeneration are."""
+
+    name = "idefics3"
+    position_axes = 1
+    signals: tuple[str, ...] = ("vision attention",)
+    unsignalled = ""
+    videos = False
+    chat_template: str | None = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse quantized weights and text models that are no plain decoder."""
+        check_text(config)
+
+    @staticmethod
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return the image processor's settings with the model's patches; with `size`, such that it is the longest edge's."""
+        longest = {} if size is None else {"size": {"longest_edge": max(size)}}
+        return {**processor, "patch_size": config.vision_config.patch_size, "merge_size": config.scale_factor, **longest}
+
+    def image_text(self, geometry: Geometry) -> ImageText:
+        """Return the tiles, each after its row and column, and the whole image."""
+        tiles = geometry.layout[:-1]
+        text, rows = "", sorted({tile.top for tile in tiles})
+        for row, top in enumerate(rows, 1):
+            columns = sum(tile.top == top for tile in tiles)
+            text += "".join(f"{_FAKE}<row_{row}_col_{column}>{_IMAGE}" for column in range(1, columns + 1)) + "\n"
+        text += "\n" if tiles else ""
+        return ImageText("image", _IMAGE, text + whole_text(), self._model.config.image_token_id)
+
+    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+        """Return the encoder and connector for one layout of tiles, and with `signals` what its last block but one attends to."""
+        return TileTower(self._model.model, geometry, signals=signals)
+
+    def decoder(self) -> DecoderParts:
+        """Return the decoder's parts."""
+        return text_decoder(self._model.model.text_model, self._model.lm_head)
+
+
+class TileTower(nn.Module):
+    """The encoder and connector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
+
+    With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries,
+    and its keys [V, width], both averaged over the patches that are merged into it.
+    """
+
+    places: torch.Tensor
+    order: torch.Tensor
+
+    def __init__(self, model: Any, geometry: Geometry, *, signals: bool = False) -> None:
+        super().__init__()
+        self.tower, self.projection, self.signals = model.vision_model, model.connector.modality_projection, signals
+        views, merge = geometry.layout, model.connector.scale_factor
+        side, self.merged = views[0].rows * merge, merge**2
+        self.encoder = ViewEncoder(self.tower.encoder.layers, len(views))
+        self.patch = patch_linear(self.tower.embeddings.patch_embedding)
+        self.takes = (len(views) * side**2, self.patch.in_features)
+        places = empty_picture(self.tower.embeddings, side, side)
+        order = model.connector.pixel_shuffle(torch.arange(side**2).view(1, -1, 1), merge).flatten()
+        starts = torch.arange(len(views))[:, None] * side**2
+        self.register_buffer("places", places.repeat(len(views), 1), persistent=False)
+        self.register_buffer("order", (starts + order).flatten(), persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return the visual tokens of one image or video, and the signals."""
+        hidden, weights, keys = self.encoder(self.patch(pixel_values) + self.places)
+        visual: torch.Tensor = self.projection(self._merge(self.tower.post_layernorm(hidden)).flatten(1))[None]
+        if not self.signals:
+            return visual
+        received = weights.mean(dim=(1, 2)).flatten()
+        return visual, self._merge(received).mean(dim=1), self._merge(keys).mean(dim=1)
+
+    def _merge(self, patches: torch.Tensor) -> torch.Tensor:
+        return patches.index_select(0, self.order).reshape(-1, self.merged, *patches.shape[1:])
+
+
+def whole_text() -> str:
+    """Return how a whole image, or a frame, stands in the text."""
+    return f"{_FAKE}{_WHOLE}{_IMAGE}{_FAKE}"

@@ -1,0 +1,135 @@
+"""InternVL3: tiles and a thumbnail in InternViT with class tokens, patches shuffled into fewer tokens, a Qwen2 decoder.
+
+Zhu et al., arXiv 2504.10479; the modules are those of transformers' models/internvl/modeling_internvl.py, which is for the "-hf"
+checkpoints. The table of positions is brought to the tiles' size once, with the weights. The text is that of
+processing_internvl.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.bundle import ImageText
+from edgeprune.errors import UnsupportedModelError
+from edgeprune.families.base import DecoderParts
+from edgeprune.families.text import check_text, text_decoder
+from edgeprune.families.views import ViewEncoder, patch_linear
+from edgeprune.plan import Geometry
+
+_IMAGE = "<img><IMG_CONTEXT></img>"
+
+
+class InternVL:
+    """Where the parts of an InternVLForConditionalGeneration are."""
+
+    name = "internvl"
+    position_axes = 1
+    signals = ("vision attention",)
+    unsignalled = ""
+    videos = True
+    chat_template: str | None = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse other encoders and decoders than the usual ones, and other features than the encoder's last."""
+        check_text(config)
+        vision = config.vision_config
+        if vision.model_type != "internvl_vision":
+            raise UnsupportedModelError(f"Its vision encoder {vision.model_type!r} is not supported, only 'internvl_vision' is.")
+        if config.vision_feature_layer != -1 or config.vision_feature_select_strategy != "default":
+            taken = f"layer {config.vision_feature_layer}, {config.vision_feature_select_strategy!r}"
+            raise UnsupportedModelError(f"Its visual features ({taken}) are not supported, only layer -1, 'default' is.")
+        if len(set(vision.patch_size)) > 1:
+            raise UnsupportedModelError(f"Its patches of {vision.patch_size} pixels are not square, which is not supported.")
+
+    @staticmethod
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return the image processor's settings with the model's patches; with `size` of whole tiles, such that it has as many.
+
+        Tiles are cut whatever the file says: so the processor of text and images together has it.
+        """
+        merge = int(1 / config.downsample_ratio)
+        own = {**processor, "crop_to_patches": True, "patch_size": config.vision_config.patch_size[0], "merge_size": merge}
+        tile = processor.get("size")
+        if size is None or not isinstance(tile, Mapping) or size[0] % tile["height"] or size[1] % tile["width"]:
+            return own
+        tiles = (size[0] // tile["height"]) * (size[1] // tile["width"])
+        return own | {"min_patches": tiles, "max_patches": tiles}
+
+    def image_text(self, geometry: Geometry) -> ImageText:
+        """Return the marks around all tiles of an image, or around each frame of a video with its number."""
+        token = self._model.config.image_token_id
+        if geometry.frames == 1:
+            return ImageText("image", "<IMG_CONTEXT>", _IMAGE, token)
+        frames = "\n".join(f"Frame{number}: {_IMAGE}" for number in range(1, geometry.frames + 1))
+        return ImageText("video", "<video>", frames, token)
+
+    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+        """Return the encoder and projector for one layout of tiles, and with `signals` what class tokens attend to."""
+        return TileTower(self._model.model, geometry, signals=signals)
+
+    def decoder(self) -> DecoderParts:
+        """Return the decoder's parts."""
+        return text_decoder(self._model.model.language_model, self._model.lm_head)
+
+
+class TileTower(nn.Module):
+    """The encoder and projector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
+
+    With `signals`, also from the last block but one: the attention that a token receives from its tile's class token [V], averaged
+    over heads, and its keys [V, width], both averaged over the patches that are merged into it.
+    """
+
+    places: torch.Tensor
+    order: torch.Tensor
+
+    def __init__(self, model: Any, geometry: Geometry, *, signals: bool = False) -> None:
+        super().__init__()
+        self.tower, self.projector, self.signals = model.vision_tower, model.multi_modal_projector, signals
+        merge, patch = int(1 / model.config.downsample_ratio), geometry.patch
+        self.views, view = len(geometry.layout), geometry.layout[0]
+        rows, columns, self.merged = view.rows * merge, view.columns * merge, merge**2
+        self.encoder = ScaledEncoder(self.tower.encoder.layer, self.views)
+        self.patch = patch_linear(self.tower.embeddings.patch_embeddings.projection)
+        self.takes = (self.views * rows * columns, self.patch.in_features)
+        with torch.no_grad():
+            # What an empty picture becomes: the class token and its position; bias and position, each patch its own.
+            places = self.tower.embeddings(torch.zeros(1, 3, rows * patch, columns * patch))
+        numbers = torch.arange(rows * columns).view(1, rows, columns, 1)
+        order = model.pixel_shuffle(numbers, model.config.downsample_ratio).flatten()
+        starts = torch.arange(self.views)[:, None] * (rows * columns + 1) + 1
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("order", (starts + order).flatten(), persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return the visual tokens of one image or video, and the signals."""
+        patches = self.patch(pixel_values).unflatten(0, (self.views, -1)) + self.places[:, 1:]
+        hidden = torch.cat([self.places[:, :1].expand(self.views, 1, -1), patches], dim=1).flatten(0, 1)
+        hidden, weights, keys = self.encoder(hidden)
+        visual: torch.Tensor = self.projector(self._merge(self.tower.layernorm(hidden)).flatten(1))[None]
+        if not self.signals:
+            return visual
+        received = weights[:, :, 0].mean(dim=1).flatten()
+        return visual, self._merge(received).mean(dim=1), self._merge(keys).mean(dim=1)
+
+    def _merge(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.index_select(0, self.order).reshape(-1, self.merged, *rows.shape[1:])
+
+
+class ScaledEncoder(ViewEncoder):
+    """InternViT's layers: queries and keys may be normalized, and what a layer adds is scaled by channel."""
+
+    def layer(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the output of one layer, its attention weights and its keys."""
+        attn, normed = layer.attention, layer.layernorm_before(hidden)
+        keys = attn.k_norm(attn.k_proj(normed))
+        mixed, weights = self.attend(attn.q_norm(attn.q_proj(normed)), keys, attn.v_proj(normed), attn.num_heads)
+        hidden = hidden + layer.lambda_1 * attn.projection_layer(mixed)
+        return hidden + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden)), weights, keys

@@ -1,0 +1,62 @@
+"""LLaVA-1.5: one square view in CLIP or SigLIP, a projector of two layers, a plain text decoder.
+
+Liu et al., arXiv 2310.03744; the modules are those of transformers' models/llava/modeling_llava.py. Of that `model_type` all
+checkpoints are covered whose encoder is CLIP (without its class token) or SigLIP (with all patches), whatever layers the features
+are of, and whose decoder is Llama (Vicuna), Mistral, Qwen2 or Qwen3: LLaVA-1.5, BakLLaVA, LLaVA-Interleave and
+Mantis-8B-siglip-llama3. Pixtral's encoder is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from edgeprune.bundle import ImageText
+from edgeprune.families.base import DecoderParts
+from edgeprune.families.encoder import CLIP, SIGLIP, FeatureEncoder, check_encoder, check_selection, projected_view
+from edgeprune.families.text import check_text, text_decoder
+from edgeprune.plan import Geometry
+
+_IMAGE = "<image>"
+
+
+class Llava:
+    """Where the parts of a LlavaForConditionalGeneration are."""
+
+    name = "llava"
+    position_axes = 1
+    signals: tuple[str, ...] = ("vision attention",)
+    unsignalled = ""
+    videos = False
+    chat_template: str | None = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse quantized weights, other encoders and decoders, and a class token among the visual tokens."""
+        check_text(config)
+        check_encoder(config, CLIP, SIGLIP)
+        check_selection(config)
+
+    @staticmethod
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return the image processor's settings with the model's patches; images have one size, whatever `size` says."""
+        return {**processor, "patch_size": config.vision_config.patch_size}
+
+    def image_text(self, geometry: Geometry) -> ImageText:
+        """Return the token that stands for an image."""
+        return ImageText("image", _IMAGE, _IMAGE, self._model.config.image_token_id)
+
+    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+        """Return the encoder and projector, and with `signals` what the layer before the features attends to."""
+        model, config = self._model.model, self._model.config
+        encoder = FeatureEncoder(model.vision_tower, 1, config.vision_feature_layer, signals=signals)
+        return projected_view(config, geometry, encoder, model.multi_modal_projector)
+
+    def decoder(self) -> DecoderParts:
+        """Return the decoder's parts."""
+        return text_decoder(self._model.model.language_model, self._model.lm_head)

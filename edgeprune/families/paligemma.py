@@ -1,0 +1,83 @@
+"""PaliGemma: one square view in SigLIP, a linear projector, a Gemma decoder whose prompt sees all of itself.
+
+Beyer et al., arXiv 2407.07726; the modules are those of transformers' models/paligemma/modeling_paligemma.py and models/gemma.
+The image comes first, then the mark that begins a text, the prompt and a line break, as in processing_paligemma.py; all of them
+attend to each other, and only the answer looks back. So there is one turn with one image: what came later would have to be seen
+by what came before. Token embeddings are scaled, visual tokens are not.
+
+Departures: rotary positions begin at 0 instead of 1, which changes no score. PaliGemma 2 is refused: its Gemma 2 has soft caps and
+sliding windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from edgeprune.bundle import ImageText
+from edgeprune.errors import UnsupportedModelError
+from edgeprune.families.base import DecoderParts
+from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
+from edgeprune.families.text import text_decoder
+from edgeprune.plan import Geometry
+
+_IMAGE = "<image>"
+_TEMPLATE = """\
+{%- if messages | length != 1 or messages[0].role != 'user' -%}
+{{ raise_exception('PaliGemma answers one prompt and holds no conversation') }}
+{%- endif -%}
+{%- set parts = messages[0].content -%}
+{%- if parts is string or parts | selectattr('type', 'equalto', 'image') | list | length != 1 -%}
+{{ raise_exception('PaliGemma takes one image with its prompt') }}
+{%- endif -%}
+{{- '<image>' + bos_token -}}
+{%- for part in parts if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{{- '\\n' -}}
+"""
+
+
+class PaliGemma:
+    """Where the parts of a PaliGemmaForConditionalGeneration are."""
+
+    name = "paligemma"
+    position_axes = 1
+    signals: tuple[str, ...] = ("vision attention",)
+    unsignalled = ""
+    videos = False
+    chat_template: str | None = _TEMPLATE
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse quantized weights, and other encoders and decoders (Gemma 2 is)."""
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
+        check_encoder(config, SIGLIP)
+        text = config.text_config.model_type
+        if text != "gemma":
+            raise UnsupportedModelError(f"Its text model {text!r} is not supported behind 'paligemma'.", hint="Supported: 'gemma'.")
+
+    @staticmethod
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return the image processor's settings with the model's patches; images have one size, whatever `size` says."""
+        return {**processor, "patch_size": config.vision_config.patch_size}
+
+    def image_text(self, geometry: Geometry) -> ImageText:
+        """Return the token that stands for an image."""
+        return ImageText("image", _IMAGE, _IMAGE, self._model.config.image_token_id)
+
+    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+        """Return the encoder, its last norm and the projector, and with `signals` what its last layer but one attends to."""
+        model = self._model.model
+        encoder = FeatureEncoder(model.vision_tower, 1, signals=signals)
+        norm, projector = model.vision_tower.post_layernorm, model.multi_modal_projector
+        return projected_view(self._model.config, geometry, encoder, norm, projector)
+
+    def decoder(self) -> DecoderParts:
+        """Return the decoder's parts: the prompt sees all of itself."""
+        return replace(text_decoder(self._model.model.language_model, self._model.lm_head), bidirectional=True)

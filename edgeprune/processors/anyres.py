@@ -1,0 +1,147 @@
+"""LLaVA-OneVision's image processor: an overview first, and tiles of the image at the best of some resolutions.
+
+Bit for bit what transformers does in models/llava_onevision/image_processing_pil_llava_onevision.py: of the pinpoints the one that
+keeps most of the image and wastes least, the image resized into it with its aspect, and black bars. The encoder sees the overview
+and then the tiles, row by row. The visual tokens are fewer (LlavaOnevisionModel.pack_image_features): after those of the overview,
+one grid of all tiles without the rows or columns of the bars, shrunk where there are more than so many tiles' worth of tokens
+(`vision_aspect_ratio`), with a newline after every row. The two views have one box: what of the picture is not bars.
+
+Of a video, every frame is stretched to an overview, whose tokens are halved along each side, and one newline ends them all
+(get_video_features). Departure: the video processor resizes with torchvision, this one with Pillow.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from edgeprune.errors import ImageError
+from edgeprune.plan import Geometry, View
+from edgeprune.processors.base import CLIP, PatchSpec, patch_settings, pieces, require_pixels, require_whole
+from edgeprune.processors.settings import refusal, require_off, sides, switch, variants
+
+KINDS = variants("LlavaOnevisionImageProcessor")
+_SIDES = range(384, 2305, 384)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyResSpec(PatchSpec):
+    """`side` of the overview and of a tile, in pixels; `pinpoints`: resolutions (height, width); `most`: tiles' worth of tokens."""
+
+    side: int
+    pinpoints: tuple[tuple[int, int], ...]
+    most: int
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> AnyResSpec:
+        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour.
+
+        The settings also have the `vision_aspect_ratio` of the model's configuration.
+        """
+        require_off(settings, "do_center_crop")
+        side = _side(settings, "size")
+        if settings.get("crop_size") is not None and _side(settings, "crop_size") != side:
+            raise refusal("crop_size", settings["crop_size"], f"left out, or {side} pixels as the size is")
+        shared = patch_settings(settings, CLIP)
+        if shared["merge"] != 1:
+            raise refusal("merge_size", shared["merge"], "1")
+        require_whole(side, shared["patch"], 1)
+        return cls(**shared, side=side, pinpoints=_pinpoints(settings, side), most=_most(settings))
+
+    def default_size(self) -> tuple[int, int] | None:
+        """Return None: any size would do."""
+        return None
+
+    def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
+        """Return the tokens of an image's overview and of all its tiles, or those of a video's frames."""
+        require_pixels(height, width)
+        rows, columns = self.grid(self.side, self.side)
+        if frames == 1:
+            packed = self._packed(height, width)
+            return self.arranged(height, width, [replace(packed, rows=rows, columns=columns, separators=0), packed])
+        halves = math.ceil(rows / 2), math.ceil(columns / 2)
+        views = [View(0, 0, self.side, self.side, *halves, time=time) for time in range(frames)]
+        newline = View(0, 0, 0, 0, 1, 0, separators=1, time=frames - 1)
+        return self.arranged(height, width, [*views, newline], frames, fps)
+
+    def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
+        """Return the image with bars at its best resolution; of a video, the frame as an overview."""
+        require_pixels(image.height, image.width)
+        if frames > 1:
+            return self.resized(image, self.side, self.side)
+        height, width = self._best(image.height, image.width)
+        down, across = height / image.height, width / image.width
+        if across < down:
+            inner = min(math.ceil(image.height * across), height), width
+        else:
+            inner = height, min(math.ceil(image.width * down), width)
+        whole = Image.new("RGB", (width, height))
+        whole.paste(self.resized(image, *inner), ((width - inner[1]) // 2, (height - inner[0]) // 2))
+        return whole
+
+    def patches(self, frames: Sequence[Image.Image]) -> np.ndarray:
+        """Return float32 patches [patches of the overview and of each tile, or of each frame, 3 * patch * patch]."""
+        overviews = [np.asarray(self.resized(frame, self.side, self.side)) for frame in frames]
+        tiles = pieces(np.asarray(self.canvas(frames[0])), self.side, self.side) if len(frames) == 1 else []
+        return self.cut([*overviews, *tiles])
+
+    def _best(self, height: int, width: int) -> tuple[int, int]:
+        best, most, least = self.pinpoints[0], 0, math.inf
+        for resolution in self.pinpoints:
+            scale = min(resolution[1] / width, resolution[0] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            wasted = resolution[0] * resolution[1] - kept
+            if kept > most or (kept == most and wasted < least):
+                best, most, least = resolution, kept, wasted
+        return best
+
+    def _packed(self, height: int, width: int) -> View:
+        # The grid of all tiles without bars; its box is of whole tokens, so that it follows from them alone.
+        across = self.side // self.patch
+        total = [resolved // self.side * across for resolved in self._best(height, width)]
+        rows, columns = total
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        top, left = ((all_ - some) // 2 * self.side / across for all_, some in zip(total, (rows, columns), strict=True))
+        box = round(top), round(left), round(rows * self.side / across), round(columns * self.side / across)
+        ratio = math.sqrt(rows * columns / (self.most * across**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+        if min(rows, columns) < 1:
+            raise ImageError(
+                f"A {width}x{height} image is too oblong: nothing would be left of its tiles.", hint="Crop it or pad it."
+            )
+        return View(*box, rows, columns, separators=1)
+
+
+def _side(settings: Mapping[str, Any], key: str) -> int:
+    square = key == "crop_size" or switch(settings, "default_to_square", False)
+    size = sides(settings, key, {"height": 384, "width": 384}, square=square)
+    if set(size) not in ({"height", "width"}, {"shortest_edge"}) or len(set(size.values())) != 1:
+        raise refusal(key, size, "equal height and width")
+    return next(iter(size.values()))
+
+
+def _pinpoints(settings: Mapping[str, Any], side: int) -> tuple[tuple[int, int], ...]:
+    value = settings.get("image_grid_pinpoints")
+    value = [[height, width] for height in _SIDES for width in _SIDES] if value is None else value
+    pairs = isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value)
+    if not pairs or not value or any(not isinstance(edge, int) or edge < 1 or edge % side for pair in value for edge in pair):
+        raise refusal("image_grid_pinpoints", value, f"pairs of multiples of {side} pixels")
+    return tuple((height, width) for height, width in value)
+
+
+def _most(settings: Mapping[str, Any]) -> int:
+    value = settings.get("vision_aspect_ratio")
+    found = re.fullmatch(r"anyres_max_(\d+)", value) if isinstance(value, str) else None
+    if found is None or int(found[1]) < 1:
+        raise refusal("vision_aspect_ratio", value, "anyres_max_9, or another number of tiles")
+    return int(found[1])

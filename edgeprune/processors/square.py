@@ -1,0 +1,126 @@
+"""One view of one size, whatever the image: the image processors of CLIP, SigLIP and LLaVA.
+
+Bit for bit what transformers does in models/clip/image_processing_pil_clip.py (the shorter edge is brought to a length, the middle
+is cut out), models/siglip/image_processing_pil_siglip.py (the image is stretched) and models/llava/image_processing_pil_llava.py
+(as CLIP's, and the image may be made a square before, with bars of the mean colour). Where the middle is larger than the image,
+the rest is black. Departure: images so thin that they would become huge on the way are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from edgeprune.errors import ImageError
+from edgeprune.plan import Geometry
+from edgeprune.processors.base import (
+    CLIP,
+    HALF,
+    PatchSpec,
+    patch_settings,
+    refuse_video,
+    require_pixels,
+    require_rgb,
+    require_whole,
+)
+from edgeprune.processors.settings import plain_name, refusal, require_off, sides, switch, variants
+
+MAX_ASPECT = 200
+MAX_SIDE = 16384  # of a square with bars
+_CLIP, _SIGLIP, _LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
+KINDS = variants(_CLIP, _SIGLIP, _LLAVA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareSpec(PatchSpec):
+    """`height` and `width` of the view, the middle of the image once it is stretched to `whole` (height, width) or, if that is a
+    number, its shorter edge brought to that length. `squared`: it gets bars before.
+    """
+
+    height: int
+    width: int
+    whole: tuple[int, int] | int
+    squared: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> SquareSpec:
+        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour."""
+        kind = plain_name(settings, _CLIP)
+        require_off(settings, "use_square_size", *(() if kind == _LLAVA else ("do_pad",)))
+        whole = _whole(settings, kind)
+        height, width = _middle(settings, kind, whole)
+        shared = patch_settings(settings, HALF if kind == _SIGLIP else CLIP)
+        for side in (height, width):
+            require_whole(side, shared["patch"], shared["merge"])
+        squared = kind == _LLAVA and switch(settings, "do_pad", False)
+        return cls(**shared, height=height, width=width, whole=whole, squared=squared)
+
+    def default_size(self) -> tuple[int, int] | None:
+        """Return the size of the view."""
+        return self.height, self.width
+
+    def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
+        """Return the one view that images of all sizes have."""
+        refuse_video(frames)
+        self._require_size(height, width)
+        return self.arranged(height, width, [self.view(0, 0, self.height, self.width)])
+
+    def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
+        """Return what the encoder sees."""
+        self._require_size(image.height, image.width)
+        whole = self._with_bars(require_rgb(image)) if self.squared else image
+        resized = self.resized(whole, *self._resized_size(whole))
+        top, left = (resized.height - self.height) // 2, (resized.width - self.width) // 2
+        return resized.crop((left, top, left + self.width, top + self.height))  # outside of the image it is black
+
+    def patches(self, frames: Sequence[Image.Image]) -> np.ndarray:
+        """Return float32 patches [rows * columns, 3 * patch * patch] of an image."""
+        refuse_video(len(frames))
+        return self.cut([np.asarray(self.canvas(frames[0]))])
+
+    def _require_size(self, height: int, width: int) -> None:
+        require_pixels(height, width)
+        if self.squared and max(height, width) > MAX_SIDE:
+            raise ImageError(
+                f"A {width}x{height} image makes too large a square: the limit is {MAX_SIDE} pixels.", hint="Shrink it."
+            )
+        if isinstance(self.whole, int) and not self.squared and max(height, width) > MAX_ASPECT * min(height, width):
+            raise ImageError(f"A {width}x{height} image is too oblong: the limit is {MAX_ASPECT}:1.", hint="Crop it or pad it.")
+
+    def _resized_size(self, image: Image.Image) -> tuple[int, int]:
+        if isinstance(self.whole, tuple):
+            return self.whole
+        longer = int(self.whole * max(image.size) / min(image.size))
+        return (longer, self.whole) if image.width <= image.height else (self.whole, longer)
+
+    def _with_bars(self, image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+def _whole(settings: Mapping[str, Any], kind: str) -> tuple[int, int] | int:
+    default = {"height": 224, "width": 224} if kind == _SIGLIP else {"shortest_edge": 224}
+    size = sides(settings, "size", default, square=switch(settings, "default_to_square", False))
+    if set(size) == {"height", "width"}:
+        return size["height"], size["width"]
+    if set(size) == {"shortest_edge"}:
+        return size["shortest_edge"]
+    raise refusal("size", size, "shortest_edge, or height and width")
+
+
+def _middle(settings: Mapping[str, Any], kind: str, whole: tuple[int, int] | int) -> tuple[int, int]:
+    if switch(settings, "do_center_crop", kind != _SIGLIP):
+        crop = sides(settings, "crop_size", {} if kind == _SIGLIP else {"height": 224, "width": 224}, square=True)
+        if set(crop) != {"height", "width"}:
+            raise refusal("crop_size", crop, "height and width")
+        return crop["height"], crop["width"]
+    if isinstance(whole, int):
+        raise refusal("size", {"shortest_edge": whole}, "height and width, since nothing is cropped")
+    return whole

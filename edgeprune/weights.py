@@ -1,0 +1,172 @@
+"""Weights that stay in their files: large matrices of a model are placeholders while it is traced, and are read when written.
+
+A placeholder is a float32 tensor with the shape of the matrix and the memory of one number, which is no number: whatever were
+computed from it would be none either, and is refused when a graph is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from edgeprune.errors import UnsupportedModelError
+
+LARGE = 1 << 20  # elements; the optimizer of graphs looks into constants of up to 8192
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_TAKEN = (*_FLOATS, "I64", "I32", "BOOL")  # the integers are positions and masks
+
+
+class Matrix(Protocol):
+    """A matrix of float32 numbers that is read in pieces."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns: outputs and inputs of a linear layer, tokens and width of an embedding table."""
+        ...
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return some rows [stop - start, columns]."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldMatrix:
+    """A matrix in memory."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return some rows."""
+        return self.tensor[start:stop]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: its `kind` is the format's own name of the type, such as BF16."""
+
+    path: Path
+    name: str
+    kind: str
+    size: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, of a matrix."""
+        rows, columns = self.size
+        return rows, columns
+
+    @property
+    def large(self) -> bool:
+        """Whether it is the matrix of some layer, and too large to be held for nothing."""
+        count = self.size[0] * self.size[1] if len(self.size) == 2 else 0
+        return count >= LARGE and self.kind in _FLOATS and self.name.endswith(".weight")
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return some rows in float32. The file is opened each time: what is read of an open one counts as memory."""
+        with safe_open(self.path, framework="pt") as file:
+            part: torch.Tensor = file.get_slice(self.name)[start:stop]
+        return part.float()
+
+    def read(self) -> torch.Tensor:
+        """Return the whole tensor in its own type."""
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(self.name)
+        return tensor.clone()
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Return what the safetensors files of a model folder hold, by their headers.
+
+    Raises UnsupportedModelError when a file is missing or broken, or holds a tensor of quantized numbers.
+    """
+    stored = [tensor for path in _files(folder) for tensor in _header(path)]
+    for tensor in stored:
+        if tensor.kind not in _TAKEN:
+            raise UnsupportedModelError(
+                f"{tensor.name} in {tensor.path} is of type {tensor.kind}: this checkpoint is quantized.",
+                hint="Export the original weights; EdgePrune quantizes by itself.",
+            )
+    return stored
+
+
+def state_of(stored: list[StoredTensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict in which large matrices are placeholders."""
+    return {tensor.name: _placeholder(tensor.size) if tensor.large else tensor.read() for tensor in stored}
+
+
+def attach(model: Any, stored: list[StoredTensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Tell the parameters of a transformers model that are placeholders of `state` what they stand for; to be found by `stored_in`.
+
+    Only linear layers and the token embedding keep them. Whatever else has one is read now, as families compute with it.
+    """
+    kept = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    kept.add(id(model.get_input_embeddings().weight))
+    sources = {address(state[tensor.name]): tensor for tensor in stored if tensor.large}
+    for parameter in model.parameters():
+        source = sources.get(address(parameter))
+        if source is None:
+            continue
+        assert parameter.shape == source.size
+        if id(parameter) in kept:
+            parameter.stored = source
+        else:
+            parameter.data = source.rows(0, source.size[0])
+
+
+def stored_in(module: nn.Module) -> dict[int, StoredTensor]:
+    """Return what the placeholders among a module's parameters stand for, by the address of their memory."""
+    found: dict[int, Any] = {address(parameter): getattr(parameter, "stored", None) for parameter in module.parameters()}
+    return {place: source for place, source in found.items() if source is not None}
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Return where a tensor's memory begins: no two tensors alive share it unless they are views of one."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _placeholder(size: tuple[int, ...]) -> torch.Tensor:
+    return torch.full((1,), float("nan")).expand(size)
+
+
+def _files(folder: Path) -> list[Path]:
+    # transformers' own order: one file, or else what the index names. Other files in the folder are not of the model.
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    there = {path.name: path for path in folder.glob("*.safetensors")}
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        names = sorted({str(name) for name in index["weight_map"].values()})
+    except FileNotFoundError as error:
+        raise UnsupportedModelError(f"{folder} has neither model.safetensors nor {_INDEX}.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(f"Cannot read {folder / _INDEX}: {error}.") from error
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise UnsupportedModelError(
+            f"{folder} lacks {len(missing)} of the {len(names)} files that its index names: {missing[0]}.",
+            hint="Download the whole checkpoint.",
+        )
+    return [there[name] for name in names]
+
+
+def _header(path: Path) -> Iterator[StoredTensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                yield StoredTensor(path, name, str(part.get_dtype()), tuple(part.get_shape()))
+    except (OSError, SafetensorError) as error:
+        raise UnsupportedModelError(f"{path} is not a whole safetensors file: {error}.", hint="Download it again.") from error

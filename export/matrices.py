@@ -1,0 +1,120 @@
+"""Matrices as initializers that are computed when a graph is written, piece by piece, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
+from edgeprune.weights import HeldMatrix, Matrix
+
+_PIECE = 1 << 20  # numbers that are converted at once: those that fit the cache are several times faster
+_TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}
+
+
+class WholeTensor(ir.LazyTensor):
+    """All numbers of a `matrix` as they are, or in half precision."""
+
+    def __init__(self, matrix: Matrix, name: str, kind: torch.dtype = torch.float32) -> None:
+        super().__init__(lambda: ir.tensor(np.concatenate(list(self._pieces()))), _TYPES[kind], ir.Shape(matrix.shape), name=name)
+        self.matrix = matrix
+        self._kind = kind
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the numbers to a file."""
+        for piece in self._pieces():
+            file.write(piece.data)
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        for rows in _pieces(self.matrix):
+            yield np.ascontiguousarray(rows.detach().to(self._kind).numpy())
+
+
+def matrix_of(value: ir.Value) -> Matrix:
+    """Return the matrix of an initializer."""
+    constant = value.const_value
+    assert constant is not None
+    return constant.matrix if isinstance(constant, WholeTensor) else HeldMatrix(torch.from_numpy(constant.numpy()))
+
+
+def halved(value: ir.Value, name: str) -> ir.TensorProtocol:
+    """Return an initializer in half precision."""
+    constant = value.const_value
+    assert constant is not None
+    if isinstance(constant, WholeTensor):
+        return WholeTensor(constant.matrix, name, torch.float16)
+    return ir.tensor(constant.numpy().astype(np.float16), name=name)
+
+
+class IntegerMatrix:
+    """A matrix as the initializers of a DequantizeLinear, both transposed [in, out] as MatMul wants it.
+
+    They come from one computation: it is done when the integers are written, and kept are the scales until they are, too.
+    """
+
+    def __init__(self, matrix: Matrix, kind: str, products: torch.dtype) -> None:
+        self._matrix, self._products = matrix, products
+        self._scales: np.ndarray | None = None
+        self.kind = kind_for(matrix.shape[1], kind)
+        self._blocks = matrix.shape[1] // BLOCK if self.kind == "int4" else 1
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """Those of the DequantizeLinear."""
+        return {"axis": 0, "block_size": BLOCK} if self.kind == "int4" else {"axis": 1}
+
+    def integers(self, name: str) -> ir.TensorProtocol:
+        """Return the integers [in, out]."""
+        kind = ir.DataType.INT4 if self.kind == "int4" else ir.DataType.INT8
+        return ir.LazyTensor(self._integers, kind, ir.Shape(self._matrix.shape[::-1]), name=name)
+
+    def scales(self, name: str) -> ir.TensorProtocol:
+        """Return the scales: of int4 [blocks, out], of int8 [out]."""
+        outputs = self._matrix.shape[0]
+        shape = (self._blocks, outputs) if self.kind == "int4" else (outputs,)
+        return ir.LazyTensor(self._take_scales, _TYPES[self._products], ir.Shape(shape), name=name)
+
+    def restored(self, name: str) -> ir.TensorProtocol:
+        """Return the matrix that the integers stand for [in, out]."""
+        shape = ir.Shape(self._matrix.shape[::-1])
+        return ir.LazyTensor(self._restored, _TYPES[self._products], shape, name=name)
+
+    def _integers(self) -> ir.TensorProtocol:
+        outputs, inputs = self._matrix.shape
+        integers, scales = np.empty((inputs, outputs), np.int8), []
+        for start, piece in self._quantized():
+            integers[:, start : start + len(piece.values)] = piece.values.numpy().T
+            scales.append(piece.scales)
+        self._scales = np.ascontiguousarray(torch.cat(scales).numpy().T)
+        return ir.tensor(integers.astype(ml_dtypes.int4) if self.kind == "int4" else integers)
+
+    def _take_scales(self) -> ir.TensorProtocol:
+        if self._scales is None:
+            self._integers()
+        assert self._scales is not None
+        scales, self._scales = self._scales, None
+        return ir.tensor(scales if self.kind == "int4" else scales[0])
+
+    def _restored(self) -> ir.TensorProtocol:
+        outputs, inputs = self._matrix.shape
+        whole = torch.empty(inputs, outputs, dtype=self._products)
+        for start, piece in self._quantized():
+            whole[:, start : start + len(piece.values)] = piece.restored().T
+        return ir.tensor(whole.numpy())
+
+    def _quantized(self) -> Iterator[tuple[int, Quantized]]:
+        start = 0
+        for rows in _pieces(self._matrix):
+            yield start, quantize(rows, self.kind, self._products)
+            start += len(rows)
+
+
+def _pieces(matrix: Matrix) -> Iterator[torch.Tensor]:
+    rows, columns = matrix.shape
+    step = max(_PIECE // columns, 1)
+    return (matrix.rows(start, min(start + step, rows)) for start in range(0, rows, step))

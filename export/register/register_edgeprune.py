@@ -1,0 +1,7 @@
+"""Where optimum-cli looks for commands: installed as optimum/commands/register/register_edgeprune.py, without an __init__.py."""
+
+from optimum.commands.export.base import ExportCommand
+
+from edgeprune.cli.optimum import ExportEdgePrune
+
+REGISTER_COMMANDS = [(ExportEdgePrune, ExportCommand)]

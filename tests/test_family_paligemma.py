@@ -1,0 +1,136 @@
+"""PaliGemma against transformers: visual tokens, the prompt's form, who sees whom, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_paligemma
+import torch
+from PIL import Image
+from test_family_encoder import error
+from test_family_llava import first_logits
+from tiny_folders import cut
+from transformers import Gemma2Config, PaliGemmaForConditionalGeneration
+from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
+
+from edgeprune.errors import UnsupportedModelError, UsageError
+from edgeprune.families.paligemma import PaliGemma
+from edgeprune.plan import Geometry
+from edgeprune.runtime.chat import ChatTemplate
+
+SQUARE = Geometry(56, 56, 14, 1)
+
+
+@pytest.fixture
+def model() -> Any:
+    """Return a model of random weights."""
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(tiny_paligemma.config()).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def test_a_view_is_encoded_as_in_transformers(model: Any) -> None:
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output[0]
+        tower: Any = PaliGemma(model).vision(SQUARE)
+        assert error(tower(cut(pixels, 14))[0], expected) < 1e-5 and tower.takes == (16, 588)
+        visual, received, keys = PaliGemma(model).vision(SQUARE, signals=True)(cut(pixels, 14))
+    assert error(visual[0], expected) < 1e-5 and keys.shape == (16, 24)
+    assert received.shape == (16,) and received.sum() == pytest.approx(1.0)
+
+
+def test_a_forgotten_norm_would_be_noticed(model: Any) -> None:
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output[0]
+        model.model.vision_tower.post_layernorm.weight.mul_(1.1)
+        assert error(PaliGemma(model).vision(SQUARE)(cut(pixels, 14))[0], expected) > 1e-3
+
+
+def test_visual_tokens_enter_the_decoder_as_they_are_and_text_scaled(model: Any) -> None:
+    ids, pixels, entered = torch.tensor([[456] * 16 + [3, 4, 5]]), torch.randn(1, 3, 56, 56), []
+    model.model.language_model.layers[0].register_forward_pre_hook(lambda layer, given: entered.append(given[0]))
+    parts: Any = PaliGemma(model).decoder()
+    with torch.no_grad():
+        model(input_ids=ids, pixel_values=pixels, token_type_ids=torch.zeros_like(ids))
+        visual, text = PaliGemma(model).vision(SQUARE)(cut(pixels, 14)), parts.embed_tokens(ids[:, 16:])
+    assert error(torch.cat([visual, text], dim=1), entered[0]) < 1e-5
+    assert error(text, 48**0.5 * parts.embed_tokens.weight.detach()[ids[:, 16:]]) < 1e-6
+    assert (parts.heads, parts.kv_heads, parts.head_dim, parts.bidirectional, parts.context) == (4, 1, 16, True, 1024)
+
+
+def test_the_first_logits_equal_transformers(model: Any) -> None:
+    ids, pixels = torch.tensor([[456] * 16 + [3, 4, 5, 6]]), torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        prompt, image = torch.zeros_like(ids), ids.eq(456).long()
+        expected, causal = (
+            model(input_ids=ids, pixel_values=pixels, token_type_ids=kinds).logits[:, -1] for kinds in (prompt, image)
+        )
+        actual = first_logits(PaliGemma(model), SQUARE, cut(pixels, 14), ids)
+    assert error(actual, expected) < 1e-5 and error(actual, causal) > 1e-2
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_the_oracle_lets_the_prompt_see_all_of_itself(model: Any, typed: bool) -> None:
+    # Only where it is told so: zeros are the prompt, which generated tokens are no part of.
+    ids, pixels, masks = torch.tensor([[456] * 16 + [3, 4, 5]]), torch.randn(1, 3, 56, 56), []
+    layer = model.model.language_model.layers[0].self_attn
+    model.model.language_model.set_attn_implementation("eager")
+    layer.register_forward_hook(lambda layer, given, made: masks.append(made[1][0].gt(0).all(dim=0)))
+    kinds = {"token_type_ids": torch.zeros_like(ids)} if typed else {}
+    model.generation_config.eos_token_id = None
+    model.generate(ids, pixel_values=pixels, **kinds, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert masks[0].equal(torch.ones(19, 19, dtype=torch.bool) if typed else torch.ones(19, 19, dtype=torch.bool).tril())
+    assert [(tuple(mask.shape), bool(mask.all())) for mask in masks[1:]] == [((1, 20), True), ((1, 21), True)]
+
+
+def test_the_prompt_is_that_of_transformers() -> None:
+    processor = object.__new__(PaliGemmaProcessor)
+    processor.tokenizer = SimpleNamespace(bos_token="<bos>")
+    _, expected, *_ = processor.prepare_inputs_layout(images=[Image.new("RGB", (56, 56))], text=["<image>caption en"])
+    parts = [{"type": "image"}, {"type": "text", "text": "caption "}, {"type": "text", "text": "en"}]
+    template = ChatTemplate(str(PaliGemma.chat_template))
+    made = template.render([{"role": "user", "content": parts}], add_generation_prompt=True, bos_token="<bos>")
+    assert [made] == expected == ["<image><bos>caption en\n"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        ([{"role": "user", "content": "caption en"}], "one image"),
+        ([{"role": "user", "content": [{"type": "image"}] * 2}], "one image"),
+        ([{"role": "system", "content": "Be brief."}], "no conversation"),
+        ([{"role": "user", "content": [{"type": "image"}]}] * 2, "no conversation"),
+    ],
+)
+def test_it_holds_no_conversation(messages: list[Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        ChatTemplate(str(PaliGemma.chat_template)).render(messages, add_generation_prompt=True, bos_token="<bos>")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
+        ({"text_config": Gemma2Config()}, "'gemma2'"),
+        ({"vision_config": SimpleNamespace(model_type="clip_vision_model")}, "'clip_vision_model'"),
+    ],
+)
+def test_twists_are_refused(change: dict[str, Any], what: str) -> None:
+    config = tiny_paligemma.config()
+    PaliGemma.check(config)
+    for name, value in change.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(UnsupportedModelError, match=what):
+        PaliGemma.check(config)
+
+
+def test_images_stand_in_the_text_as_one_token(model: Any) -> None:
+    text = PaliGemma(model).image_text(SQUARE)
+    assert (text.kind, text.placeholder, text.text, text.token) == ("image", "<image>", "<image>", 456)
+    assert PaliGemma.settings(model.config, {"resample": 3}, (28, 28)) == {"resample": 3, "patch_size": 14}
