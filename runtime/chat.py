@@ -70,6 +70,15 @@ class TextCodec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_prompt(self, text: str, begin: str | None) -> list[int]:
+        """Return the ids of a whole prompt, after what the tokenizer puts before every text unless the text begins so itself.
+
+        As transformers' processors do (processing_utils.py, apply_chat_template). `begin`: the text of that token, if any.
+        """
+        said_already = begin is not None and text.startswith(begin)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=not said_already).ids
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -143,7 +143,8 @@ class Conversation:
             self._reset()  # the caches may hold half a turn
             raise
         finally:
-            self._messages.append({"role": "assistant", "content": self._model.codec.decode(said)})
+            answer = {"type": "text", "text": self._model.codec.decode(said)}
+            self._messages.append({"role": "assistant", "content": [answer]})  # some templates drop a mere string
 
     def _generate(self, ids: list[int], sampler: Sampler, receipt: Receipt, said: list[int]) -> Generator[str]:
         started = time.perf_counter()
@@ -187,7 +188,7 @@ class Conversation:
         # All of the conversation with this turn; refused before anything changes.
         messages, images = [*self._messages, turn], images + len(self._images)
         prompt = self._model.template.render(messages, add_generation_prompt=True, **self._model.special_tokens)
-        ids = self._model.codec.encode(self._layout.expand(prompt))
+        ids = self._model.codec.encode_prompt(self._layout.expand(prompt), self._model.special_tokens.get("bos_token"))
         if self._layout.count(ids) != images:
             raise UsageError("The chat template of this model does not place one image token for each image.")
         length = len(ids) + images * (self._model.plan.geometry.tokens - len(self._layout.spans))

@@ -6,6 +6,7 @@ Each runs on a tiny random configuration (`tiny_NAME.py`). The oracle is transfo
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from edgeprune.applies import fields
 from edgeprune.calibration.planning import unpruned_plan
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.reference import Recorder, reference_model
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.graphs import trace_decoder, trace_vision
@@ -68,27 +69,68 @@ def whole(loaded: LoadedModel, name: str) -> KeepPlan:
     return unpruned_plan(name, len(loaded.family.decoder().layers), loaded.geometry(tiny(name).SIZE))
 
 
+@dataclass(frozen=True)
+class Said:
+    """An answer: its tokens, and the logits of the first of them."""
+
+    tokens: list[int]
+    logits: np.ndarray
+
+
 def said_by_transformers(
     loaded: LoadedModel, model: Model, messages: list[Any], images: list[Image.Image], clip: dict[str, torch.Tensor] | None = None
-) -> list[int]:
-    """Return the tokens that `generate` adds to a conversation about images, or about one video: `clip`, as the model takes it."""
-    layout = ImageLayout(model.image, model.plan.geometry, model.codec)
-    prompt = layout.expand(model.template.render(messages, add_generation_prompt=True, **model.special_tokens))
-    spans = [sum(view.tokens for view in views) for views in layout.spans] * (len(images) or int(clip is not None))
-    ids: list[int] = []
-    for token in model.codec.encode(prompt):
-        ids += [token] * (spans.pop(0) if token == model.image.token else 1)
-    assert not spans
-    tokens = torch.tensor([ids])
+) -> Said:
+    """Return what `generate` adds to a conversation about images, or about one video: `clip`, as the model takes it."""
+    tokens = torch.tensor([ids_by_transformers(loaded, model, messages, len(images) or int(clip is not None))])
     kinds = (tokens == model.image.token).long() * (1 if clip is None else 2)
     accepted = inspect.signature(loaded.model.forward).parameters
-    typed = {kind: kinds for kind in ("mm_token_type_ids", "token_type_ids") if kind in accepted}
+    # PaliGemma's say what is prompt (0) and what is answer, not what is an image.
+    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds}.items() if kind in accepted}
     given = clip or (tiny(model.plan.family).inputs(loaded.folder.path, images) if images else {})
+    found: list[torch.Tensor] = []
+    hook = loaded.model.get_output_embeddings().register_forward_hook(lambda _, given, made: found.append(made[0, -1]))
     with torch.no_grad():
         mask = torch.ones_like(tokens)
         generated = loaded.model.generate(tokens, attention_mask=mask, **typed, **given, max_new_tokens=WORDS, do_sample=False)
-    said: list[int] = generated[0, len(ids) :].tolist()
-    return said[: said.index(2)] if 2 in said else said
+    hook.remove()
+    said: list[int] = generated[0, tokens.shape[1] :].tolist()
+    return Said(said[: said.index(2)] if 2 in said else said, found[0].numpy())
+
+
+def ids_by_transformers(loaded: LoadedModel, model: Model, messages: list[Any], images: int) -> list[int]:
+    """Return the tokens of a prompt by transformers' tokenizer, which puts its own first token unless the prompt has it."""
+    layout, tokenizer = ImageLayout(model.image, model.plan.geometry, model.codec), loaded.tokenizer
+    template = loaded.chat_template(model.image)
+    prompt = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    spans = [sum(view.tokens for view in views) for views in layout.spans] * images
+    ids: list[int] = []
+    for token in tokenizer(layout.expand(prompt), add_special_tokens=not begun).input_ids:
+        ids += [token] * (spans.pop(0) if token == model.image.token else 1)
+    assert not spans
+    return ids
+
+
+class Asked:
+    """A conversation with the eager reference that keeps the first logits of each answer."""
+
+    def __init__(self, reference: Model) -> None:
+        self.reference, self.recorder = reference, Recorder(reference.engine)
+        self.chat = Runtime(replace(reference, engine=self.recorder)).chat()
+
+    def ask(self, prompt: str, pictures: list[Image.Image]) -> tuple[str, np.ndarray]:
+        """Return the answer and its first logits."""
+        stream = self.chat.ask(prompt, pictures or None, max_tokens=WORDS)
+        text = "".join(stream)
+        first = self.recorder.steps[-stream.receipt.generated_tokens][2]
+        return text, first.logits
+
+    def check(self, prompt: str, pictures: list[Image.Image], said: Said) -> str:
+        """Ask, and compare with what transformers said; return the answer."""
+        text, logits = self.ask(prompt, pictures)
+        assert float(np.abs(logits - said.logits).max()) <= 1e-4 * float(np.abs(said.logits).max())
+        assert text == self.reference.codec.decode(said.tokens)
+        return text
 
 
 def turn(prompt: str, images: int) -> dict[str, Any]:
@@ -102,9 +144,7 @@ def test_answers_equal_transformers(name: str, model: LoadedModel, images: int) 
         pytest.skip("the family has one image")
     reference = reference_model(model, whole(model, name))
     pictures = [picture(name, seed) for seed in range(images)]
-    answer = Runtime(reference).generate(pictures, PROMPTS[0], max_tokens=WORDS)
-    expected = said_by_transformers(model, reference, [turn(PROMPTS[0], images)], pictures)
-    assert answer.text == reference.codec.decode(expected)
+    Asked(reference).check(PROMPTS[0], pictures, said_by_transformers(model, reference, [turn(PROMPTS[0], images)], pictures))
 
 
 @families
@@ -112,15 +152,13 @@ def test_several_turns_equal_transformers(name: str, model: LoadedModel) -> None
     if getattr(tiny(name), "ONE_TURN", False):
         pytest.skip("the family has one turn")
     reference = reference_model(model, whole(model, name))
-    chat, pictures = Runtime(reference).chat(), [picture(name, 0), picture(name, 1)]
+    asked, pictures = Asked(reference), [picture(name, 0), picture(name, 1)]
     messages: list[Any] = []
     for prompt, shown in zip((*PROMPTS, "And here?"), (pictures[:1], [], pictures[1:]), strict=True):
         messages.append(turn(prompt, len(shown)))
-        answer = "".join(chat.ask(prompt, shown or None, max_tokens=WORDS))
-        assert answer == reference.codec.decode(
-            said_by_transformers(model, reference, messages, pictures[: 1 + len(messages) // 4])
-        )
-        messages.append({"role": "assistant", "content": answer})
+        said = said_by_transformers(model, reference, messages, pictures[: 1 + len(messages) // 4])
+        answer = asked.check(prompt, shown, said)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
 
 @families
@@ -128,8 +166,7 @@ def test_text_alone_equals_transformers(name: str, model: LoadedModel) -> None:
     if getattr(tiny(name), "ONE_TURN", False):
         pytest.skip("the family always has an image")
     reference = reference_model(model, whole(model, name))
-    answer = "".join(Runtime(reference).chat().ask(PROMPTS[0], max_tokens=WORDS))
-    assert answer == reference.codec.decode(said_by_transformers(model, reference, [turn(PROMPTS[0], 0)], []))
+    Asked(reference).check(PROMPTS[0], [], said_by_transformers(model, reference, [turn(PROMPTS[0], 0)], []))
 
 
 def clip_of(loaded: LoadedModel, name: str, model: Model, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -158,10 +195,9 @@ def test_videos_equal_transformers(name: str, model: LoadedModel) -> None:
     geometry = model.geometry(tiny(name).SIZE, 4, 2.0)
     reference = reference_model(model, unpruned_plan(name, len(model.family.decoder().layers), geometry))
     frames = [picture(name, seed) for seed in range(4)]
-    answer = Runtime(reference).generate(frames, PROMPTS[0], max_tokens=WORDS)
-    asked: list[Any] = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": PROMPTS[0]}]}]
+    messages: list[Any] = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": PROMPTS[0]}]}]
     clip = clip_of(model, name, reference, frames)
-    assert answer.text == reference.codec.decode(said_by_transformers(model, reference, asked, [], clip))
+    Asked(reference).check(PROMPTS[0], frames, said_by_transformers(model, reference, messages, [], clip))
 
 
 @families

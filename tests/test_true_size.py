@@ -13,23 +13,21 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_family_contract import PROMPTS, WORDS, pruned, said_by_transformers, tiny, turn
+from test_family_contract import PROMPTS, Asked, pruned, said_by_transformers, tiny, turn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from true_sizes import SIZES, widened
 
 from edgeprune.calibration.planning import unpruned_plan
-from edgeprune.calibration.reference import Recorder, reference_model
+from edgeprune.calibration.reference import reference_model
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.loading import LoadedModel, find_model, load_model
-from edgeprune.runtime import Runtime
 from edgeprune.runtime.engine import StepInput
 from edgeprune.tabletop.showing import frames_for
 from edgeprune.targets import TARGETS, Lowering
@@ -62,20 +60,16 @@ def report(name: str, **figures: Any) -> None:
 
 
 @contextmanager
-def watched(loaded: LoadedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Keep what enters transformers' first decoder layer, and its first logits."""
-    parts, found = loaded.family.decoder(), dict[str, torch.Tensor]()
-    hooks = [
-        parts.layers[0].register_forward_pre_hook(lambda _, given: found.setdefault("embeds", given[0][0]) and None),
-        parts.lm_head.register_forward_hook(lambda _, given, made: found.setdefault("logits", made[0, -1]) and None),
-    ]
+def watched(loaded: LoadedModel) -> Iterator[list[torch.Tensor]]:
+    """Keep what enters transformers' first decoder layer."""
+    found: list[torch.Tensor] = []
+    hook = loaded.family.decoder().layers[0].register_forward_pre_hook(lambda _, given: found.append(given[0][0]))
     yield found
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
 
 
-def relative(expected: torch.Tensor, actual: np.ndarray) -> float:
-    return float((expected - torch.from_numpy(actual)).abs().max() / expected.abs().max())
+def relative(expected: np.ndarray, actual: np.ndarray) -> float:
+    return float(np.abs(expected - actual).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
@@ -85,14 +79,13 @@ def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.Fixtu
     plan = unpruned_plan(name, len(loaded.family.decoder().layers), loaded.geometry(SIZES[name]["size"]))
     image = frames_for(plan.geometry)[0]
     reference = reference_model(loaded, plan)
-    recorder = Recorder(reference.engine)
-    answer = Runtime(replace(reference, engine=recorder)).generate(image, PROMPTS[0], max_tokens=WORDS).text
+    asked = Asked(reference)
+    answer, first = asked.ask(PROMPTS[0], [image])
     with watched(loaded) as theirs:
         said = said_by_transformers(loaded, reference, [turn(PROMPTS[0], 1)], [image])
-    shown, hidden = recorder.steps[0][0].visual, reference.decoder.hidden
-    places = torch.from_numpy(span_of(recorder.steps[0][0]))
-    vision = relative(theirs["embeds"][places], shown.embeds[0, :, :hidden])
-    logits = relative(theirs["logits"], recorder.steps[0][2].logits)
+    step = asked.recorder.steps[0][0]
+    vision = relative(theirs[0][span_of(step)].numpy(), step.visual.embeds[0, :, : reference.decoder.hidden])
+    logits = relative(said.logits, first)
     parameters = sum(weight.numel() for weight in loaded.model.parameters())
     report(
         name,
@@ -103,7 +96,7 @@ def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.Fixtu
         seconds=time.perf_counter() - started,
     )
     assert vision <= TOLERANCE and logits <= TOLERANCE
-    assert answer == reference.codec.decode(said)
+    assert answer == reference.codec.decode(said.tokens)
     precision = request.config.getoption("--precision")
     bundle = export_bundle(loaded, pruned(loaded, name), tmp_path / "bundle", lowering=Lowering(TARGETS["onnxruntime"], precision))
     stages = verify(bundle, loaded)

@@ -1,7 +1,8 @@
 """The sizes of real checkpoints, by family: what their config.json and preprocessor_config.json say of widths and depths.
 
-`text`, `vision` and `top` go over the parts of a tiny configuration, `processor` over its image processor's settings, and `size`
-is the test image's. Three are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at their true width.
+`text`, `vision` and `top` go over the parts of a tiny configuration, `processor` over its image processor's settings; `size` is
+that of the test image. Three are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
+their true width.
 """
 
 from __future__ import annotations
