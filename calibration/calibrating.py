@@ -64,8 +64,7 @@ class Calibration:
         index, count = self.request.shard
         done = self.progress.count("samples", len(self.samples[index - 1 :: count]))
         if self.ray_address is not None:
-            name = str(self.loaded.folder.path)
-            return collect_on_ray(name, self.samples, self.request, self.statistics_path, self.ray_address, done)
+            return collect_on_ray(self.loaded.folder, self.samples, self.request, self.statistics_path, self.ray_address, done)
         return collect(self.loaded, self.samples, self.request, self.statistics_path, done)
 
     def rate(self, share: float, base: KeepPlan, request: RateRequest, *, prior: bool = False) -> KeepPlan:

@@ -11,14 +11,14 @@ from edgeprune.calibration.collecting import Request, collect
 from edgeprune.calibration.samples import Sample
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.errors import EdgePruneError, require_extra
-from edgeprune.loading import find_model, load_model
+from edgeprune.loading import ModelFolder, load_model
 
 LOCAL = "local"
 SHARDS_EACH = 4  # per CPU of the cluster: small enough that a slow machine does not hold up the rest
 
 
 def collect_on_ray(
-    model: str, samples: Sequence[Sample], request: Request, output: Path, address: str, progress: Callable[[int], None]
+    model: ModelFolder, samples: Sequence[Sample], request: Request, output: Path, address: str, progress: Callable[[int], None]
 ) -> Statistics:
     """Do as `collect`, on the cluster at `address` ("local" starts one here); every machine must see the model and the images.
 
@@ -50,7 +50,7 @@ def collect_on_ray(
     return total
 
 
-def collect_shard(model: str, samples: list[Sample], request: Request) -> Statistics:
+def collect_shard(model: ModelFolder, samples: list[Sample], request: Request) -> Statistics:
     """Return the statistics of one shard; what runs on a machine of the cluster."""
     with tempfile.TemporaryDirectory() as folder:
-        return collect(load_model(find_model(model)), samples, request, Path(folder) / "shard.safetensors")
+        return collect(load_model(model), samples, request, Path(folder) / "shard.safetensors")

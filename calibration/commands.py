@@ -65,6 +65,7 @@ class CalibrateOptions:
     device: str
     shard: tuple[int, int] | None
     ray_address: str | None
+    trust_remote_code: bool
     fit: str
     site: str | None
     layer: int | None
@@ -139,7 +140,7 @@ def run_calibrate(options: CalibrateOptions, progress: Progress) -> Calibrated:
     """Make what the options ask for."""
     options.check()
     samples = chosen_samples(read_samples(options.data, need_answers=False), options.limit, options.seed)
-    folder = find_model(options.model)
+    folder = find_model(options.model, trust_remote_code=options.trust_remote_code)
     progress.say("loading the model")
     loaded = load_model(folder)
     geometry = loaded.geometry(options.image_size)

@@ -25,12 +25,16 @@ PREPROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder that was checked but not loaded. `name` is how the user called it."""
+    """A model folder that was checked but not loaded.
+
+    `name` is how the user called it, `trusted` whether Python code in it may run.
+    """
 
     name: str
     path: Path
     model_type: str
     processor: dict[str, Any]
+    trusted: bool = False
 
     @property
     def weights(self) -> list[Path]:
@@ -148,16 +152,22 @@ class LoadedModel:
         return tuple(end) if isinstance(end, list) else (int(end),)
 
 
-def find_model(name: str) -> ModelFolder:
-    """Return the checked folder of `name`: a path, or "tabletop" for the bundled model."""
+def find_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
+    """Return the checked folder of `name`: a path, or "tabletop" for the bundled model.
+
+    A folder that brings code of its own is refused unless it is trusted.
+    """
     path = MODEL_FOLDER if name == TABLETOP else Path(name)
     if not path.is_dir():
         raise UsageError(f"There is no model folder {name}.", hint="Give a transformers folder, or tabletop for the bundled model.")
     config = _read_json(path, "config.json")
-    folder = ModelFolder(name, path, str(config.get("model_type")), _processor(path))
+    own_code = "auto_map" in config
+    folder = ModelFolder(name, path, str(config.get("model_type")), _processor(path), own_code and trust_remote_code)
     family_class(folder.model_type)
-    if "auto_map" in config:
-        raise UnsupportedModelError(f"{name} needs code of its own (trust_remote_code), which is never run.")
+    if own_code and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{name} brings Python code of its own, which would run here.", hint="Read it, then give --trust-remote-code."
+        )
     if not folder.weights:
         raise UnsupportedModelError(
             f"{name} has no safetensors weights; pickle checkpoints are refused because loading one runs code.",
@@ -178,11 +188,12 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
 
     transformers.utils.logging.disable_progress_bar()  # the command shows its own stages
     family = family_class(folder.model_type)
-    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=folder.trusted)
     family.check(config)
     stored = stored_tensors(folder.path)
+    kind = _class_of(folder, config)
     try:
-        model, report = _stored_model(folder.path, config, stored) if on_disk else _whole_model(folder.path, config)
+        model, report = _stored_model(kind, folder.path, config, stored) if on_disk else _whole_model(kind, folder.path, config)
     except (OSError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(f"Cannot load {folder.name}: {str(error).splitlines()[0]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -195,29 +206,35 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
 _OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
 
 
-def _whole_model(path: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+def _class_of(folder: ModelFolder, config: Any) -> Any:
     import transformers
-    from optimum.exporters.tasks import TasksManager
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    task = TasksManager.infer_task_from_model(getattr(transformers, config.architectures[0]))
-    loader = TasksManager.get_model_class_for_task(task, framework="pt", library="transformers")
-    model, report = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_safetensors=True, **_OPTIONS)
+    own = {name: where for name, where in (getattr(config, "auto_map", None) or {}).items() if name.startswith("AutoModelFor")}
+    if folder.trusted and own:
+        return get_class_from_dynamic_module(next(iter(own.values())), str(folder.path), local_files_only=True)
+    named = (config.architectures or ["none"])[0]
+    if not hasattr(transformers, named):
+        raise UnsupportedModelError(f"{folder.name} names the architecture {named}, which transformers does not have.")
+    return getattr(transformers, named)
+
+
+def _whole_model(kind: Any, path: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    model, report = kind.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True, **_OPTIONS)
     return model, report
 
 
-def _stored_model(path: Path, config: Any, stored: list[StoredTensor]) -> tuple[Any, dict[str, Any]]:
+def _stored_model(kind: Any, path: Path, config: Any, stored: list[StoredTensor]) -> tuple[Any, dict[str, Any]]:
     import transformers
     from transformers.core_model_loading import WeightConverter
 
     from edgeprune.weights import attach, state_of
 
     state = state_of(stored)
-    model, report = getattr(transformers, config.architectures[0]).from_pretrained(
-        None, config=config, state_dict=state, **_OPTIONS
-    )
+    model, report = kind.from_pretrained(None, config=config, state_dict=state, **_OPTIONS)
     # Names may differ between a checkpoint and its model; where matrices are split or joined, too, they are all needed now.
     if any(isinstance(change, WeightConverter) for change in model._weight_conversions):
-        return _whole_model(path, config)
+        return _whole_model(kind, path, config)
     attach(model, stored, state)
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)

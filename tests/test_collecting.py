@@ -12,7 +12,7 @@ from edgeprune.calibration.collecting import Request, chosen_samples, collect
 from edgeprune.calibration.samples import Sample, read_samples
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.errors import UsageError
-from edgeprune.loading import LoadedModel
+from edgeprune.loading import LoadedModel, find_model
 from edgeprune.plan import Geometry
 from edgeprune.tabletop.dataset import write_dataset
 
@@ -86,7 +86,7 @@ def test_shards_add_up_to_the_whole(tiny: LoadedModel, samples: list[Sample], wh
 
 def test_a_ray_cluster_gives_the_same(tiny_folder: Path, samples: list[Sample], whole: Statistics, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    found = collect_on_ray(str(tiny_folder), samples, REQUEST, tmp_path / "s", "local", lambda done: None)
+    found = collect_on_ray(find_model(str(tiny_folder)), samples, REQUEST, tmp_path / "s", "local", lambda done: None)
     assert found.samples == 13
     for name, sums in whole.sums.items():
         assert np.allclose(found.total(name), sums / 2.0**32, atol=1e-4), name

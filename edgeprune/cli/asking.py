@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, fit_option, json_option, plan_options, provider_option, resolve_plan
+from edgeprune.cli.options import (
+    bundle_argument,
+    fit_option,
+    json_option,
+    plan_options,
+    provider_option,
+    resolve_plan,
+    trust_option,
+)
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.files import save_image
 
@@ -52,8 +60,9 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool
 @provider_option
 @fit_option
 @plan_options
+@trust_option
 @json_option
-def eval_command(model: str, data: Path, limit: int | None, provider: str, fit: str, as_json: bool, **plan_request: Any) -> None:
+def eval_command(model: str, data: Path, limit: int | None, fit: str, as_json: bool, **opening: Any) -> None:
     """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
 
     The plan options apply to a transformers folder only; a bundle has its plan frozen in.
@@ -63,7 +72,7 @@ def eval_command(model: str, data: Path, limit: int | None, provider: str, fit: 
     from edgeprune.cli.show import Counter, show_evaluation
 
     samples = read_samples(data, limit)
-    runtime = _open_model(model, provider, plan_request)
+    runtime = _open_model(model, **opening)
     with Counter("samples", len(samples), quiet=as_json) as counter:
         report = evaluate(runtime, samples, fit=fit, progress=counter.update)
     show_evaluation(report, as_json)
@@ -78,7 +87,7 @@ def _need_both(image: tuple[Path, ...], prompt: str | None) -> str:
     return prompt
 
 
-def _open_model(model: str, provider: str, plan_request: dict[str, Any]) -> Any:
+def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_request: Any) -> Any:
     from edgeprune.bundle import is_bundle
 
     if is_bundle(Path(model)):
@@ -94,5 +103,5 @@ def _open_model(model: str, provider: str, plan_request: dict[str, Any]) -> Any:
     from edgeprune.loading import find_model, load_model
     from edgeprune.runtime import Runtime
 
-    loaded = load_model(find_model(model))
+    loaded = load_model(find_model(model, trust_remote_code=trust_remote_code))
     return Runtime(reference_model(loaded, resolve_plan(loaded, **plan_request)))

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, fit_option, json_option, parse_shard, parse_share, parse_size, provider_option
+from edgeprune.cli.options import (
+    bundle_argument,
+    fit_option,
+    json_option,
+    parse_shard,
+    parse_share,
+    parse_size,
+    provider_option,
+    trust_option,
+)
 from edgeprune.errors import UsageError, require_extra
 
 _COLLECT = (
@@ -63,6 +72,7 @@ def _all_options(command: Any) -> Any:
 @click.option("--force", is_flag=True, help="Replace an existing plan.")
 @_all_options
 @fit_option
+@trust_option
 @json_option
 def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     """Learn a keep plan for MODEL, a transformers folder or tabletop, from samples.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, json_option, plan_options, resolve_plan
+from edgeprune.cli.options import bundle_argument, json_option, plan_options, resolve_plan, trust_option
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
 
@@ -16,13 +16,16 @@ from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
 @click.argument("model", default="tabletop")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @plan_options
+@trust_option
 @click.option(
     "--target", type=click.Choice(list(TARGETS)), default="onnxruntime", show_default=True, help="What will read the graphs."
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="How weights are kept.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @json_option
-def export(model: str, output: Path, target: str, precision: str, force: bool, as_json: bool, **plan_request: Any) -> None:
+def export(
+    model: str, output: Path, target: str, precision: str, force: bool, trust_remote_code: bool, as_json: bool, **plan_request: Any
+) -> None:
     """Export MODEL, a transformers folder or `tabletop`, as a bundle of ONNX graphs under a keep plan.
 
     Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
@@ -34,7 +37,7 @@ def export(model: str, output: Path, target: str, precision: str, force: bool, a
     from edgeprune.export.exporter import STAGES, export_bundle
     from edgeprune.loading import find_model, load_model
 
-    folder = find_model(model)
+    folder = find_model(model, trust_remote_code=trust_remote_code)
     with Stages(["model", *STAGES], quiet=as_json) as stages:
         stages.begin("model")
         loaded = load_model(folder, on_disk=True)
@@ -47,9 +50,10 @@ def export(model: str, output: Path, target: str, precision: str, force: bool, a
 @click.command()
 @bundle_argument
 @click.option("--against", help="The model it was exported from.  [default: the name in the manifest]")
+@trust_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, bundle: Path, against: str | None, as_json: bool) -> None:
+def verify(ctx: click.Context, bundle: Path, against: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Compare BUNDLE, stage by stage, with its model run eagerly in PyTorch under the same plan."""
     from edgeprune.bundle import Bundle
 
@@ -59,7 +63,7 @@ def verify(ctx: click.Context, bundle: Path, against: str | None, as_json: bool)
     from edgeprune.export.verification import verify as verify_bundle
     from edgeprune.loading import find_model, load_model
 
-    folder = find_model(against or opened.manifest.source.model)
+    folder = find_model(against or opened.manifest.source.model, trust_remote_code=trust_remote_code)
     with Stages(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
         stages.begin("model")
         report = verify_bundle(opened, load_model(folder), stages.begin)

@@ -30,6 +30,7 @@ provider_option = click.option(
     show_default=True,
     help="What computes: ONNX Runtime's cpu, cuda or ort-tensorrt, or the bundle's own engines (tensorrt).",
 )
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings along.")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 
 

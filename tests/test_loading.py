@@ -1,0 +1,84 @@
+"""What is refused of a model folder before anything heavy runs, and what runs only where it is trusted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from edgeprune.errors import PlanError, UnsupportedModelError
+from edgeprune.loading import LoadedModel, find_model, load_model
+from edgeprune.plan import Cut, KeepPlan
+
+OWN = "import transformers\n\n\nclass Ours(transformers.Qwen2VLForConditionalGeneration):\n    pass\n"
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def change(folder: Path, part: str | None = None, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (config if part is None else config[part]).update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_code_of_a_folder_runs_only_where_it_is_trusted(folder: Path, on_disk: bool) -> None:
+    # transformers knows the older names of tensors for its own classes alone.
+    state = load_model(find_model(str(folder))).model.state_dict()
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "ours.py").write_text(OWN)
+    change(folder, auto_map={"AutoModelForImageTextToText": "ours.Ours"})
+    with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
+        find_model(str(folder))
+    loaded = load_model(find_model(str(folder), trust_remote_code=True), on_disk=on_disk)
+    assert type(loaded.model).__name__ == "Ours"
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "mllama", "internvl_chat", "qwen2"])
+def test_other_architectures_are_named_with_what_is_supported(folder: Path, name: str) -> None:
+    change(folder, model_type=name)
+    with pytest.raises(UnsupportedModelError, match=rf"'{name}' are not supported.*qwen3_vl, smolvlm"):
+        find_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "named"),
+    [
+        (None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+        ("text_config", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}, "sliding"),
+        ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "depend on the length"),
+        (None, {"architectures": ["Qwen9VLForEverything"]}, "Qwen9VLForEverything"),
+    ],
+)
+def test_twists_are_named(folder: Path, part: str | None, values: dict[str, Any], named: str) -> None:
+    change(folder, part, **values)
+    with pytest.raises(UnsupportedModelError, match=named):
+        load_model(find_model(str(folder)))
+
+
+def test_pickles_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match="pickle"):
+        find_model(str(folder))
+
+
+def test_settings_of_all_processors_may_be_in_one_file(folder: Path) -> None:
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert find_model(str(folder)).processor == settings
+
+
+@pytest.mark.parametrize("site", ["layer", "cache"])
+def test_a_single_token_is_not_kept_inside_the_decoder(tiny: LoadedModel, tiny_plan: KeepPlan, site: str) -> None:
+    method = "fastv" if site == "layer" else "plphp"
+    plan = KeepPlan(tiny_plan.family, tiny_plan.layers, tiny_plan.geometry, (Cut(site, method, 1, layer=1),))
+    with pytest.raises(PlanError, match="Keep 2, or none"):
+        tiny.check_plan(plan)
