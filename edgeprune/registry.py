@@ -42,6 +42,7 @@ FAMILIES = {
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
     "qwen3_vl": "edgeprune.families.qwen3_vl:Qwen3VL",
     "smolvlm": "edgeprune.families.smolvlm:SmolVLM",
+    "vipllava": "edgeprune.families.vipllava:VipLlava",
 }
 
 TASK = "image-text-to-text"  # of every family, as transformers and optimum name it

@@ -86,12 +86,13 @@ class IntegerMatrix:
 
     def _integers(self) -> ir.TensorProtocol:
         outputs, inputs = self._matrix.shape
-        integers, scales = np.empty((inputs, outputs), np.int8), []
+        integers = torch.empty(inputs, outputs, dtype=torch.int8)
+        scales = torch.empty(self._blocks, outputs, dtype=self._products)
         for start, piece in self._quantized():
-            integers[:, start : start + len(piece.values)] = piece.values.numpy().T
-            scales.append(piece.scales)
-        self._scales = np.ascontiguousarray(torch.cat(scales).numpy().T)
-        return ir.tensor(integers.astype(ml_dtypes.int4) if self.kind == "int4" else integers)
+            integers[:, start : start + len(piece.values)] = piece.values.T
+            scales[:, start : start + len(piece.values)] = piece.scales.T
+        self._scales = scales.numpy()
+        return ir.tensor(integers.numpy().astype(ml_dtypes.int4) if self.kind == "int4" else integers.numpy())
 
     def _take_scales(self) -> ir.TensorProtocol:
         if self._scales is None:

@@ -1,7 +1,7 @@
 """The sizes of real checkpoints, by family: what their config.json and preprocessor_config.json say of widths and depths.
 
 `text`, `vision` and `top` go over the parts of a tiny configuration, `processor` over its image processor's settings; `size` is
-that of the test image. Three are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
+that of the test image. Four are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
 their true width.
 """
 
@@ -109,7 +109,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "patch_size": 16,
         },
         "top": {"scale_factor": 4, "tie_word_embeddings": False},
-        "processor": {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
+        "processor": {"size": {"longest_edge": 1024}, "max_image_size": {"longest_edge": 512}},
         "size": (768, 1024),
     },
     "idefics3": {  # Idefics3-8B-Llama3
@@ -210,6 +210,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "size": (224, 224),
     },
 }
+SIZES["vipllava"] = SIZES["llava"] | {"top": {"vision_feature_layer": [-2, -5, -8, -11, 6]}}  # ViP-LLaVA-7B
 
 
 def widened(folder: Path, name: str) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from edgeprune.bundle import ImageText
+from edgeprune.errors import UnsupportedModelError
 from edgeprune.plan import Geometry
 
 
@@ -42,36 +43,39 @@ class DecoderParts:
     bidirectional: bool = False
 
 
-class Family(Protocol):
+class Family:
     """One architecture: how to check a model, what its images are in the text, and where its parts are.
 
-    `signals`: what its vision encoder tells beside the visual tokens, for input methods whose `needs` name it; `unsignalled`: why
-    it tells no more, where it does not. `videos`: whether it was trained on them. `chat_template`: for model folders without one.
+    `position_axes`: 3 with mRoPE. `signals`: what its vision encoder tells beside the visual tokens, for input methods whose
+    `needs` name it; `unsignalled`: why it tells no more, where it does not. `videos`: whether it was trained on them.
+    `chat_template`: for model folders without one.
     """
 
     name: ClassVar[str]
-    position_axes: ClassVar[int]
-    signals: ClassVar[tuple[str, ...]]
-    unsignalled: ClassVar[str]
-    videos: ClassVar[bool]
-    chat_template: ClassVar[str | None]
+    position_axes: ClassVar[int] = 1
+    signals: ClassVar[tuple[str, ...]] = ("vision attention",)
+    unsignalled: ClassVar[str] = ""
+    videos: ClassVar[bool] = False
+    chat_template: ClassVar[str | None] = None
 
-    def __init__(self, model: Any) -> None: ...
+    def __init__(self, model: Any) -> None:
+        self._model = model
 
     @staticmethod
     def check(config: Any) -> None:
         """Raise UnsupportedModelError when the configuration has a twist that the family's graphs do not cover."""
+        raise NotImplementedError
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Return the settings for `edgeprune.processors.image_spec`: the model's image processor's own, and what it leaves to the
         configuration; with `size` (height, width), such that images of that aspect are brought to it where any size is taken.
         """
-        ...
+        raise NotImplementedError
 
     def image_text(self, geometry: Geometry) -> ImageText:
         """Return how an image, or a video, stands in the text."""
-        ...
+        raise NotImplementedError
 
     def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
         """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden], with planes that much wider.
@@ -79,11 +83,17 @@ class Family(Protocol):
         Its `takes` is the shape of its patches. With `signals`, of a family that has them, it also returns the attention each
         token receives [V] and its keys [V, key dim].
         """
-        ...
+        raise NotImplementedError
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
-        ...
+        raise NotImplementedError
+
+
+def refuse_quantized(config: Any) -> None:
+    """Raise UnsupportedModelError for a checkpoint of quantized weights."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
 
 
 def text_rope(rotary: nn.Module) -> nn.Module:

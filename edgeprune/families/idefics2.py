@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import ImageText
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.text import check_text, text_decoder
 from edgeprune.families.views import ViewEncoder, patch_linear
 from edgeprune.plan import Geometry
@@ -24,18 +24,12 @@ from edgeprune.plan import Geometry
 _FAKE, _IMAGE = "<fake_token_around_image>", "<image>"
 
 
-class Idefics2:
+class Idefics2(Family):
     """Where the parts of an Idefics2ForConditionalGeneration are."""
 
     name = "idefics2"
-    position_axes = 1
-    signals: tuple[str, ...] = ()
+    signals = ()
     unsignalled = "the latents of its resampler stand for no place in the image"
-    videos = False
-    chat_template: str | None = None
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
 
     @staticmethod
     def check(config: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import ImageText
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.idefics2 import empty_picture
 from edgeprune.families.text import check_text, text_decoder
 from edgeprune.families.views import ViewEncoder, patch_linear
@@ -23,18 +23,10 @@ from edgeprune.plan import Geometry
 _FAKE, _IMAGE, _WHOLE = "<fake_token_around_image>", "<image>", "<global-img>"
 
 
-class Idefics3:
+class Idefics3(Family):
     """Where the parts of an Idefics3ForConditionalGeneration are."""
 
     name = "idefics3"
-    position_axes = 1
-    signals: tuple[str, ...] = ("vision attention",)
-    unsignalled = ""
-    videos = False
-    chat_template: str | None = None
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
 
     @staticmethod
     def check(config: Any) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.text import check_text, text_decoder
 from edgeprune.families.views import ViewEncoder, patch_linear
 from edgeprune.plan import Geometry
@@ -23,18 +23,11 @@ from edgeprune.plan import Geometry
 _IMAGE = "<img><IMG_CONTEXT></img>"
 
 
-class InternVL:
+class InternVL(Family):
     """Where the parts of an InternVLForConditionalGeneration are."""
 
     name = "internvl"
-    position_axes = 1
-    signals = ("vision attention",)
-    unsignalled = ""
     videos = True
-    chat_template: str | None = None
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
 
     @staticmethod
     def check(config: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from edgeprune.bundle import ImageText
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.encoder import CLIP, SIGLIP, FeatureEncoder, check_encoder, check_selection, projected_view
 from edgeprune.families.text import check_text, text_decoder
 from edgeprune.plan import Geometry
@@ -22,18 +22,10 @@ from edgeprune.plan import Geometry
 _IMAGE = "<image>"
 
 
-class Llava:
+class Llava(Family):
     """Where the parts of a LlavaForConditionalGeneration are."""
 
     name = "llava"
-    position_axes = 1
-    signals: tuple[str, ...] = ("vision attention",)
-    unsignalled = ""
-    videos = False
-    chat_template: str | None = None
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
 
     @staticmethod
     def check(config: Any) -> None:

@@ -18,24 +18,17 @@ from torch import nn
 from transformers.image_processing_utils import select_best_resolution
 
 from edgeprune.bundle import ImageText
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, check_grid, check_selection
 from edgeprune.families.text import check_text, text_decoder
 from edgeprune.plan import Geometry, View
 
 
-class LlavaOneVision:
+class LlavaOneVision(Family):
     """Where the parts of a LlavaOnevisionForConditionalGeneration are."""
 
     name = "llava_onevision"
-    position_axes = 1
-    signals: tuple[str, ...] = ("vision attention",)
-    unsignalled = ""
     videos = True
-    chat_template: str | None = None
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
 
     @staticmethod
     def check(config: Any) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family, refuse_quantized
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
 from edgeprune.families.text import text_decoder
 from edgeprune.plan import Geometry
@@ -39,24 +39,16 @@ _TEMPLATE = """\
 """
 
 
-class PaliGemma:
+class PaliGemma(Family):
     """Where the parts of a PaliGemmaForConditionalGeneration are."""
 
     name = "paligemma"
-    position_axes = 1
-    signals: tuple[str, ...] = ("vision attention",)
-    unsignalled = ""
-    videos = False
-    chat_template: str | None = _TEMPLATE
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    chat_template = _TEMPLATE
 
     @staticmethod
     def check(config: Any) -> None:
         """Refuse quantized weights, and other encoders and decoders (Gemma 2 is)."""
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
+        refuse_quantized(config)
         check_encoder(config, SIGLIP)
         text = config.text_config.model_type
         if text != "gemma":

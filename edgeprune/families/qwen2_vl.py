@@ -15,22 +15,16 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb,
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family, refuse_quantized
 from edgeprune.plan import Geometry
 
 
-class Qwen2VL:
+class Qwen2VL(Family):
     """Where the parts of a Qwen2VLForConditionalGeneration are."""
 
     name = "qwen2_vl"
     position_axes = 3
-    signals: tuple[str, ...] = ("vision attention",)
-    unsignalled = ""
     videos = True
-    chat_template: str | None = None
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
 
     @staticmethod
     def check(config: Any) -> None:
@@ -39,8 +33,7 @@ class Qwen2VL:
             raise UnsupportedModelError("This model uses sliding-window attention, which is not supported.")
         if (rope := config.text_config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
             raise UnsupportedModelError(f"This model's {rope!r} rotary positions depend on the length, which is not supported.")
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
+        refuse_quantized(config)
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:

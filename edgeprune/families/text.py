@@ -13,16 +13,14 @@ from typing import Any
 from torch import nn
 
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts, text_rope
+from edgeprune.families.base import DecoderParts, refuse_quantized, text_rope
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def check_text(config: Any) -> None:
     """Refuse quantized weights, other text models (mixtures of experts are), and rotary positions of two minds."""
-    if getattr(config, "quantization_config", None) is not None:
-        hint = "Export the original weights; EdgePrune quantizes by itself."
-        raise UnsupportedModelError("This checkpoint is quantized.", hint=hint)
+    refuse_quantized(config)
     text = config.text_config
     if text.model_type not in KINDS:
         raise UnsupportedModelError(
