@@ -2,9 +2,7 @@
 
 Laurençon et al., arXiv 2405.02246; the modules are those of transformers' models/idefics2/modeling_idefics2.py. Position ids by
 fractional coordinates (NaViT, arXiv 2307.06304) are constants of one geometry, and no view is padded, so the masks vanish. The text
-is that of processing_idefics2.py, which puts a space between the image and a word that follows it.
-
-Departure: the space is there whatever follows.
+is that of processing_idefics2.py: neighbouring images share a mark, and a space sets the last one off from a word.
 """
 
 from __future__ import annotations
