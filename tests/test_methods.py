@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,8 @@ from edgeprune.errors import PlanError
 from edgeprune.methods.base import LayerView, keep_best, rank
 from edgeprune.methods.fastv import FastV
 from edgeprune.methods.plphp import PLPHP, vision_attention_score
-from edgeprune.methods.uniform import farthest_point_order, raster
-from edgeprune.plan import Cut, Geometry
+from edgeprune.methods.uniform import Uniform, farthest_point_order
+from edgeprune.plan import Cut, Geometry, View
 from edgeprune.registry import METHODS, method_class
 
 GEOMETRY = Geometry(96, 128, 16, 1)  # 6 x 8
@@ -103,10 +104,16 @@ def test_random_depends_on_the_seed() -> None:
 
 def test_uniform_by_hand() -> None:
     # From the middle of a 3 x 3 grid the four corners are farthest, in reading order; then the sides.
-    assert farthest_point_order(raster(3, 3)).tolist() == [4, 0, 2, 6, 8, 1, 3, 5, 7]
+    assert farthest_point_order(3, 3).tolist() == [4, 0, 2, 6, 8, 1, 3, 5, 7]
 
 
 def test_uniform_spreads_over_both_axes() -> None:
-    kept = farthest_point_order(raster(12, 12))[:36]
+    kept = farthest_point_order(12, 12)[:36]
     assert len(set(kept // 12)) >= 6
     assert len(set(kept % 12)) >= 6
+
+
+def test_uniform_thins_all_views_alike() -> None:
+    frames = Geometry(96, 128, 16, 1, tuple(View(0, 0, 96, 128, 6, 8, time=time) for time in range(3)), frames=3, fps=1.0)
+    kept = keep_best(Uniform(make_cut("uniform", 36), frames).score(view(torch.arange(144))), 36)
+    assert np.bincount(kept.numpy() // 48).tolist() == [12, 12, 12]

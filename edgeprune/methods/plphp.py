@@ -24,7 +24,7 @@ import torch
 
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import LayerView
-from edgeprune.methods.uniform import farthest_point_order, raster
+from edgeprune.methods.uniform import earliness
 from edgeprune.plan import Cut, Geometry
 
 REDUCTIONS, ROWS = ("mean", "max"), ("last", "text", "peak")
@@ -71,16 +71,9 @@ class PLPHP:
         return grouped.mean(dim=1) if self._reduce == "mean" else grouped.amax(dim=1)
 
     def _lattice(self, view: LayerView) -> torch.Tensor:
-        grids = [_early(part.rows, part.columns + part.separators) for part in self._geometry.layout]
+        grids = [earliness(part) for part in self._geometry.layout]
         shifted = [np.concatenate([np.roll(grid, (head, head), (0, 1)).ravel() for grid in grids]) for head in range(view.kv_heads)]
         return torch.from_numpy(np.stack(shifted)).to(view.order.device).index_select(1, view.order)
-
-
-def _early(rows: int, columns: int) -> np.ndarray:
-    # The share of a grid's tokens that come later in the order of farthest points, so that all views are thinned alike.
-    early = np.empty(rows * columns, np.float32)
-    early[farthest_point_order(raster(rows, columns))] = np.arange(early.size, 0, -1) / early.size
-    return early.reshape(rows, columns)
 
 
 def in_turns(rankings: list[torch.Tensor]) -> torch.Tensor:
