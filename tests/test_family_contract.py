@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_simulation import SimulatedDriver
 from PIL import Image
+from test_device_runtime import on_device, prepare
 
 from edgeprune.applies import fields
 from edgeprune.calibration.planning import unpruned_plan
@@ -31,6 +33,7 @@ from edgeprune.registry import FAMILIES
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.conversation import Model
 from edgeprune.runtime.layout import ImageLayout
+from edgeprune.runtime.tensorrt.ranges import Limits
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering
 
@@ -240,6 +243,8 @@ def test_a_pruned_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Pa
     runtime = load(bundle.path)
     answer = runtime.generate(picture(name, 0), PROMPTS[0], max_tokens=4)
     assert answer.receipt.pruned and [cut.after for cut in answer.receipt.cuts] == [cut.keep for cut in bundle.plan.cuts]
+    prepare(bundle, Limits(context=512, turn=256, images=2, unpruned=True))
+    assert on_device(bundle, SimulatedDriver()).generate(picture(name, 0), PROMPTS[0], max_tokens=4).text == answer.text
     unpruned = runtime.generate(picture(name, 0), PROMPTS[0], max_tokens=4, prune=False)
     assert (
         unpruned.text
