@@ -248,3 +248,20 @@ def test_tabletop_writes_a_dataset(tmp_path: Path) -> None:
     assert {"image", "prompt", "answer", "kind"} == set(json.loads(lines[0]))
     assert "--force" in refused("tabletop", tmp_path / "data", "--scenes", 3)
     refused("tabletop", tmp_path / "more", "--scenes", 0)
+
+
+def test_models_says_which_method_acts_where() -> None:
+    rows = json.loads(run("models", "idefics2", "--json").stdout)
+    reasons = {(row["method"], row["site"]): row["applies"] for row in rows}
+    assert reasons["plphp", "cache"] == "yes"
+    assert "no place in the image" in reasons["visionzip", "input"]
+    assert "video, which the family does not take" in reasons["evs", "input"]
+    assert "qwen3_vl" in refused("models", "bert", code=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(("--frames", "0"), "frames"), (("--fps", "2"), "--frames"), (("--frames", "4", "--fps", "0"), "--fps")],
+)
+def test_videos_have_frames_and_a_rate(given: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    assert named in refused("export", "tabletop", "-o", tmp_path / "out", *given)
