@@ -37,6 +37,7 @@ TOLERANCE = 1e-3
 
 
 def folder_of(name: str, path: Path) -> Path:
+    path.mkdir()
     tiny(name).folder(path)
     config = widened(path, name)
     for weights in path.glob("*.safetensors*"):
