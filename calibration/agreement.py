@@ -28,6 +28,10 @@ class Agreement:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def check(self, plan: KeepPlan) -> None:
+        """Raise PlanError when the model cannot be asked under a plan."""
+        self._loaded.check_plan(plan)
+
     def score(self, plan: KeepPlan, count: int) -> float:
         """Return the mean score over the first `count` samples: 1 for an equal answer, for a description the share of facts."""
         samples = self._samples[:count]

@@ -109,9 +109,9 @@ class Search:
         # Keep more at the input, and make up for it further in: the rest withdrawn, or ranked by attention. Or a smaller image.
         cut, tokens, layers = point.plan.input, self.whole.geometry.tokens, self.whole.layers
         assert cut is not None
-        smaller = replace(self.whole, geometry=resized(self.whole.geometry, 0.5))
-        if smaller.geometry.tokens > cut.keep:
-            yield from self._possible("composed", partial(smaller.with_cuts, cut))
+        yield from self._possible(
+            "composed", lambda: replace(self.whole, geometry=resized(self.whole.geometry, 0.5)).with_cuts(cut)
+        )
         for layer in range(1, layers):
             whole = int(share * tokens * layers / layer)
             if whole <= tokens:
@@ -141,7 +141,8 @@ class Search:
     def _possible(self, group: str, make: Callable[[], KeepPlan]) -> Iterator[Candidate]:
         try:
             plan = make()
+            self.agreement.check(plan)
         except PlanError:
-            return  # this method cannot be that cheap
+            return  # this method cannot be that cheap, or not of this model
         if plan.cuts or plan.geometry != self.whole.geometry:
             yield group, plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from edgeprune.calibration.planning import ranked_plan, unpruned_plan
 from edgeprune.calibration.search import BASELINES, Search
 from edgeprune.calibration.statistics import Source, Statistics
 from edgeprune.device.modules import MODULES
-from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.errors import EdgePruneError, PlanError, UsageError
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime.profiling import DeviceTimes
@@ -30,11 +31,17 @@ class Judge:
     def __init__(self, count: int = 40) -> None:
         self._count = count
         self.asked: list[int] = []
+        self.refused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self._count
 
+    def check(self, plan: KeepPlan) -> None:
+        if any(cut.method in self.refused for cut in plan.cuts):
+            raise PlanError("not of this model")
+
     def score(self, plan: KeepPlan, count: int) -> float:
+        assert not any(cut.method in self.refused for cut in plan.cuts)
         self.asked.append(count)
         skill = 1.0 if any(cut.method == "divprune" for cut in plan.cuts) else 0.5
         return min(1.0, skill * (0.6 + plan.alive(2) / 400 * 2))
@@ -191,3 +198,12 @@ def test_times_survive(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text('{"schema_version": 1}')
     with pytest.raises(UsageError, match="edgeprune profile"):
         DeviceTimes.load(tmp_path / "t.json")
+
+
+def test_what_is_not_of_the_model_is_left_out_and_tiles_are_not_resized(tiny: LoadedModel) -> None:
+    judge = Judge()
+    judge.refused = ("visionzip", "fastv")
+    found = search(tiny, judge)
+    found.whole = replace(WHOLE, geometry=replace(GEOMETRY, views=GEOMETRY.layout))
+    assert found.at(0.3, "flops").plan.cuts
+    assert {point.plan.geometry for point in found.points} == {found.whole.geometry}

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+AREA = {"size": {"shortest_edge": 448 * 448, "longest_edge": 448 * 448}}
 QWEN2 = {
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -34,6 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "vision": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4},
         "top": {"tie_word_embeddings": True},
+        "processor": AREA,
         "size": (448, 448),
     },
     "qwen2_5_vl": {  # Qwen2.5-VL-3B-Instruct
@@ -57,6 +59,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "fullatt_block_indexes": [7, 15, 23, 31],
         },
         "top": {"tie_word_embeddings": True},
+        "processor": AREA,
         "size": (448, 448),
     },
     "qwen3_vl": {  # Qwen3-VL-2B-Instruct
@@ -86,6 +89,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "deepstack_visual_indexes": [5, 11, 17],
         },
         "top": {"tie_word_embeddings": True},
+        "processor": AREA,
         "size": (448, 448),
     },
     "smolvlm": {  # SmolVLM-256M-Instruct
