@@ -117,3 +117,9 @@ def test_uniform_thins_all_views_alike() -> None:
     frames = Geometry(96, 128, 16, 1, tuple(View(0, 0, 96, 128, 6, 8, time=time) for time in range(3)), frames=3, fps=1.0)
     kept = keep_best(Uniform(make_cut("uniform", 36), frames).score(view(torch.arange(144))), 36)
     assert np.bincount(kept.numpy() // 48).tolist() == [12, 12, 12]
+
+
+def test_uniform_leaves_no_ties() -> None:
+    frames = Geometry(96, 128, 16, 1, tuple(View(0, 0, 96, 128, 6, 8, time=time) for time in range(3)), frames=3, fps=1.0)
+    scores = Uniform(make_cut("uniform", 36), frames).score(view(torch.arange(144)))
+    assert len(set(scores.tolist())) == 144

@@ -24,7 +24,7 @@ import torch
 
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import LayerView
-from edgeprune.methods.uniform import earliness
+from edgeprune.methods.uniform import earliness, ranked
 from edgeprune.plan import Cut, Geometry
 
 REDUCTIONS, ROWS = ("mean", "max"), ("last", "text", "peak")
@@ -72,7 +72,7 @@ class PLPHP:
 
     def _lattice(self, view: LayerView) -> torch.Tensor:
         grids = [earliness(part) for part in self._geometry.layout]
-        shifted = [np.concatenate([np.roll(grid, (head, head), (0, 1)).ravel() for grid in grids]) for head in range(view.kv_heads)]
+        shifted = [ranked([np.roll(grid, (head, head), (0, 1)) for grid in grids]) for head in range(view.kv_heads)]
         return torch.from_numpy(np.stack(shifted)).to(view.order.device).index_select(1, view.order)
 
 

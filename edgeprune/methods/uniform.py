@@ -7,6 +7,7 @@ sets are subsets of larger ones. Tiles and frames are each thinned so, all alike
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -23,11 +24,19 @@ class Uniform(Scored):
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         cut.settings()  # nothing to set, nothing drawn by lot
-        self._scores = torch.from_numpy(np.concatenate([earliness(view).ravel() for view in geometry.layout]))
+        self._scores = torch.from_numpy(ranked([earliness(view) for view in geometry.layout]))
 
     def score(self, view: InputView | LayerView) -> torch.Tensor:
         """Return how early each token comes in the order [V]."""
         return self._scores.to(view.order.device).index_select(0, view.order)
+
+
+def ranked(grids: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the numbers of all grids in a row as their ranks, from 1 up: no two are equal, so that every TopK agrees."""
+    early = np.concatenate([grid.ravel() for grid in grids])
+    scores = np.empty_like(early)
+    scores[np.argsort(-early, kind="stable")] = np.arange(len(early), 0, -1)
+    return scores
 
 
 def earliness(view: View) -> np.ndarray:
