@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,9 @@ def test_export_says_what_it_made(tiny_folder: Path, tmp_path: Path) -> None:
 def test_ctrl_c_in_the_middle_of_export_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     code = "from edgeprune.cli import main; main()"
     command = [sys.executable, "-I", "-c", code, "export", str(tiny_folder), "-o", str(tmp_path / "out"), "--image-size", "84x112"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Where these tests run in the background, a shell has Ctrl-C ignored for them and for all that they start.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
