@@ -30,7 +30,7 @@ def why_not(method: str, site: str, family: Any) -> str:
         return f"acts at: {', '.join(kind.sites)}"
     for signal in kind.needs:
         if signal not in family.signals:
-            return f"needs the signal {signal!r}: {family.unsignalled}"
+            return f"needs the signal {signal!r}" + (f": {family.unsignalled}" if family.unsignalled else "")
     if getattr(kind, "videos_only", False) and not family.videos:
         return "needs a video, which the family does not take"
     return ""
