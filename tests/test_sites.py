@@ -188,7 +188,7 @@ def test_a_prior_must_list_every_token() -> None:
 
 def test_a_family_without_the_signal_is_named(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(tiny.family), "signals", ())
-    with pytest.raises(PlanError, match="visionzip cannot act at site 'input' of qwen2_vl. It needs the signal 'vision attention'"):
+    with pytest.raises(PlanError, match=r"of qwen2_vl.* needs the signal 'vision attention'"):
         tiny.check_plan(BASE.with_cuts(Cut("input", "visionzip", 5)))
 
 
