@@ -114,7 +114,7 @@ def test_frames_are_fitted_one_by_one() -> None:
     geometry = spec.geometry(112, 112, frames=2, fps=1.0)
     image = noise(112, 112)
     assert fit(image, geometry, "exact", spec) is image
-    with pytest.raises(ImageError, match="takes 2 frames of 112x112 px in 1 views"):
+    with pytest.raises(ImageError, match="takes 2 frames of 112x112 px in one view"):
         fit(noise(60, 200), geometry, "exact", spec)
     assert spec.patches([fit(noise(60, 200), geometry, "pad", spec)] * 2).shape == (64, 3 * 2 * 14 * 14)
 
