@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,8 @@ def find_plan(
         )
     shares = SHARES if (share := _target_share(goal, whole, times)) is None else (share,)
     parts = calibration.loaded.family.decoder()
-    search = Search(parts, whole, calibration.statistics(), held_out, times, progress)
+    tower: Any = calibration.loaded.family.vision(whole.geometry)
+    search = Search(parts, whole, calibration.statistics(), held_out, times, progress, tower.blocks)
     best: Point | None = None
     for share in shares:
         found = search.at(share, goal.axis)

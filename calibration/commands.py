@@ -24,6 +24,7 @@ from edgeprune.runtime.profiling import DeviceTimes
 
 AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
 _SETTINGS = {  # which options a method takes
+    "evit": ("layer",),
     "fastv": ("layer",),
     "fitprune": ("stages",),
     "plphp": ("allocate", "delta", "prior"),

@@ -39,14 +39,16 @@ def kv_share(plan: KeepPlan, whole: KeepPlan) -> float:
     return sum(map(plan.stored, range(plan.layers))) / sum(map(whole.stored, range(whole.layers)))
 
 
-def predicted_ttft(times: DeviceTimes, plan: KeepPlan) -> float:
+def predicted_ttft(times: DeviceTimes, plan: KeepPlan, blocks: int = 1) -> float:
     """Return the milliseconds to the first token: the vision encoder for the plan's image, and a prefill layer by layer.
 
-    The encoder is taken to cost in proportion to its tokens; the selection itself, a few per cent, is left out.
+    The encoder, of so many `blocks`, is taken to cost in proportion to the tokens that each sees; the selection itself, a few per
+    cent, is left out.
     """
     known = np.linspace(0, times.tokens, PARTS + 1)
     prefill = [float(np.interp(plan.alive(layer), known, times.prefill_ms)) for layer in range(plan.layers)]
-    return times.vision_ms * plan.geometry.tokens / times.tokens + sum(prefill) / plan.layers
+    seen = sum(map(plan.encoding, range(blocks))) / blocks
+    return times.vision_ms * seen / times.tokens + sum(prefill) / plan.layers
 
 
 def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> DeviceTimes:

@@ -41,24 +41,30 @@ def ranked_plan(
 
 
 def staircase_plan(
-    base: KeepPlan, method: str, keeps: Sequence[float], at_layers: Sequence[int] = (), *, seed: int = 0
+    base: KeepPlan, method: str, keeps: Sequence[float], at_layers: Sequence[int] = (), *, seed: int = 0, site: str | None = None
 ) -> KeepPlan:
     """Return `base` with one cut per keep ratio, each a share of all visual tokens, at the layer of the same position.
 
-    One ratio without a layer is cut at DEFAULT_LAYER; layer 0 is the input site. Raises PlanError when the numbers of ratios and
-    layers differ or the counts grow.
+    One ratio without a layer is cut at DEFAULT_LAYER; layer 0 is the input site, unless `site` says another. Inside the vision
+    encoder it is a share of every view's tokens. Raises PlanError when the numbers of ratios and layers differ or the counts grow.
     """
     layers = tuple(at_layers) or ((DEFAULT_LAYER,) if len(keeps) == 1 else ())
     if len(layers) != len(keeps):
         raise PlanError(f"{len(keeps)} keep ratios but {len(layers)} layers.", hint="Give one --layer for each --keep.")
     cuts = tuple(
         Cut(
-            site="layer" if layer else "input",
+            site=site or ("layer" if layer else "input"),
             method=method,
-            keep=keep_count(base.geometry.tokens, keep),
+            keep=encoder_count(base.geometry, keep) if site == "vision" else keep_count(base.geometry.tokens, keep),
             layer=layer,
             seed=seed,
         )
         for keep, layer in zip(keeps, layers, strict=True)
     )
     return KeepPlan(base.family, base.layers, base.geometry, cuts)
+
+
+def encoder_count(geometry: Geometry, keep: float) -> int:
+    """Return how many visual tokens a keep ratio leaves inside the vision encoder: of every view as many, at least one."""
+    views = len(geometry.layout)
+    return views * keep_count(geometry.tokens // views, keep)

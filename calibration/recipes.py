@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgeprune.calibration.allocation import classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
-from edgeprune.calibration.planning import DEFAULT_LAYER
+from edgeprune.calibration.planning import DEFAULT_LAYER, encoder_count
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
@@ -49,7 +49,12 @@ def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | 
         if base.cuts:
             raise PlanError("A smaller image comes before all cuts.", hint="Add the other methods onto a resized plan.")
         return replace(base, geometry=resized(base.geometry, share))
-    recipes: dict[str, Callable[..., KeepPlan]] = {"fastv": _one_cut, "pyramiddrop": _pyramid, "sparsevlm": _sparsevlm}
+    recipes: dict[str, Callable[..., KeepPlan]] = {
+        "evit": _encoder_cut,
+        "fastv": _one_cut,
+        "pyramiddrop": _pyramid,
+        "sparsevlm": _sparsevlm,
+    }
     if method in INPUT:
         return _by_baseline_or_input(method, share, base, settings)
     if method not in recipes:
@@ -105,6 +110,12 @@ def _one_cut(method: str, share: float, base: KeepPlan, layer: int = DEFAULT_LAY
     if left <= 0:
         raise PlanError(f"{method} before layer {layer} cannot reach {share:.0%}: {layer} layers see every token.")
     return base.with_cuts(Cut("layer", method, keep_count(base.alive(layer - 1), left), layer))
+
+
+def _encoder_cut(method: str, share: float, base: KeepPlan, layer: int | None = None) -> KeepPlan:
+    if layer is None:
+        raise PlanError(f"{method} cuts before a block of the vision encoder.", hint="Say which: --layer 4")
+    return base.with_cuts(Cut("vision", method, encoder_count(base.geometry, share), layer))
 
 
 def _pyramid(method: str, share: float, base: KeepPlan) -> KeepPlan:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from edgeprune.calibration.selection import input_selector
 from edgeprune.loading import LoadedModel
-from edgeprune.model import InputSelector, PrunedDecoder, Segment, TextEmbedding
+from edgeprune.model import PrunedDecoder, Segment, TextEmbedding
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
 from edgeprune.model.precision import at_precision
 from edgeprune.plan import KeepPlan
@@ -31,10 +32,13 @@ class EagerEngine:
         self._device = device
         self._parts = parts = loaded.family.decoder()
         signals = plan.input is not None and bool(method_class(plan.input.method).needs)
-        self._vision = loaded.family.vision(plan.geometry, signals=signals).eval().to(device)
+        self._plan, self._family = plan, loaded.family
+        self._vision = loaded.family.vision(plan.geometry, signals=signals, cuts=plan.vision_cuts).eval().to(device)
+        self._whole: torch.nn.Module | None = None  # only an unpruned answer needs it
+        self._signals = SIGNALS if signals else ()
         self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
-        self._selector = InputSelector(plan.input, plan.geometry, parts.hidden) if plan.input else None
+        self._selector = input_selector(plan, parts.hidden).to(device) if plan.input else None
         self._rater = (
             method_class(plan.decode.method)(plan.decode, plan.geometry).rater().to(device) if plan.decode and plan.live else None
         )
@@ -44,11 +48,15 @@ class EagerEngine:
         return at_precision(self._parts, self._vision, lowering)
 
     @torch.no_grad()
-    def see(self, patches: np.ndarray) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]."""
-        seen = self._vision(self._tensor(patches))
-        visual, *signals = seen if isinstance(seen, tuple) else (seen,)
-        return Seen(_array(visual), dict(zip(SIGNALS, (_array(signal) for signal in signals), strict=False)))
+    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
+        vision, names = self._vision, self._signals
+        if whole and self._plan.vision_cuts:
+            self._whole = self._whole or self._family.vision(self._plan.geometry).eval().to(self._device)
+            vision, names = self._whole, ()
+        seen = vision(self._tensor(patches))
+        visual, *beside = map(_array, seen if isinstance(seen, tuple) else (seen,))
+        return Seen(visual, dict(zip(names, beside, strict=False)), tuple(beside[len(names) :]))
 
     @torch.no_grad()
     def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,8 +64,9 @@ class EagerEngine:
         [K].
         """
         assert self._selector is not None
-        signals = [self._tensor(signal) for signal in seen.signals.values()]
-        embeds, kept = self._selector(self._tensor(seen.embeds), self._tensor(prompt), *signals)
+        order = [seen.order] if self._plan.vision_cuts else []
+        others = [self._tensor(values) for values in (*order, *seen.signals.values())]
+        embeds, kept = self._selector(self._tensor(seen.embeds), self._tensor(prompt), *others)
         return _array(embeds), _array(kept)
 
     @torch.no_grad()
@@ -101,9 +110,9 @@ class Recorder:
         self.steps: list[tuple[StepInput, KvCache, Step]] = []
         self.selections: list[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]] = []
 
-    def see(self, patches: np.ndarray) -> Seen:
+    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
         """Look at an image."""
-        self.patches, self.seen = patches, self._engine.see(patches)
+        self.patches, self.seen = patches, self._engine.see(patches, whole=whole)
         return self.seen
 
     def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,8 @@
 
 At one cost, candidates race: all are scored on a few samples, the better half on twice as many, until few are left. Single
 methods start; the best of the input methods are then composed with cuts further in, at the same total cost, and race against
-them.
+them. A cut inside the vision encoder races at what it costs the decoder; what it saves in the encoder comes on top, and shows in
+the predicted time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _VARIANTS: dict[str, list[dict[str, Any]]] = {
     "cdpruner": [{"weight": 0.2}, {"weight": 0.5}, {"weight": 0.8}],
     "fastv": [{"layer": 1}, {"layer": 2}, {"layer": 3}],
 }
+_ENCODER_PARTS = (1 / 3, 1 / 2, 2 / 3)  # of the encoder's blocks, before which tokens may leave
 _CACHE_VARIANTS: list[dict[str, Any]] = [
     {"allocate": allocate, "prior": prior} for allocate in ("classes", "least-cost", "even") for prior in (False, True)
 ]
@@ -39,7 +41,10 @@ Candidate = tuple[str, KeepPlan]  # group and plan
 
 @dataclass
 class Search:
-    """One search: what is known of the model and what was measured so far. `points`: every plan that reached a last round."""
+    """One search: what is known of the model and what was measured so far. `points`: every plan that reached a last round.
+
+    `blocks`: of the vision encoder; without them no cut inside it is tried.
+    """
 
     parts: DecoderParts
     whole: KeepPlan
@@ -47,6 +52,7 @@ class Search:
     agreement: Agreement
     times: DeviceTimes | None
     progress: Callable[[str], None]
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         self.points: list[Point] = []
@@ -94,7 +100,7 @@ class Search:
             RESIZE if plan.geometry != self.whole.geometry else "none"
         )
         self.progress(f"{name}, {count} samples")
-        ttft = None if self.times is None else predicted_ttft(self.times, plan)
+        ttft = None if self.times is None else predicted_ttft(self.times, plan, max(self.blocks, 1))
         flops, kv = flops_share(self.parts, plan, self.whole), kv_share(plan, self.whole)
         return Point(name, group, flops, kv, self.agreement.score(plan, count), count, plan, ttft)
 
@@ -102,8 +108,13 @@ class Search:
         for method in method_names():
             if method == "plphp":
                 continue  # leaves prefill as it is
-            for settings in _VARIANTS.get(method, [{}]):
+            for settings in self._variants(method):
                 yield from self._possible(method, partial(plan_at, method, share, self.whole, self.statistics, **settings))
+
+    def _variants(self, method: str) -> list[dict[str, Any]]:
+        if method != "evit":
+            return _VARIANTS.get(method, [{}])
+        return [{"layer": block} for block in sorted({round(self.blocks * part) for part in _ENCODER_PARTS}) if block > 0]
 
     def _compositions(self, point: Point, share: float) -> Iterator[Candidate]:
         # Keep more at the input, and make up for it further in: the rest withdrawn, or ranked by attention. Or a smaller image.

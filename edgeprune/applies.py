@@ -28,6 +28,8 @@ def why_not(method: str, site: str, family: Any) -> str:
     kind = method_class(method)
     if site not in kind.sites:
         return f"acts at: {', '.join(kind.sites)}"
+    if site == "vision" and family.unthinned:
+        return f"needs an encoder whose tokens can leave: {family.unthinned}"
     for signal in kind.needs:
         if signal not in family.signals:
             return f"needs the signal {signal!r}" + (f": {family.unsignalled}" if family.unsignalled else "")

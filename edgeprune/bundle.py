@@ -2,7 +2,8 @@
 
 manifest.json                    this module's Manifest, with the sha256 of every other file
 plan.json                        the keep plan that is frozen into the decoder
-onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden]
+onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden], and what its cuts kept
+onnx/vision_unpruned.onnx        the same without its cuts, if the plan has some: for answers with pruning switched off
 onnx/selector.onnx               the input cut, if the plan has one: visual tokens and prompt -> kept tokens [1, K, hidden], indices
 onnx/predictor.onnx              the rate of a live decode cut: attention split [layers, 4] and step -> share kept [1]
 onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
@@ -27,7 +28,7 @@ from edgeprune.targets import Lowering, target_named
 SCHEMA_VERSION = 4
 MANIFEST, PLAN = "manifest.json", "plan.json"
 VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder.onnx"
-SELECTOR, PREDICTOR = "onnx/selector.onnx", "onnx/predictor.onnx"
+VISION_UNPRUNED, SELECTOR, PREDICTOR = "onnx/vision_unpruned.onnx", "onnx/selector.onnx", "onnx/predictor.onnx"
 TOKENIZER, SPECIAL_TOKENS = "processor/tokenizer.json", "processor/special_tokens.json"
 CHAT_TEMPLATE, PREPROCESSOR = "processor/chat_template.jinja", "processor/preprocessor_config.json"
 
@@ -175,12 +176,18 @@ class Bundle:
         always = (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR)
         _check_listed(path, manifest, always)
         plan = KeepPlan.load(path / PLAN)
-        _check_listed(path, manifest, [*([SELECTOR] if plan.input else []), *([PREDICTOR] if plan.live else [])])
+        wanted = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.live}
+        _check_listed(path, manifest, [name for name, asked in wanted.items() if asked])
         return cls(path, manifest, plan)
 
     def file(self, name: str) -> Path:
         """Return the path of one file of the bundle."""
         return self.path / name
+
+
+def files_of(graph: str) -> tuple[str, str]:
+    """Return the paths of a graph and of its weights; the encoder without its cuts reads those of the one that has them."""
+    return graph, f"{VISION if graph == VISION_UNPRUNED else graph}.data"
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:

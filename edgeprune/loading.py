@@ -103,6 +103,7 @@ class LoadedModel:
             raise PlanError(f"The plan was made for {plan.geometry}, but {name} divides that into {own}.")
         for cut in plan.cuts:
             self._check_cut(cut, plan.geometry)
+        self._check_vision(plan)
 
     def _check_cut(self, cut: Cut, geometry: Geometry) -> None:
         reason = why_not(cut.method, cut.site, self.family)
@@ -111,6 +112,16 @@ class LoadedModel:
         if cut.keep == 1 and cut.site in ("layer", "cache"):  # torch.export takes min(1, length) for 1, whatever the length
             raise PlanError(f"{cut} keeps a single token, which no graph can.", hint="Keep 2, or none.")
         method_class(cut.method)(cut, geometry)  # refuses options that it does not know
+
+    def _check_vision(self, plan: KeepPlan) -> None:
+        if not plan.vision_cuts:
+            return
+        if plan.input is not None and getattr(method_class(plan.input.method), "whole_frames", False):
+            raise PlanError(
+                f"{plan.input} compares the same places of whole frames, and {plan.vision_cuts[-1]} leaves only some.",
+                hint="Leave one of them out.",
+            )
+        self.family.vision(plan.geometry, cuts=plan.vision_cuts)  # refuses what its blocks and views cannot do
 
     def decoder_shape(self) -> DecoderShape:
         """Return the sizes of the decoder."""

@@ -15,7 +15,7 @@ from edgeprune.errors import PlanError
 from edgeprune.files import write_text
 
 SCHEMA_VERSION = 2
-SITES = ("input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
+SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ class Geometry:
 class Cut:
     """One place where visual tokens leave.
 
-    `site` "input": before decoder layer 0. "layer": before decoder layer `layer` (1 or more), for all later ones. "cache": at
-    the end of prefill, from the KV cache of `layer` alone, each KV head its own. "decode": while tokens are generated, from the
-    caches of `layer` and all later ones. `keep` tokens stay (at "decode": at least), chosen by `method`; `seed` matters to
-    methods that draw lots; `options` are the method's own settings.
+    `site` "vision": before block `layer` (1 or more) of the vision encoder, whole visual tokens with all patches that are merged
+    into them, as many of every view. "input": before decoder layer 0. "layer": before decoder layer `layer` (1 or more), for all
+    later ones. "cache": at the end of prefill, from the KV cache of `layer` alone, each KV head its own. "decode": while tokens are
+    generated, from the caches of `layer` and all later ones. `keep` tokens stay (at "decode": at least), chosen by `method`; `seed`
+    matters to methods that draw lots; `options` are the method's own settings.
     """
 
     site: str
@@ -113,9 +114,10 @@ class Cut:
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise PlanError(f"Unknown site {self.site!r}.", hint=f"Sites are: {', '.join(SITES)}.")
-        if self.layer < 0 or (self.site == "input" and self.layer != 0) or (self.site == "layer" and self.layer == 0):
+        between = self.site in ("vision", "layer")
+        if self.layer < 0 or (self.site == "input" and self.layer != 0) or (between and self.layer == 0):
             raise PlanError(f"A cut at site {self.site!r} cannot act at layer {self.layer}.")
-        if self.keep < 0 or (self.site == "input" and self.keep == 0):
+        if self.keep < 0 or (self.site in ("vision", "input") and self.keep == 0):
             raise PlanError(f"{self} cannot keep {self.keep} tokens.")
         if not isinstance(self.options, Mapping):
             raise PlanError(f"The options of {self} must be names and values.")
@@ -152,7 +154,7 @@ class KeepPlan:
             if place <= before:
                 raise PlanError(f"The cuts must stand in the order of their sites and layers, one at each; {cut} does not.")
         for cut in self.cuts:
-            if cut.layer >= self.layers:
+            if cut.site != "vision" and cut.layer >= self.layers:  # how deep the encoder is, the plan does not say
                 raise PlanError(f"{cut} lies beyond the model's {self.layers} layers (0 to {self.layers - 1}).")
         self._check_counts()
         self._check_decode()
@@ -163,7 +165,7 @@ class KeepPlan:
             left = self.alive(cut.layer) if cut.site == "cache" else alive
             if cut.keep > left:
                 raise PlanError(f"{cut} keeps {cut.keep} tokens, but only {left} are left there.")
-            alive = cut.keep if cut.site in ("input", "layer") else alive
+            alive = cut.keep if cut.site in ("vision", "input", "layer") else alive
 
     def _check_decode(self) -> None:
         if self.decode is None:
@@ -175,6 +177,11 @@ class KeepPlan:
                 f"{self.decode} needs a cache cut in every layer from {self.decode.layer} on; layer {missing[0]} has none.",
                 hint="A cache cut may keep every token: it ranks them, so that a smaller budget is a prefix.",
             )
+
+    @property
+    def vision_cuts(self) -> tuple[Cut, ...]:
+        """The cuts inside the vision encoder."""
+        return tuple(cut for cut in self.cuts if cut.site == "vision")
 
     @property
     def input(self) -> Cut | None:
@@ -202,9 +209,18 @@ class KeepPlan:
         return self.decode is not None and self.decode.options.get("form") != "schedule"
 
     @property
+    def encoded(self) -> int:
+        """Visual tokens that leave the vision encoder."""
+        return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts)][-1]
+
+    @property
     def seen(self) -> int:
         """Visual tokens that enter the decoder."""
-        return self.input.keep if self.input else self.geometry.tokens
+        return self.input.keep if self.input else self.encoded
+
+    def encoding(self, block: int) -> int:
+        """Return how many visual tokens block `block` of the vision encoder sees."""
+        return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts if cut.layer <= block)][-1]
 
     def alive(self, layer: int) -> int:
         """Return how many visual tokens decoder layer `layer` sees in prefill."""

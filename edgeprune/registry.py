@@ -17,6 +17,7 @@ METHODS = {
     "dart": "edgeprune.methods.dart:DART",
     "divprune": "edgeprune.methods.divprune:DivPrune",
     "dyrate": "edgeprune.methods.dyrate:DyRate",
+    "evit": "edgeprune.methods.evit:EViT",
     "evs": "edgeprune.methods.evs:EVS",
     "fastv": "edgeprune.methods.fastv:FastV",
     "fitprune": "edgeprune.methods.fitprune:FitPrune",

@@ -21,6 +21,7 @@ from edgeprune.bundle import (
     SPECIAL_TOKENS,
     TOKENIZER,
     VISION,
+    VISION_UNPRUNED,
     Bundle,
     GraphRecord,
     Manifest,
@@ -28,6 +29,7 @@ from edgeprune.bundle import (
 )
 from edgeprune.errors import EdgePruneError
 from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
+from edgeprune.export.sharing import share_weights
 from edgeprune.files import new_folder
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import KeepPlan
@@ -71,6 +73,10 @@ def _write_graphs(
     parts, graphs = loaded.family.decoder(), dict[str, GraphRecord]()
     progress("vision encoder")
     graphs[VISION] = trace_vision(loaded.family, plan, lowering, folder / VISION)
+    if plan.vision_cuts:
+        unpruned = replace(plan, cuts=())
+        graphs[VISION_UNPRUNED] = trace_vision(loaded.family, unpruned, lowering, folder / VISION_UNPRUNED)
+        share_weights(folder / VISION_UNPRUNED, folder / VISION)
     progress("embedding")
     graphs[EMBED] = trace_embedding(parts, lowering, folder / EMBED)
     progress("selection")

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import GraphRecord
+from edgeprune.calibration.selection import input_selector
 from edgeprune.export.passes import described, finish
 from edgeprune.families.base import DecoderParts, Family
-from edgeprune.model import InputSelector, PrunedDecoder, Segment, TextEmbedding
+from edgeprune.model import PrunedDecoder, Segment, TextEmbedding
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
-from edgeprune.runtime.engine import SEGMENTS, SIGNALS, decoder_inputs, decoder_outputs, kept_name
+from edgeprune.runtime.engine import SEGMENTS, SIGNALS, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.targets import Lowering
 from edgeprune.weights import stored_in
 
@@ -35,30 +36,35 @@ MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 def trace_vision(family: Family, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the vision encoder of one geometry: pixel_values [patches, patch pixels] -> visual_embeds [1, V, width].
 
-    Where the plan's input cut needs them, also what the encoder attends to: vision_attention [V], vision_keys [V, key dim].
+    Where the plan's input cut needs them, also what the encoder attends to: vision_attention [V], vision_keys [V, key dim]. Where
+    the plan has cuts in the encoder, V is what they leave, and kept.0, kept.1 ... are what each of them kept.
     """
     signals = wants_signals(plan)
-    outputs = ["visual_embeds", *(SIGNALS if signals else ())]
-    tower: Any = family.vision(plan.geometry, signals=signals).eval()
+    outputs = ["visual_embeds", *(SIGNALS if signals else ()), *kept_names(plan, "vision")]
+    tower: Any = family.vision(plan.geometry, signals=signals, cuts=plan.vision_cuts).eval()
     return _trace(_Graph(tower, (torch.zeros(*tower.takes),), None, ["pixel_values"], outputs, "vision"), lowering, path)
 
 
 def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: Lowering, path: Path) -> GraphRecord:
-    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, width], kept.0 [K].
+    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, width], kept.N [K], N its place in the plan.
 
-    `key_dim`: of the vision encoder's keys, where it gives any.
+    Where the encoder has cuts, also visual_order [V], indices in the image. `key_dim`: of the vision encoder's keys, where it gives
+    any.
     """
-    assert plan.input is not None
-    tokens = plan.geometry.tokens
+    tokens = plan.encoded
     words = torch.export.Dim("words", min=1, max=MAX_LENGTH)
     generator = torch.Generator().manual_seed(0)
     arguments = [torch.randn(1, n, (1 + parts.planes) * parts.hidden, generator=generator) for n in (tokens, 5)]
     names, shapes = ["visual_embeds", "prompt_embeds"], [None, {1: words}]
+    if plan.vision_cuts:
+        arguments.append(torch.arange(tokens))
+        names, shapes = [*names, "visual_order"], [*shapes, None]
     if wants_signals(plan):
         arguments += [torch.rand(tokens, generator=generator), torch.randn(tokens, key_dim, generator=generator)]
         names, shapes = [*names, *SIGNALS], [*shapes, None, None]
-    selector = InputSelector(plan.input, plan.geometry, parts.hidden).eval()
-    return _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, ["kept_embeds", kept_name(0)]), lowering, path)
+    selector = input_selector(plan, parts.hidden).eval()
+    outputs = ["kept_embeds", *kept_names(plan, "input")]
+    return _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, outputs), lowering, path)
 
 
 def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:

@@ -122,7 +122,7 @@ class Conversation:
             raise UsageError(f"The bundle takes {geometry}, not {len(frames)} at once.", hint="Give as many frames as it says.")
         patches = spec.patches([fit(frame, geometry, self._fit, spec) for frame in frames])
         prepared = time.perf_counter()
-        seen = self._model.engine.see(patches)
+        seen = self._model.engine.see(patches, whole=not self._prune)
         receipt.times.preprocess_ms += 1e3 * (prepared - started)
         receipt.times.vision_ms += 1e3 * (time.perf_counter() - prepared)
         return seen
@@ -230,23 +230,24 @@ class Conversation:
             receipt.reason = "pruning was switched off"
             receipt.visual_stored += geometry.tokens * plan.layers
             return self._step(prefix.then(visual), self._no_tokens(), suffix, INSTRUCTION)
-        order = np.arange(geometry.tokens)
+        # Positions are those of every token until `only` takes those of the tokens that stay.
+        order, embeds = shown.seen.order, shown.seen.embeds
         if plan.input is not None:
-            visual, order = self._select(visual, shown, receipt)
+            embeds, order = self._select(shown, receipt)
         before_image = self._cache.visual_reads
-        step = self._step(prefix, visual, suffix, INSTRUCTION, order)
+        step = self._step(prefix, visual.only(order, embeds), suffix, INSTRUCTION, order)
         receipt.visual_stored += self._cache.visual_reads - before_image
-        receipt.cuts += cut_receipts(plan, order, step)
+        receipt.cuts += cut_receipts(plan, shown.seen.kept, order, step)
         receipt.pruned = bool(receipt.cuts)
         receipt.reason = "" if receipt.cuts else "the plan has no cuts"
         return step
 
-    def _select(self, visual: Tokens, shown: _Shown, receipt: Receipt) -> tuple[Tokens, np.ndarray]:
+    def _select(self, shown: _Shown, receipt: Receipt) -> tuple[np.ndarray, np.ndarray]:
         started = time.perf_counter()
         prompt = self._model.engine.embed(self._model.codec.encode(shown.prompt))
         embeds, kept = self._model.engine.select(shown.seen, prompt)
         receipt.times.select_ms += 1e3 * (time.perf_counter() - started)
-        return visual.only(kept, embeds), kept
+        return embeds, kept
 
     def _step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, group: int, order: np.ndarray | None = None) -> Step:
         before = prefix.embeds.shape[1]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.cache import Arrays, KvCache
@@ -41,11 +42,17 @@ class Tokens:
 @dataclass(frozen=True)
 class Seen:
     """What the vision encoder says of an image: visual tokens `embeds` [1, V, hidden] and `signals` for input methods that need
-    them.
+    them. `kept` of every vision cut: indices in the image [V], ascending; of the last one those of the tokens.
     """
 
     embeds: np.ndarray
     signals: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kept: tuple[np.ndarray, ...] = ()
+
+    @property
+    def order(self) -> np.ndarray:
+        """Indices in the image [V] of the visual tokens."""
+        return self.kept[-1] if self.kept else np.arange(self.embeds.shape[1])
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ class Step:
 class Engine(Protocol):
     """The model as the generation loop sees it."""
 
-    def see(self, patches: np.ndarray) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]."""
+    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
         ...
 
     def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +123,11 @@ def kept_name(cut: int) -> str:
     return f"kept.{cut}"
 
 
+def kept_names(plan: KeepPlan, *sites: str) -> list[str]:
+    """Return the graphs' names for the kept indices of the plan's cuts at some sites."""
+    return [kept_name(index) for index, cut in enumerate(plan.cuts) if cut.site in sites]
+
+
 def decoder_inputs(plan: KeepPlan) -> list[str]:
     """Return the names of the decoder's inputs, in its order."""
     layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
@@ -129,7 +141,7 @@ def decoder_outputs(plan: KeepPlan) -> list[str]:
     layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
     names = ["logits", *(cache_name(*layer, present=True) for layer in layers)]
     names += [visual_cache_name(*layer, present=True) for layer in layers]
-    names += [kept_name(index) for index, cut in enumerate(plan.cuts) if cut.site in ("layer", "cache")]
+    names += kept_names(plan, "layer", "cache")
     return names + (["attention_split"] if plan.live else [])
 
 
@@ -155,24 +167,31 @@ class OnnxEngine:
         self._decoder = _open(bundle.file(DECODER), options, providers)
         self._selector = _open(bundle.file(SELECTOR), options, providers) if bundle.plan.input else None
         self._predictor = _open(bundle.file(PREDICTOR), options, providers) if bundle.plan.live else None
-        self._seen = [output.name for output in self._vision.get_outputs()]
+        # Only an unpruned answer needs it.
+        self._open_unpruned, self._unpruned = partial(_open, bundle.file(VISION_UNPRUNED), options, providers), None
+        self._kept = kept_names(bundle.plan, "vision")
         self._inputs, self._outputs = decoder_inputs(bundle.plan), decoder_outputs(bundle.plan)
         # A graph without cuts does not ask which tokens these are.
         self._wanted = {node.name for node in self._decoder.get_inputs()}
 
-    def see(self, patches: np.ndarray) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]."""
-        visual, *signals = self._vision.run(self._seen, {"pixel_values": patches})
-        return Seen(visual, dict(zip(SIGNALS, signals, strict=False)))
+    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
+        vision = self._vision
+        if whole and self._plan.vision_cuts:
+            vision = self._unpruned = self._unpruned or self._open_unpruned()
+        names = [output.name for output in vision.get_outputs()]
+        outputs = dict(zip(names, vision.run(names, {"pixel_values": patches}), strict=True))
+        signals = {name: outputs[name] for name in SIGNALS if name in outputs}
+        return Seen(outputs["visual_embeds"], signals, tuple(outputs[name] for name in self._kept if name in outputs))
 
     def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
         [K].
         """
         assert self._selector is not None
-        offered = {"visual_embeds": seen.embeds, "prompt_embeds": prompt, **seen.signals}
+        offered = {"visual_embeds": seen.embeds, "prompt_embeds": prompt, "visual_order": seen.order, **seen.signals}
         feeds = {node.name: offered[node.name] for node in self._selector.get_inputs()}
-        embeds, kept = self._selector.run(["kept_embeds", kept_name(0)], feeds)
+        embeds, kept = self._selector.run(["kept_embeds", *kept_names(self._plan, "input")], feeds)
         return embeds, kept
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:

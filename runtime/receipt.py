@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,10 +109,14 @@ class Receipt:
         }
 
 
-def cut_receipts(plan: KeepPlan, order: np.ndarray, step: Step) -> tuple[CutReceipt, ...]:
-    """Return what each cut of the image turn did. `order`: what entered the decoder."""
-    receipts = [] if plan.input is None else [CutReceipt(str(plan.input), plan.geometry.tokens, len(order), order)]
-    before = {cut: plan.alive(cut.layer - 1) if cut.site == "layer" else plan.alive(cut.layer) for cut in plan.cuts}
+def cut_receipts(plan: KeepPlan, encoded: Sequence[np.ndarray], order: np.ndarray, step: Step) -> tuple[CutReceipt, ...]:
+    """Return what each cut of the image turn did. `encoded`: what each vision cut kept; `order`: what entered the decoder."""
+    receipts, left = list[CutReceipt](), plan.geometry.tokens
+    entered = [] if plan.input is None else [(plan.input, order)]
+    for cut, kept in [*zip(plan.vision_cuts, encoded, strict=True), *entered]:
+        receipts.append(CutReceipt(str(cut), left, len(kept), kept))
+        left = len(kept)
+    before = {cut: plan.alive(cut.layer - (cut.site == "layer")) for cut in (*plan.layer_cuts, *plan.cache_cuts)}
     for cut, kept in zip((*plan.layer_cuts, *plan.cache_cuts), step.kept, strict=True):
         receipts.append(CutReceipt(str(cut), before[cut], kept.shape[-1], kept))
     return tuple(receipts)

@@ -114,7 +114,8 @@ def test_every_recipe_meets_its_cost(name: str, share: float) -> None:
     recipe = np.zeros((ALPHAS, LAYERS))
     recipe[:] = np.linspace(100, 0, ALPHAS)[:, None] * np.linspace(1.0, 0.4, LAYERS)
     gamma = np.eye(GAMMA_BINS)[np.linspace(10, 150, LAYERS).astype(int)]
-    plan = plan_at(name, share, BASES.get(name, BASE), statistics(fitprune=recipe, gamma=gamma))
+    settings = {"layer": 2} if name == "evit" else {}
+    plan = plan_at(name, share, BASES.get(name, BASE), statistics(fitprune=recipe, gamma=gamma), **settings)
     held = [plan.stored(layer) if name == "plphp" else plan.alive(layer) for layer in range(LAYERS)]
     spent = sum(held) / (100 * LAYERS)
     whole_steps = {"resize": 0.05, "vtw": 0.07}  # a grid and a layer cannot be divided further
@@ -146,3 +147,12 @@ def test_a_smaller_image_keeps_its_aspect() -> None:
 def test_baselines_may_act_on_caches() -> None:
     plan = plan_at("random", 0.3, BASE, site="cache")
     assert [cut.keep for cut in plan.cache_cuts] == [30] * LAYERS
+
+
+def test_recipes_go_on_from_what_the_encoder_left() -> None:
+    base = plan_at("evit", 0.6, BASE, layer=2)
+    assert [(cut.site, cut.keep, cut.layer) for cut in base.cuts] == [("vision", 60, 2)]
+    assert plan_at("divprune", 0.5, base).seen == 30
+    assert plan_at("random", 0.5, base, site="cache").stored(3) == 30
+    with pytest.raises(PlanError, match="before a block of the vision encoder"):
+        plan_at("evit", 0.6, BASE)

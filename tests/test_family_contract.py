@@ -224,15 +224,22 @@ def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_pa
 
 def pruned(loaded: LoadedModel, name: str) -> KeepPlan:
     """Return a plan with cuts at every site but the last."""
-    plan = whole(loaded, name)
-    tokens = plan.geometry.tokens
+    plan, first = whole(loaded, name), in_encoder(loaded, name, "evit")
+    tokens, left = plan.geometry.tokens, plan.with_cuts(*first).encoded
     ranked = "visionzip" if loaded.family.signals else "divprune"
     cuts = [
-        Cut("input", ranked, tokens - 2),
+        Cut("input", ranked, left - 2),
         Cut("layer", "fastv", tokens // 2, layer=1),
         Cut("cache", "plphp", tokens // 4, layer=2),
     ]
-    return plan.with_cuts(*cuts[: plan.layers])
+    return plan.with_cuts(*first, *cuts[: plan.layers])
+
+
+def in_encoder(loaded: LoadedModel, name: str, method: str) -> list[Cut]:
+    """Return a cut inside the vision encoder that takes a token or more of every view, where the family has such cuts."""
+    layout = whole(loaded, name).geometry.layout
+    keep = max(1, int(0.8 * layout[0].tokens)) * len(layout)
+    return [] if loaded.family.unthinned else [Cut("vision", method, keep, layer=1)]
 
 
 @families
@@ -278,6 +285,8 @@ def test_every_method_applies_or_says_why_not(name: str, model: LoadedModel) -> 
             continue
         layer = 0 if field.site == "input" else 1
         keep = 0 if field.method == "vtw" else base.geometry.tokens // 2
+        if field.site == "vision":
+            keep = in_encoder(model, name, field.method)[0].keep
         plan = base.with_cuts(Cut(field.site, field.method, keep, layer=layer))
         receipt = Runtime(reference_model(model, plan)).generate(shown, PROMPTS[0], max_tokens=2).receipt
         assert [cut.after for cut in receipt.cuts] == [keep], field

@@ -9,7 +9,7 @@ import pytest
 
 from edgeprune.calibration.planning import DEFAULT_LAYER, staircase_plan, unpruned_plan
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
+from edgeprune.plan import Cut, Geometry, KeepPlan, View, keep_count
 
 GEOMETRY = Geometry(192, 192, 16, 1)
 
@@ -139,3 +139,37 @@ def test_layer_zero_is_the_input_site() -> None:
 def test_ratios_and_layers_must_pair_up() -> None:
     with pytest.raises(PlanError, match="one --layer for each --keep"):
         staircase_plan(unpruned_plan("qwen2_vl", 8, GEOMETRY), "fastv", [0.5, 0.25], [2])
+
+
+def test_vision_cuts_come_first() -> None:
+    staircase = plan(Cut("layer", "fastv", 30, layer=2)).with_cuts(
+        Cut("input", "divprune", 50), Cut("vision", "evit", 72, layer=20), Cut("vision", "evit", 100, layer=6)
+    )
+    assert [cut.site for cut in staircase.cuts] == ["vision", "vision", "input", "layer"]
+    assert [staircase.encoding(block) for block in (0, 5, 6, 19, 20, 31)] == [144, 144, 100, 100, 72, 72]
+    assert (staircase.encoded, staircase.seen, staircase.alive(0), staircase.alive(2)) == (72, 50, 50, 30)
+    assert plan(Cut("vision", "evit", 72, layer=6)).seen == 72
+
+
+def test_nothing_comes_back_after_a_vision_cut() -> None:
+    for later in (
+        Cut("vision", "evit", 73, 7),
+        Cut("input", "divprune", 73),
+        Cut("layer", "fastv", 73, 2),
+        Cut("cache", "plphp", 73),
+    ):
+        with pytest.raises(PlanError, match="only 72 are left"):
+            plan(Cut("vision", "evit", 72, layer=6), later)
+
+
+@pytest.mark.parametrize(("keep", "layer"), [(0, 3), (9, 0)])
+def test_impossible_vision_cuts_are_refused(keep: int, layer: int) -> None:
+    with pytest.raises(PlanError):
+        Cut("vision", "evit", keep, layer)
+
+
+def test_every_view_keeps_its_share() -> None:
+    views = tuple(View(0, 0, 80, 80, 5, 5, time=time) for time in range(3))
+    base = unpruned_plan("qwen2_vl", 8, Geometry(80, 80, 16, 1, views, frames=3, fps=1.0))
+    cut = staircase_plan(base, "evit", [0.5], [4], site="vision").cuts[0]
+    assert (cut.site, cut.layer, cut.keep) == ("vision", 4, 36)

@@ -89,6 +89,20 @@ def test_ttft_adds_up_by_hand() -> None:
     assert predicted_ttft(TIMES, WHOLE.with_cuts(Cut("layer", "fastv", 200, layer=1))) == pytest.approx(80.0)
 
 
+def test_a_cut_inside_the_encoder_saves_blocks_and_prefill() -> None:
+    # Of two blocks the second sees half (40 * 3 / 4), and so does every layer (30).
+    assert predicted_ttft(TIMES, WHOLE.with_cuts(Cut("vision", "evit", 200, layer=1)), blocks=2) == pytest.approx(60.0)
+
+
+def test_cuts_inside_the_encoder_are_tried_at_several_blocks(tiny: LoadedModel) -> None:
+    looking = search(tiny, Judge())
+    assert looking._variants("evit") == []  # how deep the encoder is, is not known
+    looking.blocks = 12
+    assert [settings["layer"] for settings in looking._variants("evit")] == [4, 6, 8]
+    looking.at(0.5, "flops")
+    assert any(point.group == "evit" and point.samples == 40 for point in looking.points)
+
+
 def test_the_roofline_knows_its_devices(tiny: LoadedModel) -> None:
     times = roofline_times(tiny, Geometry(84, 112, 14, 2), "orin-nano")
     assert times.how == "roofline" and times.ttft_ms > 0

@@ -21,15 +21,16 @@ def first_failure(report: list[Stage]) -> str | None:
     return next((stage.name for stage in report if not stage.passed), None)
 
 
-def _seal(folder: Path) -> Bundle:
-    # Write the manifest anew, so that the change is a bug in the export and not an altered file.
+def sealed(folder: Path) -> Bundle:
+    """Write the manifest anew, so that the change is a bug in the export and not an altered file."""
     data = json.loads((folder / MANIFEST).read_text())
     data["files"] = {n: {"bytes": r.bytes, "sha256": r.sha256} for n, r in record_files(folder).items()}
     (folder / MANIFEST).write_text(json.dumps(data))
     return Bundle.load(folder)
 
 
-def _change_weight(folder: Path, graph: str, contains: str, by: float) -> None:
+def change_weight(folder: Path, graph: str, contains: str, by: float) -> None:
+    """Add a number to the weights of some name."""
     model = onnx.load(str(folder / graph))
     found = [tensor for tensor in model.graph.initializer if contains in tensor.name]
     assert found, f"no weight {contains} in {graph}"
@@ -48,23 +49,23 @@ def test_a_wrong_pixel_setting_is_named(altered_bundle: Path, tiny: LoadedModel)
     settings = json.loads((altered_bundle / PREPROCESSOR).read_text())
     settings["image_mean"] = [0.5, 0.5, 0.51]
     (altered_bundle / PREPROCESSOR).write_text(json.dumps(settings))
-    assert first_failure(verify(_seal(altered_bundle), tiny)) == "pixels"
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "pixels"
 
 
 def test_a_wrong_vision_weight_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
-    _change_weight(altered_bundle, VISION, "norm1.bias", 0.05)
-    assert first_failure(verify(_seal(altered_bundle), tiny)) == "vision"
+    change_weight(altered_bundle, VISION, "norm1.bias", 0.05)
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "vision"
 
 
 def test_a_wrong_selection_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
     # The first layer's keys decide what FastV keeps before layer 1.
-    _change_weight(altered_bundle, DECODER, "layers.0.self_attn.q_proj.weight", 0.7)
-    assert first_failure(verify(_seal(altered_bundle), tiny)) == "kept"
+    change_weight(altered_bundle, DECODER, "layers.0.self_attn.q_proj.weight", 0.7)
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "kept"
 
 
 def test_a_wrong_decoder_weight_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
-    _change_weight(altered_bundle, DECODER, "lm_head.weight", 0.01)
-    assert first_failure(verify(_seal(altered_bundle), tiny)) == "prefill"
+    change_weight(altered_bundle, DECODER, "lm_head.weight", 0.01)
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "prefill"
 
 
 def test_another_model_is_refused(tiny_bundle: Bundle) -> None:

@@ -40,7 +40,8 @@ def plan_options(command: F) -> F:
         click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON), or LightCompress's YAML."),
         click.option("--method", help="Which tokens to keep: see `edgeprune methods`."),
         click.option("--keep", multiple=True, type=float, help="Share of all visual tokens kept, in (0, 1]; repeatable."),
-        click.option("--layer", multiple=True, type=int, help="Decoder layer before which a --keep acts (0: the input)."),
+        click.option("--layer", multiple=True, type=int, help="Layer before which a --keep acts (0: the decoder's input)."),
+        click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),
         click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw lots."),
         click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
         click.option("--frames", type=int, help="Of a video: how many frames are asked about at once."),
@@ -90,6 +91,7 @@ def resolve_plan(
     keep: tuple[float, ...],
     layer: tuple[int, ...],
     seed: int,
+    site: str | None = None,
     **shown: Any,
 ) -> Any:
     """Return the keep plan that the plan options describe for a loaded model; no option at all means no pruning.
@@ -100,21 +102,32 @@ def resolve_plan(
     from edgeprune.registry import method_class
 
     if plan_file is not None:
-        if method or keep or layer or seed:
-            raise UsageError("--plan already says what --method, --keep, --layer and --seed say.", hint="Give one of them.")
+        if method or keep or layer or seed or site:
+            raise UsageError("--plan already says what --method, --keep, --layer, --site and --seed say.", hint="Give one of them.")
         return open_plan(plan_file, loaded, **shown)
     base = _whole(loaded, **shown)
     if method is None and not keep:
-        if layer:
-            raise UsageError("--layer needs --method and --keep.")
+        if layer or site:
+            raise UsageError(f"{'--layer' if layer else '--site'} needs --method and --keep.")
         return base
     if method is None or not keep:
         raise UsageError("--method and --keep belong together.", hint="For example: --method fastv --keep 0.25")
     sites = method_class(method).sites
-    if "input" not in sites and "layer" not in sites:
+    if not {"vision", "input", "layer"} & set(sites):
         raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
-    at_input = not layer and len(keep) == 1 and "layer" not in sites
-    return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed)
+    site = _site(method, sites, site, layer)
+    at_input = not layer and len(keep) == 1 and (site == "input" or "layer" not in sites)
+    return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed, site=site)
+
+
+def _site(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[int, ...]) -> str | None:
+    # Named, or the only one there is; else layers tell the input from the decoder.
+    if site is not None and site not in sites:
+        raise UsageError(f"{method} does not act at site {site!r}.", hint=f"It acts at: {', '.join(sites)}.")
+    site = site or ("vision" if sites == ("vision",) else None)
+    if site == "vision" and not layers:
+        raise UsageError(f"{method} inside the vision encoder needs the number of a block.", hint="For example: --layer 4")
+    return site
 
 
 def open_plan(plan_file: Path, loaded: Any, **shown: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.plan import Geometry
+from edgeprune.plan import Cut, Geometry
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Family:
     """One architecture: how to check a model, what its images are in the text, and where its parts are.
 
     `position_axes`: 3 with mRoPE. `signals`: what its vision encoder tells beside the visual tokens, for input methods whose
-    `needs` name it; `unsignalled`: why it tells no more, where it does not. `videos`: whether it was trained on them.
+    `needs` name it; `unsignalled`: why it tells no more, where it does not. `unthinned`: why no token can leave inside the encoder,
+    where none can. `videos`: whether it was trained on them.
     `chat_template`: for model folders without one.
     """
 
@@ -55,6 +56,7 @@ class Family:
     position_axes: ClassVar[int] = 1
     signals: ClassVar[tuple[str, ...]] = ("vision attention",)
     unsignalled: ClassVar[str] = ""
+    unthinned: ClassVar[str] = ""
     videos: ClassVar[bool] = False
     chat_template: ClassVar[str | None] = None
 
@@ -77,11 +79,15 @@ class Family:
         """Return how an image, or a video, stands in the text."""
         raise NotImplementedError
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden], with planes that much wider.
 
-        Its `takes` is the shape of its patches. With `signals`, of a family that has them, it also returns the attention each
-        token receives [V] and its keys [V, key dim].
+        Its `takes` is the shape of its patches, `blocks` how many its encoder runs. With `signals`, of a family that has them, it
+        also returns the attention each token receives [V] and its keys [V, key dim]. With `cuts`, of a family without `unthinned`,
+        all of these are of the tokens that stay, and last it returns the indices in the image [K], ascending, that each of the
+        vision cuts kept.
+
+        Raises PlanError for a cut beyond the encoder's blocks, or whose count does not divide among the views.
         """
         raise NotImplementedError
 

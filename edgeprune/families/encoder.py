@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgeprune.errors import UnsupportedModelError
+from edgeprune.families.thinning import Rows, Thinning
 from edgeprune.families.views import ViewEncoder, patch_linear
 from edgeprune.plan import Geometry
 
@@ -55,17 +56,24 @@ class FeatureEncoder(nn.Module):
     of each stand side by side.
     With `signals`, also from the layer before the last feature, but never from the encoder's last: the attention that a patch
     receives [views * patches], from the class token, or averaged over queries where there is none; and its keys, of that width.
+    With `thinning`, patches leave on the way.
     """
 
     places: torch.Tensor
 
-    def __init__(self, tower: Any, views: int, layers: int | Sequence[int] = -1, *, signals: bool = False) -> None:
+    def __init__(
+        self,
+        tower: Any,
+        views: int,
+        layers: int | Sequence[int] = -1,
+        *,
+        signals: bool = False,
+        thinning: Thinning | None = None,
+    ) -> None:
         super().__init__()
         depth, chosen = len(tower.encoder.layers), [layers] if isinstance(layers, int) else layers
-        self.chosen = [range(depth + 1)[layer] for layer in chosen]
-        self.layers, self.views = tower.encoder.layers[: max(self.chosen)], views
-        self.encoder = ViewEncoder(self.layers, views)
-        self.signal_layer = max(min(len(self.layers), depth - 1) - 1, 0) if signals else -1
+        features, self.views = [range(depth + 1)[layer] for layer in chosen], views
+        run = max(features)
         embeddings, side = tower.embeddings, tower.embeddings.image_size
         self.patch, self.norm = patch_linear(embeddings.patch_embedding), getattr(tower, "pre_layrnorm", nn.Identity())
         self.takes = (views * embeddings.num_patches, self.patch.in_features)
@@ -73,38 +81,35 @@ class FeatureEncoder(nn.Module):
             places = embeddings(torch.zeros(1, 3, side, side))
         self.first = places.shape[1] - embeddings.num_patches  # the class token comes before the patches
         self.register_buffer("places", places, persistent=False)
+        signal_layer = max(min(run, depth - 1) - 1, 0) if signals else None
+        rows, layers_run = Rows(views, self.first), tower.encoder.layers[:run]
+        self.encoder = ViewEncoder(layers_run, rows, features=features, signal_layer=signal_layer, thinning=thinning)
+        self.blocks = run
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the features of all views and, if asked for, the signals."""
+        """Return the features of all views, and beside them the signals, if asked for, and what each cut kept."""
         hidden = self.patch(pixel_values).unflatten(0, (self.views, -1)) + self.places[:, self.first :]
         if self.first:
             hidden = torch.cat([self.places[:, : self.first].expand(self.views, -1, -1), hidden], dim=1)
-        states, signals = [self.norm(hidden.flatten(0, 1))], tuple[torch.Tensor, ...]()
-        for index, layer in enumerate(self.layers):
-            hidden, weights, keys = self.encoder.layer(layer, states[-1])
-            states.append(hidden)
-            if index == self.signal_layer:
-                # The class token's row; without one, the mean of all.
-                rows = weights[:, :, : self.first or None, self.first :]
-                signals = rows.mean(dim=(1, 2)).flatten(), self._patches(keys)
-        return torch.cat([self._patches(states[layer]) for layer in self.chosen], dim=1), signals
-
-    def _patches(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.view(self.views, -1, rows.shape[1])[:, self.first :].flatten(0, 1) if self.first else rows
+        features, beside = self.encoder(self.norm(hidden.flatten(0, 1)))
+        return torch.cat(features, dim=1), beside
 
 
 class ProjectedView(nn.Module):
-    """The encoder and a projector of its features: patches [patches, 3 * P * P] to visual tokens [1, V, hidden], and signals."""
+    """The encoder and a projector of its features: patches [patches, 3 * P * P] to visual tokens [1, V, hidden], and what the
+    encoder tells beside them.
+    """
 
     def __init__(self, encoder: FeatureEncoder, projector: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.encoder, self.projector, self.takes = encoder, projector, encoder.takes
+        self.blocks = encoder.blocks
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image and, if asked for, the signals."""
-        features, signals = self.encoder(pixel_values)
+        """Return the visual tokens of one image, the signals, if asked for, and what each cut kept."""
+        features, beside = self.encoder(pixel_values)
         visual = self.projector(features)[None]
-        return (visual, *signals) if signals else visual
+        return (visual, *beside) if beside else visual
 
 
 def projected_view(config: Any, geometry: Geometry, encoder: FeatureEncoder, *projectors: nn.Module) -> ProjectedView:

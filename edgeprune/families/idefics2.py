@@ -7,7 +7,7 @@ is that of processing_idefics2.py: neighbouring images share a mark, and a space
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import nn
 from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.text import check_text, text_decoder
+from edgeprune.families.thinning import Rows
 from edgeprune.families.views import ViewEncoder, patch_linear
-from edgeprune.plan import Geometry
+from edgeprune.plan import Cut, Geometry
 
 _FAKE, _IMAGE = "<fake_token_around_image>", "<image>"
 
@@ -28,6 +29,7 @@ class Idefics2(Family):
     name = "idefics2"
     signals = ()
     unsignalled = "the latents of its resampler stand for no place in the image"
+    unthinned = "a resampler makes as many latents of any patches"
 
     @staticmethod
     def check(config: Any) -> None:
@@ -51,8 +53,9 @@ class Idefics2(Family):
         text = (_FAKE + _IMAGE) * len(geometry.layout) + _FAKE
         return ImageText("image", _IMAGE, text, self._model.config.image_token_id, boundary=_FAKE)
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and resampler for one layout of views."""
+        del signals, cuts  # it has neither
         return ResampledTower(self._model.model, geometry)
 
     def decoder(self) -> DecoderParts:
@@ -69,17 +72,18 @@ class ResampledTower(nn.Module):
         super().__init__()
         self.tower, self.projection = model.vision_model, model.connector.modality_projection
         self.resampler = Resampler(model.connector.perceiver_resampler, len(geometry.layout))
-        self.encoder = ViewEncoder(self.tower.encoder.layers, len(geometry.layout))
+        self.encoder = ViewEncoder(self.tower.encoder.layers, Rows(len(geometry.layout)))
         self.patch = patch_linear(self.tower.embeddings.patch_embedding)
         whole, side = geometry.layout[-1], self.tower.embeddings.patch_size  # quarters are brought to the size of the whole
         rows, columns = whole.height // side, whole.width // side
+        self.blocks = len(self.encoder.layers)
         self.takes = (len(geometry.layout) * rows * columns, self.patch.in_features)
         places = empty_picture(self.tower.embeddings, rows, columns)
         self.register_buffer("places", places.repeat(len(geometry.layout), 1), persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the latents of one image."""
-        hidden, _, _ = self.encoder(self.patch(pixel_values) + self.places)
+        (hidden,), _ = self.encoder(self.patch(pixel_values) + self.places)
         latents: torch.Tensor = self.resampler(self.projection(self.tower.post_layernorm(hidden)))
         return latents[None]
 

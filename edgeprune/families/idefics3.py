@@ -7,7 +7,7 @@ patches that are there, are a constant. The text is that of processing_idefics3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.idefics2 import empty_picture
 from edgeprune.families.text import check_text, text_decoder
+from edgeprune.families.thinning import Rows, Thinning
 from edgeprune.families.views import ViewEncoder, patch_linear
-from edgeprune.plan import Geometry
+from edgeprune.plan import Cut, Geometry
 
 _FAKE, _IMAGE, _WHOLE = "<fake_token_around_image>", "<image>", "<global-img>"
 
@@ -49,9 +50,9 @@ class Idefics3(Family):
         text += "\n" if tiles else ""
         return ImageText("image", _IMAGE, text + whole_text(), self._model.config.image_token_id)
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and connector for one layout of tiles, and with `signals` what its last block but one attends to."""
-        return TileTower(self._model.model, geometry, signals=signals)
+        return TileTower(self._model.model, geometry, Thinning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -62,37 +63,33 @@ class TileTower(nn.Module):
     """The encoder and connector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
 
     With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries,
-    and its keys [V, width], both averaged over the patches that are merged into it.
+    and its keys [V, width], both averaged over the patches that are merged into it. Those patches lie together from the beginning.
     """
 
     places: torch.Tensor
     order: torch.Tensor
 
-    def __init__(self, model: Any, geometry: Geometry, *, signals: bool = False) -> None:
+    def __init__(self, model: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
         super().__init__()
-        self.tower, self.projection, self.signals = model.vision_model, model.connector.modality_projection, signals
+        self.tower, self.projection = model.vision_model, model.connector.modality_projection
         views, merge = geometry.layout, model.connector.scale_factor
         side, self.merged = views[0].rows * merge, merge**2
-        self.encoder = ViewEncoder(self.tower.encoder.layers, len(views))
+        layers, rows = self.tower.encoder.layers, Rows(len(views), merged=self.merged)
+        self.encoder = ViewEncoder(layers, rows, signal_layer=max(len(layers) - 2, 0) if signals else None, thinning=thinning)
         self.patch = patch_linear(self.tower.embeddings.patch_embedding)
+        self.blocks = len(self.encoder.layers)
         self.takes = (len(views) * side**2, self.patch.in_features)
         places = empty_picture(self.tower.embeddings, side, side)
         order = model.connector.pixel_shuffle(torch.arange(side**2).view(1, -1, 1), merge).flatten()
         starts = torch.arange(len(views))[:, None] * side**2
-        self.register_buffer("places", places.repeat(len(views), 1), persistent=False)
+        self.register_buffer("places", places[order].repeat(len(views), 1), persistent=False)
         self.register_buffer("order", (starts + order).flatten(), persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, and the signals."""
-        hidden, weights, keys = self.encoder(self.patch(pixel_values) + self.places)
-        visual: torch.Tensor = self.projection(self._merge(self.tower.post_layernorm(hidden)).flatten(1))[None]
-        if not self.signals:
-            return visual
-        received = weights.mean(dim=(1, 2)).flatten()
-        return visual, self._merge(received).mean(dim=1), self._merge(keys).mean(dim=1)
-
-    def _merge(self, patches: torch.Tensor) -> torch.Tensor:
-        return patches.index_select(0, self.order).reshape(-1, self.merged, *patches.shape[1:])
+        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
+        (hidden,), beside = self.encoder(self.patch(pixel_values.index_select(0, self.order)) + self.places)
+        visual: torch.Tensor = self.projection(self.tower.post_layernorm(hidden).reshape(-1, self.merged * hidden.shape[1]))[None]
+        return (visual, *beside) if beside else visual
 
 
 def whole_text() -> str:

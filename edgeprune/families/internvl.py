@@ -7,7 +7,7 @@ processing_internvl.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.text import check_text, text_decoder
+from edgeprune.families.thinning import Rows, Thinning
 from edgeprune.families.views import ViewEncoder, patch_linear
-from edgeprune.plan import Geometry
+from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<img><IMG_CONTEXT></img>"
 
@@ -64,9 +65,9 @@ class InternVL(Family):
         frames = "\n".join(f"Frame{number}: {_IMAGE}" for number in range(1, geometry.frames + 1))
         return ImageText("video", "<video>", frames, token)
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and projector for one layout of tiles, and with `signals` what class tokens attend to."""
-        return TileTower(self._model.model, geometry, signals=signals)
+        return TileTower(self._model.model, geometry, Thinning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -77,43 +78,45 @@ class TileTower(nn.Module):
     """The encoder and projector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
 
     With `signals`, also from the last block but one: the attention that a token receives from its tile's class token [V], averaged
-    over heads, and its keys [V, width], both averaged over the patches that are merged into it.
+    over heads, and its keys [V, width], both averaged over the patches that are merged into it. Those patches lie together from the
+    beginning.
     """
 
     places: torch.Tensor
     order: torch.Tensor
 
-    def __init__(self, model: Any, geometry: Geometry, *, signals: bool = False) -> None:
+    def __init__(self, model: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
         super().__init__()
-        self.tower, self.projector, self.signals = model.vision_tower, model.multi_modal_projector, signals
+        self.tower, self.projector = model.vision_tower, model.multi_modal_projector
         merge, patch = int(1 / model.config.downsample_ratio), geometry.patch
         self.views, view = len(geometry.layout), geometry.layout[0]
         rows, columns, self.merged = view.rows * merge, view.columns * merge, merge**2
-        self.encoder = ScaledEncoder(self.tower.encoder.layer, self.views)
+        layers = self.tower.encoder.layer
+        self.encoder = ScaledEncoder(
+            layers,
+            Rows(self.views, 1, self.merged),
+            signal_layer=max(len(layers) - 2, 0) if signals else None,
+            thinning=thinning,
+        )
         self.patch = patch_linear(self.tower.embeddings.patch_embeddings.projection)
+        self.blocks = len(self.encoder.layers)
         self.takes = (self.views * rows * columns, self.patch.in_features)
         with torch.no_grad():
             # What an empty picture becomes: the class token and its position; bias and position, each patch its own.
             places = self.tower.embeddings(torch.zeros(1, 3, rows * patch, columns * patch))
         numbers = torch.arange(rows * columns).view(1, rows, columns, 1)
         order = model.pixel_shuffle(numbers, model.config.downsample_ratio).flatten()
-        starts = torch.arange(self.views)[:, None] * (rows * columns + 1) + 1
-        self.register_buffer("places", places, persistent=False)
+        starts = torch.arange(self.views)[:, None] * (rows * columns)
+        self.register_buffer("places", torch.cat([places[:, :1], places[:, 1:][:, order]], dim=1), persistent=False)
         self.register_buffer("order", (starts + order).flatten(), persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, and the signals."""
-        patches = self.patch(pixel_values).unflatten(0, (self.views, -1)) + self.places[:, 1:]
+        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
+        patches = self.patch(pixel_values.index_select(0, self.order)).unflatten(0, (self.views, -1)) + self.places[:, 1:]
         hidden = torch.cat([self.places[:, :1].expand(self.views, 1, -1), patches], dim=1).flatten(0, 1)
-        hidden, weights, keys = self.encoder(hidden)
-        visual: torch.Tensor = self.projector(self._merge(self.tower.layernorm(hidden)).flatten(1))[None]
-        if not self.signals:
-            return visual
-        received = weights[:, :, 0].mean(dim=1).flatten()
-        return visual, self._merge(received).mean(dim=1), self._merge(keys).mean(dim=1)
-
-    def _merge(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.index_select(0, self.order).reshape(-1, self.merged, *rows.shape[1:])
+        (hidden,), beside = self.encoder(hidden)
+        visual: torch.Tensor = self.projector(self.tower.layernorm(hidden).reshape(-1, self.merged * hidden.shape[1]))[None]
+        return (visual, *beside) if beside else visual
 
 
 class ScaledEncoder(ViewEncoder):

@@ -8,7 +8,7 @@ Mantis-8B-siglip-llama3. Pixtral's encoder is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,8 @@ from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.encoder import CLIP, SIGLIP, FeatureEncoder, check_encoder, check_selection, projected_view
 from edgeprune.families.text import check_text, text_decoder
-from edgeprune.plan import Geometry
+from edgeprune.families.thinning import Thinning
+from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
 
@@ -43,10 +44,12 @@ class Llava(Family):
         """Return the token that stands for an image."""
         return ImageText("image", _IMAGE, _IMAGE, self._model.config.image_token_id)
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and projector, and with `signals` what the layer before the features attends to."""
         model, config = self._model.model, self._model.config
-        encoder = FeatureEncoder(model.vision_tower, 1, config.vision_feature_layer, signals=signals)
+        encoder = FeatureEncoder(
+            model.vision_tower, 1, config.vision_feature_layer, signals=signals, thinning=Thinning(cuts, geometry)
+        )
         return projected_view(config, geometry, encoder, model.multi_modal_projector)
 
     def decoder(self) -> DecoderParts:

@@ -10,7 +10,7 @@ stands for no place, so its signals are zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, check_grid, check_selection
 from edgeprune.families.text import check_text, text_decoder
-from edgeprune.plan import Geometry, View
+from edgeprune.plan import Cut, Geometry, View
 
 
 class LlavaOneVision(Family):
     """Where the parts of a LlavaOnevisionForConditionalGeneration are."""
 
     name = "llava_onevision"
+    unthinned = "a token is woven of up to four patches of several tiles, which would have to stay together"
     videos = True
 
     @staticmethod
@@ -53,8 +54,9 @@ class LlavaOneVision(Family):
         kind = "video" if geometry.frames > 1 else "image"
         return ImageText(kind, f"<{kind}>", f"<{kind}>", getattr(self._model.config, f"{kind}_token_id"))
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder, projector and packing, and with `signals` what its last layer but one attends to."""
+        del cuts  # it has none
         return PackedTower(self._model.model, geometry, signals=signals)
 
     def decoder(self) -> DecoderParts:
@@ -82,6 +84,7 @@ class PackedTower(nn.Module):
             grids = [torch.arange(side**2).view(side, side), grid]
         self.encoder = FeatureEncoder(model.vision_tower, views, model.config.vision_feature_layer, signals=signals)
         self.projector, self.newline, self.takes = model.multi_modal_projector, model.image_newline, self.encoder.takes
+        self.blocks = self.encoder.blocks
         made = [_packed(grid, view, views * side**2) for grid, view in zip(grids, geometry.layout, strict=True)]
         places, shares = (torch.cat(parts).transpose(0, 1) for parts in zip(*made, strict=True))
         used = shares.any(dim=1)

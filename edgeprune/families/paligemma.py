@@ -11,7 +11,7 @@ sliding windows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, refuse_quantized
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
 from edgeprune.families.text import text_decoder
-from edgeprune.plan import Geometry
+from edgeprune.families.thinning import Thinning
+from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
 _TEMPLATE = """\
@@ -63,10 +64,10 @@ class PaliGemma(Family):
         """Return the token that stands for an image."""
         return ImageText("image", _IMAGE, _IMAGE, self._model.config.image_token_id)
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder, its last norm and the projector, and with `signals` what its last layer but one attends to."""
         model = self._model.model
-        encoder = FeatureEncoder(model.vision_tower, 1, signals=signals)
+        encoder = FeatureEncoder(model.vision_tower, 1, signals=signals, thinning=Thinning(cuts, geometry))
         norm, projector = model.vision_tower.post_layernorm, model.multi_modal_projector
         return projected_view(self._model.config, geometry, encoder, norm, projector)
 

@@ -8,14 +8,16 @@ frame, and all frames of a video are cut alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from edgeprune.families.qwen2_vl import Qwen2VL, VisionTower
-from edgeprune.plan import Geometry
+from edgeprune.families.qwen2_vl import Qwen2VL, Signal, VisionTower
+from edgeprune.families.thinning import Thinning, in_image_order
+from edgeprune.plan import Cut, Geometry
 
 
 class Qwen25VL(Qwen2VL):
@@ -28,48 +30,78 @@ class Qwen25VL(Qwen2VL):
         """Return Qwen2-VL's settings and how many time positions a second has."""
         return Qwen2VL.settings(config, processor, size) | {"tokens_per_second": config.vision_config.tokens_per_second}
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block without windows attends to."""
-        return WindowedTower(self._model.model.visual, geometry, signals=signals)
+        return WindowedTower(self._model.model.visual, geometry, Thinning(cuts, geometry), signals=signals)
 
 
 class WindowedTower(VisionTower):
-    """Qwen2-VL's tower in another order of patches, with windows in all blocks but the tower's `fullatt_block_indexes`."""
+    """Qwen2-VL's tower in another order of patches, with windows in all blocks but the tower's `fullatt_block_indexes`.
+
+    After a cut, how many tokens a window has depends on the image: a frame then attends in one batch, whose mask hides what lies in
+    other windows.
+    """
 
     patches: torch.Tensor
     back: torch.Tensor
+    window: torch.Tensor
 
-    def __init__(self, tower: Any, geometry: Geometry, *, signals: bool = False) -> None:
-        super().__init__(tower, geometry, signals=signals)
+    def __init__(self, tower: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
+        super().__init__(tower, geometry, thinning, signals=signals)
         self.whole = frozenset(tower.fullatt_block_indexes)
         if signals:
             self.signal_block = max(self.whole)
         order, self.windows = _windows(geometry, tower.window_size // (geometry.patch * geometry.merge))
+        lengths = torch.tensor([length for count, length in self.windows for _ in range(count)])
+        window = torch.arange(len(lengths)).repeat_interleave(lengths)[order.argsort()].repeat(self.frames)
+        self.register_buffer("window", window, persistent=False)  # of each token of the image
         order = (torch.arange(self.frames)[:, None] * len(order) + order).flatten()
+        thinning.order = order
         patches = (order[:, None] * self.merged + torch.arange(self.merged)).flatten()  # those of a token lie together
         self.register_buffer("patches", patches, persistent=False)
         self.register_buffer("back", order.argsort(), persistent=False)
         self.cos, self.sin = self.cos[:, patches], self.sin[:, patches]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, and the signals."""
+        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
         seen = super().forward(pixel_values.index_select(0, self.patches))
-        if isinstance(seen, torch.Tensor):
-            return seen.index_select(1, self.back)
-        visual, *signals = seen
-        return (visual.index_select(1, self.back), *(signal.index_select(0, self.back) for signal in signals))
+        visual, *beside = (seen,) if isinstance(seen, torch.Tensor) else seen
+        signals = len(beside) - len(self.thinning.cuts)
+        ordered = [in_image_order(kept, self.frames) for kept in beside[signals:]]
+        back = ordered[-1][1] if ordered else self.back
+        others = [*(signal.index_select(0, back) for signal in beside[:signals]), *(kept for kept, _ in ordered)]
+        visual = visual.index_select(1, back)
+        return (visual, *others) if others else visual
 
-    def _mix(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mix(
+        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor
+    ) -> tuple[torch.Tensor, Signal]:
         if index in self.whole:
-            return super()._mix(index, query, key, value)
+            return super()._mix(index, query, key, value, order)
+        if len(order) < len(self.back):
+            return self._mix_masked(query, key, value, order)
         sizes = [count * length * self.merged for count, length in self.windows]
         parts = zip(self.windows, *(torch.split(rows, sizes, dim=1) for rows in (query, key, value)), strict=True)
-        mixed = []
+        mixed, weights = list[torch.Tensor](), list[torch.Tensor]()
         for (count, length), *rows in parts:
             apart = [part.reshape(part.shape[0] * count, length * self.merged, part.shape[2]) for part in rows]
-            alone, weights = super()._mix(index, *apart)
-            mixed.append(alone.view(rows[0].shape))
-        return torch.cat(mixed, dim=1), weights
+            weights.append(torch.softmax(apart[0] @ apart[1].transpose(1, 2), dim=-1))
+            mixed.append((weights[-1] @ apart[2]).view(rows[0].shape))
+        return torch.cat(mixed, dim=1), partial(_received, weights, query.shape[:2])
+
+    def _mix_masked(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor
+    ) -> tuple[torch.Tensor, Signal]:
+        window = self.window.index_select(0, order).view(self.frames, -1, 1).expand(-1, -1, self.merged).flatten(1)
+        hidden = torch.where(window[:, :, None] == window[:, None], 0.0, float("-inf"))  # [frames, patches, patches]
+        scores = (query @ key.transpose(1, 2)).view(-1, *hidden.shape) + hidden
+        weights = torch.softmax(scores, dim=-1).flatten(0, 1)
+        return weights @ value, partial(weights.mean, dim=1)
+
+
+def _received(weights: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    # Of windows of each size [heads * frames * windows, patches, patches]; queries in other windows give nothing.
+    return torch.cat([part.sum(dim=1).view(shape[0], -1) for part in weights], dim=1) / shape[1]
 
 
 def _windows(geometry: Geometry, side: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:

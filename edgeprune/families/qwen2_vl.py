@@ -6,7 +6,8 @@ has one fixed grid, so the tower's rotary tables are constants, and so have all 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb,
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, refuse_quantized
-from edgeprune.plan import Geometry
+from edgeprune.families.thinning import Living, Rows, Thinning
+from edgeprune.plan import Cut, Geometry
+
+Signal = Callable[[], torch.Tensor]
 
 
 class Qwen2VL(Family):
@@ -46,9 +50,9 @@ class Qwen2VL(Family):
         kind = "video" if geometry.frames > 1 else "image"
         return ImageText(kind, f"<|{kind}_pad|>", f"<|{kind}_pad|>", getattr(self._model.config, f"{kind}_token_id"))
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
-        return VisionTower(self._model.model.visual, geometry, signals=signals)
+        return VisionTower(self._model.model.visual, geometry, Thinning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -73,20 +77,24 @@ class VisionTower(nn.Module):
     """The tower and merger over the frames of one fixed grid: patches [patches, C * T * P * P] to tokens [1, V, hidden].
 
     With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries (no
-    token stands for the class), and its keys [V, heads * head_dim], both averaged over the patches that are merged into it.
+    token stands for the class), and its keys [V, heads * head_dim], both averaged over the patches that are merged into it. Where
+    the plan has cuts in the encoder, last the indices in the image that each kept.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, tower: Any, geometry: Geometry, *, signals: bool = False) -> None:
+    def __init__(self, tower: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
         super().__init__()
-        self.tower = tower
+        self.tower, self.thinning = tower, thinning
+        self.blocks = len(tower.blocks)
+        thinning.check(self.blocks)
         # The kernel is as large as its stride: a convolution over one patch is a matrix product.
         kernel, bias = tower.patch_embed.proj.weight, tower.patch_embed.proj.bias
         self.patch = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=bias is not None, device="meta")
         self.patch.weight, self.patch.bias = nn.Parameter(kernel.flatten(1), requires_grad=False), bias
         self.merged, self.frames = geometry.merge**2, len(geometry.layout)
+        self.rows = Rows(self.frames, merged=self.merged)
         self.takes = (geometry.tokens * self.merged, self.patch.in_features)
         self.signal_block = max(len(tower.blocks) - 2, 0) if signals else -1
         tables = tower.rotary_pos_emb(kernel, get_vision_position_ids(patch_grid(geometry), geometry.merge))
@@ -94,37 +102,51 @@ class VisionTower(nn.Module):
             self.register_buffer(name, table[None], persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, and the signals."""
-        (last,), signals = self._encode(self.patch(pixel_values))
+        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
+        (last,), beside = self._encode(self.patch(pixel_values))
         merged: torch.Tensor = self.tower.merger(last)
-        return (merged[None], *signals) if signals else merged[None]
+        return (merged[None], *beside) if beside else merged[None]
 
     def _encode(self, hidden: torch.Tensor, also: Collection[int] = ()) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        # The states after the blocks `also`, in their order, and after the last one; and the signals.
-        states: list[torch.Tensor] = []
-        signals: tuple[torch.Tensor, ...] = ()
+        # The states after the blocks `also`, in their order, and after the last one; and the signals and what each cut kept.
+        states, kept, signals = list[torch.Tensor](), [self.thinning.order], tuple[torch.Tensor, ...]()
+        tables = self.cos, self.sin
         for index, block in enumerate(self.tower.blocks):
-            mixed, weights, keys = self._attend(index, block.attn, block.norm1(hidden))
+            mixed, attention, keys = self._attend(index, block.attn, block.norm1(hidden), tables, kept[-1])
             if index == self.signal_block:
-                received = weights.view(-1, self.frames, *weights.shape[1:]).mean(dim=(0, 2)).reshape(-1, self.merged).mean(dim=1)
-                signals = (received, keys.transpose(0, 1).reshape(received.shape[0], self.merged, -1).mean(dim=1))
+                signals = self._received(attention), self.rows.means(keys.transpose(0, 1).flatten(1))
             hidden = hidden + mixed
             hidden = hidden + block.mlp(block.norm2(hidden))
             states += [hidden] if index in also else []
-        return [*states, hidden], signals
+            if index + 1 in self.thinning.cuts:
+                pick = self.thinning.pick(index + 1, Living(kept[-1], partial(self._received, attention)), self.rows)
+                hidden, *states = map(pick.patches, (hidden, *states))
+                tables = pick.patches(tables[0][0])[None], pick.patches(tables[1][0])[None]
+                signals = tuple(map(pick.tokens, signals))
+                kept.append(pick.tokens(kept[-1]))
+        return [*states, hidden], (*signals, *kept[1:])
 
-    def _attend(self, index: int, attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _attend(
+        self, index: int, attn: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], order: torch.Tensor
+    ) -> tuple[torch.Tensor, Signal, torch.Tensor]:
         shape = (hidden.shape[0], 3, attn.num_heads, attn.head_dim)
         query, key, value = attn.qkv(hidden).view(shape).permute(1, 2, 0, 3).unbind(0)  # [heads, patches, head_dim]
-        query, key = apply_rotary_pos_emb(query, key, self.cos, self.sin, unsqueeze_dim=0)
-        parts = (rows.reshape(-1, shape[0] // self.frames, shape[3]) for rows in (query * attn.scaling, key, value))
-        mixed, weights = self._mix(index, *parts)
-        return attn.proj(mixed.reshape(value.shape).transpose(0, 1).flatten(1)), weights, key[0]
+        query, key = apply_rotary_pos_emb(query, key, *tables, unsqueeze_dim=0)
+        parts = [rows.reshape(-1, shape[0] // self.frames, shape[3]) for rows in (query * attn.scaling, key, value)]
+        mixed, received = self._mix(index, parts[0], parts[1], parts[2], order)
+        return attn.proj(mixed.reshape(value.shape).transpose(0, 1).flatten(1)), received, key[0]
 
-    def _mix(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # What a block attends to, and how: every patch of a frame to every other one. [heads * frames, patches of one, head_dim]
+    def _mix(
+        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor
+    ) -> tuple[torch.Tensor, Signal]:
+        # What a block attends to: every patch of a frame to every other one [heads * frames, patches of one, head_dim]. And what
+        # each patch receives [heads * frames, patches of one], the mean over the frame's queries.
         weights = torch.softmax(query @ key.transpose(1, 2), dim=-1)
-        return weights @ value, weights
+        return weights @ value, partial(weights.mean, dim=1)
+
+    def _received(self, attention: Signal) -> torch.Tensor:
+        patches: torch.Tensor = attention()
+        return self.rows.means(patches.view(-1, self.frames, patches.shape[1]).mean(dim=0).flatten())
 
 
 def patch_grid(geometry: Geometry) -> torch.Tensor:

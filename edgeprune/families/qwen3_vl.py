@@ -9,6 +9,7 @@ those around all frames.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts
 from edgeprune.families.qwen2_vl import Qwen2VL, VisionTower, patch_grid
-from edgeprune.plan import Geometry
+from edgeprune.families.thinning import Thinning
+from edgeprune.plan import Cut, Geometry
 
 _VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -39,9 +41,9 @@ class Qwen3VL(Qwen2VL):
         times = [sum(frame / geometry.fps for frame in pair) / 2 for pair in ends]
         return ImageText("video", _VIDEO, "".join(f"<{time:.1f} seconds>{_VIDEO}" for time in times), config.video_token_id)
 
-    def vision(self, geometry: Geometry, *, signals: bool = False) -> nn.Module:
+    def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
-        return DeepTower(self._model.model.visual, geometry, signals=signals)
+        return DeepTower(self._model.model.visual, geometry, Thinning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -55,8 +57,8 @@ class DeepTower(VisionTower):
 
     places: torch.Tensor
 
-    def __init__(self, tower: Any, geometry: Geometry, *, signals: bool = False) -> None:
-        super().__init__(tower, geometry, signals=signals)
+    def __init__(self, tower: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
+        super().__init__(tower, geometry, thinning, signals=signals)
         frame = patch_grid(replace(geometry, views=()))
         table, weights = get_vision_interpolation_indices_and_weights(
             frame,
@@ -72,13 +74,13 @@ class DeepTower(VisionTower):
         self.mergers = nn.ModuleList([*(tower.deepstack_merger_list[index] for index in order), tower.merger])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video with their planes, and the signals."""
+        """Return the visual tokens of one image or video with their planes, the signals, and what each cut kept."""
         patches = self.patch(pixel_values)
         placed = (patches.view(self.frames, *self.places.shape) + self.places).view(patches.shape)
-        states, signals = self._encode(placed, self.deep)
+        states, beside = self._encode(placed, self.deep)
         *planes, tokens = [merger(state) for merger, state in zip(self.mergers, states, strict=True)]
         merged = torch.cat([tokens, *planes], dim=1)[None]
-        return (merged, *signals) if signals else merged
+        return (merged, *beside) if beside else merged
 
 
 class InterleavedRope(nn.Module):

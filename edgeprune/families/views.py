@@ -6,27 +6,55 @@ is ours, because theirs has the views as a batch in front of every matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgeprune.families.thinning import Living, Rows, Thinning
+
 
 class ViewEncoder(nn.Module):
-    """The layers: patches [views * patches, width] in, and out with what the layer before the last one attends to."""
+    """The layers, and the cuts between them: rows [views * rows of one, width] in, patches [views * patches, width] out.
 
-    def __init__(self, layers: Any, views: int) -> None:
+    `features`: after how many layers they are taken, by default after all. `signal_layer`: which one tells what it attends to.
+    """
+
+    def __init__(
+        self,
+        layers: Any,
+        rows: Rows,
+        *,
+        features: Sequence[int] = (),
+        signal_layer: int | None = None,
+        thinning: Thinning | None = None,
+    ) -> None:
         super().__init__()
-        self.layers, self.views = layers, views
+        self.layers, self.rows, self.views = layers, rows, rows.views
+        self.features = tuple(features) or (len(layers),)
+        self.signal_layer, self.thinning = signal_layer, thinning
+        if thinning is not None:
+            thinning.check(len(layers))
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the patches, the attention weights [views, heads, patches, patches], and the keys [views * patches, width]."""
-        signal_layer = max(len(self.layers) - 2, 0)
+    def forward(self, hidden: torch.Tensor) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """Return the features, and beside them the signals and what each cut kept.
+
+        Signals are the attention that a visual token receives [V], and its keys [V, width]; kept are indices in the image [K].
+        """
+        states, signals, kept = {0: hidden}, tuple[torch.Tensor, ...](), [] if self.thinning is None else [self.thinning.order]
         for index, layer in enumerate(self.layers):
-            hidden, weights, keys = self.layer(layer, hidden)
-            if index == signal_layer:
-                signals = weights, keys
-        return hidden, *signals
+            hidden, weights, keys = self.layer(layer, states[index])
+            states = {number: rows for number, rows in states.items() if number in self.features} | {index + 1: hidden}
+            if index == self.signal_layer:
+                signals = self.rows.received(weights), self.rows.means(keys)
+            if self.thinning is not None and index + 1 in self.thinning.cuts:
+                pick = self.thinning.pick(index + 1, Living(kept[-1], partial(self.rows.received, weights)), self.rows)
+                states = {number: pick.patches(rows) for number, rows in states.items()}
+                signals = tuple(map(pick.tokens, signals))
+                kept.append(pick.tokens(kept[-1]))
+        return [self.rows.patches(states[number]) for number in self.features], (*signals, *kept[1:])
 
     def layer(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output of one layer, its attention weights and its keys."""

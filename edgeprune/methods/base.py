@@ -1,8 +1,9 @@
 """What methods see at their cuts, and what they answer.
 
-A method is a class made for one cut and one geometry. It says *which* tokens; how many is the plan's matter. At the sites "input"
-and "layer" it answers positions (`select`), at "cache" a score for each KV head (`score_heads`). Everything is traced, so shapes
-must not depend on values; at a layer or in a cache V may be 0 (steps without an image), at the input it never is.
+A method is a class made for one cut and one geometry. It says *which* tokens; how many is the plan's matter. At the site "vision"
+it answers a score for each token (`score`), at "input" and "layer" positions (`select`), at "cache" a score for each KV head
+(`score_heads`). Everything is traced, so shapes must not depend on values; at a layer or in a cache V may be 0 (steps without an
+image), before the decoder it never is.
 """
 
 from __future__ import annotations
@@ -22,23 +23,44 @@ def _absent() -> Any:
     raise AssertionError("a method asked for a signal that its site does not give")
 
 
+class EncoderView(Protocol):
+    """What is known before a block of the vision encoder, as `edgeprune.families.thinning` tells it."""
+
+    @property
+    def order(self) -> torch.Tensor:
+        """Indices [V] of the living visual tokens in the image, view after view."""
+        ...
+
+    @property
+    def attention(self) -> Callable[[], torch.Tensor]:
+        """Return what each token received in the block before [V], averaged over heads and the token's patches.
+
+        From the class token, or averaged over queries where there is none.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class InputView:
     """What is known before decoder layer 0.
 
     `visual` [V, hidden]: the projected visual tokens. `prompt` [M, hidden]: the embeddings of the user's words, without the
     chat template. From the vision encoder, for methods whose `needs` name them: `attention` [V], how much attention a token
-    receives in the last block but one, and `keys` [V, key dim] of that block.
+    receives in the last block but one, and `keys` [V, key dim] of that block. `kept` [V]: indices in the image of the tokens that
+    the vision encoder has left, where it has cuts.
     """
 
     visual: torch.Tensor
     prompt: torch.Tensor
     attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     @property
     def order(self) -> torch.Tensor:
-        """Indices [V] of the tokens in the image: all of them."""
+        """Indices [V] of the tokens in the image."""
+        if self.kept is not None:
+            return self.kept
         return torch.arange(self.visual.shape[0], device=self.visual.device)
 
 

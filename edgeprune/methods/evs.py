@@ -27,6 +27,7 @@ class EVS(Scored):
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     videos_only: ClassVar[bool] = True
+    whole_frames: ClassVar[bool] = True
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         cut.settings()

@@ -12,20 +12,20 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from edgeprune.methods.base import InputView, LayerView, Scored
+from edgeprune.methods.base import EncoderView, InputView, LayerView, Scored
 from edgeprune.plan import Cut, Geometry
 
 
 class Random(Scored):
     """Keep the tokens that come first in a seeded shuffle of the image's places."""
 
-    sites: ClassVar[tuple[str, ...]] = ("input", "layer", "cache")
+    sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer", "cache")
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         cut.settings()
         ranks = np.random.default_rng(cut.seed).permutation(geometry.tokens)
         self._scores = torch.from_numpy(ranks.astype(np.float32))
 
-    def score(self, view: InputView | LayerView) -> torch.Tensor:
+    def score(self, view: EncoderView | InputView | LayerView) -> torch.Tensor:
         """Return the frozen lot of each token [V]."""
         return self._scores.to(view.order.device).index_select(0, view.order)

@@ -13,20 +13,20 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from edgeprune.methods.base import InputView, LayerView, Scored
+from edgeprune.methods.base import EncoderView, InputView, LayerView, Scored
 from edgeprune.plan import Cut, Geometry, View
 
 
 class Uniform(Scored):
     """Keep the first tokens of a farthest-point order of the grid."""
 
-    sites: ClassVar[tuple[str, ...]] = ("input", "layer", "cache")
+    sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer", "cache")
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         cut.settings()  # nothing to set, nothing drawn by lot
         self._scores = torch.from_numpy(ranked([earliness(view) for view in geometry.layout]))
 
-    def score(self, view: InputView | LayerView) -> torch.Tensor:
+    def score(self, view: EncoderView | InputView | LayerView) -> torch.Tensor:
         """Return how early each token comes in the order [V]."""
         return self._scores.to(view.order.device).index_select(0, view.order)
 

@@ -8,20 +8,21 @@ graph of the decode step: its text caches are one longer every time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord
 from edgeprune.errors import EngineError
 from edgeprune.runtime.cache import Arrays, KvCache
-from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_name
+from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
 from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool
 from edgeprune.runtime.tensorrt.driver import CudaDriver, Driver
 from edgeprune.runtime.tensorrt.executor import Executor, Value
-from edgeprune.runtime.tensorrt.ranges import IMAGE_TURN, TEXT
-from edgeprune.runtime.tensorrt.store import Identity, Store, usable_engines
+from edgeprune.runtime.tensorrt.ranges import IMAGE_TURN, TEXT, Profile
+from edgeprune.runtime.tensorrt.store import EngineRecord, Identity, Store, usable_engines
 
 
 class TensorRTEngine:
@@ -36,13 +37,23 @@ class TensorRTEngine:
         self._executors: dict[str, Executor] = {}
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         try:
-            for graph, (record, profiles) in usable_engines(bundle, store, device).items():
-                described = bundle.manifest.graphs[graph]
-                self._executors[graph] = Executor(trt, self._runtime, store.read(record), described, profiles, self._pool)
+            engines = usable_engines(bundle, store, device)
+            self._open = {
+                graph: partial(self._executor, trt, store, record, bundle.manifest.graphs[graph], profiles)
+                for graph, (record, profiles) in engines.items()
+            }
+            for graph in engines:
+                if graph != VISION_UNPRUNED:  # only an unpruned answer needs it
+                    self._executors[graph] = self._open[graph]()
         except EngineError:
             self.close()
             raise
         self._inputs, self._outputs = decoder_inputs(bundle.plan), decoder_outputs(bundle.plan)
+
+    def _executor(
+        self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[Profile]
+    ) -> Executor:
+        return Executor(trt, self._runtime, store.read(record), described, profiles, self._pool)
 
     @classmethod
     def here(cls, bundle: Bundle) -> TensorRTEngine:
@@ -55,19 +66,33 @@ class TensorRTEngine:
         """Memory for inputs, outputs and caches; engines and their scratch memory not counted."""
         return self._pool.bytes
 
-    def see(self, patches: np.ndarray) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]."""
-        outputs = self._executors[VISION].run({"pixel_values": patches})
+    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
+        outputs = self._encoder(whole and bool(self._plan.vision_cuts)).run({"pixel_values": patches})
         self._driver.synchronize()  # so that its time is its own, and not that of the step that waits for it
         signals = {name: _array(outputs[name]) for name in SIGNALS if name in outputs}
-        return Seen(_array(outputs["visual_embeds"]), signals)
+        kept = [outputs[name].numpy() for name in kept_names(self._plan, "vision") if name in outputs]
+        return Seen(_array(outputs["visual_embeds"]), signals, tuple(kept))
+
+    def _encoder(self, unpruned: bool) -> Executor:
+        if not unpruned:
+            return self._executors[VISION]
+        if VISION_UNPRUNED not in self._open:
+            raise EngineError(
+                "There is no engine of the vision encoder without its cuts.",
+                hint="Build engines that can answer without pruning: edgeprune build --unpruned",
+            )
+        if VISION_UNPRUNED not in self._executors:
+            self._executors[VISION_UNPRUNED] = self._open[VISION_UNPRUNED]()
+        return self._executors[VISION_UNPRUNED]
 
     def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
         [K], those on the host.
         """
-        outputs = self._executors[SELECTOR].run({"visual_embeds": seen.embeds, "prompt_embeds": prompt, **seen.signals})
-        return _array(outputs["kept_embeds"]), outputs[kept_name(0)].numpy()
+        values = {"visual_embeds": seen.embeds, "prompt_embeds": prompt, "visual_order": seen.order, **seen.signals}
+        outputs, (name,) = self._executors[SELECTOR].run(values), kept_names(self._plan, "input")
+        return _array(outputs["kept_embeds"]), outputs[name].numpy()
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""

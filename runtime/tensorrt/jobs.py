@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import Bundle, files_of
 from edgeprune.device.memory import Memory
 from edgeprune.errors import EngineError
 from edgeprune.runtime.tensorrt.building import Settings, build_engine
@@ -56,7 +56,7 @@ def jobs_of(
     """Return the engines that a bundle needs; without an identity, none of them has a key or is ready."""
     jobs = []
     for graph, profiles in profiles_of(bundle, limits).items():
-        weights = sum(record.bytes for name, record in bundle.manifest.files.items() if name in (graph, f"{graph}.data"))
+        weights = sum(record.bytes for name, record in bundle.manifest.files.items() if name in files_of(graph))
         key = "" if identity is None else engine_key(bundle, graph, identity, profiles, settings.level)
         ready = store is not None and _found(store, graph, key) is not None
         jobs.append(Job(graph, limits, profiles, weights, key, ready))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, Bundle, Tensor
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, Tensor
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 
@@ -41,9 +41,13 @@ class Limits:
 
 
 def profiles_of(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]]:
-    """Return the profiles of every graph of a bundle, by its path; a graph of fixed shapes has one, without inputs."""
+    """Return the profiles of the graphs of a bundle, by path; a graph of fixed shapes has one, without inputs.
+
+    The encoder without its cuts is wanted for unpruned answers alone.
+    """
     wanted: dict[str, tuple[Mapping[str, Range], ...]] = {
         VISION: ({},),
+        **({VISION_UNPRUNED: ({},)} if limits.unpruned else {}),
         EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
         SELECTOR: ({"words": (1, min(16, limits.turn), limits.turn)},),
         PREDICTOR: ({},),

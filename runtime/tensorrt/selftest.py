@@ -110,9 +110,10 @@ class _Listener:
         self.kept: list[np.ndarray] = []
         self.logits: list[np.ndarray] = []
 
-    def see(self, patches: np.ndarray) -> Seen:
-        seen = self._engine.see(patches)
+    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+        seen = self._engine.see(patches, whole=whole)
         self.seen.append(_on_host(seen.embeds))
+        self.kept += seen.kept
         return seen
 
     def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

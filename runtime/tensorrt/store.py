@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgeprune.bundle import Bundle, sha256_of
+from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of, sha256_of
 from edgeprune.errors import EngineError
 from edgeprune.files import write_bytes, write_text
 from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
@@ -63,16 +63,21 @@ class EngineRecord:
 def engine_key(bundle: Bundle, graph: str, identity: Identity, profiles: Sequence[Profile], level: int) -> str:
     """Return the name of an engine: a hash of the graph with its weights, TensorRT, GPU, precision and profiles."""
     files = bundle.manifest.files
-    weights = {name: record.sha256 for name, record in files.items() if name == graph or name == f"{graph}.data"}
+    weights = {name: record.sha256 for name, record in files.items() if name in files_of(graph)}
     made_from = [weights, asdict(identity), bundle.manifest.precision, list(profiles), level]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def usable_engines(bundle: Bundle, store: Store, identity: Identity) -> dict[str, tuple[EngineRecord, tuple[Profile, ...]]]:
-    """Return the engine of every graph with its profiles; raise EngineError saying what is missing or does not fit."""
+    """Return the engine of every graph with its profiles; raise EngineError saying what is missing or does not fit.
+
+    The encoder without its cuts need not have one: engines may be built for pruned answers alone.
+    """
     records, found = {record.graph: record for record in store.records()}, {}
     for graph in bundle.manifest.graphs:
         record = records.get(graph)
+        if record is None and graph == VISION_UNPRUNED:
+            continue
         if record is None:
             raise EngineError(f"There is no engine of {graph} in {bundle.path}.", hint=REBUILD)
         built_for = Identity(record.tensorrt, record.capability)
