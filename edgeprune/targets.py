@@ -18,7 +18,8 @@ _INT4_OPSET = 21  # the first whose DequantizeLinear takes INT4 in blocks; Tenso
 class Target:
     """One reader of graphs: its oldest `tensorrt` (None: ONNX Runtime alone), the `opset`, and the operators it has.
 
-    `fused`: Attention, RotaryEmbedding and RMSNormalization are nodes; otherwise they are decomposed. `modules`: the Jetsons.
+    `fused`: Attention, RotaryEmbedding and RMSNormalization are nodes; otherwise they are decomposed. `blocked`: written for the
+    kernels that ONNX Runtime has for CPUs (edgeprune/model/blocked.py, export/integers.py). `modules`: the machines.
     """
 
     name: str
@@ -26,12 +27,14 @@ class Target:
     opset: int
     fused: bool
     modules: str
+    blocked: bool = False
 
 
 TARGETS = {
     target.name: target
     for target in (
         Target("onnxruntime", None, 20, False, "any machine, CPU or CUDA"),
+        Target("cpu", None, 23, True, "any machine without a GPU", blocked=True),
         Target("jetpack6", (10, 3), 20, False, "Orin with JetPack 6.1 or 6.2"),
         Target("jetpack7", (10, 13), 20, False, "Thor with JetPack 7.0 or 7.1"),
         Target("jetpack7.2", (10, 16), 23, True, "Orin and Thor with JetPack 7.2"),
@@ -52,7 +55,8 @@ class Lowering:
     """How a bundle's graphs are written: for which `target`, and in which `precision` their weights are kept.
 
     fp16: weights, matrix products and KV caches; norms, softmax, rotation, the residual stream and logits stay in float32. int8:
-    weights alone, one scale for each output; int4: those of the decoder's layers, in blocks of 128 inputs, the rest int8.
+    weights alone, one scale for each output, on "cpu" also what they meet; int4: the weights of the decoder's layers, in blocks of
+    128 inputs, the rest int8.
     """
 
     target: Target
@@ -77,10 +81,14 @@ class Lowering:
         whole = self.precision == "fp32" or (self.target.tensorrt is None and self.precision in ("int8", "int4"))
         return "float32" if whole else "float16"
 
+    def rounds(self, weights: str) -> bool:
+        """Whether states that meet weights of this kind are rounded to 8 bits, for products of integers."""
+        return self.target.blocked and weights in ("int8", "int4")
+
     def weights_of(self, part: str) -> str:
         """Return how the matrices of a part are kept: "layers" and "head" of the decoder, "vision", or "embedding"."""
         if part == "embedding":
-            return "fp32" if self.products == "float32" else "fp16"
+            return "int8" if self.rounds(self.precision) else "fp32" if self.products == "float32" else "fp16"
         return "int8" if self.precision == "int4" and part != "layers" else self.precision
 
 

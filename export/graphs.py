@@ -89,7 +89,7 @@ def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path) -> Grap
 
 def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.runtime.engine`."""
-    decoder = PrunedDecoder(parts, plan, fused=lowering.target.fused).eval()
+    decoder = PrunedDecoder(parts, plan, fused=lowering.target.fused, blocked=lowering.target.blocked).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
     examples = dict(zip(SEGMENTS, (3, plan.seen, 5), strict=True))
     embeds = [torch.zeros(1, examples[name], (1 + parts.planes) * parts.hidden) for name in SEGMENTS]

@@ -52,13 +52,13 @@ def halved(value: ir.Value, name: str) -> ir.TensorProtocol:
 
 
 class IntegerMatrix:
-    """A matrix as the initializers of a DequantizeLinear, both transposed [in, out] as MatMul wants it.
+    """A matrix as the initializers of a DequantizeLinear, both transposed [in, out] as MatMul wants it, but a table of int8.
 
     They come from one computation: it is done when the integers are written, and kept are the scales until they are, too.
     """
 
-    def __init__(self, matrix: Matrix, kind: str, products: torch.dtype) -> None:
-        self._matrix, self._products = matrix, products
+    def __init__(self, matrix: Matrix, kind: str, products: torch.dtype, *, table: bool = False) -> None:
+        self._matrix, self._products, self._table = matrix, products, table
         self._scales: np.ndarray | None = None
         self.kind = kind_for(matrix.shape[1], kind)
         self._blocks = matrix.shape[1] // BLOCK if self.kind == "int4" else 1
@@ -69,9 +69,9 @@ class IntegerMatrix:
         return {"axis": 0, "block_size": BLOCK} if self.kind == "int4" else {"axis": 1}
 
     def integers(self, name: str) -> ir.TensorProtocol:
-        """Return the integers [in, out]."""
+        """Return the integers [in, out], of a table [out, in]."""
         kind = ir.DataType.INT4 if self.kind == "int4" else ir.DataType.INT8
-        return ir.LazyTensor(self._integers, kind, ir.Shape(self._matrix.shape[::-1]), name=name)
+        return ir.LazyTensor(self._integers, kind, ir.Shape(self._matrix.shape[:: 1 if self._table else -1]), name=name)
 
     def scales(self, name: str) -> ir.TensorProtocol:
         """Return the scales: of int4 [blocks, out], of int8 [out]."""
@@ -86,13 +86,16 @@ class IntegerMatrix:
 
     def _integers(self) -> ir.TensorProtocol:
         outputs, inputs = self._matrix.shape
-        integers = torch.empty(inputs, outputs, dtype=torch.int8)
+        integers = (
+            torch.empty(outputs, inputs, dtype=torch.int8) if self._table else torch.empty(inputs, outputs, dtype=torch.int8).T
+        )
         scales = torch.empty(self._blocks, outputs, dtype=self._products)
         for start, piece in self._quantized():
-            integers[:, start : start + len(piece.values)] = piece.values.T
+            integers[start : start + len(piece.values)] = piece.values
             scales[:, start : start + len(piece.values)] = piece.scales.T
         self._scales = scales.numpy()
-        return ir.tensor(integers.numpy().astype(ml_dtypes.int4) if self.kind == "int4" else integers.numpy())
+        numbers = integers.numpy() if self._table else integers.T.numpy()
+        return ir.tensor(numbers.astype(ml_dtypes.int4) if self.kind == "int4" else numbers)
 
     def _take_scales(self) -> ir.TensorProtocol:
         if self._scales is None:

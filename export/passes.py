@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
@@ -14,8 +15,12 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalizatio
 
 from edgeprune.bundle import GraphRecord, Tensor
 from edgeprune.errors import UnsupportedModelError
+from edgeprune.export.blocked import expand_blocked
+from edgeprune.export.integers import IntegerProducts
+from edgeprune.export.joining import join_projections
 from edgeprune.export.matrices import IntegerMatrix, WholeTensor, halved, matrix_of
 from edgeprune.export.optimization import optimize
+from edgeprune.export.tiling import tile_attention
 from edgeprune.targets import Lowering
 from edgeprune.weights import StoredTensor, address
 
@@ -36,13 +41,17 @@ def finish(
     """
     _leave_stored(model.graph, stored)
     optimize(model)
+    expand_blocked(model.graph)
     # The exporter notes the source line of every node, with paths of the machine that exports.
     ClearMetadataAndDocStringPass()(model)
     _name_dimensions(model.graph, dimensions)
     if lowering.target.fused:
         model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
+    if lowering.target.blocked:
+        join_projections(model.graph)
+        tile_attention(model.graph)
     if part == "embedding":
-        _halve_table(model.graph, lowering)
+        _lower_table(model.graph, lowering)
     elif part in ("layers", "vision"):
         _lower_products(model.graph, lowering, part)
     RemoveUnusedNodesPass()(model)
@@ -94,23 +103,32 @@ def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]
         )
 
 
-def _halve_table(graph: ir.Graph, lowering: Lowering) -> None:
-    if lowering.weights_of("embedding") == "fp32":
+def _lower_table(graph: ir.Graph, lowering: Lowering) -> None:
+    kind = lowering.weights_of("embedding")
+    if kind == "fp32":
         return
     (gather,) = (node for node in graph if node.op_type == "Gather")
-    tape = Tape()
-    rows = tape.op("Gather", [_halved(tape, gather.inputs[0], {}), gather.inputs[1]])
-    _put(graph, gather, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
+    tape, (table, ids) = Tape(), gather.inputs
+    assert table is not None
+    if kind == "fp16":
+        rows = tape.op("Gather", [_halved(tape, table, {}), ids])
+        _put(graph, gather, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
+        return
+    integers, scales = _parts(tape, table, IntegerMatrix(matrix_of(table), kind, torch.float32, table=True))
+    last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{table.name}.last_axis"))
+    rows = tape.op("Cast", [tape.op("Gather", [integers, ids])], {"to": ir.DataType.FLOAT})
+    _put(graph, gather, tape, tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scales, ids]), last])]))
 
 
 def _lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
     known: Known = {}
+    integers = IntegerProducts()
     half = lowering.products == "float16"
     for node in list(graph):
         # The decoder's own products of activations are of the type of its cache already.
         if node.op_type == "Gemm" and lowering.precision != "fp32":
             tape = Tape()
-            product = _linear(tape, node, lowering, part, known)
+            product = _linear(tape, node, lowering, part, known, integers)
         elif node.op_type == "MatMul" and part == "vision" and half:
             tape = Tape()
             product = tape.op("MatMul", [_cast(tape, value, known) for value in node.inputs])
@@ -134,7 +152,7 @@ def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
     assert not left, f"not lowered to {lowering.precision}: {left}"
 
 
-def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Known) -> ir.Value:
+def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Known, integers: IntegerProducts) -> ir.Value:
     # The exporter writes a linear layer as Gemm with the weight [out, in].
     state, weight, *bias = node.inputs
     assert weight is not None and weight.const_value is not None
@@ -144,6 +162,11 @@ def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Kno
     added = [_halved(tape, value, known) if half else value for value in bias]
     if kind == "fp16":
         return tape.op("Gemm", [state, _halved(tape, weight, known), *added], {"transB": 1})
+    if lowering.rounds(kind):
+        assert state is not None
+        matrix = IntegerMatrix(matrix_of(weight), kind, _TYPES[lowering.products])
+        if matrix.kind == "int8":
+            return integers.product(tape, state, *_parts(tape, weight, matrix), *(added or [None]))
     product = tape.op("MatMul", [state, _matrix(tape, weight, kind, _TYPES[lowering.products], known)])
     return tape.op("Add", [product, *added]) if added else product
 
@@ -152,17 +175,18 @@ def _matrix(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype, know
     # [in, out], as MatMul wants it: a transposition after the DequantizeLinear would hide the pattern that readers look for.
     matrix = IntegerMatrix(matrix_of(weight), kind, products)
     if weight not in known:
-        inputs = [
-            tape.initializer(matrix.integers(f"{weight.name}.{matrix.kind}")),
-            tape.initializer(matrix.scales(f"{weight.name}.scales")),
-        ]
-        known[weight] = tape.op("DequantizeLinear", inputs, matrix.attributes)
+        known[weight] = tape.op("DequantizeLinear", _parts(tape, weight, matrix), matrix.attributes)
         return known[weight]
     # A cut that asks the next layer's query and key multiplies by them once more. The numbers are the same, but they are written
     # out: NVIDIA's builder dies of quantized weights that two products share (TensorRT-RTX 1.7.1, fusing them).
     if known[weight].producer() is not None:
         known[weight] = tape.initializer(matrix.restored(f"{weight.name}.restored"))
     return known[weight]
+
+
+def _parts(tape: Tape, weight: ir.Value, matrix: IntegerMatrix) -> list[ir.Value]:
+    integers, scales = matrix.integers(f"{weight.name}.{matrix.kind}"), matrix.scales(f"{weight.name}.scales")
+    return [tape.initializer(integers), tape.initializer(scales)]
 
 
 def _cast(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:

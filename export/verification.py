@@ -32,6 +32,8 @@ Found = tuple[str, float, str]  # stage, worst difference, what was compared
 _FP32 = {"pixels": 1e-5, "vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0}
 # Half precision rounds at 5e-4, and a tower of rounded layers adds up; scores that are nearly equal change places.
 _ROUNDED = {"pixels": 1e-5, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill": 3e-3, "generation": 5e-3}
+# Where states are rounded to 8 bits as well, a difference in the last digit of one becomes a step of 1/255 of their range.
+_EIGHT_BITS = {**_ROUNDED, "vision": 0.03, "prefill": 0.02, "generation": 0.02}
 TOLERANCES = {"fp32": _FP32, "fp16": _ROUNDED, "int8": _ROUNDED, "int4": _ROUNDED}
 
 
@@ -77,7 +79,7 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] 
     found += _vision(engine, recorder)
     progress("decoder")
     found += _replay(engine, recorder)
-    tolerances = TOLERANCES[lowering.precision]
+    tolerances = _EIGHT_BITS if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
     if "text" not in tolerances:  # one near tie would change every word after it: `eval` judges what such a bundle says
         return _judged(found, tolerances)
     progress("text")

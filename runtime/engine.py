@@ -19,6 +19,11 @@ from edgeprune.runtime.cache import Arrays, KvCache
 CPU = "CPUExecutionProvider"
 SEGMENTS = ("prefix", "visual", "suffix")
 SIGNALS = ("vision_attention", "vision_keys")
+# It joins a product and the residual stream to a Gemm, which then multiplies weights that it has to restore from their integers
+# at every step: six times the time of a decode step at int8 (ONNX Runtime 1.31.1, 0.5B decoder).
+_NOT = "MatMulAddFusion"
+_GPU_PACKAGE = "onnxruntime-gpu (on a Jetson, NVIDIA's own wheel)"
+_PACKAGES = {"OpenVINOExecutionProvider": "onnxruntime-openvino"}
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ class OnnxEngine:
 def _open(path: Path, options: Any, providers: Sequence[str]) -> Any:
     _check_offered(providers[0])
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers), disabled_optimizers=[_NOT])
     except Exception as error:  # ONNX Runtime raises types of its own, without a common base
         first = str(error).splitlines()[0]
         raise BundleError(f"ONNX Runtime cannot load {path}: {first}.", hint="Export it again.") from error
@@ -235,5 +240,5 @@ def _check_offered(provider: str) -> None:
     if provider not in offered:
         raise EngineError(
             f"This ONNX Runtime has no {provider}; it has {', '.join(offered)}.",
-            hint="Replace onnxruntime by onnxruntime-gpu (on a Jetson, NVIDIA's own wheel), or use --provider cpu.",
+            hint=f"Replace onnxruntime by {_PACKAGES.get(provider, _GPU_PACKAGE)}, or use --provider cpu.",
         )

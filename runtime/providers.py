@@ -6,11 +6,11 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
 from edgeprune.runtime.engine import CPU, Engine, OnnxEngine
 
-_CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_CUDA, _TENSORRT, _OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 ENGINES = "tensorrt"
 # ONNX Runtime gives each provider what the one before it does not take. Its TensorRT provider builds engines while it loads and
 # keeps none: a cached one would be loaded blindly.
-ONNXRUNTIME = {"cpu": (CPU,), "cuda": (_CUDA, CPU), "ort-tensorrt": (_TENSORRT, _CUDA, CPU)}
+ONNXRUNTIME = {"cpu": (CPU,), "cuda": (_CUDA, CPU), "ort-tensorrt": (_TENSORRT, _CUDA, CPU), "openvino": (_OPENVINO, CPU)}
 PROVIDERS = (*ONNXRUNTIME, ENGINES)
 
 

@@ -278,6 +278,12 @@ def test_its_graphs_are_built(name: str, target: str, model: LoadedModel, tmp_pa
 
 
 @families
+def test_its_graphs_for_cpus_are_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
+    bundle = export_bundle(model, pruned(model, name), tmp_path / "bundle", lowering=Lowering(TARGETS["cpu"], "int8"))
+    assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []
+
+
+@families
 def test_every_method_applies_or_says_why_not(name: str, model: LoadedModel) -> None:
     base, shown = whole(model, name), picture(name, 0)
     for field in fields(model.family):

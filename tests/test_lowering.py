@@ -48,7 +48,16 @@ def operators(bundle: Bundle, name: str = DECODER) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("target", "precision"), [("jetpack6", "fp16"), ("jetpack7.2", "fp16"), ("jetpack7.2", "int4"), ("onnxruntime", "int8")]
+    ("target", "precision"),
+    [
+        ("jetpack6", "fp16"),
+        ("jetpack7.2", "fp16"),
+        ("jetpack7.2", "int4"),
+        ("onnxruntime", "int8"),
+        ("cpu", "fp32"),
+        ("cpu", "int8"),
+        ("cpu", "int4"),
+    ],
 )
 def test_every_lowering_computes_what_the_model_does(lowered: Any, even: LoadedModel, target: str, precision: str) -> None:
     bundle = lowered(target, precision)

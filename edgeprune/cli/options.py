@@ -11,7 +11,7 @@ import click
 from edgeprune.errors import UsageError
 
 # As in edgeprune.runtime.providers, which imports ONNX Runtime: too slow for --help.
-PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "tensorrt")
+PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "openvino", "tensorrt")
 FPS = 2.0
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +28,7 @@ provider_option = click.option(
     type=click.Choice(PROVIDERS),
     default="cpu",
     show_default=True,
-    help="What computes: ONNX Runtime's cpu, cuda or ort-tensorrt, or the bundle's own engines (tensorrt).",
+    help="What computes: ONNX Runtime's cpu, cuda, ort-tensorrt or openvino, or the bundle's own engines (tensorrt).",
 )
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings along.")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))

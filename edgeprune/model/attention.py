@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from edgeprune.families.base import DecoderParts
+from edgeprune.model.blocked import InRow, blocked
 
 _SMALLEST_HEAD = 16
 _ROWS = 1 << 20  # more than any step has
@@ -87,10 +88,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Mask:
-    """Who may see whom: `visible` [S, keys], and as what is added to scores, 0 or -inf."""
+    """Who may see whom: `visible` [S, keys], and as what is added to scores, 0 or -inf; `in_row` for blocked attention alone."""
 
     visible: torch.Tensor
     added: torch.Tensor
+    in_row: InRow | None = None
 
 
 class Scores:
@@ -171,18 +173,24 @@ def attend(
 
     `fused`: attend and rotate by one operator each (Attention and RotaryEmbedding of opset 23), for which the parts are joined.
     Products are computed in the type of the cache, the rest in that of `hidden`. TensorRT has kernels for Attention in half
-    precision and heads of 16 or more; elsewhere it stays decomposed.
+    precision and heads of 16 or more; elsewhere it stays decomposed, or is blocked where the mask says how.
     """
     query, key = rotated(attn, shape, hidden, tokens, fused=fused)
-    query = query.to(cache.key.dtype)
-    value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim)
-    keys, visual_key = _append(cache.key, key.to(cache.key.dtype), tokens)
-    values, visual_value = _append(cache.value, value.to(cache.value.dtype), tokens)
-    all_keys = keys[0], visual_key.transpose(0, 1), cache.visual_key.transpose(0, 1)
-    all_values = values[0], visual_value.transpose(0, 1), cache.visual_value.transpose(0, 1)
+    query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
+    value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
+    keys, visual_key = _append(cache.key, key, tokens)
+    values, visual_value = _append(cache.value, value, tokens)
+    # Not keys[0]: that would be a Gather, which copies.
+    all_keys = keys.squeeze(0), visual_key.transpose(0, 1), cache.visual_key.transpose(0, 1)
+    all_values = values.squeeze(0), visual_value.transpose(0, 1), cache.visual_value.transpose(0, 1)
     scores = Scores(query, all_keys, mask)
     whole = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
-    mixed = _fused(query, all_keys, all_values, mask) if whole else _mixed(scores, query, all_values)
+    if mask.in_row is not None:
+        apart = keys.squeeze(0), visual_key, cache.visual_key, values.squeeze(0), visual_value, cache.visual_value
+        row = key, cache.key, value, cache.value, mask.in_row.mask, mask.in_row.reach
+        mixed = blocked(query, *apart, mask.added, *row)
+    else:
+        mixed = _fused(query, all_keys, all_values, mask) if whole else _mixed(scores, query, all_values)
     output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
     return Attended(output, LayerCache(keys, values, visual_key, visual_value), scores)
 
@@ -233,15 +241,16 @@ def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.
     return torch.zeros_like(row) if bidirectional else positions[0] * _ROWS + row
 
 
-def causal_mask(tokens: Tokens, past_text: int, past_visual: int) -> Mask:
-    """Return where new tokens may look; cached tokens are visible to all."""
+def causal_mask(tokens: Tokens, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
+    """Return where new tokens may look; cached tokens are visible to all. `blocked`: attention is to be."""
     before, visual, after = tokens.split(tokens.places)
     # In the order of the parts of the keys. -1: it was there before. The null rows come too late.
     null = torch.full_like(tokens.places[-1:], _NEVER)
     past, seen = (torch.full((count,), -1, device=null.device) for count in (past_text, past_visual - 1))
     column = torch.cat([past, before, after, null, visual, null, seen])
     visible = column[None] <= tokens.places[:, None]
-    return Mask(visible, torch.where(visible, 0.0, float("-inf")))
+    in_row = InRow.of(tokens.places, past_text + past_visual - 1) if blocked else None
+    return Mask(visible, torch.where(visible, 0.0, float("-inf")), in_row)
 
 
 def _append(past: torch.Tensor, rows: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,4 +274,5 @@ def _rotate_fused(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     # The operator takes the angles of one half: those of the other are the same.
     half = cos.shape[1] // 2
     angles = cos[None, :, :half], sin[None, :, :half]
-    return torch.onnx.ops.rotary_embedding(states.transpose(0, 1)[None], *angles)[0].transpose(0, 1)
+    rows = states.flatten(1)[None]  # [1, S, heads * head_dim]: heads side by side need no transposition
+    return torch.onnx.ops.rotary_embedding(rows, *angles, num_heads=states.shape[1]).view(states.shape)

@@ -55,12 +55,12 @@ class PrunedDecoder(nn.Module):
     which type products of attention are computed.
     """
 
-    def __init__(self, parts: DecoderParts, plan: KeepPlan, *, fused: bool = False) -> None:
+    def __init__(self, parts: DecoderParts, plan: KeepPlan, *, fused: bool = False, blocked: bool = False) -> None:
         super().__init__()
         self.layers, self.norm, self.lm_head, self.rope = parts.layers, parts.norm, parts.lm_head, parts.rope
         self.shape = parts
         self.plan = plan
-        self.fused = fused
+        self.fused, self.blocked = fused, blocked
         self.layer_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.layer_cuts}
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
 
@@ -146,7 +146,7 @@ class PrunedDecoder(nn.Module):
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
         stage = (self.plan.alive(index), length if isinstance(length, int) else self.plan.cache_stage(index))
         if stage not in masks:
-            masks[stage] = causal_mask(tokens, cache.key.shape[2], length)
+            masks[stage] = causal_mask(tokens, cache.key.shape[2], length, blocked=self.blocked)
         return masks[stage]
 
     def _cut_cache(self, index: int, tokens: Tokens, attended: Attended, embeds: Any, kept: dict[str, torch.Tensor]) -> LayerCache:

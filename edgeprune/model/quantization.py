@@ -60,3 +60,11 @@ def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype) -> Quanti
 def kind_for(inputs: int, kind: str) -> str:
     """Return "int8" in place of "int4" for matrices whose inputs are not a multiple of 128."""
     return "int8" if kind == "int4" and inputs % BLOCK else kind
+
+
+def dynamically_rounded(states: torch.Tensor) -> torch.Tensor:
+    """Return states as ONNX's DynamicQuantizeLinear rounds them: to 256 steps of their range, which has zero in it."""
+    low, high = states.amin().clamp(max=0.0), states.amax().clamp(min=0.0)
+    scale = (high - low) / 255
+    zero = (-low / scale).round().clamp(0, 255)
+    return ((states / scale).round() + zero).clamp(0, 255).sub(zero) * scale

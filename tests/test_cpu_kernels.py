@@ -1,0 +1,105 @@
+"""What graphs for CPUs are made of: products of integers, projections in one product, attention in blocks of rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx_ir.tape import Tape
+
+from edgeprune.export import tiling
+from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_vision
+from edgeprune.export.integers import IntegerProducts
+from edgeprune.loading import LoadedModel
+from edgeprune.model.quantization import dynamically_rounded, quantize
+from edgeprune.plan import KeepPlan
+from edgeprune.targets import TARGETS, Lowering
+
+
+def cpu(precision: str) -> Lowering:
+    return Lowering(TARGETS["cpu"], precision)
+
+
+def nodes(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def run(path: Path, **feeds: np.ndarray) -> np.ndarray:
+    output: np.ndarray = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    return output
+
+
+def multiplied(tmp_path: Path, rows: torch.Tensor, weight: torch.Tensor, *, normed: bool) -> torch.Tensor:
+    """Return rows times weight [out, in] as IntegerProducts writes it, behind a norm (of no effect) or not."""
+    state = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", rows.shape[1]]))
+    tape, quantized = Tape(), quantize(weight, "int8", torch.float32)
+    one = tape.initializer(ir.tensor(np.ones(rows.shape[1], np.float32), name="one"))
+    # Of one column the norm is the sign; epsilon outweighs every number here instead.
+    start = tape.op("RMSNormalization", [state, one], {"epsilon": 1e12}) if normed else state
+    integers = tape.initializer(ir.tensor(quantized.values.T.contiguous().numpy(), name="w"))
+    scales = tape.initializer(ir.tensor(quantized.scales[:, 0].numpy(), name="s"))
+    output = IntegerProducts().product(tape, start, integers, scales, None)
+    output.name = "y"
+    graph = ir.Graph([state], [output], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": 23})
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "product.onnx")
+    return torch.from_numpy(run(tmp_path / "product.onnx", x=rows.numpy())) * (1e6 if normed else 1.0)
+
+
+def test_one_large_token_does_not_take_the_range_of_the_others(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(6, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    rows[2] *= 1000
+    expected = rows @ weight.T
+    worst = [
+        (multiplied(tmp_path, rows, weight, normed=normed) - expected)[[0, 1, 3, 4, 5]].abs().max() for normed in (False, True)
+    ]
+    assert worst[0] < 0.02 * expected[0].abs().max() < worst[1]
+
+
+def test_states_are_rounded_as_the_operator_does(tmp_path: Path) -> None:
+    rows = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)) + 0.3
+    tape, state = Tape(), ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([5, 16]))
+    output = tape.op("DequantizeLinear", list(tape.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)))
+    output.name = "y"
+    ir.save(ir.Model(ir.Graph([state], [output], nodes=tape.nodes, opset_imports={"": 20}), ir_version=10), tmp_path / "x.onnx")
+    np.testing.assert_allclose(dynamically_rounded(rows).numpy(), run(tmp_path / "x.onnx", x=rows.numpy()), atol=1e-6)
+
+
+def test_query_key_and_value_are_one_product(even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
+    parts = even.family.decoder()
+    plan = KeepPlan("qwen2_vl", 2, tiny_plan.geometry)
+    found = {}
+    for precision in ("fp32", "int8"):
+        trace_decoder(parts, 3, plan, cpu(precision), tmp_path / "decoder.onnx")
+        found[precision] = nodes(tmp_path / "decoder.onnx")
+    assert found["fp32"]["Gemm"] == found["int8"]["MatMulInteger"] == 2 * 5 + 1
+    assert found["int8"]["DynamicQuantizeLinear"] == 2 * 4 + 1  # gate and up meet the same
+
+
+def test_scores_of_an_encoder_are_never_there_at_once(
+    even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[Any] = []
+    for limit in (1 << 30, 2000):  # bytes; a layer's scores are 2 heads * 48 * 48 floats
+        monkeypatch.setattr(tiling, "_BLOCK", limit)
+        trace_vision(even.family, tiny_plan, cpu("fp32"), tmp_path / "vision.onnx")
+        pixels = np.random.default_rng(0).standard_normal((48, 1176)).astype(np.float32)
+        outputs.append((nodes(tmp_path / "vision.onnx")["Softmax"], run(tmp_path / "vision.onnx", pixel_values=pixels)))
+    (whole, expected), (tiled, actual) = outputs
+    assert tiled > 2 * whole
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_the_table_of_tokens_is_int8_row_by_row(even: LoadedModel, tmp_path: Path) -> None:
+    parts = even.family.decoder()
+    trace_embedding(parts, cpu("int8"), tmp_path / "embed.onnx")
+    weight = parts.embed_tokens.weight.detach()
+    expected = quantize(weight, "int8", torch.float32).restored()[[3, 1, 4, 1]]
+    np.testing.assert_allclose(run(tmp_path / "embed.onnx", ids=np.array([[3, 1, 4, 1]]))[0], expected.numpy(), atol=1e-6)
