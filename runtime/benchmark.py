@@ -1,114 +1,111 @@
-"""Measure what a question costs on this machine, pruned beside unpruned: `edgeprune bench`.
+"""Measure what a question costs on this machine, beside what it costs otherwise: `edgeprune bench`.
 
-Pruned and unpruned answers take turns, and who is first changes every round, so that a machine that warms up slows both alike.
+Every round asks each contender once, forwards and backwards in turns, so that a machine that warms up slows all alike; what a
+contender costs beside the baseline is the median of the rounds' own ratios. Defined in full: docs/benchmark.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from edgeprune.bundle import Manifest
 from edgeprune.device.machine import Machine, read_machine
-from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.device.power import EnergyMeter, PowerSource, find_power_source
+from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
-from edgeprune.runtime.images import read_image
+from edgeprune.runtime.contenders import OWN, WHOLE, WORDS, Contender, contenders, equal_work_tokens
+from edgeprune.runtime.contexts import measure_contexts
+from edgeprune.runtime.figures import AtContext, Figures, Row, Startup, decode_kv_bytes, ratios, row_of, spreads
+from edgeprune.runtime.peaks import measure_peaks
+from edgeprune.runtime.profiling import reported_peaks
+from edgeprune.runtime.questions import PROMPT, Question
 from edgeprune.runtime.receipt import Receipt
-from edgeprune.runtime.session import Pictures, Runtime, load
-from edgeprune.tabletop.showing import frames_for
+from edgeprune.runtime.rooflines import beside, sizes_of
+from edgeprune.runtime.startup import measure_startup
 
 WARM_UP = 2  # rounds that are not counted
-PROMPT = "What is on the table?"
-MODES = {"pruned": True, "unpruned": False}
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and 95th percentile, interpolated between measurements."""
+class Request:
+    """What is measured.
 
-    p50: float
-    p95: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What an answer costs in one of the two modes; milliseconds are medians over the rounds.
-
-    `ttft_ms`: from a new image to the first token; `repeated_ttft_ms`: to that of a second question about the same image, in the
-    same conversation, whose caches are `reused` unless the tokenizer reads the first answer otherwise than it was written.
-    `generated` tokens, of which the first comes out of prefill; `peak_rss_bytes` of the process, answering; `energy_j` of one
-    answer, None without a sensor; `cuts`: visual tokens before and after each cut.
+    `compare`: see `contenders`; the first is the baseline, or the bundle itself where there is none. `contexts`: text tokens of
+    questions after which decode steps are timed. `image` None: a TableTop scene of each bundle's own size. `threads` None: ONNX
+    Runtime's own choice.
     """
 
-    preprocess_ms: float
-    vision_ms: float
-    select_ms: float
-    prefill_ms: float
-    ttft_ms: Spread
-    repeated_ttft_ms: Spread
-    reused: bool
-    ms_per_token: float
-    tokens_per_second: float
-    generated: int
-    kv_bytes: int
-    peak_rss_bytes: int | None
-    energy_j: float | None
-    cuts: tuple[tuple[str, int, int], ...]
+    bundle: Path
+    compare: tuple[str, ...]
+    contexts: tuple[int, ...]
+    image: Path | None
+    question: Question
+    repeats: int
+    threads: int | None
+    provider: str
+
+    def __post_init__(self) -> None:
+        tokens, repeats = self.question.tokens, self.repeats
+        if tokens < 2 or repeats < 1:
+            raise UsageError(
+                f"Cannot measure {tokens} tokens in {repeats} rounds.", hint="Ask for 2 tokens or more, and for 1 round or more."
+            )
+
+    @property
+    def baseline(self) -> str:
+        """The name of what ratios are to."""
+        return self.compare[0] if self.compare else OWN
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured, on what, and how. `threads` None: ONNX Runtime's own choice; `power_rails`: what the energy adds up."""
+    """What was measured, and on what. `power_rails`: what the energy adds up.
 
-    bundle: str
+    `equal_work_tokens`: how many of the `visual_tokens` "random" and "uniform" enter; `peaks` None where nobody knows them, and
+    `peaks_from`: "measured", or the report that they were read from. The bundle's own figures are the first of `contenders`.
+    """
+
+    request: Request
     machine: Machine
-    provider: str
-    threads: int | None
-    tokens: int
-    repeats: int
-    warm_up: int
     visual_tokens: int
+    equal_work_tokens: int
     power_source: str | None
     power_rails: tuple[str, ...]
-    pruned: Measured
-    unpruned: Measured
+    peaks: Peaks | None
+    peaks_from: str
+    contenders: tuple[Figures, ...]
 
-    @property
-    def ratios(self) -> dict[str, float]:
-        """What pruning leaves of each cost: pruned divided by unpruned, where both were measured."""
-        pairs = ((name, _number(self.pruned, name), _number(self.unpruned, name)) for name in _COSTS)
-        return {name: left / whole for name, left, whole in pairs if left is not None and whole}
+    def of(self, name: str) -> Figures:
+        """Return the figures of a contender; raise KeyError when it was not measured."""
+        return {figures.name: figures for figures in self.contenders}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the measurement as JSON data."""
-        plain = ("bundle", "provider", "threads", "tokens", "repeats", "warm_up", "visual_tokens", "power_source", "power_rails")
-        data = {name: getattr(self, name) for name in plain}
-        results = {"pruned": asdict(self.pruned), "unpruned": asdict(self.unpruned), "ratios": self.ratios}
-        return {"machine": self.machine.to_dict(), **data, **results}
-
-
-_COSTS = (
-    "preprocess_ms",
-    "vision_ms",
-    "select_ms",
-    "prefill_ms",
-    "ttft_ms",
-    "repeated_ttft_ms",
-    "ms_per_token",
-    "tokens_per_second",
-    "kv_bytes",
-    "peak_rss_bytes",
-    "energy_j",
-)
+        """Return the measurement as JSON data, the contenders by name."""
+        asked = asdict(self.request)
+        asked |= {
+            **asked.pop("question"),
+            "bundle": str(self.request.bundle),
+            "baseline": self.request.baseline,
+            "warm_up": WARM_UP,
+        }
+        asked["image"] = None if self.request.image is None else str(self.request.image)
+        names = ("visual_tokens", "equal_work_tokens", "power_source", "power_rails", "peaks_from")
+        found = {name: getattr(self, name) for name in names}
+        peaks = None if self.peaks is None else asdict(self.peaks)
+        compared = {figures.name: {**asdict(figures), "rss_ratio": figures.rss_ratio} for figures in self.contenders}
+        return {"machine": self.machine.to_dict(), **asked, **found, "peaks": peaks, "contenders": compared}
 
 
 def benchmark(
     path: Path,
     *,
+    compare: Sequence[str] = (WHOLE,),
+    contexts: Sequence[int] = (),
+    device_report: Path | None = None,
     image: Path | None = None,
     prompt: str | None = None,
     tokens: int = 32,
@@ -119,125 +116,120 @@ def benchmark(
     machine: Machine | None = None,
     power: PowerSource | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    startup: Callable[..., Startup] = measure_startup,
 ) -> Benchmark:
-    """Return what answers of exactly `tokens` tokens cost, over `repeats` rounds after a warm-up.
+    """Return what answers of exactly `tokens` tokens cost, over `repeats` rounds after a warm-up; see Request for the rest.
 
-    The model's end token does not end an answer here, so that both modes generate as much. `image` None: a TableTop scene of the
-    bundle's own size. `machine` and `power` None: those of this machine; a power source that is given stays open. Raises
-    UsageError, ImageError and BundleError.
+    The model's end token does not end an answer here, so that all generate as much. `device_report`: DeviceTimes whose peaks are
+    used instead of measuring them. `machine` and `power` None: those of this machine; a power source that is given stays open.
+    Raises UsageError, ImageError, BundleError and EngineError.
     """
-    if tokens < 2 or repeats < 1:
-        raise UsageError(
-            f"Cannot measure {tokens} tokens in {repeats} rounds.", hint="Ask for 2 tokens or more, and for 1 round or more."
-        )
-    runtime = load(path, threads=threads, provider=provider)
-    shown: Pictures = frames_for(runtime.plan.geometry) if image is None else read_image(image)
-    facts = machine or read_machine()
-    source = power or find_power_source()
-    try:
-        bench = _Bench(runtime, shown, PROMPT if prompt is None else prompt, tokens, fit, source)
-        peaks = bench.warm_up()
-        for done in range(repeats):
-            bench.round(done)
-            progress(done + 1)
+    question = Question(PROMPT if prompt is None else prompt, tokens, fit)
+    request = Request(path, tuple(compare), tuple(contexts), image, question, repeats, threads, provider)
+    peaks = None if device_report is None else reported_peaks(device_report)
+    with _powered(power) as source:
+        bench = Rounds(request, source)
+        at = measure_contexts(bench.compared, question, contexts, repeats)
+        bench.run(progress)
         reading = source.read() if source is not None else None
-    finally:
-        if source is not None and power is None:
-            source.close()
+    if peaks is None and provider == "cpu":
+        peaks = measure_peaks(threads)
     return Benchmark(
-        bundle=str(path),
-        machine=facts,
-        provider=provider,
-        threads=threads,
-        tokens=tokens,
-        repeats=repeats,
-        warm_up=WARM_UP,
-        visual_tokens=runtime.plan.geometry.tokens,
+        request=request,
+        machine=machine or read_machine(),
+        visual_tokens=bench.plan.geometry.tokens,
+        equal_work_tokens=equal_work_tokens(bench.plan),
         power_source=source.name if source is not None else None,
         power_rails=reading.rails if reading is not None else (),
-        pruned=_summary(bench.taken["pruned"], peaks["pruned"]),
-        unpruned=_summary(bench.taken["unpruned"], peaks["unpruned"]),
+        peaks=peaks,
+        peaks_from="measured" if device_report is None else str(device_report),
+        contenders=_started(bench.figures(at, peaks), bench.unloaded(), request, startup),
     )
+
+
+@contextmanager
+def _powered(given: PowerSource | None) -> Iterator[PowerSource | None]:
+    source = given or find_power_source()
+    try:
+        yield source
+    finally:
+        if source is not None and given is None:
+            source.close()
 
 
 @dataclass
-class _Taken:
-    # The answers of one mode.
-    first: list[Receipt] = field(default_factory=list)
-    second: list[Receipt] = field(default_factory=list)
-    joules: list[float] = field(default_factory=list)
+class Taken:
+    """What the rounds of one contender gave: a row of costs each, and of the last one the answer's receipt."""
+
+    rows: list[Row] = field(default_factory=list)
+    receipt: Receipt | None = None
+    reused: bool = True
 
 
-class _Bench:
-    def __init__(self, runtime: Runtime, image: Pictures, prompt: str, tokens: int, fit: str, power: PowerSource | None) -> None:
-        self._runtime, self._image, self._prompt, self._tokens, self._fit = runtime, image, prompt, tokens, fit
-        self._endless = Runtime(replace(runtime._model, end_tokens=()))
-        self._meter = EnergyMeter(power)
-        self.taken = {mode: _Taken() for mode in MODES}
+class Rounds:
+    """The contenders of a request, loaded, and what was measured of them."""
 
-    def warm_up(self) -> dict[str, int | None]:
-        """Run the rounds that do not count; return the peak memory of each mode.
+    def __init__(self, request: Request, power: PowerSource | None) -> None:
+        self._request, self._meter = request, EnergyMeter(power)
+        self.compared = contenders(
+            request.bundle, request.compare, request.image, threads=request.threads, provider=request.provider
+        )
+        self.plan = self.compared[0].runtime.plan
+        self._taken = {each.name: Taken() for each in self.compared}
 
-        Pruned first: ONNX Runtime keeps what it once allocated.
-        """
-        peaks = {}
-        reset_peak_rss()  # what loading took is not what answering takes
-        for mode in MODES:
-            for _ in range(WARM_UP):
-                self._measure(mode, _Taken())
-            peaks[mode] = peak_rss()
-        return peaks
+    def run(self, progress: Callable[[int], None]) -> None:
+        """Ask in turns, after rounds that do not count."""
+        for number in range(-WARM_UP, self._request.repeats):
+            for each in self.compared[:: -1 if number % 2 else 1]:
+                self._measure(each, self._taken[each.name] if number >= 0 else Taken())
+            if number >= 0:
+                progress(number + 1)
 
-    def round(self, number: int) -> None:
-        """Measure an answer in both modes."""
-        for mode in list(MODES)[:: -1 if number % 2 else 1]:
-            self._measure(mode, self.taken[mode])
+    def figures(self, at: Mapping[str, tuple[AtContext, ...]], peaks: Peaks | None) -> list[Figures]:
+        """Return the figures of all; with the roofline where there are peaks."""
+        sizes = {each.path: sizes_of(each.path) for each in self.compared} if peaks else {}
+        found = [self._figures(each, at[each.name]) for each in self.compared]
+        if peaks is None:
+            return found
+        return [beside(one, each, sizes[each.path], peaks) for one, each in zip(found, self.compared, strict=True)]
 
-    def _measure(self, mode: str, taken: _Taken) -> None:
-        prune = MODES[mode]
+    def unloaded(self) -> list[tuple[Path, str]]:
+        """Let go of all weights, so that they are not held twice while other processes start; return paths and what of them ran."""
+        kinds = [(each.path, each.name if each.name in WORDS else OWN) for each in self.compared]
+        self.compared.clear()
+        return kinds
+
+    def _measure(self, asked: Contender, taken: Taken) -> None:
+        question = self._request.question
         with self._meter:
-            answer = self._endless.generate(self._image, self._prompt, prune=prune, fit=self._fit, max_tokens=self._tokens)
-        if self._meter.joules is not None:
-            taken.joules.append(self._meter.joules)
-        taken.first.append(answer.receipt)
-        # Of one token, so that the conversation most likely reads it as it wrote it and keeps its caches.
-        chat = self._runtime.chat(prune=prune, fit=self._fit)
-        "".join(chat.ask(self._prompt, self._image, max_tokens=1))
-        again = chat.ask(self._prompt, max_tokens=1)
-        "".join(again)
-        taken.second.append(again.receipt)
+            taken.receipt = question.answer(asked)
+        again = question.again(asked)
+        taken.reused = taken.reused and again.visual_tokens == 0
+        taken.rows.append(row_of(taken.receipt, again, self._meter.joules))
+
+    def _figures(self, each: Contender, at: tuple[AtContext, ...]) -> Figures:
+        taken, baseline = self._taken[each.name], self._taken[self._request.baseline]
+        receipt = taken.receipt
+        assert receipt is not None
+        files = Manifest.load(each.path).files
+        return Figures(
+            name=each.name,
+            costs=spreads(taken.rows),
+            ratios=ratios(taken.rows, baseline.rows),
+            generated=receipt.generated_tokens,
+            text_tokens=receipt.text_tokens,
+            visual_tokens=sum(each.alive) / len(each.alive),
+            reused=taken.reused,
+            cuts=tuple((cut.cut, cut.before, cut.after) for cut in receipt.cuts),
+            weight_bytes=sum(record.bytes for name, record in files.items() if name.startswith("onnx/")),
+            decode_kv_bytes=decode_kv_bytes(receipt, each.kv_entry),
+            contexts=at,
+        )
 
 
-def _summary(taken: _Taken, peak: int | None) -> Measured:
-    times = [receipt.times for receipt in taken.first]
-    steps = [step for each in times for step in each.decode_ms]
-    cuts = taken.first[-1].cuts
-    return Measured(
-        preprocess_ms=_median([each.preprocess_ms for each in times]),
-        vision_ms=_median([each.vision_ms for each in times]),
-        select_ms=_median([each.select_ms for each in times]),
-        prefill_ms=_median([each.prefill_ms for each in times]),
-        ttft_ms=_spread([each.ttft_ms for each in times]),
-        repeated_ttft_ms=_spread([receipt.times.ttft_ms for receipt in taken.second]),
-        reused=all(receipt.visual_tokens == 0 for receipt in taken.second),
-        ms_per_token=_median(steps),
-        tokens_per_second=1e3 * len(steps) / sum(steps),
-        generated=min(receipt.generated_tokens for receipt in taken.first),
-        kv_bytes=taken.first[-1].kv_bytes,
-        peak_rss_bytes=peak,
-        energy_j=_median(taken.joules) if taken.joules else None,
-        cuts=tuple((cut.cut, cut.before, cut.after) for cut in cuts),
-    )
-
-
-def _number(measured: Measured, name: str) -> float | None:
-    value = getattr(measured, name)
-    return value.p50 if isinstance(value, Spread) else value
-
-
-def _median(values: Sequence[float]) -> float:
-    return float(np.median(values))
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(float(np.percentile(values, 50)), float(np.percentile(values, 95)))
+def _started(
+    found: Sequence[Figures], kinds: Sequence[tuple[Path, str]], request: Request, startup: Callable[..., Startup]
+) -> tuple[Figures, ...]:
+    threads, provider = request.threads, request.provider
+    starts = [startup(path, kind, request.question, request.image, threads=threads, provider=provider) for path, kind in kinds]
+    return tuple(replace(each, startup=start) for each, start in zip(found, starts, strict=True))

@@ -1,20 +1,18 @@
-"""The text side: chat templates, the tokenizer, and text from tokens as they are generated."""
+"""The text side: chat templates, the tokenizer, and text from tokens as they are generated.
+
+jinja2 and tokenizers take 50 ms to import, a quarter of `import edgeprune.runtime`; they come with the first bundle that is loaded.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
-
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, TypedDict
 
 from edgeprune.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole character (yet)
 
@@ -26,43 +24,26 @@ class Message(TypedDict):
     content: str | list[dict[str, str]]
 
 
-class _Generation(Extension):
-    # Templates mark with it what training counts as an answer; for a prompt it means nothing.
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplate:
-    """A chat template in the dialect of transformers: Jinja in a sandbox, blocks trimmed, a few helpers."""
+    """A chat template in the dialect of transformers."""
 
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _now
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise BundleError(f"The chat template is broken: {error}.", hint="Export the bundle again.") from error
+        from edgeprune.runtime.templates import compiled
+
+        self._template = compiled(source)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **special_tokens: str) -> str:
         """Return the prompt text; raise UsageError when the template refuses the messages."""
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
-        except TemplateError as error:
-            raise BundleError(f"The chat template failed: {error}.", hint="Export the bundle again.") from error
+        from edgeprune.runtime.templates import rendered
+
+        return rendered(self._template, messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
 
 
 class TextCodec:
     """Text to token ids and back, by a tokenizer.json."""
 
     def __init__(self, source: Path | Tokenizer) -> None:
-        self._tokenizer = source if isinstance(source, Tokenizer) else _read_tokenizer(source)
+        self._tokenizer = _read_tokenizer(source) if isinstance(source, Path) else source
         self.special = frozenset(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
 
     def encode(self, text: str) -> list[int]:
@@ -124,20 +105,9 @@ def refuse_control_tokens(text: str, codec: TextCodec, placeholder: str) -> None
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"Cannot read the tokenizer {path}: {error}.", hint="Export the bundle again.") from error
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(f"The chat template refuses these messages: {message}.")
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own tojson escapes HTML characters, which templates for models do not want.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from edgeprune.bundle import VISION, Bundle
+from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
 from edgeprune.files import write_text
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Engine, StepInput, Tokens
+from edgeprune.runtime.peaks import measure_peaks
 from edgeprune.runtime.positions import text_positions
 from edgeprune.runtime.providers import open_engine
 
@@ -30,7 +32,8 @@ class DeviceTimes:
     """Milliseconds of the parts of a first token, unpruned. `prefill_ms`: with 0, 1/4, ... all of `tokens` visual tokens in
     every layer.
 
-    `how`: "measured", or "roofline" where it was computed from a device's peak numbers.
+    `how`: "measured", or "roofline" where it was computed from a device's peak numbers. `peaks`: what its processor was measured to
+    reach, None where only a GPU computes, or in files of before they were measured.
     """
 
     device: str
@@ -38,6 +41,7 @@ class DeviceTimes:
     tokens: int
     vision_ms: float
     prefill_ms: tuple[float, ...]
+    peaks: Peaks | None = None
 
     @property
     def ttft_ms(self) -> float:
@@ -55,7 +59,8 @@ class DeviceTimes:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("schema_version") != SCHEMA_VERSION:
                 raise UsageError(f"{path} is of another schema version.", hint="Profile the bundle again.")
-            return cls(**{**data, "prefill_ms": tuple(map(float, data["prefill_ms"]))})
+            peaks = None if data.get("peaks") is None else Peaks(**data["peaks"])
+            return cls(**{**data, "prefill_ms": tuple(map(float, data["prefill_ms"])), "peaks": peaks})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"Cannot read device times {path}: {error!r}.", hint="Write them with: edgeprune profile") from error
 
@@ -63,7 +68,7 @@ class DeviceTimes:
 def profile(
     bundle: Bundle, *, repeats: int = 20, threads: int | None = None, provider: str = "cpu", device: str = "this machine"
 ) -> DeviceTimes:
-    """Return the medians of `repeats` runs of a bundle's graphs on random tokens, without pruning.
+    """Return the medians of `repeats` runs of a bundle's graphs on random tokens, without pruning, and the processor's peaks.
 
     Raises EngineError when the provider cannot be had, or its engines were built for shorter turns than an image's tokens.
     """
@@ -76,7 +81,16 @@ def profile(
     empty = KvCache.empty(shape)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
     prefill = [_prefill_ms(engine, rng, count, shape.width, shape.position_axes, empty, repeats) for count in counts]
-    return DeviceTimes(device, "measured", geometry.tokens, vision, tuple(prefill))
+    peaks = measure_peaks(threads) if provider == "cpu" else None
+    return DeviceTimes(device, "measured", geometry.tokens, vision, tuple(prefill), peaks)
+
+
+def reported_peaks(path: Path) -> Peaks:
+    """Return the peaks in a file of times; raise UsageError when it has none."""
+    peaks = DeviceTimes.load(path).peaks
+    if peaks is None:
+        raise UsageError(f"{path} has no peaks of a processor.", hint="Measure them: edgeprune profile BUNDLE -o FILE")
+    return peaks
 
 
 def _prefill_ms(engine: Engine, rng: np.random.Generator, count: int, width: int, axes: int, cache: KvCache, repeats: int) -> float:

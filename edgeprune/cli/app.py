@@ -8,9 +8,10 @@ import click
 
 from edgeprune import __version__
 from edgeprune.cli.asking import eval_command, run
+from edgeprune.cli.benchmarking import bench
 from edgeprune.cli.building import build, check, selftest
 from edgeprune.cli.calibrating import calibrate, merge, profile
-from edgeprune.cli.diagnosing import bench, doctor
+from edgeprune.cli.diagnosing import doctor
 from edgeprune.cli.estimating import estimate
 from edgeprune.cli.listing import inspect, methods, models, tabletop
 from edgeprune.cli.making import export, verify

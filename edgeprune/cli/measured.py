@@ -11,38 +11,33 @@ from edgeprune.cli.show import show_facts, show_json, show_table
 if TYPE_CHECKING:
     from edgeprune.device.doctor import Diagnosis
     from edgeprune.device.machine import Machine
-    from edgeprune.runtime.benchmark import Benchmark, Measured, Spread
+    from edgeprune.runtime.benchmark import Benchmark
+    from edgeprune.runtime.figures import Figures
 
-_MILLISECONDS = {
+_COSTS = {
     "preprocess_ms": "preprocess ms",
     "vision_ms": "vision ms",
     "select_ms": "select ms",
     "prefill_ms": "prefill ms",
-    "ttft_ms": "TTFT ms (p50 / p95)",
-    "repeated_ttft_ms": "TTFT ms, image again",
+    "ttft_ms": "TTFT ms",
+    "repeated_ttft_ms": "image again ms",
     "ms_per_token": "ms per token",
-    "tokens_per_second": "tokens per second",
+    "tokens_per_second": "tokens a second",
+    "energy_j": "energy J",
 }
+_TAILS = ("ttft_ms", "repeated_ttft_ms", "ms_per_token")
+_RATES = {"fp32": "GFLOPS", "fp16": "GFLOPS"}
+Row = list[str]
 
 
 def show_benchmark(result: Benchmark, as_json: bool) -> None:
-    """Print what was measured and on what, pruned beside unpruned, with what pruning leaves of each cost."""
+    """Print what was measured and on what: a column for each contender, with its ratio to the baseline."""
     if as_json:
         show_json(result.to_dict())
         return
     click.echo(_header(result) + "\n")
-    ratios = result.ratios
-    rows = [
-        [words, _time(result.pruned, name), _time(result.unpruned, name), _ratio(ratios.get(name))]
-        for name, words in _MILLISECONDS.items()
-    ]
-    rows += [
-        ["KV cache KiB", *(f"{each.kv_bytes / 1024:.0f}" for each in (result.pruned, result.unpruned)), _ratio(ratios["kv_bytes"])],
-        ["peak RSS MB", *(_megabytes(m.peak_rss_bytes) for m in _both(result)), _ratio(ratios.get("peak_rss_bytes"))],
-        ["energy of an answer J", *(_joules(m.energy_j) for m in _both(result)), _ratio(ratios.get("energy_j"))],
-        ["tokens generated", *(str(m.generated) for m in _both(result)), ""],
-    ]
-    show_table(["", "pruned", "unpruned", "ratio"], rows, as_json=False)
+    rows = [*_cost_rows(result), *_size_rows(result), *_roofline_rows(result), *_startup_rows(result)]
+    show_table(["", *(each.name for each in result.contenders)], rows, as_json=False)
     _show_notes(result)
 
 
@@ -67,38 +62,119 @@ def show_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
 
 
 def _header(result: Benchmark) -> str:
-    machine = result.machine
+    machine, request = result.machine, result.request
+    jetson = [f"power mode {machine.mode}", f"JetPack {machine.jetpack.name if machine.jetpack else 'unknown'}"]
     parts = [
         machine.name,
-        *(
-            [f"power mode {machine.mode}", f"JetPack {machine.jetpack.name if machine.jetpack else 'unknown'}"]
-            if machine.is_jetson
-            else []
-        ),
+        *(jetson if machine.is_jetson else []),
         f"clocks {_pinned(machine)}",
         f"TensorRT {machine.tensorrt or 'none'}",
-        f"provider {result.provider}",
-        f"threads {result.threads or 'by default'}",
-        f"warm-up {result.warm_up}",
-        f"repeats {result.repeats}",
+        f"provider {request.provider}",
+        f"threads {request.threads or 'by default'}",
+        f"repeats {request.repeats} after a warm-up",
     ]
     return ", ".join(parts)
 
 
+def _cost_rows(result: Benchmark) -> list[Row]:
+    rows = []
+    for name, words in _COSTS.items():
+        if name not in result.contenders[0].costs:
+            continue
+        cells = (f"{each.costs[name].p50:.2f}{_beside(result, each, each.ratios.get(name))}" for each in result.contenders)
+        rows.append([words, *cells])
+        if name in _TAILS:
+            rows.append(["  p95", *(f"{each.costs[name].p95:.2f}" for each in result.contenders)])
+        if name == "ms_per_token":
+            rows += _context_rows(result)
+    return rows
+
+
+def _context_rows(result: Benchmark) -> list[Row]:
+    rows = []
+    for index, context in enumerate(result.request.contexts):
+        at = [(each, each.contexts[index]) for each in result.contenders]
+        rows.append(
+            [f"  at {context} keys", *(f"{one.ms_per_token.p50:.2f}{_beside(result, each, one.ratio)}" for each, one in at)]
+        )
+    return rows
+
+
+def _beside(result: Benchmark, figures: Figures, ratio: float | None) -> str:
+    return "" if ratio is None or figures.name == result.request.baseline else f" ({ratio:.2f}x)"
+
+
+def _size_rows(result: Benchmark) -> list[Row]:
+    found = result.contenders
+    caches = [(each, each.costs["kv_bytes"].p50 / 1024) for each in found]
+    return [
+        ["KV cache KiB", *(f"{size:.0f}{_beside(result, each, each.ratios['kv_bytes'])}" for each, size in caches)],
+        ["visual tokens", *(f"{each.visual_tokens:.1f}".removesuffix(".0") for each in found)],
+        ["tokens generated", *(str(each.generated) for each in found)],
+    ]
+
+
+def _roofline_rows(result: Benchmark) -> list[Row]:
+    lines = [each.roofline for each in result.contenders]
+    if None in lines:
+        return []
+    rows = [
+        ["TTFT, roofline", *(f"{line.ttft:.0%}" for line in lines if line)],
+        ["token, roofline", *(f"{line.token:.0%}" for line in lines if line)],
+    ]
+    for index, context in enumerate(result.request.contexts):
+        shares = [each.contexts[index].roofline or 0.0 for each in result.contenders]
+        rows.append([f"  at {context} keys", *(f"{share:.0%}" for share in shares)])
+    return rows
+
+
+def _startup_rows(result: Benchmark) -> list[Row]:
+    starts = [each.startup for each in result.contenders if each.startup]
+    return [
+        ["import ms", *(f"{start.import_ms:.0f}" for start in starts)],
+        ["load ms (read)", *(f"{start.load_ms:.0f} ({start.read_ms:.0f})" for start in starts)],
+        ["peak RSS MB", *(_megabytes(each) for each in result.contenders)],
+        ["first TTFT (2nd)", *(f"{start.first_ttft_ms:.1f} ({start.second_ttft_ms:.1f})" for start in starts)],
+    ]
+
+
 def _show_notes(result: Benchmark) -> None:
     click.echo()
-    for cut, before, after in result.pruned.cuts:
+    own = result.contenders[0]
+    for cut, before, after in own.cuts:
         click.echo(f"{cut}: {before} -> {after} visual tokens")
-    if not result.pruned.cuts:
+    if not own.cuts:
         click.echo("The plan has no cuts: nothing was pruned.")
-    if not (result.pruned.reused and result.unpruned.reused):
-        click.echo("image again: the tokenizer reads the first answer otherwise than it was written, so the caches were not reused")
-    click.echo("image again: a second question about it in the same conversation")
-    if result.pruned.energy_j is None:
+    click.echo(f"(x) beside {result.request.baseline}: the median of the rounds' own ratios")
+    if {"random", "uniform"} & {each.name for each in result.contenders}:
+        click.echo(f"random, uniform: {result.equal_work_tokens} of {result.visual_tokens} visual tokens in every layer")
+    if not all(each.reused for each in result.contenders):
+        click.echo("image again: the chat template reads an answer otherwise than it was written: the caches were not reused")
+    click.echo("image again: the first token of a second question about it in the same conversation")
+    if result.request.contexts:
+        click.echo("at N keys: after a question of N text tokens, the image besides")
+    if "energy_j" not in own.costs:
         click.echo("energy: not measured: no sensor")
     else:
         click.echo(f"energy: {result.power_source}, {' + '.join(result.power_rails)}, idle power included")
-    click.echo("peak RSS: of the whole process; unpruned answers came second, and memory is not given back")
+    click.echo("visual tokens: the mean over the layers in prefill")
+    click.echo(
+        "import to peak RSS: of a process of its own; peak RSS while it answers, in brackets over the bytes of weights and KV cache"
+    )
+    click.echo(_peaks(result))
+
+
+def _peaks(result: Benchmark) -> str:
+    peaks = result.peaks
+    if peaks is None:
+        return f"roofline: no peaks known for provider {result.request.provider}; give --device-report"
+    rates = [f"{name} {rate / 1e9:.0f} {_RATES.get(name, 'GOPS')}" for name, rate in peaks.operations.items()]
+    lines = ", ".join(sorted({" and ".join(each.roofline.arithmetic) for each in result.contenders if each.roofline}))
+    threads = "all threads" if peaks.threads is None else f"threads {peaks.threads}"
+    origin = "measured here" if result.peaks_from == "measured" else f"of {result.peaks_from}"
+    return (
+        f"roofline: peaks {origin}: {', '.join(rates)}, {peaks.bandwidth / 1e9:.1f} GB/s ({threads}); weights multiplied as {lines}"
+    )
 
 
 def _facts(machine: Machine) -> dict[str, object]:
@@ -125,22 +201,6 @@ def _pinned(machine: Machine) -> str:
     return {True: "pinned", False: "not pinned", None: "unknown"}[machine.clocks_pinned]
 
 
-def _both(result: Benchmark) -> tuple[Measured, Measured]:
-    return result.pruned, result.unpruned
-
-
-def _time(measured: Measured, name: str) -> str:
-    value: float | Spread = getattr(measured, name)
-    return f"{value:.2f}" if isinstance(value, float) else f"{value.p50:.2f} / {value.p95:.2f}"
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _megabytes(value: int | None) -> str:
-    return "unknown" if value is None else f"{value / 1e6:.1f}"
-
-
-def _joules(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
+def _megabytes(figures: Figures) -> str:
+    peak, ratio = figures.startup.peak_rss_bytes if figures.startup else None, figures.rss_ratio
+    return "unknown" if peak is None or ratio is None else f"{peak / 1e6:.1f} ({ratio:.1f}x)"

@@ -7,6 +7,7 @@ Not counted: reading and resizing the picture, tokenizing, sampling, and clocks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgeprune.device.modules import Module
@@ -49,6 +50,36 @@ _BANDWIDTH = Range(0.75, 0.95)  # set by the published decode rates
 _LAUNCH_MS = Range(0.001, 0.006)  # between two kernels, captured in a CUDA graph or not: set by the same rates of small models
 _KERNELS = 12  # of one transformer layer in an engine: products, attention, rotation, norms, cache
 _RUNTIME_BYTES = Range(1.0e9, 2.0e9)  # CUDA context, libraries, workspaces: published memory of Orin Nano and NX less the weights
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of a stage: of `products` with weights, and of `attention` between tokens, in floating point throughout."""
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.products + self.attention
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a machine was measured to reach: `operations` a second by arithmetic ("fp32", "fp16", "int8"), `bandwidth` in bytes a
+    second, both with `threads` threads (None: all).
+    """
+
+    operations: Mapping[str, float]
+    bandwidth: float
+    threads: int | None
+
+    def least_ms(self, work: Operations, arithmetic: str, moved: float) -> float:
+        """Return the milliseconds that a stage takes at least: all operations at their peaks, or all bytes at the bandwidth."""
+        between = "fp32" if arithmetic == "int8" else arithmetic
+        compute = work.products / self.operations[arithmetic] + work.attention / self.operations[between]
+        return 1e3 * max(compute, moved / self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -127,15 +158,31 @@ def estimate(work: Workload, module: Module) -> Estimate:
     return Estimate(stages, _memory(work, module))
 
 
+def vision_operations(work: Workload) -> Operations:
+    """Return what the vision encoder multiplies for one image, its attention taken to be over the whole of it."""
+    tower, blocks = work.tower, work.tower.blocks
+    tokens = tower.tokens * blocks[-1] // tower.patches
+    products = 2.0 * (tower.parameters * sum(blocks) / len(blocks) + tower.merger * tokens)
+    return Operations(products, 4.0 * tower.hidden * sum(patches**2 for patches in blocks))
+
+
+def prefill_operations(work: Workload) -> Operations:
+    """Return what the decoder multiplies up to the first token, with the visual tokens that are alive in each layer."""
+    decoder = work.decoder
+    tokens = [alive + work.text_tokens for alive in work.alive]
+    each = decoder.parameters / decoder.layers
+    causal = 2.0 * decoder.attention_width  # two products for each pair of tokens, half of the pairs
+    # The head sees the last token alone.
+    return Operations(2.0 * decoder.head + sum(2.0 * each * n for n in tokens), sum(causal * n * n for n in tokens))
+
+
 def _vision(work: Workload, module: Module) -> Stage:
     tower = work.tower
-    products = 2.0 * (tower.parameters * tower.patches + tower.merger * tower.tokens)
-    attention = 4.0 * tower.patches**2 * tower.hidden * tower.layers
     # Numbers read and written for one patch where every product and every pass between goes to memory, as in _prefill; queries,
     # keys and values are as wide as the hidden state, and the MLP has two matrices.
-    passes = tower.layers * tower.patches * (20.0 * tower.hidden + 4.0 * tower.mlp) * work.precision.number
+    passes = sum(tower.blocks) * (20.0 * tower.hidden + 4.0 * tower.mlp) * work.precision.number
     moved = Range(work.tower_bytes, work.tower_bytes + passes)
-    return _stage("vision encoder", work, module, products + attention, moved, tower.layers * _KERNELS)
+    return _stage("vision encoder", work, module, vision_operations(work).total, moved, tower.layers * _KERNELS)
 
 
 def _selection(work: Workload, module: Module) -> Stage:
@@ -148,15 +195,14 @@ def _selection(work: Workload, module: Module) -> Stage:
 def _prefill(work: Workload, module: Module) -> Stage:
     decoder = work.decoder
     tokens = [alive + work.text_tokens for alive in work.alive]
-    each = decoder.parameters / decoder.layers
-    causal = 2.0 * decoder.attention_width  # two products for each pair of tokens, half of the pairs
-    operations = 2.0 * decoder.head + sum(2.0 * each * n + causal * n * n for n in tokens)  # the head sees the last token alone
     # Where nothing stays in a cache between kernels: four products and attention read their inputs and write their outputs, two
     # norms with their sums and the MLP's product of gate and up pass once more.
     attention = 4 * decoder.attention_width + 2 * decoder.kv_width
     passes = float(sum(tokens) * (12 * decoder.hidden + attention + 6 * decoder.intermediate) * work.precision.number)
     weights = work.layer_bytes + work.head_bytes
-    return _stage("prefill", work, module, operations, Range(weights, weights + passes), decoder.layers * _KERNELS)
+    return _stage(
+        "prefill", work, module, prefill_operations(work).total, Range(weights, weights + passes), decoder.layers * _KERNELS
+    )
 
 
 def _decode(work: Workload, module: Module) -> Stage:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
 from edgeprune.device.graph import Graph, read_graph
 from edgeprune.errors import UsageError
+from edgeprune.plan import KeepPlan
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ PRECISIONS = {
 class Tower:
     """The vision encoder: `layers` blocks of width `hidden` with an `mlp` over `patches`, then `tokens` visual tokens.
 
-    `parameters` are multiplied once a patch, `merger` (the projection into the decoder) once a visual token.
+    `parameters` are multiplied once a patch, `merger` (the projection into the decoder) once a visual token. `left`: the patches of
+    each block, of an encoder that drops some on the way; () where all pass all blocks.
     """
 
     layers: int
@@ -64,6 +66,12 @@ class Tower:
     tokens: int
     parameters: int
     merger: int
+    left: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Patches of each block."""
+        return self.left or (self.patches,) * self.layers
 
 
 @dataclass(frozen=True)
@@ -143,9 +151,9 @@ class Workload:
         return float(tokens * self.decoder.kv_width * self.precision.number)
 
     def unpruned(self) -> Workload:
-        """Return the same question with every visual token in every layer, and no selection."""
+        """Return the same question with every visual token in every layer and every patch in every block, and no selection."""
         every = (self.tower.tokens,) * self.decoder.layers
-        return replace(self, alive=every, stored=every, selector=0)
+        return replace(self, tower=replace(self.tower, left=()), alive=every, stored=every, selector=0)
 
 
 def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: str = "fp32") -> Workload:
@@ -161,7 +169,7 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
     patches = int(manifest.graphs[VISION].inputs["pixel_values"].shape[0])
     layers = range(plan.layers)
     return Workload(
-        tower=_tower(read_graph(bundle.file(VISION)), patches, plan.geometry.tokens),
+        tower=_thinned(_tower(read_graph(bundle.file(VISION)), patches, plan.geometry.tokens), plan),
         decoder=_decoder(read_graph(bundle.file(DECODER)), bundle),
         precision=PRECISIONS[precision],
         alive=tuple(map(plan.alive, layers)),
@@ -179,6 +187,13 @@ def _tower(graph: Graph, patches: int, tokens: int) -> Tower:
     layers = graph.operators["Softmax"] + graph.operators["Attention"]
     parameters = sum(map(math.prod, wide))
     return Tower(layers, hidden, mlp or 4 * hidden, patches, tokens, parameters, sum(map(math.prod, graph.weights)) - parameters)
+
+
+def _thinned(tower: Tower, plan: KeepPlan) -> Tower:
+    if not plan.vision_cuts:
+        return tower
+    keeps = [[tower.tokens, *(cut.keep for cut in plan.vision_cuts if cut.layer <= block)][-1] for block in range(tower.layers)]
+    return replace(tower, left=tuple(tower.patches * keep // tower.tokens for keep in keeps))
 
 
 def _decoder(graph: Graph, bundle: Bundle) -> Decoder:

@@ -1,0 +1,69 @@
+"""The picture of a benchmark: what makes up each first token, and what a token costs at each context. Needs matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from edgeprune.runtime.benchmark import Benchmark
+from edgeprune.runtime.figures import STAGES
+
+_COLORS = ("#9aa5b1", "#2f6db5", "#e0952f", "#3a9a6b")  # of the stages, in their order
+_LINES = ("#1f4e8c", "#5d6670", "#c9622b", "#3a9a6b", "#8a4fa3", "#b03a48")
+_MARKERS = "os^Dv<"
+_STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+    "legend.frameon": False,
+    "font.size": 10.0,
+}
+
+
+def draw(result: Benchmark, path: Path) -> None:
+    """Write the picture, in the format of the suffix."""
+    panels = 2 if result.request.contexts else 1
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.6 * panels, 1.9 + 0.55 * max(len(result.contenders), 3)), layout="constrained", dpi=150)
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _first_tokens(axes[0], result)
+        if panels == 2:
+            _contexts(axes[1], result)
+        figure.savefig(path)
+
+
+def _first_tokens(axes: Axes, result: Benchmark) -> None:
+    names = [_short(each.name) for each in result.contenders]
+    left = [0.0] * len(names)
+    for stage, color in zip(STAGES, _COLORS, strict=True):
+        widths = [each.costs[stage].p50 for each in result.contenders]
+        if any(widths):
+            axes.barh(names, widths, left=left, color=color, label=stage.removesuffix("_ms"), height=0.62)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    for index, (end, each) in enumerate(zip(left, result.contenders, strict=True)):
+        ratio = "" if each.name == result.request.baseline else f" ({each.ratios['ttft_ms']:.2f}x)"
+        axes.text(end, index, f" {each.costs['ttft_ms'].p50:.1f}{ratio}", va="center")
+    axes.set(xlabel="time to first token, ms: its median, beside those of its stages", xlim=(0, 1.3 * max(left)))
+    axes.invert_yaxis()
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.0, columnspacing=1.2)
+
+
+def _contexts(axes: Axes, result: Benchmark) -> None:
+    for index, each in enumerate(result.contenders):
+        keys = [at.keys for at in each.contexts]
+        times = [at.ms_per_token.p50 for at in each.contexts]
+        color, marker = _LINES[index % len(_LINES)], _MARKERS[index % len(_MARKERS)]
+        axes.plot(keys, times, label=_short(each.name), color=color, marker=marker, linewidth=1.6, markersize=5)
+    axes.set(xlabel="text tokens in the cache, the image besides", ylabel="ms per token (medians)", ylim=(0, None))
+    axes.grid(axis="y", color="#e3e6ea")
+    columns = min(len(result.contenders), 4)
+    axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.4, columnspacing=1.2)
+
+
+def _short(name: str) -> str:
+    # Of a path, the last part.
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]

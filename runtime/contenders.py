@@ -1,0 +1,192 @@
+"""Who is compared in a benchmark: the bundle itself, the same without pruning, chosen without looking, and other bundles.
+
+"random" and "uniform" enter as many visual tokens as make the same work in prefill, K, the mean over the layers of those that the
+plan leaves alive, rounded. They pass every layer, at their original positions, and the graphs are those of the bundle: what is
+measured is whether a plan's time is more than that of its number of tokens. Which tokens they are changes no time, so that
+"uniform" takes every n-th of the sequence, not the farthest points of the method of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from edgeprune.bundle import is_bundle
+from edgeprune.errors import UsageError
+from edgeprune.plan import KeepPlan
+from edgeprune.runtime.cache import KvCache
+from edgeprune.runtime.chat import TextCodec
+from edgeprune.runtime.conversation import Model
+from edgeprune.runtime.engine import Engine, Seen, Step, StepInput, Tokens
+from edgeprune.runtime.images import read_image
+from edgeprune.runtime.providers import ENGINES
+from edgeprune.runtime.session import Pictures, Runtime, load
+from edgeprune.tabletop.showing import frames_for
+
+OWN = "pruned"
+WHOLE = "none"
+BLIND = ("random", "uniform")  # they choose without looking
+WORDS = (WHOLE, *BLIND)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of those compared. `path`: its bundle; `runtime` ends no answer before its length; `picture`: what it is shown; `alive`:
+    visual tokens of each layer in prefill.
+    """
+
+    name: str
+    path: Path
+    runtime: Runtime
+    picture: Pictures
+    prune: bool
+    alive: tuple[int, ...]
+
+    @property
+    def silent(self) -> Runtime:
+        """The same, whose answers end before their first token: nothing but a prefill, and no answer that is read back otherwise
+        than it was written.
+        """
+        model = self.runtime._model
+        every = cast("tuple[int, ...]", range(model.decoder.vocabulary))  # asked only whether a token is among them
+        return Runtime(replace(model, end_tokens=every))
+
+    @property
+    def codec(self) -> TextCodec:
+        """The tokenizer."""
+        return self.runtime._model.codec
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a conversation may have."""
+        return self.runtime._model.decoder.context
+
+    @property
+    def kv_entry(self) -> int:
+        """Bytes of the keys and values of one token in one layer."""
+        shape = self.runtime._model.decoder
+        return 2 * shape.kv_heads * shape.head_dim * np.dtype(shape.cache_type).itemsize
+
+
+def contenders(
+    path: Path,
+    compare: Sequence[str] = (WHOLE,),
+    image: Path | None = None,
+    *,
+    threads: int | None = None,
+    provider: str = "cpu",
+) -> list[Contender]:
+    """Return a bundle, named OWN, and after it what it is compared with: words of WHOLE and BLIND, or paths of other bundles.
+
+    `image` None: a TableTop scene of each bundle's own size. No bundle is loaded twice. Raises UsageError for another word or one
+    named twice, ImageError, and BundleError and EngineError from loading.
+    """
+    check_names(compare, provider)
+    own = own_contender(OWN, path, load(path, threads=threads, provider=provider), image)
+    found = [own]
+    for name in compare:
+        if name in WORDS:
+            found.append(variant(own, name))
+        else:
+            found.append(own_contender(name, Path(name), load(name, threads=threads, provider=provider), image))
+    return found
+
+
+def own_contender(name: str, path: Path, runtime: Runtime, image: Path | None = None) -> Contender:
+    """Return a bundle under its own plan."""
+    plan = runtime.plan
+    picture: Pictures = frames_for(plan.geometry) if image is None else read_image(image)
+    return Contender(name, path, _endless(runtime._model), picture, True, tuple(map(plan.alive, range(plan.layers))))
+
+
+def variant(own: Contender, name: str) -> Contender:
+    """Return the same bundle with its plan left out: WHOLE, or one of BLIND."""
+    plan, model = own.runtime.plan, own.runtime._model
+    whole = plan.geometry.tokens
+    keep = whole if name == WHOLE else equal_work_tokens(plan)
+    if name in BLIND:
+        model = replace(model, engine=Chosen(model.engine, chosen_tokens(name, whole, keep), whole))
+    return replace(own, name=name, runtime=Runtime(model), prune=False, alive=(keep,) * plan.layers)
+
+
+def check_names(compare: Sequence[str], provider: str = "cpu") -> None:
+    """Raise UsageError for what cannot be compared."""
+    for index, name in enumerate(compare):
+        if name in compare[:index] or name == OWN:
+            raise UsageError(f"{name} is compared twice.", hint="Name each once.")
+        if name in BLIND and provider == ENGINES:
+            raise UsageError(
+                f"{name} cannot run on TensorRT engines, whose visual tokens stay on the device.",
+                hint=f"Export a bundle with --method {name}, build it, and give its path.",
+            )
+        if name not in WORDS:
+            _check_bundle(name)
+
+
+def equal_work_tokens(plan: KeepPlan) -> int:
+    """Return K: the mean over the layers of the visual tokens that a plan leaves alive in prefill, rounded, at least one."""
+    return max(1, round(sum(map(plan.alive, range(plan.layers))) / plan.layers))
+
+
+def chosen_tokens(name: str, tokens: int, keep: int) -> np.ndarray:
+    """Return `keep` of `tokens` indices in ascending order, evenly for "uniform", by a lot that is always the same for "random"."""
+    if name == "uniform":
+        return (np.arange(keep) * tokens + tokens // 2) // keep
+    return np.sort(np.random.default_rng(0).permutation(tokens)[:keep])
+
+
+class Chosen:
+    """An engine that lets only some visual tokens of each image into an unpruned prefill, at their original positions.
+
+    The conversation above it takes the image for whole, so that positions go on after the unpruned length; what it says of visual
+    tokens in its receipts is of the whole image too.
+    """
+
+    def __init__(self, engine: Engine, kept: np.ndarray, tokens: int) -> None:
+        self._engine, self._kept, self._tokens = engine, kept, tokens
+
+    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+        """Return the chosen visual tokens [1, K, hidden]."""
+        seen = self._engine.see(patches, whole=whole)
+        return replace(seen, embeds=seen.embeds[:, self._kept])
+
+    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the engine's own selection, which an unpruned prefill never asks for."""
+        return self._engine.select(seen, prompt)
+
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Return embeddings [1, n, hidden]."""
+        return self._engine.embed(ids)
+
+    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+        """Run new tokens on top of a cache; where an image is among them, with the positions of the chosen ones alone."""
+        prefix = tokens.prefix
+        missing = prefix.positions.shape[1] - prefix.embeds.shape[1]
+        if missing:  # the image's tokens are the last of the prefix
+            text = prefix.positions.shape[1] - self._tokens
+            places = np.concatenate([np.arange(text), text + self._kept])
+            tokens = replace(tokens, prefix=Tokens(prefix.embeds, prefix.positions[:, places]))
+        return self._engine.step(tokens, cache)
+
+    def rate(self, split: np.ndarray, step: int) -> float:
+        """Return the share that the engine's predictor keeps."""
+        return self._engine.rate(split, step)
+
+
+def _endless(model: Model) -> Runtime:
+    return Runtime(replace(model, end_tokens=()))
+
+
+def _check_bundle(name: str) -> None:
+    if is_bundle(Path(name)):
+        return
+    if name == "resize":
+        raise UsageError(
+            "A smaller image needs graphs of another geometry, which this bundle has not.",
+            hint="Export one with --image-size, and give its path: --compare small.bundle",
+        )
+    raise UsageError(f"Cannot compare with {name!r}.", hint=f"Name {', '.join(WORDS)}, or the path of another bundle.")
