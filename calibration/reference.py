@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from edgeprune.calibration.selection import input_selector
 from edgeprune.loading import LoadedModel
-from edgeprune.model import PrunedDecoder, Segment, TextEmbedding
+from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
 from edgeprune.model.precision import at_precision
 from edgeprune.plan import KeepPlan

@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import GraphRecord
-from edgeprune.calibration.selection import input_selector
 from edgeprune.export.passes import described, finish
 from edgeprune.families.base import DecoderParts, Family
-from edgeprune.model import PrunedDecoder, Segment, TextEmbedding
+from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.attention import caches_of, flat_text, flat_visual
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class

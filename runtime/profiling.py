@@ -77,7 +77,7 @@ def profile(
     rng = np.random.default_rng(0)
     takes = map(int, bundle.manifest.graphs[VISION].inputs["pixel_values"].shape)
     patches = rng.standard_normal(tuple(takes), np.float32)
-    vision = _median(lambda: engine.see(patches), repeats)
+    vision = _median(lambda: engine.see(patches, whole=True), repeats)
     empty = KvCache.empty(shape)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
     prefill = [_prefill_ms(engine, rng, count, shape.width, shape.position_axes, empty, repeats) for count in counts]

@@ -3,6 +3,6 @@
 from edgeprune.model.attention import LayerCache
 from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput
 from edgeprune.model.embedding import TextEmbedding
-from edgeprune.model.selector import InputSelector
+from edgeprune.model.selector import InputSelector, input_selector
 
-__all__ = ["InputSelector", "LayerCache", "PrunedDecoder", "Segment", "StepOutput", "TextEmbedding"]
+__all__ = ["InputSelector", "LayerCache", "PrunedDecoder", "Segment", "StepOutput", "TextEmbedding", "input_selector"]

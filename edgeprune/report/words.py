@@ -25,7 +25,7 @@ class Line:
 
 def cut_lines(plan: KeepPlan) -> list[Line]:
     """Return the plan's cuts in words, in its order; the cache cuts of one method are one line."""
-    lines = [_line(str(cut), _pruning(cut, plan), cut) for cut in plan.cuts if cut.site in ("input", "layer")]
+    lines = [_line(str(cut), _pruning(cut, plan), cut) for cut in plan.cuts if cut.site in ("vision", "input", "layer")]
     for method, cuts in groupby(plan.cache_cuts, key=lambda cut: cut.method):
         group = list(cuts)
         lines.append(_line(f"{method} @ {spans('cache', [cut.layer for cut in group])}", _caching(group), group[0]))
@@ -85,6 +85,9 @@ def _of(count: int, tokens: int) -> str:
 
 def _pruning(cut: Cut, plan: KeepPlan) -> str:
     tokens = plan.geometry.tokens
+    if cut.site == "vision":
+        before = plan.encoding(cut.layer - 1)
+        return f"From block {cut.layer} of the vision encoder on, {cut.keep} of {before} go on: {_of(cut.keep, tokens)}."
     if cut.site == "input":
         return f"{_of(cut.keep, tokens)} enter the decoder."
     before = plan.alive(cut.layer - 1)
