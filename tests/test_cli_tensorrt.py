@@ -55,6 +55,13 @@ def test_a_lowered_bundle_says_so(tiny_folder: Path, tmp_path: Path) -> None:
     assert {"RMSNormalization", "RotaryEmbedding"} <= found
 
 
+def test_graphs_for_cpus_are_not_built(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert invoke("export", tiny_folder, "-o", out, "--target", "cpu", "--image-size", "84x112").exit_code == 0
+    refused = invoke("build", out, "--dry-run")
+    assert refused.exit_code == 2 and "TensorRT does not read its graphs" in refused.output and "--target" in refused.output
+
+
 def test_unknown_targets_are_refused_with_the_known_ones(tiny_bundle: Bundle, tmp_path: Path) -> None:
     refused = invoke("export", "tabletop", "-o", tmp_path / "b", "--target", "orin")
     assert refused.exit_code == 2 and "jetpack7.2" in refused.output

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeprune.bundle import Bundle
 from edgeprune.device.machine import Machine, read_machine
+from edgeprune.errors import UsageError
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
 from edgeprune.runtime.tensorrt.building import Settings
 from edgeprune.runtime.tensorrt.jobs import Done, Job, build_jobs, check_memory, jobs_of
@@ -40,8 +41,14 @@ class BuildRequest:
         """Return the request of a command line; `workspace` in MiB. Raises BundleError and UsageError."""
         for other in reuse:
             Bundle.load(other)
-        settings = Settings(workspace << 20, level)
-        return cls(Bundle.load(bundle), Limits(**limits), settings, reuse, ignore_memory)
+        opened = Bundle.load(bundle)
+        target = opened.manifest.lowering.target
+        if target.blocked:
+            raise UsageError(
+                f"{bundle} was exported for {target.modules}: TensorRT does not read its graphs.",
+                hint="Export it with the --target of the JetPack on the device.",
+            )
+        return cls(opened, Limits(**limits), Settings(workspace << 20, level), reuse, ignore_memory)
 
 
 def planned(request: BuildRequest) -> tuple[BuildRequest, list[Job]]:
