@@ -20,6 +20,7 @@ from edgeprune.export.integers import IntegerProducts
 from edgeprune.export.joining import join_projections
 from edgeprune.export.matrices import IntegerMatrix, WholeTensor, halved, matrix_of
 from edgeprune.export.optimization import optimize
+from edgeprune.export.rotation import fuse_rotation
 from edgeprune.export.tiling import tile_attention
 from edgeprune.targets import Lowering
 from edgeprune.weights import StoredTensor, address
@@ -49,6 +50,7 @@ def finish(
         model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
     if lowering.target.blocked:
         join_projections(model.graph)
+        fuse_rotation(model.graph)
         tile_attention(model.graph)
     if part == "embedding":
         _lower_table(model.graph, lowering)

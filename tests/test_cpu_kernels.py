@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytest
 import torch
 from onnx_ir.tape import Tape
 
+from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.export import tiling
 from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_vision
 from edgeprune.export.integers import IntegerProducts
-from edgeprune.loading import LoadedModel
+from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.model.quantization import dynamically_rounded, quantize
 from edgeprune.plan import KeepPlan
-from edgeprune.targets import TARGETS, Lowering
+from edgeprune.targets import PLAIN, TARGETS, Lowering
 
 
 def cpu(precision: str) -> Lowering:
@@ -88,13 +90,29 @@ def test_scores_of_an_encoder_are_never_there_at_once(
 ) -> None:
     outputs: list[Any] = []
     for limit in (1 << 30, 2000):  # bytes; a layer's scores are 2 heads * 48 * 48 floats
-        monkeypatch.setattr(tiling, "_BLOCK", limit)
+        monkeypatch.setattr(tiling, "_PIECE", limit)
+        monkeypatch.setattr(tiling, "_HEAD", limit)
         trace_vision(even.family, tiny_plan, cpu("fp32"), tmp_path / "vision.onnx")
         pixels = np.random.default_rng(0).standard_normal((48, 1176)).astype(np.float32)
         outputs.append((nodes(tmp_path / "vision.onnx")["Softmax"], run(tmp_path / "vision.onnx", pixel_values=pixels)))
     (whole, expected), (tiled, actual) = outputs
-    assert tiled > 2 * whole
+    assert tiled == 2 * 5 * whole  # heads, and blocks of rows
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_rotary_positions_of_an_encoder_are_one_operator(name: str, tmp_path: Path) -> None:
+    kind: Any = import_module(f"tiny_{name}")
+    model = load_model(find_model(str(kind.folder(tmp_path))))
+    layers, blocks = len(model.family.decoder().layers), len(model.model.model.visual.blocks)
+    plan = unpruned_plan(name, layers, model.geometry(kind.SIZE))
+    pixels, outputs = np.random.default_rng(0).standard_normal((plan.geometry.tokens * 4, 1176)).astype(np.float32), []
+    for lowering in (PLAIN, cpu("fp32")):
+        trace_vision(model.family, plan, lowering, tmp_path / "vision.onnx")
+        outputs.append(run(tmp_path / "vision.onnx", pixel_values=pixels))
+    found = nodes(tmp_path / "vision.onnx")
+    assert found["RotaryEmbedding"] == 2 * blocks and not found["Neg"]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-5)
 
 
 def test_the_table_of_tokens_is_int8_row_by_row(even: LoadedModel, tmp_path: Path) -> None:
