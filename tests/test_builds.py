@@ -44,7 +44,9 @@ def plans() -> Iterator[tuple[str, KeepPlan]]:
         for site in method_class(name).sites:
             if name == "evs":
                 continue  # takes no images: see test_methods_evs.py
-            if site == "input":
+            if site == "vision":
+                yield f"{name} @ vision", BASE.with_cuts(Cut("vision", name, 6, layer=1))
+            elif site == "input":
                 yield f"{name} @ input", BASE.with_cuts(Cut("input", name, 5))
             elif site == "layer":
                 yield f"{name} @ layer", BASE.with_cuts(Cut("layer", name, 0 if name == "vtw" else 5, layer=1))
@@ -58,6 +60,7 @@ def plans() -> Iterator[tuple[str, KeepPlan]]:
     yield (
         "all sites",
         BASE.with_cuts(
+            Cut("vision", "evit", 11, layer=1),
             Cut("input", "zspaprune", 10),
             Cut("layer", "fastv", 8, layer=1),
             *(Cut("cache", "plphp", keep, layer) for layer, keep in enumerate((9, 4))),
@@ -72,9 +75,9 @@ PLANS = dict(plans())
 def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path) -> Iterator[tuple[str, Path, GraphRecord]]:
     """Write the graphs that a plan changes."""
     parts, key_dim = model.family.decoder(), 0
-    if not plan.cuts or wants_signals(plan):
+    if not plan.cuts or plan.vision_cuts or wants_signals(plan):
         vision = trace_vision(model.family, plan, lowering, folder / "vision.onnx")
-        key_dim = int(vision.outputs["vision_keys"].shape[1]) if plan.cuts else 0
+        key_dim = int(vision.outputs["vision_keys"].shape[1]) if wants_signals(plan) else 0
         yield VISION, folder / "vision.onnx", vision
     if plan.input is not None:
         selector = trace_selector(parts, plan, key_dim, lowering, folder / "selector.onnx")
