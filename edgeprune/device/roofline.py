@@ -161,6 +161,8 @@ def estimate(work: Workload, module: Module) -> Estimate:
 def vision_operations(work: Workload) -> Operations:
     """Return what the vision encoder multiplies for one image, its attention taken to be over the whole of it."""
     tower, blocks = work.tower, work.tower.blocks
+    if not sum(blocks):  # a question without a picture
+        return Operations(0.0, 0.0)
     tokens = tower.tokens * blocks[-1] // tower.patches
     products = 2.0 * (tower.parameters * sum(blocks) / len(blocks) + tower.merger * tokens)
     return Operations(products, 4.0 * tower.hidden * sum(patches**2 for patches in blocks))
