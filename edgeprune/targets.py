@@ -65,6 +65,11 @@ class Lowering:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UsageError(f"Unknown precision {self.precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
+        if self.target.blocked and self.precision == "fp16":
+            raise UsageError(
+                f"Target {self.target.name!r} has no fp16: its kernels multiply float32 or integers.",
+                hint="Choose --precision fp32, int8 or int4.",
+            )
 
     @property
     def opset(self) -> int:

@@ -62,6 +62,12 @@ def test_graphs_for_cpus_are_not_built(tiny_folder: Path, tmp_path: Path) -> Non
     assert refused.exit_code == 2 and "TensorRT does not read its graphs" in refused.output and "--target" in refused.output
 
 
+def test_half_precision_is_refused_for_cpus(tmp_path: Path) -> None:
+    refused = invoke("export", "tabletop", "-o", tmp_path / "b", "--target", "cpu", "--precision", "fp16")
+    assert refused.exit_code == 2 and "has no fp16" in refused.output and "--precision fp32" in refused.output
+    assert not (tmp_path / "b").exists()
+
+
 def test_unknown_targets_are_refused_with_the_known_ones(tiny_bundle: Bundle, tmp_path: Path) -> None:
     refused = invoke("export", "tabletop", "-o", tmp_path / "b", "--target", "orin")
     assert refused.exit_code == 2 and "jetpack7.2" in refused.output
