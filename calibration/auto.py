@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from edgeprune.calibration.agreement import Agreement
+from edgeprune.calibration.budget import Budget
 from edgeprune.calibration.calibrating import Calibration
-from edgeprune.calibration.costs import predicted_ttft
+from edgeprune.calibration.candidates import ENCODER, encoder_blocks
+from edgeprune.calibration.costs import encoder_ms, predicted_ttft
 from edgeprune.calibration.pareto import Curve, Point
 from edgeprune.calibration.search import Search
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.plan import KeepPlan
+from edgeprune.loading import LoadedModel
+from edgeprune.plan import Cut, KeepPlan
 from edgeprune.runtime.profiling import DeviceTimes
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # tried in turn when the goal names no cost
@@ -42,9 +43,12 @@ class Goal:
             raise UsageError("A target is a share of the unpruned cost, at most 1.", hint="For example: --target-flops 0.25")
 
     @property
-    def axis(self) -> str:
-        """The cost that the goal is about."""
-        return "kv" if self.kv is not None else "flops"
+    def budgets(self) -> tuple[Budget, ...]:
+        """What to search at: the target, or where there is none shares of the decoder's work, one after another."""
+        for axis, most in (("flops", self.flops), ("kv", self.kv), ("ttft_ms", self.ttft_ms)):
+            if most is not None:
+                return (Budget(axis, most),)
+        return tuple(Budget("flops", share) for share in SHARES)
 
 
 class DropExceededError(EdgePruneError):
@@ -68,52 +72,58 @@ def find_plan(
     Raises EdgePruneError at once when a latency cannot be reached by pruning at all, and DropExceededError when no plan at the
     target's cost agrees well enough.
     """
-    if len(held_out) < LEAST:
-        raise UsageError(
-            f"A search needs {LEAST} samples to judge plans by, beside those for the statistics; there are {len(held_out)}."
-        )
-    shares = SHARES if (share := _target_share(goal, whole, times)) is None else (share,)
-    parts = calibration.loaded.family.decoder()
-    tower: Any = calibration.loaded.family.vision(whole.geometry)
-    search = Search(parts, whole, calibration.statistics(), held_out, times, progress, tower.blocks)
+    loaded = calibration.loaded
+    check_goal(goal, loaded, whole, times, len(held_out))
+    blocks = thinnable_blocks(loaded, whole)
+    search = Search(loaded.family.decoder(), whole, calibration.statistics(), held_out, times, progress, blocks)
+    budgets = goal.budgets
+    axis = budgets[0].axis
     best: Point | None = None
-    for share in shares:
-        found = search.at(share, goal.axis)
+    for budget in budgets:
+        found = search.at(budget)
         if found.score < 1.0 - goal.max_drop - 1e-9:
             if best is None:
                 raise DropExceededError(
-                    f"The best plan at {share:.0%} of the {goal.axis} loses {1 - found.score:.1%} of agreement ({found.name}), "
+                    f"The best plan at {budget} loses {1 - found.score:.1%} of agreement ({found.name}), "
                     f"more than {goal.max_drop:.1%}.",
-                    Curve(goal.axis, tuple(search.points)),
+                    Curve(axis, tuple(search.points)),
                     hint="Allow a larger --max-drop, or a higher cost.",
                 )
             break
         best = found
     assert best is not None
-    return best.plan, Curve(goal.axis, tuple(search.points), search.points.index(best))
+    return best.plan, Curve(axis, tuple(search.points), search.points.index(best))
 
 
-def target_shares(goal: Goal, whole: KeepPlan, times: DeviceTimes | None, samples: int) -> tuple[float, ...]:
-    """Return the costs to search at; raise EdgePruneError when `samples` are too few or a latency is out of reach."""
-    share = _target_share(goal, whole, times)
+def check_goal(goal: Goal, loaded: LoadedModel, whole: KeepPlan, times: DeviceTimes | None, samples: int) -> None:
+    """Raise EdgePruneError when a latency is out of reach for pruning, UsageError when `samples` are too few to judge plans by."""
+    if goal.ttft_ms is not None:
+        if times is None:
+            raise UsageError(
+                "A target in milliseconds needs a device.",
+                hint="Give --device orin-nano, say, or --times FILE (edgeprune profile).",
+            )
+        _check_reachable(goal.ttft_ms, times, whole, thinnable_blocks(loaded, whole))
     if samples < LEAST:
         raise UsageError(f"A search needs {LEAST} samples to judge plans by, beside those for the statistics; there are {samples}.")
-    return SHARES if share is None else (share,)
 
 
-def _target_share(goal: Goal, whole: KeepPlan, times: DeviceTimes | None) -> float | None:
-    if goal.ttft_ms is None:
-        return goal.kv if goal.kv is not None else goal.flops
-    if times is None:
-        raise UsageError(
-            "A target in milliseconds needs a device.", hint="Give --device orin-nano, say, or --times FILE (edgeprune profile)."
-        )
-    whole_ms, least = predicted_ttft(times, whole), times.vision_ms + times.prefill_ms[0]
-    if goal.ttft_ms <= least:
+def thinnable_blocks(loaded: LoadedModel, whole: KeepPlan) -> int:
+    """Return how many blocks a vision encoder has inside which tokens can leave, 0 for one that all must pass."""
+    if loaded.family.unthinned:
+        return 0
+    tower: Any = loaded.family.vision(whole.geometry)
+    return int(tower.blocks)
+
+
+def _check_reachable(target: float, times: DeviceTimes, whole: KeepPlan, blocks: int) -> None:
+    # At best all tokens but one of each view leave at the first block where the search lets them, and the last one at the decoder.
+    first = encoder_blocks(blocks)[:1]
+    thinned = whole.with_cuts(*(Cut("vision", ENCODER, len(whole.geometry.layout), block) for block in first))
+    whole_ms, least = predicted_ttft(times, whole), encoder_ms(times, thinned, max(blocks, 1)) + times.prefill_ms[0]
+    if target <= least:
         raise EdgePruneError(
-            f"{goal.ttft_ms:g} ms cannot be reached: pruning cannot pass {whole_ms / least:.1f}x here, to {least:.1f} ms "
+            f"{target:g} ms cannot be reached: pruning cannot pass {whole_ms / least:.1f}x here, to {least:.1f} ms "
             f"({times.how}, {times.device}); the vision encoder is {times.vision_ms / whole_ms:.0%} of {whole_ms:.1f} ms.",
             hint="Try a smaller --image-size.",
         )
-    known = np.linspace(0.0, 1.0, len(times.prefill_ms))
-    return float(min(1.0, np.interp(goal.ttft_ms - times.vision_ms, np.maximum.accumulate(times.prefill_ms), known)))

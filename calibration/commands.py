@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from edgeprune.calibration.agreement import Agreement
 from edgeprune.calibration.allocation import LayerClass, classify
-from edgeprune.calibration.auto import DropExceededError, Goal, find_plan, target_shares
+from edgeprune.calibration.auto import DropExceededError, Goal, check_goal, find_plan
 from edgeprune.calibration.calibrating import Calibration, Counting, RateRequest
 from edgeprune.calibration.collecting import Request, chosen_samples
 from edgeprune.calibration.costs import flops_share, kv_share, roofline_times
@@ -200,7 +200,7 @@ def _auto(
     drop = 0.01 if options.max_drop is None else options.max_drop
     goal = Goal(drop, options.target_flops, options.target_kv, options.target_ttft)
     times = _times(options, loaded, whole)
-    target_shares(goal, whole, times, len(samples[1::2]))  # an unreachable target is told before anything is measured
+    check_goal(goal, loaded, whole, times, len(samples[1::2]))  # an unreachable target is told before anything is measured
     calibration = Calibration(loaded, samples[::2], request, path, progress, options.ray_address)
     progress.say("answering without pruning")
     held_out = Agreement(loaded, whole, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device)

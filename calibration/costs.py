@@ -1,6 +1,11 @@
-"""What a plan costs, as shares of the unpruned model's work and in milliseconds on a device."""
+"""What a plan costs: shares of the decoder's visual work and of its cache, and milliseconds on a device, encoder and all.
+
+The encoder is no part of the shares: where it is most of the work, no cut behind it could reach a quarter of both.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +18,13 @@ from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime.profiling import PARTS, TEXT, DeviceTimes
 
 _REACHED = 0.5, 0.7  # of the peak: compute and bandwidth, middle of what engines usually reach
+
+
+@dataclass(frozen=True)
+class RooflineTimes(DeviceTimes):
+    """Times of a device's peak numbers. `vision_least_ms`: the vision encoder's weights are read for however few tokens."""
+
+    vision_least_ms: float = 0.0
 
 
 def visual_flops(parts: DecoderParts, plan: KeepPlan) -> float:
@@ -30,7 +42,7 @@ def visual_flops(parts: DecoderParts, plan: KeepPlan) -> float:
 
 
 def flops_share(parts: DecoderParts, plan: KeepPlan, whole: KeepPlan) -> float:
-    """Return the plan's visual operations in prefill as a share of the unpruned plan's."""
+    """Return the plan's visual operations in prefill as a share of the unpruned plan's; the vision encoder's are no part of it."""
     return visual_flops(parts, plan) / visual_flops(parts, whole)
 
 
@@ -42,16 +54,21 @@ def kv_share(plan: KeepPlan, whole: KeepPlan) -> float:
 def predicted_ttft(times: DeviceTimes, plan: KeepPlan, blocks: int = 1) -> float:
     """Return the milliseconds to the first token: the vision encoder for the plan's image, and a prefill layer by layer.
 
-    The encoder, of so many `blocks`, is taken to cost in proportion to the tokens that each sees; the selection itself, a few per
-    cent, is left out.
+    Every one of the encoder's `blocks` is taken to cost in proportion to the tokens that it sees, and all together no less than
+    their weights take where that is known; the selection itself, a few per cent, is left out.
     """
     known = np.linspace(0, times.tokens, PARTS + 1)
     prefill = [float(np.interp(plan.alive(layer), known, times.prefill_ms)) for layer in range(plan.layers)]
-    seen = sum(map(plan.encoding, range(blocks))) / blocks
-    return times.vision_ms * seen / times.tokens + sum(prefill) / plan.layers
+    return encoder_ms(times, plan, blocks) + sum(prefill) / plan.layers
 
 
-def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> DeviceTimes:
+def encoder_ms(times: DeviceTimes, plan: KeepPlan, blocks: int) -> float:
+    """Return the milliseconds that the vision encoder's `blocks` take together under a plan, as `predicted_ttft` counts them."""
+    seen = sum(map(plan.encoding, range(blocks))) / (blocks * times.tokens)
+    return max(times.vision_ms * seen, times.vision_least_ms if isinstance(times, RooflineTimes) else 0.0)
+
+
+def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> RooflineTimes:
     """Return what the roofline of a module allows in FP16: the larger of operations over compute and bytes over bandwidth.
 
     `device` is a name of edgeprune.device.modules; raises UsageError for another.
@@ -66,7 +83,9 @@ def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> Devi
     attention = 2.0 * parts.heads * parts.head_dim * len(parts.layers)
     counts = [geometry.tokens * part // PARTS + TEXT for part in range(PARTS + 1)]
     prefill = [_milliseconds(module, 2.0 * weights * n + attention * n * n, parts.layers) for n in counts]
-    return DeviceTimes(device, "roofline", geometry.tokens, vision, tuple(prefill))
+    return RooflineTimes(
+        device, "roofline", geometry.tokens, vision, tuple(prefill), vision_least_ms=_milliseconds(module, 0.0, tower)
+    )
 
 
 def _milliseconds(module: Module, operations: float, part: torch.nn.Module) -> float:

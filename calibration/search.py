@@ -1,41 +1,33 @@
 """Search for the cheapest plan that still answers like the unpruned model: methods, layers, budgets, compositions, image size.
 
 At one cost, candidates race: all are scored on a few samples, the better half on twice as many, until few are left. Single
-methods start; the best of the input methods are then composed with cuts further in, at the same total cost, and race against
-them. A cut inside the vision encoder races at what it costs the decoder; what it saves in the encoder comes on top, and shows in
-the predicted time.
+methods start; the best of those at the input and inside the vision encoder are then composed with one another and with cuts
+further in, at the same total cost, and race against them. What a cut inside the encoder saves there counts where the cost is a
+time; the shares of work and of cache are the decoder's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from edgeprune.calibration.agreement import Agreement
+from edgeprune.calibration.budget import Budget, Make
+from edgeprune.calibration.candidates import BASELINES, ENCODER, Recipe, input_cuts, singles
+from edgeprune.calibration.compositions import Composer, idle
 from edgeprune.calibration.costs import flops_share, kv_share, predicted_ttft
 from edgeprune.calibration.pareto import Point
-from edgeprune.calibration.recipes import RESIZE, method_names, plan_at, resized
+from edgeprune.calibration.recipes import RESIZE
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts
-from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan import KeepPlan
 from edgeprune.runtime.profiling import DeviceTimes
 
 FIRST_ROUND = 24  # samples
 ALIKE, FINALISTS = 0.01, 8  # agreement that a few samples cannot tell apart, and how many such plans are looked at closely
 PARTNERS = 3  # input methods that go on into compositions
-BASELINES = ("random", "uniform", RESIZE)
-_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "zspaprune": [{"core": 0.0}, {"core": 0.15}, {"core": 0.3}, {"core": 0.5}, {"core": 0.3, "relevance": "max"}],
-    "cdpruner": [{"weight": 0.2}, {"weight": 0.5}, {"weight": 0.8}],
-    "fastv": [{"layer": 1}, {"layer": 2}, {"layer": 3}],
-}
-_ENCODER_PARTS = (1 / 3, 1 / 2, 2 / 3)  # of the encoder's blocks, before which tokens may leave
-_CACHE_VARIANTS: list[dict[str, Any]] = [
-    {"allocate": allocate, "prior": prior} for allocate in ("classes", "least-cost", "even") for prior in (False, True)
-]
+PLACES = 2  # inside the vision encoder, of the cuts that stand first in compositions
 Candidate = tuple[str, KeepPlan]  # group and plan
 
 
@@ -43,7 +35,7 @@ Candidate = tuple[str, KeepPlan]  # group and plan
 class Search:
     """One search: what is known of the model and what was measured so far. `points`: every plan that reached a last round.
 
-    `blocks`: of the vision encoder; without them no cut inside it is tried.
+    `blocks`: of a vision encoder whose tokens can leave; without them no cut inside it is tried.
     """
 
     parts: DecoderParts
@@ -57,17 +49,18 @@ class Search:
     def __post_init__(self) -> None:
         self.points: list[Point] = []
 
-    def at(self, share: float, axis: str) -> Point:
-        """Return the best plan found whose cost along "flops" or "kv" is at most `share`; raise PlanError when there is none."""
-        singles = [*self._singles(share), *(self._cache_cuts(self.whole, share) if axis == "kv" else ())]
-        ranked = self.race(singles)
-        partners = [point for point in ranked if point.plan.input is not None and point.group not in BASELINES][:PARTNERS]
-        composed = [candidate for point in partners for candidate in self._compositions(point, share)]
-        if axis == "kv":
-            composed += [candidate for point in partners for candidate in self._cached(point, share)]
-        finalists = [point for point in (*ranked, *self.race(composed)) if point.cost(axis) <= share + 1e-6]
+    def at(self, budget: Budget) -> Point:
+        """Return the best plan found within a budget; raise PlanError when there is none."""
+        composer = Composer(self.whole, self.statistics)
+        first = list(singles(self.whole, self.statistics, self.blocks))
+        if budget.axis == "kv":
+            first += [("plphp", make) for make in composer.caches()]
+        ranked = self.race(list(self._affordable(first, budget)))
+        composed = [("composed", make) for make in self._compositions(composer, ranked, budget.axis)]
+        finalists = [*ranked, *self.race([found for found in self._affordable(composed, budget) if not idle(found[1])])]
+        finalists = [point for point in finalists if point.cost(budget.axis) <= budget.most + 1e-6]
         if not finalists:
-            raise PlanError(f"No plan costs {share:.0%} or less ({axis}).", hint="Ask for more.")
+            raise PlanError(f"No plan costs {budget} or less.", hint="Ask for more.")
         return self._closest(finalists)
 
     def _closest(self, finalists: list[Point]) -> Point:
@@ -100,60 +93,37 @@ class Search:
             RESIZE if plan.geometry != self.whole.geometry else "none"
         )
         self.progress(f"{name}, {count} samples")
-        ttft = None if self.times is None else predicted_ttft(self.times, plan, max(self.blocks, 1))
+        ttft = None if self.times is None else self._ttft_ms(plan)
         flops, kv = flops_share(self.parts, plan, self.whole), kv_share(plan, self.whole)
         return Point(name, group, flops, kv, self.agreement.score(plan, count), count, plan, ttft)
 
-    def _singles(self, share: float) -> Iterator[Candidate]:
-        for method in method_names():
-            if method == "plphp":
-                continue  # leaves prefill as it is
-            for settings in self._variants(method):
-                yield from self._possible(method, partial(plan_at, method, share, self.whole, self.statistics, **settings))
+    def _ttft_ms(self, plan: KeepPlan) -> float:
+        assert self.times is not None
+        return predicted_ttft(self.times, plan, max(self.blocks, 1))
 
-    def _variants(self, method: str) -> list[dict[str, Any]]:
-        if method != "evit":
-            return _VARIANTS.get(method, [{}])
-        return [{"layer": block} for block in sorted({round(self.blocks * part) for part in _ENCODER_PARTS}) if block > 0]
+    def _compositions(self, composer: Composer, ranked: list[Point], axis: str) -> Iterator[Make]:
+        partners = [point.plan.input for point in ranked if point.plan.input is not None and point.group not in BASELINES]
+        for cut in partners[:PARTNERS]:
+            yield from composer.inward(cut)
+        # Where no input method is within the budget alone, one may be behind an encoder's cut.
+        cuts = partners[:PARTNERS] or input_cuts()
+        places = [tuple(cut.layer for cut in point.plan.vision_cuts) for point in ranked if point.group == ENCODER][:PLACES]
+        for blocks in places:
+            yield from composer.encoder_first(blocks, cuts)
+        if places:
+            yield from composer.encoder_inward(places[0], cuts[0])
+        if axis == "kv":
+            yield from (make for cut in cuts for make in composer.caches(cut))
+            yield from (make for blocks in places for cut in (None, *cuts[:1]) for make in composer.caches(cut, blocks))
 
-    def _compositions(self, point: Point, share: float) -> Iterator[Candidate]:
-        # Keep more at the input, and make up for it further in: the rest withdrawn, or ranked by attention. Or a smaller image.
-        cut, tokens, layers = point.plan.input, self.whole.geometry.tokens, self.whole.layers
-        assert cut is not None
-        yield from self._possible(
-            "composed", lambda: replace(self.whole, geometry=resized(self.whole.geometry, 0.5)).with_cuts(cut)
-        )
-        for layer in range(1, layers):
-            whole = int(share * tokens * layers / layer)
-            if whole <= tokens:
-                early = self.whole.with_cuts(replace(cut, keep=max(1, whole)))
-                yield from self._possible("composed", partial(early.with_cuts, Cut("layer", "vtw", 0, layer)))
-            for more in (1.25, 1.6, 2.2):
-                first = int(more * share * tokens)
-                rest = int((share * tokens * layers - first * layer) / (layers - layer))
-                if 0 < rest < first <= tokens:
-                    early = self.whole.with_cuts(replace(cut, keep=first))
-                    for method in ("fastv", "sparsevlm"):
-                        yield from self._possible("composed", partial(early.with_cuts, Cut("layer", method, rest, layer)))
-
-    def _cache_cuts(self, base: KeepPlan, share: float) -> Iterator[Candidate]:
-        for settings in _CACHE_VARIANTS:
-            yield from self._possible(
-                "plphp" if not base.cuts else "composed", partial(plan_at, "plphp", share, base, self.statistics, **settings)
-            )
-
-    def _cached(self, point: Point, share: float) -> Iterator[Candidate]:
-        # Half the saving at the input, the rest from the caches.
-        assert point.plan.input is not None
-        kept = share**0.5
-        base = self.whole.with_cuts(replace(point.plan.input, keep=max(1, int(kept * self.whole.geometry.tokens))))
-        yield from self._cache_cuts(base, share / kept)
-
-    def _possible(self, group: str, make: Callable[[], KeepPlan]) -> Iterator[Candidate]:
-        try:
-            plan = make()
-            self.agreement.check(plan)
-        except PlanError:
-            return  # this method cannot be that cheap, or not of this model
-        if plan.cuts or plan.geometry != self.whole.geometry:
-            yield group, plan
+    def _affordable(self, recipes: Iterable[Recipe], budget: Budget) -> Iterator[Candidate]:
+        found: list[KeepPlan] = []
+        for group, make in recipes:
+            try:
+                plan = budget.plan(make, self._ttft_ms)
+                self.agreement.check(plan)
+            except PlanError:
+                continue  # this method cannot be that cheap, or not of this model
+            if (plan.cuts or plan.geometry != self.whole.geometry) and plan not in found:
+                found.append(plan)
+                yield group, plan

@@ -48,9 +48,11 @@ _ALLOCATE = (
 )
 _SEARCH = (
     click.option("--max-drop", help="auto: agreement that may be lost, such as 1%.  [default: 1%]"),
-    click.option("--target-flops", help="auto: share of the visual tokens' prefill work, such as 0.25."),
+    click.option(
+        "--target-flops", help="auto: share of the visual tokens' prefill work, such as 0.25; the vision encoder's is not in it."
+    ),
     click.option("--target-kv", help="auto: share of the visual KV cache."),
-    click.option("--target-ttft", help="auto: time to first token, such as 250ms."),
+    click.option("--target-ttft", help="auto: time to first token, the vision encoder's in it, such as 250ms."),
     click.option("--times", type=click.Path(path_type=Path), help="auto: times that `edgeprune profile` measured."),
     click.option("--curve", type=click.Path(path_type=Path), help="auto: write all measured plans here."),
 )

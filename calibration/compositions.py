@@ -1,0 +1,125 @@
+"""What a search tries next: cuts at several sites, which cost together what one method alone does.
+
+What one site leaves, the next one sees: before an input cut may stand a cut inside the vision encoder or a smaller image, behind
+it cuts between layers, and behind all of them cuts of the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from edgeprune.calibration.budget import Make
+from edgeprune.calibration.candidates import ENCODER, encoder_plan
+from edgeprune.calibration.recipes import plan_at, resized
+from edgeprune.calibration.statistics import Statistics
+from edgeprune.errors import PlanError
+from edgeprune.plan import Cut, KeepPlan
+
+_MORE = (1.25, 1.6, 2.2)  # times the mean that an input cut leaves, where layer cuts make up for it
+_ENCODED = (0.75, 0.5)  # of the tokens that leave the encoder, where cuts behind it take the rest
+_LAYERED: list[tuple[str, dict[str, Any]]] = [
+    ("fastv", {"layer": 1}),
+    ("fastv", {"layer": 2}),
+    ("fastv", {"layer": 3}),
+    ("sparsevlm", {}),
+    ("pyramiddrop", {}),
+]
+_CACHED: list[dict[str, Any]] = [
+    {"allocate": allocate, "prior": prior} for allocate in ("classes", "least-cost", "even") for prior in (False, True)
+]
+Part = Callable[[float], float]  # of the tokens, in (0, 1], that one of several cuts leaves at a share
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Makes compositions for a model: its unpruned plan and its statistics."""
+
+    whole: KeepPlan
+    statistics: Statistics
+
+    def inward(self, cut: Cut) -> Iterator[Make]:
+        """Keep more at the input, and make up for it further in: the rest withdrawn, or ranked by attention. Or a smaller image."""
+        yield partial(self._at_input, self._smaller, cut)
+        yield from self._layered_behind(self._unpruned, cut)
+
+    def encoder_first(self, places: tuple[int, ...], cuts: Sequence[Cut]) -> Iterator[Make]:
+        """Cut inside the vision encoder before the blocks `places`, and then at the input or between layers."""
+        for part in (*(partial(_constant, part) for part in _ENCODED), partial(_root, 2)):  # a root: each site the same part
+            base: Make = partial(self._encoded, places, part)
+            for cut in cuts:
+                yield partial(self._at_input, base, cut)
+            for method, settings in _LAYERED:
+                yield partial(self._behind, base, method, settings)
+
+    def encoder_inward(self, places: tuple[int, ...], cut: Cut) -> Iterator[Make]:
+        """Cut inside the vision encoder before the blocks `places`, at the input, and further in."""
+        yield from self._layered_behind(partial(self._encoded, places, partial(_root, 3)), cut)
+
+    def caches(self, cut: Cut | None = None, places: tuple[int, ...] = ()) -> Iterator[Make]:
+        """Cut the caches; with `cut` or `places`, at the input or inside the vision encoder first, each saving the same part."""
+        sites = 1 + (cut is not None) + bool(places)
+        for settings in _CACHED:
+            base: Make = partial(self._encoded, places, partial(_root, sites)) if places else self._unpruned
+            if cut is not None:
+                base = partial(self._at_input, base, cut, part=lambda share: share ** ((sites - 1) / sites))
+            yield partial(self._behind, base, "plphp", settings)
+
+    def _unpruned(self, share: float) -> KeepPlan:
+        return self.whole
+
+    def _smaller(self, share: float) -> KeepPlan:
+        return replace(self.whole, geometry=resized(self.whole.geometry, 0.5))
+
+    def _encoded(self, places: tuple[int, ...], part: Part, share: float) -> KeepPlan:
+        return encoder_plan(self.whole, ENCODER, places, part(share))
+
+    def _at_input(self, base: Make, cut: Cut, share: float, part: Part = lambda share: share) -> KeepPlan:
+        plan = base(share)
+        return plan.with_cuts(replace(cut, keep=max(1, min(plan.seen, int(part(share) * self.whole.geometry.tokens + 1e-9)))))
+
+    def _behind(self, base: Make, method: str, settings: dict[str, Any], share: float) -> KeepPlan:
+        plan = base(share)
+        return plan_at(method, min(1.0, share * self.whole.geometry.tokens / plan.seen), plan, self.statistics, **settings)
+
+    def _layered_behind(self, base: Make, cut: Cut) -> Iterator[Make]:
+        for layer in range(1, self.whole.layers):
+            yield partial(self._withdrawn, base, cut, layer)
+            for more in _MORE:
+                for method in ("fastv", "sparsevlm"):
+                    yield partial(self._ranked, base, cut, method, layer, more)
+
+    def _withdrawn(self, base: Make, cut: Cut, layer: int, share: float) -> KeepPlan:
+        early = self._at_input(base, cut, share, part=lambda share: share * self.whole.layers / layer)
+        return early.with_cuts(Cut("layer", "vtw", 0, layer))
+
+    def _ranked(self, base: Make, cut: Cut, method: str, layer: int, more: float, share: float) -> KeepPlan:
+        early = self._at_input(base, cut, share, part=lambda share: more * share)
+        layers, first = self.whole.layers, early.seen
+        rest = int((share * self.whole.geometry.tokens * layers - first * layer) / (layers - layer))
+        if rest <= 0:
+            raise PlanError(f"{cut} leaves nothing to the layers from {layer} on.")
+        return early.with_cuts(Cut("layer", method, min(first, rest), layer))
+
+
+def _constant(part: float, share: float) -> float:
+    del share
+    return part
+
+
+def _root(degree: int, share: float) -> float:
+    root: float = share ** (1 / degree)
+    return root
+
+
+def idle(plan: KeepPlan) -> bool:
+    """Return whether a cut of hidden states keeps all that is there: the plan is another one in disguise."""
+    alive = plan.geometry.tokens
+    for cut in plan.cuts:
+        if cut.site in ("vision", "input", "layer"):
+            if cut.keep >= alive:
+                return True
+            alive = cut.keep
+    return False
