@@ -11,7 +11,7 @@ from edgeprune.calibration.reference import Recorder, reference_model
 from edgeprune.calibration.samples import Sample
 from edgeprune.loading import LoadedModel
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
-from edgeprune.model.attention import caches_of
+from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.cache import kept_of
 from edgeprune.runtime.conversation import Conversation

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from edgeprune.loading import LoadedModel
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
-from edgeprune.model.attention import caches_of, flat_text, flat_visual
+from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.model.precision import at_precision
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import image_spec
@@ -85,8 +85,7 @@ class EagerEngine:
         output = self._decoder(*segments, caches, self._tensor(tokens.order), text_groups=groups)
         return Step(
             _array(output.logits)[0, 0],
-            tuple(_array(rows) for rows in flat_text(output.caches)),
-            tuple(_array(rows) for rows in flat_visual(output.caches)),
+            tuple(_array(rows) for rows in flat_rows(output.rows)),
             tuple(_array(kept) for kept in output.kept),
             None if output.split is None else _array(output.split),
         )

@@ -15,22 +15,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edgeprune.background import Background
 from edgeprune.errors import BundleError
 from edgeprune.files import write_text
 from edgeprune.plan import KeepPlan
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST, PLAN = "manifest.json", "plan.json"
 VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder.onnx"
 VISION_UNPRUNED, SELECTOR, PREDICTOR = "onnx/vision_unpruned.onnx", "onnx/selector.onnx", "onnx/predictor.onnx"
 TOKENIZER, SPECIAL_TOKENS = "processor/tokenizer.json", "processor/special_tokens.json"
 CHAT_TEMPLATE, PREPROCESSOR = "processor/chat_template.jinja", "processor/preprocessor_config.json"
+_WEIGHTS = ".data"  # how the names of the large files end
+_AGAIN = "Copy the bundle again, or export it again."
+_PIECE = 1 << 20  # bytes read at once: they stay in the CPU's cache until they are hashed
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is made of. `image`: how images stand in the text; `end_tokens`: ids; `versions` of the packages that wrote it.
+    """What a bundle is made of. `encoder_blocks`: of the vision encoder; `image`: how images stand in the text; `end_tokens`: ids;
+    `versions` of the packages that wrote it.
 
     `target` and `precision` say how its graphs were lowered: see `lowering`. `graphs`: by path in the bundle.
     """
@@ -117,6 +124,7 @@ class Manifest:
     decoder: DecoderShape
     target: str
     precision: str
+    encoder_blocks: int
     image: ImageText
     end_tokens: tuple[int, ...]
     versions: Mapping[str, str]
@@ -149,6 +157,7 @@ class Manifest:
                 decoder=DecoderShape(**data["decoder"]),
                 target=str(data["target"]),
                 precision=str(data["precision"]),
+                encoder_blocks=int(data["encoder_blocks"]),
                 image=ImageText(**data["image"]),
                 end_tokens=tuple(int(token) for token in data["end_tokens"]),
                 versions=dict(data["versions"]),
@@ -170,15 +179,30 @@ class Bundle:
     @classmethod
     def load(cls, path: Path) -> Bundle:
         """Open a bundle, checking the sha256 of every file; raise BundleError on the first that is missing or altered."""
+        with cls.opening(path) as bundle:
+            return bundle
+
+    @classmethod
+    @contextmanager
+    def opening(cls, path: Path) -> Iterator[Bundle]:
+        """Yield a bundle of which only the weights are still being checked, so that the block can open them meanwhile.
+
+        Nothing may leave the block for use before it has ended: it is then that BundleError is raised for altered weights, in place
+        of whatever error they caused inside.
+        """
         manifest = Manifest.load(path)
         for name, record in manifest.files.items():
-            _check_file(path, name, record)
-        always = (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR)
-        _check_listed(path, manifest, always)
-        plan = KeepPlan.load(path / PLAN)
-        wanted = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.live}
-        _check_listed(path, manifest, [name for name, asked in wanted.items() if asked])
-        return cls(path, manifest, plan)
+            _check_there(path, name, record)
+            if not name.endswith(_WEIGHTS):
+                _check_content(path, name, record)
+        bundle = cls(path, manifest, _complete_plan(path, manifest))
+        weights = {name: record for name, record in manifest.files.items() if name.endswith(_WEIGHTS)}
+        checks = [Background(partial(_check_content, path, name, record)) for name, record in weights.items()]
+        try:
+            yield bundle
+        finally:
+            for check in checks:
+                check.result()
 
     def file(self, name: str) -> Path:
         """Return the path of one file of the bundle."""
@@ -197,11 +221,11 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    """Return the sha256 of a file, read in pieces. Other threads run meanwhile."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
     return digest.hexdigest()
 
 
@@ -228,18 +252,36 @@ def _graph(record: Any) -> GraphRecord:
     return GraphRecord(*sides)
 
 
+def _complete_plan(folder: Path, manifest: Manifest) -> KeepPlan:
+    # The plan, if all is there that it asks for.
+    always = (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR)
+    _check_listed(folder, manifest, always)
+    plan = KeepPlan.load(folder / PLAN)
+    wanted = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.live}
+    _check_listed(folder, manifest, [name for name, asked in wanted.items() if asked])
+    return plan
+
+
 def _check_listed(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
     for name in names:
         if name not in manifest.files:
             raise BundleError(f"The manifest of {folder} does not list {name}.", hint="Export it again.")
 
 
-def _check_file(folder: Path, name: str, record: FileRecord) -> None:
+def _check_there(folder: Path, name: str, record: FileRecord) -> None:
     path = folder / name
-    again = "Copy the bundle again, or export it again."
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"The manifest of {folder} names {name}, which lies outside the bundle.", hint=again)
+        raise BundleError(f"The manifest of {folder} names {name}, which lies outside the bundle.", hint=_AGAIN)
     if not path.is_file():
-        raise BundleError(f"The bundle {folder} lacks {name}.", hint=again)
-    if path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
-        raise BundleError(f"{name} in {folder} is not the file that was exported (its sha256 differs).", hint=again)
+        raise BundleError(f"The bundle {folder} lacks {name}.", hint=_AGAIN)
+    if path.stat().st_size != record.bytes:
+        raise _altered(folder, name)
+
+
+def _check_content(folder: Path, name: str, record: FileRecord) -> None:
+    if sha256_of(folder / name) != record.sha256:
+        raise _altered(folder, name)
+
+
+def _altered(folder: Path, name: str) -> BundleError:
+    return BundleError(f"{name} in {folder} is not the file that was exported (its sha256 differs).", hint=_AGAIN)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +50,10 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     Raises UsageError when `target` exists and `force` is not given. On any error, Ctrl-C included, nothing is left behind and
     an existing `target` is untouched.
     """
+    # Not at the top: whoever loads a bundle, by way of this module, needs neither, and they take longer to import than it.
+    import shutil
+    import tempfile
+
     if target.exists() and not force:
         raise UsageError(f"{target} exists already.", hint="Give another output, or --force to replace it.")
     try:
@@ -70,6 +72,8 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, target: Path) -> None:
+    import shutil
+
     if not target.exists():
         temporary.rename(target)
         return

@@ -16,6 +16,7 @@ from onnx_ir.tape import Tape
 from edgeprune.model.blocked import DOMAIN, INPUTS, OPERATOR
 
 BLOCKS = 8
+PLACES = ("past_text_", "", "past_visual_")  # of keys and values, as their names begin
 SHORT = 64  # steps of fewer tokens attend in one piece: their scores are small, and the caches are read where they are
 
 
@@ -76,23 +77,22 @@ class _Branch:
 
     def attend(self, inputs: dict[str, ir.Value]) -> ir.Value:
         # As attention._mixed: parts of keys apart, their scores in one row. No key is expanded or copied.
-        query, names = inputs["query"], ("text", "visual", "past_visual")
+        query = inputs["query"]
         assert query.shape is not None
         heads, group, width = (_known(query.shape[axis]) for axis in (0, 1, 3))
         rows = self.op("Reshape", query, self.constant(heads, -1, width))
-        keys = [self.op("Transpose", inputs[f"{name}_key"], perm=[0, 2, 1] if name == "text" else [1, 2, 0]) for name in names]
-        joined = self.op("Concat", *(self.op("MatMul", rows, key) for key in keys), axis=2)
+        keys, values = ([inputs[f"{place}{kind}"] for place in PLACES] for kind in ("key", "value"))
+        joined = self.op("Concat", *(self.op("MatMul", rows, self.op("Transpose", key, perm=[1, 2, 0])) for key in keys), axis=2)
         shape = self.op("Concat", self.constant(heads, group), self.op("Shape", inputs["mask"]), axis=0)
         scores = self.op("Add", self.op("Reshape", joined, shape), inputs["mask"])
         weights = self.op("Reshape", self.op("Softmax", scores, axis=-1), self.op("Shape", joined))
         # Not of the transposed keys: those are part of the products, and would have to be written for their shape.
-        lengths = [
-            self.op("Shape", inputs[f"{name}_key"], start=axis, end=axis + 1) for name, axis in zip(names, (1, 0, 0), strict=True)
+        lengths = self.op("Concat", *(self.op("Shape", key, start=0, end=1) for key in keys), axis=0)
+        parts = self.op_multi("Split", 3, weights, lengths, axis=2)
+        mixed = [
+            self.op("MatMul", part, self.op("Transpose", value, perm=[1, 0, 2])) for part, value in zip(parts, values, strict=True)
         ]
-        parts = self.op_multi("Split", 3, weights, self.op("Concat", *lengths, axis=0), axis=2)
-        values = [inputs["text_value"], *(self.op("Transpose", inputs[f"{name}_value"], perm=[1, 0, 2]) for name in names[1:])]
-        first, second, third = (self.op("MatMul", part, value) for part, value in zip(parts, values, strict=True))
-        return self.op("Reshape", self.op("Add", self.op("Add", first, second), third), self.op("Shape", query))
+        return self.op("Reshape", self.op("Add", self.op("Add", mixed[0], mixed[1]), mixed[2]), self.op("Shape", query))
 
 
 def _known(size: object) -> int:
@@ -103,8 +103,9 @@ def _known(size: object) -> int:
 def _in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
     query, mask, reach = (inputs[name] for name in ("query", "mask_in_row", "reach"))
     # Keys [kv heads, 1, head_dim, n] and values [kv heads, 1, n, head_dim] in one row; every head of a group meets the same.
-    keys = branch.op("Concat", *_row_of(branch, inputs, "key", transposed=True), axis=3)
-    values = branch.op("Concat", *_row_of(branch, inputs, "value", transposed=False), axis=2)
+    one = branch.constant(1)
+    keys = branch.op("Unsqueeze", branch.op("Transpose", _row_of(branch, inputs, "key"), perm=[1, 2, 0]), one)
+    values = branch.op("Unsqueeze", branch.op("Transpose", _row_of(branch, inputs, "value"), perm=[1, 0, 2]), one)
     length = branch.op("Shape", query, start=2, end=3)
     past = branch.op("Sub", branch.op("Shape", mask, start=1, end=2), length)
     edges = [
@@ -120,9 +121,10 @@ def _in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
     return branch.op("Concat", *mixed, axis=2)
 
 
-def _row_of(branch: _Branch, inputs: dict[str, ir.Value], kind: str, *, transposed: bool) -> list[ir.Value]:
-    # Earlier visual tokens without their null row, earlier text, and this step's tokens.
-    visual = branch.slice(inputs[f"past_visual_{kind}"], branch.constant(1), branch.constant(1 << 40), 0)
-    visual, rows = (branch.op("Transpose", part, perm=[1, 2, 0] if transposed else [1, 0, 2]) for part in (visual, inputs[kind]))
-    text = branch.op("Transpose", inputs[f"past_text_{kind}"], perm=[1, 0, 3, 2] if transposed else [1, 0, 2, 3])
-    return [branch.op("Unsqueeze", visual, branch.constant(1)), text, branch.op("Unsqueeze", rows, branch.constant(1))]
+def _row_of(branch: _Branch, inputs: dict[str, ir.Value], kind: str) -> ir.Value:
+    # Earlier visual tokens and earlier text without their null rows, and this step's tokens [n, kv heads, head_dim].
+    earlier = [
+        branch.slice(inputs[f"{place}{kind}"], branch.constant(1), branch.constant(1 << 40), 0)
+        for place in ("past_visual_", "past_text_")
+    ]
+    return branch.op("Concat", *earlier, inputs[kind], axis=0)

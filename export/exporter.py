@@ -100,11 +100,13 @@ def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
 
 
 def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: Mapping[str, GraphRecord], folder: Path) -> Manifest:
+    tower: Any = loaded.family.vision(plan.geometry)
     return Manifest(
         source=loaded.folder.source(),
         decoder=replace(loaded.decoder_shape(), cache_type=lowering.products),
         target=lowering.target.name,
         precision=lowering.precision,
+        encoder_blocks=tower.blocks,
         image=loaded.family.image_text(plan.geometry),
         end_tokens=loaded.end_tokens(),
         versions={package: version(package) for package in _PACKAGES},

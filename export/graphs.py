@@ -2,7 +2,7 @@
 
 No shape depends on data: lengths of the segments and caches are dynamic dimensions, the kept counts are constants bounded by
 the length of the visual segment. All layers share the length of their text caches; layers whose visual caches hold as many tokens
-share that length.
+share that length. Both count a null row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgeprune.bundle import GraphRecord
 from edgeprune.export.passes import described, finish
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
-from edgeprune.model.attention import caches_of, flat_text, flat_visual
+from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 from edgeprune.runtime.engine import SEGMENTS, SIGNALS, decoder_inputs, decoder_outputs, kept_names
@@ -96,7 +96,7 @@ def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowe
     shapes: list[Any] = [{1: lengths[name]} for name in SEGMENTS] * 2 + [{0: lengths["visual"]}]
     arguments: list[Any] = [*embeds, *positions, torch.arange(plan.seen)]
     past, past_shapes = _example_caches(parts, plan, getattr(torch, lowering.products))
-    groups = torch.zeros(past[0].shape[2] + 3 + 5, 3)
+    groups = torch.zeros(past[0].shape[0] - 1 + 3 + 5, 3)
     arguments += [groups if plan.live else None, past]
     shapes += [{0: torch.export.Dim.AUTO} if plan.live else None, past_shapes]
     names = decoder_inputs(plan), decoder_outputs(plan)
@@ -129,13 +129,12 @@ class _FlatDecoder(nn.Module):
             order,
             text_groups=groups,
         )
-        present = (*flat_text(output.caches), *flat_visual(output.caches))
-        return (output.logits, *present, *output.kept, *(() if output.split is None else (output.split,)))
+        return (output.logits, *flat_rows(output.rows), *output.kept, *(() if output.split is None else (output.split,)))
 
 
 def _example_caches(parts: DecoderParts, plan: KeepPlan, kind: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
     # All examples differ in length, so that no length is taken for another.
-    text = torch.export.Dim("past_text", min=0, max=MAX_LENGTH)
+    text = torch.export.Dim("past_text", min=1, max=MAX_LENGTH)
     stages: dict[tuple[int, bool], Any] = {}
     visual: list[tuple[torch.Tensor, Any]] = []
     for layer in range(plan.layers):
@@ -143,7 +142,7 @@ def _example_caches(parts: DecoderParts, plan: KeepPlan, kind: torch.dtype) -> t
         length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
         rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim, dtype=kind)
         visual += [(rows, {0: length})] * 2
-    past = [(torch.zeros(1, parts.kv_heads, 7, parts.head_dim, dtype=kind), {2: text})] * (2 * plan.layers) + visual
+    past = [(torch.zeros(7, parts.kv_heads, parts.head_dim, dtype=kind), {0: text})] * (2 * plan.layers) + visual
     return [example.clone() for example, _ in past], [shape for _, shape in past]
 
 

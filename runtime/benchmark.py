@@ -20,6 +20,7 @@ from edgeprune.errors import UsageError
 from edgeprune.runtime.contenders import OWN, WHOLE, WORDS, Contender, contenders, equal_work_tokens
 from edgeprune.runtime.contexts import measure_contexts
 from edgeprune.runtime.figures import AtContext, Figures, Row, Startup, decode_kv_bytes, ratios, row_of, spreads
+from edgeprune.runtime.growth import AtKept, Line, line_through, measure_growth
 from edgeprune.runtime.peaks import measure_peaks
 from edgeprune.runtime.profiling import reported_peaks
 from edgeprune.runtime.questions import PROMPT, Question
@@ -35,13 +36,14 @@ class Request:
     """What is measured.
 
     `compare`: see `contenders`; the first is the baseline, or the bundle itself where there is none. `contexts`: text tokens of
-    questions after which decode steps are timed. `image` None: a TableTop scene of each bundle's own size. `threads` None: ONNX
-    Runtime's own choice.
+    questions after which decode steps are timed; `kept`: visual tokens with which the first token is. `image` None: a TableTop
+    scene of each bundle's own size. `threads` None: ONNX Runtime's own choice.
     """
 
     bundle: Path
     compare: tuple[str, ...]
     contexts: tuple[int, ...]
+    kept: tuple[int, ...]
     image: Path | None
     question: Question
     repeats: int
@@ -63,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured, and on what. `power_rails`: what the energy adds up.
+    """What was measured, and on what. `power_rails`: what the energy adds up. `growth` of the first token with visual tokens.
 
     `equal_work_tokens`: how many of the `visual_tokens` "random" and "uniform" enter; `peaks` None where nobody knows them, and
     `peaks_from`: "measured", or the report that they were read from. The bundle's own figures are the first of `contenders`.
@@ -78,6 +80,12 @@ class Benchmark:
     peaks: Peaks | None
     peaks_from: str
     contenders: tuple[Figures, ...]
+    growth: tuple[AtKept, ...] = ()
+
+    @property
+    def line(self) -> Line | None:
+        """The line through the prefills of `growth`."""
+        return line_through(self.growth)
 
     def of(self, name: str) -> Figures:
         """Return the figures of a contender; raise KeyError when it was not measured."""
@@ -97,7 +105,8 @@ class Benchmark:
         found = {name: getattr(self, name) for name in names}
         peaks = None if self.peaks is None else asdict(self.peaks)
         compared = {figures.name: {**asdict(figures), "rss_ratio": figures.rss_ratio} for figures in self.contenders}
-        return {"machine": self.machine.to_dict(), **asked, **found, "peaks": peaks, "contenders": compared}
+        growth = {"growth": [asdict(at) for at in self.growth], "line": None if self.line is None else asdict(self.line)}
+        return {"machine": self.machine.to_dict(), **asked, **found, "peaks": peaks, "contenders": compared, **growth}
 
 
 def benchmark(
@@ -105,6 +114,7 @@ def benchmark(
     *,
     compare: Sequence[str] = (WHOLE,),
     contexts: Sequence[int] = (),
+    kept: Sequence[int] = (),
     device_report: Path | None = None,
     image: Path | None = None,
     prompt: str | None = None,
@@ -125,11 +135,12 @@ def benchmark(
     Raises UsageError, ImageError, BundleError and EngineError.
     """
     question = Question(PROMPT if prompt is None else prompt, tokens, fit)
-    request = Request(path, tuple(compare), tuple(contexts), image, question, repeats, threads, provider)
+    request = Request(path, tuple(compare), tuple(contexts), tuple(kept), image, question, repeats, threads, provider)
     peaks = None if device_report is None else reported_peaks(device_report)
     with _powered(power) as source:
         bench = Rounds(request, source)
         at = measure_contexts(bench.compared, question, contexts, repeats)
+        growth = measure_growth(bench.compared[0], question, kept, repeats)
         bench.run(progress)
         reading = source.read() if source is not None else None
     if peaks is None and provider == "cpu":
@@ -144,6 +155,7 @@ def benchmark(
         peaks=peaks,
         peaks_from="measured" if device_report is None else str(device_report),
         contenders=_started(bench.figures(at, peaks), bench.unloaded(), request, startup),
+        growth=growth,
     )
 
 

@@ -1,8 +1,8 @@
 """The KV cache of a conversation: text that grows, and the visual tokens of each image, of which steps may read a prefix.
 
-Visual keys and values lie token by token [1 + K, kv heads, head_dim], after a null row the highest-ranked first where a cache
-cut ranked them. Keeping fewer is then a view of the same memory: nothing is copied, and the next question may have all of them
-back.
+Keys and values lie token by token [rows, kv heads, head_dim], after a null row. New text is written behind the old, into room that
+was made for a whole answer: a step copies its own rows and nothing else. Visual tokens lie the highest-ranked first where a cache
+cut ranked them: keeping fewer is then a view of the same memory, and the next question may have all of them back.
 """
 
 from __future__ import annotations
@@ -19,27 +19,59 @@ Arrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
 
 @dataclass(frozen=True)
 class KvCache:
-    """`text` [1, kv heads, length, head_dim] each; `images`: for each image its arrays [1 + K, kv heads, head_dim], whole;
-    `visual`: what steps read, the images one after the other.
+    """`buffers`: of which the first `length` rows are text. `images`: for each image its arrays [1 + K, kv heads, head_dim], whole;
+    `visual`: what steps read, the images one after the other. `room`: rows of text for which there shall be buffers.
+
+    Caches that grew from one another share their buffers: only the last one may grow.
     """
 
-    text: Arrays
+    buffers: Arrays
+    length: int
     images: tuple[Arrays, ...]
     visual: Arrays
+    room: int = 0
 
     @classmethod
     def empty(cls, shape: DecoderShape) -> KvCache:
         """Return a cache that holds nothing."""
-        text = np.zeros((1, shape.kv_heads, 0, shape.head_dim), shape.cache_type)
-        null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type)
-        return cls((text,) * (2 * shape.layers), (), (null,) * (2 * shape.layers))
+        nulls = (np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type),) * (2 * shape.layers)
+        return cls(nulls, 1, (), nulls)
 
-    def grown(self, text: Arrays, image: Arrays | None) -> KvCache:
-        """Return the cache with other text and, after an image, its visual tokens. All images are whole again."""
-        if image is None:
-            return replace(self, text=text)
+    @property
+    def text(self) -> Arrays:
+        """What steps read of text [1 + T, kv heads, head_dim]: views."""
+        return tuple(rows[: self.length] for rows in self.buffers)
+
+    def reserved(self, tokens: int) -> KvCache:
+        """Return the cache that takes in so many more tokens of text with one allocation. Memory is not touched before its use."""
+        return replace(self, room=max(self.room, self.length + tokens))
+
+    def grown(self, rows: Arrays, before: int, after: int) -> KvCache:
+        """Return the cache with the rows of a step whose prefix and suffix have `before` and `after` tokens; those between are of
+        an image. After an image all images are whole again.
+        """
+        length = self.length + before + after
+        buffers = self.buffers if len(self.buffers[0]) >= length else self._larger(rows, max(length, self.room))
+        for buffer, new in zip(buffers, rows, strict=True):
+            if before:
+                buffer[self.length : self.length + before] = new[:before]
+            if after:
+                buffer[length - after : length] = new[len(new) - after :]
+        cache = replace(self, buffers=buffers, length=length)
+        visual = tuple(new[before : len(new) - after] for new in rows)
+        return cache._with(tuple(map(_after_null, visual))) if any(map(len, visual)) else cache
+
+    def _larger(self, like: Arrays, capacity: int) -> Arrays:
+        # Where the rows of steps are: on a device, its memory. Few sizes, so that conversations find each other's blocks there.
+        capacity = 1 << (capacity - 1).bit_length()
+        buffers = tuple(np.empty_like(new, order="C", shape=(capacity, *new.shape[1:])) for new in like)
+        for buffer, old in zip(buffers, self.text, strict=True):
+            buffer[: self.length] = old
+        return buffers
+
+    def _with(self, image: Arrays) -> KvCache:
         images = (*self.images, image)
-        return KvCache(text, images, _joined(images) if len(images) > 1 else image)
+        return replace(self, images=images, visual=_joined(images) if len(images) > 1 else image)
 
     def shortened(self, share: float, first_layer: int) -> KvCache:
         """Return the cache whose layers from `first_layer` on let steps read only that share of each image."""
@@ -54,7 +86,8 @@ class KvCache:
     @property
     def bytes(self) -> int:
         """Memory of all keys and values, null rows left out."""
-        return sum(rows.nbytes for rows in self.text) + sum(rows[1:].nbytes for image in self.images for rows in image)
+        text = sum((self.length - 1) * (rows.nbytes // len(rows)) for rows in self.buffers)
+        return text + sum(rows.nbytes - rows.nbytes // len(rows) for image in self.images for rows in image)
 
     @property
     def visual_reads(self) -> int:
@@ -65,6 +98,13 @@ class KvCache:
 def kept_of(tokens: int, share: float) -> int:
     """Return how many of `tokens` a share keeps: rounded up, so that a share above zero never keeps nothing."""
     return math.ceil(tokens * share - 1e-6)
+
+
+def _after_null(rows: np.ndarray) -> np.ndarray:
+    found = np.empty_like(rows, order="C", shape=(1 + len(rows), *rows.shape[1:]))
+    found[:1] = np.zeros((1, *rows.shape[1:]), rows.dtype)
+    found[1:] = rows
+    return found
 
 
 def _joined(images: tuple[Arrays, ...]) -> Arrays:

@@ -1,4 +1,6 @@
-"""The picture of a benchmark: what makes up each first token, and what a token costs at each context. Needs matplotlib."""
+"""The picture of a benchmark: what makes up each first token, what a token costs at each context, and how the first token grows.
+Needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,14 @@ _STYLE: Any = {
 
 def draw(result: Benchmark, path: Path) -> None:
     """Write the picture, in the format of the suffix."""
-    panels = 2 if result.request.contexts else 1
+    more = [draws for draws, asked in ((_contexts, result.request.contexts), (_growth, result.growth)) if asked]
+    panels = 1 + len(more)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.6 * panels, 1.9 + 0.55 * max(len(result.contenders), 3)), layout="constrained", dpi=150)
         axes = figure.subplots(1, panels, squeeze=False)[0]
         _first_tokens(axes[0], result)
-        if panels == 2:
-            _contexts(axes[1], result)
+        for draws, free in zip(more, axes[1:], strict=True):
+            draws(free, result)
         figure.savefig(path)
 
 
@@ -62,6 +65,19 @@ def _contexts(axes: Axes, result: Benchmark) -> None:
     axes.grid(axis="y", color="#e3e6ea")
     columns = min(len(result.contenders), 4)
     axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.4, columnspacing=1.2)
+
+
+def _growth(axes: Axes, result: Benchmark) -> None:
+    kept = [at.kept for at in result.growth]
+    for name, color, marker in (("ttft_ms", _LINES[0], "o"), ("prefill_ms", _LINES[2], "s")):
+        times = [getattr(at, name).p50 for at in result.growth]
+        axes.plot(kept, times, label="TTFT" if name == "ttft_ms" else "prefill", color=color, marker=marker, linewidth=1.6)
+    if line := result.line:
+        fit = [line.ms_at_none + line.ms_per_token * at.tokens for at in result.growth]
+        axes.plot(kept, fit, label=f"prefill as a line, within {line.farthest:.0%}", color=_LINES[1], linestyle=":", linewidth=1.4)
+    axes.set(xlabel="visual tokens in the decoder, evenly chosen", ylabel="ms (medians)", xlim=(0, None), ylim=(0, None))
+    axes.grid(axis="y", color="#e3e6ea")
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.4, columnspacing=1.2)
 
 
 def _short(name: str) -> str:

@@ -105,11 +105,17 @@ def own_contender(name: str, path: Path, runtime: Runtime, image: Path | None = 
 
 def variant(own: Contender, name: str) -> Contender:
     """Return the same bundle with its plan left out: WHOLE, or one of BLIND."""
+    plan = own.runtime.plan
+    if name in BLIND:
+        return blind(own, name, equal_work_tokens(plan))
+    return replace(own, name=name, prune=False, alive=(plan.geometry.tokens,) * plan.layers)
+
+
+def blind(own: Contender, name: str, keep: int) -> Contender:
+    """Return the same bundle with `keep` visual tokens in every layer, chosen by one of BLIND."""
     plan, model = own.runtime.plan, own.runtime._model
     whole = plan.geometry.tokens
-    keep = whole if name == WHOLE else equal_work_tokens(plan)
-    if name in BLIND:
-        model = replace(model, engine=Chosen(model.engine, chosen_tokens(name, whole, keep), whole))
+    model = replace(model, engine=Chosen(model.engine, chosen_tokens(name, whole, keep), whole))
     return replace(own, name=name, runtime=Runtime(model), prune=False, alive=(keep,) * plan.layers)
 
 

@@ -82,7 +82,7 @@ class Conversation:
         self._seen_images = 0
         shape = self._model.decoder
         self._cache = KvCache.empty(shape)
-        self._groups: list[int] = []  # of the text in the caches: SYSTEM, INSTRUCTION, GENERATED or none of them
+        self._groups = bytearray()  # of the text in the caches: SYSTEM, INSTRUCTION, GENERATED or none of them
         self._position = 0
         self._length = 0  # of the sequence, as if nothing had been pruned
 
@@ -148,7 +148,7 @@ class Conversation:
 
     def _generate(self, ids: list[int], sampler: Sampler, receipt: Receipt, said: list[int]) -> Generator[str]:
         started = time.perf_counter()
-        step = self._prefill(ids, receipt)
+        step = self._prefill(ids, receipt, sampler.sampling.max_tokens)
         token = sampler.pick(step.logits)
         receipt.times.prefill_ms = 1e3 * (time.perf_counter() - started) - receipt.times.select_ms
         decoder, watch = StreamDecoder(self._model.codec), StopWatch(sampler.sampling.stop)
@@ -169,11 +169,13 @@ class Conversation:
                 receipt.finish_reason = "length"
                 yield watch.push(decoder.flush()) + watch.flush()
                 return
+            started = time.perf_counter()
             step = self._decode(token, step, rate, receipt)
             token = sampler.pick(step.logits)
+            receipt.times.decode_ms.append(1e3 * (time.perf_counter() - started))
+            receipt.times.graph_ms += [] if step.run_ms is None else [step.run_ms]
 
     def _decode(self, token: int, before: Step, rate: Rate | None, receipt: Receipt) -> Step:
-        started = time.perf_counter()
         if rate is not None:
             self._cache = rate.shorten(self._cache, before, receipt)
         # Unpruned, visual tokens lie among the text and are all read.
@@ -181,7 +183,6 @@ class Conversation:
         nothing = self._no_tokens()
         step = self._step(nothing, nothing, self._text([token]), GENERATED)
         self._ids.append(token)
-        receipt.times.decode_ms.append(1e3 * (time.perf_counter() - started))
         return step
 
     def _tokens(self, turn: Message, images: int) -> list[int]:
@@ -199,11 +200,14 @@ class Conversation:
             )
         return ids
 
-    def _prefill(self, ids: list[int], receipt: Receipt) -> Step:
+    def _prefill(self, ids: list[int], receipt: Receipt, answer: int) -> Step:
         if ids[: len(self._ids)] != self._ids:
             self._reset()  # the text was tokenised otherwise than it was generated: start over, images are kept
         self._cache = self._cache.shortened(1.0, 0)  # what an earlier answer could spare, this one may need
-        step = self._feed(ids[len(self._ids) :], receipt)
+        new = ids[len(self._ids) :]
+        visual = 0 if self._prune else (len(self._images) - self._seen_images) * self._model.plan.geometry.tokens
+        self._cache = self._cache.reserved(min(len(new) + visual + answer, self._model.decoder.context))
+        step = self._feed(new, receipt)
         self._ids = ids
         return step
 
@@ -251,11 +255,12 @@ class Conversation:
 
     def _step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, group: int, order: np.ndarray | None = None) -> Step:
         before = prefix.embeds.shape[1]
-        self._groups += [SYSTEM] * before + [group] * suffix.embeds.shape[1]
+        self._groups += bytes([SYSTEM] * before + [group] * suffix.embeds.shape[1])
         order = np.zeros(0, np.int64) if order is None else order
-        step = self._model.engine.step(StepInput(prefix, visual, suffix, order, _ONE_HOT[self._groups]), self._cache)
-        self._cache = self._cache.grown(step.text, step.visual if len(order) else None)
-        return replace(step, text=(), visual=())
+        groups = _ONE_HOT[np.frombuffer(self._groups, np.uint8)]
+        step = self._model.engine.step(StepInput(prefix, visual, suffix, order, groups), self._cache)
+        self._cache = self._cache.grown(step.rows, before, suffix.embeds.shape[1])
+        return replace(step, rows=())
 
     def _interleaved(self, before: list[list[int]], embeds: np.ndarray) -> tuple[Tokens, Tokens]:
         # The text before each span, and the visual tokens of all, each at its own position.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
 
+from edgeprune.background import at_once
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.plan import KeepPlan
@@ -75,16 +77,16 @@ class StepInput:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: `logits` [vocabulary] of the last token; `text` caches with the new text appended; `visual` caches of this
-    step's image alone; `kept` of every layer and cache cut; `split` [layers, 4] of a plan whose rate follows attention, else
-    None.
+    """One forward: `logits` [vocabulary] of the last token; `rows` [n, kv heads, head_dim] that the caches are to take in, of the
+    prefix, of the visual tokens that stay and of the suffix; `kept` of every layer and cache cut; `split` [layers, 4] of a plan
+    whose rate follows attention, else None. `run_ms`: of the graph alone; None where it goes on after the call.
     """
 
     logits: np.ndarray
-    text: Arrays
-    visual: Arrays
+    rows: Arrays
     kept: tuple[np.ndarray, ...]
     split: np.ndarray | None
+    run_ms: float | None = None
 
 
 class Engine(Protocol):
@@ -113,14 +115,19 @@ class Engine(Protocol):
         ...
 
 
-def cache_name(layer: int, part: str, *, present: bool = False) -> str:
-    """Return the graph's name for the "key" or "value" cache of a layer's text, as an input or (`present`) as an output."""
-    return f"{'present' if present else 'past_key_values'}.{layer}.{part}"
+def cache_name(layer: int, part: str) -> str:
+    """Return the graph's name for the "key" or "value" cache of a layer's text [1 + T, kv heads, head_dim]."""
+    return f"past_key_values.{layer}.{part}"
 
 
-def visual_cache_name(layer: int, part: str, *, present: bool = False) -> str:
-    """Return the graph's name for the "key" or "value" cache of a layer's visual tokens."""
-    return f"visual_{cache_name(layer, part, present=present)}"
+def visual_cache_name(layer: int, part: str) -> str:
+    """Return the graph's name for the "key" or "value" cache of a layer's visual tokens [1 + K, kv heads, head_dim]."""
+    return f"visual_{cache_name(layer, part)}"
+
+
+def rows_name(layer: int, part: str) -> str:
+    """Return the graph's name for what a step adds to a layer's "key" or "value" caches [n, kv heads, head_dim]."""
+    return f"present.{layer}.{part}"
 
 
 def kept_name(cut: int) -> str:
@@ -144,9 +151,7 @@ def decoder_inputs(plan: KeepPlan) -> list[str]:
 def decoder_outputs(plan: KeepPlan) -> list[str]:
     """Return the names of the decoder's outputs, in its order."""
     layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
-    names = ["logits", *(cache_name(*layer, present=True) for layer in layers)]
-    names += [visual_cache_name(*layer, present=True) for layer in layers]
-    names += kept_names(plan, "layer", "cache")
+    names = ["logits", *(rows_name(*layer) for layer in layers), *kept_names(plan, "layer", "cache")]
     return names + (["attention_split"] if plan.live else [])
 
 
@@ -160,18 +165,14 @@ class OnnxEngine:
     def __init__(
         self, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,), exact: bool = False
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if exact:
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._plan = bundle.plan
-        self._vision = _open(bundle.file(VISION), options, providers)
-        self._embed = _open(bundle.file(EMBED), options, providers)
-        self._decoder = _open(bundle.file(DECODER), options, providers)
-        self._selector = _open(bundle.file(SELECTOR), options, providers) if bundle.plan.input else None
-        self._predictor = _open(bundle.file(PREDICTOR), options, providers) if bundle.plan.live else None
+        plan = self._plan = bundle.plan
+        options = _options(threads, providers, exact)
+        graphs = [DECODER, VISION, EMBED, *([SELECTOR] if plan.input else []), *([PREDICTOR] if plan.live else [])]
+        opening = {graph: partial(_open, bundle.file(graph), options, providers) for graph in graphs}
+        # Other providers share a device, and it is not known of all that they may be started at once.
+        opened = at_once(opening) if providers[0] == CPU else {graph: opens() for graph, opens in opening.items()}
+        self._vision, self._embed, self._decoder = opened[VISION], opened[EMBED], opened[DECODER]
+        self._selector, self._predictor = opened.get(SELECTOR), opened.get(PREDICTOR)
         # Only an unpruned answer needs it.
         self._open_unpruned, self._unpruned = partial(_open, bundle.file(VISION_UNPRUNED), options, providers), None
         self._kept = kept_names(bundle.plan, "vision")
@@ -210,10 +211,12 @@ class OnnxEngine:
         values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
         values += [*([tokens.groups] if self._plan.live else []), *cache.text, *cache.visual]
         feeds = {name: value for name, value in zip(self._inputs, values, strict=True) if name in self._wanted}
+        started = time.perf_counter()
         logits, *rest = self._decoder.run(self._outputs, feeds)
+        run_ms = 1e3 * (time.perf_counter() - started)
         split = rest.pop() if self._plan.live else None
-        count = len(cache.text)
-        return Step(logits[0, 0], tuple(rest[:count]), tuple(rest[count : 2 * count]), tuple(rest[2 * count :]), split)
+        count = 2 * self._plan.layers
+        return Step(logits[0, 0], tuple(rest[:count]), tuple(rest[count:]), split, run_ms)
 
     def rate(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
@@ -221,6 +224,31 @@ class OnnxEngine:
         offered = {"attention_split": split, "step": np.array([step], np.float32)}
         feeds = {node.name: offered[node.name] for node in self._predictor.get_inputs()}
         return float(self._predictor.run(["share"], feeds)[0][0])
+
+
+def _options(threads: int | None, providers: Sequence[str], exact: bool) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if providers[0] == CPU:
+        # A pattern is one block beside the pieces that the first run left in the arena: memory twice, and no time is gained.
+        options.enable_mem_pattern = False
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+@cache
+def _share_arena() -> None:
+    # The graphs run one after the other: what the vision encoder needed for an image serves the decoder next.
+    kind, memory = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
+    try:
+        onnxruntime.create_and_register_allocator(onnxruntime.OrtMemoryInfo("Cpu", kind, 0, memory), None)
+    except Exception:  # the program around us has registered its own; ONNX Runtime raises types without a common base
+        return
 
 
 def _open(path: Path, options: Any, providers: Sequence[str]) -> Any:

@@ -106,7 +106,8 @@ def row_of(first: Receipt, second: Receipt, joules: float | None) -> Row:
     row = {name: float(getattr(times, name)) for name in STAGES}
     row |= {"ttft_ms": times.ttft_ms, "repeated_ttft_ms": second.times.ttft_ms, "ms_per_token": times.ms_per_token}
     row |= {"tokens_per_second": 1e3 * len(times.decode_ms) / sum(times.decode_ms), "kv_bytes": float(first.kv_bytes)}
-    return row if joules is None else {**row, "energy_j": joules}
+    known = {"overhead": times.overhead, "energy_j": joules}
+    return {**row, **{name: value for name, value in known.items() if value is not None}}
 
 
 def decode_kv_bytes(receipt: Receipt, entry: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +26,16 @@ class CutReceipt:
 
 @dataclass
 class Times:
-    """Milliseconds of each stage; `decode_ms` has one entry for every decode step."""
+    """Milliseconds of each stage; `decode_ms` has one entry for every decode step, picking the token included, and `graph_ms`
+    what the decoder's graph alone took of it, where the engine says so.
+    """
 
     preprocess_ms: float = 0.0
     vision_ms: float = 0.0
     select_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: list[float] = field(default_factory=list)
+    graph_ms: list[float] = field(default_factory=list)
 
     @property
     def ttft_ms(self) -> float:
@@ -43,7 +45,14 @@ class Times:
     @property
     def ms_per_token(self) -> float:
         """Median of the decode steps; 0 when there was none."""
-        return statistics.median(self.decode_ms) if self.decode_ms else 0.0
+        return float(np.median(self.decode_ms)) if self.decode_ms else 0.0
+
+    @property
+    def overhead(self) -> float | None:
+        """What a decode step takes beside its graph, as a share of the graph's time; the median, None where it is not known."""
+        pairs = zip(self.decode_ms, self.graph_ms, strict=True) if self.graph_ms else ()
+        shares = [whole / graph - 1 for whole, graph in pairs]
+        return float(np.median(shares)) if shares else None
 
 
 @dataclass

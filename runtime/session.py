@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -17,14 +17,16 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
 from edgeprune.processors import image_spec
-from edgeprune.runtime.board import Board
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.conversation import Conversation, Model, Picture, Stream
 from edgeprune.runtime.images import read_image
-from edgeprune.runtime.overlay import Panel, kept_panels, lay_out
 from edgeprune.runtime.providers import open_engine
 from edgeprune.runtime.receipt import CutReceipt, Receipt
 from edgeprune.runtime.sampling import Sampling
+
+if TYPE_CHECKING:  # what draws is imported by who draws: it costs a tenth of what we are here for
+    from edgeprune.runtime.board import Board
+    from edgeprune.runtime.overlay import Panel
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 Pictures = ImageLike | Sequence[ImageLike]
@@ -68,6 +70,8 @@ class Runtime:
 
     def draw(self, image: Pictures, receipt: Receipt, *, fit: str = "exact") -> Image.Image:
         """Return the image once for each cut of an answer's receipt, the dropped visual tokens greyed out; KV caches are one."""
+        from edgeprune.runtime.overlay import lay_out
+
         return lay_out(self.panels(image, receipt, fit=fit))
 
     def panels(self, image: Pictures, receipt: Receipt, *, fit: str = "exact") -> list[Panel]:
@@ -84,11 +88,15 @@ class Runtime:
         return [panel for frames, cuts in zip(shown, parts, strict=True) for panel in self._panels(frames, cuts, fit)]
 
     def _panels(self, frames: list[Image.Image], cuts: Sequence[CutReceipt], fit: str) -> list[Panel]:
+        from edgeprune.runtime.overlay import kept_panels
+
         caches = {str(cut) for cut in self.plan.cache_cuts}
         kept = [(cut.cut, cut.kept) for cut in cuts if cut.cut not in caches]
         return kept_panels(self._board(frames, fit), kept, [cut.kept for cut in cuts if cut.cut in caches])
 
     def _board(self, frames: list[Image.Image], fit: str) -> Board:
+        from edgeprune.runtime.board import Board
+
         geometry, spec = self.plan.geometry, self._model.image_spec
         fitted = [fit_image(frame, geometry, fit, spec) for frame in frames]
         if not geometry.views:
@@ -127,21 +135,21 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, provider: 
     `provider`: what computes, one of `edgeprune.runtime.providers.PROVIDERS`; no other is taken in its place. `threads`: of ONNX
     Runtime. Raises BundleError when a file is missing or altered, EngineError when the provider cannot be had here.
     """
-    bundle = Bundle.load(Path(path))
-    engine = open_engine(bundle, provider, threads)
-    return Runtime(
-        Model(
-            engine=engine,
-            codec=TextCodec(bundle.file(TOKENIZER)),
-            template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
-            special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
-            image_spec=image_spec(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))),
-            image=bundle.manifest.image,
-            end_tokens=bundle.manifest.end_tokens,
-            decoder=bundle.manifest.decoder,
-            plan=bundle.plan,
+    with Bundle.opening(Path(path)) as bundle:
+        engine = open_engine(bundle, provider, threads)
+        return Runtime(
+            Model(
+                engine=engine,
+                codec=TextCodec(bundle.file(TOKENIZER)),
+                template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
+                special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
+                image_spec=image_spec(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))),
+                image=bundle.manifest.image,
+                end_tokens=bundle.manifest.end_tokens,
+                decoder=bundle.manifest.decoder,
+                plan=bundle.plan,
+            )
         )
-    )
 
 
 def _listed(image: Pictures) -> list[ImageLike]:

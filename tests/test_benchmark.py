@@ -282,7 +282,7 @@ def test_the_command(tiny_bundle: Bundle, report: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--contexts", "200,many"), "no context lengths"),
+        (("--contexts", "200,many"), "no numbers of tokens"),
         (("--compare", "resize"), "compare small.bundle"),
         (("--plot", "picture.gif"), "Cannot draw"),
         (("--repeats", "0"), "1 round or more"),

@@ -16,8 +16,8 @@ from edgeprune.export.graphs import trace_decoder
 from edgeprune.families.base import DecoderParts
 from edgeprune.loading import LoadedModel
 from edgeprune.model import PrunedDecoder, Segment
-from edgeprune.model.attention import LayerCache, flat_text, flat_visual
 from edgeprune.model.blocked import InRow
+from edgeprune.model.cache import LayerCache, flat_rows
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime.engine import decoder_inputs, decoder_outputs
 from edgeprune.targets import TARGETS, Lowering
@@ -56,12 +56,14 @@ class Pair:
         embeds = [torch.randn(1, n, self.parts.hidden, generator=generator) for n in (before, visual, after)]
         segments = [Segment(*each) for each in zip(embeds, places, strict=True)]
         heads, width = self.parts.kv_heads, self.parts.head_dim
-        shapes = [(1, heads, text, width)] * 2 + [(1 + kept, heads, width)] * 2
-        caches = [LayerCache(*(torch.randn(shape, generator=generator) for shape in shapes)) for _ in range(2)]
+        lengths = (1 + text,) * 2 + (1 + kept,) * 2
+        caches = [LayerCache(*(torch.randn(rows, heads, width, generator=generator) for rows in lengths)) for _ in range(2)]
         with torch.no_grad():
             output = self.eager(*segments, caches, torch.arange(visual))
-        expected = [output.logits, *flat_text(output.caches), *flat_visual(output.caches), *output.kept]
-        values = [*embeds, *places, torch.arange(visual), *flat_text(caches), *flat_visual(caches)]
+        expected = [output.logits, *flat_rows(output.rows), *output.kept]
+        past = [rows for cache in caches for rows in (cache.key, cache.value)]
+        past += [rows for cache in caches for rows in (cache.visual_key, cache.visual_value)]
+        values = [*embeds, *places, torch.arange(visual), *past]
         feeds = {name: value.numpy() for name, value in zip(decoder_inputs(plan()), values, strict=True)}
         actual = self.session.run(decoder_outputs(plan()), feeds)
         return max(float(np.abs(a - e.numpy()).max(initial=0.0)) for a, e in zip(actual, expected, strict=True))

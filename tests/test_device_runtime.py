@@ -117,6 +117,25 @@ def test_nothing_large_comes_back_and_memory_stops_growing(
     assert steps == [0] + [1] * 11  # one image turn, then decode steps
 
 
+def test_a_step_copies_its_own_rows_and_nothing_else(bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
+    stream = on_device(bundle, driver).stream(tiny_image, PROMPT, max_tokens=12)
+    next(stream)
+    shape, before = bundle.manifest.decoder, len(driver.calls)
+    "".join(stream)
+    copied = [call[1] for call in driver.calls[before:] if call[0] == "copy"]
+    row = shape.kv_heads * shape.head_dim * np.dtype(shape.cache_type).itemsize
+    assert copied and set(copied) == {row}
+
+
+def test_questions_of_all_lengths_share_a_few_blocks(bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
+    runtime = on_device(bundle, driver)
+    held = []
+    for words in range(1, 9):
+        runtime.generate(tiny_image, PROMPT + " Now." * words, max_tokens=6)
+        held.append(runtime._model.engine.device_bytes)  # type: ignore[attr-defined]
+    assert held[-1] < 2.5 * held[0]
+
+
 def test_closing_gives_everything_back(bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
     runtime = on_device(bundle, driver)
     answer = runtime.generate(tiny_image, PROMPT, max_tokens=3)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -148,8 +149,7 @@ def _masked_forward(loaded: LoadedModel, plan: KeepPlan, prompt: Prompt, kept: t
 def test_caches_shrink_with_the_cuts(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
     prompt = Prompt.make(tiny, tiny_plan)
     text = prompt.inputs["input_ids"].shape[1] - prompt.tokens
-    lengths = [(cache.key.shape[2], cache.visual_key.shape[0]) for cache in run(tiny, tiny_plan, prompt).caches]
-    assert lengths == [(text, 1 + 12), (text, 1 + 6), (text, 1 + 3)]
+    assert [rows.key.shape[0] - text for rows in run(tiny, tiny_plan, prompt).rows] == [12, 6, 3]
 
 
 def test_steps_on_caches_equal_one_forward(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
@@ -162,16 +162,17 @@ def test_steps_on_caches_equal_one_forward(tiny: LoadedModel, tiny_plan: KeepPla
         whole = decoder(prefix, visual, suffix, decoder.empty_caches())
         begin = Segment(suffix.embeds[:, :4], suffix.positions[:, :4])
         step = decoder(prefix, visual, begin, decoder.empty_caches())
-        seen = step.caches
+        caches = grown(decoder.empty_caches(), step, prefix.embeds.shape[1], 4)
         for index in range(4, suffix.embeds.shape[1]):
             one = Segment(suffix.embeds[:, index : index + 1], suffix.positions[:, index : index + 1])
-            step = decoder(nothing, nothing, one, with_visual(step.caches, seen))
+            step = decoder(nothing, nothing, one, caches)
+            caches = grown(caches, step, 0, 1)
     assert torch.allclose(step.logits, whole.logits, atol=LOGITS, rtol=0)
 
 
-def with_visual(text: tuple[LayerCache, ...], seen: tuple[LayerCache, ...]) -> list[LayerCache]:
-    """Return the caches of text with the visual tokens of an earlier step, as whoever runs steps must hold them."""
-    return [replace(old, key=new.key, value=new.value) for new, old in zip(text, seen, strict=True)]
+def grown(caches: Sequence[LayerCache], step: StepOutput, before: int, after: int) -> list[LayerCache]:
+    """Return caches with what a step adds to them, whose prefix and suffix have `before` and `after` tokens."""
+    return [cache.grown(rows, before, after) for cache, rows in zip(caches, step.rows, strict=True)]
 
 
 def test_visual_tokens_in_the_prefix_are_never_pruned(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import pytest
 from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
 from edgeprune.device.graph import read_graph
 from edgeprune.device.modules import MODULES, module_named
-from edgeprune.device.roofline import Range, estimate
+from edgeprune.device.roofline import Range, estimate, prefill_operations, vision_operations
 from edgeprune.device.workload import PRECISIONS, Decoder, Precision, Tower, Workload, workload_of
 from edgeprune.errors import BundleError, UsageError
+from edgeprune.export import tiling
 from edgeprune.export.exporter import export_bundle
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.targets import TARGETS, Lowering
 
 ROOT = Path(__file__).parent.parent
 TOWER = Tower(layers=10, hidden=1000, mlp=4000, patches=400, tokens=100, parameters=100_000_000, merger=10_000_000)
@@ -161,6 +163,18 @@ def test_graphs_are_read_as_onnx_reads_them(tiny_bundle: Bundle) -> None:
         assert graph.operators["Softmax"] == sum(node.op_type == "Softmax" for node in model.graph.node)
         shapes = [tuple(tensor.dims) for tensor in model.graph.initializer]
         assert graph.weights and all(shape in shapes for shape in graph.weights)
+
+
+def test_a_graph_written_for_cpus_does_the_same_work(
+    tiny_bundle: Bundle, tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, "_PIECE", 1)  # every head of every block has a softmax of its own
+    written = export_bundle(tiny, tiny_plan, tmp_path / "cpu", lowering=Lowering(TARGETS["cpu"], "int8"))
+    assert read_graph(written.file(VISION)).operators["Softmax"] > written.manifest.encoder_blocks
+    asked = {"text_tokens": 8, "generated": 4}
+    expected, found = (workload_of(bundle, **asked) for bundle in (tiny_bundle, written))
+    assert astuple(vision_operations(found)) == pytest.approx(astuple(vision_operations(expected)), rel=0.02)
+    assert astuple(prefill_operations(found)) == pytest.approx(astuple(prefill_operations(expected)), rel=0.02)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"\x3a\x05\x0a", b"\x3f", b"\x3a\x80\x80", b"no ONNX at all"])

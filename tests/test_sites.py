@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY_GEOMETRY
 from PIL import Image
-from test_model import Prompt, attentions_of, run
+from test_model import Prompt, attentions_of, grown, run
 
 from edgeprune.bundle import PREDICTOR, SELECTOR, Bundle
 from edgeprune.calibration.planning import ranked_plan, unpruned_plan
@@ -145,8 +145,8 @@ def test_a_smaller_budget_is_a_prefix(tiny: LoadedModel) -> None:
     large, small = (run(tiny, ranked_plan(BASE, [keep] * 3, **RANKED), prompt) for keep in (9, 4))
     for whole, part in zip(large.kept, small.kept, strict=True):
         assert torch.equal(whole[:, :4], part)
-    for longer, shorter in zip(large.caches, small.caches, strict=True):
-        assert torch.equal(longer.visual_key[:5], shorter.visual_key)
+    for longer, shorter in zip(large.rows, small.rows, strict=True):
+        assert torch.equal(longer.key[prompt.before :][:4], shorter.key[prompt.before :][:4])
 
 
 def test_reading_a_prefix_equals_masking_the_rest(tiny: LoadedModel) -> None:
@@ -156,7 +156,8 @@ def test_reading_a_prefix_equals_masking_the_rest(tiny: LoadedModel) -> None:
     nothing = type(suffix)(suffix.embeds[:, :0], suffix.positions[:, :0])
     one = type(suffix)(suffix.embeds[:, :1], suffix.positions[:, -1:] + 1)
     with torch.no_grad():
-        caches = decoder(prefix, visual, suffix, decoder.empty_caches()).caches
+        empty = decoder.empty_caches()
+        caches = grown(empty, decoder(prefix, visual, suffix, empty), prefix.embeds.shape[1], suffix.embeds.shape[1])
         short = [replace(c, visual_key=c.visual_key[:6], visual_value=c.visual_value[:6]) for c in caches]
         read = decoder(nothing, nothing, one, short).logits
         hidden = torch.cat([torch.zeros(1, 5), torch.full((1, 7), float("-inf"))], dim=1)

@@ -22,6 +22,7 @@ _PICTURES = (".png", ".svg", ".pdf")
     help="What to put beside it, with commas: none (the same unpruned), random, uniform, paths of other bundles.",
 )
 @click.option("--contexts", default="", help="Text tokens in the cache at which ms per token is measured, such as 200,1000,2000.")
+@click.option("--kept", default="", help="Visual tokens with which the first token is measured, such as 256,1024,4096.")
 @click.option(
     "--device-report", type=click.Path(path_type=Path), help="Take the machine's peaks from what `edgeprune profile` wrote."
 )
@@ -34,16 +35,19 @@ _PICTURES = (".png", ".svg", ".pdf")
 @provider_option
 @fit_option
 @json_option
-def bench(bundle: Path, compare: str, contexts: str, plot: Path | None, repeats: int, as_json: bool, **options: Any) -> None:
+def bench(
+    bundle: Path, compare: str, contexts: str, kept: str, plot: Path | None, repeats: int, as_json: bool, **options: Any
+) -> None:
     """Measure what a question costs with BUNDLE here, beside what it costs otherwise: times, memory, energy, roofline."""
-    lengths, names = parse_contexts(contexts), [name.strip() for name in compare.split(",") if name.strip()]
+    options["contexts"], options["kept"] = parse_counts(contexts, "--contexts 200,1000,2000"), parse_counts(kept, "--kept 256,1024")
+    names = [name.strip() for name in compare.split(",") if name.strip()]
     _check_plot(plot)
     from edgeprune.cli.measured import show_benchmark
     from edgeprune.cli.show import Counter
     from edgeprune.runtime.benchmark import benchmark
 
     with Counter("rounds", repeats, quiet=as_json) as counter:
-        result = benchmark(bundle, compare=names, contexts=lengths, repeats=repeats, progress=counter.update, **options)
+        result = benchmark(bundle, compare=names, repeats=repeats, progress=counter.update, **options)
     show_benchmark(result, as_json)
     if plot is not None:
         from edgeprune.runtime.chart import draw
@@ -51,13 +55,13 @@ def bench(bundle: Path, compare: str, contexts: str, plot: Path | None, repeats:
         draw(result, plot)
 
 
-def parse_contexts(text: str) -> list[int]:
+def parse_counts(text: str, example: str) -> list[int]:
     """Return [200, 1000] of "200,1000"; nothing of an empty text."""
     try:
-        lengths = [int(part) for part in text.split(",") if part.strip()]
+        counts = [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise UsageError(f"{text!r} are no context lengths.", hint="Write numbers of tokens: --contexts 200,1000,2000") from error
-    return lengths
+        raise UsageError(f"{text!r} are no numbers of tokens.", hint=f"Write them with commas: {example}") from error
+    return counts
 
 
 def _check_plot(plot: Path | None) -> None:

@@ -38,6 +38,7 @@ def show_benchmark(result: Benchmark, as_json: bool) -> None:
     click.echo(_header(result) + "\n")
     rows = [*_cost_rows(result), *_size_rows(result), *_roofline_rows(result), *_startup_rows(result)]
     show_table(["", *(each.name for each in result.contenders)], rows, as_json=False)
+    _show_growth(result)
     _show_notes(result)
 
 
@@ -86,8 +87,13 @@ def _cost_rows(result: Benchmark) -> list[Row]:
         if name in _TAILS:
             rows.append(["  p95", *(f"{each.costs[name].p95:.2f}" for each in result.contenders)])
         if name == "ms_per_token":
-            rows += _context_rows(result)
+            rows += [*_context_rows(result), *_overhead_rows(result)]
     return rows
+
+
+def _overhead_rows(result: Benchmark) -> list[Row]:
+    shares = [each.costs.get("overhead") for each in result.contenders]
+    return [["  beside the graph", *(f"{share.p50:.1%}" if share else "unknown" for share in shares)]] if any(shares) else []
 
 
 def _context_rows(result: Benchmark) -> list[Row]:
@@ -138,6 +144,19 @@ def _startup_rows(result: Benchmark) -> list[Row]:
     ]
 
 
+def _show_growth(result: Benchmark) -> None:
+    if not result.growth:
+        return
+    click.echo("\nThe first token with evenly chosen visual tokens and no cuts:")
+    rows = [[str(at.kept), f"{at.ttft_ms.p50:.1f}", f"{at.prefill_ms.p50:.1f}", f"{at.prefill_ms.p95:.1f}"] for at in result.growth]
+    show_table(["visual tokens", "TTFT ms", "prefill ms", "  p95"], rows, as_json=False)
+    if line := result.line:
+        click.echo(
+            f"prefill: {line.ms_at_none:.1f} ms and {line.ms_per_token:.3f} ms per token; none is farther than {line.farthest:.0%} "
+            "from that line"
+        )
+
+
 def _show_notes(result: Benchmark) -> None:
     click.echo()
     own = result.contenders[0]
@@ -153,6 +172,8 @@ def _show_notes(result: Benchmark) -> None:
     click.echo("image again: the first token of a second question about it in the same conversation")
     if result.request.contexts:
         click.echo("at N keys: after a question of N text tokens, the image besides")
+    if "overhead" in own.costs:
+        click.echo("beside the graph: what a decode step takes besides the run of its graph, as a share of that run")
     if "energy_j" not in own.costs:
         click.echo("energy: not measured: no sensor")
     else:

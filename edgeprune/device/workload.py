@@ -160,8 +160,8 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
     """Return the workload of a question to a bundle, as if it were exported in a precision.
 
     Sizes that the manifest lacks are read off the shapes of the graphs' weights. The width of the vision encoder is the one that
-    most of its matrices share, its depth the number of softmaxes, and its attention is taken to be over the whole image. Raises
-    UsageError for an unknown precision, BundleError for a graph that cannot be read.
+    most of its matrices share, and its attention is taken to be over the whole image. Raises UsageError for an unknown precision,
+    BundleError for a graph that cannot be read.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"Unknown precision {precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
@@ -169,7 +169,7 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
     patches = int(manifest.graphs[VISION].inputs["pixel_values"].shape[0])
     layers = range(plan.layers)
     return Workload(
-        tower=_thinned(_tower(read_graph(bundle.file(VISION)), patches, plan.geometry.tokens), plan),
+        tower=_thinned(_tower(read_graph(bundle.file(VISION)), manifest.encoder_blocks, patches, plan.geometry.tokens), plan),
         decoder=_decoder(read_graph(bundle.file(DECODER)), bundle),
         precision=PRECISIONS[precision],
         alive=tuple(map(plan.alive, layers)),
@@ -180,11 +180,10 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
     )
 
 
-def _tower(graph: Graph, patches: int, tokens: int) -> Tower:
+def _tower(graph: Graph, layers: int, patches: int, tokens: int) -> Tower:
     hidden = _common(size for shape in graph.weights for size in set(shape)) or 1
     wide = [shape for shape in graph.weights if hidden in shape]
     mlp = _common(size for shape in wide if len(shape) == 2 for size in shape if size not in (hidden, 3 * hidden))
-    layers = graph.operators["Softmax"] + graph.operators["Attention"]
     parameters = sum(map(math.prod, wide))
     return Tower(layers, hidden, mlp or 4 * hidden, patches, tokens, parameters, sum(map(math.prod, graph.weights)) - parameters)
 
@@ -202,9 +201,10 @@ def _decoder(graph: Graph, bundle: Bundle) -> Decoder:
     others = Counter(size for sizes in matrices if shape.hidden in sizes for size in sizes if size != shape.hidden)
     kv = shape.kv_heads * shape.head_dim
     # Gate, up and down are of the MLP's width; keys and values have the width of the cache. What is left are the queries' matrices,
-    # square where nothing is left.
+    # square where nothing is left; or, where no matrix is of the keys alone, those of all three in one.
     intermediate = _common(others.elements()) or 4 * shape.hidden
     queries = _common(size for size in others.elements() if size not in (intermediate, kv)) or shape.hidden
+    queries -= 0 if kv in others or queries <= 2 * kv else 2 * kv
     return Decoder(
         layers=shape.layers,
         hidden=shape.hidden,

@@ -1,6 +1,6 @@
 """The pruning-aware model: the family's own layers, our attention forward, the cuts of one plan. Eager and traced alike."""
 
-from edgeprune.model.attention import LayerCache
+from edgeprune.model.cache import LayerCache
 from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput
 from edgeprune.model.embedding import TextEmbedding
 from edgeprune.model.selector import InputSelector, input_selector

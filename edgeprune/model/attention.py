@@ -1,10 +1,6 @@
-"""Attention over keys that lie in three places: text, the visual tokens of this step, and those of earlier steps.
+"""Attention over keys that lie in three places: earlier text, this step's tokens, and the visual tokens of earlier steps.
 
-The caches of visual tokens stand apart from the text's: a decode step then appends to the text alone and reads the visual part
-where it is, and whoever holds it may pass a prefix of it. The order of keys does not matter to attention, only who may see whom.
-
-Visual keys and values begin with a null row that no token sees, so that no product has an empty side when there is no image: ONNX
-Runtime's matrix product with a folded transpose dies of a division by zero there (1.31.1, FusedMatMul with transBatchB).
+The order of keys does not matter to attention, only who may see whom: the caches are read where they are.
 """
 
 from __future__ import annotations
@@ -18,39 +14,11 @@ import torch
 
 from edgeprune.families.base import DecoderParts
 from edgeprune.model.blocked import InRow, blocked
+from edgeprune.model.cache import LayerCache, LayerRows
 
 _SMALLEST_HEAD = 16
 _ROWS = 1 << 20  # more than any step has
 _NEVER = 1 << 50
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """What one layer keeps: `key` and `value` of text [1, kv heads, length, head_dim], of visual tokens [1 + K, kv heads,
-    head_dim].
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    visual_key: torch.Tensor
-    visual_value: torch.Tensor
-
-
-def caches_of(flat: Sequence[torch.Tensor]) -> list[LayerCache]:
-    """Return the caches whose text and then visual tensors stand in a row, key and value of each layer."""
-    half = len(flat) // 2
-    text, visual = flat[:half], flat[half:]
-    return [LayerCache(*text[i : i + 2], *visual[i : i + 2]) for i in range(0, half, 2)]
-
-
-def flat_text(caches: Sequence[LayerCache]) -> tuple[torch.Tensor, ...]:
-    """Return the text part of caches in a row."""
-    return tuple(part for cache in caches for part in (cache.key, cache.value))
-
-
-def flat_visual(caches: Sequence[LayerCache]) -> tuple[torch.Tensor, ...]:
-    """Return the visual part of caches in a row."""
-    return tuple(part for cache in caches for part in (cache.visual_key, cache.visual_value))
 
 
 @dataclass(frozen=True)
@@ -128,42 +96,44 @@ class Scores:
 
 @dataclass(frozen=True)
 class Attended:
-    """One layer's attention: `output` [S, hidden], `cache` with this step's text appended and this step's visual tokens alone.
+    """One layer's attention: `output` [S, hidden] and the `rows` of this step's tokens, whose segments have `sizes`.
 
-    The parts of its `scores` are text, visual tokens of this step, and those of earlier steps, null rows included.
+    The parts of its `scores` are earlier text, this step, and visual tokens of earlier steps, null rows of the caches included.
     """
 
     output: torch.Tensor
-    cache: LayerCache
+    rows: LayerRows
     scores: Scores
+    sizes: tuple[int, int, int]
 
-    def last_row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the attention of the last token [heads, keys] to each of the parts.
+    def last_row(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the attention of the last token [heads, keys] to all text and to this step's visual tokens.
 
         It sees every key but the null rows, so it needs no mask.
         """
-        text, visual, past = torch.split(self.scores.last().flatten(0, 1), self.scores.parts, dim=1)
-        sizes = [text.shape[1], visual.shape[1] - 1, past.shape[1] - 1]
-        row = torch.softmax(torch.cat([text, visual[:, 1:], past[:, 1:]], dim=1), dim=-1)
-        text, visual, past = torch.split(row, sizes, dim=1)
-        return text, visual, past
+        past_text, step, past = torch.split(self.scores.last().flatten(0, 1), self.scores.parts, dim=1)
+        sizes = [past_text.shape[1] - 1, *self.sizes, past.shape[1] - 1]
+        row = torch.softmax(torch.cat([past_text[:, 1:], step, past[:, 1:]], dim=1), dim=-1)
+        past_text, before, visual, after, _ = torch.split(row, sizes, dim=1)
+        return torch.cat([past_text, before, after], dim=1), visual
 
-    def last_rows(self, count: int) -> tuple[torch.Tensor, ...]:
-        """Return the attention of the last tokens [heads, count, keys] to each of the parts."""
+    def last_rows_of_text(self, count: int) -> torch.Tensor:
+        """Return the attention of the last tokens to all text [heads, count, keys]."""
         weights = self.scores.weights
-        parts = torch.split(weights[:, :, weights.shape[2] - count :].flatten(0, 1), self.scores.parts, dim=2)
-        return parts[0], parts[1][..., 1:], parts[2][..., 1:]
+        past_text, step, _ = torch.split(weights[:, :, weights.shape[2] - count :].flatten(0, 1), self.scores.parts, dim=2)
+        before, _, after = torch.split(step, list(self.sizes), dim=2)
+        return torch.cat([past_text[..., 1:], before, after], dim=2)
 
     def visual_columns(self) -> torch.Tensor:
         """Return every token's attention to this step's visual tokens [heads, S, V]."""
-        return self._columns(1)
+        return torch.split(self._part(1), list(self.sizes), dim=2)[1]
 
     def past_columns(self) -> torch.Tensor:
         """Return every token's attention to the visual tokens of earlier steps [heads, S, K]."""
-        return self._columns(2)
+        return self._part(2)[..., 1:]
 
-    def _columns(self, part: int) -> torch.Tensor:
-        return torch.split(self.scores.weights, self.scores.parts, dim=3)[part][..., 1:].flatten(0, 1)
+    def _part(self, part: int) -> torch.Tensor:
+        return torch.split(self.scores.weights, self.scores.parts, dim=3)[part].flatten(0, 1)
 
 
 def attend(
@@ -178,21 +148,16 @@ def attend(
     query, key = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
-    keys, visual_key = _append(cache.key, key, tokens)
-    values, visual_value = _append(cache.value, value, tokens)
-    # Not keys[0]: that would be a Gather, which copies.
-    all_keys = keys.squeeze(0), visual_key.transpose(0, 1), cache.visual_key.transpose(0, 1)
-    all_values = values.squeeze(0), visual_value.transpose(0, 1), cache.visual_value.transpose(0, 1)
-    scores = Scores(query, all_keys, mask)
+    keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
+    heads_first = [[rows.transpose(0, 1) for rows in parts] for parts in (keys, values)]
+    scores = Scores(query, heads_first[0], mask)
     whole = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
     if mask.in_row is not None:
-        apart = keys.squeeze(0), visual_key, cache.visual_key, values.squeeze(0), visual_value, cache.visual_value
-        row = key, cache.key, value, cache.value, mask.in_row.mask, mask.in_row.reach
-        mixed = blocked(query, *apart, mask.added, *row)
+        mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
-        mixed = _fused(query, all_keys, all_values, mask) if whole else _mixed(scores, query, all_values)
+        mixed = _fused(query, *heads_first, mask) if whole else _mixed(scores, query, heads_first[1])
     output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
-    return Attended(output, LayerCache(keys, values, visual_key, visual_value), scores)
+    return Attended(output, LayerRows(key, value), scores, tokens.sizes)
 
 
 def _mixed(scores: Scores, query: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -225,11 +190,6 @@ def rotated(
     return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5, key
 
 
-def with_null(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows [K, ...] after a null row."""
-    return torch.cat([rows.new_zeros(1, *rows.shape[1:]), rows])
-
-
 def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.Tensor:
     """Return the place [S] in the sequence of tokens at `positions` [axes, S], given in the order of their segments.
 
@@ -242,20 +202,16 @@ def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.
 
 
 def causal_mask(tokens: Tokens, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
-    """Return where new tokens may look; cached tokens are visible to all. `blocked`: attention is to be."""
-    before, visual, after = tokens.split(tokens.places)
+    """Return where new tokens may look, after caches of so many rows; what they hold is visible to all. `blocked`: attention is
+    to be.
+    """
     # In the order of the parts of the keys. -1: it was there before. The null rows come too late.
     null = torch.full_like(tokens.places[-1:], _NEVER)
-    past, seen = (torch.full((count,), -1, device=null.device) for count in (past_text, past_visual - 1))
-    column = torch.cat([past, before, after, null, visual, null, seen])
+    text, seen = (torch.full((rows - 1,), -1, device=null.device) for rows in (past_text, past_visual))
+    column = torch.cat([null, text, tokens.places, null, seen])
     visible = column[None] <= tokens.places[:, None]
-    in_row = InRow.of(tokens.places, past_text + past_visual - 1) if blocked else None
+    in_row = InRow.of(tokens.places, past_text + past_visual - 2) if blocked else None
     return Mask(visible, torch.where(visible, 0.0, float("-inf")), in_row)
-
-
-def _append(past: torch.Tensor, rows: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    before, visual, after = tokens.split(rows)
-    return torch.cat([past, before.transpose(0, 1)[None], after.transpose(0, 1)[None]], dim=2), with_null(visual)
 
 
 def _normed(attn: Any, name: str, states: torch.Tensor) -> torch.Tensor:

@@ -13,14 +13,14 @@ import torch
 
 DOMAIN, OPERATOR = "edgeprune", "BlockedAttention"
 INPUTS = (
-    *("query", "text_key", "visual_key", "past_visual_key", "text_value", "visual_value", "past_visual_value", "mask"),
-    *("key", "past_text_key", "value", "past_text_value", "mask_in_row", "reach"),
+    *("query", "past_text_key", "key", "past_visual_key", "past_text_value", "value", "past_visual_value"),
+    *("mask", "mask_in_row", "reach"),
 )
 
 
 @dataclass(frozen=True)
 class InRow:
-    """Keys in one row: earlier visual tokens without their null row, earlier text, then this step's tokens in their order.
+    """Keys in one row: earlier visual tokens and earlier text, without their null rows, then this step's tokens in their order.
 
     `mask` [S, keys] is added to scores; the keys of this step that a token sees end before `reach` [S].
     """
@@ -41,9 +41,8 @@ class InRow:
 def blocked(*inputs: torch.Tensor) -> torch.Tensor:
     """Return, in a trace, the node of what is attended to, by INPUTS.
 
-    `query` [kv heads, group, S, head_dim]; text with this step's [kv heads, length, head_dim]; visual tokens, of this step and of
-    earlier ones, null rows included, [n, kv heads, head_dim]; `mask` [S, keys] for these in the order of their names. The others
-    are for one row of keys: those of this step [S, kv heads, head_dim], earlier text [1, kv heads, length, head_dim], and InRow.
+    `query` [kv heads, group, S, head_dim]; keys and values [n, kv heads, head_dim] of earlier text, of this step and of earlier
+    visual tokens, null rows included; `mask` [S, keys] for these in this order; and what InRow says.
     """
     query = inputs[0]
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{OPERATOR}", inputs, dtype=query.dtype, shape=query.shape, version=1)

@@ -17,7 +17,8 @@ from torch import nn
 
 from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
-from edgeprune.model.attention import Attended, LayerCache, Mask, Tokens, attend, causal_mask, places_of, rotated, with_null
+from edgeprune.model.attention import Attended, Mask, Tokens, attend, causal_mask, places_of, rotated
+from edgeprune.model.cache import LayerCache, LayerRows
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 
@@ -36,14 +37,14 @@ class Segment:
 class StepOutput:
     """What one forward returns.
 
-    `logits` [1, n, vocabulary] of the last token, or of all n tokens of the suffix; `caches`, one a layer: all text so far, and of
-    this step's visual tokens those that stay. `kept` for each layer and cache cut of the plan, in its order: the indices in the
+    `logits` [1, n, vocabulary] of the last token, or of all n tokens of the suffix; `rows`, one a layer, is what they
+    are to add to their caches. `kept` for each layer and cache cut of the plan, in its order: the indices in the
     image that passed it, [K] or [kv heads, K]. `split` [layers, 4], where text groups were given: the share of the last token's
     attention that goes to the system prompt, the image, the instruction and generated text, averaged over heads.
     """
 
     logits: torch.Tensor
-    caches: tuple[LayerCache, ...]
+    rows: tuple[LayerRows, ...]
     kept: tuple[torch.Tensor, ...]
     split: torch.Tensor | None
 
@@ -65,11 +66,9 @@ class PrunedDecoder(nn.Module):
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
 
     def empty_caches(self) -> tuple[LayerCache, ...]:
-        """Return caches of length 0, one a layer."""
-        reference = next(self.parameters())
-        text = reference.new_zeros(1, self.shape.kv_heads, 0, self.shape.head_dim)
-        visual = reference.new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
-        return tuple(LayerCache(text, text, visual, visual) for _ in self.layers)
+        """Return caches that hold nothing but their null rows, one a layer."""
+        null = next(self.parameters()).new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
+        return tuple(LayerCache(null, null, null, null) for _ in self.layers)
 
     def forward(
         self,
@@ -93,7 +92,7 @@ class PrunedDecoder(nn.Module):
         """
         tokens = self._join(prefix, visual, suffix, order)
         embeds = tokens.split(tokens.hidden)[1:]
-        present, kept, splits = [], dict[str, torch.Tensor](), []
+        rows, kept, splits = [], dict[str, torch.Tensor](), []
         masks: dict[Any, Mask] = {}
         attended: Attended | None = None
         for index, layer in enumerate(self._layers()):
@@ -109,7 +108,7 @@ class PrunedDecoder(nn.Module):
             attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask, fused=self.fused)
             if probe is not None:
                 probe(index, self._view(tokens, attended, embeds, None))
-            present.append(self._cut_cache(index, tokens, attended, embeds, kept))
+            rows.append(self._cut_rows(index, tokens, attended, embeds, kept))
             if text_groups is not None:
                 splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
             hidden = tokens.hidden + attended.output
@@ -118,7 +117,7 @@ class PrunedDecoder(nn.Module):
         last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
         logits = self.lm_head(self.norm(last))
         in_order = tuple(kept[str(cut)] for cut in (*self.plan.layer_cuts, *self.plan.cache_cuts))
-        return StepOutput(logits[None], tuple(present), in_order, torch.stack(splits, dim=-2) if splits else None)
+        return StepOutput(logits[None], tuple(rows), in_order, torch.stack(splits, dim=-2) if splits else None)
 
     def _layers(self) -> list[Any]:
         return list(self.layers)
@@ -146,17 +145,16 @@ class PrunedDecoder(nn.Module):
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
         stage = (self.plan.alive(index), length if isinstance(length, int) else self.plan.cache_stage(index))
         if stage not in masks:
-            masks[stage] = causal_mask(tokens, cache.key.shape[2], length, blocked=self.blocked)
+            masks[stage] = causal_mask(tokens, cache.key.shape[0], length, blocked=self.blocked)
         return masks[stage]
 
-    def _cut_cache(self, index: int, tokens: Tokens, attended: Attended, embeds: Any, kept: dict[str, torch.Tensor]) -> LayerCache:
+    def _cut_rows(self, index: int, tokens: Tokens, attended: Attended, embeds: Any, kept: dict[str, torch.Tensor]) -> LayerRows:
         if index not in self.cache_cuts:
-            return attended.cache
+            return attended.rows
         cut, method = self.cache_cuts[index]
         chosen = rank(method.score_heads(self._view(tokens, attended, embeds, None)), cut.keep)  # [kv heads, K]
         kept[str(cut)] = tokens.order.index_select(0, chosen.flatten()).view(chosen.shape)
-        cache = attended.cache
-        return LayerCache(cache.key, cache.value, *(_pick_heads(rows, chosen) for rows in (cache.visual_key, cache.visual_value)))
+        return LayerRows(*(_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value)))
 
     def _view(self, tokens: Tokens, attended: Attended | None, embeds: Any, next_layer: Any) -> LayerView:
         assert attended is not None  # plans are checked: no layer cut stands before layer 0
@@ -179,11 +177,13 @@ class PrunedDecoder(nn.Module):
         )
 
 
-def _pick_heads(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    # Of rows [1 + V, kv heads, head_dim] each head takes its own [kv heads, K]; one flat Gather, as no target lacks it.
+def _pick_heads(tokens: Tokens, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    # Of the visual rows [V, kv heads, head_dim] each head takes its own [kv heads, K]; one flat Gather, as no target lacks it.
+    before, visual, after = tokens.split(rows)
     heads = rows.shape[1]
-    flat = (chosen.transpose(0, 1) + 1) * heads + torch.arange(heads, device=rows.device)
-    return with_null(rows.flatten(0, 1).index_select(0, flat.flatten()).view(chosen.shape[1], heads, rows.shape[2]))
+    flat = chosen.transpose(0, 1) * heads + torch.arange(heads, device=rows.device)
+    picked = visual.flatten(0, 1).index_select(0, flat.flatten()).view(chosen.shape[1], heads, rows.shape[2])
+    return torch.cat([before, picked, after])
 
 
 def _hide(mask: Mask, hide: torch.Tensor) -> Mask:
@@ -194,7 +194,7 @@ def _hide(mask: Mask, hide: torch.Tensor) -> Mask:
 
 def _split(attended: Attended, text_groups: torch.Tensor, rows: int) -> torch.Tensor:
     # Of the last token, or with `rows` of that many last ones.
-    text, _, _ = attended.last_rows(rows) if rows else attended.last_row()
+    text = attended.last_rows_of_text(rows) if rows else attended.last_row()[0]
     system, instruction, generated = (text @ text_groups).mean(dim=0).unbind(dim=-1)
     # The rest goes to the image. Not summed: ONNX Runtime's ReduceSum fails where there is no visual token to sum over.
     return torch.stack([system, 1.0 - system - instruction - generated, instruction, generated], dim=-1)

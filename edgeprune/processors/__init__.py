@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from edgeprune.processors import anyres, idefics2, idefics3, qwen, square, tiles
 from edgeprune.processors.base import ImageSpec
 from edgeprune.processors.fitting import FITS, fit
-from edgeprune.processors.settings import refusal
+from edgeprune.processors.settings import refusal, variants
 
 __all__ = ["FITS", "ImageSpec", "fit", "image_spec"]
 
-_SPECS: dict[str, type[ImageSpec]] = {
-    **dict.fromkeys(qwen.KINDS, qwen.GridSpec),
-    **dict.fromkeys(square.KINDS, square.SquareSpec),
-    **dict.fromkeys(idefics2.KINDS, idefics2.Idefics2Spec),
-    **dict.fromkeys(idefics3.KINDS, idefics3.Idefics3Spec),
-    **dict.fromkeys(anyres.KINDS, anyres.AnyResSpec),
-    **dict.fromkeys(tiles.KINDS, tiles.TileSpec),
+_QWEN = variants("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
+# Only the module of the one that is asked for is imported: a runtime starts with a single bundle.
+_SPECS: dict[str, str] = {
+    **dict.fromkeys(_QWEN, "qwen:GridSpec"),
+    **dict.fromkeys(variants("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"), "square:SquareSpec"),
+    **dict.fromkeys(variants("Idefics2ImageProcessor"), "idefics2:Idefics2Spec"),
+    **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics3:Idefics3Spec"),
+    **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "anyres:AnyResSpec"),
+    **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiles:TileSpec"),
 }
 
 
 def image_spec(settings: Mapping[str, Any]) -> ImageSpec:
     """Return the spec that a preprocessor_config.json asks for; raise BundleError for what cannot be honoured."""
-    kind = settings.get("image_processor_type", qwen.KINDS[0])
+    kind = settings.get("image_processor_type", _QWEN[0])
     if kind not in _SPECS:
         raise refusal("image_processor_type", kind, " or ".join(_SPECS))
-    return _SPECS[kind].from_settings(settings)
+    module, name = _SPECS[kind].split(":")
+    spec: type[ImageSpec] = getattr(import_module(f"{__name__}.{module}"), name)
+    return spec.from_settings(settings)

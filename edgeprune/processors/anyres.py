@@ -24,9 +24,8 @@ from PIL import Image
 from edgeprune.errors import ImageError
 from edgeprune.plan import Geometry, View
 from edgeprune.processors.base import CLIP, PatchSpec, patch_settings, pieces, require_pixels, require_whole
-from edgeprune.processors.settings import refusal, require_off, sides, switch, variants
+from edgeprune.processors.settings import refusal, require_off, sides, switch
 
-KINDS = variants("LlavaOnevisionImageProcessor")
 _SIDES = range(384, 2305, 384)
 
 

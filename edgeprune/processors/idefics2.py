@@ -20,9 +20,7 @@ from PIL import Image
 from edgeprune.errors import ImageError
 from edgeprune.plan import Geometry, View
 from edgeprune.processors.base import HALF, PatchSpec, patch_settings, refuse_video, require_pixels, require_rgb, require_whole
-from edgeprune.processors.settings import positive, refusal, require_on, sides, switch, variants
-
-KINDS = variants("Idefics2ImageProcessor")
+from edgeprune.processors.settings import positive, refusal, require_on, sides, switch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,10 @@ from PIL import Image
 
 from edgeprune.plan import Geometry
 from edgeprune.processors.base import HALF, PatchSpec, patch_settings, pieces, refuse_video, require_pixels, require_whole
-from edgeprune.processors.settings import plain_name, refusal, require_on, sides, switch, variants
+from edgeprune.processors.settings import plain_name, refusal, require_on, sides, switch
 
 MAX_EDGE = 4096
 _IDEFICS3, _SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
-KINDS = variants(_IDEFICS3, _SMOLVLM)
 
 
 @dataclass(frozen=True, kw_only=True)

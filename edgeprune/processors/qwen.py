@@ -20,10 +20,9 @@ from PIL import Image
 from edgeprune.errors import ImageError
 from edgeprune.plan import Geometry, View
 from edgeprune.processors.base import CLIP, levels, require_pixels, require_rgb
-from edgeprune.processors.settings import Triple, positive, refusal, require_on, resample, rescale_factor, triple, variants
+from edgeprune.processors.settings import Triple, positive, refusal, require_on, resample, rescale_factor, triple
 
 MAX_ASPECT = 200
-KINDS = variants("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
 
 
 @dataclass(frozen=True)

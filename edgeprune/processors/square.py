@@ -27,12 +27,11 @@ from edgeprune.processors.base import (
     require_rgb,
     require_whole,
 )
-from edgeprune.processors.settings import plain_name, refusal, require_off, sides, switch, variants
+from edgeprune.processors.settings import plain_name, refusal, require_off, sides, switch
 
 MAX_ASPECT = 200
 MAX_SIDE = 16384  # of a square with bars
 _CLIP, _SIGLIP, _LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
-KINDS = variants(_CLIP, _SIGLIP, _LLAVA)
 
 
 @dataclass(frozen=True, kw_only=True)

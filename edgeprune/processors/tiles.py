@@ -19,9 +19,7 @@ from PIL import Image
 
 from edgeprune.plan import Geometry
 from edgeprune.processors.base import CLIP, PatchSpec, patch_settings, pieces, require_pixels, require_whole
-from edgeprune.processors.settings import positive, refusal, sides, switch, variants
-
-KINDS = variants("GotOcr2ImageProcessor")
+from edgeprune.processors.settings import positive, refusal, sides, switch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
 """Arrays on the device that pass through the generation loop as NumPy's do.
 
-The loop looks at shapes, takes prefixes and joins; it never looks inside. Memory is leased from a pool and goes back when the last
-array on it is forgotten, so that caches which grow step by step end up in two buffers by turns.
+The loop looks at shapes, takes prefixes, joins and writes rows; it never looks inside. Memory is leased from a pool and goes back
+when the last array on it is forgotten.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,12 +90,24 @@ class DeviceArray:
         row = self.nbytes // len(self) if len(self) else 0
         return DeviceArray(self.lease, (max(stop - start, 0), *self.shape[1:]), self.dtype, self.offset + start * row)
 
+    def __setitem__(self, rows: slice, value: DeviceArray | np.ndarray) -> None:
+        """Write consecutive rows."""
+        target = self[rows]
+        assert target.shape == value.shape and target.dtype == value.dtype
+        if isinstance(value, DeviceArray):
+            self.lease.pool.driver.copy(target.address, value.address, value.nbytes)
+        else:
+            self.lease.pool.driver.upload(target.address, np.ascontiguousarray(value))
+
     def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
-        """Join on the device where NumPy would join (NumPy's protocol of NEP 18); nothing else is done to these arrays."""
+        """Join and make room on the device where NumPy would (NumPy's protocol of NEP 18); nothing else is done to these arrays."""
         del types
-        if function is not np.concatenate:
-            return NotImplemented
-        return joined(self.lease.pool, arguments[0], **options)
+        pool = self.lease.pool
+        if function is np.concatenate:
+            return joined(pool, arguments[0], **options)
+        if function is np.empty_like:
+            return empty(pool, options["shape"], self.dtype)
+        return NotImplemented
 
     def numpy(self) -> np.ndarray:
         """Return a copy on the host, waiting for it."""
@@ -102,6 +115,11 @@ class DeviceArray:
         if array.nbytes:
             self.lease.pool.driver.download(array, self.address)
         return array
+
+
+def empty(pool: Pool, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+    """Return an array on the device of which nothing is set."""
+    return DeviceArray(pool.lease(math.prod(shape) * dtype.itemsize), shape, dtype)
 
 
 def upload(pool: Pool, array: np.ndarray) -> DeviceArray:

@@ -1,8 +1,8 @@
 """A bundle's engines on the device, behind the interface of the generation loop.
 
 Only token ids, positions and pixels go to the device, and only logits, kept indices and shares come back; embeddings, caches and
-the attention split stay there. A text cache is written anew by every step, into the other one of two buffers. There is no CUDA
-graph of the decode step: its text caches are one longer every time.
+the attention split stay there. A step's keys and values are copied behind those that are there. There is no CUDA graph of the
+decode step: its text caches are one longer every time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord
 from edgeprune.errors import EngineError
-from edgeprune.runtime.cache import Arrays, KvCache
+from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
 from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool
@@ -105,7 +105,7 @@ class TensorRTEngine:
         values += [*([tokens.groups] if self._plan.live else []), *cache.text, *cache.visual]
         profile = IMAGE_TURN if len(tokens.order) else TEXT
         outputs = self._executors[DECODER].run(dict(zip(self._inputs, values, strict=True)), profile)
-        return self._step(outputs, len(cache.text))
+        return self._step(outputs)
 
     def rate(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
@@ -119,17 +119,13 @@ class TensorRTEngine:
         self._pool.close()
         self._driver.close()
 
-    def _step(self, outputs: Mapping[str, DeviceArray], count: int) -> Step:
+    def _step(self, outputs: Mapping[str, DeviceArray]) -> Step:
         logits, *rest = (outputs[name] for name in self._outputs)
         split = _array(rest.pop()) if self._plan.live else None
-        text, visual, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        return Step(logits.numpy()[0, 0], _arrays(text), _arrays(visual), tuple(part.numpy() for part in kept), split)
+        count = 2 * self._plan.layers
+        return Step(logits.numpy()[0, 0], tuple(map(_array, rest[:count])), tuple(part.numpy() for part in rest[count:]), split)
 
 
 def _array(array: DeviceArray) -> np.ndarray:
-    # The loop passes these on, joins them and takes prefixes, which is all they can do.
+    # The loop passes these on, joins them, takes prefixes and writes rows, which is all they can do.
     return cast("np.ndarray", array)
-
-
-def _arrays(arrays: Sequence[DeviceArray]) -> Arrays:
-    return tuple(map(_array, arrays))

@@ -64,10 +64,10 @@ def image_turn(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
         "prefix": (0, min(16, limits.turn), limits.turn),
         "visual": (plan.seen,) * 3,
         "suffix": (1, usual, limits.turn),
-        "past_text": (0, 0, limits.context),
+        "past_text": (1, 1, 1 + limits.context),
     }
     ranges |= {name: (1, 1, 1 + (limits.images - 1) * stored) for name, stored in _caches(plan).items()}
-    return ranges | {"text": _sum(ranges, "past_text", "prefix", "suffix")}
+    return ranges | {"text": _text(ranges)}
 
 
 def text_and_decode(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
@@ -79,10 +79,10 @@ def text_and_decode(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
         "prefix": (0, 0, most),
         "visual": (0, 0, 0),
         "suffix": (1, 1, limits.turn),
-        "past_text": (0, context // 4, context),
+        "past_text": (1, 1 + context // 4, 1 + context),
     }
     ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plan).items()}
-    return ranges | {"text": _sum(ranges, "past_text", "prefix", "suffix")}
+    return ranges | {"text": _text(ranges)}
 
 
 def shapes_of(shape: tuple[int | str, ...], ranges: Mapping[str, Range]) -> Shapes:
@@ -102,6 +102,7 @@ def _caches(plan: KeepPlan) -> dict[str, int]:
     return {f"past_visual_{number}": stored for number, stored in enumerate(stages.values())}
 
 
-def _sum(ranges: Mapping[str, Range], *names: str) -> Range:
-    least, usual, greatest = (sum(ranges[name][end] for name in names) for end in range(3))
+def _text(ranges: Mapping[str, Range]) -> Range:
+    # All text, past and new, without the null row of its cache.
+    least, usual, greatest = (sum(ranges[name][end] for name in ("past_text", "prefix", "suffix")) - 1 for end in range(3))
     return least, usual, greatest

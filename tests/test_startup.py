@@ -1,0 +1,134 @@
+"""Loading: weights are checked while graphs are opened, and nothing answers before both are done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeprune import bundle as bundles
+from edgeprune.background import Background, at_once
+from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
+from edgeprune.errors import BundleError, EngineError
+from edgeprune.runtime import Runtime, load, session
+from edgeprune.runtime.engine import OnnxEngine, _share_arena
+from edgeprune.runtime.providers import open_engine
+
+WEIGHTS = [f"{graph}.data" for graph in (VISION, EMBED, DECODER)]
+
+
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _fail(*_: Any) -> None:
+    raise EngineError("It cannot be opened.")
+
+
+def test_functions_run_at_once() -> None:
+    both = threading.Barrier(2)
+    assert at_once({"one": lambda: both.wait(60) * 0 + 1, "two": lambda: both.wait(60) * 0 + 2}) == {"one": 1, "two": 2}
+
+
+def test_the_first_error_is_raised_when_all_have_ended() -> None:
+    ended = threading.Event()
+
+    def late() -> None:
+        threading.Event().wait(0.05)
+        ended.set()
+
+    with pytest.raises(EngineError, match="opened"):
+        at_once({"late": late, "failing": _fail, "failing differently": lambda: int("x")})
+    assert ended.is_set()
+
+
+def test_importing_loads_no_more_than_it_needs() -> None:
+    slow = {"concurrent.futures", "logging", "shutil", "tempfile"}
+    code = "import edgeprune.runtime, sys; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not slow & set(output.split())
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_altered_weights_give_no_runtime(name: str, altered_bundle: Path) -> None:
+    _alter(altered_bundle / name)
+    with pytest.raises(BundleError, match=rf"{name} in .* sha256"):
+        load(altered_bundle)
+
+
+def test_altered_weights_are_named_though_opening_them_failed(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _alter(altered_bundle / WEIGHTS[0])
+    monkeypatch.setattr(session, "open_engine", _fail)
+    with pytest.raises(BundleError, match="sha256"):
+        load(altered_bundle)
+
+
+def test_an_error_of_opening_stays_when_the_weights_are_right(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "open_engine", _fail)
+    with pytest.raises(EngineError, match="opened"):
+        load(tiny_bundle.path)
+
+
+def test_what_is_not_weights_is_checked_before_anything_is_opened(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _alter(altered_bundle / DECODER)
+    opened: list[Any] = []
+    monkeypatch.setattr(session, "open_engine", lambda *asked: opened.append(asked))
+    with pytest.raises(BundleError, match=rf"{DECODER} in .* sha256"):
+        load(altered_bundle)
+    assert not opened
+
+
+def test_shorter_weights_are_found_before_anything_is_opened(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = altered_bundle / WEIGHTS[2]
+    path.write_bytes(path.read_bytes()[:-1])
+    opened: list[Any] = []
+    monkeypatch.setattr(session, "open_engine", lambda *asked: opened.append(asked))
+    with pytest.raises(BundleError, match="sha256"):
+        load(altered_bundle)
+    assert not opened
+
+
+def test_loading_ends_with_the_check_of_the_weights(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, checkable, loaded, sha256_of = threading.Event(), threading.Event(), threading.Event(), bundles.sha256_of
+
+    def slow(path: Path) -> str:
+        if path.suffix == ".data":
+            assert checkable.wait(60)
+        return sha256_of(path)
+
+    def noted(*asked: Any) -> Any:
+        engine = open_engine(*asked)
+        opened.set()
+        return engine
+
+    monkeypatch.setattr(bundles, "sha256_of", slow)
+    monkeypatch.setattr(session, "open_engine", noted)
+
+    def loads() -> Runtime:
+        runtime = load(tiny_bundle.path)
+        loaded.set()
+        return runtime
+
+    loading = Background(loads)
+    assert opened.wait(60)  # with no weights checked yet
+    assert not loaded.wait(0.1)
+    checkable.set()
+    assert loading.result().plan == tiny_bundle.plan
+
+
+def test_graphs_share_memory_that_no_pattern_doubles(tiny_bundle: Bundle) -> None:
+    for engine in (OnnxEngine(tiny_bundle), OnnxEngine(tiny_bundle)):
+        options = engine._decoder.get_session_options()
+        assert not options.enable_mem_pattern
+        assert options.get_session_config_entry("session.use_env_allocators") == "1"
+
+
+def test_a_program_may_have_registered_an_arena_of_its_own() -> None:
+    for _ in range(2):  # the second time there is one
+        _share_arena.__wrapped__()
