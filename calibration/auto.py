@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgeprune.calibration.agreement import Agreement
@@ -11,6 +11,7 @@ from edgeprune.calibration.budget import Budget
 from edgeprune.calibration.calibrating import Calibration
 from edgeprune.calibration.candidates import ENCODER, encoder_blocks
 from edgeprune.calibration.costs import encoder_ms, predicted_ttft
+from edgeprune.calibration.decoding import decode_points
 from edgeprune.calibration.pareto import Curve, Point
 from edgeprune.calibration.search import Search
 from edgeprune.errors import EdgePruneError, UsageError
@@ -25,13 +26,15 @@ LEAST = 20  # samples on which a plan can be judged at all
 @dataclass(frozen=True)
 class Goal:
     """What a plan must reach. `max_drop`: the share of agreement with the unpruned model that may be lost. At most one cost:
-    `flops` or `kv` as a share of the unpruned, or `ttft_ms`.
+    `flops` or `kv` as a share of the unpruned, or `ttft_ms`. And `reads`: the share of what the caches hold of the image that
+    decode steps read.
     """
 
     max_drop: float
     flops: float | None = None
     kv: float | None = None
     ttft_ms: float | None = None
+    reads: float | None = None
 
     def __post_init__(self) -> None:
         costs = [cost for cost in (self.flops, self.kv, self.ttft_ms) if cost is not None]
@@ -39,8 +42,13 @@ class Goal:
             raise UsageError("A search has one target.", hint="Give one of --target-flops, --target-kv and --target-ttft.")
         if not 0.0 <= self.max_drop <= 1.0 or any(cost <= 0 for cost in costs):
             raise UsageError("The allowed drop is a share from 0 to 1, and a target is above 0.")
-        if any(share is not None and share > 1 for share in (self.flops, self.kv)):
+        shares = [share for share in (self.flops, self.kv, self.reads) if share is not None]
+        if not all(0.0 < share <= 1.0 for share in shares):
             raise UsageError("A target is a share of the unpruned cost, at most 1.", hint="For example: --target-flops 0.25")
+
+    def allows(self, point: Point) -> bool:
+        """Return whether a plan agrees well enough."""
+        return point.score >= 1.0 - self.max_drop - 1e-9
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -81,18 +89,28 @@ def find_plan(
     best: Point | None = None
     for budget in budgets:
         found = search.at(budget)
-        if found.score < 1.0 - goal.max_drop - 1e-9:
+        if not goal.allows(found):
             if best is None:
-                raise DropExceededError(
-                    f"The best plan at {budget} loses {1 - found.score:.1%} of agreement ({found.name}), "
-                    f"more than {goal.max_drop:.1%}.",
-                    Curve(axis, tuple(search.points)),
-                    hint="Allow a larger --max-drop, or a higher cost.",
-                )
+                raise _exceeded(goal, found, str(budget), Curve(axis, tuple(search.points)))
             break
         best = found
     assert best is not None
-    return best.plan, Curve(axis, tuple(search.points), search.points.index(best))
+    curve = Curve(axis, tuple(search.points), search.points.index(best))
+    if goal.reads is None:
+        return best.plan, curve
+    decoded = decode_points(best, goal.reads, calibration, held_out, progress)
+    curve = replace(curve, points=(*curve.points, *decoded), chosen=len(curve.points))
+    if not goal.allows(decoded[0]):
+        raise _exceeded(goal, decoded[0], f"{goal.reads:.0%} of the reads", replace(curve, chosen=None))
+    return decoded[0].plan, curve
+
+
+def _exceeded(goal: Goal, best: Point, cost: str, curve: Curve) -> DropExceededError:
+    return DropExceededError(
+        f"The best plan at {cost} loses {1 - best.score:.1%} of agreement ({best.name}), more than {goal.max_drop:.1%}.",
+        curve,
+        hint="Allow a larger --max-drop, or a higher cost.",
+    )
 
 
 def check_goal(goal: Goal, loaded: LoadedModel, whole: KeepPlan, times: DeviceTimes | None, samples: int) -> None:

@@ -34,7 +34,7 @@ _SETTINGS = {  # which options a method takes
     "dyrate": ("layer", "form", "follow", "prior"),
 }
 _ALLOCATION = ("site", "layer", "allocate", "delta", "prior", "stages", "core", "relevance", "form", "follow")
-_SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "times", "curve")
+_SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "target_reads", "times", "curve")
 
 
 class Progress(Counting, Protocol):
@@ -83,6 +83,7 @@ class CalibrateOptions:
     target_flops: float | None
     target_kv: float | None
     target_ttft: float | None
+    target_reads: float | None
     device_name: str | None
     times: Path | None
     curve: Path | None
@@ -198,7 +199,7 @@ def _auto(
 ) -> Calibrated:
     # Every second sample is held out: plans are judged on others than those that the statistics come from.
     drop = 0.01 if options.max_drop is None else options.max_drop
-    goal = Goal(drop, options.target_flops, options.target_kv, options.target_ttft)
+    goal = Goal(drop, options.target_flops, options.target_kv, options.target_ttft, options.target_reads)
     times = _times(options, loaded, whole)
     check_goal(goal, loaded, whole, times, len(samples[1::2]))  # an unreachable target is told before anything is measured
     calibration = Calibration(loaded, samples[::2], request, path, progress, options.ray_address)

@@ -56,8 +56,8 @@ class Pair:
         embeds = [torch.randn(1, n, self.parts.hidden, generator=generator) for n in (before, visual, after)]
         segments = [Segment(*each) for each in zip(embeds, places, strict=True)]
         heads, width = self.parts.kv_heads, self.parts.head_dim
-        lengths = (1 + text,) * 2 + (1 + kept,) * 2
-        caches = [LayerCache(*(torch.randn(rows, heads, width, generator=generator) for rows in lengths)) for _ in range(2)]
+        held = (1 + text,) * 2 + (1 + kept,) * 2
+        caches = [LayerCache(*(torch.randn(count, heads, width, generator=generator) for count in held)) for _ in range(2)]
         with torch.no_grad():
             output = self.eager(*segments, caches, torch.arange(visual))
         expected = [output.logits, *flat_rows(output.rows), *output.kept]

@@ -171,8 +171,7 @@ def test_a_graph_written_for_cpus_does_the_same_work(
     monkeypatch.setattr(tiling, "_PIECE", 1)  # every head of every block has a softmax of its own
     written = export_bundle(tiny, tiny_plan, tmp_path / "cpu", lowering=Lowering(TARGETS["cpu"], "int8"))
     assert read_graph(written.file(VISION)).operators["Softmax"] > written.manifest.encoder_blocks
-    asked = {"text_tokens": 8, "generated": 4}
-    expected, found = (workload_of(bundle, **asked) for bundle in (tiny_bundle, written))
+    expected, found = (workload_of(bundle, text_tokens=8, generated=4) for bundle in (tiny_bundle, written))
     assert astuple(vision_operations(found)) == pytest.approx(astuple(vision_operations(expected)), rel=0.02)
     assert astuple(prefill_operations(found)) == pytest.approx(astuple(prefill_operations(expected)), rel=0.02)
 

@@ -53,6 +53,9 @@ _SEARCH = (
     ),
     click.option("--target-kv", help="auto: share of the visual KV cache."),
     click.option("--target-ttft", help="auto: time to first token, the vision encoder's in it, such as 250ms."),
+    click.option(
+        "--target-reads", help="auto: share of the cached visual tokens that steps read, by DyRate behind the plan found."
+    ),
     click.option("--times", type=click.Path(path_type=Path), help="auto: times that `edgeprune profile` measured."),
     click.option("--curve", type=click.Path(path_type=Path), help="auto: write all measured plans here."),
 )
@@ -89,7 +92,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     options["device"], options["device_name"] = _devices(options["device"])
     options["shard"] = parse_shard(options["shard"])
     options["image_size"] = parse_size(options["image_size"])
-    for share in ("max_drop", "target_flops", "target_kv"):
+    for share in ("max_drop", "target_flops", "target_kv", "target_reads"):
         options[share] = parse_share(options[share])
     options["target_ttft"] = _milliseconds(options["target_ttft"])
     with Activity(quiet=as_json) as activity:

@@ -149,13 +149,14 @@ def attend(
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
-    heads_first = [[rows.transpose(0, 1) for rows in parts] for parts in (keys, values)]
-    scores = Scores(query, heads_first[0], mask)
+    by_head = [rows.transpose(0, 1) for rows in keys]
+    scores = Scores(query, by_head, mask)
     whole = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
-        mixed = _fused(query, *heads_first, mask) if whole else _mixed(scores, query, heads_first[1])
+        values_by_head = [rows.transpose(0, 1) for rows in values]
+        mixed = _fused(query, by_head, values_by_head, mask) if whole else _mixed(scores, query, values_by_head)
     output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
     return Attended(output, LayerRows(key, value), scores, tokens.sizes)
 
