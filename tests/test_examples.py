@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.bundle import Bundle
 from edgeprune.loading import find_model, load_model
@@ -90,3 +92,24 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_the_table_of_families_is_up_to_date() -> None:
     run("examples/families/table.py", "--check")
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-smolvlm"])
+def test_the_shapes_beside_peers_are_checkpoints(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "peers"))
+    peers, writing = import_module("peers"), import_module("shapes.checkpoint")
+    form, whole, alone = peers.SHAPES[shape], tmp_path / "whole", tmp_path / "alone"
+    writing.write_checkpoint(form, whole)
+    writing.write_for_transformers_4(form, whole, tmp_path / "older")
+    writing.write_decoder_alone(form, whole, alone)
+    decoder, told = AutoModelForCausalLM.from_pretrained(alone, output_loading_info=True)
+    assert decoder.config.num_hidden_layers == form.layers
+    assert not any(told[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    model = load_model(find_model(str(whole)))
+    geometry = model.geometry((form.side, form.side))
+    image, tokenizer = model.family.image_text(geometry), AutoTokenizer.from_pretrained(whole)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": peers.PROMPT}]}]
+    written = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).replace(image.placeholder, image.text)
+    tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert len(tokens) - tokens.count(image.token) + geometry.tokens == peers.TEXT + form.entering

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 EDGEPRUNE = "edgeprune"
+ENVIRONMENTS = {"optimum-intel": "openvino"}  # of those that share another peer's
 # Cuts before decoder layers 3, 8 and 14.
 STAIRCASE = ("--keep", "0.5", "--layer", "3", "--keep", "0.25", "--layer", "8", "--keep", "0.1", "--layer", "14")
-ENCODER_LAYER = 8  # a quarter of the way through the tower of Qwen2-VL
 COMPILED = {"attention": "sdpa", "compile": "yes"}
 TORCH = {"eager": {"attention": "eager"}, "sdpa": {"attention": "sdpa"}, "torch.compile": COMPILED}
 
@@ -35,13 +35,18 @@ class Contender:
         return " ".join(word for word in (self.peer, self.variant, self.precision, self.kept) if word)
 
     @property
+    def environment(self) -> str:
+        """The environment that it runs in."""
+        return ENVIRONMENTS.get(self.peer, self.peer)
+
+    @property
     def script(self) -> str:
         """What asks it."""
         return f"run_{self.peer.replace('-', '_')}.py"
 
 
-def edgeprune(target: str, precision: str, keeps: list[float], method: str) -> list[Contender]:
-    """Return EdgePrune's rows: nothing cut, one cut before the decoder or inside the vision encoder, a staircase of cuts."""
+def edgeprune(target: str, precision: str, keeps: list[float], method: str, block: int) -> list[Contender]:
+    """Return EdgePrune's rows: nothing cut, one cut before the decoder or a block of the vision encoder, a staircase of cuts."""
     common, name = ("--target", target, "--precision", precision), f"{EDGEPRUNE}-{target}-{precision}"
     rows = []
     for keep in keeps:
@@ -49,10 +54,8 @@ def edgeprune(target: str, precision: str, keeps: list[float], method: str) -> l
         artefact = f"{name}-{variant or 'uncut'}-{keep}"
         rows.append(Contender(EDGEPRUNE, variant, precision, _percent(keep), artefact, making=common + cut))
     for keep in (keep for keep in keeps if keep < 1):
-        making = (*common, "--method", "evit", "--site", "vision", "--layer", str(ENCODER_LAYER), "--keep", str(keep))
-        rows.append(
-            Contender(EDGEPRUNE, f"evit @ vision {ENCODER_LAYER}", precision, _percent(keep), f"{name}-evit-{keep}", making=making)
-        )
+        making = (*common, "--method", "evit", "--site", "vision", "--layer", str(block), "--keep", str(keep))
+        rows.append(Contender(EDGEPRUNE, f"evit @ vision {block}", precision, _percent(keep), f"{name}-evit-{keep}", making=making))
     stairs = (*common, "--method", "fastv", *STAIRCASE)
     return [*rows, Contender(EDGEPRUNE, "fastv @ 3, 8, 14", precision, "50/25/10%", f"{name}-staircase", making=stairs)]
 
@@ -71,6 +74,10 @@ def _openvino(precision: str, keeps: list[float]) -> Iterator[Contender]:
         for keep in keeps:
             named = " ".join(word for word in (variant, "CDPruner" if keep < 1 else "") if word)
             yield Contender("openvino", named, precision, _percent(keep), f"openvino-{precision}", keep, options=options)
+
+
+def _optimum_intel(precision: str, keeps: list[float]) -> Iterator[Contender]:
+    yield Contender("optimum-intel", "", precision, _percent(1), f"openvino-{precision}")
 
 
 def _transformers(precision: str, keeps: list[float]) -> Iterator[Contender]:
@@ -95,6 +102,7 @@ _PEERS = {
     "llama-cpp": _llama_cpp,
     "onnxruntime-genai": _onnxruntime_genai,
     "openvino": _openvino,
+    "optimum-intel": _optimum_intel,
     "transformers": _transformers,
 }
 PEERS = tuple(_PEERS)

@@ -18,14 +18,15 @@ from typing import Any
 from contenders import PEERS, Contender, edgeprune, others
 from preparing import PreparationError, Workplace, last_words, prepare
 from reporting import Row, table
-from shapes import SHAPES, write_images
+from shapes import SHAPES
+from shapes.checkpoint import write_images
 
 from edgeprune.device.machine import read_machine
 from edgeprune.targets import PRECISIONS, TARGETS
 
 HERE = Path(__file__).parent
 PROMPT = "What is on the table?"
-TEXT = 16  # tokens of it and of the chat around it
+TEXT = 14  # tokens of it and of the chat around it
 LONGEST = 1200  # seconds that a contender may take for one round
 
 
@@ -35,7 +36,8 @@ def main() -> None:
     place = Workplace(request.out.resolve(), request.shape, SHAPES[request.shape])
     peers = [peer for peer in request.peers.split(",") if peer]
     keeps = [float(keep) for keep in request.keep.split(",")]
-    ours = edgeprune(request.target, request.edgeprune_precision or request.precision, keeps, request.method)
+    precision, block = request.edgeprune_precision or request.precision, max(place.shape.blocks // 4, 1)
+    ours = edgeprune(request.target, precision, keeps, request.method, block)
     rows = [Row(contender) for contender in (*ours, *others(peers, request.precision, keeps))]
     print("preparing", flush=True)
     for row in rows:
@@ -72,8 +74,8 @@ def _ask(place: Workplace, row: Row, images: list[Path], request: argparse.Names
     contender: Contender = row.contender
     options = dict(contender.options)
     if contender.peer == "onnxruntime-genai":
-        options["tokens"] = str(place.shape.geometry.tokens + TEXT)
-    command: list[object] = [place.python(contender.peer), HERE / contender.script, row.folder, *images, "--prompt", PROMPT]
+        options["tokens"] = str(place.shape.entering + TEXT)
+    command: list[object] = [place.python(contender.environment), HERE / contender.script, row.folder, *images, "--prompt", PROMPT]
     command += ["--tokens", request.tokens, "--threads", request.threads, "--keep", contender.keep]
     for name, value in options.items():
         command += ["--option", f"{name}={value}"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contenders import EDGEPRUNE, Contender
-from shapes import Shape, write_checkpoint, write_decoder_alone, write_for_transformers_4
+from shapes.checkpoint import write_checkpoint, write_decoder_alone, write_for_transformers_4
+from shapes.shape import Shape
 
 HERE = Path(__file__).parent
 EXPORT = ("-c", "from edgeprune.cli import main; main()", "export")
@@ -35,9 +36,9 @@ class Workplace:
         """The folder of the shape."""
         return self.out / self.shape_name
 
-    def python(self, peer: str) -> Path:
-        """Return the interpreter of a peer's environment."""
-        return Path(sys.executable) if peer == EDGEPRUNE else self.out / "environments" / peer / "bin" / "python"
+    def python(self, environment: str) -> Path:
+        """Return the interpreter of an environment; EdgePrune's is the one that runs this."""
+        return Path(sys.executable) if environment == EDGEPRUNE else self.out / "environments" / environment / "bin" / "python"
 
     def run(self, log: str, python: Path, *arguments: object) -> None:
         """Run Python, what it prints going to a log; raise PreparationError with its last words."""
@@ -62,11 +63,12 @@ def last_words(text: str) -> str:
 def prepare(place: Workplace, contender: Contender) -> Path:
     """Return the folder that a contender reads, made if need be. Raises PreparationError."""
     if contender.peer != EDGEPRUNE:
-        _environment(place, contender.peer)
+        _environment(place, contender.environment)
     checkpoint = _made(place.folder / "checkpoint", lambda folder: write_checkpoint(place.shape, folder))
     makers: dict[str, Callable[[Path], None]] = {
         "edgeprune": lambda folder: _bundle(place, contender, checkpoint, folder),
         "openvino": lambda folder: _openvino(place, contender, checkpoint, folder),
+        "optimum-intel": lambda folder: _openvino(place, contender, checkpoint, folder),
         "llama-cpp": lambda folder: _gguf(place, contender, checkpoint, folder),
         "onnxruntime-genai": lambda folder: _onnxruntime_genai(place, contender, checkpoint, folder),
     }
@@ -86,16 +88,16 @@ def _made(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _environment(place: Workplace, peer: str) -> None:
+def _environment(place: Workplace, name: str) -> None:
     # A virtual environment cannot be renamed: a file says that it is whole.
-    folder, whole = place.out / "environments" / peer, place.out / "environments" / f"{peer}.whole"
+    folder, whole = place.out / "environments" / name, place.out / "environments" / f"{name}.whole"
     if whole.exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    requirements = HERE / "requirements" / f"{peer}.txt"
-    place.run(f"environment-{peer}", Path(sys.executable), "-m", "venv", folder)
-    place.run(f"environment-{peer}", place.python(peer), "-m", "pip", "install", "-r", requirements)
-    if peer == "llama-cpp":
+    requirements = HERE / "requirements" / f"{name}.txt"
+    place.run(f"environment-{name}", Path(sys.executable), "-m", "venv", folder)
+    place.run(f"environment-{name}", place.python(name), "-m", "pip", "install", "-r", requirements)
+    if name == "llama-cpp":
         _llama_cpp_source(place, folder)
     whole.write_text(requirements.read_text(encoding="utf-8"), encoding="utf-8")
 
@@ -120,7 +122,7 @@ def _bundle(place: Workplace, contender: Contender, checkpoint: Path, folder: Pa
 
 
 def _openvino(place: Workplace, contender: Contender, checkpoint: Path, folder: Path) -> None:
-    older = _made(place.folder / "checkpoint-transformers-4", lambda at: write_for_transformers_4(checkpoint, at))
+    older = _made(place.folder / "checkpoint-transformers-4", lambda at: write_for_transformers_4(place.shape, checkpoint, at))
     python = place.python("openvino")
     tool = python.with_name("optimum-cli")
     options = ("--task", "image-text-to-text", "--weight-format", contender.precision)
@@ -136,7 +138,7 @@ def _gguf(place: Workplace, contender: Contender, checkpoint: Path, folder: Path
 
 
 def _onnxruntime_genai(place: Workplace, contender: Contender, checkpoint: Path, folder: Path) -> None:
-    alone = _made(place.folder / "checkpoint-decoder-alone", lambda at: write_decoder_alone(checkpoint, at))
+    alone = _made(place.folder / "checkpoint-decoder-alone", lambda at: write_decoder_alone(place.shape, checkpoint, at))
     options = ("-i", alone, "-o", folder, "-p", contender.precision, "-e", "cpu", "-c", place.folder / "cache")
     local = ("--extra_options", "hf_token=false")  # or it asks for a login, though the folder is here
     place.run(contender.artefact, place.python("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder", *options, *local)

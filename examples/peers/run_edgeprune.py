@@ -21,14 +21,14 @@ def load(question: Question) -> Ask:
     def ask(image: Path) -> Cost:
         pixels = np.asarray(Image.open(image).convert("RGB"))
         receipt = endless.generate(pixels, question.prompt, max_tokens=question.tokens).receipt
-        times, entered = receipt.times, receipt.cuts[0].after if runtime.plan.input else receipt.visual_tokens
+        times = receipt.times
         return Cost(
             ttft_ms=times.ttft_ms,
             vision_ms=times.preprocess_ms + times.vision_ms + times.select_ms,
             prefill_ms=times.prefill_ms,
             ms_per_token=times.ms_per_token,
             tokens=receipt.generated_tokens,
-            entered=receipt.text_tokens + entered,
+            entered=receipt.text_tokens + runtime.plan.seen,
         )
 
     return ask

@@ -40,8 +40,8 @@ def load(question: Question) -> Ask:
         bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
         _check(mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(text), bitmaps, 1))
         parts = [mtmd.mtmd_input_chunks_get(chunks, index) for index in range(mtmd.mtmd_input_chunks_size(chunks))]
-        seen = _see(mtmd, vision, parts, clock)
-        past = _prefill(mtmd, vision, context, parts)
+        seen = _see(mtmd, vision, parts, lib.llama_model_n_embd_inp(model))
+        looked, past = clock.now(), _prefill(mtmd, vision, context, parts, seen)
         token = lib.llama_sampler_sample(greedy, context, -1)
         clock.token()
         batch = lib.llama_batch_init(1, 0, 1)
@@ -61,24 +61,27 @@ def load(question: Question) -> Ask:
         entered = mtmd.mtmd_helper_get_n_tokens(chunks)
         mtmd.mtmd_bitmap_free(bitmap)
         mtmd.mtmd_input_chunks_free(chunks)
-        return clock.cost(seen, entered)
+        return clock.cost(looked, entered)
 
     return ask
 
 
-def _see(mtmd: Any, vision: Any, parts: list[Any], clock: Clock) -> float:
-    # Ahead of the text before it, so that its time stands alone; the embeddings stay where mtmd keeps them.
-    for part in parts:
+def _see(mtmd: Any, vision: Any, parts: list[Any], width: int) -> dict[int, Any]:
+    # Ahead of the text, so that its time stands alone. mtmd keeps the embeddings of one part until the next.
+    seen = {}
+    for index, part in enumerate(parts):
         if mtmd.mtmd_input_chunk_get_type(part) == IMAGE:
             _check(mtmd.mtmd_encode_chunk(vision, part))
-    return clock.now()
+            seen[index] = (ctypes.c_float * (mtmd.mtmd_input_chunk_get_n_tokens(part) * width))()
+            ctypes.memmove(seen[index], mtmd.mtmd_get_output_embd(vision), ctypes.sizeof(seen[index]))
+    return seen
 
 
-def _prefill(mtmd: Any, vision: Any, context: Any, parts: list[Any]) -> int:
+def _prefill(mtmd: Any, vision: Any, context: Any, parts: list[Any], seen: dict[int, Any]) -> int:
     past = ctypes.c_int32(0)
-    for part in parts:
-        if mtmd.mtmd_input_chunk_get_type(part) == IMAGE:
-            embeddings, after = mtmd.mtmd_get_output_embd(vision), ctypes.byref(past)
+    for index, part in enumerate(parts):
+        if index in seen:
+            embeddings, after = seen[index], ctypes.byref(past)
             none = mtmd.mtmd_helper_post_decode_callback()
             _check(
                 mtmd.mtmd_helper_decode_image_chunk(vision, context, part, embeddings, past.value, 0, CONTEXT, after, none, None)
