@@ -23,6 +23,7 @@ from edgeprune.runtime.figures import AtContext, Figures, Row, Startup, decode_k
 from edgeprune.runtime.growth import AtKept, Line, line_through, measure_growth
 from edgeprune.runtime.peaks import measure_peaks
 from edgeprune.runtime.profiling import reported_peaks
+from edgeprune.runtime.providers import ENGINES
 from edgeprune.runtime.questions import PROMPT, Question
 from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.rooflines import beside, sizes_of
@@ -55,6 +56,10 @@ class Request:
         if tokens < 2 or repeats < 1:
             raise UsageError(
                 f"Cannot measure {tokens} tokens in {repeats} rounds.", hint="Ask for 2 tokens or more, and for 1 round or more."
+            )
+        if self.kept and self.provider == ENGINES:
+            raise UsageError(
+                "Growth cannot be measured on TensorRT engines, whose visual tokens stay on the device.", hint="Leave out --kept."
             )
 
     @property

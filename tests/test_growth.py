@@ -13,9 +13,11 @@ from edgeprune.bundle import Bundle
 from edgeprune.cli.benchmarking import bench
 from edgeprune.errors import UsageError
 from edgeprune.runtime import load
+from edgeprune.runtime.benchmark import benchmark
 from edgeprune.runtime.contenders import OWN, own_contender
 from edgeprune.runtime.figures import Spread
 from edgeprune.runtime.growth import AtKept, line_through, measure_growth
+from edgeprune.runtime.providers import ENGINES
 from edgeprune.runtime.questions import PROMPT, Question
 from edgeprune.runtime.receipt import Times
 
@@ -46,6 +48,11 @@ def test_more_than_there_are_is_refused(tiny_bundle: Bundle) -> None:
     own = own_contender(OWN, tiny_bundle.path, load(tiny_bundle.path))
     with pytest.raises(UsageError, match=r"has 12 visual tokens; 13 of them.*--image-size"):
         measure_growth(own, QUESTION, [3, 13], 1)
+
+
+def test_engines_keep_their_visual_tokens_to_themselves(tiny_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="stay on the device"):
+        benchmark(tiny_bundle.path, kept=[3], provider=ENGINES)
 
 
 def test_a_line_is_found_and_what_bends_away_is_told() -> None:
