@@ -100,16 +100,22 @@ class EvalReport:
 
 
 def evaluate(
-    runtime: Runtime, samples: Sequence[Sample], *, fit: str = "exact", progress: Callable[[int], None] = lambda done: None
+    runtime: Runtime,
+    samples: Sequence[Sample],
+    *,
+    fit: str = "exact",
+    tier: str | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> EvalReport:
-    """Ask every sample greedily, with and without the runtime's plan, and score the answers."""
+    """Ask every sample greedily, with and without the runtime's plan, or that of a tier, and score the answers."""
     report = EvalReport(pruned=bool(runtime.plan.cuts))
     for done, sample in enumerate(samples, start=1):
         entry = report.kinds.setdefault(sample.kind or "question", KindScore())
         entry.asked += 1
         texts = {}
         for variant in (PRUNED, UNPRUNED) if report.pruned else (UNPRUNED,):
-            answer = runtime.generate(sample.image, sample.prompt, prune=variant == PRUNED, fit=fit)
+            pruned = variant == PRUNED
+            answer = runtime.generate(sample.image, sample.prompt, prune=pruned, fit=fit, tier=tier if pruned else None)
             points = score(sample, answer.text)
             entry.right[variant] += points.right
             entry.of[variant] += points.of

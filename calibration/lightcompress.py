@@ -49,7 +49,7 @@ def _parse(text: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
         raise PlanError(f"this is not YAML ({where}{problem or str(error).splitlines()[0]}).") from error
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, AttributeError, KeyError, TypeError) as error:  # PyYAML's own, for values of odd types
         raise PlanError(f"this YAML cannot be read ({type(error).__name__}).") from error
 
 

@@ -18,8 +18,9 @@ from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
-from edgeprune.runtime.conversation import Model
 from edgeprune.runtime.engine import SIGNALS, Engine, Seen, Step, StepInput
+from edgeprune.runtime.interrupt import Interrupt
+from edgeprune.runtime.model import Model
 from edgeprune.targets import Lowering
 
 
@@ -47,7 +48,7 @@ class EagerEngine:
         return at_precision(self._parts, self._vision, lowering)
 
     @torch.no_grad()
-    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
         """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
         vision, names = self._vision, self._signals
         if whole and self._plan.vision_cuts:
@@ -58,7 +59,7 @@ class EagerEngine:
         return Seen(visual, dict(zip(names, beside, strict=False)), tuple(beside[len(names) :]))
 
     @torch.no_grad()
-    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
         [K].
         """
@@ -108,14 +109,14 @@ class Recorder:
         self.steps: list[tuple[StepInput, KvCache, Step]] = []
         self.selections: list[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]] = []
 
-    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
         """Look at an image."""
-        self.patches, self.seen = patches, self._engine.see(patches, whole=whole)
+        self.patches, self.seen = patches, self._engine.see(patches, whole=whole, interrupt=interrupt)
         return self.seen
 
-    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply the input cut."""
-        selected = self._engine.select(seen, prompt)
+        selected = self._engine.select(seen, prompt, tier)
         self.selections.append((prompt, selected))
         return selected
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import UsageError
+from edgeprune.fields import is_text
 from edgeprune.tabletop.questions import DESCRIBE, parse_description
 
 
@@ -39,7 +40,7 @@ def read_samples(path: Path, limit: int | None = None, *, need_answers: bool = T
     Without `need_answers` a sample may lack one: calibration compares with the unpruned model.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read samples {path}: {error}.") from error
     if limit is not None and limit < 1:
@@ -65,19 +66,28 @@ def _sample(path: Path, number: int, line: str, need_answers: bool) -> Sample:
     where = f"{path}:{number}"
     try:
         data: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON ({getattr(error, 'msg', None) or error}).") from error
     if not isinstance(data, dict):
         raise UsageError(f"{where} is not a JSON object.")
     if not need_answers:
         data.setdefault("answer", "")
     for key in ("image", "prompt", "answer"):
-        if not isinstance(data.get(key), str):
+        if not is_text(data.get(key)):
             raise UsageError(f"{where} has no text {key!r}.")
-    image = path.parent / data["image"]
-    if not image.is_file():
+    image, kind = path.parent / data["image"], data.get("kind", "")
+    if not _is_file(image):
         raise UsageError(f"{where} names the image {data['image']}, which is not there.")
-    return Sample(image, data["prompt"], data["answer"], str(data.get("kind", "")))
+    if not is_text(kind):
+        raise UsageError(f"{where} has a kind that is no text.")
+    return Sample(image, data["prompt"], data["answer"], kind)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _normal(text: str) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import PlanError, UsageError
+from edgeprune.errors import UsageError
+from edgeprune.fields import made
 from edgeprune.files import write_bytes
 from edgeprune.plan import Geometry
 
@@ -146,23 +147,26 @@ class Statistics:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("edgeprune", "{}"))
                 sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no iterator of its own
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"Cannot read statistics {path}: {error}.") from error
-        if header.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(
-                f"{path} has statistics of schema {header.get('schema_version')}, this EdgePrune reads {SCHEMA_VERSION}."
-            )
+        version = header.get("schema_version") if isinstance(header, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UsageError(f"{path} has statistics of schema {version}, this EdgePrune reads {SCHEMA_VERSION}.")
         return cls._parsed(path, header, sums)
 
     @classmethod
     def _parsed(cls, path: Path, header: dict[str, Any], sums: dict[str, np.ndarray]) -> Statistics:
         try:
-            source = Source(**{**header["source"], "geometry": Geometry.from_dict(header["source"]["geometry"])})
-            found = cls(source, int(header["samples"]), sums)
-        except (KeyError, TypeError, ValueError, PlanError) as error:
+            Geometry.from_dict(header["source"]["geometry"])
+            source, samples = made(Source, header["source"], "source"), header["samples"]
+            if type(samples) is not int or not 0 <= samples < 2**31:
+                raise ValueError("samples must be a count")
+        except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is malformed: {error!r}.", hint="Collect the statistics again.") from error
-        if {name: array.shape for name, array in sums.items()} != source.shapes():
-            raise UsageError(f"{path} lacks sums, or has them in another shape.", hint="Collect the statistics again.")
+        found = cls(source, samples, sums)
+        shapes = {name: array.shape for name, array in sums.items()}
+        if shapes != source.shapes() or any(array.dtype != np.int64 for array in sums.values()):
+            raise UsageError(f"{path} lacks sums, or has them in another shape or type.", hint="Collect the statistics again.")
         return found
 
 

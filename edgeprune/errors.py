@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import importlib.util
 
+_LONGEST = 900  # characters of a message, and of a hint
+
 
 class EdgePruneError(Exception):
     """A request that cannot be met: `message`, and `hint`, the remedy, one sentence each."""
@@ -24,9 +26,8 @@ class EdgePruneError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(f"{message} {hint}" if hint else message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = one_line(message), one_line(hint)
+        super().__init__(f"{self.message} {self.hint}" if hint else self.message)
 
 
 class UsageError(EdgePruneError):
@@ -63,6 +64,22 @@ class MissingExtraError(EdgePruneError):
     """A Python package that the command needs is not installed."""
 
     exit_code = 3
+
+
+def one_line(text: str) -> str:
+    """Return a text as terminals and logs can hold it: one line of what can be seen, its middle left out where it is long.
+
+    Names and values that others wrote stand in messages; they must not move a cursor, fake a line of a log or fill a disk.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 300]} ... {text[-290:]}"
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else " " if each.isspace() else _escaped(each) for each in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def require_extra(extra: str, *packages: str) -> None:

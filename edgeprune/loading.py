@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.applies import why_not
-from edgeprune.bundle import DecoderShape, ImageText, Source, sha256_of
+from edgeprune.bundle import DecoderShape, ImageText, Source
 from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, require_extra
+from edgeprune.integrity import sha256_of
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.processors import ImageSpec, image_spec
 from edgeprune.registry import family_class, method_class

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import PlanError
+from edgeprune.fields import made, read_json
 from edgeprune.files import write_text
 
 SCHEMA_VERSION = 2
+_MOST_LAYERS, _MOST_TOKENS = 4096, 2**31 - 1  # what a file may say: far beyond any model
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
 
 
@@ -81,8 +83,13 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Geometry:
-        """Return the geometry in JSON data."""
-        return cls(**{**data, "views": tuple(View(**view) for view in data.get("views", ()))})
+        """Return the geometry in JSON data; raise ValueError when it is malformed."""
+        found = made(cls, data, "geometry")
+        if min(found.height, found.width, found.patch, found.merge, found.frames) < 1 or found.fps < 0:
+            raise ValueError("geometry has a size below 1")
+        if any(min(asdict(view).values()) < 0 for view in found.views) or not 1 <= found.tokens <= _MOST_TOKENS:
+            raise ValueError("geometry has views without a place, or no visual tokens, or far too many")
+        return found
 
     def __str__(self) -> str:
         size = f"{self.width}x{self.height} px"
@@ -171,10 +178,10 @@ class KeepPlan:
         if self.decode is None:
             return
         ranked = {cut.layer for cut in self.cache_cuts}
-        missing = [layer for layer in range(self.decode.layer, self.layers) if layer not in ranked]
-        if missing:
+        missing = next((layer for layer in range(self.decode.layer, self.layers) if layer not in ranked), None)
+        if missing is not None:
             raise PlanError(
-                f"{self.decode} needs a cache cut in every layer from {self.decode.layer} on; layer {missing[0]} has none.",
+                f"{self.decode} needs a cache cut in every layer from {self.decode.layer} on; layer {missing} has none.",
                 hint="A cache cut may keep every token: it ranks them, so that a smaller budget is a prefix.",
             )
 
@@ -251,11 +258,13 @@ class KeepPlan:
     def load(cls, path: Path) -> KeepPlan:
         """Read a plan; raise PlanError when the file is no plan of this schema."""
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_dict(read_json(path))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"Cannot read plan {path}: {getattr(error, 'strerror', None) or error}.") from error
         except json.JSONDecodeError as error:
             raise PlanError(f"Plan {path} is not JSON (line {error.lineno}: {error.msg}).") from error
+        except ValueError as error:
+            raise PlanError(f"Plan {path} cannot be read: {error}.") from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KeepPlan:
@@ -264,13 +273,13 @@ class KeepPlan:
             found = data.get("schema_version") if isinstance(data, Mapping) else None
             raise PlanError(f"Plan schema version is {found}, this EdgePrune reads {SCHEMA_VERSION}.")
         try:
-            return cls(
-                family=str(data["family"]),
-                layers=int(data["layers"]),
-                geometry=Geometry.from_dict(data["geometry"]),
-                cuts=tuple(Cut(**cut) for cut in data["cuts"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            given = {name: value for name, value in data.items() if name != "schema_version"}
+            listed = given.pop("cuts", None)
+            plan = made(cls, {**given, "geometry": asdict(Geometry.from_dict(given.get("geometry", {})))}, "plan")
+            if not 1 <= plan.layers <= _MOST_LAYERS or not isinstance(listed, (list, tuple)) or len(listed) > 4 * _MOST_LAYERS:
+                raise ValueError("plan lacks its list of cuts, or has no layers or far too many")
+            return replace(plan, cuts=tuple(made(Cut, cut, f"cut {number}") for number, cut in enumerate(listed)))
+        except ValueError as error:
             raise PlanError(f"Malformed plan: {error}.") from error
 
 

@@ -6,6 +6,7 @@ Nothing is imported until it is asked for, so that listing costs nothing and the
 from __future__ import annotations
 
 import ast
+import re
 from importlib import import_module
 from importlib.resources import files
 from typing import Any
@@ -49,11 +50,29 @@ FAMILIES = {
 TASK = "image-text-to-text"  # of every family, as transformers and optimum name it
 
 
+_OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_allowed: set[str] = set()
+
+
+def allow_method(reference: str) -> None:
+    """Let `method_class` import a method from outside, "package.module:Class", which is to run its code.
+
+    A plan or a bundle that names one never suffices. Raises UsageError for anything else than such a name; imports nothing.
+    """
+    if not _OWN.fullmatch(reference):
+        raise UsageError(f"{reference!r} is no method of your own.", hint="Write package.module:Class.")
+    _allowed.add(reference)
+
+
 def method_class(name: str) -> Any:
-    """Return the class of a pruning method; raise UsageError listing the methods when there is none of that name."""
-    if name not in METHODS:
-        raise UsageError(f"Unknown method {name!r}.", hint=f"Methods are: {', '.join(sorted(METHODS))}.")
-    return _resolve(METHODS[name])
+    """Return the class of a pruning method, one of METHODS or one that was allowed; raise UsageError when it is neither."""
+    if name in METHODS:
+        return _resolve(METHODS[name])
+    if not _OWN.fullmatch(name):
+        raise UsageError(f"Unknown method {name!r}.", hint=f"Methods are: {', '.join(sorted(METHODS))}, or package.module:Class.")
+    if name not in _allowed:
+        raise UsageError(f"{name} is code from outside EdgePrune.", hint=f"Have it run, if you trust it: --own-method {name}")
+    return _own_class(name)
 
 
 def family_class(model_type: str) -> Any:
@@ -70,6 +89,20 @@ def summary_of(reference: str) -> str:
     module = reference.partition(":")[0]
     source = files(module.rpartition(".")[0]).joinpath(module.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].rstrip(".")
+
+
+def _own_class(reference: str) -> Any:
+    path, _, name = reference.partition(":")
+    try:
+        module = import_module(path)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise  # something that the file itself needs
+        raise UsageError(f"There is no module {error.name}.", hint="Is its folder in PYTHONPATH?") from error
+    found = getattr(module, name, None)
+    if not (hasattr(found, "sites") and hasattr(found, "needs")):
+        raise UsageError(f"{path} has no class {name} with `sites` and `needs`.", hint="CONTRIBUTING.md says what a method is.")
+    return found
 
 
 def _resolve(reference: str) -> Any:

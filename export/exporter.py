@@ -14,6 +14,7 @@ from edgeprune.bundle import (
     CHAT_TEMPLATE,
     DECODER,
     EMBED,
+    MANIFEST,
     PLAN,
     PREDICTOR,
     PREPROCESSOR,
@@ -25,15 +26,18 @@ from edgeprune.bundle import (
     Bundle,
     GraphRecord,
     Manifest,
-    record_files,
+    tier_plan,
+    tier_selector,
 )
 from edgeprune.errors import EdgePruneError
 from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.export.sharing import share_weights
 from edgeprune.files import new_folder
+from edgeprune.integrity import record_files
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import KeepPlan
 from edgeprune.targets import PLAIN, Lowering
+from edgeprune.tiers import Tiers
 
 STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
@@ -43,31 +47,38 @@ Progress = Callable[[str], None]
 
 def export_bundle(
     loaded: LoadedModel,
-    plan: KeepPlan,
+    plan: KeepPlan | Tiers,
     output: Path,
     *,
     lowering: Lowering = PLAIN,
     force: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Bundle:
-    """Trace a model under a plan, lower it and write the bundle; `progress` is called with each of STAGES as it begins.
+    """Trace a model under a plan, or several, lower it and write the bundle; `progress` is called with each of STAGES as it begins.
 
     Raises PlanError when the plan was made for another model, UsageError when `output` exists and `force` is not given.
     """
-    loaded.check_plan(plan)
+    tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
+    (_, first), *others = tiers.items()
+    lower = dict(others)
+    for each in tiers.values():
+        loaded.check_plan(each)
     with new_folder(output, force=force) as folder:
         _check_space(loaded, lowering, folder)
-        graphs = _write_graphs(loaded, plan, lowering, folder, progress)
+        graphs = _write_graphs(loaded, first, lower, lowering, folder, progress)
         progress("processor")
-        _write_processor(loaded, plan, folder)
-        plan.save(folder / PLAN)
+        _write_processor(loaded, first, folder)
+        first.save(folder / PLAN)
+        for name in lower:
+            (folder / tier_plan(name)).parent.mkdir(exist_ok=True)
+            lower[name].save(folder / tier_plan(name))
         progress("manifest")
-        _manifest(loaded, plan, lowering, graphs, folder).save(folder)
+        replace(_manifest(loaded, first, lowering, graphs, folder), tiers=tuple(tiers) if lower else ()).save(folder)
     return Bundle.load(output)
 
 
 def _write_graphs(
-    loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path, progress: Progress
+    loaded: LoadedModel, plan: KeepPlan, lower: Mapping[str, KeepPlan], lowering: Lowering, folder: Path, progress: Progress
 ) -> dict[str, GraphRecord]:
     (folder / VISION).parent.mkdir()
     parts, graphs = loaded.family.decoder(), dict[str, GraphRecord]()
@@ -83,11 +94,13 @@ def _write_graphs(
     if plan.input is not None:
         keys = graphs[VISION].outputs.get("vision_keys")
         key_dim = int(keys.shape[1]) if keys else 0
-        graphs[SELECTOR] = trace_selector(parts, plan, key_dim, lowering, folder / SELECTOR)
+        for path, each in {SELECTOR: plan, **{tier_selector(name): lower[name] for name in lower}}.items():
+            graphs[path] = trace_selector(parts, each, key_dim, lowering, folder / path)
     if plan.live:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress("decoder")
-    graphs[DECODER] = trace_decoder(parts, loaded.family.position_axes, plan, lowering, folder / DECODER)
+    axes, others = loaded.family.position_axes, tuple(lower.values())
+    graphs[DECODER] = trace_decoder(parts, axes, plan, lowering, folder / DECODER, others)
     return graphs
 
 
@@ -111,7 +124,7 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         end_tokens=loaded.end_tokens(),
         versions={package: version(package) for package in _PACKAGES},
         graphs=graphs,
-        files=record_files(folder),
+        files=record_files(folder, MANIFEST),
     )
 
 

@@ -19,14 +19,15 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import GraphRecord
-from edgeprune.export.passes import described, finish
+from edgeprune.export.passes import described, drop_unread, finish
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
-from edgeprune.runtime.engine import SEGMENTS, SIGNALS, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.runtime.engine import SEGMENTS, SIGNALS, TIER, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.targets import Lowering
+from edgeprune.tiers import cache_stage
 from edgeprune.weights import stored_in
 
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
@@ -86,20 +87,27 @@ def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path) -> Grap
     return _trace(_Graph(TextEmbedding(parts), (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path)
 
 
-def trace_decoder(parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
-    """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.runtime.engine`."""
-    decoder = PrunedDecoder(parts, plan, fused=lowering.target.fused, blocked=lowering.target.blocked).eval()
+def trace_decoder(
+    parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path, lower: Sequence[KeepPlan] = ()
+) -> GraphRecord:
+    """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.runtime.engine`.
+
+    `lower`: plans of lower tiers.
+    """
+    options = {"fused": lowering.target.fused, "blocked": lowering.target.blocked}
+    decoder = PrunedDecoder(parts, plan, lower=lower, **options).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
     examples = dict(zip(SEGMENTS, (3, plan.seen, 5), strict=True))
     embeds = [torch.zeros(1, examples[name], (1 + parts.planes) * parts.hidden) for name in SEGMENTS]
     positions = [torch.zeros(axes, examples[name], dtype=torch.int64) for name in SEGMENTS]
     shapes: list[Any] = [{1: lengths[name]} for name in SEGMENTS] * 2 + [{0: lengths["visual"]}]
     arguments: list[Any] = [*embeds, *positions, torch.arange(plan.seen)]
-    past, past_shapes = _example_caches(parts, plan, getattr(torch, lowering.products))
+    past, past_shapes = _example_caches(parts, (plan, *lower), getattr(torch, lowering.products))
     groups = torch.zeros(past[0].shape[0] - 1 + 3 + 5, 3)
-    arguments += [groups if plan.live else None, past]
-    shapes += [{0: torch.export.Dim.AUTO} if plan.live else None, past_shapes]
-    names = decoder_inputs(plan), decoder_outputs(plan)
+    arguments += [torch.zeros(1 + len(lower), dtype=torch.int64) if lower else None, groups if plan.live else None, past]
+    tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower))} if lower else None
+    shapes += [tier, {0: torch.export.Dim.AUTO} if plan.live else None, past_shapes]
+    names = decoder_inputs(plan, tiers=bool(lower)), decoder_outputs(plan)
     return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
 
 
@@ -118,6 +126,7 @@ class _FlatDecoder(nn.Module):
         visual_positions: torch.Tensor,
         suffix_positions: torch.Tensor,
         order: torch.Tensor,
+        tier: torch.Tensor | None,
         groups: torch.Tensor | None,
         past: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
@@ -127,22 +136,24 @@ class _FlatDecoder(nn.Module):
             Segment(suffix, suffix_positions),
             caches_of(past),
             order,
+            tier=tier,
             text_groups=groups,
         )
         return (output.logits, *flat_rows(output.rows), *output.kept, *(() if output.split is None else (output.split,)))
 
 
-def _example_caches(parts: DecoderParts, plan: KeepPlan, kind: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
+def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
     # All examples differ in length, so that no length is taken for another.
     text = torch.export.Dim("past_text", min=1, max=MAX_LENGTH)
-    stages: dict[tuple[int, bool], Any] = {}
+    stages: dict[Any, Any] = {}
+    layers = plans[0].layers
     visual: list[tuple[torch.Tensor, Any]] = []
-    for layer in range(plan.layers):
-        stage = plan.cache_stage(layer)
+    for layer in range(layers):
+        stage = cache_stage(plans, layer)
         length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
         rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim, dtype=kind)
         visual += [(rows, {0: length})] * 2
-    past = [(torch.zeros(7, parts.kv_heads, parts.head_dim, dtype=kind), {0: text})] * (2 * plan.layers) + visual
+    past = [(torch.zeros(7, parts.kv_heads, parts.head_dim, dtype=kind), {0: text})] * (2 * layers) + visual
     return [example.clone() for example, _ in past], [shape for _, shape in past]
 
 
@@ -172,6 +183,7 @@ def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
         )
     assert program is not None  # the dynamo exporter always returns the program
     program.model = finish(program.model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
+    drop_unread(program.model.graph)
     program.save(path, external_data=True)
     return described(program.model.graph)
 

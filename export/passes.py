@@ -60,6 +60,15 @@ def finish(
     return model
 
 
+def drop_unread(graph: ir.Graph) -> None:
+    """Remove the inputs that no node reads: what a graph does not ask for, the runtime need not compute.
+
+    A selector without the prompt chooses the same whatever is asked, so that its choice can be recalled.
+    """
+    for value in [value for value in graph.inputs if not value.uses() and value not in graph.outputs]:
+        graph.inputs.remove(value)
+
+
 def described(graph: ir.Graph) -> GraphRecord:
     """Return the inputs and outputs of a graph."""
     return GraphRecord(*({str(value.name): _tensor(value) for value in side} for side in (graph.inputs, graph.outputs)))

@@ -21,8 +21,9 @@ from edgeprune.errors import VerificationError
 from edgeprune.loading import LoadedModel
 from edgeprune.processors import image_spec
 from edgeprune.runtime import load
-from edgeprune.runtime.conversation import Conversation, Model, Picture
-from edgeprune.runtime.engine import OnnxEngine
+from edgeprune.runtime.conversation import Conversation, Picture
+from edgeprune.runtime.model import Model
+from edgeprune.runtime.ort import OnnxEngine
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 from edgeprune.tabletop.showing import frames_for
@@ -56,15 +57,21 @@ class Stage:
         return self.worst <= self.tolerance
 
 
-def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] = lambda stage: None) -> list[Stage]:
-    """Compare a bundle with its model, stage by stage; raise VerificationError when the model is not the one exported."""
+def verify(
+    bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] = lambda stage: None, tier: str | None = None
+) -> list[Stage]:
+    """Compare a bundle, of several tiers the first or `tier`, with its model, stage by stage.
+
+    Raises VerificationError when the model is not the one exported, UsageError for an unknown tier.
+    """
     if loaded.folder.source().weights_sha256 != bundle.manifest.source.weights_sha256:
         raise VerificationError(
             f"{loaded.folder.name} has other weights than the model that {bundle.path} was exported from.",
             hint="Give that model with --against.",
         )
     lowering = bundle.manifest.lowering
-    reference = replace(reference_model(loaded, bundle.plan), decoder=bundle.manifest.decoder)
+    number = bundle.tier(tier)
+    reference = replace(reference_model(loaded, (bundle.plan, *bundle.lower)[number]), decoder=bundle.manifest.decoder)
     frames = frames_for(bundle.plan.geometry)
     picture: Picture = frames if bundle.manifest.image.kind == "video" else frames[0]
     progress("reference")
@@ -78,12 +85,12 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] 
     progress("vision")
     found += _vision(engine, recorder)
     progress("decoder")
-    found += _replay(engine, recorder)
+    found += _replay(engine, recorder, number)
     tolerances = _EIGHT_BITS if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
     if "text" not in tolerances:  # one near tie would change every word after it: `eval` judges what such a bundle says
         return _judged(found, tolerances)
     progress("text")
-    alone = load(bundle.path).generate(frames, DESCRIBE_PROMPT, max_tokens=GENERATED).text
+    alone = load(bundle.path).generate(frames, DESCRIBE_PROMPT, max_tokens=GENERATED, tier=tier).text
     found.append(("text", float(alone != text), f"{len(text.split())} words"))
     return _judged(found, tolerances)
 
@@ -129,12 +136,12 @@ def _patches(views: np.ndarray, side: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.transpose(0, 2, 4, 1, 3, 5)).reshape(-1, 3 * side * side)
 
 
-def _replay(engine: OnnxEngine, recorder: Recorder) -> list[Found]:
+def _replay(engine: OnnxEngine, recorder: Recorder, tier: int) -> list[Found]:
     # Every step starts from the reference's cache, so that one wrong step does not spoil the next.
-    kept = [(expected[1], engine.select(recorder.seen, prompt)[1]) for prompt, expected in recorder.selections]
+    kept = [(expected[1], engine.select(recorder.seen, prompt, tier)[1]) for prompt, expected in recorder.selections]
     logits: list[tuple[np.ndarray, np.ndarray]] = []
     for tokens, cache, expected in recorder.steps:
-        actual = engine.step(tokens, cache)
+        actual = engine.step(replace(tokens, tier=tier), cache)
         logits.append((expected.logits, actual.logits))
         kept += zip(expected.kept, actual.kept, strict=True)
     return [

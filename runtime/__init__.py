@@ -7,8 +7,32 @@ answer = model.generate("table.png", "What colour is the cube?")
 print(answer.text, answer.receipt.times.ttft_ms)
 """
 
+from edgeprune.runtime.conversation import Turn
+from edgeprune.runtime.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
+from edgeprune.runtime.frames import NV12
+from edgeprune.runtime.loading import load
 from edgeprune.runtime.receipt import CutReceipt, Receipt, Times
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.runtime.session import Answer, Chat, Runtime, load
+from edgeprune.runtime.session import Answer, Chat, Runtime
+from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.terms import Terms
 
-__all__ = ["Answer", "Chat", "CutReceipt", "Receipt", "Runtime", "Sampling", "Times", "load"]
+__all__ = [
+    "NV12",
+    "Answer",
+    "Chat",
+    "CutReceipt",
+    "Feed",
+    "FeedClosed",
+    "FeedError",
+    "FeedTimeout",
+    "Receipt",
+    "Runtime",
+    "Sampling",
+    "Shot",
+    "Stream",
+    "Terms",
+    "Times",
+    "Turn",
+    "load",
+]

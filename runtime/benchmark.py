@@ -217,12 +217,12 @@ class Rounds:
         return kinds
 
     def _measure(self, asked: Contender, taken: Taken) -> None:
-        question = self._request.question
+        question, asked = self._request.question, asked.forgetful
         with self._meter:
             taken.receipt = question.answer(asked)
-        again = question.again(asked)
-        taken.reused = taken.reused and again.visual_tokens == 0
-        taken.rows.append(row_of(taken.receipt, again, self._meter.joules))
+        recalled, second = question.again(asked)
+        taken.reused = taken.reused and second.visual_tokens == 0
+        taken.rows.append(row_of(taken.receipt, recalled, second, self._meter.joules))
 
     def _figures(self, each: Contender, at: tuple[AtContext, ...]) -> Figures:
         taken, baseline = self._taken[each.name], self._taken[self._request.baseline]

@@ -42,6 +42,13 @@ class KvCache:
         """What steps read of text [1 + T, kv heads, head_dim]: views."""
         return tuple(rows[: self.length] for rows in self.buffers)
 
+    def head(self, length: int) -> KvCache:
+        """Return a cache with the first `length` rows of text, in memory of its own, and the same images."""
+        buffers = tuple(np.empty_like(rows, order="C", shape=(length, *rows.shape[1:])) for rows in self.buffers)
+        for buffer, rows in zip(buffers, self.buffers, strict=True):
+            buffer[:length] = rows[:length]
+        return replace(self, buffers=buffers, length=length, room=0)
+
     def reserved(self, tokens: int) -> KvCache:
         """Return the cache that takes in so many more tokens of text with one allocation. Memory is not touched before its use."""
         return replace(self, room=max(self.room, self.length + tokens))

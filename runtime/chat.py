@@ -60,6 +60,11 @@ class TextCodec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=not said_already).ids
         return ids
 
+    def to_json(self) -> str:
+        """Return the text of the tokenizer.json."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -20,17 +20,20 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.chat import TextCodec
-from edgeprune.runtime.conversation import Model
 from edgeprune.runtime.engine import Engine, Seen, Step, StepInput, Tokens
 from edgeprune.runtime.images import read_image
+from edgeprune.runtime.interrupt import Interrupt
+from edgeprune.runtime.loading import load
+from edgeprune.runtime.model import Model, State
 from edgeprune.runtime.providers import ENGINES
-from edgeprune.runtime.session import Pictures, Runtime, load
+from edgeprune.runtime.session import Pictures, Runtime
 from edgeprune.tabletop.showing import frames_for
 
 OWN = "pruned"
 WHOLE = "none"
 BLIND = ("random", "uniform")  # they choose without looking
 WORDS = (WHOLE, *BLIND)
+_RECALL = 1 << 30  # bytes: more than one image takes
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Contender:
         model = self.runtime._model
         every = cast("tuple[int, ...]", range(model.decoder.vocabulary))  # asked only whether a token is among them
         return Runtime(replace(model, end_tokens=every))
+
+    @property
+    def forgetful(self) -> Contender:
+        """The same, which has seen nothing yet, and will recall what it sees."""
+        return replace(self, runtime=Runtime(replace(self.runtime._model, state=State(_RECALL))))
 
     @property
     def codec(self) -> TextCodec:
@@ -86,13 +94,13 @@ def contenders(
     named twice, ImageError, and BundleError and EngineError from loading.
     """
     check_names(compare, provider)
-    own = own_contender(OWN, path, load(path, threads=threads, provider=provider), image)
+    own = own_contender(OWN, path, load(path, threads=threads, provider=provider, cache_bytes=0), image)
     found = [own]
     for name in compare:
         if name in WORDS:
             found.append(variant(own, name))
         else:
-            found.append(own_contender(name, Path(name), load(name, threads=threads, provider=provider), image))
+            found.append(own_contender(name, Path(name), load(name, threads=threads, provider=provider, cache_bytes=0), image))
     return found
 
 
@@ -155,14 +163,14 @@ class Chosen:
     def __init__(self, engine: Engine, kept: np.ndarray, tokens: int) -> None:
         self._engine, self._kept, self._tokens = engine, kept, tokens
 
-    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
         """Return the chosen visual tokens [1, K, hidden]."""
-        seen = self._engine.see(patches, whole=whole)
+        seen = self._engine.see(patches, whole=whole, interrupt=interrupt)
         return replace(seen, embeds=seen.embeds[:, self._kept])
 
-    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return the engine's own selection, which an unpruned prefill never asks for."""
-        return self._engine.select(seen, prompt)
+        return self._engine.select(seen, prompt, tier)
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
@@ -184,7 +192,8 @@ class Chosen:
 
 
 def _endless(model: Model) -> Runtime:
-    return Runtime(replace(model, end_tokens=()))
+    # Its own state: what another engine said of an image must not be recalled.
+    return Runtime(replace(model, end_tokens=(), state=State()))
 
 
 def _check_bundle(name: str) -> None:

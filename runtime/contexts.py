@@ -12,9 +12,9 @@ from dataclasses import replace
 from edgeprune.errors import UsageError
 from edgeprune.runtime.chat import TextCodec
 from edgeprune.runtime.contenders import Contender
-from edgeprune.runtime.conversation import Stream
 from edgeprune.runtime.figures import AtContext, median, spread
 from edgeprune.runtime.questions import Question
+from edgeprune.runtime.stream import Stream
 
 STEPS = 4  # of one contender in a row
 _WORDS = (" a", " the", " is", " on", " cube")  # one of them is a single token of nearly every tokenizer

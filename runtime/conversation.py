@@ -1,90 +1,65 @@
-"""A conversation: messages, the KV caches that hold them, and the loop that generates the next answer."""
+"""A conversation: messages, their images, and the caches that hold them from one answer to the next."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 from PIL import Image
 
-from edgeprune.bundle import DecoderShape, ImageText
 from edgeprune.errors import UsageError
-from edgeprune.plan import KeepPlan
-from edgeprune.processors import ImageSpec, fit
+from edgeprune.processors import fit
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.chat import ChatTemplate, Message, StreamDecoder, TextCodec, refuse_control_tokens
-from edgeprune.runtime.engine import Engine, Seen, Step, StepInput, Tokens
+from edgeprune.runtime.chat import Message, refuse_control_tokens
+from edgeprune.runtime.engine import Step
+from edgeprune.runtime.generation import Asked, Generation
+from edgeprune.runtime.intake import Intake
+from edgeprune.runtime.interrupt import Interrupted
 from edgeprune.runtime.layout import ImageLayout
-from edgeprune.runtime.positions import span_positions, text_positions
+from edgeprune.runtime.model import Model
+from edgeprune.runtime.prefill import Prefill
 from edgeprune.runtime.rate import Rate
-from edgeprune.runtime.receipt import Receipt, cut_receipts
-from edgeprune.runtime.sampling import Sampler, Sampling, StopWatch
+from edgeprune.runtime.recall import digest
+from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.showing import Shown
+from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.terms import Terms
 
-SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2
-_ONE_HOT = np.eye(3, dtype=np.float32)
 Picture = Image.Image | Sequence[Image.Image]
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Model:
-    """Everything that conversations share and never change: the engine, the text side, the image side and the plan."""
+class Turn:
+    """What was said before a conversation begins: `role` is one of ROLES; only a user shows `images`."""
 
-    engine: Engine
-    codec: TextCodec
-    template: ChatTemplate
-    special_tokens: dict[str, str]
-    image_spec: ImageSpec
-    image: ImageText
-    end_tokens: tuple[int, ...]
-    decoder: DecoderShape
-    plan: KeepPlan
+    role: str
+    text: str
+    images: Sequence[Picture] = ()
 
-
-class Stream:
-    """An answer being generated, an iterator of pieces of text; nothing runs before the first is asked for.
-
-    `text` is what was said so far; `receipt` fills as it goes and is final at the end.
-    """
-
-    def __init__(self, pieces: Generator[str], receipt: Receipt) -> None:
-        self._pieces = pieces
-        self.receipt = receipt
-        self.text = ""
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
-
-    def close(self) -> None:
-        """Stop generating; what was said so far is the answer."""
-        self._pieces.close()
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise UsageError(f"Unknown role {self.role!r}.", hint=f"Roles are: {', '.join(ROLES)}.")
+        if self.images and self.role != "user":
+            raise UsageError(f"A turn of the {self.role} has images.", hint="Put them into a turn of the user.")
 
 
 class Conversation:
-    """Several turns on the same caches. Not thread-safe: one thread a conversation."""
+    """Several turns on the same caches. One thread asks and reads at a time."""
 
-    def __init__(self, model: Model, *, prune: bool = True, how: str = "exact") -> None:
+    def __init__(self, model: Model, *, prune: bool = True, how: str = "exact", history: Sequence[Turn] = ()) -> None:
         self._model, self._prune, self._fit = model, prune, how
         self._layout = ImageLayout(model.image, model.plan.geometry, model.codec)
         self._messages: list[Message] = []
-        self._images: list[_Shown] = []  # in the order of the messages
+        self._images: list[Shown] = []  # in the order of the messages
+        self._history = tuple(history)  # what is not yet among the messages
         self._stream: Stream | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._ids: list[int] = []  # what the caches hold; the span of an image is one id
-        self._seen_images = 0
-        shape = self._model.decoder
-        self._cache = KvCache.empty(shape)
-        self._groups = bytearray()  # of the text in the caches: SYSTEM, INSTRUCTION, GENERATED or none of them
-        self._position = 0
-        self._length = 0  # of the sequence, as if nothing had been pruned
+        self._intake = Intake(self._model, self._layout.spans, prune=self._prune)
 
     @property
     def kind(self) -> str:
@@ -94,9 +69,11 @@ class Conversation:
     @property
     def cache(self) -> KvCache:
         """What the conversation has taken in."""
-        return self._cache
+        return self._intake.cache
 
-    def ask(self, prompt: str, images: Sequence[Picture] = (), sampling: Sampling | None = None) -> Stream:
+    def ask(
+        self, prompt: str, images: Sequence[Picture] = (), sampling: Sampling | None = None, terms: Terms | None = None
+    ) -> Stream:
         """Return the stream of the answer to the next user turn.
 
         Of a bundle for video each of `images` is the list of its frames. A stream that is never read leaves no trace; one that is
@@ -104,90 +81,100 @@ class Conversation:
         """
         if not prompt.strip():
             raise UsageError("The prompt is empty.", hint="Ask something about the image.")
-        refuse_control_tokens(prompt, self._model.codec, self._layout.placeholder)
+        terms = terms or Terms()
+        if terms.tier is not None:
+            self._model.tier(terms.tier)  # refuses one that is not there
+            if not self._prune:
+                raise UsageError("Without pruning there are no tiers.", hint="Leave tier or prune=False out.")
+        sampling = sampling or Sampling()
+        sampler = Sampler(sampling, self._model.grammars.constraint(sampling))
+        turns = (*self._history, Turn("user", prompt, images))
+        for turn in turns:
+            refuse_control_tokens(turn.text, self._model.codec, self._layout.placeholder)
+        pictured = bool(images) or any(turn.images for turn in self._history)
+        why_not = "the answer ended before the image was taken in" if pictured else "this turn has no image"
+        receipt = Receipt(pruned=False, reason=why_not, deadline_ms=terms.deadline_ms)
+        asked = Asked(sampler, terms, receipt)
+        messages = [self._message(turn) for turn in turns]
+        shown = [self._show(image, turn.text, receipt) for turn in turns for image in turn.images]
         if self._stream is not None:
             self._stream.close()
-        receipt = Receipt(pruned=False, reason="" if images else "this turn has no image")
-        seen = [_Shown(self._see(image, receipt), prompt) for image in images]
-        parts = [{"type": self._layout.kind} for _ in seen] + [{"type": "text", "text": prompt}]
-        turn: Message = {"role": "user", "content": parts}
-        self._stream = Stream(self._answer(turn, seen, Sampler(sampling or Sampling()), receipt), receipt)
+        self._stream = Stream(self._answer(messages, shown, asked), receipt, asked.interrupt)
         return self._stream
 
-    def _see(self, picture: Picture, receipt: Receipt) -> Seen:
-        started = time.perf_counter()
-        spec, geometry = self._model.image_spec, self._model.plan.geometry
-        frames = [picture] if isinstance(picture, Image.Image) else list(picture)
-        if len(frames) != geometry.frames:
-            raise UsageError(f"The bundle takes {geometry}, not {len(frames)} at once.", hint="Give as many frames as it says.")
-        patches = spec.patches([fit(frame, geometry, self._fit, spec) for frame in frames])
-        prepared = time.perf_counter()
-        seen = self._model.engine.see(patches, whole=not self._prune)
-        receipt.times.preprocess_ms += 1e3 * (prepared - started)
-        receipt.times.vision_ms += 1e3 * (time.perf_counter() - prepared)
-        return seen
+    def _message(self, turn: Turn) -> Message:
+        parts = [{"type": self._layout.kind} for _ in turn.images] + [{"type": "text", "text": turn.text}]
+        return {"role": turn.role, "content": parts}  # some templates drop a mere string
 
-    def _answer(self, turn: Message, seen: list[_Shown], sampler: Sampler, receipt: Receipt) -> Generator[str]:
+    def _show(self, picture: Picture, words: str, receipt: Receipt) -> Shown:
+        spec, geometry = self._model.image_spec, self._model.plan.geometry
+        with receipt.times.stage("preprocess"):
+            frames = [picture] if isinstance(picture, Image.Image) else list(picture)
+            if len(frames) != geometry.frames:
+                raise UsageError(f"The bundle takes {geometry}, not {len(frames)} at once.", hint="Give as many frames as it says.")
+            key = digest(frames, self._fit, self._prune) if self._model.state.recall.budget else None
+            fitted = [fit(frame, geometry, self._fit, spec) for frame in frames]
+            return Shown(words, partial(spec.patches, fitted), key)
+
+    def _answer(self, turns: list[Message], shown: list[Shown], asked: Asked) -> Generator[str]:
+        receipt, interrupt = asked.receipt, asked.interrupt
+        with self._model.state.answering(receipt):
+            try:
+                interrupt.check()
+                ids = self._tokens(turns, len(shown))
+                prefill = self._prefill(ids, shown, asked)
+            except Interrupted:  # before it began, or while the images were looked at: the conversation is as it was
+                receipt.finish_reason = str(interrupt.reason)
+                return
+            except BaseException as error:
+                receipt.finish_reason = "error" if isinstance(error, Exception) else "cancelled"
+                raise
+            self._messages += turns
+            self._images += shown
+            self._history = ()
+            yield from self._generate(ids, prefill, asked)
+
+    def _generate(self, ids: list[int], prefill: Prefill, asked: Asked) -> Generator[str]:
         # However the stream ends, the conversation stays whole: what was said so far is the answer.
-        said: list[int] = []
-        ids = self._tokens(turn, len(seen))
-        self._messages.append(turn)
-        self._images += seen
+        receipt, said = asked.receipt, list[int]()
         try:
-            yield from self._generate(ids, sampler, receipt, said)
+            step, token = self._first(ids, prefill, asked)
+            rate = Rate(self._model.engine, prefill.plan.decode) if self._prune and receipt.visual_tokens else None
+            generation = Generation(self._model, self._intake, asked, rate, prefill.room)
+            said = generation.said
+            yield from generation.pieces(step, token)
+            self._note(prefill, receipt)
         except GeneratorExit:
             receipt.finish_reason = "cancelled"
             raise
-        except Exception:
-            receipt.finish_reason = "error"
-            self._reset()  # the caches may hold half a turn
+        except Interrupted:
+            receipt.finish_reason = str(asked.interrupt.reason)
+            self._reset()  # the caches hold half a turn
+        except BaseException as error:  # Ctrl-C too: the caches may hold half a turn
+            receipt.finish_reason = "error" if isinstance(error, Exception) else "cancelled"
+            self._reset()
             raise
         finally:
-            answer = {"type": "text", "text": self._model.codec.decode(said)}
-            self._messages.append({"role": "assistant", "content": [answer]})  # some templates drop a mere string
+            self._messages.append(self._message(Turn("assistant", self._model.codec.decode(said))))
 
-    def _generate(self, ids: list[int], sampler: Sampler, receipt: Receipt, said: list[int]) -> Generator[str]:
-        started = time.perf_counter()
-        step = self._prefill(ids, receipt, sampler.sampling.max_tokens)
-        token = sampler.pick(step.logits)
-        receipt.times.prefill_ms = 1e3 * (time.perf_counter() - started) - receipt.times.select_ms
-        decoder, watch = StreamDecoder(self._model.codec), StopWatch(sampler.sampling.stop)
-        rate = Rate(self._model.engine, self._model.plan.decode) if self._prune and receipt.visual_tokens else None
-        while True:
-            receipt.generated_tokens += 1
-            receipt.kv_bytes = self._cache.bytes
-            if token in self._model.end_tokens:
-                receipt.finish_reason = "end"
-                yield watch.push(decoder.flush()) + watch.flush()
-                return
-            said.append(token)
-            yield watch.push(decoder.push(token))
-            if watch.stopped:
-                receipt.finish_reason = "stop"
-                return
-            if receipt.generated_tokens >= sampler.sampling.max_tokens or self._length >= self._model.decoder.context:
-                receipt.finish_reason = "length"
-                yield watch.push(decoder.flush()) + watch.flush()
-                return
-            started = time.perf_counter()
-            step = self._decode(token, step, rate, receipt)
-            token = sampler.pick(step.logits)
-            receipt.times.decode_ms.append(1e3 * (time.perf_counter() - started))
-            receipt.times.graph_ms += [] if step.run_ms is None else [step.run_ms]
+    def _first(self, ids: list[int], prefill: Prefill, asked: Asked) -> tuple[Step, int]:
+        with asked.receipt.times.stage("prefill"), asked.interrupt.due(asked.remaining):
+            if ids[: len(self._intake.ids)] != self._intake.ids:
+                self._reset()  # the text was tokenised otherwise than it was generated: start over, images are kept
+            step = prefill.run(self._intake, ids, self._images, asked.sampler.sampling.max_tokens)
+            return step, asked.sampler.pick(step.logits)
 
-    def _decode(self, token: int, before: Step, rate: Rate | None, receipt: Receipt) -> Step:
-        if rate is not None:
-            self._cache = rate.shorten(self._cache, before, receipt)
-        # Unpruned, visual tokens lie among the text and are all read.
-        receipt.visual_reads.append(self._cache.visual_reads if self._prune else receipt.visual_whole)
-        nothing = self._no_tokens()
-        step = self._step(nothing, nothing, self._text([token]), GENERATED)
-        self._ids.append(token)
-        return step
+    def _note(self, prefill: Prefill, receipt: Receipt) -> None:
+        times, images = receipt.times, receipt.visual_tokens // self._model.plan.geometry.tokens
+        if not self._prune:
+            return
+        prefill_ms = (times.prefill_ms + times.select_ms) / images if images and "prefix" not in receipt.reused else None
+        whole = receipt.finish_reason in ("end", "stop")
+        self._model.state.pace.note(prefill.tier, prefill_ms, times.ms_per_token, receipt.generated_tokens if whole else 0)
 
-    def _tokens(self, turn: Message, images: int) -> list[int]:
-        # All of the conversation with this turn; refused before anything changes.
-        messages, images = [*self._messages, turn], images + len(self._images)
+    def _tokens(self, turns: list[Message], images: int) -> list[int]:
+        # All of the conversation with these turns; refused before anything changes.
+        messages, images = [*self._messages, *turns], images + len(self._images)
         prompt = self._model.template.render(messages, add_generation_prompt=True, **self._model.special_tokens)
         ids = self._model.codec.encode_prompt(self._layout.expand(prompt), self._model.special_tokens.get("bos_token"))
         if self._layout.count(ids) != images:
@@ -200,96 +187,13 @@ class Conversation:
             )
         return ids
 
-    def _prefill(self, ids: list[int], receipt: Receipt, answer: int) -> Step:
-        if ids[: len(self._ids)] != self._ids:
-            self._reset()  # the text was tokenised otherwise than it was generated: start over, images are kept
-        self._cache = self._cache.shortened(1.0, 0)  # what an earlier answer could spare, this one may need
-        new = ids[len(self._ids) :]
-        visual = 0 if self._prune else (len(self._images) - self._seen_images) * self._model.plan.geometry.tokens
-        self._cache = self._cache.reserved(min(len(new) + visual + answer, self._model.decoder.context))
-        step = self._feed(new, receipt)
-        self._ids = ids
-        return step
-
-    def _feed(self, ids: list[int], receipt: Receipt) -> Step:
-        # One forward per image: the text before it, the image, and the text up to the next image.
-        turns = self._layout.turns(ids)
-        receipt.text_tokens = sum(len(part) for turn in turns for part in turn) if turns else len(ids)
-        if not turns:
-            nothing = self._no_tokens()
-            return self._step(nothing, nothing, self._text(ids), INSTRUCTION)
-        for turn in turns:
-            step = self._feed_image(turn, receipt)
-        return step
-
-    def _feed_image(self, parts: list[list[int]], receipt: Receipt) -> Step:
-        geometry, plan = self._model.plan.geometry, self._model.plan
-        shown = self._images[self._seen_images]
-        prefix, visual = self._interleaved(parts[:-1], shown.seen.embeds)
-        self._seen_images += 1
-        suffix = self._text(parts[-1])
-        receipt.visual_tokens += geometry.tokens
-        receipt.visual_whole += geometry.tokens * plan.layers
-        if not self._prune:
-            receipt.reason = "pruning was switched off"
-            receipt.visual_stored += geometry.tokens * plan.layers
-            return self._step(prefix.then(visual), self._no_tokens(), suffix, INSTRUCTION)
-        # Positions are those of every token until `only` takes those of the tokens that stay.
-        order, embeds = shown.seen.order, shown.seen.embeds
-        if plan.input is not None:
-            embeds, order = self._select(shown, receipt)
-        before_image = self._cache.visual_reads
-        step = self._step(prefix, visual.only(order, embeds), suffix, INSTRUCTION, order)
-        receipt.visual_stored += self._cache.visual_reads - before_image
-        receipt.cuts += cut_receipts(plan, shown.seen.kept, order, step)
-        receipt.pruned = bool(receipt.cuts)
-        receipt.reason = "" if receipt.cuts else "the plan has no cuts"
-        return step
-
-    def _select(self, shown: _Shown, receipt: Receipt) -> tuple[np.ndarray, np.ndarray]:
-        started = time.perf_counter()
-        prompt = self._model.engine.embed(self._model.codec.encode(shown.prompt))
-        embeds, kept = self._model.engine.select(shown.seen, prompt)
-        receipt.times.select_ms += 1e3 * (time.perf_counter() - started)
-        return embeds, kept
-
-    def _step(self, prefix: Tokens, visual: Tokens, suffix: Tokens, group: int, order: np.ndarray | None = None) -> Step:
-        before = prefix.embeds.shape[1]
-        self._groups += bytes([SYSTEM] * before + [group] * suffix.embeds.shape[1])
-        order = np.zeros(0, np.int64) if order is None else order
-        groups = _ONE_HOT[np.frombuffer(self._groups, np.uint8)]
-        step = self._model.engine.step(StepInput(prefix, visual, suffix, order, groups), self._cache)
-        self._cache = self._cache.grown(step.rows, before, suffix.embeds.shape[1])
-        return replace(step, rows=())
-
-    def _interleaved(self, before: list[list[int]], embeds: np.ndarray) -> tuple[Tokens, Tokens]:
-        # The text before each span, and the visual tokens of all, each at its own position.
-        axes = self._model.decoder.position_axes
-        text, spans = [], []
-        for ids, views in zip(before, self._layout.spans, strict=True):
-            text.append(text_positions(self._position, len(ids), axes))
-            span, self._position = span_positions(self._position + len(ids), views, axes)
-            spans.append(span)
-        ids = [token for part in before for token in part]
-        visual = Tokens(embeds, np.concatenate(spans, axis=1))
-        self._length += visual.positions.shape[1] + len(ids)
-        return (Tokens(self._model.engine.embed(ids), np.concatenate(text, axis=1)) if ids else self._no_tokens()), visual
-
-    def _text(self, ids: list[int]) -> Tokens:
-        if not ids:
-            return self._no_tokens()
-        positions = text_positions(self._position, len(ids), self._model.decoder.position_axes)
-        self._position += len(ids)
-        self._length += len(ids)
-        return Tokens(self._model.engine.embed(ids), positions)
-
-    def _no_tokens(self) -> Tokens:
-        shape = self._model.decoder
-        return Tokens(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
-
-
-@dataclass(frozen=True)
-class _Shown:
-    # An image of the conversation and the words it was shown with, which an input cut may ask for.
-    seen: Seen
-    prompt: str
+    def _prefill(self, ids: list[int], shown: list[Shown], asked: Asked) -> Prefill:
+        # What has to be decided before the conversation changes. It may have to be read again from its beginning.
+        prefill = Prefill(self._model, self._layout, asked, prune=self._prune)
+        for image in shown:
+            prefill.see(image)
+        again = ids[: len(self._intake.ids)] != self._intake.ids
+        images = len(self._images) + len(shown) - (0 if again else self._intake.images)
+        text = len(ids) - (0 if again else len(self._intake.ids)) - images * len(self._layout.spans)
+        prefill.choose(0 if again else self._intake.cache.bytes, images, text)
+        return prefill

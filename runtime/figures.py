@@ -100,11 +100,14 @@ class Figures:
         return None if peak is None else peak / (self.weight_bytes + self.costs["kv_bytes"].p50)
 
 
-def row_of(first: Receipt, second: Receipt, joules: float | None) -> Row:
-    """Return the costs of one round: an answer about a new image, and the first token of a second question about it."""
+def row_of(first: Receipt, recalled: Receipt, second: Receipt, joules: float | None) -> Row:
+    """Return the costs of one round: an answer about a new image, the first token of the same question in another conversation,
+    which may be `recalled` in part, and of a second one after it.
+    """
     times = first.times
     row = {name: float(getattr(times, name)) for name in STAGES}
-    row |= {"ttft_ms": times.ttft_ms, "repeated_ttft_ms": second.times.ttft_ms, "ms_per_token": times.ms_per_token}
+    row |= {"ttft_ms": times.ttft_ms, "recalled_ttft_ms": recalled.times.ttft_ms, "repeated_ttft_ms": second.times.ttft_ms}
+    row |= {"ms_per_token": times.ms_per_token}
     row |= {"tokens_per_second": 1e3 * len(times.decode_ms) / sum(times.decode_ms), "kv_bytes": float(first.kv_bytes)}
     known = {"overhead": times.overhead, "energy_j": joules}
     return {**row, **{name: value for name, value in known.items() if value is not None}}

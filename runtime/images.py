@@ -16,17 +16,20 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from edgeprune.errors import ImageError
+from edgeprune.runtime.frames import NV12, DLPack, dlpack_array, is_dlpack
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-Source = str | os.PathLike[str] | Image.Image | np.ndarray
+Source = str | os.PathLike[str] | Image.Image | np.ndarray | NV12 | DLPack
 
 
 def read_image(source: Source) -> Image.Image:
     """Return the image as upright RGB; raise ImageError when it cannot be read or is not safe to read.
 
-    Arrays are uint8: [height, width, 3], [height, width, 4], [height, width, 1] or [height, width].
+    Arrays are uint8: [height, width, 3], [height, width, 4], [height, width, 1] or [height, width]; so are those of other libraries
+    (DLPack), which must be in the CPU's memory. The result shares no memory with the source: pixels are copied once, as Pillow
+    keeps four bytes of each.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -34,7 +37,12 @@ def read_image(source: Source) -> Image.Image:
         return _decode(source, "the given Pillow image", from_file=False)
     if isinstance(source, (str, os.PathLike)):
         return _from_file(os.fsdecode(source))
-    raise ImageError(f"Cannot read an image from {type(source).__name__}.", hint="Give a path, a Pillow image or an array.")
+    if isinstance(source, NV12):
+        _check_size((source.width, source.height), "the NV12 frame")
+        return Image.fromarray(source.to_rgb())
+    if is_dlpack(source):
+        return _from_array(dlpack_array(source))
+    raise ImageError(f"Cannot read an image from {type(source).__name__}.", hint="Give a path, a Pillow image, an array or NV12.")
 
 
 def _from_file(path: str) -> Image.Image:
@@ -106,7 +114,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 def _shape_hint(pixels: np.ndarray) -> str:
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
-        return "Channels come last: give array.transpose(1, 2, 0)."
+        return "Channels come last: give array.transpose(1, 2, 0), or tensor.permute(1, 2, 0)."
     if pixels.ndim == 4:
         return "Give one image at a time: array[0]."
     return "Give [height, width], or [height, width, channels] with 1, 3 or 4 channels."

@@ -46,6 +46,11 @@ class ImageLayout:
         images, left = divmod(list(ids).count(self._image.token), len(self.spans))
         return -1 if left else images
 
+    def ends(self, ids: Sequence[int]) -> list[int]:
+        """Return for each image how many ids there are up to its last."""
+        places = [place for place, token in enumerate(ids, start=1) if token == self._image.token]
+        return places[len(self.spans) - 1 :: len(self.spans)]
+
     def turns(self, ids: Sequence[int]) -> list[list[list[int]]]:
         """Return ids in parts, for each image: the text before it, between its spans, and after it up to the next image.
 

@@ -15,6 +15,7 @@ import numpy as np
 from edgeprune.bundle import VISION, Bundle
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
+from edgeprune.fields import made, read_json
 from edgeprune.files import write_text
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Engine, StepInput, Tokens
@@ -56,11 +57,13 @@ class DeviceTimes:
     def load(cls, path: Path) -> DeviceTimes:
         """Read times; raise UsageError when the file holds none."""
         try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            data: dict[str, Any] = read_json(path)
             if data.pop("schema_version") != SCHEMA_VERSION:
                 raise UsageError(f"{path} is of another schema version.", hint="Profile the bundle again.")
-            peaks = None if data.get("peaks") is None else Peaks(**data["peaks"])
-            return cls(**{**data, "prefill_ms": tuple(map(float, data["prefill_ms"])), "peaks": peaks})
+            found = made(cls, data, "times")
+            if not found.prefill_ms or min(found.vision_ms, found.tokens, *found.prefill_ms) < 0:
+                raise ValueError("times are missing, or negative")
+            return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"Cannot read device times {path}: {error!r}.", hint="Write them with: edgeprune profile") from error
 

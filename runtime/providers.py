@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
-from edgeprune.runtime.engine import CPU, Engine, OnnxEngine
+from edgeprune.runtime.engine import Engine
+from edgeprune.runtime.ort import CPU, OnnxEngine
 
 _CUDA, _TENSORRT, _OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 ENGINES = "tensorrt"

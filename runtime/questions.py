@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgeprune.runtime.contenders import Contender
-from edgeprune.runtime.conversation import Stream
 from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.stream import Stream
 
 PROMPT = "What is on the table?"
 
@@ -29,13 +29,14 @@ class Question:
         "".join(stream)
         return stream.receipt
 
-    def again(self, asked: Contender) -> Receipt:
-        """Return the receipt of a second question about the image in the same conversation, up to the first token.
+    def again(self, asked: Contender) -> tuple[Receipt, Receipt]:
+        """Return the receipts, up to the first token, of the question in another conversation, and of a second one after it there.
 
         The first answer is empty, so that the conversation reads it as it wrote it and keeps its caches.
         """
         chat = asked.silent.chat(prune=asked.prune, fit=self.fit)
-        "".join(chat.ask(self.prompt, asked.picture))
+        first = chat.ask(self.prompt, asked.picture)
+        "".join(first)
         second = chat.ask(self.prompt)
         "".join(second)
-        return second.receipt
+        return first.receipt, second.receipt

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +26,19 @@ class CutReceipt:
     kept: np.ndarray
 
 
+@dataclass(frozen=True)
+class Stage:
+    """When a stage began and ended, in nanoseconds of the system's clock."""
+
+    name: str
+    began_ns: int
+    ended_ns: int
+
+
 @dataclass
 class Times:
     """Milliseconds of each stage; `decode_ms` has one entry for every decode step, picking the token included, and `graph_ms`
-    what the decoder's graph alone took of it, where the engine says so.
+    what the decoder's graph alone took of it, where the engine says so. `stages`: the same as they happened, decoding as one.
     """
 
     preprocess_ms: float = 0.0
@@ -36,6 +47,22 @@ class Times:
     prefill_ms: float = 0.0
     decode_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    _within: float = 0.0  # seconds of the stages inside the one that runs
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`_ms, that of stages inside it left out."""
+        outer, self._within = self._within, 0.0
+        began_ns, started = time.time_ns(), time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - started
+            before: float = getattr(self, f"{name}_ms")
+            setattr(self, f"{name}_ms", before + 1e3 * (took - self._within))
+            self._within = outer + took
+            self.stages.append(Stage(name, began_ns, began_ns + int(1e9 * took)))
 
     @property
     def ttft_ms(self) -> float:
@@ -55,12 +82,31 @@ class Times:
         return float(np.median(shares)) if shares else None
 
 
+@dataclass(frozen=True)
+class ImageAccount:
+    """What happened to one image: its visual tokens, the KV entries it would have unpruned (`whole`) and has, its cuts."""
+
+    tokens: int
+    whole: int
+    stored: int
+    cuts: tuple[CutReceipt, ...]
+
+
 @dataclass
 class Receipt:
     """The account of one answer.
 
     `pruned` tells whether the plan was applied, and `reason` why not. `finish_reason`: "end" (the model ended its turn), "stop" (a
-    stop string), "length" (max_tokens), "cancelled" (the stream was closed early), "error" or "running".
+    stop string), "length" (max_tokens), "deadline" (another token would have come too late), "kv_limit" (max_kv_bytes),
+    "cancelled", "error" or "running".
+
+    `text_tokens` and `visual_tokens`: of the prompt, as far as the conversation did not hold it; `recalled_tokens`: those of
+    them that another conversation had taken in.
+
+    `tier`: of a bundle with several plans the one that was used, and `tier_reason` why: "default", "asked for", "deadline" or
+    "max_kv_bytes". `reused`: what had been computed for an earlier question: "vision", "input cut", "prefix". `captured`: when the
+    newest frame was, in seconds of the monotonic clock, if that is known; `frame_age_ms`: how old it was when the first token came;
+    `frames_dropped`: those that came since the last question and were not looked at. `energy_j`: of the whole machine.
 
     Visual KV entries are counted over the layers, one for each token in one layer: `visual_whole` without pruning,
     `visual_stored` after prefill, `visual_reads` at each decode step. `decode_shares`: the share of its visual cache that the
@@ -71,6 +117,7 @@ class Receipt:
     reason: str
     visual_tokens: int = 0
     text_tokens: int = 0
+    recalled_tokens: int = 0
     generated_tokens: int = 0
     cuts: tuple[CutReceipt, ...] = ()
     times: Times = field(default_factory=Times)
@@ -80,6 +127,26 @@ class Receipt:
     visual_reads: list[int] = field(default_factory=list)
     decode_shares: list[float] = field(default_factory=list)
     finish_reason: str = "running"
+    tier: str | None = None
+    tier_reason: str | None = None
+    deadline_ms: float | None = None
+    reused: tuple[str, ...] = ()
+    captured: float | None = None
+    frame_age_ms: float | None = None
+    frames_dropped: int | None = None
+    energy_j: float | None = None
+
+    def account(self, image: ImageAccount) -> None:
+        """Add what happened to an image."""
+        self.visual_tokens += image.tokens
+        self.visual_whole += image.whole
+        self.visual_stored += image.stored
+        self.cuts += image.cuts
+
+    def reuse(self, what: str) -> None:
+        """Note that something was not computed again."""
+        if what not in self.reused:
+            self.reused += (what,)
 
     @property
     def visual_kv_share(self) -> float:
@@ -100,6 +167,7 @@ class Receipt:
             "reason": self.reason,
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
+            "recalled_tokens": self.recalled_tokens,
             "generated_tokens": self.generated_tokens,
             "cuts": [{"cut": c.cut, "before": c.before, "after": c.after, "kept": np.asarray(c.kept).tolist()} for c in self.cuts],
             "times_ms": {
@@ -115,6 +183,13 @@ class Receipt:
             "visual_read_share": self.visual_read_share,
             "decode_shares": self.decode_shares,
             "finish_reason": self.finish_reason,
+            "tier": self.tier,
+            "tier_reason": self.tier_reason,
+            "deadline_ms": self.deadline_ms,
+            "reused": list(self.reused),
+            "frame_age_ms": self.frame_age_ms,
+            "frames_dropped": self.frames_dropped,
+            "energy_j": self.energy_j,
         }
 
 

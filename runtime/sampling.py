@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeprune.errors import EdgePruneError, UsageError
+
+if TYPE_CHECKING:
+    from edgeprune.runtime.grammar import Constraint
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class Sampling:
     """How to generate.
 
     `temperature` 0 is greedy; `top_p` in (0, 1] is the nucleus; `seed` makes sampling repeatable; `max_tokens` bounds the answer;
-    `stop` strings end it and are not part of it.
+    `stop` strings end it and are not part of it. A structured answer is one of `choices`, word for word, or JSON that fits
+    `json_schema`; both need the extra "structured", and `max_tokens` and `stop` may still cut it short.
     """
 
     temperature: float = 0.0
@@ -24,6 +30,8 @@ class Sampling:
     seed: int | None = None
     max_tokens: int = 128
     stop: Sequence[str] = ()
+    choices: Sequence[str] | None = None
+    json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -36,29 +44,48 @@ class Sampling:
             raise UsageError(f"seed must be 0 or more, not {self.seed}.")
         if isinstance(self.stop, str) or any(not text for text in self.stop):
             raise UsageError("stop must be a list of texts that are not empty.")
+        _refuse_structure(self.choices, self.json_schema)
 
 
 class Sampler:
-    """Picks tokens for one answer."""
+    """Picks tokens for one answer. `constraint`: the grammar of a structured one, from `GrammarCompiler.constraint`."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
+        self.sampling, self._constraint = sampling, constraint
         self._rng = np.random.default_rng(sampling.seed)
 
     def pick(self, logits: np.ndarray) -> int:
         """Return the id of the next token for logits [vocabulary]; ties go to the lowest id."""
         if np.isnan(logits).any():
             raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify")
+        if self._constraint is None:
+            return self._chosen(logits)
+        allowed = self._constraint.allowed(len(logits))
+        token = int(allowed[self._chosen(logits[allowed])])
+        self._constraint.take(token)
+        return token
+
+    @property
+    def done(self) -> bool:
+        """Whether a structured answer is complete, so that nothing but an end token can follow."""
+        return self._constraint is not None and self._constraint.done
+
+    def _chosen(self, logits: np.ndarray) -> int:
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.sampling.temperature
-        probabilities = np.exp(scaled - scaled.max())
-        probabilities /= probabilities.sum()
+        shifted = (
+            logits.astype(np.float64) - logits.max()
+        )  # before the division: a tiny temperature makes the rest infinitely small
+        with np.errstate(over="ignore"):
+            scores = shifted / self.sampling.temperature
+        # Luck goes by the token, not by its rank or the mass before it (the Gumbel trick): rounding, which differs where a prefix
+        # was recalled and swaps tokens of nearly equal probability, does not change what a seed draws.
+        luck = self._rng.gumbel(size=len(scores))
+        probabilities = np.exp(scores)
         order = np.argsort(-probabilities, kind="stable")
         mass = np.cumsum(probabilities[order])
         nucleus = order[: int(np.searchsorted(mass, self.sampling.top_p * mass[-1])) + 1]
-        chosen = probabilities[nucleus]
-        return int(self._rng.choice(nucleus, p=chosen / chosen.sum()))
+        return int(nucleus[(scores[nucleus] + luck[nucleus]).argmax()])
 
 
 class StopWatch:
@@ -92,3 +119,44 @@ class StopWatch:
     def _overlap(self, stop: str) -> int:
         # The longest end of the held text that begins the stop string.
         return next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+def _refuse_structure(choices: Sequence[str] | None, schema: Mapping[str, Any] | None) -> None:
+    if choices is not None and schema is not None:
+        raise UsageError("An answer cannot have both choices and a json_schema.", hint="Give one of them.")
+    if choices is not None:
+        _refuse_choices(choices)
+    if schema is not None:
+        _refuse_schema(schema)
+
+
+def _refuse_choices(choices: Sequence[str]) -> None:
+    if (
+        isinstance(choices, str)
+        or not isinstance(choices, Sequence)
+        or not choices
+        or not all(isinstance(choice, str) and choice for choice in choices)
+    ):
+        raise UsageError("choices must be a list of texts that are not empty.", hint='For example: ["yes", "no"].')
+    if not all(_is_text(choice) for choice in choices):
+        raise UsageError("choices must be texts that UTF-8 can write.")
+
+
+def _refuse_schema(schema: Mapping[str, Any]) -> None:
+    if not isinstance(schema, Mapping):
+        raise UsageError(
+            f"json_schema must be a JSON object, not {type(schema).__name__}.", hint='For example: {"type": "object"}.'
+        )
+    try:
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"json_schema is not JSON: {error}.") from error
+    if not _is_text(text):
+        raise UsageError("json_schema must be text that UTF-8 can write.")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False

@@ -1,35 +1,30 @@
-"""The runtime's front door: load a bundle, ask it questions."""
+"""A loaded model, and the questions it can be asked."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
-from edgeprune.bundle import CHAT_TEMPLATE, PREPROCESSOR, SPECIAL_TOKENS, TOKENIZER, Bundle
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
-from edgeprune.processors import image_spec
-from edgeprune.runtime.chat import ChatTemplate, TextCodec
-from edgeprune.runtime.conversation import Conversation, Model, Picture, Stream
-from edgeprune.runtime.images import read_image
-from edgeprune.runtime.providers import open_engine
+from edgeprune.runtime.conversation import Conversation, Picture, Turn
+from edgeprune.runtime.feed import Feed
+from edgeprune.runtime.images import Source, read_image
+from edgeprune.runtime.model import Model, Watcher
 from edgeprune.runtime.receipt import CutReceipt, Receipt
 from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.terms import Terms
 
 if TYPE_CHECKING:  # what draws is imported by who draws: it costs a tenth of what we are here for
     from edgeprune.runtime.board import Board
     from edgeprune.runtime.overlay import Panel
 
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-Pictures = ImageLike | Sequence[ImageLike]
+Pictures = Source | Sequence[Source]
 
 
 @dataclass(frozen=True)
@@ -41,32 +36,91 @@ class Answer:
 
 
 class Runtime:
-    """A loaded model. Everything here is read-only after loading; conversations hold the state."""
+    """A loaded model, for any number of threads: conversations hold the state, and their graphs run one at a time."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self._warming = False
 
     @property
     def plan(self) -> KeepPlan:
-        """The keep plan that is frozen into the decoder."""
+        """The keep plan that is frozen into the decoder; of a bundle with tiers the first."""
         return self._model.plan
 
-    def generate(self, image: Pictures, prompt: str, *, prune: bool = True, fit: str = "exact", **sampling: Any) -> Answer:
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The names of the budgets that the bundle was prepared for, the best first; none where it has one plan."""
+        return tuple(name for name, _ in self._model.tiers)
+
+    @property
+    def kind(self) -> str:
+        """What the bundle was made for: "image" or "video"."""
+        return self._model.image.kind
+
+    @property
+    def spatial(self) -> bool:
+        """Whether visual tokens stand for places of the image, so that they can be drawn."""
+        return self._model.image_spec.spatial
+
+    @property
+    def name(self) -> str:
+        """The model as it was named when it was exported."""
+        return self._model.name
+
+    @property
+    def phase(self) -> str:
+        """What it is doing: "warming", "busy" while an answer is generated, else "ready"."""
+        if self._warming:
+            return "warming"
+        return "busy" if self._model.state.running else "ready"
+
+    def watch(self, watcher: Watcher) -> None:
+        """Call `watcher` with the receipt of every answer when it has ended, in the thread that read it."""
+        self._model.state.watchers.append(watcher)
+
+    def forget(self) -> None:
+        """Empty the cache of image embeddings and prefixes."""
+        self._model.state.recall.clear()
+
+    def warm_up(self) -> None:
+        """Answer about a grey picture under every tier, so that later answers find memory allocated and their pace known."""
+        from edgeprune.runtime.warming import warm_up
+
+        self._warming = True
+        try:
+            warm_up(self._model)
+        finally:
+            self._warming = False
+
+    def generate(self, image: Pictures, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Any) -> Answer:
         """Answer one question about one image.
 
-        `image`: a path, a Pillow image or a uint8 array [H, W, 3], or a list of them, which for a bundle that was made for video
-        are its frames. `prune=False` runs the same graphs with every visual token.
+        `image`: a path, a Pillow image, a uint8 array [H, W, 3] or a frame as `read_image` takes it, or a list of them, which for a
+        bundle that was made for video are its frames. `prune=False` runs the same graphs with every visual token.
         `fit`: what to do with an image of another aspect than the bundle's: "exact" refuses, "stretch" and "pad" adapt it.
-        Keywords of Sampling (max_tokens, temperature, top_p, seed, stop) are passed on. Raises ImageError and UsageError.
+        Keywords of Terms (tier, deadline_ms, max_kv_bytes) and of Sampling (max_tokens, temperature, top_p, seed, stop, ...) are
+        passed on. Raises ImageError and UsageError.
         """
-        stream = self.stream(image, prompt, prune=prune, fit=fit, **sampling)
+        stream = self.stream(image, prompt, prune=prune, fit=fit, **options)
         return Answer("".join(stream), stream.receipt)
 
-    def stream(self, image: Pictures, prompt: str, *, prune: bool = True, fit: str = "exact", **sampling: Any) -> Stream:
+    def stream(self, image: Pictures, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Any) -> Stream:
         """Like `generate`, but return the pieces of the answer as they come."""
         if image is None:
             raise UsageError("There is no image.", hint="Pass one, or use chat() for turns without an image.")
-        return self.chat(prune=prune, fit=fit).ask(prompt, image, **sampling)
+        return self.chat(prune=prune, fit=fit).ask(prompt, image, **options)
+
+    def ask_latest(self, feed: Feed, prompt: str, *, timeout: float | None = None, **options: Any) -> Stream:
+        """Like `stream`, about the newest frame of a feed, or of a bundle for video the newest frames.
+
+        Waits for a frame that was not asked about before, at most `timeout` seconds; raises what `Feed.take` raises. The receipt
+        says how old the frame was and how many were dropped.
+        """
+        shot = feed.take(timeout=timeout)
+        frames = list(shot.frames)
+        stream = self.stream(frames if self.kind == "video" else frames[-1], prompt, **options)
+        stream.receipt.captured, stream.receipt.frames_dropped = shot.captured, shot.dropped
+        return stream
 
     def draw(self, image: Pictures, receipt: Receipt, *, fit: str = "exact") -> Image.Image:
         """Return the image once for each cut of an answer's receipt, the dropped visual tokens greyed out; KV caches are one."""
@@ -79,7 +133,7 @@ class Runtime:
 
         Raises UsageError for a model whose visual tokens stand for no place of the image.
         """
-        if not self._model.image_spec.spatial:
+        if not self.spatial:
             raise UsageError("The visual tokens of this model stand for no place in the image: there is nothing to draw.")
         pictures = [read_image(picture) for picture in _listed(image)]
         shown = [pictures] if self._model.image.kind == "video" else [[picture] for picture in pictures]
@@ -104,9 +158,13 @@ class Runtime:
         canvases = [spec.canvas(frame, geometry.frames) for frame in fitted]
         return Board.of(canvases, canvases[0].size, geometry.views)
 
-    def chat(self, *, prune: bool = True, fit: str = "exact") -> Chat:
-        """Return a new conversation of several turns, with an image in any of them."""
-        return Chat(Conversation(self._model, prune=prune, how=fit))
+    def chat(self, *, prune: bool = True, fit: str = "exact", history: Sequence[Turn] = ()) -> Chat:
+        """Return a new conversation of several turns, with an image in any of them.
+
+        `history`: what was said before, a system prompt perhaps. Raises UsageError and ImageError.
+        """
+        read = [replace(turn, images=_grouped(turn.images, self.kind)) for turn in history]
+        return Chat(Conversation(self._model, prune=prune, how=fit, history=read))
 
 
 class Chat:
@@ -115,50 +173,32 @@ class Chat:
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 
-    def ask(self, prompt: str, image: Pictures | None = None, **sampling: Any) -> Stream:
+    def ask(self, prompt: str, image: Pictures | None = None, **options: Any) -> Stream:
         """Ask the next question, with new images or about what was said; exhaust the stream before the next one.
 
-        `image`: one, or a list; of a bundle for video the list of the frames.
+        `image`: one, or a list; of a bundle for video the list of the frames. Keywords as those of `Runtime.generate`.
         """
-        return self._conversation.ask(prompt, self._pictures(image), _sampling(sampling))
-
-    def _pictures(self, image: Pictures | None) -> list[Picture]:
-        if image is None:
-            return []
-        pictures = [read_image(picture) for picture in _listed(image)]
-        return [pictures] if self._conversation.kind == "video" else list(pictures)
+        pictures = [] if image is None else _grouped(_listed(image), self._conversation.kind)
+        named = {name: options.pop(name) for name in Terms.__dataclass_fields__ if name in options}
+        return self._conversation.ask(prompt, pictures, _sampling(options), Terms(**named))
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, provider: str = "cpu") -> Runtime:
-    """Load a bundle after checking every file against its manifest.
-
-    `provider`: what computes, one of `edgeprune.runtime.providers.PROVIDERS`; no other is taken in its place. `threads`: of ONNX
-    Runtime. Raises BundleError when a file is missing or altered, EngineError when the provider cannot be had here.
-    """
-    with Bundle.opening(Path(path)) as bundle:
-        engine = open_engine(bundle, provider, threads)
-        return Runtime(
-            Model(
-                engine=engine,
-                codec=TextCodec(bundle.file(TOKENIZER)),
-                template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
-                special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
-                image_spec=image_spec(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))),
-                image=bundle.manifest.image,
-                end_tokens=bundle.manifest.end_tokens,
-                decoder=bundle.manifest.decoder,
-                plan=bundle.plan,
-            )
-        )
+def _grouped(images: Sequence[Any], kind: str) -> list[Picture]:
+    # The frames of a video are one picture.
+    pictures = [read_image(image) for image in images]
+    return list(pictures) if kind != "video" or not pictures else [pictures]
 
 
-def _listed(image: Pictures) -> list[ImageLike]:
+def _listed(image: Pictures) -> list[Source]:
     return list(image) if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
+    unknown = [name for name in options if name not in Sampling.__dataclass_fields__]
+    if unknown:
+        known = ", ".join([*Sampling.__dataclass_fields__, *Terms.__dataclass_fields__])
+        raise UsageError(f"There is no option {unknown[0]!r}.", hint=f"Options are: {known}.")
     try:
         return Sampling(**options)
     except TypeError as error:
-        known = ", ".join(Sampling.__dataclass_fields__)
-        raise UsageError(f"{error}.", hint=f"Sampling options are: {known}.") from error
+        raise UsageError(f"An option is of the wrong type: {error}.") from error

@@ -19,8 +19,8 @@ from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.errors import EdgePruneError
 from edgeprune.runtime.contenders import OWN, own_contender, variant
 from edgeprune.runtime.figures import Startup
+from edgeprune.runtime.loading import load
 from edgeprune.runtime.questions import Question
-from edgeprune.runtime.session import load
 
 # The clock runs before anything of ours, or numpy, is there.
 _PROGRAM = """
@@ -63,7 +63,7 @@ def _measured(import_ms: float, asked: Mapping[str, Any]) -> Startup:
     started = time.perf_counter()
     read_files(path)
     read = time.perf_counter()
-    runtime = load(path, threads=asked["threads"], provider=asked["provider"])
+    runtime = load(path, threads=asked["threads"], provider=asked["provider"], cache_bytes=0)
     loaded = time.perf_counter()
     loading = peak_rss()
     own = own_contender(OWN, path, runtime, image)

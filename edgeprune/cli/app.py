@@ -16,6 +16,9 @@ from edgeprune.cli.estimating import estimate
 from edgeprune.cli.listing import inspect, methods, models, tabletop
 from edgeprune.cli.making import export, verify
 from edgeprune.cli.reporting import report
+from edgeprune.cli.ros2 import ros2
+from edgeprune.cli.serving import serve
+from edgeprune.cli.signing import keygen, sign
 from edgeprune.errors import EdgePruneError
 
 
@@ -50,6 +53,8 @@ for _command in (
     estimate,
     export,
     verify,
+    keygen,
+    sign,
     check,
     build,
     selftest,
@@ -62,5 +67,7 @@ for _command in (
     methods,
     bench,
     doctor,
+    ros2,
+    serve,
 ):
     main.add_command(_command)

@@ -9,11 +9,14 @@ import click
 
 from edgeprune.cli.options import (
     bundle_argument,
+    check_option,
     fit_option,
     json_option,
     plan_options,
     provider_option,
     resolve_plan,
+    signature_option,
+    tier_option,
     trust_option,
 )
 from edgeprune.errors import UsageError, require_extra
@@ -33,9 +36,13 @@ from edgeprune.files import save_image
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
+@tier_option
+@click.option("--deadline-ms", type=float, help="End the answer by then, under a smaller budget if time is short.")
 @click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
 @provider_option
 @fit_option
+@check_option
+@signature_option
 @json_option
 def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool, **options: Any) -> None:
     """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
@@ -46,7 +53,10 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool
 
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
     pictures = [read_image(path) for path in image]
-    runtime = load(bundle, threads=options.pop("threads"), provider=options.pop("provider"))
+    # A budget is chosen by how long answers have taken.
+    timed = options["deadline_ms"] is not None
+    opening = {name: options.pop(name) for name in ("threads", "provider", "check", "require_signature")}
+    runtime = load(bundle, **opening, warm_up=timed)
     stream = runtime.stream(pictures, prompt, prune=prune, **options)
     show_answer(stream, as_json)
     if overlay is not None:
@@ -59,10 +69,11 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool
 @click.option("--limit", type=int, help="Only the first N samples.")
 @provider_option
 @fit_option
+@tier_option
 @plan_options
 @trust_option
 @json_option
-def eval_command(model: str, data: Path, limit: int | None, fit: str, as_json: bool, **opening: Any) -> None:
+def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **opening: Any) -> None:
     """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
 
     The plan options apply to a transformers folder only; a bundle has its plan frozen in.
@@ -74,7 +85,7 @@ def eval_command(model: str, data: Path, limit: int | None, fit: str, as_json: b
     samples = read_samples(data, limit)
     runtime = _open_model(model, **opening)
     with Counter("samples", len(samples), quiet=as_json) as counter:
-        report = evaluate(runtime, samples, fit=fit, progress=counter.update)
+        report = evaluate(runtime, samples, fit=fit, tier=tier, progress=counter.update)
     show_evaluation(report, as_json)
 
 
@@ -95,7 +106,7 @@ def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_reque
             raise UsageError(f"{model} is a bundle: its plan is frozen in.", hint="Export another bundle for another plan.")
         from edgeprune.runtime import load
 
-        return load(model, provider=provider)
+        return load(model, provider=provider, cache_bytes=0)
     if provider != "cpu":
         raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
     require_extra("export", "torch", "transformers", "optimum")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, json_option, plan_options, resolve_plan, trust_option
+from edgeprune.cli.options import bundle_argument, json_option, plan_options, resolve_tiers, tier_option, trust_option
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
 
@@ -21,11 +21,15 @@ from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
     "--target", type=click.Choice(list(TARGETS)), default="onnxruntime", show_default=True, help="What will read the graphs."
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="How weights are kept.")
+@click.option(
+    "--tier",
+    multiple=True,
+    metavar="NAME=PLAN",
+    help="One of several plans in one bundle, the best first; repeatable. See docs/tiers.md.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @json_option
-def export(
-    model: str, output: Path, target: str, precision: str, force: bool, trust_remote_code: bool, as_json: bool, **plan_request: Any
-) -> None:
+def export(model: str, output: Path, force: bool, as_json: bool, **request: Any) -> None:
     """Export MODEL, a transformers folder or `tabletop`, as a bundle of ONNX graphs under a keep plan.
 
     Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
@@ -37,23 +41,24 @@ def export(
     from edgeprune.export.exporter import STAGES, export_bundle
     from edgeprune.loading import find_model, load_model
 
-    folder = find_model(model, trust_remote_code=trust_remote_code)
+    folder = find_model(model, trust_remote_code=request.pop("trust_remote_code"))
+    lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
     with Stages(["model", *STAGES], quiet=as_json) as stages:
         stages.begin("model")
         loaded = load_model(folder, on_disk=True)
-        plan = resolve_plan(loaded, **plan_request)
-        lowering = Lowering(target_named(target), precision)
+        plan = resolve_tiers(loaded, **request)
         bundle = export_bundle(loaded, plan, output, lowering=lowering, force=force, progress=stages.begin)
     show_export(bundle, as_json)
 
 
 @click.command()
 @bundle_argument
+@tier_option
 @click.option("--against", help="The model it was exported from.  [default: the name in the manifest]")
 @trust_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, bundle: Path, against: str | None, trust_remote_code: bool, as_json: bool) -> None:
+def verify(ctx: click.Context, bundle: Path, tier: str | None, against: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Compare BUNDLE, stage by stage, with its model run eagerly in PyTorch under the same plan."""
     from edgeprune.bundle import Bundle
 
@@ -66,7 +71,7 @@ def verify(ctx: click.Context, bundle: Path, against: str | None, trust_remote_c
     folder = find_model(against or opened.manifest.source.model, trust_remote_code=trust_remote_code)
     with Stages(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
         stages.begin("model")
-        report = verify_bundle(opened, load_model(folder), stages.begin)
+        report = verify_bundle(opened, load_model(folder), stages.begin, tier)
     show_verification(report, as_json)
     ctx.exit(0 if all(stage.passed for stage in report) else 1)
 

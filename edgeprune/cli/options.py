@@ -13,6 +13,7 @@ from edgeprune.errors import UsageError
 # As in edgeprune.runtime.providers, which imports ONNX Runtime: too slow for --help.
 PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "openvino", "tensorrt")
 FPS = 2.0
+_SHOWN = ("image_size", "frames", "fps")  # what a model is asked about, which is no matter of budgets
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -30,15 +31,29 @@ provider_option = click.option(
     show_default=True,
     help="What computes: ONNX Runtime's cpu, cuda, ort-tensorrt or openvino, or the bundle's own engines (tensorrt).",
 )
-trust_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings along.")
+tier_option = click.option("--tier", help="Of a bundle with several plans the one to use.  [default: the first]")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+signature_option = click.option(
+    "--require-signature",
+    multiple=True,
+    metavar="KEY.pub",
+    type=click.Path(path_type=Path),
+    help="Refuse a bundle that this public key did not sign; repeat it for several, of which one suffices.",
+)
+check_option = click.option(
+    "--check",
+    type=click.Choice(["full", "fast"]),
+    default="full",
+    show_default=True,
+    help="Read every file of the bundle to check it, or none that looks as when they were last read.",
+)
 
 
 def plan_options(command: F) -> F:
     """Add the options that say how to prune: a plan file, or a method with keep ratios and layers."""
     options = (
         click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON), or LightCompress's YAML."),
-        click.option("--method", help="Which tokens to keep: see `edgeprune methods`."),
+        click.option("--method", help="Which tokens to keep: see `edgeprune methods`; or MODULE:CLASS of your own."),
         click.option("--keep", multiple=True, type=float, help="Share of all visual tokens kept, in (0, 1]; repeatable."),
         click.option("--layer", multiple=True, type=int, help="Layer before which a --keep acts (0: the decoder's input)."),
         click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),
@@ -46,6 +61,24 @@ def plan_options(command: F) -> F:
         click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
         click.option("--frames", type=int, help="Of a video: how many frames are asked about at once."),
         click.option("--fps", type=float, help=f"Of a video: its frames a second.  [default: {FPS}]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def trust_option(command: F) -> F:
+    """Add the options that say whose code may run."""
+    options = (
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings along."),
+        click.option(
+            "--own-method",
+            multiple=True,
+            metavar="MODULE:CLASS",
+            callback=lambda context, option, value: _allow(value),
+            expose_value=False,
+            help="Run a pruning method of your own that a plan names; repeatable.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -99,7 +132,7 @@ def resolve_plan(
     `shown`: image_size, frames and fps, what the model is asked about.
     """
     from edgeprune.calibration.planning import staircase_plan
-    from edgeprune.registry import method_class
+    from edgeprune.registry import METHODS, allow_method, method_class
 
     if plan_file is not None:
         if method or keep or layer or seed or site:
@@ -112,12 +145,39 @@ def resolve_plan(
         return base
     if method is None or not keep:
         raise UsageError("--method and --keep belong together.", hint="For example: --method fastv --keep 0.25")
+    if method not in METHODS and ":" in method:
+        allow_method(method)  # to name it is to ask for it
     sites = method_class(method).sites
     if not {"vision", "input", "layer"} & set(sites):
         raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
     site = _site(method, sites, site, layer)
     at_input = not layer and len(keep) == 1 and (site == "input" or "layer" not in sites)
     return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed, site=site)
+
+
+def resolve_tiers(loaded: Any, tier: tuple[str, ...], **plan_request: Any) -> Any:
+    """Return the plans of --tier NAME=PLAN as one, or else the plan that the plan options describe."""
+    from edgeprune.tiers import Tiers
+
+    if not tier:
+        return resolve_plan(loaded, **plan_request)
+    if any(value for name, value in plan_request.items() if name not in _SHOWN):
+        raise UsageError("--tier already says what the other plan options say.", hint="Give one or the other.")
+    shown = {name: plan_request[name] for name in _SHOWN}
+    plans: dict[str, Any] = {}
+    for text in tier:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name in plans:
+            raise UsageError(f"{text!r} is no tier of its own.", hint="Write NAME=PLAN, such as fast=fast.json, each name once.")
+        plans[name] = open_plan(Path(path), loaded, **shown)
+    return Tiers.of(plans)
+
+
+def _allow(references: tuple[str, ...]) -> None:
+    from edgeprune.registry import allow_method
+
+    for reference in references:
+        allow_method(reference)
 
 
 def _site(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[int, ...]) -> str | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import Stage
     from edgeprune.plan import KeepPlan
-    from edgeprune.runtime.conversation import Stream
+    from edgeprune.runtime.stream import Stream
 
 
 class Stages:
@@ -175,9 +175,8 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
         facts |= {"target": manifest.target, "precision": manifest.precision}
-        show_json(
-            {**facts, "plan": plan.to_dict(), "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files}
-        )
+        plans = {"plan": plan.to_dict(), "tiers": {name: each.to_dict() for name, each in bundle.tiers}}
+        show_json({**facts, **plans, "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files})
         return
     facts = {
         "bundle": str(bundle.path),
@@ -187,7 +186,11 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     show_facts(facts, as_json=False)
-    _show_cuts(plan)
+    for name, each in bundle.tiers:
+        click.echo(f"\n{'tier':14} {name}")
+        _show_cuts(each)
+    if not bundle.tiers:
+        _show_cuts(plan)
 
 
 def show_plan(plan: KeepPlan, as_json: bool) -> None:
@@ -234,6 +237,8 @@ def show_answer(stream: Stream, as_json: bool) -> None:
         click.echo(f"  {cut.cut}: {cut.before} -> {cut.after} visual tokens", err=True)
     if not receipt.pruned:
         click.echo(f"  not pruned: {receipt.reason}", err=True)
+    if receipt.tier is not None:
+        click.echo(f"  tier {receipt.tier} ({receipt.tier_reason})", err=True)
     times = receipt.times
     click.echo(
         f"  first token {times.ttft_ms:.1f} ms (preprocess {times.preprocess_ms:.1f}, vision {times.vision_ms:.1f}, "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 _RAM = re.compile(r"\bRAM (\d{1,9})/(\d{1,9})MB")
 _SWAP = re.compile(r"\bSWAP (\d{1,9})/(\d{1,9})MB")
 _LOAD = re.compile(r"\bGR3D(?:_FREQ)? (\d{1,3})%")  # Thor names frequencies alone: "GR3D_FREQ @[1000,1000,1000]"
-_SENSOR = re.compile(r"(?<![\w%])([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C\b")
+_SENSOR = re.compile(r"(?<![\w%])([A-Za-z]\w*)@(-?\d{1,9}(?:\.\d{1,9})?)C\b")
 # Now, average and (JetPack 7.2) peak. Old lines have no unit; "RAM 2257/30536MB" must not pass for one of them.
 _RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (?:(-?\d{1,9})mW(?:/-?\d+mW)*|(-?\d{1,9})/-?\d+)(?!\S)")
 _OFF = -256.0  # degrees of a sensor whose part of the chip is switched off

@@ -19,8 +19,9 @@ from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
 from edgeprune.model.attention import Attended, Mask, Tokens, attend, causal_mask, places_of, rotated
 from edgeprune.model.cache import LayerCache, LayerRows
-from edgeprune.plan import KeepPlan
+from edgeprune.plan import Cut, KeepPlan
 from edgeprune.registry import method_class
+from edgeprune.tiers import alive, budgets, cache_stage
 
 Probe = Callable[[int, LayerView], None]
 
@@ -50,20 +51,23 @@ class StepOutput:
 
 
 class PrunedDecoder(nn.Module):
-    """A decoder whose visual tokens thin out as a plan says.
+    """A decoder whose visual tokens thin out as a plan says. `lower`: plans of lower tiers, of the same cuts with other budgets.
 
     `fused`: trace attention and rotation as one operator each, which only newer readers have. The cache it is given decides in
     which type products of attention are computed.
     """
 
-    def __init__(self, parts: DecoderParts, plan: KeepPlan, *, fused: bool = False, blocked: bool = False) -> None:
+    def __init__(
+        self, parts: DecoderParts, plan: KeepPlan, *, lower: Sequence[KeepPlan] = (), fused: bool = False, blocked: bool = False
+    ) -> None:
         super().__init__()
         self.layers, self.norm, self.lm_head, self.rope = parts.layers, parts.norm, parts.lm_head, parts.rope
         self.shape = parts
-        self.plan = plan
+        self.plan, self._plans = plan, (plan, *lower)
         self.fused, self.blocked = fused, blocked
         self.layer_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.layer_cuts}
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
+        self._budgets = {str(c): budgets(self._plans, c) for c in (*plan.layer_cuts, *plan.cache_cuts)}
 
     def empty_caches(self) -> tuple[LayerCache, ...]:
         """Return caches that hold nothing but their null rows, one a layer."""
@@ -78,6 +82,7 @@ class PrunedDecoder(nn.Module):
         caches: Sequence[LayerCache],
         order: torch.Tensor | None = None,
         *,
+        tier: torch.Tensor | None = None,
         text_groups: torch.Tensor | None = None,
         probe: Probe | None = None,
         hide: Sequence[torch.Tensor] | None = None,
@@ -85,7 +90,8 @@ class PrunedDecoder(nn.Module):
     ) -> StepOutput:
         """Run the tokens of three segments on top of the caches.
 
-        `order` [V]: the visual tokens' indices in the image, by default all of it. `text_groups` [text, 3], one row for each text
+        `order` [V]: the visual tokens' indices in the image, by default all of it. `tier`: a marker, 1 long for the budgets of
+        the plan, 2 for those of the first of `lower`, and so on; by default 1. `text_groups` [text, 3], one row for each text
         key, past and new: 1 for its group (system, instruction, generated). `probe(layer, view)` is called after every layer's
         attention. `hide`, one a layer [S, K]: added to the scores of the last K earlier visual tokens. `every_logit`: of the
         whole suffix.
@@ -99,7 +105,7 @@ class PrunedDecoder(nn.Module):
             if index in self.layer_cuts:
                 cut, method = self.layer_cuts[index]
                 view = self._view(tokens, attended, embeds, layer)
-                chosen = method.select(view, cut.keep)
+                chosen = method.select(view, self._keep(cut, tier))
                 tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
                 kept[str(cut)] = tokens.order
             mask = self._mask(index, tokens, caches[index], masks)
@@ -108,7 +114,7 @@ class PrunedDecoder(nn.Module):
             attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask, fused=self.fused)
             if probe is not None:
                 probe(index, self._view(tokens, attended, embeds, None))
-            rows.append(self._cut_rows(index, tokens, attended, embeds, kept))
+            rows.append(self._cut_rows(index, tokens, attended, embeds, kept, tier))
             if text_groups is not None:
                 splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
             hidden = tokens.hidden + attended.output
@@ -143,16 +149,36 @@ class PrunedDecoder(nn.Module):
     def _mask(self, index: int, tokens: Tokens, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
         # Layers whose visual tokens are as many now and were as many before share a mask.
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
-        stage = (self.plan.alive(index), length if isinstance(length, int) else self.plan.cache_stage(index))
+        stage = (alive(self._plans, index), length if isinstance(length, int) else cache_stage(self._plans, index))
         if stage not in masks:
             masks[stage] = causal_mask(tokens, cache.key.shape[0], length, blocked=self.blocked)
         return masks[stage]
 
-    def _cut_rows(self, index: int, tokens: Tokens, attended: Attended, embeds: Any, kept: dict[str, torch.Tensor]) -> LayerRows:
+    def _keep(self, cut: Cut, tier: torch.Tensor | None) -> Any:
+        # A count that follows from a length is a constant to TensorRT, whose profiles fix lengths.
+        keep, *others = self._budgets[str(cut)]
+        if tier is None:
+            return keep
+        last = keep
+        for number, other in enumerate(others, start=2):
+            if other != last:  # one more or less where the marker is so long or longer
+                keep = keep + (other - last) * torch.sym_min(1, tier.shape[0] // number)  # type: ignore[no-untyped-call]
+            last = other
+        return keep
+
+    def _cut_rows(
+        self,
+        index: int,
+        tokens: Tokens,
+        attended: Attended,
+        embeds: Any,
+        kept: dict[str, torch.Tensor],
+        tier: torch.Tensor | None,
+    ) -> LayerRows:
         if index not in self.cache_cuts:
             return attended.rows
         cut, method = self.cache_cuts[index]
-        chosen = rank(method.score_heads(self._view(tokens, attended, embeds, None)), cut.keep)  # [kv heads, K]
+        chosen = rank(method.score_heads(self._view(tokens, attended, embeds, None)), self._keep(cut, tier))  # [kv heads, K]
         kept[str(cut)] = tokens.order.index_select(0, chosen.flatten()).view(chosen.shape)
         return LayerRows(*(_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value)))
 

@@ -12,8 +12,7 @@ from PIL import Image
 
 from edgeprune.report.words import counted
 from edgeprune.runtime import Answer, CutReceipt, Receipt, Runtime
-from edgeprune.runtime.images import read_image
-from edgeprune.runtime.session import ImageLike
+from edgeprune.runtime.images import Source, read_image
 
 _LARGEST = 640  # pixels along the longer side of a picture in the page
 
@@ -46,9 +45,7 @@ class Interview:
     shared: tuple[str, ...]
 
 
-def interview(
-    runtime: Runtime, image: ImageLike, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128
-) -> Interview:
+def interview(runtime: Runtime, image: Source, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128) -> Interview:
     """Ask a model each prompt about the image."""
     picture = read_image(image)
     runtime.generate(picture, prompts[0], fit=fit, max_tokens=1)  # the first run of a session is slower than all others

@@ -13,15 +13,16 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
 from edgeprune.errors import EngineError
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.runtime.interrupt import Interrupt
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
 from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool
 from edgeprune.runtime.tensorrt.driver import CudaDriver, Driver
 from edgeprune.runtime.tensorrt.executor import Executor, Value
-from edgeprune.runtime.tensorrt.ranges import IMAGE_TURN, TEXT, Profile
+from edgeprune.runtime.tensorrt.ranges import TEXT, Profile, image_turn_of
 from edgeprune.runtime.tensorrt.store import EngineRecord, Identity, Store, usable_engines
 
 
@@ -34,6 +35,7 @@ class TensorRTEngine:
 
     def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: Identity) -> None:
         self._plan, self._driver, self._pool = bundle.plan, driver, Pool(driver)
+        self._tiers = bundle.manifest.tiers
         self._executors: dict[str, Executor] = {}
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         try:
@@ -48,7 +50,7 @@ class TensorRTEngine:
         except EngineError:
             self.close()
             raise
-        self._inputs, self._outputs = decoder_inputs(bundle.plan), decoder_outputs(bundle.plan)
+        self._inputs, self._outputs = decoder_inputs(bundle.plan, tiers=bool(bundle.lower)), decoder_outputs(bundle.plan)
 
     def _executor(
         self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[Profile]
@@ -66,7 +68,7 @@ class TensorRTEngine:
         """Memory for inputs, outputs and caches; engines and their scratch memory not counted."""
         return self._pool.bytes
 
-    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
+    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
         """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
         outputs = self._encoder(whole and bool(self._plan.vision_cuts)).run({"pixel_values": patches})
         self._driver.synchronize()  # so that its time is its own, and not that of the step that waits for it
@@ -86,12 +88,13 @@ class TensorRTEngine:
             self._executors[VISION_UNPRUNED] = self._open[VISION_UNPRUNED]()
         return self._executors[VISION_UNPRUNED]
 
-    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
         [K], those on the host.
         """
         values = {"visual_embeds": seen.embeds, "prompt_embeds": prompt, "visual_order": seen.order, **seen.signals}
-        outputs, (name,) = self._executors[SELECTOR].run(values), kept_names(self._plan, "input")
+        selector = self._executors[tier_selector(self._tiers[tier]) if tier else SELECTOR]
+        outputs, (name,) = selector.run(values), kept_names(self._plan, "input")
         return _array(outputs["kept_embeds"]), outputs[name].numpy()
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
@@ -102,8 +105,9 @@ class TensorRTEngine:
         """Run new tokens on top of a cache."""
         segments = (tokens.prefix, tokens.visual, tokens.suffix)
         values: list[Value] = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
+        values += [np.zeros(1 + tokens.tier, np.int64)] if self._tiers else []
         values += [*([tokens.groups] if self._plan.live else []), *cache.text, *cache.visual]
-        profile = IMAGE_TURN if len(tokens.order) else TEXT
+        profile = image_turn_of(tokens.tier) if len(tokens.order) else TEXT
         outputs = self._executors[DECODER].run(dict(zip(self._inputs, values, strict=True)), profile)
         return self._step(outputs)
 

@@ -6,14 +6,16 @@ decode steps have none. Lengths are named as the graph's dimensions are, which t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, Tensor
+from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, Tensor, tier_selector
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
+from edgeprune.runtime.engine import TIER
+from edgeprune.tiers import cache_stage
 
-IMAGE_TURN, TEXT = 0, 1  # the decoder's profiles
+IMAGE_TURN, TEXT = 0, 1  # the decoder's profiles; image turns of lower tiers follow
 Range = tuple[int, int, int]  # least, usual, greatest
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile = Mapping[str, Shapes]  # by input
@@ -45,34 +47,47 @@ def profiles_of(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]
 
     The encoder without its cuts is wanted for unpruned answers alone.
     """
+    selectors = map(tier_selector, bundle.manifest.tiers[1:])
     wanted: dict[str, tuple[Mapping[str, Range], ...]] = {
         VISION: ({},),
         **({VISION_UNPRUNED: ({},)} if limits.unpruned else {}),
         EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
-        SELECTOR: ({"words": (1, min(16, limits.turn), limits.turn)},),
+        **{name: ({"words": (1, min(16, limits.turn), limits.turn)},) for name in (SELECTOR, *selectors)},
         PREDICTOR: ({},),
-        DECODER: (image_turn(bundle.plan, limits), text_and_decode(bundle.plan, limits)),
+        DECODER: decoder_ranges((bundle.plan, *bundle.lower), limits),
     }
     graphs = bundle.manifest.graphs
     return {name: tuple(_profile(graphs[name].inputs, ranges) for ranges in wanted[name]) for name in wanted if name in graphs}
 
 
-def image_turn(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
-    """Return the ranges of a forward with an image: text before it, the image, text after it."""
+def image_turn_of(tier: int) -> int:
+    """Return the number of the decoder's profile for an image turn under a tier."""
+    return 1 + tier if tier else IMAGE_TURN
+
+
+def decoder_ranges(plans: Sequence[KeepPlan], limits: Limits) -> tuple[dict[str, Range], ...]:
+    """Return the ranges of the decoder's profiles, in their order, for the plans of its tiers."""
+    turns = [image_turn(plans, limits, tier) for tier in range(len(plans))]
+    return (turns[0], text_and_decode(plans, limits), *turns[1:])
+
+
+def image_turn(plans: Sequence[KeepPlan], limits: Limits, tier: int = 0) -> dict[str, Range]:
+    """Return the ranges of a forward with an image under a tier: text before it, the image, text after it."""
     usual = min(32, limits.turn)
     ranges = {
         "prefix": (0, min(16, limits.turn), limits.turn),
-        "visual": (plan.seen,) * 3,
+        "visual": (plans[tier].seen,) * 3,
         "suffix": (1, usual, limits.turn),
         "past_text": (1, 1, 1 + limits.context),
+        TIER: (1 + tier,) * 3,
     }
-    ranges |= {name: (1, 1, 1 + (limits.images - 1) * stored) for name, stored in _caches(plan).items()}
+    ranges |= {name: (1, 1, 1 + (limits.images - 1) * stored) for name, stored in _caches(plans).items()}
     return ranges | {"text": _text(ranges)}
 
 
-def text_and_decode(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
+def text_and_decode(plans: Sequence[KeepPlan], limits: Limits) -> dict[str, Range]:
     """Return the ranges of a forward without an image; the usual one is a decode step."""
-    whole = plan.geometry.tokens if limits.unpruned else 0
+    whole = plans[0].geometry.tokens if limits.unpruned else 0
     most = limits.turn + whole if limits.unpruned else 0
     context = limits.context + whole * limits.images
     ranges = {
@@ -80,8 +95,9 @@ def text_and_decode(plan: KeepPlan, limits: Limits) -> dict[str, Range]:
         "visual": (0, 0, 0),
         "suffix": (1, 1, limits.turn),
         "past_text": (1, 1 + context // 4, 1 + context),
+        TIER: (1, 1, 1),  # nothing is cut
     }
-    ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plan).items()}
+    ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plans).items()}
     return ranges | {"text": _text(ranges)}
 
 
@@ -96,9 +112,10 @@ def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> Profi
     return {name: shapes_of(shape, ranges) for name, shape in dynamic.items()}
 
 
-def _caches(plan: KeepPlan) -> dict[str, int]:
-    # The lengths that the exporter named, one for each stage: layers that hold as many visual tokens share one.
-    stages = {plan.cache_stage(layer): plan.stored(layer) for layer in range(plan.layers)}
+def _caches(plans: Sequence[KeepPlan]) -> dict[str, int]:
+    # The lengths that the exporter named, one for each stage: layers that hold as many visual tokens share one. The first tier's
+    # are the longest.
+    stages = {cache_stage(plans, layer): plans[0].stored(layer) for layer in range(plans[0].layers)}
     return {f"past_visual_{number}": stored for number, stored in enumerate(stages.values())}
 
 

@@ -18,7 +18,9 @@ from edgeprune.device.machine import read_machine
 from edgeprune.errors import EngineError
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Engine, Seen, Step, StepInput
-from edgeprune.runtime.session import Runtime, load
+from edgeprune.runtime.interrupt import Interrupt
+from edgeprune.runtime.loading import load
+from edgeprune.runtime.session import Runtime
 from edgeprune.runtime.tensorrt.engine import TensorRTEngine
 from edgeprune.tabletop.showing import frames_for
 
@@ -72,7 +74,7 @@ def selftest(
     Raises EngineError when they cannot be opened.
     """
     progress("reference")
-    reference = load(bundle.path)
+    reference = load(bundle.path, cache_bytes=0)
     expected = _Listener(reference._model.engine)
     said = _answers(reference, expected)
     progress("engines")
@@ -110,14 +112,14 @@ class _Listener:
         self.kept: list[np.ndarray] = []
         self.logits: list[np.ndarray] = []
 
-    def see(self, patches: np.ndarray, *, whole: bool = False) -> Seen:
-        seen = self._engine.see(patches, whole=whole)
+    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
+        seen = self._engine.see(patches, whole=whole, interrupt=interrupt)
         self.seen.append(_on_host(seen.embeds))
         self.kept += seen.kept
         return seen
 
-    def select(self, seen: Seen, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        embeds, kept = self._engine.select(seen, prompt)
+    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        embeds, kept = self._engine.select(seen, prompt, tier)
         self.kept.append(kept)
         return embeds, kept
 

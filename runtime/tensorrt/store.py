@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of, sha256_of
-from edgeprune.errors import EngineError
+from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
+from edgeprune.errors import EdgePruneError, EngineError
 from edgeprune.files import write_bytes, write_text
+from edgeprune.integrity import sha256_of
 from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
 
 FOLDER = "engines"
@@ -135,7 +136,7 @@ class Store:
 
     def add(self, record: EngineRecord, plan: bytes | memoryview) -> None:
         """Write an engine and its record; engines that are no longer on record go."""
-        (self._folder / FOLDER).mkdir(exist_ok=True)
+        self._make_folder()
         write_bytes(self._folder / record.file, plan)
         try:
             known = [other for other in self.records() if other.graph != record.graph]
@@ -156,8 +157,14 @@ class Store:
     def keep_timings(self, timings: bytes) -> None:
         """Write the builder's timing cache."""
         if timings:
-            (self._folder / FOLDER).mkdir(exist_ok=True)
+            self._make_folder()
             write_bytes(self._folder / TIMINGS, timings)
+
+    def _make_folder(self) -> None:
+        try:
+            (self._folder / FOLDER).mkdir(exist_ok=True)
+        except OSError as error:
+            raise EdgePruneError(f"Cannot write {self._folder / FOLDER}: {error.strerror}.") from error
 
     def _whole(self, record: EngineRecord) -> bool:
         path = self._folder / record.file

@@ -1,0 +1,54 @@
+"""Command that answers over HTTP: serve."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune.cli.options import bundle_argument, check_option, fit_option, provider_option, signature_option
+from edgeprune.errors import require_extra
+
+
+@click.command()
+@bundle_argument
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is this machine alone.")
+@click.option("--port", type=int, default=8000, show_default=True, help="0 takes any that is free.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys that are accepted, one a line; also EDGEPRUNE_API_KEY.")
+@click.option("--no-auth", is_flag=True, help="Answer anyone, even on a host that other machines reach.")
+@click.option("--parallel", type=int, default=1, show_default=True, help="Answers at once, step by step in turns.")
+@click.option("--queue", type=int, default=16, show_default=True, help="Requests that may wait besides those.")
+@click.option("--per-client", type=int, default=4, show_default=True, help="Open requests of one client (key, else address).")
+@click.option("--max-body-bytes", type=int, default=32 << 20, show_default=True, help="Of one request.")
+@click.option("--max-pixels", type=int, default=20_000_000, show_default=True, help="Of one image.")
+@click.option("--max-images", type=int, default=16, show_default=True, help="Of one request, its history included.")
+@click.option("--max-kv-bytes", type=int, help="KV caches of one answer.  [default: the model's context]")
+@click.option("--cache-bytes", type=int, default=128 << 20, show_default=True, help="Kept of images and prompts seen; 0: nothing.")
+@click.option("--energy", is_flag=True, help="Count the joules of each answer, where the machine has sensors.")
+@click.option("--grace", type=float, default=30.0, show_default=True, help="Seconds that answers have to end at SIGTERM.")
+@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@provider_option
+@fit_option
+@check_option
+@signature_option
+def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
+    """Answer OpenAI-compatible requests with BUNDLE, and show a page for the browser at the same address."""
+    require_extra("serve", "starlette", "uvicorn", "pydantic", "prometheus_client")
+    from dataclasses import fields
+
+    from edgeprune.runtime.server import Limits
+    from edgeprune.runtime.server import serve as listen
+    from edgeprune.runtime.server.keys import VARIABLE, read_keys
+
+    keys = [] if options["no_auth"] and api_key_file is None else read_keys(api_key_file, os.environ.get(VARIABLE))
+    limits = Limits(**{each.name: options.pop(each.name) for each in fields(Limits)})
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("edgeprune.server").setLevel(logging.INFO)
+    listen(bundle, keys=keys, limits=limits, announce=_say, **options)
+
+
+def _say(url: str) -> None:
+    click.echo(f"Listening on {url} (the page, and OpenAI's API under /v1); the model is loading.")

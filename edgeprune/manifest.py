@@ -1,0 +1,213 @@
+"""The manifest of a bundle: what the bundle is made of, and what each of its files must be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import BundleError
+from edgeprune.fields import is_text, made
+from edgeprune.files import write_text
+from edgeprune.integrity import FileRecord
+from edgeprune.targets import Lowering, target_named
+
+SCHEMA_VERSION = 6
+MANIFEST = "manifest.json"
+_WITHOUT_TIERS = 5  # the schema before it, which is read as one without tiers: nothing else changed
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from: the model as it was named, its `model_type`, and the sha256 of its weights."""
+
+    model: str
+    family: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
+
+    `cache_type`: float32 or float16, of the KV caches. `planes`: features beside each visual token, added by as many first layers.
+    `context`: the most tokens that a conversation may have.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    position_axes: int
+    context: int
+    planes: int = 0
+    cache_type: str = "float32"
+
+    @property
+    def width(self) -> int:
+        """Columns of the embeddings that enter the decoder."""
+        return (1 + self.planes) * self.hidden
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """How an image, or a video, stands in the text of a prompt.
+
+    `kind`: "image" or "video", the type of its part in chat messages. `placeholder`: what the chat template writes for it, and
+    `text`: what that becomes, with the token of id `token` once for all views of the image, or once for each with other text
+    between them. `boundary`: a mark around images which neighbours share, and which a space sets off from a word; mostly none.
+    """
+
+    kind: str
+    placeholder: str
+    text: str
+    token: int
+    boundary: str = ""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Type and shape of an input or output of a graph; a dynamic length is its name, or what it is computed from."""
+
+    type: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What goes into a graph and what comes out, by name."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle is made of. `encoder_blocks`: of the vision encoder; `image`: how images stand in the text; `end_tokens`: ids;
+    `versions` of the packages that wrote it.
+
+    `tiers`: their names, the best first, where the bundle has several plans. `target` and `precision` say how its graphs were
+    lowered: see `lowering`. `graphs`: by path in the bundle.
+    """
+
+    source: Source
+    decoder: DecoderShape
+    target: str
+    precision: str
+    encoder_blocks: int
+    image: ImageText
+    end_tokens: tuple[int, ...]
+    versions: Mapping[str, str]
+    graphs: Mapping[str, GraphRecord]
+    files: Mapping[str, FileRecord]
+    tiers: tuple[str, ...] = ()
+
+    @property
+    def lowering(self) -> Lowering:
+        """How the graphs were lowered; raise UsageError when this EdgePrune does not know the target."""
+        return Lowering(target_named(self.target), self.precision)
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into `folder`."""
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        write_text(folder / MANIFEST, json.dumps(data, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of a bundle folder; raise BundleError when there is none or it is of another schema."""
+        return cls.parse(folder, read_manifest(folder))
+
+    @classmethod
+    def parse(cls, folder: Path, text: bytes) -> Manifest:
+        """Return the manifest that the bytes of a bundle's manifest.json say; raise BundleError as `load` does."""
+        data = _parsed_json(folder, text)
+        try:
+            return cls(
+                source=made(Source, data["source"], "source"),
+                decoder=_decoder(data["decoder"]),
+                target=_text(data["target"]),
+                precision=_text(data["precision"]),
+                encoder_blocks=_size(data["encoder_blocks"]),
+                image=made(ImageText, data["image"], "image"),
+                end_tokens=tuple(map(_size, _several(data["end_tokens"]))),
+                versions={_text(name): _text(version) for name, version in data["versions"].items()},
+                graphs={_text(name): _graph(record) for name, record in data["graphs"].items()},
+                files={_text(name): made(FileRecord, record, name) for name, record in data["files"].items()},
+                tiers=tuple(map(_text, _several(data["tiers"]))),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error
+
+
+def read_manifest(folder: Path) -> bytes:
+    """Return the bytes of a bundle's manifest.json; raise BundleError when there is none."""
+    if not folder.is_dir():
+        raise BundleError(f"There is no bundle at {folder}.", hint="Make one with: edgeprune export -o BUNDLE")
+    try:
+        return (folder / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}.") from error
+    except OSError as error:
+        raise BundleError(f"Cannot read {folder / MANIFEST}: {error.strerror}.") from error
+
+
+def _parsed_json(folder: Path, text: bytes) -> dict[str, Any]:
+    # Of the present schema, whichever it was written in.
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"Cannot read {folder / MANIFEST}: {error}.", hint="Copy the bundle again, or export it again."
+        ) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is not int:
+        raise BundleError(f"{folder / MANIFEST} is no manifest: it says no schema version.", hint="Export it again.")
+    if not _WITHOUT_TIERS <= version <= SCHEMA_VERSION:
+        newer = version > SCHEMA_VERSION
+        raise BundleError(
+            f"{folder} has manifest schema version {version}, which is too {'new' if newer else 'old'}: "
+            f"this EdgePrune reads {_WITHOUT_TIERS} to {SCHEMA_VERSION}.",
+            hint="Update EdgePrune: pip install -U edgeprune" if newer else "Export it again with this version.",
+        )
+    return {**data, "tiers": []} if version == _WITHOUT_TIERS else data
+
+
+def _decoder(data: Any) -> DecoderShape:
+    shape = made(DecoderShape, data, "decoder")
+    sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
+    if min(sizes) < 1 or shape.planes < 0:
+        raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
+    return shape
+
+
+def _graph(record: Any) -> GraphRecord:
+    sides = (
+        {_text(name): Tensor(_text(at["type"]), tuple(map(_axis, _several(at["shape"])))) for name, at in record[side].items()}
+        for side in ("inputs", "outputs")
+    )
+    return GraphRecord(*sides)
+
+
+def _several(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is no list")
+    return value
+
+
+def _axis(value: Any) -> int | str:
+    return value if is_text(value) else _size(value)
+
+
+def _text(value: Any) -> str:
+    if not is_text(value):
+        raise ValueError(f"{value!r} is no text")
+    return str(value)
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no size")
+    return value

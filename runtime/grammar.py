@@ -1,0 +1,202 @@
+"""Structured answers: which tokens may come next, so that an answer is one of a few texts or JSON that fits a schema.
+
+llguidance walks the grammar; nothing of it is imported before the first structured answer. Its masks are exact: a token is allowed
+if and only if the answer can still be completed after it, and end tokens only where it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune.errors import EdgePruneError, UsageError, require_extra
+from edgeprune.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_GRAMMARS = 16  # compiled ones that are kept
+# One space at most, after commas and colons: free whitespace is valid JSON, and small models can go on with it for ever. One way to
+# write a character: "\u0061" would be another name to the grammar than "a", and the same to who reads the answer.
+_JSON_STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": False}
+_JSON_STYLE["json_allowed_escapes"] = '"\\bfnrt'
+# Sets of tokens that are allowed at a stroke inside strings; those of llguidance and one more, for strings with a maxLength.
+_SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{many}' for many in ("{1,4}", "{1,12}", "{1,30}", "+"))]
+_JSON_MARKS = '{}[]":,-.0123456789truefalsn'
+_OWN_KEY = "x-guidance"  # options of llguidance inside a schema, one of which ignores what it cannot enforce
+
+
+class Constraint:
+    """The grammar of one answer and how far the answer has come. For one thread at a time."""
+
+    def __init__(self, matcher: LLMatcher, end_tokens: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._end_tokens = np.array(sorted(end_tokens), np.int64)
+        self._ended = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete and cannot go on: only an end token may follow, and none is needed."""
+        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+    def allowed(self, size: int) -> np.ndarray:
+        """Return the ids below `size` that may come next, ascending int64 [n], n > 0."""
+        ids = self._end_tokens
+        if not self.done:
+            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            ids = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
+        if self._matcher.is_error():
+            raise EdgePruneError(f"The structured answer cannot go on: {_short(self._matcher.get_error())}.", hint=_SIMPLER)
+        ids = ids[: int(np.searchsorted(ids, size))]
+        if not len(ids):
+            raise EdgePruneError("No token of this model can continue the structured answer.", hint=_SIMPLER)
+        return ids
+
+    def take(self, token: int) -> None:
+        """Take in the token that was chosen, one of `allowed`."""
+        if token in self._end_tokens:
+            self._ended = True
+        elif not self._matcher.consume_token(token):
+            raise EdgePruneError(f"The structured answer cannot take token {token}.", hint=_SIMPLER)
+
+
+class GrammarCompiler:
+    """Compiles what structured answers ask for, for one model; keeps the newest grammars. Thread-safe.
+
+    `tokenizer`: returns the text of the model's tokenizer.json, asked for once. `end_tokens`: the ids that end a turn.
+    """
+
+    def __init__(self, tokenizer: Callable[[], str], end_tokens: Sequence[int]) -> None:
+        self._read, self._end_tokens = tokenizer, tuple(end_tokens)
+        self._vocabulary: _Vocabulary | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def constraint(self, sampling: Sampling) -> Constraint | None:
+        """Return the grammar of a new answer, None if it is free.
+
+        Raises UsageError for a schema that is not valid or asks for what cannot be enforced, and for texts that the tokenizer
+        cannot write; MissingExtraError without llguidance.
+        """
+        if sampling.choices is None and sampling.json_schema is None:
+            return None
+        with self._lock:
+            if self._vocabulary is None:
+                require_extra("structured", "llguidance")
+                self._vocabulary = _Vocabulary(self._read(), self._end_tokens)
+            kind, body = _choices(sampling.choices) if sampling.choices is not None else _schema(sampling.json_schema or {})
+            key = kind + body
+            if key not in self._compiled:
+                self._vocabulary.check(kind, [body] if sampling.choices is None else sampling.choices)
+                self._compiled[key] = self._vocabulary.compile(kind, body)
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > _GRAMMARS:
+                self._compiled.popitem(last=False)
+            return Constraint(self._compiled[key].deep_copy(), self._end_tokens)
+
+
+class _Vocabulary:
+    # A model's tokens as llguidance sees them.
+
+    def __init__(self, source: str, end_tokens: Sequence[int]) -> None:
+        from llguidance import LLTokenizer
+
+        described = json.loads(source)
+        self._special = [token["content"] for token in described.get("added_tokens", ()) if token.get("special")]
+        self._begin = '" "? ' if any(_drops_space(step) for step in _steps(described.get("decoder"))) else ""
+        try:
+            self._tokens: LLTokenizer = LLTokenizer(source, eos_token=list(end_tokens), slices=_SLICES)
+        except ValueError as error:
+            raise EdgePruneError(
+                f"The tokenizer of this model cannot give structured answers: {_short(str(error))}.",
+                hint="Ask without choices and json_schema.",
+            ) from error
+
+    def check(self, kind: str, texts: Sequence[str]) -> None:
+        """Raise UsageError for what the tokenizer cannot write, or would read as a control token."""
+        for text in texts:
+            control = next((token for token in self._special if token in text), None)
+            if control is not None:
+                raise UsageError(f"The {kind} contains the control token {control}.", hint="Remove it.")
+            if kind == "json_schema" or not self._writes(text):
+                marks = _JSON_MARKS if kind == "json_schema" else ""
+                missing = [character for character in dict.fromkeys(marks + text) if not self._writes(character)]
+                if missing:
+                    raise UsageError(f"The tokenizer of this model cannot write {missing[0]!r}, which the {kind} needs.")
+
+    def compile(self, kind: str, body: str) -> LLMatcher:
+        """Return the matcher of a grammar at its begin."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        grammar = LLMatcher.grammar_from_lark(f"start: {self._begin}answer\nanswer: {body}")
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some schemas turn out to be impossible only here
+        if matcher.is_error():
+            raise UsageError(f"The {kind} cannot be used: {_short(matcher.get_error())}.", hint="See docs/structured.md.")
+        return matcher
+
+    def _writes(self, text: str) -> bool:
+        return self._tokens.decode_bytes(self._tokens.greedy_tokenize(text)) == text.encode()
+
+
+# Places in our own grammar, which nobody else ever saw.
+_PLACE = re.compile(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?| 1 \| start: .*$")
+_SIMPLER = "Ask without choices and json_schema, or for something simpler."
+
+
+def _choices(choices: Sequence[str]) -> tuple[str, str]:
+    # What JSON escapes in a text, the grammar's language does too.
+    return "choice", " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+
+
+def _schema(schema: Mapping[str, Any]) -> tuple[str, str]:
+    # The order of the keys is kept: it is the order of the properties in the answer.
+    if _OWN_KEY in schema:
+        raise UsageError(f"The json_schema has the key {_OWN_KEY!r}, which is used otherwise.", hint="Remove it.")
+    if any(_counts_free_names(part) for part in _parts(schema)):
+        raise UsageError(
+            "The json_schema has minProperties where the names are free: the same name could come twice.",
+            hint="Name the properties, and require them.",
+        )
+    return "json_schema", "%json " + json.dumps({**schema, _OWN_KEY: _JSON_STYLE}, ensure_ascii=False)
+
+
+def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
+    # Every object of a schema that is not a value of the answer.
+    if isinstance(schema, Mapping):
+        yield schema
+        for key, value in schema.items():
+            if key not in ("const", "enum", "default", "examples"):
+                yield from _parts(value)
+    elif isinstance(schema, (list, tuple)):
+        for value in schema:
+            yield from _parts(value)
+
+
+def _counts_free_names(part: Mapping[str, Any]) -> bool:
+    least, required = part.get("minProperties"), part.get("required", ())
+    return isinstance(least, int) and least > max(1, len(required) if isinstance(required, (list, tuple)) else 0)
+
+
+def _steps(decoder: Any) -> Iterator[Mapping[str, Any]]:
+    if decoder:
+        yield decoder
+        for step in decoder.get("decoders", ()):
+            yield from _steps(step)
+
+
+def _drops_space(step: Mapping[str, Any]) -> bool:
+    # Models with such decoders begin their answers with a space that nobody sees; without it they would have to spell.
+    return step.get("type") == "Strip" and step.get("content") == " " and step.get("start", 0) > 0
+
+
+def _short(message: str) -> str:
+    line = _PLACE.sub("", " ".join(message.split())).rstrip(".") or "the reason is not known"
+    return line if len(line) <= 200 else line[:200] + "..."

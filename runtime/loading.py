@@ -1,0 +1,89 @@
+"""Load a bundle: the runtime's front door."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from edgeprune.bundle import CHAT_TEMPLATE, PREPROCESSOR, SELECTOR, SPECIAL_TOKENS, TOKENIZER, Bundle
+from edgeprune.errors import UsageError
+from edgeprune.processors import image_spec
+from edgeprune.runtime.chat import ChatTemplate, TextCodec
+from edgeprune.runtime.engine import Engine
+from edgeprune.runtime.exhaustion import CandidEngine
+from edgeprune.runtime.model import Joules, Model, State
+from edgeprune.runtime.providers import open_engine
+from edgeprune.runtime.session import Runtime
+from edgeprune.runtime.terms import Terms
+from edgeprune.runtime.turns import SharedEngine
+from edgeprune.signing import Trusted
+
+CACHE_BYTES = 128 << 20
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    provider: str = "cpu",
+    cache_bytes: int = CACHE_BYTES,
+    max_kv_bytes: int | None = None,
+    energy: bool = False,
+    warm_up: bool = False,
+    on_phase: Callable[[str], None] | None = None,
+    check: str = "full",
+    require_signature: Trusted = (),
+) -> Runtime:
+    """Load a bundle after checking every file against its manifest.
+
+    `provider`: what computes, one of `edgeprune.runtime.providers.PROVIDERS`; no other is taken in its place. `threads`: of ONNX
+    Runtime. `cache_bytes`: for image embeddings and prefixes that may be asked for again, 0 for none. `max_kv_bytes`: of each
+    conversation's KV caches. `energy`: count joules, where the machine can. `warm_up`: see `Runtime.warm_up`. `on_phase` is called
+    with "loading", "warming" and "ready" as they begin. `check`: "full" reads every file, "fast" none that looks as it did when
+    this user last had all of them checked. `require_signature`: public keys as paths or PEM bytes, of which one must have signed
+    the bundle. Raises BundleError when a file is missing or altered, or the signature is not as required, EngineError when the
+    provider cannot be had here, UsageError for limits that make no sense.
+    """
+    tell = on_phase or (lambda phase: None)
+    Terms(max_kv_bytes=max_kv_bytes)  # refuses what makes no sense
+    if cache_bytes < 0:
+        raise UsageError(f"cache_bytes must be 0 or more, not {cache_bytes}.")
+    tell("loading")
+    state = State(cache_bytes, _counter() if energy else None)
+    with Bundle.opening(Path(path), check=check, require_signature=require_signature) as bundle:
+        runtime = Runtime(_model(bundle, SharedEngine(CandidEngine(open_engine(bundle, provider, threads))), state, max_kv_bytes))
+    if warm_up:
+        tell("warming")
+        runtime.warm_up()
+    tell("ready")
+    return runtime
+
+
+def _model(bundle: Bundle, engine: Engine, state: State, max_kv_bytes: int | None) -> Model:
+    manifest = bundle.manifest
+    return Model(
+        engine=engine,
+        codec=TextCodec(bundle.file(TOKENIZER)),
+        template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
+        special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
+        image_spec=image_spec(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))),
+        image=manifest.image,
+        end_tokens=manifest.end_tokens,
+        decoder=manifest.decoder,
+        plan=bundle.plan,
+        name=manifest.source.model,
+        tiers=bundle.tiers,
+        prompt_free=SELECTOR in manifest.graphs and "prompt_embeds" not in manifest.graphs[SELECTOR].inputs,
+        max_kv_bytes=max_kv_bytes,
+        state=state,
+    )
+
+
+def _counter() -> Joules | None:
+    from edgeprune.device.power import find_power_source
+    from edgeprune.runtime.energy import EnergyCounter
+
+    source = find_power_source()
+    return None if source is None else EnergyCounter(source)

@@ -1,0 +1,109 @@
+"""What all conversations of a loaded bundle share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from edgeprune.bundle import DecoderShape, ImageText
+from edgeprune.plan import KeepPlan
+from edgeprune.processors import ImageSpec
+from edgeprune.runtime.chat import ChatTemplate, TextCodec
+from edgeprune.runtime.engine import Engine
+from edgeprune.runtime.grammar import GrammarCompiler
+from edgeprune.runtime.recall import Recall
+from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.terms import Pace
+from edgeprune.tiers import tier_number
+
+Watcher = Callable[[Receipt], None]
+
+
+class Joules(Protocol):
+    """Something that counts energy."""
+
+    @property
+    def joules(self) -> float | None:
+        """Energy since it began to count, in joules; None where there is no reading."""
+        ...
+
+
+class State:
+    """What changes while a model is used: what can be recalled, how long answers take, how many run, who is told of their ends."""
+
+    def __init__(self, cache_bytes: int = 0, energy: Joules | None = None, pace: Pace | None = None) -> None:
+        self.recall, self.pace, self.energy = Recall(cache_bytes), pace or Pace(), energy
+        self.watchers: list[Watcher] = []
+        self.running = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def answering(self, receipt: Receipt) -> Iterator[None]:
+        """Count an answer as running; at its end, whatever that is, complete its receipt and tell the watchers."""
+        before = self.energy.joules if self.energy else None
+        with self._lock:
+            self.running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.running -= 1
+            after = self.energy.joules if self.energy else None
+            receipt.energy_j = None if before is None or after is None else after - before
+            for watcher in tuple(self.watchers):
+                watcher(receipt)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything that conversations share: the engine, the text side, the image side and the plan.
+
+    `tiers`: names and plans of prepared budgets, the best first, where there are several; `plan` is the first. `prompt_free`: its
+    input cut does not look at the question. `max_kv_bytes`: of each conversation, unless a question says otherwise.
+    """
+
+    engine: Engine
+    codec: TextCodec
+    template: ChatTemplate
+    special_tokens: dict[str, str]
+    image_spec: ImageSpec
+    image: ImageText
+    end_tokens: tuple[int, ...]
+    decoder: DecoderShape
+    plan: KeepPlan
+    name: str = ""
+    tiers: tuple[tuple[str, KeepPlan], ...] = ()
+    prompt_free: bool = False
+    max_kv_bytes: int | None = None
+    state: State = field(default_factory=State)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """What makes structured answers; it reads nothing before the first of them."""
+        return GrammarCompiler(self.codec.to_json, self.end_tokens)
+
+    @property
+    def plans(self) -> tuple[KeepPlan, ...]:
+        """The plans, the best first."""
+        return tuple(plan for _, plan in self.tiers) or (self.plan,)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the keys and values of one token in one layer."""
+        return 2 * self.decoder.kv_heads * self.decoder.head_dim * int(np.dtype(self.decoder.cache_type).itemsize)
+
+    def tier(self, name: str) -> int:
+        """Return the number of a tier; raise UsageError for one that the bundle does not have."""
+        return tier_number([known for known, _ in self.tiers], name)
+
+    def image_bytes(self, tier: int, *, prune: bool) -> int:
+        """Return what the KV caches hold of one image under a tier."""
+        plan = self.plans[tier]
+        stored = (plan.stored(layer) if prune else plan.geometry.tokens for layer in range(plan.layers))
+        return self.entry_bytes * sum(stored)

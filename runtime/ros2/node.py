@@ -1,0 +1,185 @@
+"""The node on DDS: its readers, its writers, and the thread that takes what comes in."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cyclonedds.core import (
+    DDSException,
+    GuardCondition,
+    InstanceState,
+    Policy,
+    Qos,
+    ReadCondition,
+    SampleState,
+    ViewState,
+    WaitSet,
+)
+from cyclonedds.domain import Domain, DomainParticipant
+from cyclonedds.pub import DataWriter
+from cyclonedds.sub import DataReader
+from cyclonedds.topic import Topic
+from cyclonedds.util import duration
+
+from edgeprune.errors import EdgePruneError
+from edgeprune.runtime.ros2.messages import (
+    CompressedImage,
+    DiagnosticArray,
+    DiagnosticStatus,
+    Header,
+    Image,
+    KeyValue,
+    String,
+    Time,
+)
+from edgeprune.runtime.ros2.names import NodeName, dds_topic
+from edgeprune.runtime.ros2.tally import Report
+
+_PLAIN = Policy.DataRepresentation(use_cdrv0_representation=True)  # older ROS releases read no XCDR2
+# As ROS's sensor data profile; texts as its default, with room for the pieces of an answer.
+SENSOR = Qos(Policy.Reliability.BestEffort, Policy.Durability.Volatile, Policy.History.KeepLast(5), _PLAIN)
+TEXT = Qos(
+    Policy.Reliability.Reliable(duration(milliseconds=100)), Policy.Durability.Volatile, Policy.History.KeepLast(100), _PLAIN
+)
+_UNREAD = ViewState.Any | SampleState.NotRead | InstanceState.Any
+TICK = 1.0  # seconds between reports
+AT_ONCE = 8  # messages taken from a reader before the others have their turn
+
+
+@dataclass(frozen=True)
+class Topics:
+    """Absolute ROS names; None for an input that is not wanted."""
+
+    image: str | None
+    compressed: str | None
+    prompt: str
+    answer: str
+
+    @property
+    def pieces(self) -> str:
+        """Where the pieces of answers go."""
+        return f"{self.answer}/pieces"
+
+
+@dataclass(frozen=True)
+class Inlets:
+    """What is done with what comes in, called from the node's thread.
+
+    `trouble`: with "frame" or "question" and an error, for what could not be read. `tick`: each second.
+    """
+
+    image: Callable[[Any], None]
+    compressed: Callable[[Any], None]
+    prompt: Callable[[str], None]
+    trouble: Callable[[str, str], None]
+    tick: Callable[[], None]
+
+
+class Node:
+    """A participant with the topics of one node. `piece`, `answer` and `report` publish, from any thread."""
+
+    def __init__(self, name: NodeName, topics: Topics, domain: int) -> None:
+        self._name, self._topics = name, topics
+        try:
+            self._domain = Domain(domain, _configuration())
+            self._participant = DomainParticipant(domain)
+            self._answers = self._writer(topics.answer, String)
+            self._pieces = self._writer(topics.pieces, String)
+            self._diagnostics = self._writer("/diagnostics", DiagnosticArray)
+            self._stop = GuardCondition(self._participant)
+        except DDSException as error:
+            hint = "Check CYCLONEDDS_URI and the network interfaces."
+            raise EdgePruneError(f"DDS does not start in domain {domain}: {error}.", hint=hint) from error
+        self._thread: threading.Thread | None = None
+
+    def listen(self, inlets: Inlets) -> None:
+        """Subscribe, and hand over what comes until `close`."""
+        topics = self._topics
+        sources = [self._source(topics.prompt, String, TEXT, lambda message: inlets.prompt(message.data))]
+        if topics.image is not None:
+            sources.append(self._source(topics.image, Image, SENSOR, inlets.image))
+        if topics.compressed is not None:
+            sources.append(self._source(topics.compressed, CompressedImage, SENSOR, inlets.compressed))
+        self._thread = threading.Thread(target=self._take, args=(sources, inlets), name="edgeprune-dds")
+        self._thread.start()
+
+    def piece(self, text: str) -> None:
+        """Publish a piece of an answer."""
+        _write(self._pieces, String(text))
+
+    def answer(self, text: str) -> None:
+        """Publish a whole answer."""
+        _write(self._answers, String(text))
+
+    def report(self, report: Report) -> None:
+        """Publish a report on /diagnostics."""
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        values = [KeyValue(key, value) for key, value in report.values]
+        status = DiagnosticStatus(report.level, f"{self._name.full[1:]}: answers", report.message, "", values)
+        _write(self._diagnostics, DiagnosticArray(Header(Time(seconds, nanoseconds)), [status]))
+
+    def close(self) -> None:
+        """Stop listening and leave the domain; nothing may be published any more."""
+        if self._thread is not None:
+            self._stop.set(True)
+            self._thread.join()
+        # In this order: DDS deletes what belongs to an entity together with it, and Python's objects would do it again.
+        del self._answers, self._pieces, self._diagnostics, self._stop, self._participant, self._domain
+
+    def _writer(self, topic: str, kind: Any) -> Any:
+        return DataWriter(self._participant, Topic(self._participant, dds_topic(topic), kind), qos=TEXT)
+
+    def _source(self, topic: str, kind: Any, qos: Qos, handle: Callable[[Any], None]) -> _Source:
+        reader = DataReader(self._participant, Topic(self._participant, dds_topic(topic), kind), qos=qos)
+        return _Source("question" if kind is String else "frame", topic, reader, handle)
+
+    def _take(self, sources: list[_Source], inlets: Inlets) -> None:
+        waiting, due = WaitSet(self._participant), time.monotonic()
+        conditions = [ReadCondition(source.reader, _UNREAD) for source in sources]
+        for condition in (*conditions, self._stop):
+            waiting.attach(condition)
+        while not self._stop.read():
+            if time.monotonic() >= due:
+                inlets.tick()
+                due = time.monotonic() + TICK
+            waiting.wait(duration(seconds=max(0.0, due - time.monotonic())))
+            # Questions are taken first and handled last: whatever image came before one is there when it is asked.
+            taken = [source.take(inlets.trouble) for source in sources]
+            for source, messages in reversed([*zip(sources, taken, strict=True)]):
+                for message in messages:
+                    source.handle(message)
+
+
+@dataclass(frozen=True)
+class _Source:
+    kind: str
+    topic: str
+    reader: Any
+    handle: Callable[[Any], None]
+
+    def take(self, trouble: Callable[[str, str], None]) -> list[Any]:
+        try:
+            messages = self.reader.take(AT_ONCE)
+        except Exception as error:  # what others send decides what is raised here; the node lives on
+            trouble(self.kind, f"A message on {self.topic} cannot be read: {error}.")
+            return []
+        return [message for message in messages if message.sample_info.valid_data]  # the others say that a writer has left
+
+
+def _configuration() -> str:
+    # The environment's stands behind ours and overrides it. A camera's image is more than the usual buffer of a socket holds.
+    ours = "<CycloneDDS><Domain><Internal><SocketReceiveBufferSize max='32MB'/></Internal></Domain></CycloneDDS>"
+    return ",".join(filter(None, (ours, os.environ.get("CYCLONEDDS_URI"))))
+
+
+def _write(writer: Any, message: Any) -> None:
+    try:
+        writer.write(message)
+    except DDSException as error:
+        if error.code != DDSException.DDS_RETCODE_TIMEOUT:  # a subscriber that does not keep up loses pieces, not the node its time
+            raise

@@ -1,0 +1,116 @@
+"""The bodies of answers, in OpenAI's shapes, with the receipt beside them."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from edgeprune.runtime import Receipt, Runtime
+from edgeprune.runtime.server.jobs import Job
+from edgeprune.runtime.server.kept import kept_pictures
+
+_STOPPED = ("end", "stop")  # everything else cut the answer short, which OpenAI's clients know as "length"
+
+
+class Completion:
+    """One answer on its way out: the same id and time in every part of it."""
+
+    def __init__(self, job: Job, model: Runtime) -> None:
+        self._job, self._model = job, model
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed."""
+        receipt = self._receipt
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(receipt)}
+        body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(receipt)}
+        return body | {"edgeprune": self._account()}
+
+    def first(self) -> dict[str, Any]:
+        """Return the chunk that opens a stream: the role, and what is known of the times by then."""
+        begun = {"queue_ms": self._job.queued_ms, "times_ms": self._receipt.to_dict()["times_ms"]}
+        return self._chunk({"role": "assistant", "content": ""}) | {"edgeprune": begun}
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """Return the chunk of the next words."""
+        return self._chunk({"content": text})
+
+    def last(self) -> list[dict[str, Any]]:
+        """Return the chunks that end a stream: the finish reason, and the usage where asked for; the last has the receipt."""
+        receipt = self._receipt
+        chunks = [self._chunk({}, finish_reason(receipt))]
+        if self._job.question.include_usage:
+            chunks.append({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(receipt)})
+        chunks[-1] |= {"edgeprune": self._account()}
+        return chunks
+
+    @property
+    def _receipt(self) -> Receipt:
+        receipt = self._job.receipt
+        assert receipt is not None  # there is one from the first piece on
+        return receipt
+
+    def _chunk(self, delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return chunk | ({"usage": None} if self._job.question.include_usage else {})
+
+    def _account(self) -> dict[str, Any]:
+        receipt = self._receipt
+        account = {"queue_ms": self._job.queued_ms, **without_kept(receipt)}
+        if self._job.question.kept:
+            account["pictures"] = kept_pictures(self._model.plan, receipt) if self._model.spatial else []
+        return account
+
+
+def finish_reason(receipt: Receipt) -> str:
+    """Return OpenAI's word: "stop" where the model or a stop text ended the answer, "length" where anything cut it short."""
+    return "stop" if receipt.finish_reason in _STOPPED else "length"
+
+
+def usage(receipt: Receipt) -> dict[str, Any]:
+    """Return the tokens of an answer, all visual tokens of the prompt counted. `visual_tokens.after`: the mean over the decoder's
+    layers of those held after prefill.
+    """
+    prompt, answer = receipt.text_tokens + receipt.visual_tokens, receipt.generated_tokens
+    after = round(receipt.visual_tokens * receipt.visual_kv_share)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {
+            "audio_tokens": 0,
+            "cached_tokens": receipt.recalled_tokens,
+            "text_tokens": receipt.text_tokens,
+            "image_tokens": receipt.visual_tokens,
+        },
+        "visual_tokens": {"before": receipt.visual_tokens, "after": after},
+    }
+
+
+def without_kept(receipt: Receipt) -> dict[str, Any]:
+    """Return a receipt as JSON data, without the long lists of which tokens were kept."""
+    data = receipt.to_dict()
+    return data | {"cuts": [{name: value for name, value in cut.items() if name != "kept"} for cut in data["cuts"]]}
+
+
+def model_card(model: Runtime) -> dict[str, Any]:
+    """Return what /v1/models says of the model, with what a client must know to ask it about pictures."""
+    plan, geometry = model.plan, model.plan.geometry
+    size = {"height": geometry.height, "width": geometry.width, "visual_tokens": geometry.tokens}
+    about = {
+        "kind": model.kind,
+        "tiers": list(model.tiers),
+        "geometry": size | {"frames": geometry.frames, "fps": geometry.fps},
+        "cuts": [{"cut": str(cut), "keep": cut.keep} for cut in plan.cuts],
+    }
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "edgeprune", "edgeprune": about}
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

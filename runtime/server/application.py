@@ -1,0 +1,84 @@
+"""The routes: OpenAI's, those that machines watch, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edgeprune.runtime.metrics import Metrics
+from edgeprune.runtime.server.answers import model_card
+from edgeprune.runtime.server.completions import Completions
+from edgeprune.runtime.server.gate import Gate
+from edgeprune.runtime.server.keys import Keys
+from edgeprune.runtime.server.refusals import Refusal, not_ready
+from edgeprune.runtime.server.service import READY, Service
+from edgeprune.runtime.server.tally import Tally
+
+_WEB = Path(__file__).with_name("web")
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/style.css": ("style.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+
+
+def application(service: Service, keys: Keys, *, local: bool) -> ASGIApp:
+    """Return the server as an ASGI application; `local`: it answers to this machine's own names only.
+
+    The page and /health need no key: neither says anything of the model.
+    """
+    registry = CollectorRegistry()
+    metrics, tally = Metrics(registry), Tally(service, registry)
+    service.observe(metrics.observe)
+    watched = _Watched(service, metrics)
+    routes = [
+        Route("/v1/chat/completions", Completions(service, tally), methods=["POST"]),
+        Route("/v1/models", watched.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", watched.model, methods=["GET"]),
+        Route("/health", watched.health, methods=["GET"]),
+        Route("/metrics", watched.metrics, methods=["GET"]),
+        *(Route(path, _File(*file), methods=["GET"]) for path, file in _FILES.items()),
+    ]
+    paths = [route.path for route in routes]
+    return Gate(Router(routes, redirect_slashes=False), keys, tally, paths=paths, public=("/health", *_FILES), local=local)
+
+
+class _Watched:
+    # What tells of the model and the server.
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [model_card(self._service.model())]})
+
+    async def model(self, request: Request) -> Response:
+        model, asked = self._service.model(), request.path_params["name"]
+        if asked != model.name:
+            raise Refusal(404, "model_not_found", f"There is no model {asked!r} here, only {model.name!r}.", param="model")
+        return JSONResponse(model_card(model))
+
+    async def health(self, request: Request) -> Response:
+        phase = self._service.phase
+        body = {"phase": phase, "queue": self._service.queue.waiting, "running": self._service.running}
+        return JSONResponse(body) if phase in READY else JSONResponse(body, 503, not_ready(phase).headers)
+
+    async def metrics(self, request: Request) -> Response:
+        page, kind = await asyncio.to_thread(self._metrics.render)
+        return Response(page, headers={"content-type": kind})
+
+
+class _File:
+    # One of the page's files, read once.
+    def __init__(self, name: str, kind: str) -> None:
+        self._content, self._kind = (_WEB / name).read_bytes(), kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = Response(self._content, headers={"cache-control": "no-cache"}, media_type=self._kind)
+        await response(scope, receive, send)

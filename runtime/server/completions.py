@@ -1,0 +1,97 @@
+"""POST /v1/chat/completions: from the request to the answer, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from edgeprune.runtime import Runtime, Sampling
+from edgeprune.runtime.server.answers import Completion, event
+from edgeprune.runtime.server.bodies import read_body
+from edgeprune.runtime.server.gate import CLIENT
+from edgeprune.runtime.server.jobs import Ended, Event, Failed, Job, job_on_loop
+from edgeprune.runtime.server.limits import Limits
+from edgeprune.runtime.server.refusals import Refusal, disconnected
+from edgeprune.runtime.server.requests import parse
+from edgeprune.runtime.server.service import Service
+from edgeprune.runtime.server.tally import Tally
+from edgeprune.runtime.server.translation import Question, question
+
+_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+class Completions:
+    """The endpoint. A client that goes away ends its answer within a decode step, streamed or not."""
+
+    def __init__(self, service: Service, tally: Tally) -> None:
+        self._service, self._tally = service, tally
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        model, client = self._service.model(), scope[CLIENT]
+        with self._service.queue.entered(client):
+            body = await read_body(Headers(scope=scope), receive, self._service.limits.max_body_bytes)
+            asked = await asyncio.to_thread(_question, body, model, self._service.limits)
+            job, events = job_on_loop(asked, self._service.fit)
+            watch = asyncio.create_task(self._watch(receive, client, job))
+            try:
+                self._service.queue.push(client, job)
+                pieces = _pieces(events)
+                first = await anext(pieces, "")
+                self._tally.queued.observe(job.queued_ms / 1e3)
+                completion = Completion(job, model)
+                if asked.stream:
+                    await _stream(completion, first, pieces, send)
+                else:
+                    words = first + "".join([piece async for piece in pieces])
+                    await JSONResponse(completion.whole(words))(scope, receive, send)
+            finally:
+                watch.cancel()
+                job.cancel()  # nothing to one that has ended
+
+    async def _watch(self, receive: Receive, client: str, job: Job) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if self._service.queue.drop(client, job):
+            job.refuse(disconnected())
+        job.cancel()
+
+
+def _question(body: bytes, model: Runtime, limits: Limits) -> Question:
+    # All that can be refused is, before it stands in line for nothing.
+    request = parse(body)
+    if request.model not in (None, model.name):
+        raise Refusal(404, "model_not_found", f"There is no model {request.model!r} here, only {model.name!r}.", param="model")
+    if request.tier is not None and request.tier not in model.tiers:
+        has = f"Its tiers are: {', '.join(model.tiers)}." if model.tiers else "It has one plan and no tiers."
+        raise Refusal(400, "invalid_value", f"The model has no tier {request.tier!r}. {has}", param="tier")
+    asked = question(request, limits)
+    Sampling(**asked.sampling)
+    return asked
+
+
+async def _pieces(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+    while not isinstance(happened := await events.get(), Ended):
+        if isinstance(happened, Failed):
+            raise happened.refusal
+        yield happened.text
+
+
+async def _stream(completion: Completion, first: str, pieces: AsyncIterator[str], send: Send) -> None:
+    async def put(data: bytes, more: bool = True) -> None:
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+    await put(event(completion.first()))
+    try:
+        await put(event(completion.piece(first)) if first else b"")
+        async for text in pieces:
+            await put(event(completion.piece(text)) if text else b"")
+    except Refusal as refusal:  # the status is sent; OpenAI's clients look for an error among the events
+        await put(event(refusal.body), more=False)
+        return
+    await put(b"".join(map(event, completion.last())) + b"data: [DONE]\n\n", more=False)

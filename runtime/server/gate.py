@@ -1,0 +1,112 @@
+"""What every request passes: who asks, what browsers may do with the response, counting, and the log.
+
+A line of the log has the method, the path, the status and the time: no body, no query, no key, no address.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Collection
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edgeprune.errors import EdgePruneError
+from edgeprune.runtime.server.keys import Keys, is_loopback
+from edgeprune.runtime.server.refusals import Refusal, internal, refusal_of
+from edgeprune.runtime.server.tally import Tally
+
+CLIENT = "edgeprune.client"  # in a request's scope: the client's name
+_WATCHED = ("/health", "/metrics")  # asked every few seconds by machines: not worth a line
+_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+_log = logging.getLogger("edgeprune.server")
+
+
+class Gate:
+    """The outermost layer of the server. `public`: paths that need no key; `paths`: all that there are.
+
+    `local`: take requests only for this machine's own names. Without keys it is all that stands between a page of another origin,
+    whose name was made to point here, and the model.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Keys, tally: Tally, *, paths: Collection[str], public: Collection[str], local: bool
+    ) -> None:
+        self._app, self._keys, self._tally = app, keys, tally
+        self._paths, self._public, self._local = paths, public, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one request through, or say why not."""
+        began, status = time.monotonic(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        scope["app"] = self  # so that the router raises what it does not find, instead of answering in its own words
+        try:
+            scope[CLIENT] = self._client(scope)
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            refusal = _told(error)
+            self._tally.rejected(refusal.reason)
+            if status == 0:
+                await refused(refusal)(scope, receive, watched)
+        path, method = self._named(scope)
+        self._tally.request(method, path, status)
+        level = logging.DEBUG if path in _WATCHED else logging.INFO
+        _log.log(level, "%s %s %d %.0f ms", method, path, status, 1e3 * (time.monotonic() - began))
+
+    def _client(self, scope: Scope) -> str:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
+        if self._local and not is_loopback(name):
+            raise Refusal(403, "wrong_host", "Without a key this server answers only to this machine's own names, as localhost.")
+        address = (scope.get("client") or ("unknown", 0))[0]
+        if scope["path"] in self._public:
+            return str(address)
+        return self._keys.client(headers.get("authorization", "").encode("latin-1"), str(address))
+
+    def _named(self, scope: Scope) -> tuple[str, str]:
+        path, method = scope["path"], scope["method"]
+        path = "/v1/models" if path.startswith("/v1/models/") else path
+        return (path if path in self._paths else "other"), (method if method in _METHODS else "other")
+
+
+def refused(refusal: Refusal) -> Response:
+    """Return the response that says why there is no answer."""
+    return Response(json.dumps(refusal.body), refusal.status, refusal.headers, "application/json")
+
+
+def _told(error: Exception) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, EdgePruneError):
+        return refusal_of(error)
+    if isinstance(error, HTTPException):
+        missing = error.status_code == 404
+        return Refusal(error.status_code, "not_found" if missing else "not_allowed", f"{error.detail} on this path.")
+    # Its message may hold part of a request.
+    _log.error("%s in a request:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return internal()

@@ -1,0 +1,163 @@
+"""The process: it listens while the model still loads, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from edgeprune.errors import UsageError
+from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.server.application import application
+from edgeprune.runtime.server.keys import Keys, check_exposure, is_loopback
+from edgeprune.runtime.server.limits import Limits
+from edgeprune.runtime.server.service import Service
+
+_LAST_WORDS_S = 5.0  # after cancelling, until connections are cut
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(
+    bundle: str | os.PathLike[str],
+    *,
+    keys: Sequence[str] = (),
+    announce: Callable[[str], None] = lambda url: None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    no_auth: bool = False,
+    limits: Limits | None = None,
+    parallel: int = 1,
+    grace: float = 30.0,
+    fit: str = "exact",
+    **opening: Any,
+) -> None:
+    """Answer requests about a bundle until SIGTERM or SIGINT; call `announce` with the address when it listens.
+
+    `keys`: bearer keys; without one, `no_auth` must be said for a host that other machines reach. `parallel`: answers at once, step
+    by step in turns. `grace`: seconds that answers have to end when the server stops. `opening`: as `load` takes it. Raises
+    UsageError for what cannot be listened on, and what `load` raises.
+    """
+
+    def opens(on_phase: Callable[[str], None]) -> Runtime:
+        return load(bundle, on_phase=on_phase, warm_up=True, **opening)
+
+    reached: dict[str, Any] = {"host": host, "port": port, "keys": keys, "no_auth": no_auth, "announce": announce}
+    Server(opens, **reached, limits=limits, parallel=parallel, grace=grace, fit=fit).run()
+
+
+class Server:
+    """A server whose socket is open; `opens` returns the model and is given what to call with each phase."""
+
+    def __init__(
+        self,
+        opens: Callable[[Callable[[str], None]], Runtime],
+        *,
+        keys: Sequence[str] = (),
+        announce: Callable[[str], None] = lambda url: None,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        no_auth: bool = False,
+        limits: Limits | None = None,
+        parallel: int = 1,
+        grace: float = 30.0,
+        fit: str = "exact",
+    ) -> None:
+        known = Keys(keys)
+        check_exposure(host, known, no_auth)
+        self._service = Service(opens, limits or Limits(), parallel=parallel, fit=fit, failed=self._fail)
+        self._failure: Exception | None = None
+        self._socket = _bound(host, port)
+        config = uvicorn.Config(
+            application(self._service, known, local=is_loopback(host) and not (known or no_auth)),
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",  # its own line of a request would have the query and the address
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(grace + _LAST_WORDS_S)),
+        )
+        self._loop = _Loop(config, self._service, grace, lambda: announce(self.url))
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def run(self) -> None:
+        """Answer until `stop`, SIGTERM or SIGINT; raise what the loading of the model raised."""
+        self._service.start()
+        self._loop.run(sockets=[self._socket])
+        self._service.join(_LAST_WORDS_S)
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End, from any thread, in the good order of a signal."""
+        self._loop.should_exit = True
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self.stop()
+
+
+class _Loop(uvicorn.Server):
+    # uvicorn's, with our own ending: it would end by the signal itself, whatever was finished.
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float, listens: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._grace, self._listens = service, grace, listens
+        self._running: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._running = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listens()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.stop()
+        late = asyncio.get_running_loop().call_later(self._grace, self._service.cancel)
+        await super().shutdown(sockets)
+        late.cancel()
+        self._service.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # The second signal is impatient.
+        if self.should_exit and self._running is not None:
+            self._running.call_soon_threadsafe(self._service.cancel)
+        self.should_exit = True
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    name = host.strip("[]")
+    try:
+        family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((name, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"Cannot listen on {host}, port {port}: {reason}.", hint="Choose another --host or --port.") from error

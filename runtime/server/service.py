@@ -1,0 +1,118 @@
+"""The model behind the server: loaded in a thread, asked by worker threads, and let go when the server stops."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from edgeprune.runtime import Receipt, Runtime
+from edgeprune.runtime.server.jobs import Job
+from edgeprune.runtime.server.limits import Limits
+from edgeprune.runtime.server.queueing import FairQueue
+from edgeprune.runtime.server.refusals import not_ready, shutting_down
+
+READY = ("ready", "busy")
+
+
+class Service:
+    """One model, `parallel` workers, and the line in front of them.
+
+    `opens`: returns the model and is given what to call with each phase. `failed`: called with what went wrong in it.
+    """
+
+    def __init__(
+        self,
+        opens: Callable[[Callable[[str], None]], Runtime],
+        limits: Limits,
+        *,
+        parallel: int = 1,
+        fit: str = "exact",
+        failed: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self.limits, self.fit = limits, fit
+        self.queue = FairQueue[Job](limits, parallel)
+        self.stopping = False
+        self._opens, self._failed, self._parallel = opens, failed, parallel
+        self._phase = "loading"
+        self._model: Runtime | None = None
+        self._observers: list[Callable[[Receipt], None]] = []
+        self._workers: list[threading.Thread] = []
+        self._running: set[Job] = set()
+        self._lock = threading.Lock()
+
+    def observe(self, observer: Callable[[Receipt], None]) -> None:
+        """Have `observer` called with the receipt of every answer; to be said before `start`."""
+        self._observers.append(observer)
+
+    def start(self) -> None:
+        """Load the model in a thread of its own, and have it asked from then on."""
+        threading.Thread(target=self._begin, name="loading", daemon=True).start()
+
+    def _begin(self) -> None:
+        try:
+            model = self._opens(self._note)
+        except Exception as error:  # it ends the server, whatever it is
+            self._failed(error)
+            return
+        for observer in self._observers:
+            model.watch(observer)
+        self._model = model
+        for number in range(self._parallel):
+            self._workers.append(threading.Thread(target=self._work, args=(model,), name=f"answering-{number}", daemon=True))
+            self._workers[-1].start()
+
+    def _note(self, phase: str) -> None:
+        self._phase = phase if phase not in READY else self._phase  # ready is when workers are there
+
+    @property
+    def phase(self) -> str:
+        """One of "loading", "warming", "ready", "busy" and "stopping"."""
+        if self.stopping:
+            return "stopping"
+        if self._model is None:
+            return self._phase
+        return "busy" if self._running else "ready"
+
+    def model(self) -> Runtime:
+        """Return the model; raise Refusal (503) while there is none and after `stop`."""
+        if self.stopping:
+            raise shutting_down()
+        if self._model is None:
+            raise not_ready(self._phase)
+        return self._model
+
+    def stop(self) -> None:
+        """Take no more requests, and refuse those in line; what is being answered goes on."""
+        self.stopping = True
+        for job in self.queue.close():
+            job.refuse(shutting_down())
+
+    def cancel(self) -> None:
+        """End every answer within a decode step."""
+        with self._lock:
+            running = list(self._running)
+        for job in running:
+            job.cancel()
+
+    def join(self, seconds: float) -> None:
+        """Wait after `stop` until the workers have ended, each at most so long."""
+        for worker in self._workers:
+            worker.join(seconds)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running)
+
+    def _work(self, model: Runtime) -> None:
+        while (job := self.queue.take()) is not None:
+            began = time.monotonic()
+            with self._lock:
+                self._running.add(job)
+            try:
+                job.run(model)
+            finally:
+                with self._lock:
+                    self._running.discard(job)
+                self.queue.answered(time.monotonic() - began)

@@ -1,0 +1,92 @@
+"""From a request to what the runtime is asked: earlier turns, the question with its images, and how to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from edgeprune.runtime import Turn
+from edgeprune.runtime.server.limits import Limits
+from edgeprune.runtime.server.pictures import picture
+from edgeprune.runtime.server.refusals import Refusal, too_much
+from edgeprune.runtime.server.requests import ChatRequest, ImagePart, Message, SchemaFormat, TextPart
+
+_ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `Runtime.chat` and `Chat.ask` are called with. `kept`: tell which visual tokens stayed."""
+
+    prompt: str
+    images: tuple[Image.Image, ...] = ()
+    history: tuple[Turn, ...] = ()
+    prune: bool = True
+    tier: str | None = None
+    deadline_ms: float | None = None
+    kept: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+def question(request: ChatRequest, limits: Limits) -> Question:
+    """Return what a request asks, its images decoded; raise Refusal (400) for images that are too many, too large or broken."""
+    count = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
+    if count > limits.max_images:
+        raise too_much(
+            "--max-images", 400, f"The request has {count} images, more than the {limits.max_images} allowed", param="messages"
+        )
+    texts = [_text(message) for message in request.messages]
+    images = [_images(message, f"messages[{number}]", limits) for number, message in enumerate(request.messages)]
+    if not texts[-1].strip():
+        raise Refusal(400, "invalid_value", "The last message has no text: ask something.", param="messages")
+    roles = ["system" if message.role == "developer" else message.role for message in request.messages]
+    *history, last = zip(roles, texts, images, strict=True)
+    return Question(
+        prompt=last[1],
+        images=last[2],
+        history=tuple(Turn(*turn) for turn in history),
+        prune=request.prune,
+        tier=request.tier,
+        deadline_ms=request.deadline_ms,
+        kept=request.kept,
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        sampling=_sampling(request),
+    )
+
+
+def _text(message: Message) -> str:
+    return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
+
+
+def _images(message: Message, param: str, limits: Limits) -> tuple[Image.Image, ...]:
+    # They stand before the message's text, however the two are mixed: so does the runtime render them.
+    places = [(f"{param}.content[{number}].image_url.url", part) for number, part in enumerate(message.content)]
+    return tuple(picture(part.image_url.url, limits.max_pixels, place) for place, part in places if isinstance(part, ImagePart))
+
+
+def _sampling(request: ChatRequest) -> dict[str, Any]:
+    # What was not said is left to the runtime.
+    longest = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    asked = {
+        "max_tokens": longest,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+        "stop": [request.stop] if isinstance(request.stop, str) else request.stop,
+        "choices": request.guided_choice,
+        "json_schema": _schema(request),
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _schema(request: ChatRequest) -> Mapping[str, Any] | None:
+    form = request.response_format
+    if form is None or form.type == "text":
+        return None
+    return form.json_schema.schema_ if isinstance(form, SchemaFormat) else _ANY_OBJECT
