@@ -1,26 +1,45 @@
 # make demo    export the bundled model, ask it about fresh scenes, draw what was kept
 # make test    every check and every test
 # make check   the checks alone (ruff, mypy, import contracts)
-# Needs python3 (3.10 or later, with venv) and make; everything else is installed into .venv.
+# make fuzz    a million made-up inputs for everything that reads what others wrote; with CASES=10000 so many
+# make lock    solve locks/ again after pyproject.toml has changed; with UPGRADE=--upgrade to newer versions
+# make wheel   the wheel, the same bytes from the same sources, in dist/
+# make runtime the base runtime without what it never opens, in dist/runtime
+# make sbom    what the base runtime and the exporter consist of, as CycloneDX, in dist/
+# make licences    docs/licences.md
+# Needs python3 (3.10 to 3.14, with venv) and make on Linux; everything else is installed into .venv, as locks/ says.
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check
+LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes -r
 TREE := build/tree
+# Without a hash: its builds for the CPU have other ones on other indexes. After the lock, so that all it asks for is there by hash.
+TORCH := torch==2.13.0
+EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 test
+RELEASE := build/release/bin
 
-.PHONY: demo test check tree clean
+.PHONY: demo test check fuzz tree lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
 
-# Not `python -m pytest`: that puts the root on sys.path, where edgeprune lacks its mapped folders.
+# Not `python -m pytest`: that puts the root on sys.path, where edgeprune lacks its mapped folders. Two processes with one thread each
+# take half as long as one with two: most of a test is one thread's work. Files stay together, so that what they share is made once.
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# atheris has wheels for x86-64 alone; without it hypothesis runs all cases, which takes longer.
+CASES := 1000000
+fuzz: .venv/.test
+	-$(BIN)/python $(LOCKED) locks/fuzz.txt --only-binary :all:
+	rm -rf build/fuzz
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz run --cases $(CASES) -o build/fuzz
 
 check: .venv/.test tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache edgeprune tests examples
+	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache edgeprune tests examples tools
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 # mypy and import-linter see mapped packages only as one real tree.
@@ -28,18 +47,52 @@ tree:
 	rm -rf $(TREE)
 	mkdir -p $(TREE)/edgeprune
 	ln -s "$(CURDIR)"/edgeprune/* "$(CURDIR)/export" "$(CURDIR)/runtime" "$(CURDIR)/calibration" $(TREE)/edgeprune/
-	ln -s "$(CURDIR)/tests" "$(CURDIR)/examples" $(TREE)/
+	ln -s "$(CURDIR)/tests" "$(CURDIR)/examples" "$(CURDIR)/tools" $(TREE)/
 
-# torch first and by its exact version, so that nothing else decides which build of it comes.
-.venv/.demo: pyproject.toml constraints.txt
+# The project's own requirements are in the lock: pip only links it in, and says whether anything is missing.
+.venv/.demo: pyproject.toml locks/export.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e ".[export]"
+	$(BIN)/python $(LOCKED) locks/export.txt
+	$(BIN)/python $(PIP) $(TORCH)
+	$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
 	touch $@
 
-.venv/.test: .venv/.demo
-	$(INSTALL) -e ".[export,check,plot,ray,tensorrt,test]"
+.venv/.test: .venv/.demo locks/test.txt
+	$(BIN)/python $(LOCKED) locks/test.txt
+	$(BIN)/python -m pip check
 	touch $@
+
+build/release/.done: locks/release.txt
+	$(PYTHON) -m venv build/release
+	$(RELEASE)/python $(LOCKED) locks/release.txt
+	touch $@
+
+# One solution for everything; the smaller locks are parts of it.
+COMPILE := $(RELEASE)/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --no-python-downloads --generate-hashes \
+	--custom-compile-command "make lock (torch is not here: docs/supply-chain.md says why)" --no-emit-package torch
+lock: build/release/.done
+	$(COMPILE) $(UPGRADE) $(EXTRAS:%=--extra %) -o locks/test.txt
+	$(COMPILE) $(UPGRADE) -c locks/test.txt --extra export -o locks/export.txt
+	$(COMPILE) $(UPGRADE) -c locks/test.txt -o locks/runtime.txt
+	$(COMPILE:pyproject.toml=--group release) $(UPGRADE) -o locks/release.txt
+	$(COMPILE:pyproject.toml=--group fuzz) $(UPGRADE) -o locks/fuzz.txt
+
+wheel: .venv/.demo
+	$(BIN)/python tools/build_wheel.py dist
+
+runtime: wheel
+	rm -rf dist/runtime
+	$(BIN)/python $(PIP) --no-deps --no-compile --target dist/runtime dist/edgeprune-*.whl
+	$(BIN)/python $(LOCKED) locks/runtime.txt --no-compile --target dist/runtime
+	$(BIN)/python tools/trim.py dist/runtime
+
+sbom: build/release/.done wheel
+	$(RELEASE)/python tools/sbom.py --wheels dist --lock locks/runtime.txt -o dist/runtime.cdx.json
+	$(RELEASE)/python tools/sbom.py --wheels dist --lock locks/export.txt --also $(TORCH) -o dist/export.cdx.json
+
+licences: build/release/.done .venv/.test
+	$(BIN)/python tools/licences.py --uv $(RELEASE)/uv -o docs/licences.md
 
 clean:
 	rm -rf .venv build dist demo *.egg-info
