@@ -21,7 +21,7 @@ from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.export.graphs import trace_decoder
 from edgeprune.families.qwen2_vl import Qwen2VL
 from edgeprune.plan import Cut, Geometry, KeepPlan
-from edgeprune.runtime.tensorrt.ranges import Limits, image_turn, shapes_of, text_and_decode
+from edgeprune.runtime.tensorrt.ranges import Limits, decoder_ranges, shapes_of
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import PRECISIONS, TARGETS, Lowering
 
@@ -45,7 +45,7 @@ def main() -> None:
     record = trace_decoder(decoder(request.layers, request.vocabulary).decoder(), 3, plan, lowering, path)
     exported = time.perf_counter() - started
     profiles = []
-    for ranges in (image_turn(plan, Limits()), text_and_decode(plan, Limits())):
+    for ranges in decoder_ranges((plan,), Limits()):
         dynamic = {name: at.shape for name, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
         profiles.append({name: shapes_of(shape, ranges) for name, shape in dynamic.items()})
     trial = try_build(path, DECODER, profiles, stand_in(lowering.target))

@@ -1,0 +1,1 @@
+"""The node for rclpy."""
