@@ -28,11 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes and gigabytes, unless it is asked for with `-m size`."""
-    if "size" not in config.getoption("-m"):
-        left = [item for item in items if "size" in item.keywords]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    """Leave out what takes minutes and gigabytes, unless it is asked for with `-m size` or `-m nightly`."""
+    unasked = {mark for mark in ("size", "nightly") if mark not in config.getoption("-m")}
+    left = [item for item in items if unasked & set(item.keywords)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

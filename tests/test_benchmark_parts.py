@@ -177,7 +177,7 @@ class Recorder:
 
 
 def test_chosen_tokens_keep_their_positions(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
-    model = load(tiny_bundle.path, threads=1)._model
+    model = load(tiny_bundle.path, threads=1, cache_bytes=0)._model
     kept = np.array([1, 4, 5, 11])
     whole, some = Recorder(model.engine), Recorder(model.engine)
     Runtime(replace(model, engine=whole)).generate(tiny_image, "What is it?", prune=False, max_tokens=3)
@@ -193,7 +193,7 @@ def test_chosen_tokens_keep_their_positions(tiny_bundle: Bundle, tiny_image: Ima
 
 
 def test_choosing_all_changes_nothing(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
-    runtime = load(tiny_bundle.path, threads=1)
+    runtime = load(tiny_bundle.path, threads=1, cache_bytes=0)
     model = runtime._model
     same = Runtime(replace(model, engine=Chosen(model.engine, np.arange(12), 12)))
     asked = {"prune": False, "max_tokens": 8}

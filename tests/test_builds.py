@@ -17,7 +17,7 @@ from edgeprune.lint.check import lint
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.registry import METHODS, method_class
-from edgeprune.runtime.tensorrt.ranges import Limits, image_turn, shapes_of, text_and_decode
+from edgeprune.runtime.tensorrt.ranges import Limits, decoder_ranges, shapes_of
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering
 
@@ -91,7 +91,7 @@ def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path)
 def profiles(name: str, record: GraphRecord, plan: KeepPlan) -> list[dict[str, Any]]:
     wanted: list[Any] = [{"words": (1, 8, 64)}]
     if name == DECODER:
-        wanted = [image_turn(plan, LIMITS), text_and_decode(plan, LIMITS)]
+        wanted = list(decoder_ranges((plan,), LIMITS))
     dynamic = {key: at.shape for key, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
     return [{key: shapes_of(shape, ranges) for key, shape in dynamic.items()} for ranges in wanted]
 

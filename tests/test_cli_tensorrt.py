@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 import edgeprune.export.checking
-from edgeprune.bundle import EMBED, Bundle, Manifest, record_files
+from edgeprune.bundle import EMBED, MANIFEST, Bundle, Manifest
 from edgeprune.cli import main
+from edgeprune.integrity import record_files
 
 
 def invoke(*arguments: object) -> Any:
@@ -27,7 +28,7 @@ def rewritten(bundle: Path, change: Any) -> Path:
     model = onnx.load(path)
     change(model)
     onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
-    replace(Manifest.load(bundle), files=record_files(bundle)).save(bundle)
+    replace(Manifest.load(bundle), files=record_files(bundle, MANIFEST)).save(bundle)
     return bundle
 
 

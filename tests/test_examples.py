@@ -72,8 +72,9 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})  # the README's own code
+    names: dict[str, object] = {}
+    for block in blocks:  # one after the other, as a reader would try them
+        exec(compile(block, "README.md", "exec"), names)
 
 
 def markdown(folder: str) -> list[Path]:

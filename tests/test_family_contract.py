@@ -31,8 +31,8 @@ from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.registry import FAMILIES
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.conversation import Model
 from edgeprune.runtime.layout import ImageLayout
+from edgeprune.runtime.model import Model
 from edgeprune.runtime.tensorrt.ranges import Limits
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering

@@ -22,8 +22,8 @@ from edgeprune.plan import Cut, Geometry
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
 from edgeprune.runtime import Runtime
-from edgeprune.runtime.conversation import Model
 from edgeprune.runtime.layout import ImageLayout
+from edgeprune.runtime.model import Model
 from edgeprune.runtime.positions import span_positions, text_positions
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -88,16 +88,14 @@ def test_the_graph_keeps_the_same_tokens(target: str, planes: int, tmp_path: Pat
     trace_selector(parts, plan, 0, lowering, path)
     visual, prompt = torch.randn(1, 18, HIDDEN * (1 + planes)), torch.randn(1, 4, HIDDEN * (1 + planes))
     session = onnxruntime.InferenceSession(path)
-    given = {entry.name for entry in session.get_inputs()}
-    feeds = {"visual_embeds": visual.numpy(), "prompt_embeds": prompt.numpy()}
-    embeds, chosen = session.run(None, {name: feed for name, feed in feeds.items() if name in given})
+    embeds, chosen = session.run(None, {"visual_embeds": visual.numpy()})
     assert plan.input is not None
     expected, order = InputSelector(plan.input, geometry, HIDDEN)(visual, prompt)
     assert chosen.tolist() == order.tolist()
     assert order.tolist()[:6] == [0, 1, 2, 3, 4, 5]
     assert np.allclose(embeds, expected.numpy(), atol=1e-6)
     if lowering.target.tensorrt is not None:
-        profile: Any = {"prompt_embeds": [[1, count, HIDDEN * (1 + planes)] for count in (1, 8, 64)]}
+        profile: Any = {}  # EVS never asks what was asked: the one input left is of constant shape
         assert [finding for finding in lint(path, lowering.target, [profile]) if finding.severity == "error"] == []
         pytest.importorskip("tensorrt_rtx")
         assert try_build(path, "selector", [profile], stand_in(lowering.target)).error == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from tool_modules import tool
 
 import edgeprune
 
@@ -25,18 +27,53 @@ def sources(folder: str) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    # From a copy: setuptools builds inside the source, and an old build/lib there would bring deleted modules back.
-    out = tmp_path_factory.mktemp("wheel")
-    source = tmp_path_factory.mktemp("source")
+def sources_then(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the sources as they are now, whatever is edited meanwhile."""
+    copy = tmp_path_factory.mktemp("source")
     for folder in MAPPED:
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source)]
-    subprocess.run([*command, "--quiet", "--disable-pip-version-check"], check=True, cwd=out)
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
-        return {name for name in wheel.namelist() if ".dist-info/" not in name}
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(sources_then: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tool("build_wheel").build(tmp_path_factory.mktemp("wheel"), sources_then))
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_another_build_has_the_same_bytes(wheel: Path, sources_then: Path, tmp_path: Path) -> None:
+    source = tmp_path / "another place"
+    shutil.copytree(sources_then, source)
+    for path in source.rglob("*.py"):
+        path.chmod(0o600)
+        os.utime(path, (10**9, 10**9))
+    (source / "build" / "lib" / "edgeprune").mkdir(parents=True)
+    (source / "build" / "lib" / "edgeprune" / "deleted.py").touch()  # of an older build
+    # Another process, of other rights and another seed of hashes.
+    command = [sys.executable, str(ROOT / "tools" / "build_wheel.py"), str(tmp_path / "out"), "--source", str(source)]
+    subprocess.run(command, check=True, capture_output=True, umask=0o077, env=os.environ | {"TZ": "Asia/Tokyo"})
+    assert next((tmp_path / "out").glob("*.whl")).read_bytes() == wheel.read_bytes()
+
+
+def test_the_date_of_a_wheel_is_that_of_the_commit_unless_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source_date = tool("build_wheel").source_date
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert source_date(tmp_path) == "315532800"
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    dated = os.environ | {"GIT_COMMITTER_DATE": "1700000000 +0000"}
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "first"], check=True, env=dated)
+    assert source_date(tmp_path) == "1700000000"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000000")
+    assert source_date(tmp_path) == "1800000000"
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel_names: set[str]) -> None:
@@ -49,7 +86,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel_names: set[str]) ->
     expected = set(places.values())
     assert {name for name in wheel_names if name.endswith(".py")} == expected
     data = {name for name in wheel_names - expected if not name.startswith("edgeprune/tabletop/model/")}
-    assert data == {"edgeprune/py.typed", "edgeprune/report/page.html.jinja"}
+    web = {f"edgeprune/runtime/server/web/{name}" for name in ("index.html", "style.css", "page.js", "icon.svg")}
+    assert data == {"edgeprune/py.typed", "edgeprune/report/page.html.jinja", *web}
 
 
 def test_the_wheel_holds_the_model(wheel_names: set[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.runtime.grammar import Constraint
 from edgeprune.runtime.sampling import Sampler, Sampling, StopWatch
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
@@ -57,11 +58,61 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         {"seed": -1},
         {"stop": "text"},
         {"stop": [""]},
+        {"choices": []},
+        {"choices": "yes"},
+        {"choices": ["yes", ""]},
+        {"choices": ["yes", 5]},
+        {"choices": ["\ud800"]},
+        {"choices": ["yes"], "json_schema": {}},
+        {"json_schema": "{}"},
+        {"json_schema": []},
+        {"json_schema": {"const": float("nan")}},
+        {"json_schema": {"const": object()}},
+        {"json_schema": {"const": "\ud800"}},
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         Sampling(**options)
+
+
+class Odd:
+    """Allows odd ids, until three were taken."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        return len(self.taken) == 3
+
+    def allowed(self, size: int) -> np.ndarray:
+        return np.arange(1, size, 2)
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"), [({}, {1}), ({"temperature": 1.0, "seed": 0}, {1, 3}), ({"temperature": 2.0, "top_p": 0.5}, {1})]
+)
+def test_a_constraint_leaves_the_best_of_what_it_allows(options: dict[str, Any], seen: set[int]) -> None:
+    constraint = Odd()
+    sampler = Sampler(Sampling(**options), cast(Constraint, constraint))
+    assert not sampler.done
+    assert {sampler.pick(LOGITS) for _ in range(3)} <= seen
+    assert sampler.done
+    assert set(constraint.taken) | {sampler.pick(LOGITS) for _ in range(200)} == seen
+    assert len(constraint.taken) == 203
+
+
+def test_a_constraint_holds_where_the_model_rules_everything_out() -> None:
+    sampler = Sampler(Sampling(), cast(Constraint, Odd()))
+    assert sampler.pick(np.array([5.0, -np.inf, 3.0, -np.inf])) == 1
+
+
+def test_a_free_answer_is_never_done() -> None:
+    assert not Sampler(Sampling()).done
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -84,3 +135,7 @@ def test_a_beginning_of_a_stop_string_is_shown_in_the_end() -> None:
 def test_the_first_stop_string_wins() -> None:
     watch = StopWatch(["cc", "b"])
     assert watch.push("abcc") == "a"
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert Sampler(Sampling(temperature=1e-320, seed=1)).pick(np.array([1.0, 3.0, 2.0], np.float32)) == 1

@@ -18,7 +18,7 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.conversation import Stream
+from edgeprune.runtime.stream import Stream
 
 PROMPT = "What colour is the cube?"
 

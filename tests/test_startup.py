@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from edgeprune import bundle as bundles
+from edgeprune import integrity
 from edgeprune.background import Background, at_once
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
 from edgeprune.errors import BundleError, EngineError
-from edgeprune.runtime import Runtime, load, session
-from edgeprune.runtime.engine import OnnxEngine, _share_arena
+from edgeprune.runtime import Runtime, load, loading
+from edgeprune.runtime.ort import OnnxEngine, _share_arena
 from edgeprune.runtime.providers import open_engine
 
 WEIGHTS = [f"{graph}.data" for graph in (VISION, EMBED, DECODER)]
@@ -64,13 +64,13 @@ def test_altered_weights_give_no_runtime(name: str, altered_bundle: Path) -> Non
 
 def test_altered_weights_are_named_though_opening_them_failed(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _alter(altered_bundle / WEIGHTS[0])
-    monkeypatch.setattr(session, "open_engine", _fail)
+    monkeypatch.setattr(loading, "open_engine", _fail)
     with pytest.raises(BundleError, match="sha256"):
         load(altered_bundle)
 
 
 def test_an_error_of_opening_stays_when_the_weights_are_right(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "open_engine", _fail)
+    monkeypatch.setattr(loading, "open_engine", _fail)
     with pytest.raises(EngineError, match="opened"):
         load(tiny_bundle.path)
 
@@ -78,7 +78,7 @@ def test_an_error_of_opening_stays_when_the_weights_are_right(tiny_bundle: Bundl
 def test_what_is_not_weights_is_checked_before_anything_is_opened(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _alter(altered_bundle / DECODER)
     opened: list[Any] = []
-    monkeypatch.setattr(session, "open_engine", lambda *asked: opened.append(asked))
+    monkeypatch.setattr(loading, "open_engine", lambda *asked: opened.append(asked))
     with pytest.raises(BundleError, match=rf"{DECODER} in .* sha256"):
         load(altered_bundle)
     assert not opened
@@ -88,14 +88,14 @@ def test_shorter_weights_are_found_before_anything_is_opened(altered_bundle: Pat
     path = altered_bundle / WEIGHTS[2]
     path.write_bytes(path.read_bytes()[:-1])
     opened: list[Any] = []
-    monkeypatch.setattr(session, "open_engine", lambda *asked: opened.append(asked))
+    monkeypatch.setattr(loading, "open_engine", lambda *asked: opened.append(asked))
     with pytest.raises(BundleError, match="sha256"):
         load(altered_bundle)
     assert not opened
 
 
 def test_loading_ends_with_the_check_of_the_weights(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, checkable, loaded, sha256_of = threading.Event(), threading.Event(), threading.Event(), bundles.sha256_of
+    opened, checkable, loaded, sha256_of = threading.Event(), threading.Event(), threading.Event(), integrity.sha256_of
 
     def slow(path: Path) -> str:
         if path.suffix == ".data":
@@ -107,19 +107,19 @@ def test_loading_ends_with_the_check_of_the_weights(tiny_bundle: Bundle, monkeyp
         opened.set()
         return engine
 
-    monkeypatch.setattr(bundles, "sha256_of", slow)
-    monkeypatch.setattr(session, "open_engine", noted)
+    monkeypatch.setattr(integrity, "sha256_of", slow)
+    monkeypatch.setattr(loading, "open_engine", noted)
 
     def loads() -> Runtime:
         runtime = load(tiny_bundle.path)
         loaded.set()
         return runtime
 
-    loading = Background(loads)
+    pending = Background(loads)
     assert opened.wait(60)  # with no weights checked yet
     assert not loaded.wait(0.1)
     checkable.set()
-    assert loading.result().plan == tiny_bundle.plan
+    assert pending.result().plan == tiny_bundle.plan
 
 
 def test_graphs_share_memory_that_no_pattern_doubles(tiny_bundle: Bundle) -> None:

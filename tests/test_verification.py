@@ -11,9 +11,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from edgeprune.bundle import DECODER, MANIFEST, PREPROCESSOR, VISION, Bundle, record_files
+from edgeprune.bundle import DECODER, MANIFEST, PREPROCESSOR, VISION, Bundle
 from edgeprune.errors import VerificationError
 from edgeprune.export.verification import Stage, verify
+from edgeprune.integrity import record_files
 from edgeprune.loading import LoadedModel, find_model, load_model
 
 
@@ -24,7 +25,7 @@ def first_failure(report: list[Stage]) -> str | None:
 def sealed(folder: Path) -> Bundle:
     """Write the manifest anew, so that the change is a bug in the export and not an altered file."""
     data = json.loads((folder / MANIFEST).read_text())
-    data["files"] = {n: {"bytes": r.bytes, "sha256": r.sha256} for n, r in record_files(folder).items()}
+    data["files"] = {n: {"bytes": r.bytes, "sha256": r.sha256} for n, r in record_files(folder, MANIFEST).items()}
     (folder / MANIFEST).write_text(json.dumps(data))
     return Bundle.load(folder)
 

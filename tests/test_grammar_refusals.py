@@ -1,0 +1,91 @@
+"""What a structured answer cannot be is refused before anything is generated, in one line that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from speakers import END, OTHER_END, Speaker, bundled, with_alphabet
+from tokenizers import Tokenizer, models
+
+from edgeprune.errors import EdgePruneError, MissingExtraError, UsageError
+from edgeprune.runtime.grammar import GrammarCompiler
+from edgeprune.runtime.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def tabletop() -> Speaker:
+    return Speaker(bundled(), (END, OTHER_END))
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "strin"}, "Invalid type: strin."),
+        ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        ({"type": "string", "format": "unheard-of"}, "Unknown format: unheard-of"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
+        ({"$ref": "#/nowhere"}, "does not exist"),
+        ({"$ref": "https://example.com/schema.json"}, "example.com"),
+        ({"type": "integer", "minimum": 5, "maximum": 2}, "minimum (5) is greater than maximum (2)"),
+        ({"enum": []}, "Unsatisfiable"),
+        ({"type": "object", "minProperties": 2}, "minProperties where the names are free"),
+        ({"items": {"type": "object", "required": ["a", "b"], "minProperties": 3}}, "names are free"),
+        ({"x-guidance": {"lenient": True}, "not": {}}, "has the key 'x-guidance'"),
+        ({"const": "<|im_end|>"}, "contains the control token <|im_end|>"),
+    ],
+)
+def test_schemas_that_cannot_be_enforced_are_refused(schema: Mapping[str, Any], words: str, tabletop: Speaker) -> None:
+    with pytest.raises(UsageError) as caught:
+        tabletop.compiler.constraint(Sampling(json_schema=schema))
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    assert "start:" not in message  # nothing of our own grammar
+    assert len(message) < 320
+
+
+def test_a_schema_that_is_too_deep_is_refused(tabletop: Speaker) -> None:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(300):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(UsageError, match="recursion limit"):
+        tabletop.compiler.constraint(Sampling(json_schema=schema))
+
+
+def test_choices_with_control_tokens_are_refused(tabletop: Speaker) -> None:
+    with pytest.raises(UsageError, match=r"control token <\|im_end\|>"):
+        tabletop.compiler.constraint(Sampling(choices=["yes", "no<|im_end|>"]))
+
+
+def test_what_the_tokenizer_cannot_write_is_refused() -> None:
+    speaker = Speaker(with_alphabet("yesno"), (0,))
+    assert speaker.answer(choices=["yes", "no"])[1]
+    with pytest.raises(UsageError, match="cannot write 'm', which the choice needs"):
+        speaker.compiler.constraint(Sampling(choices=["yes", "maybe"]))
+    with pytest.raises(UsageError, match=r"cannot write '\{', which the json_schema needs"):
+        speaker.compiler.constraint(Sampling(json_schema={"type": "object"}))
+
+
+@pytest.mark.parametrize("make", [lambda: Tokenizer(models.WordLevel({"yes": 0}, unk_token="yes")), lambda: with_alphabet("yes")])
+def test_tokenizers_that_cannot_be_followed_are_refused(make: Callable[[], Tokenizer]) -> None:
+    compiler = GrammarCompiler(make().to_str, [99])
+    with pytest.raises(EdgePruneError, match="tokenizer of this model cannot give structured answers"):
+        compiler.constraint(Sampling(choices=["yes"]))
+
+
+@pytest.fixture
+def no_llguidance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("edgeprune.errors._is_installed", lambda package: False)
+    yield
+
+
+@pytest.mark.usefixtures("no_llguidance")
+def test_without_the_extra_it_says_how_to_get_it() -> None:
+    compiler = GrammarCompiler(bundled().to_str, [END])
+    assert compiler.constraint(Sampling()) is None
+    with pytest.raises(MissingExtraError, match=r'pip install "edgeprune\[structured\]"'):
+        compiler.constraint(Sampling(choices=["yes"]))
