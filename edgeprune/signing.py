@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import BundleError, EdgePruneError, UsageError, require_extra
-from edgeprune.files import write_text
+from edgeprune.errors import BundleError, UsageError, require_extra
+from edgeprune.files import write_new, write_text
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -75,12 +75,15 @@ def make_key(path: Path) -> tuple[Path, str]:
         raise UsageError(f"{path} is the name of a public key.", hint="Give the private one: edgeprune keygen KEY.pem")
     for each in (path, public):
         if os.path.lexists(each):
-            raise UsageError(f"{each} exists already, and a key is never replaced.", hint="Give another name.")
+            raise _taken(each)
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     open_text = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    _write_new(path, secret, 0o600)
-    _write_new(public, open_text, 0o644)
+    try:
+        write_new(path, secret, private=True)
+        write_new(public, open_text)
+    except FileExistsError as error:
+        raise _taken(Path(error.filename)) from error
     return public, key_id(key.public_key())
 
 
@@ -176,12 +179,5 @@ def _manifest_bytes(folder: Path) -> bytes:
         raise BundleError(f"Cannot read {folder / _MANIFEST}: {error.strerror}.") from error
 
 
-def _write_new(path: Path, data: bytes, mode: int) -> None:
-    # Private from its first moment on, and never over something.
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise EdgePruneError(f"Cannot write {path}: {error.strerror}.") from error
+def _taken(path: Path) -> UsageError:
+    return UsageError(f"{path} exists already, and a key is never replaced.", hint="Give another name.")

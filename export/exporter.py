@@ -106,7 +106,8 @@ def _write_graphs(
 
 def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
     (folder / TOKENIZER).parent.mkdir()
-    loaded.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    # Not its own `save`, which has no OSError for a full disk.
+    (folder / TOKENIZER).write_text(loaded.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / SPECIAL_TOKENS).write_text(json.dumps(loaded.special_tokens(), indent=2) + "\n", encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(loaded.chat_template(loaded.family.image_text(plan.geometry)), encoding="utf-8")
     (folder / PREPROCESSOR).write_text(json.dumps(loaded.settings(plan.geometry), indent=2) + "\n", encoding="utf-8")

@@ -214,6 +214,9 @@ def test_the_commands(altered_bundle: Path, tiny_image: Image.Image, tmp_path: P
         answer = CliRunner().invoke(main, [*asked, "--require-signature", str(tmp_path / name)])
         assert answer.exit_code == code, answer.output
     assert "none of those required" in answer.output
+    for command in (["verify"], ["check"], ["build", "--dry-run"]):
+        answer = CliRunner().invoke(main, [*command, str(altered_bundle), "--require-signature", str(tmp_path / "other.pub")])
+        assert answer.exit_code == 1 and "none of those required" in answer.output
 
 
 def test_what_is_broken_is_not_signed(altered_bundle: Path, key: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from edgeprune.cli.options import bundle_argument, json_option
+from edgeprune.cli.options import bundle_argument, json_option, signature_option
 from edgeprune.errors import require_extra
 from edgeprune.targets import TARGETS, target_named
 
@@ -33,16 +33,19 @@ def limit_options(command: F) -> F:
 @bundle_argument
 @click.option("--target", type=click.Choice(list(TARGETS)), help="What would read the graphs.  [default: the bundle's own]")
 @limit_options
+@signature_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, /, bundle: Path, target: str | None, as_json: bool, **limits: Any) -> None:
+def check(
+    ctx: click.Context, /, bundle: Path, target: str | None, require_signature: tuple[Path, ...], as_json: bool, **limits: Any
+) -> None:
     """Check every graph of BUNDLE for a target: a lint against what its TensorRT takes, and real builds where tensorrt-rtx is
     installed (no GPU is needed).
     """
     from edgeprune.bundle import Bundle
     from edgeprune.runtime.tensorrt.ranges import Limits
 
-    opened = Bundle.load(bundle)
+    opened = Bundle.load(bundle, require_signature=require_signature)
     asked = Limits(**limits)
     require_extra("check", "onnx")
     from edgeprune.cli.built import show_check
@@ -63,6 +66,7 @@ def check(ctx: click.Context, /, bundle: Path, target: str | None, as_json: bool
 @click.option("--reuse", multiple=True, type=click.Path(path_type=Path), help="A bundle whose engines of equal graphs are taken.")
 @click.option("--ignore-memory", is_flag=True, help="Build even if memory looks too small.")
 @click.option("--dry-run", is_flag=True, help="Print profiles, memory and trtexec commands; needs neither GPU nor TensorRT.")
+@signature_option
 @json_option
 def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, **request: Any) -> None:
     """Build the TensorRT engines of BUNDLE, on the device that will run them."""

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, json_option, plan_options, resolve_tiers, tier_option, trust_option
+from edgeprune.cli.options import (
+    bundle_argument,
+    json_option,
+    plan_options,
+    resolve_tiers,
+    signature_option,
+    tier_option,
+    trust_option,
+)
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
 
@@ -55,23 +63,24 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
 @bundle_argument
 @tier_option
 @click.option("--against", help="The model it was exported from.  [default: the name in the manifest]")
+@signature_option
 @trust_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, bundle: Path, tier: str | None, against: str | None, trust_remote_code: bool, as_json: bool) -> None:
+def verify(ctx: click.Context, bundle: Path, require_signature: tuple[Path, ...], as_json: bool, **request: Any) -> None:
     """Compare BUNDLE, stage by stage, with its model run eagerly in PyTorch under the same plan."""
     from edgeprune.bundle import Bundle
 
-    opened = Bundle.load(bundle)
+    opened = Bundle.load(bundle, require_signature=require_signature)
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.cli.show import Stages, show_verification
     from edgeprune.export.verification import verify as verify_bundle
     from edgeprune.loading import find_model, load_model
 
-    folder = find_model(against or opened.manifest.source.model, trust_remote_code=trust_remote_code)
+    folder = find_model(request["against"] or opened.manifest.source.model, trust_remote_code=request["trust_remote_code"])
     with Stages(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
         stages.begin("model")
-        report = verify_bundle(opened, load_model(folder), stages.begin, tier)
+        report = verify_bundle(opened, load_model(folder), stages.begin, request["tier"])
     show_verification(report, as_json)
     ctx.exit(0 if all(stage.passed for stage in report) else 1)
 

@@ -15,6 +15,7 @@ from edgeprune.runtime.tensorrt.building import Settings
 from edgeprune.runtime.tensorrt.jobs import Done, Job, build_jobs, check_memory, jobs_of
 from edgeprune.runtime.tensorrt.ranges import Limits
 from edgeprune.runtime.tensorrt.store import Identity, Store
+from edgeprune.signing import Trusted
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,16 @@ class BuildRequest:
         ignore_memory: bool = False,
         level: int = 3,
         workspace: int = 512,
+        require_signature: Trusted = (),
         **limits: Any,
     ) -> BuildRequest:
-        """Return the request of a command line; `workspace` in MiB. Raises BundleError and UsageError."""
+        """Return the request of a command line; `workspace` in MiB. Raises BundleError and UsageError.
+
+        `require_signature`: public keys, of which one must have signed the bundle.
+        """
         for other in reuse:
             Bundle.load(other)
-        opened = Bundle.load(bundle)
+        opened = Bundle.load(bundle, require_signature=require_signature)
         target = opened.manifest.lowering.target
         if target.blocked:
             raise UsageError(
@@ -74,6 +79,7 @@ def build_bundle(
     trt = trt or tensorrt(here)
     device = device or identity(trt, cuda())
     store = Store(request.bundle.path, secret)
+    store.tidy()
     jobs = jobs_of(request.bundle, request.limits, request.settings, device, store)
     others = [Store(other, secret) for other in request.reuse]
     if not request.ignore_memory:

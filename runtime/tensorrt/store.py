@@ -17,12 +17,13 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
 from edgeprune.errors import EdgePruneError, EngineError
-from edgeprune.files import write_bytes, write_text
+from edgeprune.files import sweep, write_bytes, write_new, write_text
 from edgeprune.integrity import sha256_of
 from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
 
@@ -117,6 +118,10 @@ class Store:
             raise EngineError(f"The engines in {path.parent} were not built on this device.", hint=REBUILD)
         return records
 
+    def tidy(self) -> None:
+        """Remove what killed builds left half-written."""
+        sweep(self._folder / FOLDER)
+
     def find(self, graph: str, key: str) -> EngineRecord | None:
         """Return the record of an engine whose file is as it was built; None where there is none or its file is another."""
         record = next((record for record in self.records() if (record.graph, record.key) == (graph, key)), None)
@@ -186,13 +191,12 @@ def device_secret() -> bytes:
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(_KEY_BYTES))
-            os.replace(temporary, path)
+            with suppress(FileExistsError):  # another process made it meanwhile
+                write_new(path, secrets.token_bytes(_KEY_BYTES), private=True)
         secret = path.read_bytes()
-    except OSError as error:
-        raise EngineError(f"Cannot keep this device's key at {path}: {error.strerror}.", hint="Set XDG_DATA_HOME.") from error
+    except (OSError, EdgePruneError) as error:
+        reason = f"{error.strerror}." if isinstance(error, OSError) else error
+        raise EngineError(f"Cannot keep this device's key at {path}: {reason}", hint="Set XDG_DATA_HOME.") from error
     if len(secret) != _KEY_BYTES:
         raise EngineError(f"{path} is no device key.", hint="Delete it and build the engines again.")
     return secret
