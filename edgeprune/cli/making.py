@@ -67,7 +67,7 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
 @trust_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, bundle: Path, require_signature: tuple[Path, ...], as_json: bool, **request: Any) -> None:
+def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, ...], as_json: bool, **request: Any) -> None:
     """Compare BUNDLE, stage by stage, with its model run eagerly in PyTorch under the same plan."""
     from edgeprune.bundle import Bundle
 
