@@ -17,6 +17,7 @@ from edgeprune.calibration.planning import ranked_plan, unpruned_plan
 from edgeprune.calibration.samples import Sample
 from edgeprune.calibration.statistics import Source, Statistics
 from edgeprune.errors import UsageError
+from edgeprune.files import move
 from edgeprune.loading import LoadedModel
 from edgeprune.plan import Geometry
 
@@ -93,8 +94,8 @@ def collect(
         statistics.save(partial)
         raise
     progress(statistics.samples)
-    statistics.save(output)
-    partial.unlink(missing_ok=True)
+    statistics.save(partial)
+    move(partial, output)
     return statistics
 
 

@@ -45,6 +45,15 @@ def write_new(path: Path, data: bytes, *, private: bool = False) -> None:
             temporary.rename(path)
 
 
+def move(path: Path, target: Path) -> None:
+    """Give a whole file the name of `target`, in the same folder, which it replaces."""
+    try:
+        os.replace(path, target)
+        _flush(target.parent)
+    except OSError as error:
+        raise EdgePruneError(f"Cannot write {target}: {error.strerror}.") from error
+
+
 @contextmanager
 def _naming(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Iterator[Path]:
     # A file with all of its content, which the block gives its name.

@@ -4,6 +4,7 @@ Needs matplotlib.
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from edgeprune.files import write_bytes
 from edgeprune.runtime.benchmark import Benchmark
 from edgeprune.runtime.figures import STAGES
 
@@ -36,7 +38,8 @@ def draw(result: Benchmark, path: Path) -> None:
         _first_tokens(axes[0], result)
         for draws, free in zip(more, axes[1:], strict=True):
             draws(free, result)
-        figure.savefig(path)
+        figure.savefig(encoded := BytesIO(), format=path.suffix[1:])
+    write_bytes(path, encoded.getvalue())
 
 
 def _first_tokens(axes: Axes, result: Benchmark) -> None:

@@ -79,19 +79,21 @@ def attempt(command: Scenario, folder: Path, at: int, fault: str, tally: Tally) 
     if code != (-signal.SIGKILL if fault == "kill" else 1) or (code == 1 and said.count("\n") != 1):
         tally.wrong.append(f"{where}: ended with {code}: {said}")
     tally.judge(where, command, folder)
-    if fault == "kill":
-        where += ", after the second run"
-        code = child(command, folder, _MOST, fault, log)
-        if code != 0:
-            tally.wrong.append(f"{where}: ended with {code}: {log.read_text()}")
-        tally.judge(where, command, folder, done=True)
-    tally.wrong += [f"{where}: left {leftovers(folder)}"] if leftovers(folder) else []
+    if fault == "full":
+        tally.wrong += [f"{where}: left {leftovers(folder)}"] if leftovers(folder) else []
+    where += ", after the second run"
+    code = child(command, folder, _MOST, fault, log)
+    if code != 0:
+        tally.wrong.append(f"{where}: ended with {code}: {log.read_text()}")
+    tally.judge(where, command, folder, done=True)
+    left = leftovers(folder, ".partial")  # from which a calibration goes on: it stays after a fault, and goes with the run after it
+    tally.wrong += [f"{where}: left {left}"] if left else []
     return True
 
 
-def leftovers(folder: Path) -> list[str]:
+def leftovers(folder: Path, *suffixes: str) -> list[str]:
     """Return the temporary files and folders that are still there."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.suffix in (".tmp", ".old", ".partial"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.suffix in (".tmp", ".old", *suffixes))
 
 
 def tries(fault: str, name: str, work: Path, model: Path, bundle: Path) -> Tally:

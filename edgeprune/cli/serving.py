@@ -39,10 +39,12 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     require_extra("serve", "starlette", "uvicorn", "pydantic", "prometheus_client")
     from dataclasses import fields
 
+    from edgeprune.runtime.allocator import hold_steady
     from edgeprune.runtime.server import Limits
     from edgeprune.runtime.server import serve as listen
     from edgeprune.runtime.server.keys import VARIABLE, read_keys
 
+    hold_steady()
     keys = [] if options["no_auth"] and api_key_file is None else read_keys(api_key_file, os.environ.get(VARIABLE))
     limits = Limits(**{each.name: options.pop(each.name) for each in fields(Limits)})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
