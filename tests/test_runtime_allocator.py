@@ -9,6 +9,10 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
+
+from edgeprune.cli import main
+from edgeprune.runtime import allocator
 
 # As many heaps as threads that hold something at once, and what the library says of them.
 CODE = """
@@ -43,3 +47,11 @@ def test_it_has_so_many_heaps(how: str, given: dict[str, str], most: int | None)
     done = subprocess.run(command, env={**clean, **given}, capture_output=True, text=True, timeout=60, check=True)
     heaps = len(re.findall(r"<heap nr=", done.stdout))
     assert heaps == most if most else heaps > 4
+
+
+@pytest.mark.parametrize("command", ["serve", "ros2"])
+def test_whatever_answers_for_weeks_begins_with_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr(allocator, "hold_steady", lambda: called.append(True))
+    assert CliRunner().invoke(main, [command, "nowhere"]).exit_code
+    assert called
