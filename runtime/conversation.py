@@ -161,7 +161,8 @@ class Conversation:
         with asked.receipt.times.stage("prefill"), asked.interrupt.due(asked.remaining):
             if ids[: len(self._intake.ids)] != self._intake.ids:
                 self._reset()  # the text was tokenised otherwise than it was generated: start over, images are kept
-            step = prefill.run(self._intake, ids, self._images, asked.sampler.sampling.max_tokens)
+            with self._model.turns.taken(asked.interrupt):
+                step = prefill.run(self._intake, ids, self._images, asked.sampler.sampling.max_tokens)
             return step, asked.sampler.pick(step.logits)
 
     def _note(self, prefill: Prefill, receipt: Receipt) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from edgeprune.runtime.chat import StreamDecoder
 from edgeprune.runtime.engine import Step
 from edgeprune.runtime.intake import Intake
-from edgeprune.runtime.interrupt import DEADLINE, Interrupt
+from edgeprune.runtime.interrupt import DEADLINE, Interrupt, Interrupted
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.rate import Rate
 from edgeprune.runtime.receipt import Receipt, Stage
@@ -54,11 +54,13 @@ class Generation:
         try:
             while True:
                 reason = yield from self._say(token)
-                if reason:
+                following = None if reason else self._next(step, token)
+                if following is None:
+                    reason = reason or str(self._asked.interrupt.reason)
                     self._receipt.finish_reason = reason
                     yield "" if reason == "stop" else self._watch.push(self._decoder.flush()) + self._watch.flush()
                     return
-                step, token = self._next(step, token)
+                step, token = following
         finally:
             self._receipt.times.stages.append(Stage("decode", began_ns, began_ns + time.perf_counter_ns() - started))
 
@@ -95,9 +97,14 @@ class Generation:
         step_ms = times[-1] if times else self._model.state.pace.token_ms
         return remaining is not None and 1e3 * remaining < step_ms
 
-    def _next(self, step: Step, token: int) -> tuple[Step, int]:
+    def _next(self, step: Step, token: int) -> tuple[Step, int] | None:
+        # None if the answer was to end while others had their turns: then nothing of the step was done.
         started, times = time.perf_counter(), self._receipt.times
-        step = self._intake.generated(token, step, self._rate, self._receipt)
+        try:
+            with self._model.turns.taken(self._asked.interrupt):
+                step = self._intake.generated(token, step, self._rate, self._receipt)
+        except Interrupted:
+            return None
         token = self._asked.sampler.pick(step.logits)
         times.decode_ms.append(1e3 * (time.perf_counter() - started))
         times.graph_ms += [] if step.run_ms is None else [step.run_ms]

@@ -17,7 +17,7 @@ from edgeprune.runtime.model import Joules, Model, State
 from edgeprune.runtime.providers import open_engine
 from edgeprune.runtime.session import Runtime
 from edgeprune.runtime.terms import Terms
-from edgeprune.runtime.turns import SharedEngine
+from edgeprune.runtime.turns import SharedEngine, Turns
 from edgeprune.signing import Trusted
 
 CACHE_BYTES = 128 << 20
@@ -53,7 +53,7 @@ def load(
     tell("loading")
     state = State(cache_bytes, _counter() if energy else None)
     with Bundle.opening(Path(path), check=check, require_signature=require_signature) as bundle:
-        runtime = Runtime(_model(bundle, SharedEngine(CandidEngine(open_engine(bundle, provider, threads))), state, max_kv_bytes))
+        runtime = Runtime(_model(bundle, CandidEngine(open_engine(bundle, provider, threads)), state, max_kv_bytes))
     if warm_up:
         tell("warming")
         runtime.warm_up()
@@ -62,9 +62,9 @@ def load(
 
 
 def _model(bundle: Bundle, engine: Engine, state: State, max_kv_bytes: int | None) -> Model:
-    manifest = bundle.manifest
+    manifest, turns = bundle.manifest, Turns()
     return Model(
-        engine=engine,
+        engine=SharedEngine(engine, turns),
         codec=TextCodec(bundle.file(TOKENIZER)),
         template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
         special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
@@ -77,6 +77,7 @@ def _model(bundle: Bundle, engine: Engine, state: State, max_kv_bytes: int | Non
         tiers=bundle.tiers,
         prompt_free=SELECTOR in manifest.graphs and "prompt_embeds" not in manifest.graphs[SELECTOR].inputs,
         max_kv_bytes=max_kv_bytes,
+        turns=turns,
         state=state,
     )
 

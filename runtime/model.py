@@ -20,6 +20,7 @@ from edgeprune.runtime.grammar import GrammarCompiler
 from edgeprune.runtime.recall import Recall
 from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.terms import Pace
+from edgeprune.runtime.turns import Turns
 from edgeprune.tiers import tier_number
 
 Watcher = Callable[[Receipt], None]
@@ -65,7 +66,8 @@ class Model:
     """Everything that conversations share: the engine, the text side, the image side and the plan.
 
     `tiers`: names and plans of prepared budgets, the best first, where there are several; `plan` is the first. `prompt_free`: its
-    input cut does not look at the question. `max_kv_bytes`: of each conversation, unless a question says otherwise.
+    input cut does not look at the question. `max_kv_bytes`: of each conversation, unless a question says otherwise. `turns`: whose
+    the engine is, where it is shared.
     """
 
     engine: Engine
@@ -81,6 +83,7 @@ class Model:
     tiers: tuple[tuple[str, KeepPlan], ...] = ()
     prompt_free: bool = False
     max_kv_bytes: int | None = None
+    turns: Turns = field(default_factory=Turns)
     state: State = field(default_factory=State)
 
     @cached_property

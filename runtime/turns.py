@@ -8,69 +8,110 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Engine, Seen, Step, StepInput
-from edgeprune.runtime.interrupt import Interrupt
+from edgeprune.runtime.interrupt import Interrupt, Interrupted
 
 
 class Turns:
-    """A lock that lets threads in in the order in which they came; Python's own lets in whom it likes."""
+    """A lock that lets threads in in the order in which they came; Python's own lets in whom it likes.
+
+    Whoever has the turn may take it again. A wait ends when the answer is to end for which the thread waits: another's prefill
+    may take seconds.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._taken = False
-        self._waiting: deque[threading.Lock] = deque()
+        self._owner: int | None = None  # a thread's identity
+        self._waiting: deque[_Place] = deque()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def taken(self, interrupt: Interrupt | None = None) -> Iterator[None]:
+        """Wait for the turn and have it while the block runs. Raises Interrupted, without the turn, if `interrupt` comes first."""
+        me = threading.get_ident()
+        if self._owner == me:  # which no other thread could have written
+            yield
+            return
         with self._guard:
-            if not self._taken:
-                self._taken = True
-                return
-            gate = threading.Lock()
-            gate.acquire()
-            self._waiting.append(gate)
-        gate.acquire()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._guard:
-            if self._waiting:
-                self._waiting.popleft().release()
+            place = _Place(me)
+            if self._owner is None:
+                self._owner = me
             else:
-                self._taken = False
+                self._waiting.append(place)
+        if self._owner != me:
+            self._wait(place, interrupt or Interrupt())
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _wait(self, place: _Place, interrupt: Interrupt) -> None:
+        try:
+            with interrupt.stopping(lambda: self._leave(place)):
+                place.gate.acquire()
+        except BaseException:  # Ctrl-C: nobody must be given a turn that nobody takes
+            self._leave(place)
+            if not place.left:
+                self._pass_on()
+            raise
+        if place.left:
+            raise Interrupted
+
+    def _leave(self, place: _Place) -> None:
+        with self._guard:
+            if place in self._waiting:
+                self._waiting.remove(place)
+                place.left = True
+                place.gate.release()
+
+    def _pass_on(self) -> None:
+        with self._guard:
+            self._owner = None
+            if self._waiting:
+                following = self._waiting.popleft()
+                self._owner = following.thread
+                following.gate.release()
+
+
+class _Place:
+    # Of a thread in the line. `left`: its answer ended first.
+    def __init__(self, thread: int) -> None:
+        self.thread, self.left, self.gate = thread, False, threading.Lock()
+        self.gate.acquire()
 
 
 class SharedEngine:
     """An engine whose graphs run one at a time, whatever threads ask."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._turns = engine, Turns()
+    def __init__(self, engine: Engine, turns: Turns) -> None:
+        self._engine, self._turns = engine, turns
 
     def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
         """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
-        with self._turns:
+        with self._turns.taken(interrupt):
             return self._engine.see(patches, whole=whole, interrupt=interrupt)
 
     def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply the plan's input cut: return embeddings [1, K, hidden], indices [K]."""
-        with self._turns:
+        with self._turns.taken():
             return self._engine.select(seen, prompt, tier)
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
-        with self._turns:
+        with self._turns.taken():
             return self._engine.embed(ids)
 
     def step(self, tokens: StepInput, cache: KvCache) -> Step:
         """Run new tokens on top of a cache."""
-        with self._turns:
+        with self._turns.taken(tokens.interrupt):
             return self._engine.step(tokens, cache)
 
     def rate(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for a decode step."""
-        with self._turns:
+        with self._turns.taken():
             return self._engine.rate(split, step)

@@ -18,7 +18,6 @@ from edgeprune.runtime.energy import EnergyCounter
 from edgeprune.runtime.engine import Step, StepInput
 from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.stream import Stream
-from edgeprune.runtime.turns import Turns
 
 PROMPT = "What colour is the cube?"
 LONG = 400
@@ -216,25 +215,6 @@ def test_answers_at_once_are_those_of_one_after_the_other(runtime: Runtime, tiny
         thread.join(60)
     assert [found[number] for number in range(4)] == expected
     assert runtime.phase == "ready"
-
-
-def test_turns_come_in_the_order_of_asking() -> None:
-    turns, order, waiting = Turns(), list[int](), list[threading.Thread]()
-
-    def take(number: int) -> None:
-        with turns:
-            order.append(number)
-
-    with turns:
-        for number in range(5):
-            thread = threading.Thread(target=take, args=(number,))
-            thread.start()
-            while len(turns._waiting) <= number:
-                time.sleep(0.001)
-            waiting.append(thread)
-    for thread in waiting:
-        thread.join(10)
-    assert order == [0, 1, 2, 3, 4]
 
 
 def test_watchers_are_told_of_every_end(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
