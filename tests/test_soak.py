@@ -141,7 +141,11 @@ def test_memory_that_grows_is_seen(soaking: Any) -> None:
     sample, resources = soaking("server").Sample, soaking("account").resources
     flat = [sample(float(n), 100, 5, 9) for n in range(100)]
     grown = [sample(float(n), 100 + n, 5, 9) for n in range(100)]
+    filled = [sample(float(n), min(100 + n, 140), 5, 9) for n in range(100)]
     assert resources(flat)["rss"]["drift"] == 0.0 and resources(grown)["rss"]["drift"] == pytest.approx(80 / 114.5, rel=1e-3)
+    assert resources(grown)["rss"]["later drift"] == pytest.approx(40 / 154.5, rel=1e-3)
+    assert resources(filled)["rss"]["drift"] > 0.2 and resources(filled)["rss"]["later drift"] == 0.0
+    assert resources(flat[:3])["rss"]["later drift"] == 0.0
 
 
 @pytest.mark.parametrize("cuts", ["input", "deep"])

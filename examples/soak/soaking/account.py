@@ -81,17 +81,21 @@ def agreement(found: Sequence[Outcome], before: Counts, after: Counts) -> dict[s
 
 
 def resources(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return how memory, threads and open files went: the median of the last tenth over that of the second."""
+    """Return how memory, threads and open files went, by medians of tenths of the time: the last over the second (`drift`) and over
+    the sixth (`later drift`): what fills once is in the first alone, what leaks is in both.
+    """
     tenth = max(1, len(samples) // 10)
-    second, last = samples[tenth : 2 * tenth] or samples, samples[-tenth:]
+    parts = [samples[number * tenth :][:tenth] or samples for number in (1, 5)]
     found: dict[str, Any] = {"samples": len(samples)}
     for name in ("rss", "threads", "files"):
         values = [getattr(each, name) for each in samples]
-        early, late = (median(getattr(each, name) for each in part) for part in (second, last))
+        early, middle, late = (median(getattr(each, name) for each in part) for part in (*parts, samples[-tenth:]))
         found[name] = {
             "second tenth": early,
+            "sixth tenth": middle,
             "last tenth": late,
             "drift": late / early - 1,
+            "later drift": late / middle - 1,
             "least": min(values),
             "most": max(values),
         }

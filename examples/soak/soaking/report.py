@@ -42,9 +42,10 @@ def _requests(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _memory(resources: Mapping[str, Any]) -> list[tuple[str, str]]:
     rss = resources["rss"]
-    early, late = rss["second tenth"] / MEBIBYTE, rss["last tenth"] / MEBIBYTE
+    early, middle, late = (rss[f"{tenth} tenth"] / MEBIBYTE for tenth in ("second", "sixth", "last"))
     return [
         ("resident memory, second tenth to last tenth", f"{early:.1f} to {late:.1f} MiB, **{100 * rss['drift']:+.2f} %**"),
+        ("the same, sixth tenth to last tenth", f"{middle:.1f} to {late:.1f} MiB, **{100 * rss['later drift']:+.2f} %**"),
         (
             "threads, open files: second tenth, last tenth, most",
             "; ".join(_level(resources[name]) for name in ("threads", "files")),
