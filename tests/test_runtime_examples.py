@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(example: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """Yield a running example, and leave none behind."""
     command = [sys.executable, str(EXAMPLES / example), *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    # Where these tests run in the background, a shell has Ctrl-C ignored for them and for all that they start.
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes) as process:
         try:
             yield process
         finally:
