@@ -2,8 +2,8 @@
 
 glibc makes up to eight heaps for each core, and takes ever larger pieces from them instead of from the system once such a piece has
 been freed (mallopt(3), M_MMAP_THRESHOLD). Where several threads take and free images and caches of all sizes, what is free lies
-between what is not, and every further thread brings a heap of its own: the resident memory rises for a long time. Two heaps, and
-everything large from the system and back to it at once, end that; docs/soak.md has the figures.
+between what is not, and further threads bring heaps of their own: the resident memory rises for a long time. With two heaps, and
+everything large from the system and back to it at once, it is level after some minutes; docs/soak.md has the figures.
 """
 
 from __future__ import annotations
