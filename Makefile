@@ -13,19 +13,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes -r
-TREE := build/tree
 # Without a hash: its builds for the CPU have other ones on other indexes. After the lock, so that all it asks for is there by hash.
 TORCH := torch==2.13.0
 EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 test
 RELEASE := build/release/bin
 
-.PHONY: demo test check fuzz tree lock wheel runtime sbom licences clean
+.PHONY: demo test check fuzz lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
 
-# Not `python -m pytest`: that puts the root on sys.path, where edgeprune lacks its mapped folders. Two processes with one thread each
-# take half as long as one with two: most of a test is one thread's work. Files stay together, so that what they share is made once.
+# Two processes with one thread each take half as long as one with two: most of a test is one thread's work. Files stay together, so
+# that what they share is made once.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
@@ -36,18 +35,11 @@ fuzz: .venv/.test
 	rm -rf build/fuzz
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz run --cases $(CASES) -o build/fuzz
 
-check: .venv/.test tree
+check: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache edgeprune tests examples tools
-	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
-
-# mypy and import-linter see mapped packages only as one real tree.
-tree:
-	rm -rf $(TREE)
-	mkdir -p $(TREE)/edgeprune
-	ln -s "$(CURDIR)"/edgeprune/* "$(CURDIR)/export" "$(CURDIR)/runtime" "$(CURDIR)/calibration" $(TREE)/edgeprune/
-	ln -s "$(CURDIR)/tests" "$(CURDIR)/examples" "$(CURDIR)/tools" $(TREE)/
+	$(BIN)/mypy edgeprune tests examples tools
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 # The project's own requirements are in the lock: pip only links it in, and says whether anything is missing.
 .venv/.demo: pyproject.toml locks/export.txt

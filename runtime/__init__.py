@@ -7,6 +7,9 @@ answer = model.generate("table.png", "What colour is the cube?")
 print(answer.text, answer.receipt.times.ttft_ms)
 """
 
+if __name__ != "edgeprune.runtime":
+    raise ImportError("Import edgeprune.runtime: runtime/ is a folder of the package edgeprune, which links to it.")
+
 from edgeprune.runtime.conversation import Turn
 from edgeprune.runtime.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
 from edgeprune.runtime.frames import NV12

@@ -16,9 +16,8 @@ from tool_modules import tool
 import edgeprune
 
 ROOT = Path(__file__).parent.parent
-MAPPED = {"edgeprune": "edgeprune", "export": "edgeprune/export", "runtime": "edgeprune/runtime"}
-MAPPED |= {"calibration": "edgeprune/calibration"}
-REGISTER = {"export/register": "optimum/commands/register"}  # in optimum's namespace, where an __init__.py would break it
+LINKED = ("export", "runtime", "calibration")
+NAMESPACE = "edgeprune/cli/namespace"  # goes into optimum's own namespace, where an __init__.py would break it
 LONGEST_FILE = 300  # lines
 
 
@@ -30,8 +29,8 @@ def sources(folder: str) -> list[Path]:
 def sources_then(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the sources as they are now, whatever is edited meanwhile."""
     copy = tmp_path_factory.mktemp("source")
-    for folder in MAPPED:
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("edgeprune", *LINKED):
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy)
     return copy
@@ -77,13 +76,9 @@ def test_the_date_of_a_wheel_is_that_of_the_commit_unless_it_is_given(tmp_path: 
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel_names: set[str]) -> None:
-    places = {
-        path: f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
-        for folder, target in MAPPED.items()
-        for path in sources(folder)
-    }
-    places |= {path: f"{target}/{path.name}" for folder, target in REGISTER.items() for path in sources(folder)}
-    expected = set(places.values())
+    expected = {path.relative_to(ROOT).as_posix() for path in sources("edgeprune") if not path.is_relative_to(ROOT / NAMESPACE)}
+    expected |= {f"edgeprune/{path.relative_to(ROOT).as_posix()}" for folder in LINKED for path in sources(folder)}
+    expected |= {path.relative_to(ROOT / NAMESPACE).as_posix() for path in sources(NAMESPACE)}
     assert {name for name in wheel_names if name.endswith(".py")} == expected
     data = {name for name in wheel_names - expected if not name.startswith("edgeprune/tabletop/model/")}
     web = {f"edgeprune/runtime/server/web/{name}" for name in ("index.html", "style.css", "page.js", "icon.svg")}
@@ -101,7 +96,7 @@ def test_the_model_stays_small() -> None:
     assert size <= 16 * 1024 * 1024
 
 
-@pytest.mark.parametrize("folder", [*MAPPED, "tests", "examples"])
+@pytest.mark.parametrize("folder", ["edgeprune", *LINKED, "tests", "examples"])
 def test_files_stay_small_and_have_a_subject(folder: str) -> None:
     for path in sources(folder):
         assert len(path.read_text().splitlines()) <= LONGEST_FILE, path
@@ -109,9 +104,9 @@ def test_files_stay_small_and_have_a_subject(folder: str) -> None:
 
 
 def test_every_package_folder_is_a_package() -> None:
-    for folder in MAPPED:
+    for folder in ("edgeprune", *LINKED):
         for parent in {path.parent for path in sources(folder)}:
-            assert (parent / "__init__.py").is_file() != (parent.relative_to(ROOT).as_posix() in REGISTER), parent
+            assert (parent / "__init__.py").is_file() != parent.is_relative_to(ROOT / NAMESPACE), parent
 
 
 def test_the_two_versions_agree() -> None:

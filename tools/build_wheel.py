@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("edgeprune", "export", "runtime", "calibration")
 FILES = ("pyproject.toml", "README.md")
 _OLDEST = "315532800"  # 1980, where the times of zip archives begin: for sources without a history
 
@@ -60,8 +59,7 @@ def source_date(root: Path) -> str:
 
 
 def _copy(root: Path, source: Path) -> None:
-    for folder in FOLDERS:
-        shutil.copytree(root / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(root / "edgeprune", source / "edgeprune", ignore=shutil.ignore_patterns("__pycache__"))  # and what it links to
     for name in FILES:
         shutil.copy(root / name, source)
     for path in [source, *source.rglob("*")]:
