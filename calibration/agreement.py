@@ -9,7 +9,7 @@ from edgeprune.calibration.episodes import Episodes
 from edgeprune.calibration.measuring import divergence
 from edgeprune.calibration.reference import reference_model
 from edgeprune.calibration.samples import Sample, score
-from edgeprune.loading import LoadedModel
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Runtime
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.calibration.planning import ranked_plan
 from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, Statistics
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, KeepPlan, keep_count
+from edgeprune.plan.presets import ranked_plan
 
 ATTENTIVE, BALANCED, INDIFFERENT = "attentive", "balanced", "indifferent"
 VTW_LIMIT = 0.003  # nats; the threshold below which VTW calls a withdrawal harmless

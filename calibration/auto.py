@@ -14,8 +14,8 @@ from edgeprune.calibration.costs import encoder_ms, predicted_ttft
 from edgeprune.calibration.decoding import decode_points
 from edgeprune.calibration.pareto import Curve, Point
 from edgeprune.calibration.search import Search
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.runtime.profiling import DeviceTimes
 

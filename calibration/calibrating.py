@@ -11,13 +11,13 @@ from edgeprune.calibration.cluster import collect_on_ray
 from edgeprune.calibration.collecting import Request, collect, source_of
 from edgeprune.calibration.dyrate import EPOCHS, FORMS, dyrate_options
 from edgeprune.calibration.episodes import Episodes
-from edgeprune.calibration.planning import ranked_plan
 from edgeprune.calibration.rates import Theatre
 from edgeprune.calibration.samples import Sample
 from edgeprune.calibration.statistics import Statistics
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import PlanError, UsageError
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import ranked_plan
 
 LONG_ENOUGH = 4  # decode steps; shorter answers have nothing for DyRate to learn
 

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from edgeprune.calibration.budget import Make
-from edgeprune.calibration.planning import encoder_count
 from edgeprune.calibration.recipes import INPUT, RESIZE, method_names, plan_at
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import encoder_count
 
 BASELINES = ("random", "uniform", RESIZE)
 ENCODER = "evit"  # the method that ranks inside the vision encoder

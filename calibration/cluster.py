@@ -10,8 +10,8 @@ from pathlib import Path
 from edgeprune.calibration.collecting import Request, collect
 from edgeprune.calibration.samples import Sample
 from edgeprune.calibration.statistics import Statistics
+from edgeprune.checkpoint.loading import ModelFolder, load_model
 from edgeprune.errors import EdgePruneError, require_extra
-from edgeprune.loading import ModelFolder, load_model
 
 LOCAL = "local"
 SHARDS_EACH = 4  # per CPU of the cluster: small enough that a slow machine does not hold up the rest

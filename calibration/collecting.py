@@ -13,13 +13,13 @@ import torch
 
 from edgeprune.calibration.episodes import Episodes
 from edgeprune.calibration.measuring import Meter
-from edgeprune.calibration.planning import ranked_plan, unpruned_plan
 from edgeprune.calibration.samples import Sample
 from edgeprune.calibration.statistics import Source, Statistics
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
-from edgeprune.files import move
-from edgeprune.loading import LoadedModel
+from edgeprune.io.files import move
 from edgeprune.plan import Geometry
+from edgeprune.plan.presets import ranked_plan, unpruned_plan
 
 SAVE_EVERY = 10  # samples, at most, that an interruption loses
 Progress = Callable[[int], None]

@@ -14,12 +14,13 @@ from edgeprune.calibration.calibrating import Calibration, Counting, RateRequest
 from edgeprune.calibration.collecting import Request, chosen_samples
 from edgeprune.calibration.costs import flops_share, kv_share, roofline_times
 from edgeprune.calibration.pareto import Curve
-from edgeprune.calibration.planning import read_plan, unpruned_plan
+from edgeprune.calibration.planning import read_plan
 from edgeprune.calibration.recipes import STATISTICAL, plan_at
 from edgeprune.calibration.samples import Sample, read_samples
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import UsageError
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.profiling import DeviceTimes
 
 AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.modules import Module, module_named
 from edgeprune.families.base import DecoderParts
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime.profiling import PARTS, TEXT, DeviceTimes
 

@@ -9,11 +9,10 @@ import torch
 
 from edgeprune.calibration.reference import Recorder, reference_model
 from edgeprune.calibration.samples import Sample
-from edgeprune.loading import LoadedModel
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import caches_of
-from edgeprune.plan import KeepPlan
-from edgeprune.runtime.cache import kept_of
+from edgeprune.plan import KeepPlan, kept_of
 from edgeprune.runtime.conversation import Conversation
 from edgeprune.runtime.engine import StepInput, Tokens
 from edgeprune.runtime.images import read_image

@@ -8,13 +8,12 @@ import torch
 from edgeprune.calibration.episodes import Episode, Episodes, shortened
 from edgeprune.calibration.fitprune import deletion_counts
 from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, STEPS, Source
-from edgeprune.loading import LoadedModel
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.methods.base import LayerView
 from edgeprune.methods.fitprune import attention_received
 from edgeprune.methods.plphp import vision_attention_score
 from edgeprune.model import PrunedDecoder, Segment
-from edgeprune.plan import Cut, KeepPlan
-from edgeprune.runtime.cache import kept_of
+from edgeprune.plan import Cut, KeepPlan, kept_of
 
 
 class Meter:

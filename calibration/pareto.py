@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import PlanError, UsageError
-from edgeprune.files import write_text
+from edgeprune.io.files import write_text
 from edgeprune.plan import KeepPlan
 
 SCHEMA_VERSION = 1

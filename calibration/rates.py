@@ -18,7 +18,7 @@ from edgeprune.calibration.episodes import Episode, Episodes
 from edgeprune.calibration.measuring import divergence
 from edgeprune.calibration.samples import Sample
 from edgeprune.errors import UsageError
-from edgeprune.runtime.cache import kept_of
+from edgeprune.plan import kept_of
 
 SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)  # what a live rate picks from (reconstruction)
 _INTERVALS = 8  # of the attention map

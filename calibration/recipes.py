@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from edgeprune.calibration.allocation import classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
-from edgeprune.calibration.planning import DEFAULT_LAYER, encoder_count
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
+from edgeprune.plan.presets import DEFAULT_LAYER, encoder_count
 from edgeprune.registry import METHODS, method_class
 
 INPUT = ("cdpruner", "dart", "divprune", "evs", "random", "uniform", "visionzip", "zspaprune")

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from edgeprune.loading import LoadedModel
+from edgeprune.bundle.graph_io import SIGNALS
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.model.precision import at_precision
@@ -18,7 +19,7 @@ from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
-from edgeprune.runtime.engine import SIGNALS, Engine, Seen, Step, StepInput
+from edgeprune.runtime.engine import Engine, Seen, Step, StepInput
 from edgeprune.runtime.interrupt import Interrupt
 from edgeprune.runtime.model import Model
 from edgeprune.targets import Lowering

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import UsageError
-from edgeprune.fields import is_text
+from edgeprune.io.typed_json import is_text
 from edgeprune.tabletop.questions import DESCRIBE, parse_description
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from edgeprune.errors import UsageError
-from edgeprune.fields import made
-from edgeprune.files import write_bytes
+from edgeprune.io.files import write_bytes
+from edgeprune.io.typed_json import made
 from edgeprune.plan import Geometry
 
 SCHEMA_VERSION = 1

@@ -1,17 +1,21 @@
 """The tables of what EdgePrune knows. Adding a method or a family is one file and one line here.
 
 Nothing is imported until it is asked for, so that listing costs nothing and the runtime stays free of torch.
+
+Which method acts at which site of which family, and why not elsewhere.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
 from edgeprune.errors import UnsupportedModelError, UsageError
+from edgeprune.plan import SITES
 
 METHODS = {
     "cdpruner": "edgeprune.methods.cdpruner:CDPruner",
@@ -48,7 +52,6 @@ FAMILIES = {
 }
 
 TASK = "image-text-to-text"  # of every family, as transformers and optimum name it
-
 
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _allowed: set[str] = set()
@@ -108,3 +111,32 @@ def _own_class(reference: str) -> Any:
 def _resolve(reference: str) -> Any:
     module, _, name = reference.partition(":")
     return getattr(import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A method at a site. `reason`: why it does not apply there, empty where it does."""
+
+    method: str
+    site: str
+    reason: str
+
+
+def fields(family: Any) -> list[Field]:
+    """Return one field for every method and site, for a family's class or one of its models."""
+    return [Field(method, site, why_not(method, site, family)) for method in sorted(METHODS) for site in SITES]
+
+
+def why_not(method: str, site: str, family: Any) -> str:
+    """Return why a method cannot act at a site of a family; an empty string where it can."""
+    kind = method_class(method)
+    if site not in kind.sites:
+        return f"acts at: {', '.join(kind.sites)}"
+    if site == "vision" and family.unthinned:
+        return f"needs an encoder whose tokens can leave: {family.unthinned}"
+    for signal in kind.needs:
+        if signal not in family.signals:
+            return f"needs the signal {signal!r}" + (f": {family.unsignalled}" if family.unsignalled else "")
+    if getattr(kind, "videos_only", False) and not family.videos:
+        return "needs a video, which the family does not take"
+    return ""

@@ -29,15 +29,15 @@ from edgeprune.bundle import (
     tier_plan,
     tier_selector,
 )
+from edgeprune.bundle.integrity import record_files
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import EdgePruneError
 from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.export.sharing import share_weights
-from edgeprune.files import new_folder
-from edgeprune.integrity import record_files
-from edgeprune.loading import LoadedModel
+from edgeprune.io.files import new_folder
 from edgeprune.plan import KeepPlan
+from edgeprune.plan.tiers import Tiers
 from edgeprune.targets import PLAIN, Lowering
-from edgeprune.tiers import Tiers
 
 STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")

@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import GraphRecord
+from edgeprune.bundle.graph_io import SEGMENTS, SIGNALS, TIER, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.checkpoint.weights import stored_in
 from edgeprune.export.passes import described, drop_unread, finish
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.plan import KeepPlan
+from edgeprune.plan.tiers import cache_stage
 from edgeprune.registry import method_class
-from edgeprune.runtime.engine import SEGMENTS, SIGNALS, TIER, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.targets import Lowering
-from edgeprune.tiers import cache_stage
-from edgeprune.weights import stored_in
 
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 

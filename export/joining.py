@@ -10,8 +10,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tape import Tape
 
+from edgeprune.checkpoint.weights import Matrix
 from edgeprune.export.matrices import WholeTensor, matrix_of
-from edgeprune.weights import Matrix
 
 _PARTS = ("q_proj", "k_proj", "v_proj")
 

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from edgeprune.checkpoint.weights import HeldMatrix, Matrix
 from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
-from edgeprune.weights import HeldMatrix, Matrix
 
 _PIECE = 1 << 20  # numbers that are converted at once: those that fit the cache are several times faster
 _TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}

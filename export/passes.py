@@ -14,6 +14,7 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
 from edgeprune.bundle import GraphRecord, Tensor
+from edgeprune.checkpoint.weights import StoredTensor, address
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.blocked import expand_blocked
 from edgeprune.export.integers import IntegerProducts
@@ -23,7 +24,6 @@ from edgeprune.export.optimization import optimize
 from edgeprune.export.rotation import fuse_rotation
 from edgeprune.export.tiling import tile_attention
 from edgeprune.targets import Lowering
-from edgeprune.weights import StoredTensor, address
 
 Known = dict[ir.Value, ir.Value]  # what was lowered already, and to what
 _TYPES = {"float16": torch.float16, "float32": torch.float32}

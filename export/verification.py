@@ -17,8 +17,8 @@ from PIL import Image
 
 from edgeprune.bundle import PREPROCESSOR, Bundle
 from edgeprune.calibration.reference import EagerEngine, Recorder, reference_model
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
-from edgeprune.loading import LoadedModel
 from edgeprune.processors import image_spec
 from edgeprune.runtime import load
 from edgeprune.runtime.conversation import Conversation, Picture

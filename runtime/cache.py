@@ -7,12 +7,12 @@ cut ranked them: keeping fewer is then a view of the same memory, and the next q
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edgeprune.bundle import DecoderShape
+from edgeprune.plan import kept_of
 
 Arrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
 
@@ -100,11 +100,6 @@ class KvCache:
     def visual_reads(self) -> int:
         """Visual tokens that a step reads, added up over the layers."""
         return sum(len(rows) - 1 for rows in self.visual[::2])
-
-
-def kept_of(tokens: int, share: float) -> int:
-    """Return how many of `tokens` a share keeps: rounded up, so that a share above zero never keeps nothing."""
-    return math.ceil(tokens * share - 1e-6)
 
 
 def _after_null(rows: np.ndarray) -> np.ndarray:

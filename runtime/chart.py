@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from edgeprune.files import write_bytes
+from edgeprune.io.files import write_bytes
 from edgeprune.runtime.benchmark import Benchmark
 from edgeprune.runtime.figures import STAGES
 

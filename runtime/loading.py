@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgeprune.bundle import CHAT_TEMPLATE, PREPROCESSOR, SELECTOR, SPECIAL_TOKENS, TOKENIZER, Bundle
+from edgeprune.bundle.signing import Trusted
 from edgeprune.errors import UsageError
 from edgeprune.processors import image_spec
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
@@ -18,7 +19,6 @@ from edgeprune.runtime.providers import open_engine
 from edgeprune.runtime.session import Runtime
 from edgeprune.runtime.terms import Terms
 from edgeprune.runtime.turns import SharedEngine, Turns
-from edgeprune.signing import Trusted
 
 CACHE_BYTES = 128 << 20
 

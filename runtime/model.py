@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeprune.bundle import DecoderShape, ImageText
 from edgeprune.plan import KeepPlan
+from edgeprune.plan.tiers import tier_number
 from edgeprune.processors import ImageSpec
 from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.engine import Engine
@@ -21,7 +22,6 @@ from edgeprune.runtime.recall import Recall
 from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.terms import Pace
 from edgeprune.runtime.turns import Turns
-from edgeprune.tiers import tier_number
 
 Watcher = Callable[[Receipt], None]
 

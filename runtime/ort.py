@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgeprune.background import at_once
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, tier_selector
+from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import BundleError, EngineError
+from edgeprune.io.background import at_once
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.runtime.engine import Seen, Step, StepInput
 from edgeprune.runtime.interrupt import Interrupt, Interrupted
 
 CPU = "CPUExecutionProvider"

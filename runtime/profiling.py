@@ -15,8 +15,8 @@ import numpy as np
 from edgeprune.bundle import VISION, Bundle
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
-from edgeprune.fields import made, read_json
-from edgeprune.files import write_text
+from edgeprune.io.files import write_text
+from edgeprune.io.typed_json import made, read_json
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Engine, StepInput, Tokens
 from edgeprune.runtime.peaks import measure_peaks

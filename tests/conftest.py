@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.planning import staircase_plan, unpruned_plan
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Geometry, KeepPlan
+from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.tabletop import MODEL_FOLDER
 
 TINY_GEOMETRY = Geometry(height=84, width=112, patch=14, merge=2)  # 3 x 4 visual tokens

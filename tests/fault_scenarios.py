@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.bundle import PLAN, Bundle
+from edgeprune.bundle.signing import SIGNATURE, make_key, sign_manifest
 from edgeprune.calibration.statistics import Source, Statistics, merge_files
 from edgeprune.device.machine import read_machine
 from edgeprune.runtime.tensorrt import jobs
@@ -18,7 +19,6 @@ from edgeprune.runtime.tensorrt.building import Built, Settings
 from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle
 from edgeprune.runtime.tensorrt.ranges import Limits
 from edgeprune.runtime.tensorrt.store import FOLDER, Identity, Store
-from edgeprune.signing import SIGNATURE, make_key, sign_manifest
 
 Step = Callable[[str], None]
 SECRET, ORIN = b"a device's own key, 32 bytes long", Identity("10.3.0", "8.7")

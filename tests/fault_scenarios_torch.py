@@ -16,10 +16,10 @@ from PIL import Image
 from edgeprune.bundle import Bundle
 from edgeprune.calibration import collecting, commands
 from edgeprune.calibration.statistics import Statistics
+from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.cli import main as command_line
 from edgeprune.errors import EdgePruneError
 from edgeprune.export import exporter
-from edgeprune.loading import find_model, load_model
 from edgeprune.plan import KeepPlan
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.vision_utils import get_vision_window_index
 
-from edgeprune.loading import LoadedModel
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.plan import Geometry
 
 FIRST = {"internvl": 1, "llava": 1, "vipllava": 1}  # class tokens of a view

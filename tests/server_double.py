@@ -14,8 +14,8 @@ import numpy as np
 import openai
 from PIL import Image
 
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.plan import Cut, Geometry, View
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import CutReceipt, Receipt, Turn
 from edgeprune.runtime.server.listening import Server
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from edgeprune.calibration.agreement import Agreement
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.samples import read_samples
-from edgeprune.loading import LoadedModel
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
 
 WHOLE = unpruned_plan("qwen2_vl", 3, Geometry(84, 84, 14, 2))

@@ -7,20 +7,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from edgeprune.calibration.allocation import (
-    _knapsack,
-    classify,
-    fitprune_plan,
-    least_cost_shares,
-    plphp_plan,
-    vtw_plan,
-)
+from edgeprune.calibration.allocation import _knapsack, classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
 from edgeprune.calibration.fitprune import deletion_counts
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.recipes import method_names, plan_at, resized
 from edgeprune.calibration.statistics import ALPHAS, GAMMA_BINS, SHARES, Source, Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Geometry, View
+from edgeprune.plan.presets import unpruned_plan
 
 GEOMETRY = Geometry(160, 160, 16, 1)  # 10 x 10
 LAYERS = 8

@@ -10,16 +10,16 @@ import onnxruntime
 import pytest
 import torch
 
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.bundle.graph_io import decoder_inputs, decoder_outputs
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export import blocked
 from edgeprune.export.graphs import trace_decoder
 from edgeprune.families.base import DecoderParts
-from edgeprune.loading import LoadedModel
 from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.model.blocked import InRow
 from edgeprune.model.cache import LayerCache, flat_rows
 from edgeprune.plan import Cut, Geometry, KeepPlan
-from edgeprune.runtime.engine import decoder_inputs, decoder_outputs
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.targets import TARGETS, Lowering
 
 CPU = Lowering(TARGETS["cpu"], "fp32")

@@ -11,11 +11,11 @@ import pytest
 from conftest import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.graphs import trace_decoder, trace_predictor, trace_selector, trace_vision, wants_signals
 from edgeprune.lint.check import lint
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import METHODS, method_class
 from edgeprune.runtime.tensorrt.ranges import Limits, decoder_ranges, shapes_of
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build

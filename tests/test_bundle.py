@@ -11,10 +11,10 @@ import onnx
 import pytest
 
 from edgeprune.bundle import DECODER, EMBED, MANIFEST, PLAN, SCHEMA_VERSION, VISION, Bundle, is_bundle
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import BundleError, EdgePruneError, PlanError, UsageError
 from edgeprune.export import exporter
 from edgeprune.export.exporter import STAGES, export_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry, KeepPlan
 
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 
 import edgeprune.export.checking
 from edgeprune.bundle import EMBED, MANIFEST, Bundle, Manifest
+from edgeprune.bundle.integrity import record_files
 from edgeprune.cli import main
-from edgeprune.integrity import record_files
 
 
 def invoke(*arguments: object) -> Any:

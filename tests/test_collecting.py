@@ -11,8 +11,8 @@ from edgeprune.calibration.cluster import collect_on_ray
 from edgeprune.calibration.collecting import Request, chosen_samples, collect
 from edgeprune.calibration.samples import Sample, read_samples
 from edgeprune.calibration.statistics import Statistics
+from edgeprune.checkpoint.loading import LoadedModel, find_model
 from edgeprune.errors import UsageError
-from edgeprune.loading import LoadedModel, find_model
 from edgeprune.plan import Geometry
 from edgeprune.tabletop.dataset import write_dataset
 

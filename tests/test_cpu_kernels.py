@@ -15,13 +15,13 @@ import pytest
 import torch
 from onnx_ir.tape import Tape
 
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.export import tiling
 from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_vision
 from edgeprune.export.integers import IntegerProducts
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.model.quantization import dynamically_rounded, quantize
 from edgeprune.plan import KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.targets import PLAIN, TARGETS, Lowering
 
 

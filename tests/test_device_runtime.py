@@ -21,10 +21,10 @@ from PIL import Image
 from test_sites import PLANS, PROMPT
 
 from edgeprune.bundle import EMBED, Bundle
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.runtime import Runtime, load, providers
 from edgeprune.runtime.profiling import profile
 from edgeprune.runtime.providers import open_engine

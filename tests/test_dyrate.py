@@ -10,22 +10,13 @@ import torch
 
 from edgeprune.calibration.dyrate import _brought_to_budget, dyrate_options, rate_of, train
 from edgeprune.calibration.episodes import Episodes
-from edgeprune.calibration.planning import ranked_plan, unpruned_plan
-from edgeprune.calibration.rates import (
-    SHARES,
-    Answer,
-    Theatre,
-    _isotonic,
-    _needed,
-    fit_budget,
-    mean_share,
-    schedule_form,
-)
+from edgeprune.calibration.rates import SHARES, Answer, Theatre, _isotonic, _needed, fit_budget, mean_share, schedule_form
 from edgeprune.calibration.samples import Sample, read_samples
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
-from edgeprune.loading import LoadedModel
 from edgeprune.methods.dyrate import DyRate, Predictor
 from edgeprune.plan import Cut, Geometry
+from edgeprune.plan.presets import ranked_plan, unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
 
 GEOMETRY = Geometry(84, 84, 14, 2)

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from recordings_jetson import orin_nano
 
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.device.memory import Memory
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.tensorrt.api import tensorrt
 from edgeprune.runtime.tensorrt.building import Settings

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.bundle import Bundle
-from edgeprune.loading import find_model, load_model
+from edgeprune.checkpoint.loading import find_model, load_model
 
 ROOT = Path(__file__).parent.parent
 

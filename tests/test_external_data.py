@@ -11,9 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgeprune.bundle import DECODER, EMBED, MANIFEST, VISION, Bundle
+from edgeprune.bundle.integrity import external_locations, record_files
 from edgeprune.errors import BundleError
-from edgeprune.external_data import external_locations
-from edgeprune.integrity import record_files
 from edgeprune.runtime import load
 
 

@@ -19,17 +19,16 @@ from device_simulation import SimulatedDriver
 from PIL import Image
 from test_device_runtime import on_device, prepare
 
-from edgeprune.applies import fields
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.reference import Recorder, reference_model
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.graphs import trace_decoder, trace_vision
 from edgeprune.export.verification import verify
 from edgeprune.lint.check import lint
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Cut, KeepPlan
-from edgeprune.registry import FAMILIES
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.registry import FAMILIES, fields
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.layout import ImageLayout
 from edgeprune.runtime.model import Model

@@ -16,12 +16,12 @@ from tiny_folders import cut
 from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.llava import Llava
 from edgeprune.families.llava_onevision import LlavaOneVision
 from edgeprune.model.decoder import PrunedDecoder, Segment
 from edgeprune.plan import Geometry
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"

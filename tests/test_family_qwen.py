@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.reference import reference_model
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Cut, Geometry
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
 from edgeprune.runtime import Runtime

@@ -15,9 +15,9 @@ from test_family_llava import random
 from tiny_folders import cut
 from transformers import VipLlavaForConditionalGeneration
 
+from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.vipllava import VipLlava
-from edgeprune.loading import find_model, load_model
 from edgeprune.plan import Geometry
 
 SQUARE = Geometry(70, 70, 14, 1)

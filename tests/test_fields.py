@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgeprune.errors import EdgePruneError, one_line
-from edgeprune.fields import is_text, made, read_json
+from edgeprune.io.typed_json import is_text, made, read_json
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from edgeprune import files
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.files import new_folder, save_image, sweep, write_bytes, write_new, write_text
+from edgeprune.io import files
+from edgeprune.io.files import new_folder, save_image, sweep, write_bytes, write_new, write_text
 
 LEFT = ".target.0123abcd.tmp"
 

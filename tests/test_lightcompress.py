@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from edgeprune.calibration.lightcompress_methods import NO_EQUAL, READ
-from edgeprune.calibration.planning import read_plan, unpruned_plan
+from edgeprune.calibration.planning import read_plan
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, Geometry, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import method_class
 
 BASE = unpruned_plan("qwen2_vl", 28, Geometry(672, 672, 14, 2))  # 24 x 24 = 576 visual tokens, as LLaVA's

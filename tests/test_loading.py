@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import PlanError, UnsupportedModelError
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Cut, KeepPlan
 
 OWN = "import transformers\n\n\nclass Ours(transformers.Qwen2VLForConditionalGeneration):\n    pass\n"

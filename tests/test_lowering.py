@@ -13,15 +13,15 @@ import torch
 from conftest import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
-from edgeprune.calibration.planning import staircase_plan, unpruned_plan
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.export import matrices
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
-from edgeprune.loading import LoadedModel
 from edgeprune.model.precision import at_precision
 from edgeprune.model.quantization import Quantized, quantize
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.runtime import load
 from edgeprune.targets import PLAIN, TARGETS, Lowering, target_named
 

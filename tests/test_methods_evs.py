@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import torch
 
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.errors import PlanError
 from edgeprune.export.graphs import trace_selector
 from edgeprune.lint.check import lint
@@ -19,6 +18,7 @@ from edgeprune.methods.base import InputView
 from edgeprune.methods.evs import EVS
 from edgeprune.model import InputSelector
 from edgeprune.plan import Cut, Geometry, View
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering
 

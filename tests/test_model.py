@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from edgeprune.calibration.planning import unpruned_plan
-from edgeprune.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.plan import KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 
 LOGITS = 1e-4  # absolute, against transformers in float32
 

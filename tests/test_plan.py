@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.planning import DEFAULT_LAYER, staircase_plan, unpruned_plan
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, Geometry, KeepPlan, View, keep_count
+from edgeprune.plan.presets import DEFAULT_LAYER, staircase_plan, unpruned_plan
 
 GEOMETRY = Geometry(192, 192, 16, 1)
 

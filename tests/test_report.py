@@ -20,8 +20,8 @@ from edgeprune.bundle import Bundle
 from edgeprune.calibration.pareto import Curve, Point
 from edgeprune.calibration.reference import reference_model
 from edgeprune.calibration.statistics import SHARES, Source, Statistics
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.report import charts
 from edgeprune.report.answers import interview

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.graph import read_graph
 from edgeprune.device.modules import MODULES, module_named
 from edgeprune.device.roofline import Range, estimate, prefill_operations, vision_operations
@@ -20,7 +21,6 @@ from edgeprune.device.workload import PRECISIONS, Decoder, Precision, Tower, Wor
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.export import tiling
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.targets import TARGETS, Lowering
 

@@ -22,17 +22,17 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edgeprune import registry
-from edgeprune.calibration.planning import staircase_plan, unpruned_plan
+from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.cli import main
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import find_model, load_model
 from edgeprune.methods.base import LayerView, keep_best
 from edgeprune.plan import Cut, Geometry
+from edgeprune.plan.presets import staircase_plan, unpruned_plan
+from edgeprune.plan.tiers import Tiers
 from edgeprune.registry import allow_method, method_class
 from edgeprune.runtime import load
 from edgeprune.tabletop.dataset import write_dataset
-from edgeprune.tiers import Tiers
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

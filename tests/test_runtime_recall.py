@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.recall import Recall, digest
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.reference import reference_model
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import ImageError, UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.stream import Stream
 

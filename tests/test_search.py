@@ -13,12 +13,12 @@ from edgeprune.calibration.budget import Budget
 from edgeprune.calibration.candidates import BASELINES, encoder_blocks, encoder_places
 from edgeprune.calibration.compositions import idle
 from edgeprune.calibration.pareto import Curve, Point, pareto_front
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.search import Search
 from edgeprune.calibration.statistics import Source, Statistics
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import EdgePruneError, PlanError, UsageError
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.profiling import DeviceTimes
 
 GEOMETRY = Geometry(560, 560, 14, 2)  # 20 x 20

@@ -11,8 +11,8 @@ from test_search import WHOLE, Judge, Ready
 from edgeprune.calibration.auto import DropExceededError, Goal, find_plan
 from edgeprune.calibration.calibrating import RateRequest
 from edgeprune.calibration.dyrate import FORMS
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
 
 GOAL = Goal(0.05, flops=0.5, reads=0.4)

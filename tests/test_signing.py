@@ -12,12 +12,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edgeprune import signing
-from edgeprune.bundle import MANIFEST, Bundle
+from edgeprune.bundle import MANIFEST, Bundle, signing
+from edgeprune.bundle.signing import SIGNATURE, Signature, make_key, sign_manifest, signed_text
 from edgeprune.cli import main
 from edgeprune.errors import BundleError, MissingExtraError, UsageError
 from edgeprune.runtime import load
-from edgeprune.signing import SIGNATURE, Signature, make_key, sign_manifest, signed_text
 
 pytest.importorskip("cryptography", reason='needs pip install "edgeprune[sign]"')
 

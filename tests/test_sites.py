@@ -14,15 +14,15 @@ from PIL import Image
 from test_model import Prompt, attentions_of, grown, run
 
 from edgeprune.bundle import PREDICTOR, SELECTOR, Bundle
-from edgeprune.calibration.planning import ranked_plan, unpruned_plan
 from edgeprune.calibration.reference import reference_model
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import PlanError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
-from edgeprune.loading import LoadedModel
 from edgeprune.methods.plphp import PLPHP
 from edgeprune.model import PrunedDecoder
 from edgeprune.plan import Cut, Geometry, KeepPlan
+from edgeprune.plan.presets import ranked_plan, unpruned_plan
 from edgeprune.runtime import Runtime, load
 
 PROMPT = "What colour is the cube?"

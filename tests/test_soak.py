@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.plan.tiers import Tiers
 from edgeprune.runtime import load
 from edgeprune.runtime.sampling import Sampler, Sampling
-from edgeprune.tiers import Tiers
 
 SOAK = Path(__file__).parent.parent / "examples" / "soak"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from edgeprune import bundle as bundles
-from edgeprune import stamps
 from edgeprune.bundle import CHECKS, DECODER, MANIFEST, PLAN, VISION, Bundle
+from edgeprune.bundle import bundle as bundles
+from edgeprune.bundle import integrity as stamps
+from edgeprune.bundle.integrity import check_content
 from edgeprune.errors import BundleError, UsageError
-from edgeprune.integrity import check_content
 from edgeprune.runtime import load
 
 

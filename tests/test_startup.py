@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from edgeprune import integrity
-from edgeprune.background import Background, at_once
-from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
+from edgeprune.bundle import DECODER, EMBED, VISION, Bundle, integrity
 from edgeprune.errors import BundleError, EngineError
+from edgeprune.io.background import Background, at_once
 from edgeprune.runtime import Runtime, load, loading
 from edgeprune.runtime.ort import OnnxEngine, _share_arena
 from edgeprune.runtime.providers import open_engine

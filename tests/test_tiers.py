@@ -15,18 +15,18 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edgeprune.bundle import DECODER, MANIFEST, Bundle
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.bundle.integrity import record_files
 from edgeprune.calibration.reference import reference_model
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.errors import BundleError, PlanError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
-from edgeprune.integrity import record_files
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.plan.tiers import Tiers, cache_stage
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.terms import Pace, choose_tier
-from edgeprune.tiers import Tiers, cache_stage
 
 PROMPT = "What colour is the cube?"
 NAMES = ("quality", "balanced", "fast")

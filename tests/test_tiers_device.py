@@ -13,17 +13,17 @@ from PIL import Image
 from test_device_runtime import LIMITS, on_device, prepare
 
 from edgeprune.bundle import DECODER, Bundle
-from edgeprune.calibration.planning import unpruned_plan
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.graphs import trace_decoder
 from edgeprune.lint.check import lint_bundle
-from edgeprune.loading import LoadedModel
 from edgeprune.plan import Cut
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.plan.tiers import Tiers
 from edgeprune.runtime import load
 from edgeprune.runtime.tensorrt.ranges import IMAGE_TURN, TEXT, decoder_ranges, image_turn_of, profiles_of, shapes_of
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering
-from edgeprune.tiers import Tiers
 
 PROMPT = "What colour is the cube?"
 KEPT = {"quality": (10, 8, 7), "balanced": (9, 6, 3), "fast": (8, 4, 2)}

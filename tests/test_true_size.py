@@ -23,11 +23,11 @@ from test_family_contract import PROMPTS, Asked, pruned, said_by_transformers, t
 from transformers import AutoConfig, AutoModelForImageTextToText
 from true_sizes import SIZES, widened
 
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.reference import reference_model
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
-from edgeprune.loading import LoadedModel, find_model, load_model
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.engine import StepInput
 from edgeprune.tabletop.showing import frames_for
 from edgeprune.targets import TARGETS, Lowering

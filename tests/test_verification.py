@@ -12,10 +12,10 @@ import pytest
 from onnx import numpy_helper
 
 from edgeprune.bundle import DECODER, MANIFEST, PREPROCESSOR, VISION, Bundle
+from edgeprune.bundle.integrity import record_files
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import VerificationError
 from edgeprune.export.verification import Stage, verify
-from edgeprune.integrity import record_files
-from edgeprune.loading import LoadedModel, find_model, load_model
 
 
 def first_failure(report: list[Stage]) -> str | None:

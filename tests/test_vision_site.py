@@ -18,14 +18,14 @@ from test_device_runtime import on_device, prepare
 from test_verification import change_weight, first_failure, sealed
 
 from edgeprune.bundle import DECODER, SELECTOR, VISION, VISION_UNPRUNED, Bundle
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.reference import reference_model
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import BundleError, EngineError, PlanError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.families.thinning import Living, Rows
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.plan import Cut, Geometry, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 from edgeprune.registry import FAMILIES, family_class, method_class
 from edgeprune.runtime import Runtime, load

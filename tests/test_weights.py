@@ -17,16 +17,16 @@ from conftest import TINY_GEOMETRY
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgeprune import weights
 from edgeprune.bundle import EMBED, VISION
-from edgeprune.calibration.planning import staircase_plan, unpruned_plan
+from edgeprune.checkpoint import weights
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import EdgePruneError, UnsupportedModelError
 from edgeprune.export import exporter, matrices
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.graphs import trace_embedding, trace_vision
-from edgeprune.loading import LoadedModel, find_model, load_model
 from edgeprune.model.quantization import quantize
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.registry import FAMILIES
 from edgeprune.targets import TARGETS, Lowering
 

@@ -20,7 +20,7 @@ from edgeprune.cli.options import (
     trust_option,
 )
 from edgeprune.errors import UsageError, require_extra
-from edgeprune.files import save_image
+from edgeprune.io.files import save_image
 
 
 @click.command()
@@ -111,7 +111,7 @@ def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_reque
         raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.calibration.reference import reference_model
-    from edgeprune.loading import find_model, load_model
+    from edgeprune.checkpoint.loading import find_model, load_model
     from edgeprune.runtime import Runtime
 
     loaded = load_model(find_model(model, trust_remote_code=trust_remote_code))

@@ -92,7 +92,7 @@ def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, as_json: 
     from edgeprune.bundle import Bundle
     from edgeprune.cli.built import show_selftest
     from edgeprune.cli.show import Stages
-    from edgeprune.files import write_text
+    from edgeprune.io.files import write_text
     from edgeprune.runtime.tensorrt.selftest import selftest as run_selftest
 
     with Stages(["reference", "engines", "memory"], quiet=as_json) as stages:

@@ -62,7 +62,7 @@ def _plan_of(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
     if model is None:
         raise UsageError(f"How many tokens {path} keeps depends on the model.", hint="Say which: --model FOLDER")
     require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.loading import find_model, load_model
+    from edgeprune.checkpoint.loading import find_model, load_model
 
     loaded = load_model(find_model(model))
     plan: KeepPlan = open_plan(path, loaded, image_size=image_size)
@@ -83,7 +83,7 @@ def models(model_type: str | None, as_json: bool) -> None:
         show_table(["model_type", "family"], rows, as_json)
         return
     require_extra("export", "torch", "transformers")
-    from edgeprune.applies import fields
+    from edgeprune.registry import fields
 
     found = fields(family_class(model_type))
     show_table(["method", "site", "applies"], [[field.method, field.site, field.reason or "yes"] for field in found], as_json)

@@ -45,9 +45,9 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     """
     _refuse_existing(output, force)
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
+    from edgeprune.checkpoint.loading import find_model, load_model
     from edgeprune.cli.show import Stages, show_export
     from edgeprune.export.exporter import STAGES, export_bundle
-    from edgeprune.loading import find_model, load_model
 
     folder = find_model(model, trust_remote_code=request.pop("trust_remote_code"))
     lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
@@ -73,9 +73,9 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
 
     opened = Bundle.load(bundle, require_signature=require_signature)
     require_extra("export", "torch", "transformers", "optimum")
+    from edgeprune.checkpoint.loading import find_model, load_model
     from edgeprune.cli.show import Stages, show_verification
     from edgeprune.export.verification import verify as verify_bundle
-    from edgeprune.loading import find_model, load_model
 
     folder = find_model(request["against"] or opened.manifest.source.model, trust_remote_code=request["trust_remote_code"])
     with Stages(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:

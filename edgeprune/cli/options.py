@@ -131,7 +131,7 @@ def resolve_plan(
 
     `shown`: image_size, frames and fps, what the model is asked about.
     """
-    from edgeprune.calibration.planning import staircase_plan
+    from edgeprune.plan.presets import staircase_plan
     from edgeprune.registry import METHODS, allow_method, method_class
 
     if plan_file is not None:
@@ -157,7 +157,7 @@ def resolve_plan(
 
 def resolve_tiers(loaded: Any, tier: tuple[str, ...], **plan_request: Any) -> Any:
     """Return the plans of --tier NAME=PLAN as one, or else the plan that the plan options describe."""
-    from edgeprune.tiers import Tiers
+    from edgeprune.plan.tiers import Tiers
 
     if not tier:
         return resolve_plan(loaded, **plan_request)
@@ -204,7 +204,7 @@ def open_plan(plan_file: Path, loaded: Any, **shown: Any) -> Any:
 
 
 def _whole(loaded: Any, image_size: str | None, frames: int | None = None, fps: float | None = None) -> Any:
-    from edgeprune.calibration.planning import unpruned_plan
+    from edgeprune.plan.presets import unpruned_plan
 
     if frames is not None and frames < 1:
         raise UsageError(f"A video has frames, not {frames}.")

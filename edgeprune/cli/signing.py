@@ -14,8 +14,8 @@ from edgeprune.cli.options import bundle_argument, json_option
 @json_option
 def keygen(key: Path, as_json: bool) -> None:
     """Make a key pair to sign bundles with: KEY (such as robots.pem), which is secret, and robots.pub, which robots are given."""
+    from edgeprune.bundle.signing import make_key
     from edgeprune.cli.show import show_facts
-    from edgeprune.signing import make_key
 
     public, name = make_key(key)
     show_facts({"private": str(key), "public": str(public), "key": name}, as_json)
@@ -29,8 +29,8 @@ def keygen(key: Path, as_json: bool) -> None:
 def sign(bundle: Path, key: Path, force: bool, as_json: bool) -> None:
     """Check every file of BUNDLE and sign its manifest, for those who load it with --require-signature."""
     from edgeprune.bundle import Bundle
+    from edgeprune.bundle.signing import SIGNATURE, sign_manifest
     from edgeprune.cli.show import show_facts
-    from edgeprune.signing import SIGNATURE, sign_manifest
 
     Bundle.load(bundle)
     signature = sign_manifest(bundle, key, force=force)

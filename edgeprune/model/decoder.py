@@ -20,8 +20,8 @@ from edgeprune.methods.base import LayerView, rank
 from edgeprune.model.attention import Attended, Mask, Tokens, attend, causal_mask, places_of, rotated
 from edgeprune.model.cache import LayerCache, LayerRows
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.tiers import alive, budgets, cache_stage
 from edgeprune.registry import method_class
-from edgeprune.tiers import alive, budgets, cache_stage
 
 Probe = Callable[[int, LayerView], None]
 

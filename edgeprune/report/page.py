@@ -14,7 +14,7 @@ from markupsafe import Markup
 from edgeprune import __version__
 from edgeprune.calibration.pareto import Curve
 from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, Statistics
-from edgeprune.files import write_text
+from edgeprune.io.files import write_text
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.report import charts
 from edgeprune.report.answers import Interview

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeprune.errors import UsageError
-from edgeprune.files import new_folder
+from edgeprune.io.files import new_folder
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import KINDS, Question, ask_one
 from edgeprune.tabletop.world import Scene, sample_scene

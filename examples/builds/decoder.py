@@ -17,10 +17,10 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from edgeprune.bundle import DECODER
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.export.graphs import trace_decoder
 from edgeprune.families.qwen2_vl import Qwen2VL
 from edgeprune.plan import Cut, Geometry, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.tensorrt.ranges import Limits, decoder_ranges, shapes_of
 from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import PRECISIONS, TARGETS, Lowering

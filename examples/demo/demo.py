@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 import edgeprune.runtime
-from edgeprune.calibration.planning import staircase_plan, unpruned_plan
 from edgeprune.calibration.samples import Sample, score
+from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.cli.show import Stages
 from edgeprune.export.exporter import STAGES, export_bundle
-from edgeprune.loading import find_model, load_model
+from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.runtime import Answer
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import ask_one

@@ -9,9 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgeprune.applies import fields
 from edgeprune.plan import SITES
-from edgeprune.registry import FAMILIES, METHODS, family_class, method_class
+from edgeprune.registry import FAMILIES, METHODS, family_class, fields, method_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 BEGIN, END = "<!-- made by examples/families/table.py -->\n", "<!-- end -->\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 import edgeprune.runtime as ep
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.files import write_text
+from edgeprune.io.files import write_text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 
 from edgeprune.cli import main as edgeprune
-from edgeprune.files import write_text
+from edgeprune.io.files import write_text
 
 REMAINING = """\
 #!/bin/sh

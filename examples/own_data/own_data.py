@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.cli import main as edgeprune
-from edgeprune.files import write_text
+from edgeprune.io.files import write_text
 from edgeprune.tabletop.dataset import scenes
 from edgeprune.tabletop.drawing import draw_scene
 

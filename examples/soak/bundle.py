@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgeprune.calibration.planning import unpruned_plan
-from edgeprune.loading import find_model, load_model
+from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
 
 # Cuts that never look at the question, so that whole prefixes are shared between requests; and cuts at every other site.
 CUTS = ("input", "deep")

@@ -22,11 +22,11 @@ from rich.console import Console
 
 import edgeprune.runtime
 from edgeprune.calibration.evaluation import ALL, UNPRUNED, EvalReport, evaluate
-from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.calibration.samples import Sample, read_samples
+from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.cli.show import Counter
 from edgeprune.export.exporter import export_bundle
-from edgeprune.loading import find_model, load_model
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
 from edgeprune.tabletop.questions import DESCRIBE
 from edgeprune.tabletop.world import SIDE

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from edgeprune.bundle.signing import Trusted
 from edgeprune.runtime.ros2.answerer import Answerer, Outlets
 from edgeprune.runtime.ros2.names import NodeName, domain_id
 from edgeprune.runtime.ros2.node import Inlets, Node, Topics
-from edgeprune.signing import Trusted
 
 
 def serve(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import Bundle
+from edgeprune.bundle.signing import Trusted
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.errors import UsageError
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
@@ -15,7 +16,6 @@ from edgeprune.runtime.tensorrt.building import Settings
 from edgeprune.runtime.tensorrt.jobs import Done, Job, build_jobs, check_memory, jobs_of
 from edgeprune.runtime.tensorrt.ranges import Limits
 from edgeprune.runtime.tensorrt.store import Identity, Store
-from edgeprune.signing import Trusted
 
 
 @dataclass(frozen=True)

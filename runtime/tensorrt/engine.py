@@ -14,9 +14,10 @@ from typing import Any, cast
 import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
+from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import EngineError
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import SIGNALS, Seen, Step, StepInput, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.runtime.engine import Seen, Step, StepInput
 from edgeprune.runtime.interrupt import Interrupt
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
 from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, Tensor, tier_selector
+from edgeprune.bundle.graph_io import TIER
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.engine import TIER
-from edgeprune.tiers import cache_stage
+from edgeprune.plan.tiers import cache_stage
 
 IMAGE_TURN, TEXT = 0, 1  # the decoder's profiles; image turns of lower tiers follow
 Range = tuple[int, int, int]  # least, usual, greatest

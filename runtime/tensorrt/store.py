@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
+from edgeprune.bundle.integrity import sha256_of
 from edgeprune.errors import EdgePruneError, EngineError
-from edgeprune.files import sweep, write_bytes, write_new, write_text
-from edgeprune.integrity import sha256_of
+from edgeprune.io.files import sweep, write_bytes, write_new, write_text
 from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
 
 FOLDER = "engines"

@@ -23,9 +23,9 @@ from edgeprune.bundle import (
     Tensor,
     tier_plan,
 )
-from edgeprune.calibration.planning import unpruned_plan
-from edgeprune.integrity import record_files
+from edgeprune.bundle.integrity import record_files
 from edgeprune.plan import Cut, Geometry
+from edgeprune.plan.presets import unpruned_plan
 from fuzz.conforming import check_type
 from fuzz.files import in_file, scratch
 from fuzz.mutations import json_variant

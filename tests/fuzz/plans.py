@@ -6,9 +6,10 @@ import json
 from random import Random
 from typing import Any
 
-from edgeprune.calibration.planning import read_plan, unpruned_plan
+from edgeprune.calibration.planning import read_plan
 from edgeprune.plan import Cut, Geometry, KeepPlan, View
-from edgeprune.tiers import Tiers, alive, budgets, cache_stage
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.plan.tiers import Tiers, alive, budgets, cache_stage
 from fuzz.conforming import check_type
 from fuzz.files import in_file
 from fuzz.mutations import json_variant, text_variant

@@ -6,98 +6,19 @@ A plan belongs to one model shape and one image geometry; every count in it is a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import PlanError
-from edgeprune.fields import made, read_json
-from edgeprune.files import write_text
+from edgeprune.io.files import write_text
+from edgeprune.io.typed_json import made, read_json
+from edgeprune.plan.geometry import MAX_LAYERS, Geometry
 
 SCHEMA_VERSION = 2
-_MOST_LAYERS, _MOST_TOKENS = 4096, 2**31 - 1  # what a file may say: far beyond any model
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
-
-
-@dataclass(frozen=True)
-class View:
-    """What the vision encoder looks at in one go: a box of the prepared picture, and the visual tokens it becomes.
-
-    `top`, `left`, `height` and `width` in pixels of the picture as the image processor prepares it; `rows` x `columns` tokens in
-    reading order, each row followed by `separators` tokens that stand for no place (newlines). `time`: the temporal position of
-    its frame, counted from the first one.
-    """
-
-    top: int
-    left: int
-    height: int
-    width: int
-    rows: int
-    columns: int
-    separators: int = 0
-    time: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of the view, separators included."""
-        return self.rows * (self.columns + self.separators)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The image size a graph is made for, in patches and in visual tokens.
-
-    `patch` and `merge` are the processor's patch size in pixels and the patches merged along each side of a visual token.
-    `views`: in the order of the sequence, where there is more than the one grid of the whole image (tiles, frames). `frames` of
-    a video, `fps` of them a second; an image has one.
-    """
-
-    height: int
-    width: int
-    patch: int
-    merge: int
-    views: tuple[View, ...] = ()
-    frames: int = 1
-    fps: float = 0.0
-
-    @property
-    def rows(self) -> int:
-        """Visual tokens along the height of the whole image, were it one grid."""
-        return self.height // (self.patch * self.merge)
-
-    @property
-    def columns(self) -> int:
-        """Visual tokens along the width of the whole image, were it one grid."""
-        return self.width // (self.patch * self.merge)
-
-    @property
-    def layout(self) -> tuple[View, ...]:
-        """The views, of a plain image the one that is all of it."""
-        return self.views or (View(0, 0, self.height, self.width, self.rows, self.columns),)
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of one image, or of one video."""
-        return sum(view.tokens for view in self.layout)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Geometry:
-        """Return the geometry in JSON data; raise ValueError when it is malformed."""
-        found = made(cls, data, "geometry")
-        if min(found.height, found.width, found.patch, found.merge, found.frames) < 1 or found.fps < 0:
-            raise ValueError("geometry has a size below 1")
-        if any(min(asdict(view).values()) < 0 for view in found.views) or not 1 <= found.tokens <= _MOST_TOKENS:
-            raise ValueError("geometry has views without a place, or no visual tokens, or far too many")
-        return found
-
-    def __str__(self) -> str:
-        size = f"{self.width}x{self.height} px"
-        clip = f"{self.frames} frames of {size}" if self.frames > 1 else size
-        if not self.views:
-            return f"{clip} = {self.rows} x {self.columns} visual tokens"
-        views = "one view" if len(self.views) == 1 else f"{len(self.views)} views"
-        return f"{clip} in {views} = {self.tokens} visual tokens"
 
 
 @dataclass(frozen=True)
@@ -276,7 +197,7 @@ class KeepPlan:
             given = {name: value for name, value in data.items() if name != "schema_version"}
             listed = given.pop("cuts", None)
             plan = made(cls, {**given, "geometry": asdict(Geometry.from_dict(given.get("geometry", {})))}, "plan")
-            if not 1 <= plan.layers <= _MOST_LAYERS or not isinstance(listed, (list, tuple)) or len(listed) > 4 * _MOST_LAYERS:
+            if not 1 <= plan.layers <= MAX_LAYERS or not isinstance(listed, (list, tuple)) or len(listed) > 4 * MAX_LAYERS:
                 raise ValueError("plan lacks its list of cuts, or has no layers or far too many")
             return replace(plan, cuts=tuple(made(Cut, cut, f"cut {number}") for number, cut in enumerate(listed)))
         except ValueError as error:
@@ -288,3 +209,8 @@ def keep_count(tokens: int, keep: float) -> int:
     if not 0.0 < keep <= 1.0:
         raise PlanError(f"Keep ratio {keep} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
     return max(1, int(tokens * keep + 1e-9))
+
+
+def kept_of(tokens: int, share: float) -> int:
+    """Return how many of `tokens` a share keeps: rounded up, so that a share above zero never keeps nothing."""
+    return math.ceil(tokens * share - 1e-6)

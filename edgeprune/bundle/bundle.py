@@ -25,53 +25,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from edgeprune.background import Background
+from edgeprune.bundle.integrity import FileRecord, Stamp, check_content, check_locations, check_there
+from edgeprune.bundle.manifest import MANIFEST, Manifest, read_manifest
+from edgeprune.bundle.signing import Trusted, check_signature
 from edgeprune.errors import BundleError, UsageError
-from edgeprune.external_data import check_locations
-from edgeprune.integrity import FileRecord, check_content, check_there
-from edgeprune.manifest import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    DecoderShape,
-    GraphRecord,
-    ImageText,
-    Manifest,
-    Source,
-    Tensor,
-    read_manifest,
-)
+from edgeprune.io.background import Background
 from edgeprune.plan import KeepPlan
-from edgeprune.signing import Trusted, check_signature
-from edgeprune.stamps import Stamp
-from edgeprune.tiers import Tiers, tier_number
-
-__all__ = [
-    "CHAT_TEMPLATE",
-    "CHECKS",
-    "DECODER",
-    "EMBED",
-    "MANIFEST",
-    "PLAN",
-    "PREDICTOR",
-    "PREPROCESSOR",
-    "SCHEMA_VERSION",
-    "SELECTOR",
-    "SPECIAL_TOKENS",
-    "TOKENIZER",
-    "VISION",
-    "VISION_UNPRUNED",
-    "Bundle",
-    "DecoderShape",
-    "GraphRecord",
-    "ImageText",
-    "Manifest",
-    "Source",
-    "Tensor",
-    "files_of",
-    "is_bundle",
-    "tier_plan",
-    "tier_selector",
-]
+from edgeprune.plan.tiers import Tiers, tier_number
 
 CHECKS = ("full", "fast")
 PLAN = "plan.json"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from edgeprune.errors import PlanError, UsageError
-from edgeprune.plan import SITES, Cut, KeepPlan
+from edgeprune.plan.keep_plan import SITES, Cut, KeepPlan
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 

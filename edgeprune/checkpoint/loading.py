@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.applies import why_not
 from edgeprune.bundle import DecoderShape, ImageText, Source
+from edgeprune.bundle.integrity import sha256_of
 from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, require_extra
-from edgeprune.integrity import sha256_of
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.processors import ImageSpec, image_spec
-from edgeprune.registry import family_class, method_class
+from edgeprune.registry import family_class, method_class, why_not
 from edgeprune.tabletop import MODEL_FOLDER
 
 if TYPE_CHECKING:
-    from edgeprune.weights import StoredTensor
+    from edgeprune.checkpoint.weights import StoredTensor
 
 TABLETOP = "tabletop"
 PREPROCESSOR = "preprocessor_config.json"
@@ -196,7 +195,7 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
     require_extra("export", "torch", "transformers", "optimum")
     import transformers
 
-    from edgeprune.weights import stored_tensors
+    from edgeprune.checkpoint.weights import stored_tensors
 
     transformers.utils.logging.disable_progress_bar()  # the command shows its own stages
     family = family_class(folder.model_type)
@@ -240,7 +239,7 @@ def _stored_model(kind: Any, path: Path, config: Any, stored: list[StoredTensor]
     import transformers
     from transformers.core_model_loading import WeightConverter
 
-    from edgeprune.weights import attach, state_of
+    from edgeprune.checkpoint.weights import attach, state_of
 
     state = state_of(stored)
     model, report = kind.from_pretrained(None, config=config, state_dict=state, **_OPTIONS)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.bundle.integrity import FileRecord
 from edgeprune.errors import BundleError
-from edgeprune.fields import is_text, made
-from edgeprune.files import write_text
-from edgeprune.integrity import FileRecord
+from edgeprune.io.files import write_text
+from edgeprune.io.typed_json import is_text, made
 from edgeprune.targets import Lowering, target_named
 
 SCHEMA_VERSION = 6

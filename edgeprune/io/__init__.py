@@ -1,0 +1,1 @@
+"""Files, JSON and threads for every other room. Imports errors alone."""

@@ -1,0 +1,91 @@
+"""The image geometry of a plan: how the vision encoder divides a picture, and how many visual tokens each view gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgeprune.io.typed_json import made
+
+MAX_LAYERS, MAX_TOKENS = 4096, 2**31 - 1  # what a file may say: far beyond any model
+
+
+@dataclass(frozen=True)
+class View:
+    """What the vision encoder looks at in one go: a box of the prepared picture, and the visual tokens it becomes.
+
+    `top`, `left`, `height` and `width` in pixels of the picture as the image processor prepares it; `rows` x `columns` tokens in
+    reading order, each row followed by `separators` tokens that stand for no place (newlines). `time`: the temporal position of
+    its frame, counted from the first one.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    rows: int
+    columns: int
+    separators: int = 0
+    time: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of the view, separators included."""
+        return self.rows * (self.columns + self.separators)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The image size a graph is made for, in patches and in visual tokens.
+
+    `patch` and `merge` are the processor's patch size in pixels and the patches merged along each side of a visual token.
+    `views`: in the order of the sequence, where there is more than the one grid of the whole image (tiles, frames). `frames` of
+    a video, `fps` of them a second; an image has one.
+    """
+
+    height: int
+    width: int
+    patch: int
+    merge: int
+    views: tuple[View, ...] = ()
+    frames: int = 1
+    fps: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Visual tokens along the height of the whole image, were it one grid."""
+        return self.height // (self.patch * self.merge)
+
+    @property
+    def columns(self) -> int:
+        """Visual tokens along the width of the whole image, were it one grid."""
+        return self.width // (self.patch * self.merge)
+
+    @property
+    def layout(self) -> tuple[View, ...]:
+        """The views, of a plain image the one that is all of it."""
+        return self.views or (View(0, 0, self.height, self.width, self.rows, self.columns),)
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of one image, or of one video."""
+        return sum(view.tokens for view in self.layout)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Geometry:
+        """Return the geometry in JSON data; raise ValueError when it is malformed."""
+        found = made(cls, data, "geometry")
+        if min(found.height, found.width, found.patch, found.merge, found.frames) < 1 or found.fps < 0:
+            raise ValueError("geometry has a size below 1")
+        if any(min(asdict(view).values()) < 0 for view in found.views) or not 1 <= found.tokens <= MAX_TOKENS:
+            raise ValueError("geometry has views without a place, or no visual tokens, or far too many")
+        return found
+
+    def __str__(self) -> str:
+        size = f"{self.width}x{self.height} px"
+        clip = f"{self.frames} frames of {size}" if self.frames > 1 else size
+        if not self.views:
+            return f"{clip} = {self.rows} x {self.columns} visual tokens"
+        views = "one view" if len(self.views) == 1 else f"{len(self.views)} views"
+        return f"{clip} in {views} = {self.tokens} visual tokens"

@@ -1,0 +1,59 @@
+"""Plans in their simplest forms: unpruned, the same share everywhere, and a staircase of keep ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgeprune.errors import PlanError
+from edgeprune.plan.geometry import Geometry
+from edgeprune.plan.keep_plan import Cut, KeepPlan, keep_count
+
+DEFAULT_LAYER = 2  # FastV's canonical place
+
+
+def unpruned_plan(family: str, layers: int, geometry: Geometry) -> KeepPlan:
+    """Return the plan that keeps every visual token."""
+    return KeepPlan(family, layers, geometry)
+
+
+def ranked_plan(
+    base: KeepPlan, keeps: Sequence[int] | None = None, priors: Sequence[list[list[int]]] | None = None, **options: Any
+) -> KeepPlan:
+    """Return `base` with a PLPHP cut of every layer's cache: keeping `keeps` of each, or all that is there, ranked.
+
+    `priors`: for each layer and KV head the order of the image's places; `options`: other settings of `edgeprune.methods.plphp`.
+    """
+    counts = [base.alive(layer) for layer in range(base.layers)] if keeps is None else keeps
+    own = [{} for _ in counts] if priors is None else [{"prior": prior} for prior in priors]
+    return base.with_cuts(*(Cut("cache", "plphp", counts[n], n, options={**options, **own[n]}) for n in range(base.layers)))
+
+
+def staircase_plan(
+    base: KeepPlan, method: str, keeps: Sequence[float], at_layers: Sequence[int] = (), *, seed: int = 0, site: str | None = None
+) -> KeepPlan:
+    """Return `base` with one cut per keep ratio, each a share of all visual tokens, at the layer of the same position.
+
+    One ratio without a layer is cut at DEFAULT_LAYER; layer 0 is the input site, unless `site` says another. Inside the vision
+    encoder it is a share of every view's tokens. Raises PlanError when the numbers of ratios and layers differ or the counts grow.
+    """
+    layers = tuple(at_layers) or ((DEFAULT_LAYER,) if len(keeps) == 1 else ())
+    if len(layers) != len(keeps):
+        raise PlanError(f"{len(keeps)} keep ratios but {len(layers)} layers.", hint="Give one --layer for each --keep.")
+    cuts = tuple(
+        Cut(
+            site=site or ("layer" if layer else "input"),
+            method=method,
+            keep=encoder_count(base.geometry, keep) if site == "vision" else keep_count(base.geometry.tokens, keep),
+            layer=layer,
+            seed=seed,
+        )
+        for keep, layer in zip(keeps, layers, strict=True)
+    )
+    return KeepPlan(base.family, base.layers, base.geometry, cuts)
+
+
+def encoder_count(geometry: Geometry, keep: float) -> int:
+    """Return how many visual tokens a keep ratio leaves inside the vision encoder: of every view as many, at least one."""
+    views = len(geometry.layout)
+    return views * keep_count(geometry.tokens // views, keep)
