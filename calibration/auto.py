@@ -15,9 +15,9 @@ from edgeprune.calibration.decoding import decode_points
 from edgeprune.calibration.pareto import Curve, Point
 from edgeprune.calibration.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.plan import Cut, KeepPlan
-from edgeprune.runtime.profiling import DeviceTimes
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # tried in turn when the goal names no cost
 LEAST = 20  # samples on which a plan can be judged at all

@@ -18,10 +18,10 @@ from edgeprune.calibration.planning import read_plan
 from edgeprune.calibration.recipes import STATISTICAL, plan_at
 from edgeprune.calibration.samples import Sample, read_samples
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.profiling import DeviceTimes
 
 AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
 _SETTINGS = {  # which options a method takes

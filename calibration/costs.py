@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.device.modules import Module, module_named
+from edgeprune.device.jetson import Module, module_named
+from edgeprune.device.profile import PARTS, TEXT, DeviceTimes
 from edgeprune.families.base import DecoderParts
 from edgeprune.plan import Geometry, KeepPlan
-from edgeprune.runtime.profiling import PARTS, TEXT, DeviceTimes
 
 _REACHED = 0.5, 0.7  # of the peak: compute and bandwidth, middle of what engines usually reach
 

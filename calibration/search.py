@@ -19,10 +19,10 @@ from edgeprune.calibration.costs import flops_share, kv_share, predicted_ttft
 from edgeprune.calibration.pareto import Point
 from edgeprune.calibration.recipes import RESIZE
 from edgeprune.calibration.statistics import Statistics
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.profiling import DeviceTimes
 
 FIRST_ROUND = 24  # samples
 ALIKE, FINALISTS = 0.01, 8  # agreement that a few samples cannot tell apart, and how many such plans are looked at closely

@@ -83,8 +83,7 @@ def _model(bundle: Bundle, engine: Engine, state: State, max_kv_bytes: int | Non
 
 
 def _counter() -> Joules | None:
-    from edgeprune.device.power import find_power_source
-    from edgeprune.runtime.energy import EnergyCounter
+    from edgeprune.device.power import EnergyCounter, find_power_source
 
     source = find_power_source()
     return None if source is None else EnergyCounter(source)

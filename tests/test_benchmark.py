@@ -12,23 +12,22 @@ from click.testing import CliRunner
 from PIL import Image
 from recordings_jetson import orin_nano
 
+import edgeprune.benchmark.run
 import edgeprune.errors
-import edgeprune.runtime.benchmark
+from edgeprune.benchmark.chart import draw
+from edgeprune.benchmark.results import Spread, Startup, ratios, spreads
+from edgeprune.benchmark.run import WARM_UP, Benchmark, benchmark
+from edgeprune.benchmark.startup import measure_startup
+from edgeprune.benchmark.variants import Contender, Question
 from edgeprune.bundle import Bundle
 from edgeprune.cli.benchmarking import bench
 from edgeprune.cli.measured import show_benchmark
 from edgeprune.device.machine import Machine
 from edgeprune.device.power import Power
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import EdgePruneError, ImageError, MissingExtraError, UsageError
-from edgeprune.runtime.benchmark import WARM_UP, Benchmark, benchmark
-from edgeprune.runtime.chart import draw
-from edgeprune.runtime.contenders import Contender
-from edgeprune.runtime.figures import Spread, Startup, ratios, spreads
-from edgeprune.runtime.profiling import DeviceTimes
-from edgeprune.runtime.questions import Question
 from edgeprune.runtime.receipt import Receipt
-from edgeprune.runtime.startup import measure_startup
 
 TOKENS, REPEATS, CONTEXTS = 5, 3, (40, 60)
 ENTRY = 2 * 4 * 2 * 8  # bytes of one token's keys and values in one layer
@@ -164,7 +163,7 @@ def test_contenders_take_turns(tiny_bundle: Bundle, machine: Machine, report: Pa
 
 
 def test_no_sensor_means_no_energy(tiny_bundle: Bundle, machine: Machine, report: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edgeprune.runtime.benchmark, "find_power_source", lambda: None)
+    monkeypatch.setattr(edgeprune.benchmark.run, "find_power_source", lambda: None)
     measured = quick(tiny_bundle.path, machine, report, power=None)
     assert (measured.power_source, measured.power_rails) == (None, ())
     assert "energy_j" not in measured.of("pruned").costs
@@ -174,7 +173,7 @@ def test_a_source_that_was_found_is_closed(
     tiny_bundle: Bundle, machine: Machine, report: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, given = Constant(), Constant()
-    monkeypatch.setattr(edgeprune.runtime.benchmark, "find_power_source", lambda: found)
+    monkeypatch.setattr(edgeprune.benchmark.run, "find_power_source", lambda: found)
     quick(tiny_bundle.path, machine, report, power=None)
     quick(tiny_bundle.path, machine, report, power=given)
     assert found.closed and not given.closed

@@ -15,23 +15,21 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from edgeprune.benchmark.profile import bytes_to_read, cores, measure_peaks, product_graph, profile
+from edgeprune.benchmark.results import AtContext, Figures, Sizes, Spread, arithmetic_of, beside, decode_kv_bytes
+from edgeprune.benchmark.sweeps import filler
+from edgeprune.benchmark.variants import Chosen, Contender, check_names, chosen_tokens, contenders, equal_work_tokens
 from edgeprune.bundle import Bundle
-from edgeprune.device.graph import Graph, read_graph
+from edgeprune.device.onnx_file import Graph, read_graph
+from edgeprune.device.profile import DeviceTimes, reported_peaks
 from edgeprune.device.roofline import Operations, Peaks, prefill_operations, vision_operations
 from edgeprune.device.workload import PRECISIONS, Decoder, Tower, Workload
 from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.contenders import Chosen, Contender, check_names, chosen_tokens, contenders, equal_work_tokens
-from edgeprune.runtime.contexts import filler
 from edgeprune.runtime.engine import Step, StepInput
-from edgeprune.runtime.figures import AtContext, Figures, Spread, decode_kv_bytes
-from edgeprune.runtime.peaks import bytes_to_read, cores, measure_peaks
-from edgeprune.runtime.products import product_graph
-from edgeprune.runtime.profiling import DeviceTimes, profile, reported_peaks
 from edgeprune.runtime.receipt import Receipt
-from edgeprune.runtime.rooflines import Sizes, arithmetic_of, beside
 
 PEAKS = Peaks({"fp32": 1e9, "int8": 4e9}, 1e8, None)
 TOWER = Tower(layers=2, hidden=10, mlp=40, patches=16, tokens=4, parameters=1000, merger=100)
@@ -133,7 +131,7 @@ def test_peaks_without_the_arithmetic_are_refused() -> None:
 def test_a_profile_has_peaks_and_older_files_have_none(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeprune.runtime.profiling.measure_peaks", lambda threads: replace(PEAKS, threads=threads))
+    monkeypatch.setattr("edgeprune.benchmark.profile.measure_peaks", lambda threads: replace(PEAKS, threads=threads))
     profile(tiny_bundle, repeats=1, threads=1).save(tmp_path / "t.json")
     assert reported_peaks(tmp_path / "t.json") == replace(PEAKS, threads=1)
     DeviceTimes("old", "measured", 12, 1.0, (1.0,) * 5).save(tmp_path / "old.json")

@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 from edgeprune.bundle import Bundle
 from edgeprune.calibration.statistics import Statistics
 from edgeprune.cli import main
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.profiling import DeviceTimes
 from edgeprune.tabletop.dataset import write_dataset
 
 SIZE = ("--image-size", "84x84", "--max-tokens", "6")

@@ -8,11 +8,11 @@ from edgeprune.calibration.budget import Budget
 from edgeprune.calibration.candidates import encoder_plan
 from edgeprune.calibration.costs import RooflineTimes, flops_share, kv_share, predicted_ttft, roofline_times
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.device.modules import MODULES
+from edgeprune.device.jetson import MODULES
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
-from edgeprune.runtime.profiling import DeviceTimes
 
 GEOMETRY = Geometry(560, 560, 14, 2)  # 20 x 20
 WHOLE = unpruned_plan("qwen2_vl", 3, GEOMETRY)

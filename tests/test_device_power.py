@@ -24,8 +24,7 @@ from recordings_jetson import (
     thor,
 )
 
-from edgeprune.device.power import EnergyMeter, Ina3221, Power, TegrastatsPower, find_power_source, total_power
-from edgeprune.device.tegrastats import parse_tegrastats
+from edgeprune.device.power import EnergyMeter, Ina3221, Power, TegrastatsPower, find_power_source, parse_tegrastats, total_power
 
 NINES = "9" * 5000  # more digits than Python turns into a number
 HUGE = f"RAM {NINES}/{NINES}MB SWAP 1/{NINES}MB GR3D_FREQ {NINES}% VDD_IN {NINES}mW/{NINES}mW"

@@ -20,13 +20,14 @@ from device_simulation import SimulatedDriver, simulated_plan, simulated_tensorr
 from PIL import Image
 from test_sites import PLANS, PROMPT
 
+from edgeprune.benchmark.profile import profile
+from edgeprune.benchmark.selftest import selftest
 from edgeprune.bundle import EMBED, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.runtime import Runtime, load, providers
-from edgeprune.runtime.profiling import profile
 from edgeprune.runtime.providers import open_engine
 from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
 from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool, joined, upload
@@ -34,7 +35,6 @@ from edgeprune.runtime.tensorrt.building import Settings
 from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle
 from edgeprune.runtime.tensorrt.engine import TensorRTEngine
 from edgeprune.runtime.tensorrt.ranges import Limits, profiles_of
-from edgeprune.runtime.tensorrt.selftest import selftest
 from edgeprune.runtime.tensorrt.store import EngineRecord, Identity, Store, engine_key
 
 ORIN = Identity("10.3.0", "8.7")

@@ -9,16 +9,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from edgeprune.benchmark.results import Spread
+from edgeprune.benchmark.run import benchmark
+from edgeprune.benchmark.sweeps import AtKept, line_through, measure_growth
+from edgeprune.benchmark.variants import OWN, PROMPT, Question, own_contender
 from edgeprune.bundle import Bundle
 from edgeprune.cli.benchmarking import bench
 from edgeprune.errors import UsageError
 from edgeprune.runtime import load
-from edgeprune.runtime.benchmark import benchmark
-from edgeprune.runtime.contenders import OWN, own_contender
-from edgeprune.runtime.figures import Spread
-from edgeprune.runtime.growth import AtKept, line_through, measure_growth
 from edgeprune.runtime.providers import ENGINES
-from edgeprune.runtime.questions import PROMPT, Question
 from edgeprune.runtime.receipt import Times
 
 QUESTION = Question(PROMPT, 4, "exact")

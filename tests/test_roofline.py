@@ -14,8 +14,8 @@ import pytest
 
 from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.device.graph import read_graph
-from edgeprune.device.modules import MODULES, module_named
+from edgeprune.device.jetson import MODULES, module_named
+from edgeprune.device.onnx_file import read_graph
 from edgeprune.device.roofline import Range, estimate, prefill_operations, vision_operations
 from edgeprune.device.workload import PRECISIONS, Decoder, Precision, Tower, Workload, workload_of
 from edgeprune.errors import BundleError, UsageError

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgeprune.cli import main
-from edgeprune.runtime import allocator
+from edgeprune.device import memory as allocator
 
 # As many heaps as threads that hold something at once, and what the library says of them.
 CODE = """

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from edgeprune.bundle import Bundle
+from edgeprune.device.power import EnergyCounter
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.energy import EnergyCounter
 from edgeprune.runtime.engine import Step, StepInput
 from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.stream import Stream

@@ -16,10 +16,10 @@ from edgeprune.calibration.pareto import Curve, Point, pareto_front
 from edgeprune.calibration.search import Search
 from edgeprune.calibration.statistics import Source, Statistics
 from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import EdgePruneError, PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.profiling import DeviceTimes
 
 GEOMETRY = Geometry(560, 560, 14, 2)  # 20 x 20
 WHOLE = unpruned_plan("qwen2_vl", 3, GEOMETRY)

@@ -42,15 +42,15 @@ def bench(
     options["contexts"], options["kept"] = parse_counts(contexts, "--contexts 200,1000,2000"), parse_counts(kept, "--kept 256,1024")
     names = [name.strip() for name in compare.split(",") if name.strip()]
     _check_plot(plot)
+    from edgeprune.benchmark.run import benchmark
     from edgeprune.cli.measured import show_benchmark
     from edgeprune.cli.show import Counter
-    from edgeprune.runtime.benchmark import benchmark
 
     with Counter("rounds", repeats, quiet=as_json) as counter:
         result = benchmark(bundle, compare=names, repeats=repeats, progress=counter.update, **options)
     show_benchmark(result, as_json)
     if plot is not None:
-        from edgeprune.runtime.chart import draw
+        from edgeprune.benchmark.chart import draw
 
         draw(result, plot)
 

@@ -89,11 +89,11 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
 @click.pass_context
 def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, as_json: bool) -> None:
     """Compare the engines of BUNDLE on this device with ONNX Runtime on its CPU, step by step."""
+    from edgeprune.benchmark.selftest import selftest as run_selftest
     from edgeprune.bundle import Bundle
     from edgeprune.cli.built import show_selftest
     from edgeprune.cli.show import Stages
     from edgeprune.io.files import write_text
-    from edgeprune.runtime.tensorrt.selftest import selftest as run_selftest
 
     with Stages(["reference", "engines", "memory"], quiet=as_json) as stages:
         report = run_selftest(Bundle.load(bundle), progress=stages.begin)

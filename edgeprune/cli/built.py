@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from edgeprune.cli.show import show_facts, show_json, show_table
 
 if TYPE_CHECKING:
+    from edgeprune.benchmark.selftest import SelfTest
     from edgeprune.export.checking import Report
     from edgeprune.runtime.tensorrt.commands import BuildRequest
     from edgeprune.runtime.tensorrt.jobs import Done, Job
     from edgeprune.runtime.tensorrt.ranges import Profile, Shapes
-    from edgeprune.runtime.tensorrt.selftest import SelfTest
 
 
 class EngineProgress:

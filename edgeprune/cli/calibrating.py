@@ -125,9 +125,9 @@ def profile(bundle: Path, output: Path, repeats: int, threads: int | None, provi
     """Measure on this device what a first token of BUNDLE is made of, for `calibrate --method auto --target-ttft`."""
     from dataclasses import asdict
 
+    from edgeprune.benchmark.profile import profile as measure
     from edgeprune.bundle import Bundle
     from edgeprune.cli.show import show_facts
-    from edgeprune.runtime.profiling import profile as measure
 
     if repeats < 1:
         raise UsageError(f"The times need one run or more, not {repeats}.")

@@ -12,7 +12,7 @@ from edgeprune.cli.options import bundle_argument, json_option
 from edgeprune.targets import PRECISIONS
 
 if TYPE_CHECKING:
-    from edgeprune.device.modules import Module
+    from edgeprune.device.jetson import Module
     from edgeprune.device.roofline import Estimate, Memory, Range
     from edgeprune.device.workload import Workload
 
@@ -30,7 +30,8 @@ def estimate(bundle: Path, device: str, text_tokens: int, tokens: int, precision
     A roofline of the module's peak numbers, not a measurement; `edgeprune profile` measures.
     """
     from edgeprune.bundle import Bundle
-    from edgeprune.device import modules, roofline, workload
+    from edgeprune.device import jetson as modules
+    from edgeprune.device import roofline, workload
 
     module, opened = modules.module_named(device), Bundle.load(bundle)
     chosen = precision or _lowered(opened.manifest.precision)

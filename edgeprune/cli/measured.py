@@ -9,10 +9,10 @@ import click
 from edgeprune.cli.show import show_facts, show_json, show_table
 
 if TYPE_CHECKING:
+    from edgeprune.benchmark.results import Figures
+    from edgeprune.benchmark.run import Benchmark
     from edgeprune.device.doctor import Diagnosis
     from edgeprune.device.machine import Machine
-    from edgeprune.runtime.benchmark import Benchmark
-    from edgeprune.runtime.figures import Figures
 
 _COSTS = {
     "preprocess_ms": "preprocess ms",

@@ -40,7 +40,7 @@ from edgeprune.errors import require_extra
 def ros2(bundle: Path, **options: Any) -> None:
     """Answer questions about camera images over ROS 2, without ROS installed, until it is stopped."""
     require_extra("ros2", "cyclonedds")
-    from edgeprune.runtime.allocator import hold_steady
+    from edgeprune.device.memory import hold_steady
     from edgeprune.runtime.ros2.service import serve
 
     hold_steady()

@@ -39,7 +39,7 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     require_extra("serve", "starlette", "uvicorn", "pydantic", "prometheus_client")
     from dataclasses import fields
 
-    from edgeprune.runtime.allocator import hold_steady
+    from edgeprune.device.memory import hold_steady
     from edgeprune.runtime.server import Limits
     from edgeprune.runtime.server import serve as listen
     from edgeprune.runtime.server.keys import VARIABLE, read_keys

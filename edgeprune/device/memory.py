@@ -1,7 +1,16 @@
-"""Memory: what /proc/meminfo says of the machine, and the peak of this process."""
+"""Memory: what /proc/meminfo says of the machine, and the peak of this process.
+
+Have the C library's allocator give memory back, for processes that answer for weeks.
+
+glibc makes up to eight heaps for each core, and takes ever larger pieces from them instead of from the system once such a piece has
+been freed (mallopt(3), M_MMAP_THRESHOLD). Where several threads take and free images and caches of all sizes, what is free lies
+between what is not, and further threads bring heaps of their own: the resident memory rises for a long time. With two heaps, and
+everything large from the system and back to it at once, it is level after some minutes; docs/soak.md has the figures.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -10,6 +19,9 @@ from pathlib import Path
 from edgeprune.device.system import read_text
 
 _LINE = re.compile(r"^(\w+):\s+(\d{1,15})\s*kB", re.MULTILINE)
+
+_ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # mallopt's parameters
+_ARENAS, _LARGE = 2, 256 << 10  # bytes
 
 
 @dataclass(frozen=True)
@@ -51,3 +63,19 @@ def reset_peak_rss(root: Path = Path("/")) -> bool:
     except OSError:
         return False
     return True
+
+
+def hold_steady() -> None:
+    """Set glibc's allocator so that memory stays flat; to be called before there are threads.
+
+    For programs of our own alone: what another program does with its memory is not ours to say. Whoever sets MALLOC_ARENA_MAX or
+    GLIBC_TUNABLES has decided already, and another C library has no such settings: then nothing happens.
+    """
+    import ctypes
+
+    if "MALLOC_ARENA_MAX" in os.environ or "GLIBC_TUNABLES" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_ARENA_MAX, _ARENAS)
+        mallopt(_MMAP_THRESHOLD, _LARGE)

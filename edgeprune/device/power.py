@@ -1,12 +1,17 @@
-"""Power and energy: the INA sensors of a Jetson, or tegrastats, and a meter that integrates what they say over time.
+"""Lines of tegrastats: memory, GPU load, temperatures and power, in the forms of JetPack 5, 6 and 7 and those before.
+
+Power and energy: the INA sensors of a Jetson, or tegrastats, and a meter that integrates what they say over time.
 
 A module with one input rail is read there. AGX Orin has none: its total is the sum of the rails that are fed side by side, of
 which VIN_SYS_5V0 is only one. Thor's developer kit measures its whole input, carrier board included, as VIN, which INA3221 does
 not see.
+
+Joules since a runtime was loaded, by sampling what the machine draws.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import threading
 import time
@@ -17,12 +22,49 @@ from types import TracebackType
 from typing import Protocol
 
 from edgeprune.device.system import read_number, read_text
-from edgeprune.device.tegrastats import parse_tegrastats
+
+_RAM = re.compile(r"\bRAM (\d{1,9})/(\d{1,9})MB")
+_SWAP = re.compile(r"\bSWAP (\d{1,9})/(\d{1,9})MB")
+_LOAD = re.compile(r"\bGR3D(?:_FREQ)? (\d{1,3})%")  # Thor names frequencies alone: "GR3D_FREQ @[1000,1000,1000]"
+_SENSOR = re.compile(r"(?<![\w%])([A-Za-z]\w*)@(-?\d{1,9}(?:\.\d{1,9})?)C\b")
+# Now, average and (JetPack 7.2) peak. Old lines have no unit; "RAM 2257/30536MB" must not pass for one of them.
+_RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (?:(-?\d{1,9})mW(?:/-?\d+mW)*|(-?\d{1,9})/-?\d+)(?!\S)")
+_OFF = -256.0  # degrees of a sensor whose part of the chip is switched off
 
 _INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")  # each the whole input of its board
 _FED_BY_OTHERS = ("VDDQ_VDD2_1V8AO",)  # drawn from VIN_SYS_5V0: adding it would count it twice
 _UNUSED = ("", "NC", "sum of shunt voltages")
 _CHANNELS = (1, 2, 3)
+
+_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Tegrastats:
+    """One line: mebibytes, percent, milliwatts by rail and degrees Celsius by sensor; None for what the line does not say."""
+
+    ram_used: int | None
+    ram_total: int | None
+    swap_used: int | None
+    swap_total: int | None
+    gpu_load: int | None
+    rails: Mapping[str, int]
+    temperatures: Mapping[str, float]
+
+
+def parse_tegrastats(line: str) -> Tegrastats:
+    """Return what a line says. Power is the momentary value; sensors that are off are left out."""
+    ram, swap, load = _RAM.search(line), _SWAP.search(line), _LOAD.search(line)
+    degrees = {name: float(value) for name, value in _SENSOR.findall(line)}
+    return Tegrastats(
+        ram_used=int(ram[1]) if ram else None,
+        ram_total=int(ram[2]) if ram else None,
+        swap_used=int(swap[1]) if swap else None,
+        swap_total=int(swap[2]) if swap else None,
+        gpu_load=int(load[1]) if load else None,
+        rails={name: int(with_unit or without) for name, with_unit, without in _RAIL.findall(line)},
+        temperatures={name: value for name, value in degrees.items() if value > _OFF},
+    )
 
 
 @dataclass(frozen=True)
@@ -191,3 +233,41 @@ def _labelled_channels(root: Path) -> list[tuple[str, str, int]]:
         labels = ((read_text(root, f"{folder}/in{channel}_label") or "", folder, channel) for channel in _CHANNELS)
         found += [entry for entry in labels if entry[0] not in _UNUSED]
     return found
+
+
+class EnergyCounter:
+    """Counts what a source says is drawn, from now until `close`. Of the whole machine: what idles and what else runs is in it."""
+
+    def __init__(self, source: PowerSource, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._source, self._clock = source, clock
+        self._last: tuple[float, float] | None = None  # seconds, milliwatts
+        self._total: float | None = None
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def joules(self) -> float | None:
+        """Energy up to now; None while there is no reading."""
+        self._sample()
+        return self._total
+
+    def close(self) -> None:
+        """Stop counting, and let go of the source."""
+        self._stop.set()
+        self._thread.join()
+        self._source.close()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_PAUSE_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        with self._lock:
+            power = self._source.read()
+            if power is None:
+                return
+            now = (self._clock(), power.milliwatts)
+            if self._last is not None:
+                self._total = (self._total or 0.0) + (now[0] - self._last[0]) * (now[1] + self._last[1]) / 2000
+            self._last, self._total = now, self._total or 0.0

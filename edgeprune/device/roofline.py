@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgeprune.device.modules import Module
+from edgeprune.device.jetson import Module
 from edgeprune.device.workload import Workload
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
-from edgeprune.device.graph import Graph, read_graph
+from edgeprune.device.onnx_file import Graph, read_graph
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 

@@ -12,7 +12,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
-from edgeprune.device.modules import module_named
+from edgeprune.device.jetson import module_named
 from edgeprune.device.roofline import Range, estimate
 from edgeprune.device.workload import Decoder, Precision, Tower, Workload
 

@@ -11,10 +11,10 @@ import recordings_jetson
 
 from edgeprune.calibration.samples import Sample, read_samples, score
 from edgeprune.calibration.statistics import Source, Statistics
+from edgeprune.device.power import Tegrastats, parse_tegrastats
+from edgeprune.device.profile import DeviceTimes
 from edgeprune.device.roofline import Peaks
-from edgeprune.device.tegrastats import Tegrastats, parse_tegrastats
 from edgeprune.plan import Geometry
-from edgeprune.runtime.profiling import DeviceTimes
 from fuzz.conforming import check_type, is_number, is_whole
 from fuzz.files import in_file, scratch
 from fuzz.mutations import bytes_variant, json_variant

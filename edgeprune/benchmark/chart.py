@@ -12,9 +12,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from edgeprune.benchmark.results import STAGES
+from edgeprune.benchmark.run import Benchmark
 from edgeprune.io.files import write_bytes
-from edgeprune.runtime.benchmark import Benchmark
-from edgeprune.runtime.figures import STAGES
 
 _COLORS = ("#9aa5b1", "#2f6db5", "#e0952f", "#3a9a6b")  # of the stages, in their order
 _LINES = ("#1f4e8c", "#5d6670", "#c9622b", "#3a9a6b", "#8a4fa3", "#b03a48")

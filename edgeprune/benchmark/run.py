@@ -12,22 +12,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgeprune.benchmark.profile import measure_peaks
+from edgeprune.benchmark.results import AtContext, Figures, Row, Startup, beside, decode_kv_bytes, ratios, row_of, sizes_of, spreads
+from edgeprune.benchmark.startup import measure_startup
+from edgeprune.benchmark.sweeps import AtKept, Line, line_through, measure_contexts, measure_growth
+from edgeprune.benchmark.variants import OWN, PROMPT, WHOLE, WORDS, Contender, Question, contenders, equal_work_tokens
 from edgeprune.bundle import Manifest
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.device.power import EnergyMeter, PowerSource, find_power_source
+from edgeprune.device.profile import reported_peaks
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
-from edgeprune.runtime.contenders import OWN, WHOLE, WORDS, Contender, contenders, equal_work_tokens
-from edgeprune.runtime.contexts import measure_contexts
-from edgeprune.runtime.figures import AtContext, Figures, Row, Startup, decode_kv_bytes, ratios, row_of, spreads
-from edgeprune.runtime.growth import AtKept, Line, line_through, measure_growth
-from edgeprune.runtime.peaks import measure_peaks
-from edgeprune.runtime.profiling import reported_peaks
 from edgeprune.runtime.providers import ENGINES
-from edgeprune.runtime.questions import PROMPT, Question
 from edgeprune.runtime.receipt import Receipt
-from edgeprune.runtime.rooflines import beside, sizes_of
-from edgeprune.runtime.startup import measure_startup
 
 WARM_UP = 2  # rounds that are not counted
 

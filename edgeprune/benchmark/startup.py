@@ -14,13 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from edgeprune.benchmark.results import Startup
+from edgeprune.benchmark.variants import OWN, Question, own_contender, variant
 from edgeprune.bundle import Manifest
 from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.errors import EdgePruneError
-from edgeprune.runtime.contenders import OWN, own_contender, variant
-from edgeprune.runtime.figures import Startup
 from edgeprune.runtime.loading import load
-from edgeprune.runtime.questions import Question
 
 # The clock runs before anything of ours, or numpy, is there.
 _PROGRAM = """
@@ -28,7 +27,7 @@ import time
 began = time.perf_counter()
 import edgeprune.runtime
 imported = time.perf_counter() - began
-from edgeprune.runtime.startup import report
+from edgeprune.benchmark.startup import report
 report(1e3 * imported)
 """
 _PIECE = 1 << 22  # bytes read at once

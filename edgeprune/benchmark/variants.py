@@ -4,6 +4,8 @@
 plan leaves alive, rounded. They pass every layer, at their original positions, and the graphs are those of the bundle: what is
 measured is whether a plan's time is more than that of its number of tokens. Which tokens they are changes no time, so that
 "uniform" takes every n-th of the sequence, not the farthest points of the method of that name.
+
+What every contender of a benchmark is asked.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from edgeprune.runtime.interrupt import Interrupt
 from edgeprune.runtime.loading import load
 from edgeprune.runtime.model import Model, State
 from edgeprune.runtime.providers import ENGINES
+from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.session import Pictures, Runtime
+from edgeprune.runtime.stream import Stream
 from edgeprune.tabletop.showing import frames_for
 
 OWN = "pruned"
@@ -34,6 +38,8 @@ WHOLE = "none"
 BLIND = ("random", "uniform")  # they choose without looking
 WORDS = (WHOLE, *BLIND)
 _RECALL = 1 << 30  # bytes: more than one image takes
+
+PROMPT = "What is on the table?"
 
 
 @dataclass(frozen=True)
@@ -205,3 +211,34 @@ def _check_bundle(name: str) -> None:
             hint="Export one with --image-size, and give its path: --compare small.bundle",
         )
     raise UsageError(f"Cannot compare with {name!r}.", hint=f"Name {', '.join(WORDS)}, or the path of another bundle.")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the length of the answer in tokens. `fit`: what to do with an image of another aspect than a bundle's."""
+
+    prompt: str
+    tokens: int
+    fit: str
+
+    def stream(self, asked: Contender) -> Stream:
+        """Return the answer of a contender in a new conversation, of exactly `tokens` tokens."""
+        return asked.runtime.stream(asked.picture, self.prompt, prune=asked.prune, fit=self.fit, max_tokens=self.tokens)
+
+    def answer(self, asked: Contender) -> Receipt:
+        """Return the receipt of that answer."""
+        stream = self.stream(asked)
+        "".join(stream)
+        return stream.receipt
+
+    def again(self, asked: Contender) -> tuple[Receipt, Receipt]:
+        """Return the receipts, up to the first token, of the question in another conversation, and of a second one after it there.
+
+        The first answer is empty, so that the conversation reads it as it wrote it and keeps its caches.
+        """
+        chat = asked.silent.chat(prune=asked.prune, fit=self.fit)
+        first = chat.ask(self.prompt, asked.picture)
+        "".join(first)
+        second = chat.ask(self.prompt)
+        "".join(second)
+        return first.receipt, second.receipt
