@@ -15,7 +15,7 @@ from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan, kept_of
 from edgeprune.runtime.conversation import Conversation
 from edgeprune.runtime.engine import StepInput, Tokens
-from edgeprune.runtime.images import read_image
+from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.sampling import Sampling
 
 

@@ -18,10 +18,11 @@ from edgeprune.plan import KeepPlan
 from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.engine import Engine, Seen, Step, StepInput
 from edgeprune.runtime.interrupt import Interrupt
 from edgeprune.runtime.model import Model
+from edgeprune.runtime.text.prompt import ChatTemplate
+from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.targets import Lowering
 
 

@@ -11,13 +11,13 @@ if __name__ != "edgeprune.runtime":
     raise ImportError("Import edgeprune.runtime: runtime/ is a folder of the package edgeprune, which links to it.")
 
 from edgeprune.runtime.conversation import Turn
-from edgeprune.runtime.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
-from edgeprune.runtime.frames import NV12
 from edgeprune.runtime.loading import load
-from edgeprune.runtime.receipt import CutReceipt, Receipt, Times
+from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
+from edgeprune.runtime.media.frames import NV12
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.session import Answer, Chat, Runtime
 from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt, Times
 from edgeprune.runtime.terms import Terms
 
 __all__ = [

@@ -11,21 +11,21 @@ from PIL import Image
 from edgeprune.errors import UsageError
 from edgeprune.processors import fit
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.chat import Message, refuse_control_tokens
 from edgeprune.runtime.engine import Step
 from edgeprune.runtime.generation import Asked, Generation
 from edgeprune.runtime.intake import Intake
 from edgeprune.runtime.interrupt import Interrupted
-from edgeprune.runtime.layout import ImageLayout
+from edgeprune.runtime.media.images import digest
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.prefill import Prefill
 from edgeprune.runtime.rate import Rate
-from edgeprune.runtime.recall import digest
-from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.sampling import Sampler, Sampling
 from edgeprune.runtime.showing import Shown
 from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.terms import Terms
+from edgeprune.runtime.text.prompt import ImageLayout, Message
+from edgeprune.runtime.text.tokenizer import refuse_control_tokens
 
 Picture = Image.Image | Sequence[Image.Image]
 ROLES = ("system", "user", "assistant")

@@ -6,15 +6,15 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from edgeprune.runtime.chat import StreamDecoder
 from edgeprune.runtime.engine import Step
 from edgeprune.runtime.intake import Intake
 from edgeprune.runtime.interrupt import DEADLINE, Interrupt, Interrupted
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.rate import Rate
-from edgeprune.runtime.receipt import Receipt, Stage
-from edgeprune.runtime.sampling import Sampler, StopWatch
+from edgeprune.runtime.sampling import Sampler
+from edgeprune.runtime.telemetry.receipt import Receipt, Stage
 from edgeprune.runtime.terms import Terms
+from edgeprune.runtime.text.tokenizer import StopWatch, StreamDecoder
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from edgeprune.runtime.interrupt import Interrupt
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.positions import span_positions, text_positions
 from edgeprune.runtime.rate import Rate
-from edgeprune.runtime.receipt import ImageAccount, Receipt, cut_receipts
+from edgeprune.runtime.telemetry.receipt import ImageAccount, Receipt, cut_receipts
 
 SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2
 _ONE_HOT = np.eye(3, dtype=np.float32)

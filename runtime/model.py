@@ -15,12 +15,13 @@ from edgeprune.bundle import DecoderShape, ImageText
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import tier_number
 from edgeprune.processors import ImageSpec
-from edgeprune.runtime.chat import ChatTemplate, TextCodec
 from edgeprune.runtime.engine import Engine
-from edgeprune.runtime.grammar import GrammarCompiler
 from edgeprune.runtime.recall import Recall
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.terms import Pace
+from edgeprune.runtime.text.grammar import GrammarCompiler
+from edgeprune.runtime.text.prompt import ChatTemplate
+from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.runtime.turns import Turns
 
 Watcher = Callable[[Receipt], None]

@@ -11,11 +11,11 @@ from edgeprune.plan import KeepPlan
 from edgeprune.runtime.engine import Seen, Step
 from edgeprune.runtime.generation import Asked
 from edgeprune.runtime.intake import Intake, Prefix, Selected, can_be_resumed
-from edgeprune.runtime.layout import ImageLayout
 from edgeprune.runtime.model import Model
-from edgeprune.runtime.receipt import ImageAccount
 from edgeprune.runtime.showing import Shown
+from edgeprune.runtime.telemetry.receipt import ImageAccount
 from edgeprune.runtime.terms import ASKED, DEADLINE, choose_tier
+from edgeprune.runtime.text.prompt import ImageLayout
 
 
 class Prefill:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from edgeprune.plan import Cut
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Engine, Step
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 
 class Rate:

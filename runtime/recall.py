@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from hashlib import blake2b
+from collections.abc import Hashable
 from typing import Any
-
-from PIL import Image
 
 
 class Recall:
@@ -51,11 +48,3 @@ class Recall:
         with self._lock:
             self._entries.clear()
             self.bytes = 0
-
-
-def digest(frames: Sequence[Image.Image], *others: object) -> bytes:
-    """Return a hash of the pixels of frames, their sizes, and whatever else decides what becomes of them."""
-    found = blake2b(repr((*(frame.size for frame in frames), *others)).encode(), digest_size=16)
-    for frame in frames:
-        found.update(frame.tobytes())
-    return found.digest()

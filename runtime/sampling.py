@@ -13,7 +13,7 @@ import numpy as np
 from edgeprune.errors import EdgePruneError, UsageError
 
 if TYPE_CHECKING:
-    from edgeprune.runtime.grammar import Constraint
+    from edgeprune.runtime.text.grammar import Constraint
 
 
 @dataclass(frozen=True)
@@ -86,39 +86,6 @@ class Sampler:
         mass = np.cumsum(probabilities[order])
         nucleus = order[: int(np.searchsorted(mass, self.sampling.top_p * mass[-1])) + 1]
         return int(nucleus[(scores[nucleus] + luck[nucleus]).argmax()])
-
-
-class StopWatch:
-    """Holds back text that may be the beginning of a stop string; `stopped` tells that one is complete."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """Add text and return what can be shown; after a stop string nothing can."""
-        if self.stopped:
-            return ""
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """Return what is held back, at the end of the answer."""
-        shown, self._held = self._held, ""
-        return shown
-
-    def _overlap(self, stop: str) -> int:
-        # The longest end of the held text that begins the stop string.
-        return next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 def _refuse_structure(choices: Sequence[str] | None, schema: Mapping[str, Any] | None) -> None:

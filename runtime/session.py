@@ -12,17 +12,16 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
 from edgeprune.runtime.conversation import Conversation, Picture, Turn
-from edgeprune.runtime.feed import Feed
-from edgeprune.runtime.images import Source, read_image
+from edgeprune.runtime.media.feed import Feed
+from edgeprune.runtime.media.images import Source, read_image
 from edgeprune.runtime.model import Model, Watcher
-from edgeprune.runtime.receipt import CutReceipt, Receipt
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt
 from edgeprune.runtime.terms import Terms
 
 if TYPE_CHECKING:  # what draws is imported by who draws: it costs a tenth of what we are here for
-    from edgeprune.runtime.board import Board
-    from edgeprune.runtime.overlay import Panel
+    from edgeprune.runtime.media.overlay import Board, Panel
 
 Pictures = Source | Sequence[Source]
 
@@ -124,7 +123,7 @@ class Runtime:
 
     def draw(self, image: Pictures, receipt: Receipt, *, fit: str = "exact") -> Image.Image:
         """Return the image once for each cut of an answer's receipt, the dropped visual tokens greyed out; KV caches are one."""
-        from edgeprune.runtime.overlay import lay_out
+        from edgeprune.runtime.media.overlay import lay_out
 
         return lay_out(self.panels(image, receipt, fit=fit))
 
@@ -142,14 +141,14 @@ class Runtime:
         return [panel for frames, cuts in zip(shown, parts, strict=True) for panel in self._panels(frames, cuts, fit)]
 
     def _panels(self, frames: list[Image.Image], cuts: Sequence[CutReceipt], fit: str) -> list[Panel]:
-        from edgeprune.runtime.overlay import kept_panels
+        from edgeprune.runtime.media.overlay import kept_panels
 
         caches = {str(cut) for cut in self.plan.cache_cuts}
         kept = [(cut.cut, cut.kept) for cut in cuts if cut.cut not in caches]
         return kept_panels(self._board(frames, fit), kept, [cut.kept for cut in cuts if cut.cut in caches])
 
     def _board(self, frames: list[Image.Image], fit: str) -> Board:
-        from edgeprune.runtime.board import Board
+        from edgeprune.runtime.media.overlay import Board
 
         geometry, spec = self.plan.geometry, self._model.image_spec
         fitted = [fit_image(frame, geometry, fit, spec) for frame in frames]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator
 
 from edgeprune.runtime.interrupt import CANCELLED, Interrupt
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 
 class Stream:

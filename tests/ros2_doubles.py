@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.feed import Feed
-from edgeprune.runtime.receipt import Receipt, Times
+from edgeprune.runtime.media.feed import Feed
 from edgeprune.runtime.ros2.answerer import Answerer, Outlets
 from edgeprune.runtime.ros2.tally import Report
+from edgeprune.runtime.telemetry.receipt import Receipt, Times
 
 WAIT = 10.0
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from edgeprune.runtime.chat import TextCodec
-from edgeprune.runtime.grammar import GrammarCompiler
 from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.text.grammar import GrammarCompiler
+from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.tabletop import MODEL_FOLDER
 
 END, OTHER_END = 2, 0  # of the bundled tokenizer

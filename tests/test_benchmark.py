@@ -27,7 +27,7 @@ from edgeprune.device.power import Power
 from edgeprune.device.profile import DeviceTimes
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import EdgePruneError, ImageError, MissingExtraError, UsageError
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 TOKENS, REPEATS, CONTEXTS = 5, 3, (40, 60)
 ENTRY = 2 * 4 * 2 * 8  # bytes of one token's keys and values in one layer

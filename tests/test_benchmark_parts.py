@@ -29,7 +29,7 @@ from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Step, StepInput
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 PEAKS = Peaks({"fp32": 1e9, "int8": 4e9}, 1e8, None)
 TOWER = Tower(layers=2, hidden=10, mlp=40, patches=16, tokens=4, parameters=1000, merger=100)

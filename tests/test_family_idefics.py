@@ -35,8 +35,8 @@ from edgeprune.families.idefics3 import Idefics3
 from edgeprune.families.smolvlm import SmolVLM
 from edgeprune.plan import Geometry, View
 from edgeprune.processors import image_spec
-from edgeprune.runtime.chat import TextCodec
-from edgeprune.runtime.layout import ImageLayout
+from edgeprune.runtime.text.prompt import ImageLayout
+from edgeprune.runtime.text.tokenizer import TextCodec
 
 
 def model_of(kind: Any, config: Any) -> Any:

@@ -18,7 +18,7 @@ from transformers.models.paligemma.processing_paligemma import PaliGemmaProcesso
 from edgeprune.errors import UnsupportedModelError, UsageError
 from edgeprune.families.paligemma import PaliGemma
 from edgeprune.plan import Geometry
-from edgeprune.runtime.chat import ChatTemplate
+from edgeprune.runtime.text.prompt import ChatTemplate
 
 SQUARE = Geometry(56, 56, 14, 1)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.runtime import Feed, Receipt, Runtime, load
-from edgeprune.runtime.feed import FeedTimeout
+from edgeprune.runtime.media.feed import FeedTimeout
 
 HOURS = 6 * 3600.0
 PROMPT = "What colour is the cube?"

@@ -21,7 +21,7 @@ from fuzz.state import State
 from fuzz.target import Broken, Hang, Target, attempt, check_message
 from fuzz.targets import TARGETS
 
-from edgeprune.runtime import images
+from edgeprune.runtime.media import images
 
 PLAN = '{"schema_version":2,"family":"x","layers":%s,"geometry":{"height":%s,"width":28,"patch":14,"merge":%s},"cuts":%s}'
 CUT = '[{"site":"input","method":"random","keep":1,%s}]'

@@ -14,8 +14,8 @@ import pytest
 from speakers import END, OTHER_END, Speaker, bundled, larger, llama_like
 
 from edgeprune.errors import EdgePruneError
-from edgeprune.runtime.grammar import GrammarCompiler
 from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.text.grammar import GrammarCompiler
 
 POINT = {
     "type": "object",

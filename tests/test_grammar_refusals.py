@@ -10,8 +10,8 @@ from speakers import END, OTHER_END, Speaker, bundled, with_alphabet
 from tokenizers import Tokenizer, models
 
 from edgeprune.errors import EdgePruneError, MissingExtraError, UsageError
-from edgeprune.runtime.grammar import GrammarCompiler
 from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.text.grammar import GrammarCompiler
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from edgeprune.cli.benchmarking import bench
 from edgeprune.errors import UsageError
 from edgeprune.runtime import load
 from edgeprune.runtime.providers import ENGINES
-from edgeprune.runtime.receipt import Times
+from edgeprune.runtime.telemetry.receipt import Times
 
 QUESTION = Question(PROMPT, 4, "exact")
 

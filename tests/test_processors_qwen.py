@@ -17,7 +17,7 @@ from edgeprune.errors import BundleError, ImageError, UsageError
 from edgeprune.plan import Geometry
 from edgeprune.processors import fit, image_spec
 from edgeprune.processors.qwen import GridSpec
-from edgeprune.runtime.images import read_image
+from edgeprune.runtime.media.images import read_image
 
 KIND = "Qwen2VLImageProcessor"
 AREAS = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 4 * 200}

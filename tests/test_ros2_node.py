@@ -21,7 +21,7 @@ from ros2_peer import LOOPBACK, WAIT, Peer
 
 from edgeprune.bundle import Bundle
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.frames import NV12
+from edgeprune.runtime.media.frames import NV12
 from edgeprune.runtime.ros2.messages import CompressedImage, Header, Image, String, Time
 
 PROMPT = "What colour is the cube?"

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from edgeprune.errors import BundleError, UsageError
-from edgeprune.runtime.chat import ChatTemplate, Message, StreamDecoder, TextCodec, refuse_control_tokens
+from edgeprune.runtime.text.prompt import ChatTemplate, Message
+from edgeprune.runtime.text.tokenizer import StreamDecoder, TextCodec, refuse_control_tokens
 from edgeprune.tabletop import MODEL_FOLDER
 
 QWEN = (

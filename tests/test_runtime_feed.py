@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from edgeprune.errors import EdgePruneError, ImageError, UsageError
-from edgeprune.runtime.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
-from edgeprune.runtime.frames import NV12
-from edgeprune.runtime.images import read_image
+from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
+from edgeprune.runtime.media.frames import NV12
+from edgeprune.runtime.media.images import read_image
 
 LIMIT = 10  # seconds, of every wait
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_runtime_feed import Clock, filled, names
 
-from edgeprune.runtime.feed import Feed, FeedTimeout
+from edgeprune.runtime.media.feed import Feed, FeedTimeout
 
 
 def test_a_window_without_a_rate_is_the_newest_frames() -> None:

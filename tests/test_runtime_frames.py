@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from edgeprune.errors import ImageError
-from edgeprune.runtime.frames import NV12, dlpack_array, is_dlpack
-from edgeprune.runtime.images import read_image
+from edgeprune.runtime.media.frames import NV12, dlpack_array, is_dlpack
+from edgeprune.runtime.media.images import read_image
 
 # The standards' own numbers: E'R = E'Y + a E'Cr and so on, brightness 219 steps above 16, colours 224 around 128.
 STANDARD = {"bt601": (1.402, 0.344136286, 0.714136286, 1.772), "bt709": (1.5748, 0.187324273, 0.468124273, 1.8556)}

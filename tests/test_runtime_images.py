@@ -20,7 +20,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from edgeprune.errors import ImageError
-from edgeprune.runtime.images import FORMATS, MAX_PIXELS, read_image
+from edgeprune.runtime.media.images import FORMATS, MAX_PIXELS, read_image
 
 MODES = ("1", "L", "LA", "P", "P key", "P alpha", "RGB", "RGB key", "RGBA", "L key", "I;16", "CMYK")
 

@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import Split
 from edgeprune.bundle import ImageText
 from edgeprune.errors import BundleError
 from edgeprune.plan import Geometry, View
-from edgeprune.runtime.chat import TextCodec
-from edgeprune.runtime.layout import ImageLayout
+from edgeprune.runtime.text.prompt import ImageLayout
+from edgeprune.runtime.text.tokenizer import TextCodec
 
 LETTERS = {letter: number for number, letter in enumerate("abcdmi ?")}
 IMAGE = LETTERS["i"]

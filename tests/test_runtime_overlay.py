@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.board import MAX_SIDE, MIN_WIDTH, Board
-from edgeprune.runtime.overlay import CACHES, draw_kept, kept_panels
+from edgeprune.runtime.media.overlay import CACHES, MAX_SIDE, MIN_WIDTH, Board, draw_kept, kept_panels
 
 TOP, MARGIN = 84, 20  # where the panels' images begin
 RED = (200, 30, 40)

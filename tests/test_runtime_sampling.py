@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.grammar import Constraint
-from edgeprune.runtime.sampling import Sampler, Sampling, StopWatch
+from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.text.grammar import Constraint
+from edgeprune.runtime.text.tokenizer import StopWatch
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 

@@ -16,8 +16,8 @@ from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.cache import KvCache
 from edgeprune.runtime.engine import Step, StepInput
-from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 PROMPT = "What colour is the cube?"
 LONG = 400

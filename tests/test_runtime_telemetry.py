@@ -14,8 +14,8 @@ from PIL import Image
 from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Feed, Runtime, load
-from edgeprune.runtime.metrics import Metrics
-from edgeprune.runtime.tracing import Spans
+from edgeprune.runtime.telemetry.metrics import Metrics
+from edgeprune.runtime.telemetry.tracing import Spans
 
 PROMPT = "What colour is the cube?"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.chat import TextCodec
+from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.tabletop import MODEL_FOLDER
 from edgeprune.tabletop.dataset import scenes, write_dataset
 from edgeprune.tabletop.drawing import draw_scene

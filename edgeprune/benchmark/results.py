@@ -22,7 +22,7 @@ from edgeprune.device.roofline import Peaks, prefill_operations, vision_operatio
 from edgeprune.device.workload import Workload, workload_of
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 Row = Mapping[str, float]  # the costs of one round, by name
 STAGES = ("preprocess_ms", "vision_ms", "select_ms", "prefill_ms")  # they add up to ttft_ms

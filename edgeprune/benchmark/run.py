@@ -24,7 +24,7 @@ from edgeprune.device.profile import reported_peaks
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
 from edgeprune.runtime.providers import ENGINES
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 WARM_UP = 2  # rounds that are not counted
 

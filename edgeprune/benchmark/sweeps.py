@@ -16,8 +16,8 @@ import numpy as np
 from edgeprune.benchmark.results import AtContext, Spread, median, spread
 from edgeprune.benchmark.variants import Contender, Question, blind
 from edgeprune.errors import UsageError
-from edgeprune.runtime.chat import TextCodec
 from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.text.tokenizer import TextCodec
 
 STEPS = 4  # of one contender in a row
 _WORDS = (" a", " the", " is", " on", " cube")  # one of them is a single token of nearly every tokenizer

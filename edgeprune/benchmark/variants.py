@@ -21,16 +21,16 @@ from edgeprune.bundle import is_bundle
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.chat import TextCodec
 from edgeprune.runtime.engine import Engine, Seen, Step, StepInput, Tokens
-from edgeprune.runtime.images import read_image
 from edgeprune.runtime.interrupt import Interrupt
 from edgeprune.runtime.loading import load
+from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.model import Model, State
 from edgeprune.runtime.providers import ENGINES
-from edgeprune.runtime.receipt import Receipt
 from edgeprune.runtime.session import Pictures, Runtime
 from edgeprune.runtime.stream import Stream
+from edgeprune.runtime.telemetry.receipt import Receipt
+from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.tabletop.showing import frames_for
 
 OWN = "pruned"

@@ -49,7 +49,7 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool
     prompt = _need_both(image, prompt)
     from edgeprune.cli.show import show_answer
     from edgeprune.runtime import load
-    from edgeprune.runtime.images import read_image
+    from edgeprune.runtime.media.images import read_image
 
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
     pictures = [read_image(path) for path in image]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgeprune.report.words import counted
 from edgeprune.runtime import Answer, CutReceipt, Receipt, Runtime
-from edgeprune.runtime.images import Source, read_image
+from edgeprune.runtime.media.images import Source, read_image
 
 _LARGEST = 640  # pixels along the longer side of a picture in the page
 

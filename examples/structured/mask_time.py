@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from edgeprune.runtime.grammar import GrammarCompiler
 from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.text.grammar import GrammarCompiler
 
 SIZE = 151_643
 PARTS = ["Ġ", *"etaoinshrdlucmfwypvbgkjqxz" * 3, *"ETAOINSHRDLUCMFWYPVBGKJQXZ", *'0123456789"{}[]:,.-_']

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from edgeprune.errors import ImageError
-from edgeprune.runtime.frames import NV12
-from edgeprune.runtime.images import MAX_PIXELS
+from edgeprune.runtime.media.frames import NV12
+from edgeprune.runtime.media.images import MAX_PIXELS
 
 # The channels of the picture, as places among those of the message. Alpha is left out: a camera has none.
 _CHANNELS = {"rgb8": (3, (0, 1, 2)), "bgr8": (3, (2, 1, 0)), "rgba8": (4, (0, 1, 2)), "bgra8": (4, (2, 1, 0))}

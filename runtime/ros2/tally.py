@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 OK, WARN, ERROR = 0, 1, 2  # of diagnostic_msgs/DiagnosticStatus
 

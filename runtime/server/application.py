@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgeprune.runtime.metrics import Metrics
 from edgeprune.runtime.server.answers import model_card
 from edgeprune.runtime.server.completions import Completions
 from edgeprune.runtime.server.gate import Gate
@@ -19,6 +18,7 @@ from edgeprune.runtime.server.keys import Keys
 from edgeprune.runtime.server.refusals import Refusal, not_ready
 from edgeprune.runtime.server.service import READY, Service
 from edgeprune.runtime.server.tally import Tally
+from edgeprune.runtime.telemetry.metrics import Metrics
 
 _WEB = Path(__file__).with_name("web")
 _FILES = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.receipt import CutReceipt, Receipt
+from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt
 
 _CACHES = "KV caches"  # all cuts of caches are one drawing
 

@@ -10,7 +10,7 @@ import warnings
 from PIL import Image
 
 from edgeprune.errors import ImageError
-from edgeprune.runtime.images import read_image
+from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.server.refusals import Refusal, too_much
 
 _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "image/webp": "WEBP"}

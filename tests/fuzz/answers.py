@@ -6,8 +6,8 @@ import json
 from random import Random
 from typing import Any
 
-from edgeprune.runtime.grammar import GrammarCompiler
 from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.text.grammar import GrammarCompiler
 from edgeprune.tabletop import MODEL_FOLDER
 from fuzz.mutations import Members, json_variant, parsed, written
 from fuzz.target import Target, demand

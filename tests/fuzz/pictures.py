@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.errors import EdgePruneError, ImageError
-from edgeprune.runtime import images
-from edgeprune.runtime.frames import MATRICES, NV12
-from edgeprune.runtime.images import read_image
+from edgeprune.runtime.media import images
+from edgeprune.runtime.media.frames import MATRICES, NV12
+from edgeprune.runtime.media.images import read_image
 from fuzz.files import in_file
 from fuzz.mutations import bytes_variant, text_variant
 from fuzz.target import Target, check_message, demand

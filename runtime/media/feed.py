@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.frames import NV12, dlpack_array
-from edgeprune.runtime.images import Source
+from edgeprune.runtime.media.frames import NV12, dlpack_array
+from edgeprune.runtime.media.images import Source
 
 Clock = Callable[[], float]
 _PARTS = 4  # of the spacing between two frames of a video: how finely older frames are kept

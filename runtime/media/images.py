@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
+from hashlib import blake2b
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from edgeprune.errors import ImageError
-from edgeprune.runtime.frames import NV12, DLPack, dlpack_array, is_dlpack
+from edgeprune.runtime.media.frames import NV12, DLPack, dlpack_array, is_dlpack
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -141,3 +143,11 @@ def _too_large(name: str) -> ImageError:
 def _damaged(name: str, error: Exception) -> ImageError:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return ImageError(f"Cannot read {name}: {reason}.", hint="It is damaged or cut short; copy or save it again.")
+
+
+def digest(frames: Sequence[Image.Image], *others: object) -> bytes:
+    """Return a hash of the pixels of frames, their sizes, and whatever else decides what becomes of them."""
+    found = blake2b(repr((*(frame.size for frame in frames), *others)).encode(), digest_size=16)
+    for frame in frames:
+        found.update(frame.tobytes())
+    return found.digest()

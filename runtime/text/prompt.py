@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypedDict
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import BundleError
 from edgeprune.plan import Geometry, View
-from edgeprune.runtime.chat import TextCodec
+from edgeprune.runtime.text.tokenizer import TextCodec
+
+
+class Message(TypedDict):
+    """One turn: `role` is "user", "assistant" or "system"; `content` a text or parts of type "text", "image" or "video"."""
+
+    role: str
+    content: str | list[dict[str, str]]
+
+
+class ChatTemplate:
+    """A chat template in the dialect of transformers."""
+
+    def __init__(self, source: str) -> None:
+        from edgeprune.runtime.text.template import compiled
+
+        self._template = compiled(source)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **special_tokens: str) -> str:
+        """Return the prompt text; raise UsageError when the template refuses the messages."""
+        from edgeprune.runtime.text.template import rendered
+
+        return rendered(self._template, messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
 
 
 class ImageLayout:

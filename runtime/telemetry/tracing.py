@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Status, StatusCode, set_span_in_context
 
-from edgeprune.runtime.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer

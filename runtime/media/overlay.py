@@ -1,8 +1,12 @@
-"""Draw which visual tokens each cut kept: one panel a cut, one for all KV caches, beside the input image. Needs Pillow only."""
+"""The picture that visual tokens are drawn on: an image, its tiles and their overview, or the frames of a video, side by side.
+
+Draw which visual tokens each cut kept: one panel a cut, one for all KV caches, beside the input image. Needs Pillow only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -10,19 +14,109 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.board import MIN_WIDTH, Board
+from edgeprune.plan import View
+
+MIN_WIDTH = 384  # of a sheet; smaller images are enlarged to it
+MAX_SIDE = 1024  # of the image in a sheet; larger images are reduced to it
+
+_GAP = 8
+_PAPER = (250, 250, 248)
 
 CACHES = "KV caches"  # title of the panel of all cache cuts
 
 _MARGIN = 20
 _CAPTION = 64  # height of the two text lines over a panel
-_PAPER, _INK, _FAINT, _LINE = (250, 250, 248), (28, 30, 34), (110, 114, 122), (255, 196, 0)
+_OVERLAY_PAPER, _INK, _FAINT, _LINE = (250, 250, 248), (28, 30, 34), (110, 114, 122), (255, 196, 0)
 _TITLE_SIZE, _COUNT_SIZE, _SMALLEST_SIZE = 22, 18, 11
 _LINE_WIDTH = 2
 _DIM, _LIFT = 0.28, 22.0  # a dropped pixel is its luminance, dimmed and lifted off black
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class Board:
+    """A `picture`, and where on it the tokens of each view lie: boxes in its pixels."""
+
+    picture: Image.Image
+    views: tuple[View, ...]
+
+    @classmethod
+    def plain(cls, image: Image.Image, rows: int, columns: int) -> Board:
+        """Return the board of one image that is one grid of tokens."""
+        return cls.of([image], image.size, (View(0, 0, image.height, image.width, rows, columns),))
+
+    @classmethod
+    def of(cls, frames: Sequence[Image.Image], size: tuple[int, int], views: Sequence[View]) -> Board:
+        """Return the board of an image, or of a video's frames, whose views' boxes lie in pictures of `size` (width, height).
+
+        Views whose boxes overlap go onto sheets of their own, from left to right.
+        """
+        sheets = _sheets(views)
+        pictures = [_scaled(frames[number * len(frames) // len(sheets)].convert("RGB")) for number in range(len(sheets))]
+        width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
+        whole = Image.new("RGB", (width, max(picture.height for picture in pictures)), _PAPER)
+        placed, left = [], 0
+        for picture, sheet in zip(pictures, sheets, strict=True):
+            whole.paste(picture, (left, 0))
+            placed += [_placed(view, picture.width / size[0], picture.height / size[1], left) for view in sheet]
+            left += picture.width + _GAP
+        return cls(whole, tuple(placed))
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of the image."""
+        return sum(view.tokens for view in self.views)
+
+    @property
+    def shape(self) -> str:
+        """The tokens in words."""
+        return f"{self.views[0].rows} x {self.views[0].columns}" if len(self.views) == 1 else f"{len(self.views)} views"
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Return for every pixel the value of its token [V]; 0 where there is none. Separators have no place."""
+        pixels = np.zeros((self.picture.height, self.picture.width), values.dtype)
+        begin = 0
+        for view in self.views:
+            cells = values[begin : begin + view.tokens].reshape(view.rows, -1)[:, : view.columns]
+            begin += view.tokens
+            if cells.size:
+                ys, xs = _edges(view.top, view.height, view.rows), _edges(view.left, view.width, view.columns)
+                pixels[ys[0] : ys[-1], xs[0] : xs[-1]] = np.repeat(np.repeat(cells, np.diff(ys), axis=0), np.diff(xs), axis=1)
+        return pixels
+
+
+def _sheets(views: Sequence[View]) -> list[list[View]]:
+    sheets: list[list[View]] = []
+    for view in views:
+        if sheets and not any(_overlap(view, other) for other in sheets[-1]):
+            sheets[-1].append(view)
+        else:
+            sheets.append([view])
+    return sheets
+
+
+def _overlap(one: View, other: View) -> bool:
+    down = one.top < other.top + other.height and other.top < one.top + one.height
+    return down and one.left < other.left + other.width and other.left < one.left + one.width
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    scale = min(max(1.0, MIN_WIDTH / image.width), MAX_SIDE / max(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _placed(view: View, across: float, down: float, left: int) -> View:
+    ys = [round(down * edge) for edge in (view.top, view.top + view.height)]
+    xs = [left + round(across * edge) for edge in (view.left, view.left + view.width)]
+    return View(ys[0], xs[0], ys[1] - ys[0], xs[1] - xs[0], view.rows, view.columns, view.separators, view.time)
+
+
+def _edges(start: int, length: int, cells: int) -> np.ndarray:
+    edges: np.ndarray = np.rint(np.linspace(start, start + length, cells + 1)).astype(np.int64)
+    return edges
 
 
 class Panel(NamedTuple):
@@ -96,7 +190,7 @@ def lay_out(panels: Sequence[Panel]) -> Image.Image:
     """Return panels of one size side by side, each under its text."""
     width, height = max(MIN_WIDTH, panels[0][2].width), panels[0][2].height
     step = width + _MARGIN
-    sheet = Image.new("RGB", (_MARGIN + step * len(panels), height + _CAPTION + 2 * _MARGIN), _PAPER)
+    sheet = Image.new("RGB", (_MARGIN + step * len(panels), height + _CAPTION + 2 * _MARGIN), _OVERLAY_PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, (title, caption, picture) in enumerate(panels):
         left = _MARGIN + number * step

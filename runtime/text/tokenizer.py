@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from edgeprune.errors import BundleError, UsageError
 
@@ -15,28 +15,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole character (yet)
-
-
-class Message(TypedDict):
-    """One turn: `role` is "user", "assistant" or "system"; `content` a text or parts of type "text", "image" or "video"."""
-
-    role: str
-    content: str | list[dict[str, str]]
-
-
-class ChatTemplate:
-    """A chat template in the dialect of transformers."""
-
-    def __init__(self, source: str) -> None:
-        from edgeprune.runtime.templates import compiled
-
-        self._template = compiled(source)
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **special_tokens: str) -> str:
-        """Return the prompt text; raise UsageError when the template refuses the messages."""
-        from edgeprune.runtime.templates import rendered
-
-        return rendered(self._template, messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
 
 
 class TextCodec:
@@ -116,3 +94,36 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"Cannot read the tokenizer {path}: {error}.", hint="Export the bundle again.") from error
+
+
+class StopWatch:
+    """Holds back text that may be the beginning of a stop string; `stopped` tells that one is complete."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Add text and return what can be shown; after a stop string nothing can."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """Return what is held back, at the end of the answer."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        # The longest end of the held text that begins the stop string.
+        return next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -1,0 +1,1 @@
+"""What is recorded of an answer: receipt, metrics, spans. Imports nothing else of the runtime."""

@@ -1,0 +1,1 @@
+"""Prompts, tokens and grammars. Knows no model and no sampling."""
