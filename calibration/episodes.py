@@ -13,8 +13,8 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan, kept_of
+from edgeprune.runtime.backends.interface import StepInput, Tokens
 from edgeprune.runtime.conversation import Conversation
-from edgeprune.runtime.engine import StepInput, Tokens
 from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.sampling import Sampling
 

@@ -17,9 +17,8 @@ from edgeprune.model.precision import at_precision
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Engine, Seen, Step, StepInput
-from edgeprune.runtime.interrupt import Interrupt
+from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput
+from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.text.prompt import ChatTemplate
 from edgeprune.runtime.text.tokenizer import TextCodec

@@ -21,9 +21,9 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
 from edgeprune.processors import image_spec
 from edgeprune.runtime import load
+from edgeprune.runtime.backends.onnxruntime import OnnxEngine
 from edgeprune.runtime.conversation import Conversation, Picture
 from edgeprune.runtime.model import Model
-from edgeprune.runtime.ort import OnnxEngine
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 from edgeprune.tabletop.showing import frames_for

@@ -10,11 +10,10 @@ from PIL import Image
 
 from edgeprune.errors import UsageError
 from edgeprune.processors import fit
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Step
+from edgeprune.runtime.backends.interface import Interrupted, Step
+from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.generation import Asked, Generation
 from edgeprune.runtime.intake import Intake
-from edgeprune.runtime.interrupt import Interrupted
 from edgeprune.runtime.media.images import digest
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.prefill import Prefill

@@ -6,9 +6,8 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from edgeprune.runtime.engine import Step
+from edgeprune.runtime.backends.interface import DEADLINE, Interrupt, Interrupted, Step
 from edgeprune.runtime.intake import Intake
-from edgeprune.runtime.interrupt import DEADLINE, Interrupt, Interrupted
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.rate import Rate
 from edgeprune.runtime.sampling import Sampler

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgeprune.plan import KeepPlan, View
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Seen, Step, StepInput, Tokens
-from edgeprune.runtime.interrupt import Interrupt
+from edgeprune.runtime.backends.interface import Interrupt, Seen, Step, StepInput, Tokens
+from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.model import Model
 from edgeprune.runtime.positions import span_positions, text_positions
 from edgeprune.runtime.rate import Rate

@@ -15,14 +15,14 @@ from edgeprune.bundle import DecoderShape, ImageText
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import tier_number
 from edgeprune.processors import ImageSpec
-from edgeprune.runtime.engine import Engine
+from edgeprune.runtime.backends.interface import Engine
+from edgeprune.runtime.backends.shared import Turns
 from edgeprune.runtime.recall import Recall
 from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.terms import Pace
 from edgeprune.runtime.text.grammar import GrammarCompiler
 from edgeprune.runtime.text.prompt import ChatTemplate
 from edgeprune.runtime.text.tokenizer import TextCodec
-from edgeprune.runtime.turns import Turns
 
 Watcher = Callable[[Receipt], None]
 

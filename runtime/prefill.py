@@ -8,7 +8,7 @@ import numpy as np
 
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.engine import Seen, Step
+from edgeprune.runtime.backends.interface import Seen, Step
 from edgeprune.runtime.generation import Asked
 from edgeprune.runtime.intake import Intake, Prefix, Selected, can_be_resumed
 from edgeprune.runtime.model import Model

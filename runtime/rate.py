@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from edgeprune.plan import Cut
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Engine, Step
+from edgeprune.runtime.backends.interface import Engine, Step
+from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.runtime.engine import Seen
+from edgeprune.runtime.backends.interface import Seen
 
 
 @dataclass

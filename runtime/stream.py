@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 
-from edgeprune.runtime.interrupt import CANCELLED, Interrupt
+from edgeprune.runtime.backends.interface import CANCELLED, Interrupt
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 

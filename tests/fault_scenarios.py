@@ -14,11 +14,12 @@ from edgeprune.bundle import PLAN, Bundle
 from edgeprune.bundle.signing import SIGNATURE, make_key, sign_manifest
 from edgeprune.calibration.statistics import Source, Statistics, merge_files
 from edgeprune.device.machine import read_machine
-from edgeprune.runtime.tensorrt import jobs
-from edgeprune.runtime.tensorrt.building import Built, Settings
-from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle
-from edgeprune.runtime.tensorrt.ranges import Limits
-from edgeprune.runtime.tensorrt.store import FOLDER, Identity, Store
+from edgeprune.runtime.backends.tensorrt import build as jobs
+from edgeprune.runtime.backends.tensorrt.bindings import Identity
+from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle
+from edgeprune.runtime.backends.tensorrt.builder import Built, Settings
+from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.store import FOLDER, Store
 
 Step = Callable[[str], None]
 SECRET, ORIN = b"a device's own key, 32 bytes long", Identity("10.3.0", "8.7")

@@ -27,8 +27,8 @@ from edgeprune.device.workload import PRECISIONS, Decoder, Tower, Workload
 from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Step, StepInput
+from edgeprune.runtime.backends.interface import Step, StepInput
+from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PEAKS = Peaks({"fp32": 1e9, "int8": 4e9}, 1e8, None)

@@ -17,8 +17,8 @@ from edgeprune.lint.check import lint
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import METHODS, method_class
-from edgeprune.runtime.tensorrt.ranges import Limits, decoder_ranges, shapes_of
-from edgeprune.runtime.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.profiles import Limits, decoder_ranges, shapes_of
+from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering
 
 pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')

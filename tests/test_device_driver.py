@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import EngineError
-from edgeprune.runtime.tensorrt.api import identity
-from edgeprune.runtime.tensorrt.driver import CudaDriver
+from edgeprune.runtime.backends.tensorrt.bindings import CudaDriver, identity
 
 
 class Recorded:

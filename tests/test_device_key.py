@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune.errors import EngineError
-from edgeprune.runtime.tensorrt.store import device_secret
+from edgeprune.runtime.backends.tensorrt.store import device_secret
 
 
 @pytest.fixture(autouse=True)

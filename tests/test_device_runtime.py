@@ -27,15 +27,16 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.runtime import Runtime, load, providers
-from edgeprune.runtime.providers import open_engine
-from edgeprune.runtime.tensorrt.api import cuda, identity, tensorrt
-from edgeprune.runtime.tensorrt.arrays import DeviceArray, Pool, joined, upload
-from edgeprune.runtime.tensorrt.building import Settings
-from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle
-from edgeprune.runtime.tensorrt.engine import TensorRTEngine
-from edgeprune.runtime.tensorrt.ranges import Limits, profiles_of
-from edgeprune.runtime.tensorrt.store import EngineRecord, Identity, Store, engine_key
+from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.backends import providers
+from edgeprune.runtime.backends.providers import open_engine
+from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, Pool, joined, upload
+from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
+from edgeprune.runtime.backends.tensorrt.bindings import Identity, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle
+from edgeprune.runtime.backends.tensorrt.builder import Settings
+from edgeprune.runtime.backends.tensorrt.profiles import Limits, profiles_of
+from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, engine_key
 
 ORIN = Identity("10.3.0", "8.7")
 SECRET = b"a device's own key, 32 bytes long"

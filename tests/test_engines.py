@@ -19,12 +19,11 @@ from edgeprune.device.memory import Memory
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.tensorrt.api import tensorrt
-from edgeprune.runtime.tensorrt.building import Settings
-from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle
-from edgeprune.runtime.tensorrt.jobs import check_memory, jobs_of, trtexec_command
-from edgeprune.runtime.tensorrt.ranges import Limits
-from edgeprune.runtime.tensorrt.store import RECORDS, TIMINGS, Identity, Store
+from edgeprune.runtime.backends.tensorrt.bindings import Identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, check_memory, jobs_of, trtexec_command
+from edgeprune.runtime.backends.tensorrt.builder import Settings
+from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.store import RECORDS, TIMINGS, Store
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
 

@@ -30,9 +30,9 @@ from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import FAMILIES, fields
 from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
 from edgeprune.runtime.model import Model
-from edgeprune.runtime.tensorrt.ranges import Limits
-from edgeprune.runtime.tensorrt.trial import stand_in, try_build
 from edgeprune.runtime.text.prompt import ImageLayout
 from edgeprune.targets import TARGETS, Lowering
 

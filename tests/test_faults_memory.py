@@ -9,7 +9,8 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import EngineError
-from edgeprune.runtime import Runtime, load, ort
+from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.backends import onnxruntime as ort
 
 PROMPT = "What colour is the cube?"
 ERRORS: list[Exception] = [

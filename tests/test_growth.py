@@ -17,7 +17,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.cli.benchmarking import bench
 from edgeprune.errors import UsageError
 from edgeprune.runtime import load
-from edgeprune.runtime.providers import ENGINES
+from edgeprune.runtime.backends.providers import ENGINES
 from edgeprune.runtime.telemetry.receipt import Times
 
 QUESTION = Question(PROMPT, 4, "exact")

@@ -19,7 +19,7 @@ from edgeprune.methods.evs import EVS
 from edgeprune.model import InputSelector
 from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering
 
 HIDDEN = 12

@@ -8,7 +8,7 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle, DecoderShape
 from edgeprune.runtime import load
-from edgeprune.runtime.cache import Arrays, KvCache
+from edgeprune.runtime.backends.kv_cache import Arrays, KvCache
 
 SHAPE = DecoderShape(layers=2, kv_heads=2, head_dim=4, hidden=8, vocabulary=16, position_axes=1, context=64)
 

@@ -14,8 +14,8 @@ from edgeprune.bundle import Bundle
 from edgeprune.device.power import EnergyCounter
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, Turn, load
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Step, StepInput
+from edgeprune.runtime.backends.interface import Step, StepInput
+from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.stream import Stream
 from edgeprune.runtime.telemetry.receipt import Receipt
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.runtime import load
-from edgeprune.runtime.interrupt import CANCELLED, Interrupt, Interrupted
-from edgeprune.runtime.turns import Turns
+from edgeprune.runtime.backends.interface import CANCELLED, Interrupt, Interrupted
+from edgeprune.runtime.backends.shared import Turns
 
 PROMPT = "What is it?"
 

@@ -14,8 +14,8 @@ from edgeprune.bundle import DECODER, EMBED, VISION, Bundle, integrity
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import Background, at_once
 from edgeprune.runtime import Runtime, load, loading
-from edgeprune.runtime.ort import OnnxEngine, _share_arena
-from edgeprune.runtime.providers import open_engine
+from edgeprune.runtime.backends.onnxruntime import OnnxEngine, _share_arena
+from edgeprune.runtime.backends.providers import open_engine
 
 WEIGHTS = [f"{graph}.data" for graph in (VISION, EMBED, DECODER)]
 

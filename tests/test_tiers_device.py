@@ -21,8 +21,8 @@ from edgeprune.plan import Cut
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.runtime import load
-from edgeprune.runtime.tensorrt.ranges import IMAGE_TURN, TEXT, decoder_ranges, image_turn_of, profiles_of, shapes_of
-from edgeprune.runtime.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.profiles import IMAGE_TURN, TEXT, decoder_ranges, image_turn_of, profiles_of, shapes_of
+from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import TARGETS, Lowering
 
 PROMPT = "What colour is the cube?"

@@ -28,7 +28,7 @@ from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.engine import StepInput
+from edgeprune.runtime.backends.interface import StepInput
 from edgeprune.tabletop.showing import frames_for
 from edgeprune.targets import TARGETS, Lowering
 

@@ -29,7 +29,7 @@ from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 from edgeprune.registry import FAMILIES, family_class, method_class
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.tensorrt.ranges import Limits, profiles_of
+from edgeprune.runtime.backends.tensorrt.profiles import Limits, profiles_of
 
 NAMES = tuple(name for name in sorted(FAMILIES) if not family_class(name).unthinned)
 PROMPT = "What colour is the cube?"

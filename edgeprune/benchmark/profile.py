@@ -25,10 +25,10 @@ from edgeprune.bundle import VISION, Bundle
 from edgeprune.device.profile import PARTS, TEXT, DeviceTimes
 from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Engine, StepInput, Tokens
+from edgeprune.runtime.backends.interface import Engine, StepInput, Tokens
+from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.providers import open_engine
 from edgeprune.runtime.positions import text_positions
-from edgeprune.runtime.providers import open_engine
 
 _FLOAT, _INT8, _INT32, _FLOAT16 = 1, 3, 6, 10  # of TensorProto.DataType
 _IR_VERSION, _OPSET = 8, 17  # the oldest that ONNX Runtime 1.20 and later read without a word

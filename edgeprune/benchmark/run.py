@@ -23,7 +23,7 @@ from edgeprune.device.power import EnergyMeter, PowerSource, find_power_source
 from edgeprune.device.profile import reported_peaks
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
-from edgeprune.runtime.providers import ENGINES
+from edgeprune.runtime.backends.providers import ENGINES
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 WARM_UP = 2  # rounds that are not counted

@@ -43,7 +43,7 @@ def check(
     installed (no GPU is needed).
     """
     from edgeprune.bundle import Bundle
-    from edgeprune.runtime.tensorrt.ranges import Limits
+    from edgeprune.runtime.backends.tensorrt.profiles import Limits
 
     opened = Bundle.load(bundle, require_signature=require_signature)
     asked = Limits(**limits)
@@ -71,7 +71,7 @@ def check(
 def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, **request: Any) -> None:
     """Build the TensorRT engines of BUNDLE, on the device that will run them."""
     from edgeprune.cli.built import EngineProgress, show_engines, show_jobs
-    from edgeprune.runtime.tensorrt.commands import BuildRequest, build_bundle, planned
+    from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, planned
 
     asked = BuildRequest.of(bundle, reuse=reuse, **request)
     if dry_run:

@@ -17,9 +17,8 @@ from edgeprune.cli.show import show_facts, show_json, show_table
 if TYPE_CHECKING:
     from edgeprune.benchmark.selftest import SelfTest
     from edgeprune.export.checking import Report
-    from edgeprune.runtime.tensorrt.commands import BuildRequest
-    from edgeprune.runtime.tensorrt.jobs import Done, Job
-    from edgeprune.runtime.tensorrt.ranges import Profile, Shapes
+    from edgeprune.runtime.backends.tensorrt.build import BuildRequest, Done, Job
+    from edgeprune.runtime.backends.tensorrt.profiles import Profile, Shapes
 
 
 class EngineProgress:
@@ -57,7 +56,7 @@ class EngineProgress:
 
 def show_jobs(request: BuildRequest, jobs: Sequence[Job], as_json: bool) -> None:
     """Print what would be built: profiles, memory, and the trtexec commands that do the same."""
-    from edgeprune.runtime.tensorrt.jobs import trtexec_command
+    from edgeprune.runtime.backends.tensorrt.build import trtexec_command
 
     settings, commands = request.settings, [trtexec_command(request.bundle, job, request.settings) for job in jobs]
     if as_json:

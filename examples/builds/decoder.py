@@ -21,8 +21,8 @@ from edgeprune.export.graphs import trace_decoder
 from edgeprune.families.qwen2_vl import Qwen2VL
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.tensorrt.ranges import Limits, decoder_ranges, shapes_of
-from edgeprune.runtime.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.profiles import Limits, decoder_ranges, shapes_of
+from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
 from edgeprune.targets import PRECISIONS, TARGETS, Lowering
 
 GEOMETRY = Geometry(height=672, width=672, patch=14, merge=2)  # 576 visual tokens

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.engine import Step
+from edgeprune.runtime.backends.interface import Step
 
 
 @dataclass(frozen=True)

@@ -25,20 +25,13 @@ from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
 from edgeprune.bundle.integrity import sha256_of
 from edgeprune.errors import EdgePruneError, EngineError
 from edgeprune.io.files import sweep, write_bytes, write_new, write_text
-from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
+from edgeprune.runtime.backends.tensorrt.bindings import Identity
+from edgeprune.runtime.backends.tensorrt.profiles import Limits, Profile, profiles_of
 
 FOLDER = "engines"
 RECORDS, TIMINGS = f"{FOLDER}/engines.json", f"{FOLDER}/timings.cache"
 REBUILD = "Build it here: edgeprune build BUNDLE"
 _KEY_BYTES = 32
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What an engine fits: a version of TensorRT and a GPU's compute capability, such as "8.7"."""
-
-    tensorrt: str
-    capability: str
 
 
 @dataclass(frozen=True)

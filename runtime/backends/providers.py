@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
-from edgeprune.runtime.engine import Engine
-from edgeprune.runtime.ort import CPU, OnnxEngine
+from edgeprune.runtime.backends.interface import Engine
+from edgeprune.runtime.backends.onnxruntime import CPU, OnnxEngine
 
 _CUDA, _TENSORRT, _OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 ENGINES = "tensorrt"
@@ -26,6 +26,6 @@ def open_engine(bundle: Bundle, provider: str, threads: int | None = None) -> En
         raise UsageError(f"Unknown provider {provider!r}.", hint=f"Providers are: {', '.join(PROVIDERS)}.")
     if threads is not None:
         raise UsageError("TensorRT engines have no threads to choose.", hint="Leave --threads out.")
-    from edgeprune.runtime.tensorrt.engine import TensorRTEngine
+    from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
 
     return TensorRTEngine.here(bundle)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.runtime.tensorrt.driver import Driver
+from edgeprune.runtime.backends.tensorrt.bindings import Driver
 
 _GRAIN = 256  # bytes: TensorRT wants addresses aligned to it
 

@@ -2,6 +2,8 @@
 
 What is there already for this TensorRT, GPU, precision and these profiles is kept; of another bundle, such as one with other
 budgets, engines of equal graphs are taken over.
+
+What `edgeprune build` does, from its options to the engines in the bundle.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import Bundle, files_of
+from edgeprune.bundle.signing import Trusted
+from edgeprune.device.machine import Machine, read_machine
 from edgeprune.device.memory import Memory
-from edgeprune.errors import EngineError
-from edgeprune.runtime.tensorrt.building import Settings, build_engine
-from edgeprune.runtime.tensorrt.ranges import Limits, Profile, profiles_of
-from edgeprune.runtime.tensorrt.store import TIMINGS, EngineRecord, Identity, Store, engine_key
+from edgeprune.errors import EngineError, UsageError
+from edgeprune.runtime.backends.tensorrt.bindings import Identity, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.builder import Settings, build_engine
+from edgeprune.runtime.backends.tensorrt.profiles import Limits, Profile, profiles_of
+from edgeprune.runtime.backends.tensorrt.store import TIMINGS, EngineRecord, Store, engine_key
 
 # Peak resident memory of TensorRT-RTX builds of decoders of 3 to 1400 MB of weights: a base, and the weights as parsed, as laid out
 # for kernels, and as serialized (docs/tensorrt.md).
@@ -172,3 +177,74 @@ def _found(store: Store, graph: str, key: str) -> EngineRecord | None:
 def _read(store: Store, job: Job) -> tuple[EngineRecord, bytes] | None:
     record = _found(store, job.graph, job.key)
     return None if record is None else (record, store.read(record))
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """A bundle, how long things may get in its engines, how they are built, and whose engines may be taken."""
+
+    bundle: Bundle
+    limits: Limits
+    settings: Settings
+    reuse: tuple[Path, ...] = ()
+    ignore_memory: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Path,
+        *,
+        reuse: tuple[Path, ...] = (),
+        ignore_memory: bool = False,
+        level: int = 3,
+        workspace: int = 512,
+        require_signature: Trusted = (),
+        **limits: Any,
+    ) -> BuildRequest:
+        """Return the request of a command line; `workspace` in MiB. Raises BundleError and UsageError.
+
+        `require_signature`: public keys, of which one must have signed the bundle.
+        """
+        for other in reuse:
+            Bundle.load(other)
+        opened = Bundle.load(bundle, require_signature=require_signature)
+        target = opened.manifest.lowering.target
+        if target.blocked:
+            raise UsageError(
+                f"{bundle} was exported for {target.modules}: TensorRT does not read its graphs.",
+                hint="Export it with the --target of the JetPack on the device.",
+            )
+        return cls(opened, Limits(**limits), Settings(workspace << 20, level), reuse, ignore_memory)
+
+
+def planned(request: BuildRequest) -> tuple[BuildRequest, list[Job]]:
+    """Return a request and what it would build, with no look at the device."""
+    return request, jobs_of(request.bundle, request.limits, request.settings)
+
+
+def build_bundle(
+    request: BuildRequest,
+    advance: Callable[[str, str, float], None] = lambda graph, phase, done: None,
+    *,
+    trt: Any = None,
+    device: Identity | None = None,
+    machine: Machine | None = None,
+    secret: bytes | None = None,
+    configure: Callable[[Any], None] = lambda config: None,
+) -> list[Done]:
+    """Build the engines that a bundle lacks on this device.
+
+    What is not given is that of this machine: TensorRT's module, what engines fit, its memory and its key. Raises EngineError.
+    """
+    here = machine or read_machine()
+    trt = trt or tensorrt(here)
+    device = device or identity(trt, cuda())
+    store = Store(request.bundle.path, secret)
+    store.tidy()
+    jobs = jobs_of(request.bundle, request.limits, request.settings, device, store)
+    others = [Store(other, secret) for other in request.reuse]
+    if not request.ignore_memory:
+        check_memory(jobs, request.settings, here.memory)
+    return build_jobs(
+        trt, request.bundle, jobs, device, request.settings, store, others=others, advance=advance, configure=configure
+    )

@@ -15,9 +15,8 @@ from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION
 from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import at_once
-from edgeprune.runtime.cache import KvCache
-from edgeprune.runtime.engine import Seen, Step, StepInput
-from edgeprune.runtime.interrupt import Interrupt, Interrupted
+from edgeprune.runtime.backends.interface import Interrupt, Interrupted, Seen, Step, StepInput
+from edgeprune.runtime.backends.kv_cache import KvCache
 
 CPU = "CPUExecutionProvider"
 # It joins a product and the residual stream to a Gemm, which then multiplies weights that it has to restore from their integers

@@ -17,8 +17,8 @@ from typing import Any
 
 from edgeprune.device.memory import peak_rss
 from edgeprune.errors import EdgePruneError, EngineError
-from edgeprune.runtime.tensorrt.building import build_engine
-from edgeprune.runtime.tensorrt.ranges import Profile
+from edgeprune.runtime.backends.tensorrt.builder import build_engine
+from edgeprune.runtime.backends.tensorrt.profiles import Profile
 from edgeprune.targets import Target
 
 # Orin's instruction set is that of SM 8.0, without FP8 and FP4; Thor's types are those of SM 12.0.
@@ -50,7 +50,7 @@ def stand_in(target: Target) -> str:
 def try_build(graph: Path, name: str, profiles: Sequence[Profile], capability: str) -> Trial:
     """Return what building a graph takes, in a process of its own."""
     request = json.dumps({"graph": str(graph), "name": name, "profiles": profiles, "capability": capability})
-    command = [sys.executable, "-m", "edgeprune.runtime.tensorrt.trial"]
+    command = [sys.executable, "-m", "edgeprune.runtime.backends.tensorrt.trial"]
     done = subprocess.run(command, input=request, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the builder died with status {done.returncode}"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import EngineError
-from edgeprune.runtime.tensorrt.ranges import Profile
+from edgeprune.runtime.backends.tensorrt.profiles import Profile
 
 Advance = Callable[[str, float], None]  # what the builder is at, and the share of it that is done
 _MOST_ERRORS = 3  # of a parser, that a message quotes

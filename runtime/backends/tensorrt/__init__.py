@@ -1,0 +1,1 @@
+"""TensorRT engines: building them, trusting them, running them. Imports nothing of the runtime but the backend interface."""
