@@ -14,9 +14,9 @@ from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan, kept_of
 from edgeprune.runtime.backends.interface import StepInput, Tokens
-from edgeprune.runtime.conversation import Conversation
+from edgeprune.runtime.generation.conversation import Conversation
+from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
-from edgeprune.runtime.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
 from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput
 from edgeprune.runtime.backends.kv_cache import KvCache
-from edgeprune.runtime.model import Model
+from edgeprune.runtime.generation.pipeline import Model
 from edgeprune.runtime.text.prompt import ChatTemplate
 from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.targets import Lowering

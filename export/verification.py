@@ -22,9 +22,9 @@ from edgeprune.errors import VerificationError
 from edgeprune.processors import image_spec
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.onnxruntime import OnnxEngine
-from edgeprune.runtime.conversation import Conversation, Picture
-from edgeprune.runtime.model import Model
-from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.generation.conversation import Conversation, Picture
+from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 from edgeprune.tabletop.showing import frames_for
 

@@ -10,15 +10,15 @@ print(answer.text, answer.receipt.times.ttft_ms)
 if __name__ != "edgeprune.runtime":
     raise ImportError("Import edgeprune.runtime: runtime/ is a folder of the package edgeprune, which links to it.")
 
-from edgeprune.runtime.conversation import Turn
-from edgeprune.runtime.loading import load
+from edgeprune.runtime.api.loading import load
+from edgeprune.runtime.api.session import Answer, Chat, Runtime
+from edgeprune.runtime.generation.conversation import Turn
+from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.request import Terms
+from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
 from edgeprune.runtime.media.frames import NV12
-from edgeprune.runtime.sampling import Sampling
-from edgeprune.runtime.session import Answer, Chat, Runtime
-from edgeprune.runtime.stream import Stream
 from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt, Times
-from edgeprune.runtime.terms import Terms
 
 __all__ = [
     "NV12",

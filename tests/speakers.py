@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.text.grammar import GrammarCompiler
 from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.tabletop import MODEL_FOLDER
@@ -28,7 +28,10 @@ class Speaker:
     def answer(self, seed: int = 0, most: int = 2000, **asked: Any) -> tuple[str, bool]:
         """Return the text to random logits and whether it ended by itself. Marks that close something are likelier than others."""
         sampling = Sampling(**{"temperature": 1.0, "seed": seed, **asked})
-        sampler, draw = Sampler(sampling, self.compiler.constraint(sampling)), np.random.default_rng(seed)
+        sampler, draw = (
+            Sampler(sampling, self.compiler.constraint(sampling.choices, sampling.json_schema)),
+            np.random.default_rng(seed),
+        )
         said = list[int]()
         for _ in range(most):
             logits = draw.standard_normal(self.size + 9).astype(np.float32)  # a model may have more ids than its tokenizer

@@ -32,7 +32,7 @@ from edgeprune.registry import FAMILIES, fields
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.tensorrt.profiles import Limits
 from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
-from edgeprune.runtime.model import Model
+from edgeprune.runtime.generation.pipeline import Model
 from edgeprune.runtime.text.prompt import ImageLayout
 from edgeprune.targets import TARGETS, Lowering
 

@@ -22,8 +22,8 @@ from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
 from edgeprune.runtime import Runtime
-from edgeprune.runtime.model import Model
-from edgeprune.runtime.positions import span_positions, text_positions
+from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.generation.sequence import span_positions, text_positions
 from edgeprune.runtime.text.prompt import ImageLayout
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

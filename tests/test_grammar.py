@@ -14,7 +14,7 @@ import pytest
 from speakers import END, OTHER_END, Speaker, bundled, larger, llama_like
 
 from edgeprune.errors import EdgePruneError
-from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.text.grammar import GrammarCompiler
 
 POINT = {
@@ -86,7 +86,7 @@ def test_greedy_takes_the_likeliest_choice(tabletop: Speaker) -> None:
     logits[tabletop.codec.encode("purple")] = 5
     logits[tabletop.codec.encode("white")] = 9
     sampling = Sampling(choices=["red", "purple", "yellow"])
-    sampler = Sampler(sampling, tabletop.compiler.constraint(sampling))
+    sampler = Sampler(sampling, tabletop.compiler.constraint(sampling.choices, sampling.json_schema))
     said = []
     while not sampler.done:
         said.append(sampler.pick(logits))
@@ -94,7 +94,7 @@ def test_greedy_takes_the_likeliest_choice(tabletop: Speaker) -> None:
 
 
 def test_an_answer_ends_only_where_it_is_complete(tabletop: Speaker) -> None:
-    constraint = tabletop.compiler.constraint(Sampling(choices=["red", "red cube"]))
+    constraint = tabletop.compiler.constraint(choices=["red", "red cube"])
     assert constraint is not None
     assert not {END, OTHER_END} & set(constraint.allowed(tabletop.size))
     constraint.take(tabletop.codec.encode("red")[0])
@@ -106,7 +106,7 @@ def test_an_answer_ends_only_where_it_is_complete(tabletop: Speaker) -> None:
 
 def test_after_its_end_nothing_but_an_end_token_follows(tabletop: Speaker) -> None:
     sampling = Sampling(choices=["yes"])
-    sampler = Sampler(sampling, tabletop.compiler.constraint(sampling))
+    sampler = Sampler(sampling, tabletop.compiler.constraint(sampling.choices, sampling.json_schema))
     logits = np.arange(tabletop.size, dtype=np.float32)
     assert [sampler.pick(logits)] == tabletop.codec.encode("yes")
     assert sampler.done
@@ -114,7 +114,7 @@ def test_after_its_end_nothing_but_an_end_token_follows(tabletop: Speaker) -> No
 
 
 def test_free_answers_have_no_grammar(tabletop: Speaker) -> None:
-    assert tabletop.compiler.constraint(Sampling()) is None
+    assert tabletop.compiler.constraint() is None
 
 
 def test_json_has_one_space_at_most() -> None:
@@ -135,7 +135,7 @@ def test_properties_come_in_the_order_of_the_schema(tabletop: Speaker) -> None:
 def test_a_name_cannot_come_back_in_another_spelling(tabletop: Speaker) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
     for spelling, fits in [("b", True), ("a", False), ("\\u0061", False)]:
-        constraint = tabletop.compiler.constraint(Sampling(json_schema=schema))
+        constraint = tabletop.compiler.constraint(json_schema=schema)
         assert constraint is not None
         allowed = []
         for token in tabletop.codec.encode('{"a":1,"' + spelling + '":"x"}'):
@@ -154,13 +154,13 @@ def test_too_few_tokens_leave_it_unfinished(tabletop: Speaker) -> None:
 
 def test_words_begin_with_their_unseen_space() -> None:
     speaker = Speaker(llama_like("▁yes", "▁no"), (1,))
-    constraint = speaker.compiler.constraint(Sampling(choices=["yes", "no"]))
+    constraint = speaker.compiler.constraint(choices=["yes", "no"])
     assert constraint is not None
     assert set(speaker.codec.encode("yes")) < set(constraint.allowed(speaker.size))  # "▁yes", which such a model would say
 
 
 def test_a_dead_end_is_an_error_not_a_wrong_answer() -> None:
-    constraint = Speaker(bundled(), (END,)).compiler.constraint(Sampling(choices=["yes"]))
+    constraint = Speaker(bundled(), (END,)).compiler.constraint(choices=["yes"])
     assert constraint is not None
     with pytest.raises(EdgePruneError, match="No token of this model can continue"):
         constraint.allowed(3)  # a model with fewer ids than its tokenizer
@@ -178,7 +178,7 @@ def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch: pytest
         return read[-1]
 
     compiler = GrammarCompiler(source, [END])
-    compiler.constraint(Sampling(choices=["one"]))
+    compiler.constraint(choices=["one"])
     assert compiler._vocabulary is not None
     compiled, inner = list[str](), compiler._vocabulary.compile
 
@@ -188,7 +188,7 @@ def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch: pytest
 
     monkeypatch.setattr(compiler._vocabulary, "compile", compile_it)
     for text in ["one", "two", "two", *map(str, range(16)), "one"]:
-        compiler.constraint(Sampling(choices=[text]))
+        compiler.constraint(choices=[text])
     assert len(read) == 1
     assert len(compiled) == 18  # two, the numbers, and one again
     assert len(compiler._compiled) == 16

@@ -10,7 +10,6 @@ from speakers import END, OTHER_END, Speaker, bundled, with_alphabet
 from tokenizers import Tokenizer, models
 
 from edgeprune.errors import EdgePruneError, MissingExtraError, UsageError
-from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.text.grammar import GrammarCompiler
 
 
@@ -40,7 +39,7 @@ def tabletop() -> Speaker:
 )
 def test_schemas_that_cannot_be_enforced_are_refused(schema: Mapping[str, Any], words: str, tabletop: Speaker) -> None:
     with pytest.raises(UsageError) as caught:
-        tabletop.compiler.constraint(Sampling(json_schema=schema))
+        tabletop.compiler.constraint(json_schema=schema)
     message = str(caught.value)
     assert words in message
     assert "\n" not in message
@@ -53,28 +52,28 @@ def test_a_schema_that_is_too_deep_is_refused(tabletop: Speaker) -> None:
     for _ in range(300):
         schema = {"type": "array", "items": schema}
     with pytest.raises(UsageError, match="recursion limit"):
-        tabletop.compiler.constraint(Sampling(json_schema=schema))
+        tabletop.compiler.constraint(json_schema=schema)
 
 
 def test_choices_with_control_tokens_are_refused(tabletop: Speaker) -> None:
     with pytest.raises(UsageError, match=r"control token <\|im_end\|>"):
-        tabletop.compiler.constraint(Sampling(choices=["yes", "no<|im_end|>"]))
+        tabletop.compiler.constraint(choices=["yes", "no<|im_end|>"])
 
 
 def test_what_the_tokenizer_cannot_write_is_refused() -> None:
     speaker = Speaker(with_alphabet("yesno"), (0,))
     assert speaker.answer(choices=["yes", "no"])[1]
     with pytest.raises(UsageError, match="cannot write 'm', which the choice needs"):
-        speaker.compiler.constraint(Sampling(choices=["yes", "maybe"]))
+        speaker.compiler.constraint(choices=["yes", "maybe"])
     with pytest.raises(UsageError, match=r"cannot write '\{', which the json_schema needs"):
-        speaker.compiler.constraint(Sampling(json_schema={"type": "object"}))
+        speaker.compiler.constraint(json_schema={"type": "object"})
 
 
 @pytest.mark.parametrize("make", [lambda: Tokenizer(models.WordLevel({"yes": 0}, unk_token="yes")), lambda: with_alphabet("yes")])
 def test_tokenizers_that_cannot_be_followed_are_refused(make: Callable[[], Tokenizer]) -> None:
     compiler = GrammarCompiler(make().to_str, [99])
     with pytest.raises(EdgePruneError, match="tokenizer of this model cannot give structured answers"):
-        compiler.constraint(Sampling(choices=["yes"]))
+        compiler.constraint(choices=["yes"])
 
 
 @pytest.fixture
@@ -86,6 +85,6 @@ def no_llguidance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("no_llguidance")
 def test_without_the_extra_it_says_how_to_get_it() -> None:
     compiler = GrammarCompiler(bundled().to_str, [END])
-    assert compiler.constraint(Sampling()) is None
+    assert compiler.constraint() is None
     with pytest.raises(MissingExtraError, match=r'pip install "edgeprune\[structured\]"'):
-        compiler.constraint(Sampling(choices=["yes"]))
+        compiler.constraint(choices=["yes"])

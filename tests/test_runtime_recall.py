@@ -17,8 +17,8 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, Turn, load
+from edgeprune.runtime.generation.pipeline import Recall
 from edgeprune.runtime.media.images import digest
-from edgeprune.runtime.recall import Recall
 
 PROMPT, OTHER = "What colour is the cube?", "How many balls are there?"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.text.grammar import Constraint
 from edgeprune.runtime.text.tokenizer import StopWatch
 

@@ -21,7 +21,7 @@ from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.runtime import load
-from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.generation.sampling import Sampler, Sampling
 
 SOAK = Path(__file__).parent.parent / "examples" / "soak"
 

@@ -13,7 +13,8 @@ import pytest
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle, integrity
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import Background, at_once
-from edgeprune.runtime import Runtime, load, loading
+from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.api import loading
 from edgeprune.runtime.backends.onnxruntime import OnnxEngine, _share_arena
 from edgeprune.runtime.backends.providers import open_engine
 

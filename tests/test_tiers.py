@@ -26,7 +26,7 @@ from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.plan.tiers import Tiers, cache_stage
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.terms import Pace, choose_tier
+from edgeprune.runtime.generation.request import Pace, choose_tier
 
 PROMPT = "What colour is the cube?"
 NAMES = ("quality", "balanced", "fast")

@@ -28,7 +28,7 @@ from edgeprune.device.system import read_text
 from edgeprune.runtime.backends.interface import Engine, StepInput, Tokens
 from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.backends.providers import open_engine
-from edgeprune.runtime.positions import text_positions
+from edgeprune.runtime.generation.sequence import text_positions
 
 _FLOAT, _INT8, _INT32, _FLOAT16 = 1, 3, 6, 10  # of TensorProto.DataType
 _IR_VERSION, _OPSET = 8, 17  # the oldest that ONNX Runtime 1.20 and later read without a word

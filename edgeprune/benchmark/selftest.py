@@ -16,11 +16,11 @@ from edgeprune.bundle import Bundle
 from edgeprune.device.doctor import diagnose
 from edgeprune.device.machine import read_machine
 from edgeprune.errors import EngineError
+from edgeprune.runtime.api.loading import load
+from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput
 from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
-from edgeprune.runtime.loading import load
-from edgeprune.runtime.session import Runtime
 from edgeprune.tabletop.showing import frames_for
 
 TOKENS = 24

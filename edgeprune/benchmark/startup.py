@@ -19,7 +19,7 @@ from edgeprune.benchmark.variants import OWN, Question, own_contender, variant
 from edgeprune.bundle import Manifest
 from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.errors import EdgePruneError
-from edgeprune.runtime.loading import load
+from edgeprune.runtime.api.loading import load
 
 # The clock runs before anything of ours, or numpy, is there.
 _PROGRAM = """

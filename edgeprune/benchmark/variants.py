@@ -20,14 +20,14 @@ import numpy as np
 from edgeprune.bundle import is_bundle
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
+from edgeprune.runtime.api.loading import load
+from edgeprune.runtime.api.session import Pictures, Runtime
 from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput, Tokens
 from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.backends.providers import ENGINES
-from edgeprune.runtime.loading import load
+from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.pipeline import Model, State
 from edgeprune.runtime.media.images import read_image
-from edgeprune.runtime.model import Model, State
-from edgeprune.runtime.session import Pictures, Runtime
-from edgeprune.runtime.stream import Stream
 from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.text.tokenizer import TextCodec
 from edgeprune.tabletop.showing import frames_for

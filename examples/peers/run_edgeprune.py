@@ -10,7 +10,7 @@ from PIL import Image
 from question import Ask, Cost, Question, answer, asked
 
 from edgeprune.runtime import load as load_bundle
-from edgeprune.runtime.session import Runtime
+from edgeprune.runtime.api.session import Runtime
 
 
 def load(question: Question) -> Ask:

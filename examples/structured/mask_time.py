@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from edgeprune.runtime.sampling import Sampler, Sampling
+from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.text.grammar import GrammarCompiler
 
 SIZE = 151_643
@@ -64,7 +64,7 @@ def token_times(compiler: GrammarCompiler, width: int, ends: list[int], answers:
     draw, times = np.random.default_rng(0), list[float]()
     for _ in range(answers):
         sampling = Sampling(**asked)
-        sampler = Sampler(sampling, compiler.constraint(sampling))
+        sampler = Sampler(sampling, compiler.constraint(sampling.choices, sampling.json_schema))
         for _ in range(60):
             logits = draw.standard_normal(width, np.float32)
             started = time.thread_time()  # all of it happens here; what else runs on the machine does not count
@@ -88,14 +88,14 @@ def main() -> None:
     width = Tokenizer.from_str(source).get_vocab_size()
     compiler = GrammarCompiler(lambda: source, [end])
     started = time.perf_counter()
-    compiler.constraint(Sampling(choices=["yes"]))
+    compiler.constraint(*(lambda s: (s.choices, s.json_schema))(Sampling(choices=["yes"])))
     print(f"{width} tokens; the tokenizer is taken in once, {1e3 * (time.perf_counter() - started):.0f} ms")
     print("| answer | compiling, ms | a token, ms: median | 99 of 100 | longest |\n|---|---|---|---|---|")
     free = token_times(compiler, width, [end], given.answers)
     print(f"| free text | | {np.median(free):.2f} | {np.quantile(free, 0.99):.2f} | {free.max():.2f} |")
     for name, asked in QUESTIONS.items():
         started = time.perf_counter()
-        compiler.constraint(Sampling(**asked))
+        compiler.constraint(*(lambda s: (s.choices, s.json_schema))(Sampling(**asked)))
         compiling = 1e3 * (time.perf_counter() - started)
         times = token_times(compiler, width, [end], given.answers, **asked)
         print(f"| {name} | {compiling:.1f} | {np.median(times):.2f} | {np.quantile(times, 0.99):.2f} | {times.max():.2f} |")

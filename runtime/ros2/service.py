@@ -45,7 +45,7 @@ def serve(
         dds = Node(name, topics, number)
 
         def load(on_phase: Callable[[str], None]) -> Any:
-            from edgeprune.runtime.loading import load as load_bundle
+            from edgeprune.runtime.api.loading import load as load_bundle
 
             opening: dict[str, Any] = {"threads": threads, "provider": provider, "check": check}
             model = load_bundle(bundle, **opening, require_signature=require_signature, warm_up=True, on_phase=on_phase)

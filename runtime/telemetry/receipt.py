@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from edgeprune.plan import KeepPlan
-from edgeprune.runtime.backends.interface import Step
 
 
 @dataclass(frozen=True)
@@ -191,16 +188,3 @@ class Receipt:
             "frames_dropped": self.frames_dropped,
             "energy_j": self.energy_j,
         }
-
-
-def cut_receipts(plan: KeepPlan, encoded: Sequence[np.ndarray], order: np.ndarray, step: Step) -> tuple[CutReceipt, ...]:
-    """Return what each cut of the image turn did. `encoded`: what each vision cut kept; `order`: what entered the decoder."""
-    receipts, left = list[CutReceipt](), plan.geometry.tokens
-    entered = [] if plan.input is None else [(plan.input, order)]
-    for cut, kept in [*zip(plan.vision_cuts, encoded, strict=True), *entered]:
-        receipts.append(CutReceipt(str(cut), left, len(kept), kept))
-        left = len(kept)
-    before = {cut: plan.alive(cut.layer - (cut.site == "layer")) for cut in (*plan.layer_cuts, *plan.cache_cuts)}
-    for cut, kept in zip((*plan.layer_cuts, *plan.cache_cuts), step.kept, strict=True):
-        receipts.append(CutReceipt(str(cut), before[cut], kept.shape[-1], kept))
-    return tuple(receipts)

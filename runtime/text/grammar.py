@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import EdgePruneError, UsageError, require_extra
-from edgeprune.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -78,22 +77,22 @@ class GrammarCompiler:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
-    def constraint(self, sampling: Sampling) -> Constraint | None:
+    def constraint(self, choices: Sequence[str] | None = None, json_schema: Mapping[str, Any] | None = None) -> Constraint | None:
         """Return the grammar of a new answer, None if it is free.
 
         Raises UsageError for a schema that is not valid or asks for what cannot be enforced, and for texts that the tokenizer
         cannot write; MissingExtraError without llguidance.
         """
-        if sampling.choices is None and sampling.json_schema is None:
+        if choices is None and json_schema is None:
             return None
         with self._lock:
             if self._vocabulary is None:
                 require_extra("structured", "llguidance")
                 self._vocabulary = _Vocabulary(self._read(), self._end_tokens)
-            kind, body = _choices(sampling.choices) if sampling.choices is not None else _schema(sampling.json_schema or {})
+            kind, body = _choices(choices) if choices is not None else _schema(json_schema or {})
             key = kind + body
             if key not in self._compiled:
-                self._vocabulary.check(kind, [body] if sampling.choices is None else sampling.choices)
+                self._vocabulary.check(kind, [body] if choices is None else choices)
                 self._compiled[key] = self._vocabulary.compile(kind, body)
             self._compiled.move_to_end(key)
             if len(self._compiled) > _GRAMMARS:

@@ -6,7 +6,7 @@ import json
 from random import Random
 from typing import Any
 
-from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.text.grammar import GrammarCompiler
 from edgeprune.tabletop import MODEL_FOLDER
 from fuzz.mutations import Members, json_variant, parsed, written
@@ -41,7 +41,7 @@ class _Walks:
         if not isinstance(asked, dict):
             return False
         sampling = Sampling(choices=asked.get("choices"), json_schema=asked.get("json_schema"))
-        constraint = self._compiler.constraint(sampling)
+        constraint = self._compiler.constraint(sampling.choices, sampling.json_schema)
         if constraint is None:
             return False
         draw = Random(data)

@@ -10,8 +10,8 @@ from PIL import Image
 from server_double import NAME, data_url, user
 
 from edgeprune.errors import UsageError
+from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media import images
-from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.server.limits import Limits
 from edgeprune.runtime.server.refusals import Refusal
 from edgeprune.runtime.server.requests import parse

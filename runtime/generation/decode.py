@@ -1,40 +1,52 @@
-"""The loop that generates an answer, token by token, and everything that may end it."""
+"""An answer while it is generated.
+
+The loop that generates an answer, token by token, and everything that may end it.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
 
-from edgeprune.runtime.backends.interface import DEADLINE, Interrupt, Interrupted, Step
-from edgeprune.runtime.intake import Intake
-from edgeprune.runtime.model import Model
-from edgeprune.runtime.rate import Rate
-from edgeprune.runtime.sampling import Sampler
+from edgeprune.runtime.backends.interface import CANCELLED, DEADLINE, Interrupt, Interrupted, Step
+from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.generation.request import Asked
+from edgeprune.runtime.generation.sequence import Intake, Rate
 from edgeprune.runtime.telemetry.receipt import Receipt, Stage
-from edgeprune.runtime.terms import Terms
 from edgeprune.runtime.text.tokenizer import StopWatch, StreamDecoder
 
 
-@dataclass(frozen=True)
-class Asked:
-    """How one question is to be answered. `due`: the end of its deadline, in seconds of the monotonic clock."""
+class Stream:
+    """An answer being generated, an iterator of pieces of text; nothing runs before the first is asked for.
 
-    sampler: Sampler
-    terms: Terms
-    receipt: Receipt
-    interrupt: Interrupt = field(default_factory=Interrupt)
-    began: float = field(default_factory=time.monotonic)
+    One thread reads, any thread may cancel. `text` is what was said so far; `receipt` fills as it goes and is final at the end.
+    """
 
-    @property
-    def due(self) -> float | None:
-        """When the answer has to be complete, in seconds of the monotonic clock."""
-        return None if self.terms.deadline_ms is None else self.began + self.terms.deadline_ms / 1e3
+    def __init__(self, pieces: Generator[str], receipt: Receipt, interrupt: Interrupt) -> None:
+        self._pieces, self._interrupt = pieces, interrupt
+        self._reading = threading.Lock()
+        self.receipt = receipt
+        self.text = ""
 
-    @property
-    def remaining(self) -> float | None:
-        """Seconds until then, None without a deadline."""
-        return None if self.due is None else self.due - time.monotonic()
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        with self._reading:
+            piece = next(self._pieces)
+            self.text += piece
+            return piece
+
+    def cancel(self) -> None:
+        """Ask for the end and return at once. The reader's iteration ends within one decode step; what was said is the answer."""
+        self._interrupt.fire(CANCELLED)
+
+    def close(self) -> None:
+        """Stop generating, from any thread, and wait until that has happened; what was said so far is the answer."""
+        self.cancel()
+        with self._reading:
+            self._pieces.close()
 
 
 class Generation:

@@ -11,12 +11,12 @@ from edgeprune.bundle import CHAT_TEMPLATE, PREPROCESSOR, SELECTOR, SPECIAL_TOKE
 from edgeprune.bundle.signing import Trusted
 from edgeprune.errors import UsageError
 from edgeprune.processors import image_spec
+from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.backends.interface import Engine
 from edgeprune.runtime.backends.providers import open_engine
 from edgeprune.runtime.backends.shared import CandidEngine, SharedEngine, Turns
-from edgeprune.runtime.model import Joules, Model, State
-from edgeprune.runtime.session import Runtime
-from edgeprune.runtime.terms import Terms
+from edgeprune.runtime.generation.pipeline import Joules, Model, State
+from edgeprune.runtime.generation.request import Terms
 from edgeprune.runtime.text.prompt import ChatTemplate
 from edgeprune.runtime.text.tokenizer import TextCodec
 

@@ -1,22 +1,96 @@
-"""What a model has taken in of a conversation: text and images, at their positions, in its KV caches."""
+"""What a model has taken in of a conversation: text and images, at their positions, in its KV caches.
+
+Positions of text and image tokens, as the model was trained with them.
+
+With mRoPE (three axes: time, height, width; Qwen2-VL, section 2.1 of arXiv 2409.12191) a text token has one number on all axes,
+an image spans its grid, and text goes on after the largest number used. Pruning never renumbers: kept tokens stay where they
+were and the next token comes after the unpruned length.
+
+The decode cut at work: how much of the visual cache each step of an answer reads (DyRate, arXiv 2501.14204).
+
+A share never grows within an answer: what was dropped is not missed twice. By a schedule it depends on the step alone; a live
+predictor looks at where the newest token's attention went.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgeprune.plan import KeepPlan, View
-from edgeprune.runtime.backends.interface import Interrupt, Seen, Step, StepInput, Tokens
+from edgeprune.plan import Cut, KeepPlan, View
+from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput, Tokens
 from edgeprune.runtime.backends.kv_cache import KvCache
-from edgeprune.runtime.model import Model
-from edgeprune.runtime.positions import span_positions, text_positions
-from edgeprune.runtime.rate import Rate
-from edgeprune.runtime.telemetry.receipt import ImageAccount, Receipt, cut_receipts
+from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.telemetry.receipt import CutReceipt, ImageAccount, Receipt
 
 SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2
 _ONE_HOT = np.eye(3, dtype=np.float32)
+
+
+def text_positions(start: int, count: int, axes: int) -> np.ndarray:
+    """Return the positions [axes, count] of `count` text tokens from `start`."""
+    return np.tile(np.arange(start, start + count, dtype=np.int64), (axes, 1))
+
+
+def span_positions(start: int, views: Sequence[View], axes: int) -> tuple[np.ndarray, int]:
+    """Return the positions [axes, tokens] of visual tokens without text between them, and the position of the token after them.
+
+    With mRoPE the views lie over each other at their times, which are those of a video's frames. Text goes on after the largest
+    position, as it was in training; transformers 5.23 goes on after the grid alone, which is the same but for videos with more
+    steps in time than tokens along a side.
+    """
+    tokens = sum(view.tokens for view in views)
+    if axes == 1:
+        return text_positions(start, tokens, axes), start + tokens
+    grids = [np.indices((1, view.rows, view.columns), dtype=np.int64).reshape(3, -1) for view in views]
+    for grid, view in zip(grids, views, strict=True):
+        grid[0] += view.time - views[0].time
+    positions = start + np.concatenate(grids, axis=1)
+    return positions, int(positions.max()) + 1
+
+
+class Rate:
+    """The rate of one answer, asked before each of its decode steps."""
+
+    def __init__(self, engine: Engine, cut: Cut | None) -> None:
+        self._engine, self._cut = engine, cut
+        self._step, self.share = 0, 1.0
+
+    def shorten(self, cache: KvCache, before: Step, receipt: Receipt) -> KvCache:
+        """Return the cache for the next decode step. `before`: the step whose token it takes in."""
+        if self._cut is None:
+            return cache
+        share = self._scheduled() if before.split is None else self._engine.rate(before.split, self._step)
+        self._step += 1
+        if self._cut.options.get("monotone", True):
+            share = min(share, self.share)
+        receipt.decode_shares.append(share)
+        if share == self.share:
+            return cache
+        self.share = share
+        return cache.shortened(share, self._cut.layer)
+
+    def _scheduled(self) -> float:
+        assert self._cut is not None
+        steps, shares = self._cut.options["steps"], self._cut.options["shares"]
+        entry = bisect_right(steps, self._step) - 1
+        return float(shares[entry]) if entry >= 0 else 1.0
+
+
+def cut_receipts(plan: KeepPlan, encoded: Sequence[np.ndarray], order: np.ndarray, step: Step) -> tuple[CutReceipt, ...]:
+    """Return what each cut of the image turn did. `encoded`: what each vision cut kept; `order`: what entered the decoder."""
+    receipts, left = list[CutReceipt](), plan.geometry.tokens
+    entered = [] if plan.input is None else [(plan.input, order)]
+    for cut, kept in [*zip(plan.vision_cuts, encoded, strict=True), *entered]:
+        receipts.append(CutReceipt(str(cut), left, len(kept), kept))
+        left = len(kept)
+    before = {cut: plan.alive(cut.layer - (cut.site == "layer")) for cut in (*plan.layer_cuts, *plan.cache_cuts)}
+    for cut, kept in zip((*plan.layer_cuts, *plan.cache_cuts), step.kept, strict=True):
+        receipts.append(CutReceipt(str(cut), before[cut], kept.shape[-1], kept))
+    return tuple(receipts)
 
 
 @dataclass(frozen=True)
@@ -151,10 +225,3 @@ class Intake:
 
 
 _NO_ORDER, _NO_GROUPS = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)
-
-
-def can_be_resumed(plan: KeepPlan, *, prune: bool, prompt_free: bool) -> bool:
-    """Tell whether what the decoder keeps of an image is the same whatever is asked: no cut of the plan looks at the question."""
-    if not prune:
-        return True
-    return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or prompt_free)

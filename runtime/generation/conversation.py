@@ -12,17 +12,14 @@ from edgeprune.errors import UsageError
 from edgeprune.processors import fit
 from edgeprune.runtime.backends.interface import Interrupted, Step
 from edgeprune.runtime.backends.kv_cache import KvCache
-from edgeprune.runtime.generation import Asked, Generation
-from edgeprune.runtime.intake import Intake
+from edgeprune.runtime.generation.decode import Generation, Stream
+from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.generation.prefill import Prefill, Shown
+from edgeprune.runtime.generation.request import Asked, Terms
+from edgeprune.runtime.generation.sampling import Sampler, Sampling
+from edgeprune.runtime.generation.sequence import Intake, Rate
 from edgeprune.runtime.media.images import digest
-from edgeprune.runtime.model import Model
-from edgeprune.runtime.prefill import Prefill
-from edgeprune.runtime.rate import Rate
-from edgeprune.runtime.sampling import Sampler, Sampling
-from edgeprune.runtime.showing import Shown
-from edgeprune.runtime.stream import Stream
 from edgeprune.runtime.telemetry.receipt import Receipt
-from edgeprune.runtime.terms import Terms
 from edgeprune.runtime.text.prompt import ImageLayout, Message
 from edgeprune.runtime.text.tokenizer import refuse_control_tokens
 
@@ -86,7 +83,7 @@ class Conversation:
             if not self._prune:
                 raise UsageError("Without pruning there are no tiers.", hint="Leave tier or prune=False out.")
         sampling = sampling or Sampling()
-        sampler = Sampler(sampling, self._model.grammars.constraint(sampling))
+        sampler = Sampler(sampling, self._model.grammars.constraint(sampling.choices, sampling.json_schema))
         turns = (*self._history, Turn("user", prompt, images))
         for turn in turns:
             refuse_control_tokens(turn.text, self._model.codec, self._layout.placeholder)

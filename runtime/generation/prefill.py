@@ -1,21 +1,37 @@
-"""The prefill of a turn: which budgets it is given, what of it was computed before, and the forwards that are left."""
+"""An image of a conversation, from its pixels to what enters the decoder.
+
+The prefill of a turn: which budgets it is given, what of it was computed before, and the forwards that are left.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.backends.interface import Seen, Step
-from edgeprune.runtime.generation import Asked
-from edgeprune.runtime.intake import Intake, Prefix, Selected, can_be_resumed
-from edgeprune.runtime.model import Model
-from edgeprune.runtime.showing import Shown
+from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.generation.request import ASKED, DEADLINE, Asked, choose_tier
+from edgeprune.runtime.generation.sequence import Intake, Prefix, Selected
 from edgeprune.runtime.telemetry.receipt import ImageAccount
-from edgeprune.runtime.terms import ASKED, DEADLINE, choose_tier
 from edgeprune.runtime.text.prompt import ImageLayout
+
+
+@dataclass
+class Shown:
+    """An image and the words it was shown with, which an input cut may ask for.
+
+    `patches`: computes them [patches, patch pixels]. `key`: a hash of its pixels and of how they are fitted, None where nothing is
+    recalled. `seen`: what the vision encoder says of it, once it was asked.
+    """
+
+    words: str
+    patches: Callable[[], np.ndarray]
+    key: bytes | None
+    seen: Seen | None = None
 
 
 class Prefill:
@@ -155,3 +171,10 @@ class Prefill:
 
 def _bytes(*arrays: np.ndarray) -> int:
     return sum(int(array.nbytes) for array in arrays)
+
+
+def can_be_resumed(plan: KeepPlan, *, prune: bool, prompt_free: bool) -> bool:
+    """Tell whether what the decoder keeps of an image is the same whatever is asked: no cut of the plan looks at the question."""
+    if not prune:
+        return True
+    return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or prompt_free)

@@ -1,4 +1,7 @@
-"""A loaded model, and the questions it can be asked."""
+"""A first answer that nobody waits for.
+
+A loaded model, and the questions it can be asked.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,39 @@ from PIL import Image
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
-from edgeprune.runtime.conversation import Conversation, Picture, Turn
+from edgeprune.runtime.generation.conversation import Conversation, Picture, Turn
+from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.pipeline import Model, State, Watcher
+from edgeprune.runtime.generation.request import Pace, Terms
+from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.feed import Feed
 from edgeprune.runtime.media.images import Source, read_image
-from edgeprune.runtime.model import Model, Watcher
-from edgeprune.runtime.sampling import Sampling
-from edgeprune.runtime.stream import Stream
 from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt
-from edgeprune.runtime.terms import Terms
 
-if TYPE_CHECKING:  # what draws is imported by who draws: it costs a tenth of what we are here for
+if TYPE_CHECKING:
     from edgeprune.runtime.media.overlay import Board, Panel
 
+_TOKENS = 4
+_GREY = (128, 128, 128)
+
 Pictures = Source | Sequence[Source]
+
+
+def warm_up(model: Model) -> None:
+    """Answer about a grey picture of the bundle's size, twice under every tier: the first time allocates, the second is measured.
+
+    Nobody is told of these answers, and nothing of them is recalled.
+    """
+    geometry = model.plan.geometry
+    grey = Image.new("RGB", (geometry.width, geometry.height), _GREY)
+    picture = [grey] * geometry.frames if model.image.kind == "video" else grey
+    names: list[str | None] = [name for name, _ in model.tiers] or [None]
+    for pace in (Pace(), model.state.pace):
+        alone = replace(model, end_tokens=(), state=State(pace=pace))
+        for name in names:
+            conversation = Conversation(alone, how="stretch")
+            for _ in conversation.ask("?", [picture], Sampling(max_tokens=_TOKENS), Terms(tier=name)):
+                pass
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,6 @@ class Runtime:
 
     def warm_up(self) -> None:
         """Answer about a grey picture under every tier, so that later answers find memory allocated and their pace known."""
-        from edgeprune.runtime.warming import warm_up
 
         self._warming = True
         try:

@@ -1,13 +1,17 @@
-"""What all conversations of a loaded bundle share."""
+"""What all conversations of a loaded bundle share.
+
+What was computed once and may be asked for again: image embeddings, selections, prefixes. Least recently used goes first.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,14 +21,55 @@ from edgeprune.plan.tiers import tier_number
 from edgeprune.processors import ImageSpec
 from edgeprune.runtime.backends.interface import Engine
 from edgeprune.runtime.backends.shared import Turns
-from edgeprune.runtime.recall import Recall
+from edgeprune.runtime.generation.request import Pace
 from edgeprune.runtime.telemetry.receipt import Receipt
-from edgeprune.runtime.terms import Pace
 from edgeprune.runtime.text.grammar import GrammarCompiler
 from edgeprune.runtime.text.prompt import ChatTemplate
 from edgeprune.runtime.text.tokenizer import TextCodec
 
 Watcher = Callable[[Receipt], None]
+
+
+class Recall:
+    """Values by key, of at most `budget` bytes in all; the one that was not asked for the longest makes room. Thread-safe.
+
+    A value that is larger than the budget is not kept.
+    """
+
+    def __init__(self, budget: int = 0) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a key, or None."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                return None
+            self._entries.move_to_end(key)
+            return found[0]
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep a value of `size` bytes, if it fits at all."""
+        if size > self.budget:
+            return
+        with self._lock:
+            self.bytes += size - self._entries.pop(key, (None, 0))[1]
+            self._entries[key] = (value, size)
+            while self.bytes > self.budget:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self.bytes -= freed
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
 
 
 class Joules(Protocol):

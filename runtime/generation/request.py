@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgeprune.errors import UsageError
+from edgeprune.runtime.backends.interface import Interrupt
+from edgeprune.runtime.generation.sampling import Sampler
+from edgeprune.runtime.telemetry.receipt import Receipt
 
 DEFAULT, ASKED, DEADLINE, MEMORY = "default", "asked for", "deadline", "max_kv_bytes"
 _WEIGHT = 0.3  # of the newest answer in what is expected of the next
@@ -83,3 +87,24 @@ def choose_tier(
 
 def _blended(before: float, newest: float) -> float:
     return (1 - _WEIGHT) * before + _WEIGHT * newest if before else newest
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How one question is to be answered. `due`: the end of its deadline, in seconds of the monotonic clock."""
+
+    sampler: Sampler
+    terms: Terms
+    receipt: Receipt
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def due(self) -> float | None:
+        """When the answer has to be complete, in seconds of the monotonic clock."""
+        return None if self.terms.deadline_ms is None else self.began + self.terms.deadline_ms / 1e3
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until then, None without a deadline."""
+        return None if self.due is None else self.due - time.monotonic()

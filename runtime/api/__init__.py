@@ -1,0 +1,1 @@
+"""What users hold: the loaded model, chats and answers. Imports any runtime room below it, never server or ros2."""
