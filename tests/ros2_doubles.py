@@ -13,7 +13,7 @@ import numpy as np
 from edgeprune.errors import UsageError
 from edgeprune.runtime.media.feed import Feed
 from edgeprune.runtime.ros2.answerer import Answerer, Outlets
-from edgeprune.runtime.ros2.tally import Report
+from edgeprune.runtime.ros2.diagnostics import Report
 from edgeprune.runtime.telemetry.receipt import Receipt, Times
 
 WAIT = 10.0

@@ -17,7 +17,7 @@ from PIL import Image
 from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import CutReceipt, Receipt, Turn
-from edgeprune.runtime.server.listening import Server
+from edgeprune.runtime.server.process import Server
 
 NAME = "double"
 PATIENCE = 20.0  # seconds, of every wait

@@ -17,7 +17,7 @@ from ros2_doubles import WAIT, FakeModel, Listener, answering, frame
 from edgeprune.cli import main
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.runtime.ros2.answerer import LONGEST_QUEUE, Answerer
-from edgeprune.runtime.ros2.tally import ERROR, OK, WARN
+from edgeprune.runtime.ros2.diagnostics import ERROR, OK, WARN
 
 
 def test_a_question_is_answered_about_the_newest_frame() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.ros2.names import NodeName, dds_topic, domain_id
+from edgeprune.runtime.ros2.node import NodeName, dds_topic, domain_id
 
 
 @pytest.mark.parametrize(

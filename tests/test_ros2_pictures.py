@@ -14,7 +14,7 @@ from PIL import Image
 from edgeprune.errors import ImageError
 from edgeprune.runtime.media.frames import NV12
 from edgeprune.runtime.media.images import read_image
-from edgeprune.runtime.ros2.pictures import ENCODINGS, packed_picture, raw_picture
+from edgeprune.runtime.ros2.images import ENCODINGS, packed_picture, raw_picture
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (4, 6, 3), np.uint8)
 ALPHA = np.full((4, 6, 1), 7, np.uint8)

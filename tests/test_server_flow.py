@@ -13,7 +13,7 @@ from server_double import NAME, PATIENCE, Double, ask, client, figure, serving, 
 
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.runtime.server import Limits
-from edgeprune.runtime.server.listening import Server
+from edgeprune.runtime.server.process import Server
 
 KEYS = ("key-of-a", "key-of-b")
 

@@ -155,7 +155,7 @@ def test_options_that_are_refused(options: list[str], words: str, tiny_bundle: B
 
 def test_a_file_of_keys(tmp_path: Path) -> None:
     from edgeprune.errors import UsageError
-    from edgeprune.runtime.server.keys import Keys, read_keys
+    from edgeprune.runtime.server.access import Keys, read_keys
 
     file = tmp_path / "keys"
     file.write_text("# ours\none\n\n two \n")

@@ -7,9 +7,8 @@ import threading
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.server.limits import Limits
-from edgeprune.runtime.server.queueing import FairQueue
-from edgeprune.runtime.server.refusals import Refusal
+from edgeprune.runtime.server.errors import Limits, Refusal
+from edgeprune.runtime.server.jobs import FairQueue
 
 
 def test_clients_are_served_in_turns() -> None:

@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 from server_double import data_url, user
 
-from edgeprune.runtime.server.limits import Limits
-from edgeprune.runtime.server.refusals import Refusal
-from edgeprune.runtime.server.requests import parse
-from edgeprune.runtime.server.translation import Question, question
+from edgeprune.runtime.server.errors import Limits, Refusal
+from edgeprune.runtime.server.request_mapping import Question, question
+from edgeprune.runtime.server.schema import parse
 
 RED = data_url(Image.new("RGB", (8, 6), (255, 0, 0)))
 

@@ -42,7 +42,7 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     from edgeprune.device.memory import hold_steady
     from edgeprune.runtime.server import Limits
     from edgeprune.runtime.server import serve as listen
-    from edgeprune.runtime.server.keys import VARIABLE, read_keys
+    from edgeprune.runtime.server.access import VARIABLE, read_keys
 
     hold_steady()
     keys = [] if options["no_auth"] and api_key_file is None else read_keys(api_key_file, os.environ.get(VARIABLE))

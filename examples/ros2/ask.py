@@ -20,7 +20,7 @@ from cyclonedds.util import duration
 from PIL import Image as Pictures
 
 from edgeprune.runtime.ros2.messages import CompressedImage, Image, String
-from edgeprune.runtime.ros2.names import NodeName, dds_topic, domain_id
+from edgeprune.runtime.ros2.node import NodeName, dds_topic, domain_id
 
 QOS = Qos(Policy.Reliability.Reliable(duration(seconds=1)), Policy.History.KeepLast(100))
 

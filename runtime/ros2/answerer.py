@@ -17,8 +17,8 @@ from edgeprune.errors import EdgePruneError, ImageError, UsageError
 from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.generation.decode import Stream
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedTimeout
-from edgeprune.runtime.ros2.pictures import PackedImage, RawImage, packed_picture, raw_picture
-from edgeprune.runtime.ros2.tally import Report, Tally
+from edgeprune.runtime.ros2.diagnostics import Report, Tally
+from edgeprune.runtime.ros2.images import PackedImage, RawImage, packed_picture, raw_picture
 
 ON_BUSY = ("cancel", "queue", "refuse")
 LONGEST_QUEUE = 16

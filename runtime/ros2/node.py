@@ -1,32 +1,27 @@
-"""The node on DDS: its readers, its writers, and the thread that takes what comes in."""
+"""ROS names: a node's full name, its topics, what they are called on DDS, and the domain.
+
+The node on DDS: its readers, its writers, and the thread that takes what comes in.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cyclonedds.core import (
-    DDSException,
-    GuardCondition,
-    InstanceState,
-    Policy,
-    Qos,
-    ReadCondition,
-    SampleState,
-    ViewState,
-    WaitSet,
-)
+from cyclonedds.core import DDSException, GuardCondition, InstanceState, Policy, Qos, ReadCondition, SampleState, ViewState, WaitSet
 from cyclonedds.domain import Domain, DomainParticipant
 from cyclonedds.pub import DataWriter
 from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 
-from edgeprune.errors import EdgePruneError
+from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.runtime.ros2.diagnostics import Report
 from edgeprune.runtime.ros2.messages import (
     CompressedImage,
     DiagnosticArray,
@@ -37,8 +32,9 @@ from edgeprune.runtime.ros2.messages import (
     String,
     Time,
 )
-from edgeprune.runtime.ros2.names import NodeName, dds_topic
-from edgeprune.runtime.ros2.tally import Report
+
+_TOKEN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+LARGEST_DOMAIN = 232  # the last whose ports are below 65536
 
 _PLAIN = Policy.DataRepresentation(use_cdrv0_representation=True)  # older ROS releases read no XCDR2
 # As ROS's sensor data profile; texts as its default, with room for the pieces of an answer.
@@ -49,6 +45,54 @@ TEXT = Qos(
 _UNREAD = ViewState.Any | SampleState.NotRead | InstanceState.Any
 TICK = 1.0  # seconds between reports
 AT_ONCE = 8  # messages taken from a reader before the others have their turn
+
+
+@dataclass(frozen=True)
+class NodeName:
+    """A node's full name, such as "/robot/edgeprune"."""
+
+    full: str
+
+    @classmethod
+    def parse(cls, text: str) -> NodeName:
+        """Return the name of "edgeprune" (in the root namespace) or "/robot/edgeprune"; raise UsageError for anything else."""
+        full = "/" + text.removeprefix("/")
+        _check(full, text, "node name", hint="For example: edgeprune, or /robot/edgeprune.")
+        return cls(full)
+
+    @property
+    def namespace(self) -> str:
+        """The part before the last slash; "" is the root."""
+        return self.full.rpartition("/")[0]
+
+    def topic(self, name: str) -> str:
+        """Return the absolute name of a topic: of "/name" itself, "name" in the namespace, "~/name" below the node."""
+        absolute = self.full + name[1:] if name.startswith("~") else name
+        if not absolute.startswith("/"):
+            absolute = f"{self.namespace}/{name}"
+        _check(absolute, name, "topic", hint="For example: image, /camera/image_raw or ~/answer.")
+        return absolute
+
+
+def dds_topic(name: str) -> str:
+    """Return what DDS calls the ROS topic of an absolute name: "/image" is "rt/image"."""
+    return f"rt{name}"
+
+
+def domain_id(asked: int | None, environment: Mapping[str, str] | None = None) -> int:
+    """Return the DDS domain: what was asked for, or ROS_DOMAIN_ID, or 0. Raises UsageError for what is no domain."""
+    text = str(asked) if asked is not None else (os.environ if environment is None else environment).get("ROS_DOMAIN_ID", "")
+    if not text.strip():
+        return 0
+    if not text.strip().isdecimal() or int(text) > LARGEST_DOMAIN:
+        where = "ROS_DOMAIN_ID" if asked is None else "--domain"
+        raise UsageError(f"{where} is {text!r}, which is no domain.", hint=f"Give a number from 0 to {LARGEST_DOMAIN}.")
+    return int(text)
+
+
+def _check(absolute: str, given: str, what: str, hint: str) -> None:
+    if not all(_TOKEN.fullmatch(token) for token in absolute[1:].split("/")):
+        raise UsageError(f"{given!r} is no {what}.", hint=hint)
 
 
 @dataclass(frozen=True)

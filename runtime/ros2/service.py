@@ -11,8 +11,7 @@ from typing import Any
 
 from edgeprune.bundle.signing import Trusted
 from edgeprune.runtime.ros2.answerer import Answerer, Outlets
-from edgeprune.runtime.ros2.names import NodeName, domain_id
-from edgeprune.runtime.ros2.node import Inlets, Node, Topics
+from edgeprune.runtime.ros2.node import Inlets, Node, NodeName, Topics, domain_id
 
 
 def serve(

@@ -11,13 +11,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgeprune.runtime.server.answers import model_card
+from edgeprune.runtime.server.access import Gate, Keys
 from edgeprune.runtime.server.completions import Completions
-from edgeprune.runtime.server.gate import Gate
-from edgeprune.runtime.server.keys import Keys
-from edgeprune.runtime.server.refusals import Refusal, not_ready
-from edgeprune.runtime.server.service import READY, Service
-from edgeprune.runtime.server.tally import Tally
+from edgeprune.runtime.server.errors import Refusal, not_ready
+from edgeprune.runtime.server.responses import model_card
+from edgeprune.runtime.server.service import READY, Service, Tally
 from edgeprune.runtime.telemetry.metrics import Metrics
 
 _WEB = Path(__file__).with_name("web")

@@ -1,8 +1,12 @@
-"""POST /v1/chat/completions: from the request to the answer, whole or as a stream of events."""
+"""Reading a request's body, within its bounds.
+
+POST /v1/chat/completions: from the request to the answer, whole or as a stream of events.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 from starlette.datastructures import Headers
@@ -10,18 +14,60 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from edgeprune.runtime import Runtime, Sampling
-from edgeprune.runtime.server.answers import Completion, event
-from edgeprune.runtime.server.bodies import read_body
-from edgeprune.runtime.server.gate import CLIENT
+from edgeprune.runtime.server.access import CLIENT
+from edgeprune.runtime.server.errors import Limits, Refusal, disconnected, too_much
 from edgeprune.runtime.server.jobs import Ended, Event, Failed, Job, job_on_loop
-from edgeprune.runtime.server.limits import Limits
-from edgeprune.runtime.server.refusals import Refusal, disconnected
-from edgeprune.runtime.server.requests import parse
-from edgeprune.runtime.server.service import Service
-from edgeprune.runtime.server.tally import Tally
-from edgeprune.runtime.server.translation import Question, question
+from edgeprune.runtime.server.request_mapping import Question, question
+from edgeprune.runtime.server.responses import Completion, event
+from edgeprune.runtime.server.schema import parse
+from edgeprune.runtime.server.service import Service, Tally
+
+_UPLOAD_S = 60.0  # in which a body must be there: it holds a place in the queue
+_DRAIN_S = 2.0  # spent on reading what is refused, so that the client hears why and not that its connection was reset
 
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+async def read_body(headers: Headers, receive: Receive, most: int) -> bytes:
+    """Return the body of a request of at most `most` bytes of JSON; raise Refusal (400, 408, 413, 415)."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # A page of another origin can send anything else without asking the browser's leave.
+        raise Refusal(415, "unsupported_media_type", "The body must be JSON: send 'Content-Type: application/json'.")
+    declared = headers.get("content-length", "")
+    try:
+        if not declared.isdecimal() or int(declared) <= most:
+            return await asyncio.wait_for(_joined(receive, most), _UPLOAD_S)
+    except asyncio.TimeoutError as error:
+        raise Refusal(408, "upload_timeout", f"The body was not there within {_UPLOAD_S:g} seconds.") from error
+    except _TooLarge:
+        pass
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(_drain(receive), _DRAIN_S)
+    raise too_much("--max-body-bytes", 413, f"The body has more than the {most} bytes allowed")
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def _joined(receive: Receive, most: int) -> bytes:
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise disconnected()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > most:
+            raise _TooLarge
+    return bytes(body)
+
+
+async def _drain(receive: Receive) -> None:
+    more = True
+    while more:
+        message = await receive()
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 class Completions:

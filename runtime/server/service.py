@@ -1,18 +1,24 @@
-"""The model behind the server: loaded in a thread, asked by worker threads, and let go when the server stops."""
+"""The model behind the server: loaded in a thread, asked by worker threads, and let go when the server stops.
+
+The server's own figures beside those of the answers, for Prometheus.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from edgeprune.runtime import Receipt, Runtime
-from edgeprune.runtime.server.jobs import Job
-from edgeprune.runtime.server.limits import Limits
-from edgeprune.runtime.server.queueing import FairQueue
-from edgeprune.runtime.server.refusals import not_ready, shutting_down
+from edgeprune.runtime.server.errors import Limits, not_ready, shutting_down
+from edgeprune.runtime.server.jobs import FairQueue, Job
 
 READY = ("ready", "busy")
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Service:
@@ -116,3 +122,23 @@ class Service:
                 with self._lock:
                     self._running.discard(job)
                 self.queue.answered(time.monotonic() - began)
+
+
+class Tally:
+    """Counts requests; queue length and readiness are asked of the service when somebody looks."""
+
+    def __init__(self, service: Service, registry: CollectorRegistry) -> None:
+        given: dict[str, Any] = {"registry": registry}
+        self._requests = Counter("edgeprune_http_requests", "Requests by status.", ["method", "path", "status"], **given)
+        self._rejected = Counter("edgeprune_rejected", "Requests that got no answer, by reason.", ["reason"], **given)
+        self.queued = Histogram("edgeprune_queue_seconds", "Time in line before an answer began.", buckets=_SECONDS, **given)
+        Gauge("edgeprune_queue_length", "Requests in line.", **given).set_function(lambda: service.queue.waiting)
+        Gauge("edgeprune_running", "Requests that are being answered.", **given).set_function(lambda: service.running)
+
+    def request(self, method: str, path: str, status: int) -> None:
+        """Count a request. `path` and `method` must be among the server's own: names from outside would grow without bound."""
+        self._requests.labels(method, path, str(status)).inc()
+
+    def rejected(self, reason: str) -> None:
+        """Count a request that got no answer."""
+        self._rejected.labels(reason).inc()

@@ -12,10 +12,9 @@ from server_double import NAME, data_url, user
 from edgeprune.errors import UsageError
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media import images
-from edgeprune.runtime.server.limits import Limits
-from edgeprune.runtime.server.refusals import Refusal
-from edgeprune.runtime.server.requests import parse
-from edgeprune.runtime.server.translation import question
+from edgeprune.runtime.server.errors import Limits, Refusal
+from edgeprune.runtime.server.request_mapping import question
+from edgeprune.runtime.server.schema import parse
 from fuzz.mutations import bytes_variant, json_variant, text_variant
 from fuzz.pictures import MOST_PIXELS
 from fuzz.target import Target, demand

@@ -76,14 +76,14 @@ def _image_variant(data: bytes, random: Random) -> bytes:
 
 
 def _fetch(data: bytes) -> bool:
-    from edgeprune.runtime.server.pictures import picture
+    from edgeprune.runtime.server.request_mapping import picture
 
     return _settle(picture(data.decode("utf-8", "replace"), MOST_PIXELS, "messages[0]"))
 
 
 def image_urls() -> Target:
     """Return the target of the server's data URLs."""
-    from edgeprune.runtime.server.refusals import Refusal
+    from edgeprune.runtime.server.errors import Refusal
 
     _small()
     kinds = ("png", "jpeg", "webp", "gif")
@@ -173,9 +173,9 @@ def frames() -> Target:
 
 
 def _hear(data: bytes) -> bool:
+    from edgeprune.runtime.ros2.images import packed_picture, raw_picture
     from edgeprune.runtime.ros2.messages import CompressedImage
     from edgeprune.runtime.ros2.messages import Image as Message
-    from edgeprune.runtime.ros2.pictures import packed_picture, raw_picture
 
     taken = False
     for kind, reader in ((Message, raw_picture), (CompressedImage, packed_picture)):

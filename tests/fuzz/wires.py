@@ -15,9 +15,9 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from edgeprune.runtime.server.access import Keys
 from edgeprune.runtime.server.application import application
-from edgeprune.runtime.server.keys import Keys
-from edgeprune.runtime.server.limits import Limits
+from edgeprune.runtime.server.errors import Limits
 from edgeprune.runtime.server.service import Service
 from fuzz.target import Broken, check_message, demand
 

@@ -14,7 +14,7 @@ from std_msgs.msg import String
 
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.ros2.answerer import Answerer, OnPhase, Outlets
-from edgeprune.runtime.ros2.tally import Report
+from edgeprune.runtime.ros2.diagnostics import Report
 
 # Parameters and their defaults; "" and 0 leave the choice to the bundle.
 ANSWERING: dict[str, Any] = {"on_busy": "cancel", "frame_timeout": 2.0, "fit": "exact", "max_tokens": 128}

@@ -16,9 +16,9 @@ import uvicorn
 
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.server.access import Keys, check_exposure, is_loopback
 from edgeprune.runtime.server.application import application
-from edgeprune.runtime.server.keys import Keys, check_exposure, is_loopback
-from edgeprune.runtime.server.limits import Limits
+from edgeprune.runtime.server.errors import Limits
 from edgeprune.runtime.server.service import Service
 
 _LAST_WORDS_S = 5.0  # after cancelling, until connections are cut

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from edgeprune.runtime.server.refusals import Refusal
+from edgeprune.runtime.server.errors import Refusal
 
 
 class _Strict(BaseModel):
