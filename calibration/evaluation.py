@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeprune.calibration.samples import Sample, score
+from edgeprune.calibration.data.samples import Sample, score
 from edgeprune.runtime import Receipt, Runtime
 
 ALL, SHORT = "all short answers", "describe"

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.bundle import PREPROCESSOR, Bundle
-from edgeprune.calibration.reference import EagerEngine, Recorder, reference_model
+from edgeprune.calibration.replay.reference import EagerEngine, Recorder, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
 from edgeprune.processors import image_spec

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprune.bundle import PLAN, Bundle
 from edgeprune.bundle.signing import SIGNATURE, make_key, sign_manifest
-from edgeprune.calibration.statistics import Source, Statistics, merge_files
+from edgeprune.calibration.data.statistics import Source, Statistics, merge_files
 from edgeprune.device.machine import read_machine
 from edgeprune.runtime.backends.tensorrt import build as jobs
 from edgeprune.runtime.backends.tensorrt.bindings import Identity

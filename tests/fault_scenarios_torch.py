@@ -14,8 +14,9 @@ from fault_scenarios import Scenario, Step
 from PIL import Image
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration import collecting, commands
-from edgeprune.calibration.statistics import Statistics
+from edgeprune.calibration import calibrate as commands
+from edgeprune.calibration.collect import run as collecting
+from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.cli import main as command_line
 from edgeprune.errors import EdgePruneError

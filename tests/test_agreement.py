@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.agreement import Agreement
-from edgeprune.calibration.samples import read_samples
+from edgeprune.calibration.data.samples import read_samples
+from edgeprune.calibration.search.objectives import Agreement
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry
 from edgeprune.plan.presets import unpruned_plan

@@ -7,10 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from edgeprune.calibration.allocation import _knapsack, classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
-from edgeprune.calibration.fitprune import deletion_counts
-from edgeprune.calibration.recipes import method_names, plan_at, resized
-from edgeprune.calibration.statistics import ALPHAS, GAMMA_BINS, SHARES, Source, Statistics
+from edgeprune.calibration.allocate.budgets import _knapsack, classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
+from edgeprune.calibration.allocate.recipes import method_names, plan_at, resized
+from edgeprune.calibration.collect.measure import deletion_counts
+from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, Source, Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Geometry, View
 from edgeprune.plan.presets import unpruned_plan

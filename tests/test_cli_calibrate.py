@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.statistics import Statistics
+from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.cli import main
 from edgeprune.device.profile import DeviceTimes
 from edgeprune.plan import KeepPlan

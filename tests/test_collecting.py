@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.calibration.cluster import collect_on_ray
-from edgeprune.calibration.collecting import Request, chosen_samples, collect
-from edgeprune.calibration.samples import Sample, read_samples
-from edgeprune.calibration.statistics import Statistics
+from edgeprune.calibration.collect.run import Request, chosen_samples, collect, collect_on_ray
+from edgeprune.calibration.data.samples import Sample, read_samples
+from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.checkpoint.loading import LoadedModel, find_model
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry

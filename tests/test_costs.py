@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edgeprune.calibration.budget import Budget
-from edgeprune.calibration.candidates import encoder_plan
-from edgeprune.calibration.costs import RooflineTimes, flops_share, kv_share, predicted_ttft, roofline_times
+from edgeprune.calibration.search.candidates import encoder_plan
+from edgeprune.calibration.search.objectives import RooflineTimes, flops_share, kv_share, predicted_ttft, roofline_times
+from edgeprune.calibration.search.pareto import Budget
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import MODULES
 from edgeprune.device.profile import DeviceTimes

@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.calibration.dyrate import _brought_to_budget, dyrate_options, rate_of, train
-from edgeprune.calibration.episodes import Episodes
-from edgeprune.calibration.rates import SHARES, Answer, Theatre, _isotonic, _needed, fit_budget, mean_share, schedule_form
-from edgeprune.calibration.samples import Sample, read_samples
+from edgeprune.calibration.allocate.decode_rate import (
+    SHARES,
+    Answer,
+    Theatre,
+    _isotonic,
+    _needed,
+    fit_budget,
+    mean_share,
+    schedule_form,
+)
+from edgeprune.calibration.allocate.dyrate import _brought_to_budget, dyrate_options, rate_of, train
+from edgeprune.calibration.data.samples import Sample, read_samples
+from edgeprune.calibration.replay.episodes import Episodes
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.methods.dyrate import DyRate, Predictor
@@ -81,8 +90,8 @@ def test_a_gradient_reaches_the_choice(tiny: LoadedModel, answers: list[Answer])
 
 @pytest.mark.parametrize("form", ["predictor", "schedule", "map"])
 def test_every_form_keeps_the_budget(form: str, tiny: LoadedModel, answers: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.calibration.dyrate.WARM_STEPS", 20)
-    monkeypatch.setattr("edgeprune.calibration.dyrate.EPOCHS", 1)
+    monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.WARM_STEPS", 20)
+    monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.EPOCHS", 1)
     options = dyrate_options(theatre(tiny), answers, 0.4, form, 0, lambda done: None)
     cut = Cut("decode", "dyrate", 0, options=options)
     rate = DyRate(cut, GEOMETRY)
@@ -102,8 +111,8 @@ def test_every_form_keeps_the_budget(form: str, tiny: LoadedModel, answers: list
 
 
 def test_training_is_repeatable(tiny: LoadedModel, answers: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.calibration.dyrate.WARM_STEPS", 5)
-    monkeypatch.setattr("edgeprune.calibration.dyrate.EPOCHS", 1)
+    monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.WARM_STEPS", 5)
+    monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.EPOCHS", 1)
     weights = [train(theatre(tiny), answers[:2], 0.5, seed, lambda done: None).weight.detach() for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 

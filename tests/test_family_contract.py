@@ -19,7 +19,7 @@ from device_simulation import SimulatedDriver
 from PIL import Image
 from test_device_runtime import on_device, prepare
 
-from edgeprune.calibration.reference import Recorder, reference_model
+from edgeprune.calibration.replay.reference import Recorder, reference_model
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.plan import Cut, Geometry

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.lightcompress_methods import NO_EQUAL, READ
-from edgeprune.calibration.planning import read_plan
+from edgeprune.calibration.interop.lightcompress import read_plan
+from edgeprune.calibration.interop.lightcompress_methods import NO_EQUAL, READ
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan

@@ -17,9 +17,9 @@ from conftest import TINY_GEOMETRY
 from PIL import Image
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.pareto import Curve, Point
-from edgeprune.calibration.reference import reference_model
-from edgeprune.calibration.statistics import SHARES, Source, Statistics
+from edgeprune.calibration.data.statistics import SHARES, Source, Statistics
+from edgeprune.calibration.replay.reference import reference_model
+from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.plan import Cut, KeepPlan

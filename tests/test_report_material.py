@@ -10,8 +10,8 @@ from conftest import TINY_GEOMETRY
 from test_report import PLAN, report
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.pareto import Curve, Point
-from edgeprune.calibration.statistics import Source, Statistics
+from edgeprune.calibration.data.statistics import Source, Statistics
+from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.errors import UsageError
 from edgeprune.report.material import Request, gather
 

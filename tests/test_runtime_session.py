@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import ImageError, UsageError
 from edgeprune.export.exporter import export_bundle

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.samples import Sample, read_samples, score
+from edgeprune.calibration.data.samples import Sample, read_samples, score
 from edgeprune.errors import UsageError
 
 GOOD = {"image": "a.png", "prompt": "What?", "answer": "red", "kind": "colour"}

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from edgeprune.calibration.auto import DropExceededError, Goal, check_goal, find_plan, thinnable_blocks
-from edgeprune.calibration.budget import Budget
-from edgeprune.calibration.candidates import BASELINES, encoder_blocks, encoder_places
-from edgeprune.calibration.compositions import idle
-from edgeprune.calibration.pareto import Curve, Point, pareto_front
-from edgeprune.calibration.search import Search
-from edgeprune.calibration.statistics import Source, Statistics
+from edgeprune.calibration.data.statistics import Source, Statistics
+from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan, thinnable_blocks
+from edgeprune.calibration.search.candidates import BASELINES, encoder_blocks, encoder_places, idle
+from edgeprune.calibration.search.pareto import Budget, Curve, Point, pareto_front
+from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import EdgePruneError, PlanError, UsageError
@@ -104,7 +102,7 @@ def behind_the_encoder(looking: Search) -> set[tuple[str, ...]]:
 
 @pytest.mark.parametrize("axis", ["flops", "kv"])
 def test_a_cut_inside_the_encoder_stands_before_the_others(tiny: LoadedModel, axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.calibration.search.FIRST_ROUND", 40)  # all candidates reach the last round
+    monkeypatch.setattr("edgeprune.calibration.search.search.FIRST_ROUND", 40)  # all candidates reach the last round
     looking = search(tiny, Judge(), blocks=12)
     looking.at(Budget(axis, 0.4))
     expected = {("vision", "input"), ("vision", "layer"), ("vision", "input", "layer")}

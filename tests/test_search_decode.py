@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from test_search import WHOLE, Judge, Ready
 
-from edgeprune.calibration.auto import DropExceededError, Goal, find_plan
-from edgeprune.calibration.calibrating import RateRequest
-from edgeprune.calibration.dyrate import FORMS
+from edgeprune.calibration.allocate.calibration import RateRequest
+from edgeprune.calibration.allocate.dyrate import FORMS
+from edgeprune.calibration.search.auto import DropExceededError, Goal, find_plan
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, KeepPlan

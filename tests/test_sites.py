@@ -14,7 +14,7 @@ from PIL import Image
 from test_model import Prompt, attentions_of, grown, run
 
 from edgeprune.bundle import PREDICTOR, SELECTOR, Bundle
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import PlanError
 from edgeprune.export.exporter import export_bundle

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.calibration.statistics import STEPS, Source, Statistics, merge_files
+from edgeprune.calibration.data.statistics import STEPS, Source, Statistics, merge_files
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry
 

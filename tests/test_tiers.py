@@ -16,7 +16,7 @@ from PIL import Image
 
 from edgeprune.bundle import DECODER, MANIFEST, Bundle
 from edgeprune.bundle.integrity import record_files
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.errors import BundleError, PlanError, UsageError

@@ -23,7 +23,7 @@ from test_family_contract import PROMPTS, Asked, pruned, said_by_transformers, t
 from transformers import AutoConfig, AutoModelForImageTextToText
 from true_sizes import SIZES, widened
 
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify

@@ -18,7 +18,7 @@ from test_device_runtime import on_device, prepare
 from test_verification import change_weight, first_failure, sealed
 
 from edgeprune.bundle import DECODER, SELECTOR, VISION, VISION_UNPRUNED, Bundle
-from edgeprune.calibration.reference import reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import BundleError, EngineError, PlanError
 from edgeprune.export.exporter import export_bundle

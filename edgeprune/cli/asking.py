@@ -78,8 +78,8 @@ def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str 
 
     The plan options apply to a transformers folder only; a bundle has its plan frozen in.
     """
+    from edgeprune.calibration.data.samples import read_samples
     from edgeprune.calibration.evaluation import evaluate
-    from edgeprune.calibration.samples import read_samples
     from edgeprune.cli.show import Counter, show_evaluation
 
     samples = read_samples(data, limit)
@@ -110,7 +110,7 @@ def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_reque
     if provider != "cpu":
         raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
     require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.calibration.reference import reference_model
+    from edgeprune.calibration.replay.reference import reference_model
     from edgeprune.checkpoint.loading import find_model, load_model
     from edgeprune.runtime import Runtime
 

@@ -86,7 +86,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     (plphp), or its reads while answering (dyrate).
     """
     require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.calibration.commands import CalibrateOptions, run_calibrate
+    from edgeprune.calibration.calibrate import CalibrateOptions, run_calibrate
     from edgeprune.cli.show import Activity, show_calibration
 
     options["device"], options["device_name"] = _devices(options["device"])
@@ -107,7 +107,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
 def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
     """Add the statistics of shards; the result is that of one pass over all their samples."""
     require_extra("export", "safetensors")
-    from edgeprune.calibration.statistics import merge_files
+    from edgeprune.calibration.data.statistics import merge_files
     from edgeprune.cli.show import show_facts
 
     merged = merge_files(parts, output)

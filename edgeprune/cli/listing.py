@@ -52,7 +52,7 @@ def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bo
 
 
 def _plan_of(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
-    from edgeprune.calibration.planning import is_lightcompress
+    from edgeprune.calibration.interop.lightcompress import is_lightcompress
     from edgeprune.plan import KeepPlan
 
     if not is_lightcompress(path):

@@ -192,7 +192,7 @@ def _site(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[i
 
 def open_plan(plan_file: Path, loaded: Any, **shown: Any) -> Any:
     """Return the plan in a file; one that has none of its own is read for a loaded model and what it is shown."""
-    from edgeprune.calibration.planning import is_lightcompress, read_plan
+    from edgeprune.calibration.interop.lightcompress import is_lightcompress, read_plan
     from edgeprune.plan import KeepPlan
 
     if is_lightcompress(plan_file):

@@ -16,7 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle
-    from edgeprune.calibration.commands import Calibrated
+    from edgeprune.calibration.calibrate import Calibrated
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import Stage
     from edgeprune.plan import KeepPlan

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from edgeprune.calibration.pareto import Curve, Point
+from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.plan import KeepPlan
 from edgeprune.report.canvas import FAINT, HEAT, HEAT_INK, INK, RULE, SERIES, drawn, tip
 

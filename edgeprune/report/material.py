@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.pareto import Curve
-from edgeprune.calibration.statistics import Statistics
+from edgeprune.calibration.data.statistics import Statistics
+from edgeprune.calibration.search.pareto import Curve
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.plan import KeepPlan
 from edgeprune.report.answers import Interview, interview

@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from edgeprune import __version__
-from edgeprune.calibration.pareto import Curve
-from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, Statistics
+from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, Statistics
+from edgeprune.calibration.search.pareto import Curve
 from edgeprune.io.files import write_text
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.report import charts

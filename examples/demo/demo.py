@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import edgeprune.runtime
-from edgeprune.calibration.samples import Sample, score
+from edgeprune.calibration.data.samples import Sample, score
 from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.cli.show import Stages
 from edgeprune.export.exporter import STAGES, export_bundle

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration.candidates import BASELINES
-from edgeprune.calibration.pareto import Curve, Point
+from edgeprune.calibration.search.candidates import BASELINES
+from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.tabletop.questions import DESCRIBE
 
 CALIBRATION_SEED, EVALUATION_SEED = 77, 2000

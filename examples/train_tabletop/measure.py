@@ -21,8 +21,8 @@ from PIL import Image
 from rich.console import Console
 
 import edgeprune.runtime
+from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.evaluation import ALL, UNPRUNED, EvalReport, evaluate
-from edgeprune.calibration.samples import Sample, read_samples
 from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.cli.show import Counter
 from edgeprune.export.exporter import export_bundle

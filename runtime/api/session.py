@@ -106,7 +106,6 @@ class Runtime:
 
     def warm_up(self) -> None:
         """Answer about a grey picture under every tier, so that later answers find memory allocated and their pace known."""
-
         self._warming = True
         try:
             warm_up(self._model)

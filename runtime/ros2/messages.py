@@ -1,13 +1,11 @@
-"""Read CDR, the bytes of a DDS message, field by field.
+"""The ROS 2 messages that this node speaks, as DDS types, and a reader of CDR, the bytes of a DDS message.
 
-The ROS 2 messages that this node speaks, as DDS types: names and fields as the rmw layers of ROS put them on the wire.
+Names and fields are those that the rmw layers of ROS put on the wire.
 
 builtin_interfaces/Time, std_msgs/Header and String, sensor_msgs/Image and CompressedImage, diagnostic_msgs/DiagnosticArray with its
 parts, their fields in the order of ROS's .msg files (rcl_interfaces, common_interfaces). ROS writes plain CDR (XCDR1), whose
 alignment is never above 4 for these. cyclonedds reads the annotations as objects, so they are not postponed in this file.
 """
-
-from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field, replace
@@ -170,7 +168,7 @@ class DiagnosticArray(IdlStruct, typename="diagnostic_msgs.msg.dds_.DiagnosticAr
     status: sequence[DiagnosticStatus] = field(default_factory=list)
 
 
-def _header(read: CdrReader) -> Header:
+def _header(read: CdrReader) -> "Header":
     return Header(Time(read.int32(), read.uint32()), read.string())
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Receipt, Runtime
 from edgeprune.runtime.server.jobs import Job
-from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt
+from edgeprune.runtime.telemetry.receipt import CutReceipt
 
 _CACHES = "KV caches"  # all cuts of caches are one drawing
 

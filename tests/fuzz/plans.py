@@ -6,7 +6,7 @@ import json
 from random import Random
 from typing import Any
 
-from edgeprune.calibration.planning import read_plan
+from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.plan import Cut, Geometry, KeepPlan, View
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.plan.tiers import Tiers, alive, budgets, cache_stage

@@ -9,8 +9,8 @@ from random import Random
 import numpy as np
 import recordings_jetson
 
-from edgeprune.calibration.samples import Sample, read_samples, score
-from edgeprune.calibration.statistics import Source, Statistics
+from edgeprune.calibration.data.samples import Sample, read_samples, score
+from edgeprune.calibration.data.statistics import Source, Statistics
 from edgeprune.device.power import Tegrastats, parse_tegrastats
 from edgeprune.device.profile import DeviceTimes
 from edgeprune.device.roofline import Peaks

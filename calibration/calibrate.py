@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeprune.calibration.agreement import Agreement
-from edgeprune.calibration.allocation import LayerClass, classify
-from edgeprune.calibration.auto import DropExceededError, Goal, check_goal, find_plan
-from edgeprune.calibration.calibrating import Calibration, Counting, RateRequest
-from edgeprune.calibration.collecting import Request, chosen_samples
-from edgeprune.calibration.costs import flops_share, kv_share, roofline_times
-from edgeprune.calibration.pareto import Curve
-from edgeprune.calibration.planning import read_plan
-from edgeprune.calibration.recipes import STATISTICAL, plan_at
-from edgeprune.calibration.samples import Sample, read_samples
+from edgeprune.calibration.allocate.budgets import LayerClass, classify
+from edgeprune.calibration.allocate.calibration import Calibration, Counting, RateRequest
+from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_at
+from edgeprune.calibration.collect.run import Request, chosen_samples
+from edgeprune.calibration.data.samples import Sample, read_samples
+from edgeprune.calibration.interop.lightcompress import read_plan
+from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan
+from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
+from edgeprune.calibration.search.pareto import Curve
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import UsageError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.calibration.statistics import GAMMA_BINS, SHARES, Statistics
+from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, Statistics
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, KeepPlan, keep_count
 from edgeprune.plan.presets import ranked_plan

@@ -4,6 +4,8 @@ LightCompress (ModelTC, formerly llmc) prunes in eager PyTorch. A configuration 
 `token_reduction` or `special`; the whole file is read, or any of these blocks alone. Numbers mean what LightCompress's code does
 with them, see `edgeprune.calibration.lightcompress_methods`. The sections about its own model, data and output are not read, but
 for `base.seed`; everything else that a plan cannot hold is refused by name.
+
+Make a keep plan from what a user says: a method, keep ratios and the layers where they begin.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration.lightcompress_methods import NO_EQUAL, READ, Block, shown
+from edgeprune.calibration.interop.lightcompress_methods import NO_EQUAL, READ, Block, shown
 from edgeprune.errors import PlanError, require_extra
 from edgeprune.plan import KeepPlan
 
@@ -22,6 +24,16 @@ _ELSEWHERE = {"base", "model", "calib", "eval", "save", "ignored_layers", "openc
 _EXAMPLE = "For example: special: {method: FastV, pruning_loc: 3, rate: 0.778}"
 _ANY = "TokenReduction"  # LightCompress's class for all of them
 _PARTS = ("vision", "language", "video_gen")
+
+
+def is_lightcompress(path: Path) -> bool:
+    """Return whether a plan file is LightCompress's YAML, which counts no tokens: model and image size decide how many."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def read_plan(path: Path, base: KeepPlan) -> KeepPlan:
+    """Return the plan in a file: a keep plan (JSON), or `base` with the cuts of LightCompress's settings (YAML)."""
+    return read_lightcompress(path, base) if is_lightcompress(path) else KeepPlan.load(path)
 
 
 def read_lightcompress(path: Path, base: KeepPlan) -> KeepPlan:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from edgeprune.calibration.cluster import collect_on_ray
-from edgeprune.calibration.collecting import Request, collect, source_of
-from edgeprune.calibration.dyrate import EPOCHS, FORMS, dyrate_options
-from edgeprune.calibration.episodes import Episodes
-from edgeprune.calibration.rates import Theatre
-from edgeprune.calibration.samples import Sample
-from edgeprune.calibration.statistics import Statistics
+from edgeprune.calibration.allocate.decode_rate import Theatre
+from edgeprune.calibration.allocate.dyrate import EPOCHS, FORMS, dyrate_options
+from edgeprune.calibration.collect.run import Request, collect, collect_on_ray, source_of
+from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.data.statistics import Statistics
+from edgeprune.calibration.replay.episodes import Episodes
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, KeepPlan

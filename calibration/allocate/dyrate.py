@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune.calibration.measuring import divergence
-from edgeprune.calibration.rates import SHARES, Answer, Theatre, fit_budget, map_form, mean_share, schedule_form
+from edgeprune.calibration.allocate.decode_rate import SHARES, Answer, Theatre, fit_budget, map_form, mean_share, schedule_form
+from edgeprune.calibration.replay.episodes import divergence
 from edgeprune.methods.dyrate import Predictor
 
 EPOCHS = 2

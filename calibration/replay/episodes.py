@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from edgeprune.calibration.reference import Recorder, reference_model
-from edgeprune.calibration.samples import Sample
+from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.replay.reference import Recorder, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import caches_of
@@ -120,3 +120,9 @@ def shortened(caches: tuple[LayerCache, ...], layers: Iterable[int], share: floa
         end = 1 + kept_of(cache.visual_key.shape[0] - 1, share)
         changed[layer] = replace(cache, visual_key=cache.visual_key[:end], visual_value=cache.visual_value[:end])
     return tuple(changed)
+
+
+def divergence(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """Return the KL divergence in nats [n] of logits [n, vocabulary] from the expected ones."""
+    reference = torch.log_softmax(expected.double(), dim=-1)
+    return (reference.exp() * (reference - torch.log_softmax(actual.double(), dim=-1))).sum(dim=-1)

@@ -1,4 +1,7 @@
-"""`--method auto`: from a goal to a plan, with the Pareto curve of everything that was tried."""
+"""`--method auto`: from a goal to a plan, with the Pareto curve of everything that was tried.
+
+The last stage of a search: a rate for the decode steps, behind the plan that was found.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeprune.calibration.agreement import Agreement
-from edgeprune.calibration.budget import Budget
-from edgeprune.calibration.calibrating import Calibration
-from edgeprune.calibration.candidates import ENCODER, encoder_blocks
-from edgeprune.calibration.costs import encoder_ms, predicted_ttft
-from edgeprune.calibration.decoding import decode_points
-from edgeprune.calibration.pareto import Curve, Point
-from edgeprune.calibration.search import Search
+from edgeprune.calibration.allocate.calibration import Calibration, RateRequest
+from edgeprune.calibration.allocate.dyrate import FORMS
+from edgeprune.calibration.search.candidates import ENCODER, encoder_blocks
+from edgeprune.calibration.search.objectives import Agreement, encoder_ms, predicted_ttft
+from edgeprune.calibration.search.pareto import Budget, Curve, Point
+from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import EdgePruneError, UsageError
@@ -21,6 +22,24 @@ from edgeprune.plan import Cut, KeepPlan
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # tried in turn when the goal names no cost
 LEAST = 20  # samples on which a plan can be judged at all
+
+
+def decode_points(
+    found: Point, reads: float, calibration: Calibration, held_out: Agreement, progress: Callable[[str], None]
+) -> list[Point]:
+    """Return the plan found with DyRate behind it in each of its forms, the best first.
+
+    Steps read `reads` of the visual tokens that the plan leaves in the caches, on the average of the calibration's answers. Prefill
+    and what is held stay as they are, so that the other costs are those of `found`. Raises PlanError where answers are too short to
+    learn a rate from.
+    """
+    points = []
+    for form in FORMS:
+        plan = calibration.rate(reads, found.plan, RateRequest(form))
+        progress(f"dyrate ({form}), {len(held_out)} samples")
+        score = held_out.score(plan, len(held_out))
+        points.append(replace(found, name=f"{found.name} + dyrate ({form})", group="composed", plan=plan, score=score))
+    return sorted(points, key=lambda point: -point.score)
 
 
 @dataclass(frozen=True)

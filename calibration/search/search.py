@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from edgeprune.calibration.agreement import Agreement
-from edgeprune.calibration.budget import Budget, Make
-from edgeprune.calibration.candidates import BASELINES, ENCODER, Recipe, input_cuts, singles
-from edgeprune.calibration.compositions import Composer, idle
-from edgeprune.calibration.costs import flops_share, kv_share, predicted_ttft
-from edgeprune.calibration.pareto import Point
-from edgeprune.calibration.recipes import RESIZE
-from edgeprune.calibration.statistics import Statistics
+from edgeprune.calibration.allocate.recipes import RESIZE
+from edgeprune.calibration.data.statistics import Statistics
+from edgeprune.calibration.search.candidates import BASELINES, ENCODER, Composer, Recipe, idle, input_cuts, singles
+from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, predicted_ttft
+from edgeprune.calibration.search.pareto import Budget, Make, Point
 from edgeprune.device.profile import DeviceTimes
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts

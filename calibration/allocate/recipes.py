@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from edgeprune.calibration.allocation import classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
-from edgeprune.calibration.statistics import Statistics
+from edgeprune.calibration.allocate.budgets import classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
+from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
 from edgeprune.plan.presets import DEFAULT_LAYER, encoder_count

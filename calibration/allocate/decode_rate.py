@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune.calibration.episodes import Episode, Episodes
-from edgeprune.calibration.measuring import divergence
-from edgeprune.calibration.samples import Sample
+from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.replay.episodes import Episode, Episodes, divergence
 from edgeprune.errors import UsageError
 from edgeprune.plan import kept_of
 

@@ -1,0 +1,1 @@
+"""From a budget and statistics to one plan. Imports nothing of search."""

@@ -1,0 +1,1 @@
+"""One pass over the samples, giving statistics. Imports nothing of allocate or search."""

@@ -1,0 +1,1 @@
+"""From many plans to the best. Imported by calibrate alone."""
