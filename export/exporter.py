@@ -1,14 +1,20 @@
-"""The export stage: a model folder and a plan go in, a bundle comes out, whole or not at all."""
+"""The export stage: a model folder and a plan go in, a bundle comes out, whole or not at all.
+
+Two graphs that read one file of weights: what both have is on disk once.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from edgeprune.bundle import (
     CHAT_TEMPLATE,
@@ -32,8 +38,7 @@ from edgeprune.bundle import (
 from edgeprune.bundle.integrity import record_files
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import EdgePruneError
-from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
-from edgeprune.export.sharing import share_weights
+from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.io.files import new_folder
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
@@ -43,6 +48,8 @@ STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "m
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # of a weight, with its share of the scales and of the graph
 Progress = Callable[[str], None]
+
+Key = tuple[str, tuple[int, ...], bytes]
 
 
 def export_bundle(
@@ -146,3 +153,35 @@ def _bytes(loaded: LoadedModel, lowering: Lowering) -> int:
     others = {id(weight) for part in weights.values() for weight in part}
     weights["vision"] = [weight for weight in loaded.model.parameters() if id(weight) not in others]
     return sum(int(weight.numel() * _BYTES[lowering.weights_of(part)]) for part, several in weights.items() for weight in several)
+
+
+def share_weights(path: Path, other: Path) -> None:
+    """Let a graph read its weights from the file of `other`, which lies beside it; what that one lacks goes into the graph itself.
+
+    The graph's own file of weights goes. Weights are the same where type, shape and bytes are.
+    """
+    found = {_key(tensor): tensor for _, tensor in _external(ir.load(other))}
+    model, own = ir.load(path), set[Path]()
+    for value, tensor in _external(model):
+        own.add(Path(tensor.path))
+        same = found.get(_key(tensor))
+        name = str(value.name)
+        if same is None:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=tensor.shape, name=name)
+        else:
+            value.const_value = ir.ExternalTensor(
+                same.location, same.offset, same.length, same.dtype, shape=same.shape, name=name, base_dir=same.base_dir
+            )
+    ir.save(model, path)
+    for file in own:
+        file.unlink()
+
+
+def _external(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value, value.const_value
+
+
+def _key(tensor: ir.ExternalTensor) -> Key:
+    return str(tensor.dtype), tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()

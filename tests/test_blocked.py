@@ -12,8 +12,8 @@ import torch
 
 from edgeprune.bundle.graph_io import decoder_inputs, decoder_outputs
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.export import blocked
-from edgeprune.export.graphs import trace_decoder
+from edgeprune.export.passes import attention as blocked
+from edgeprune.export.tracing import trace_decoder
 from edgeprune.families.base import DecoderParts
 from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.model.blocked import InRow

@@ -12,7 +12,7 @@ from conftest import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.export.graphs import trace_decoder, trace_predictor, trace_selector, trace_vision, wants_signals
+from edgeprune.export.tracing import trace_decoder, trace_predictor, trace_selector, trace_vision, wants_signals
 from edgeprune.lint.check import lint
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan

@@ -16,9 +16,9 @@ import torch
 from onnx_ir.tape import Tape
 
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
-from edgeprune.export import tiling
-from edgeprune.export.graphs import trace_decoder, trace_embedding, trace_vision
-from edgeprune.export.integers import IntegerProducts
+from edgeprune.export.passes import attention as tiling
+from edgeprune.export.passes.precision import IntegerProducts
+from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_vision
 from edgeprune.model.quantization import dynamically_rounded, quantize
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan

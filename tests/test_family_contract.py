@@ -23,7 +23,7 @@ from edgeprune.calibration.replay.reference import Recorder, reference_model
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.export.graphs import trace_decoder, trace_vision
+from edgeprune.export.tracing import trace_decoder, trace_vision
 from edgeprune.export.verification import verify
 from edgeprune.lint.check import lint
 from edgeprune.plan import Cut, KeepPlan

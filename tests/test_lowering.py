@@ -15,8 +15,8 @@ from conftest import TINY_GEOMETRY
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
-from edgeprune.export import matrices
 from edgeprune.export.exporter import export_bundle
+from edgeprune.export.passes import weights as matrices
 from edgeprune.export.verification import verify
 from edgeprune.model.precision import at_precision
 from edgeprune.model.quantization import Quantized, quantize

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edgeprune.errors import PlanError
-from edgeprune.export.graphs import trace_selector
+from edgeprune.export.tracing import trace_selector
 from edgeprune.lint.check import lint
 from edgeprune.methods.base import InputView
 from edgeprune.methods.evs import EVS

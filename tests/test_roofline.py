@@ -19,8 +19,8 @@ from edgeprune.device.onnx_file import read_graph
 from edgeprune.device.roofline import Range, estimate, prefill_operations, vision_operations
 from edgeprune.device.workload import PRECISIONS, Decoder, Precision, Tower, Workload, workload_of
 from edgeprune.errors import BundleError, UsageError
-from edgeprune.export import tiling
 from edgeprune.export.exporter import export_bundle
+from edgeprune.export.passes import attention as tiling
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.targets import TARGETS, Lowering
 

@@ -15,7 +15,7 @@ from test_device_runtime import LIMITS, on_device, prepare
 from edgeprune.bundle import DECODER, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.exporter import export_bundle
-from edgeprune.export.graphs import trace_decoder
+from edgeprune.export.tracing import trace_decoder
 from edgeprune.lint.check import lint_bundle
 from edgeprune.plan import Cut
 from edgeprune.plan.presets import unpruned_plan

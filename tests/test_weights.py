@@ -21,9 +21,10 @@ from edgeprune.bundle import EMBED, VISION
 from edgeprune.checkpoint import weights
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import EdgePruneError, UnsupportedModelError
-from edgeprune.export import exporter, matrices
+from edgeprune.export import exporter
 from edgeprune.export.exporter import export_bundle
-from edgeprune.export.graphs import trace_embedding, trace_vision
+from edgeprune.export.passes import weights as matrices
+from edgeprune.export.tracing import trace_embedding, trace_vision
 from edgeprune.model.quantization import quantize
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import staircase_plan, unpruned_plan

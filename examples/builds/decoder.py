@@ -17,7 +17,7 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from edgeprune.bundle import DECODER
-from edgeprune.export.graphs import trace_decoder
+from edgeprune.export.tracing import trace_decoder
 from edgeprune.families.qwen2_vl import Qwen2VL
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan

@@ -21,7 +21,7 @@ from torch import nn
 from edgeprune.bundle import GraphRecord
 from edgeprune.bundle.graph_io import SEGMENTS, SIGNALS, TIER, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.checkpoint.weights import stored_in
-from edgeprune.export.passes import described, drop_unread, finish
+from edgeprune.export.passes.pipeline import described, drop_unread, finish
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows

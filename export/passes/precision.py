@@ -1,120 +1,31 @@
-"""Passes over traced graphs: dimension names, fused norms, the precision of matrix products and weights."""
+"""Products of integers: what meets int8 weights is rounded to 8 bits where the graph runs, by its own range (dynamic quantization).
+
+CPUs multiply int8 several times faster than float32: 3.5 times for 769 rows by 896 x 4864 on one AVX512-VNNI core (ONNX
+Runtime 1.31, DynamicQuantizeMatMul; MatMulNBits with 8 bits 1.7 times). The operators are ONNX's own, of which ONNX Runtime makes
+that node.
+
+One range serves all rows. Behind a norm they are alike; elsewhere single tokens may be a thousand times larger than the rest (Sun
+et al., Massive Activations in Large Language Models, arXiv 2402.17762), so every row is scaled to 1 first, and its products back.
+"""
 
 from __future__ import annotations
-
-import re
-from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
-from onnxscript.rewriter import rewrite
-from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
-from edgeprune.bundle import GraphRecord, Tensor
-from edgeprune.checkpoint.weights import StoredTensor, address
-from edgeprune.errors import UnsupportedModelError
-from edgeprune.export.blocked import expand_blocked
-from edgeprune.export.integers import IntegerProducts
-from edgeprune.export.joining import join_projections
-from edgeprune.export.matrices import IntegerMatrix, WholeTensor, halved, matrix_of
-from edgeprune.export.optimization import optimize
-from edgeprune.export.rotation import fuse_rotation
-from edgeprune.export.tiling import tile_attention
+from edgeprune.export.passes.weights import IntegerMatrix, halved, matrix_of
 from edgeprune.targets import Lowering
 
 Known = dict[ir.Value, ir.Value]  # what was lowered already, and to what
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
-
-def finish(
-    model: ir.Model,
-    dimensions: Mapping[str, Mapping[int, str]],
-    lowering: Lowering,
-    part: str,
-    stored: Mapping[int, StoredTensor],
-) -> ir.Model:
-    """Return a traced graph as it is written: `dimensions` names the dynamic axes of inputs, `part` whose
-    matrices they are: "layers" (the decoder), "vision", "embedding" or "" for a graph that stays as it is. `stored`: what
-    placeholders among its weights stand for, which is read when the graph is saved.
-    """
-    _leave_stored(model.graph, stored)
-    optimize(model)
-    expand_blocked(model.graph)
-    # The exporter notes the source line of every node, with paths of the machine that exports.
-    ClearMetadataAndDocStringPass()(model)
-    _name_dimensions(model.graph, dimensions)
-    if lowering.target.fused:
-        model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
-    if lowering.target.blocked:
-        join_projections(model.graph)
-        fuse_rotation(model.graph)
-        tile_attention(model.graph)
-    if part == "embedding":
-        _lower_table(model.graph, lowering)
-    elif part in ("layers", "vision"):
-        _lower_products(model.graph, lowering, part)
-    RemoveUnusedNodesPass()(model)
-    return model
+_NORMS = ("RMSNormalization", "LayerNormalization")
+_SMALLEST = 1e-20  # a row of zeros is divided by this
 
 
-def drop_unread(graph: ir.Graph) -> None:
-    """Remove the inputs that no node reads: what a graph does not ask for, the runtime need not compute.
-
-    A selector without the prompt chooses the same whatever is asked, so that its choice can be recalled.
-    """
-    for value in [value for value in graph.inputs if not value.uses() and value not in graph.outputs]:
-        graph.inputs.remove(value)
-
-
-def described(graph: ir.Graph) -> GraphRecord:
-    """Return the inputs and outputs of a graph."""
-    return GraphRecord(*({str(value.name): _tensor(value) for value in side} for side in (graph.inputs, graph.outputs)))
-
-
-def _tensor(value: ir.Value) -> Tensor:
-    assert value.shape is not None and value.dtype is not None
-    return Tensor(str(value.dtype.numpy()), tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape))
-
-
-def _leave_stored(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> None:
-    for value in graph.initializers.values():
-        tensor = value.const_value.raw if value.const_value is not None else None
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        source = stored.get(address(tensor))
-        if source is not None:
-            assert tensor.shape == source.size and not any(tensor.stride())
-            value.const_value = WholeTensor(source, str(value.name))
-        elif tensor.is_floating_point() and tensor.isnan().any():
-            # A family that computes with a large matrix gets this, as placeholders are no numbers.
-            raise UnsupportedModelError(f"Some of the numbers that {value.name} becomes are none: the weights are broken.")
-
-
-def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]]) -> None:
-    # The exporter calls them s31 where two inputs share one; an engine's profile wants to know which is which.
-    renamed: dict[str, str] = {}
-    for value in graph.inputs:
-        for axis, name in dimensions.get(value.name or "", {}).items():
-            assert value.shape is not None
-            renamed[str(value.shape[axis].value)] = name  # type: ignore[union-attr]
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, renamed)) + r")\b")
-    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
-        if value.shape is None:
-            continue
-        value.shape = ir.Shape(
-            [
-                pattern.sub(lambda match: renamed[match[0]], str(axis.value))
-                if renamed and isinstance(axis, ir.SymbolicDim)
-                else axis
-                for axis in value.shape
-            ]
-        )
-
-
-def _lower_table(graph: ir.Graph, lowering: Lowering) -> None:
+def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
     kind = lowering.weights_of("embedding")
     if kind == "fp32":
         return
@@ -131,7 +42,7 @@ def _lower_table(graph: ir.Graph, lowering: Lowering) -> None:
     _put(graph, gather, tape, tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scales, ids]), last])]))
 
 
-def _lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
+def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
     known: Known = {}
     integers = IntegerProducts()
     half = lowering.products == "float16"
@@ -221,3 +132,33 @@ def _put(graph: ir.Graph, node: ir.Node, tape: Tape, value: ir.Value) -> None:
     for initializer in tape.initializers:
         graph.register_initializer(initializer)
     ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), [old], [value])
+
+
+class IntegerProducts:
+    """The products of one graph: states that several matrices meet are rounded once."""
+
+    def __init__(self) -> None:
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]] = {}
+
+    def product(self, tape: Tape, state: ir.Value, integers: ir.Value, scales: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """Return the product of `state` [..., in] and a matrix: `integers` [in, out] times `scales` [out]; with `bias` [out]."""
+        if state not in self._rounded:
+            self._rounded[state] = _rounded(tape, state)
+        rows, scale, zero, size = self._rounded[state]
+        whole = tape.op("Cast", [tape.op("MatMulInteger", [rows, integers, zero])], {"to": ir.DataType.FLOAT})
+        product = tape.op("Mul", [whole, tape.op("Mul", [scale, scales])])
+        product = product if size is None else tape.op("Mul", [product, size])
+        return product if bias is None else tape.op("Add", [product, bias])
+
+
+def _rounded(tape: Tape, state: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
+    producer, size = state.producer(), None
+    if producer is None or producer.op_type not in _NORMS:
+        last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{state.name}.last_axis"))
+        least = tape.initializer(ir.tensor(np.array(_SMALLEST, np.float32), name=f"{state.name}.least"))
+        # The largest magnitude of each row; Abs would write it all down first, which takes twice as long.
+        high, low = (tape.op(kind, [state, last], {"keepdims": 1}) for kind in ("ReduceMax", "ReduceMin"))
+        size = tape.op("Max", [high, tape.op("Neg", [low]), least])
+        state = tape.op("Div", [state, size])
+    rows, scale, zero = tape.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)
+    return rows, scale, zero, size

@@ -1,0 +1,106 @@
+"""Passes over traced graphs: dimension names, fused norms, the precision of matrix products and weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
+
+from edgeprune.bundle import GraphRecord, Tensor
+from edgeprune.checkpoint.weights import StoredTensor, address
+from edgeprune.errors import UnsupportedModelError
+from edgeprune.export.passes.attention import expand_blocked, tile_attention
+from edgeprune.export.passes.fusion import fuse_rotation, join_projections, optimize
+from edgeprune.export.passes.precision import lower_products, lower_table
+from edgeprune.export.passes.weights import WholeTensor
+from edgeprune.targets import Lowering
+
+
+def finish(
+    model: ir.Model,
+    dimensions: Mapping[str, Mapping[int, str]],
+    lowering: Lowering,
+    part: str,
+    stored: Mapping[int, StoredTensor],
+) -> ir.Model:
+    """Return a traced graph as it is written: `dimensions` names the dynamic axes of inputs, `part` whose
+    matrices they are: "layers" (the decoder), "vision", "embedding" or "" for a graph that stays as it is. `stored`: what
+    placeholders among its weights stand for, which is read when the graph is saved.
+    """
+    _leave_stored(model.graph, stored)
+    optimize(model)
+    expand_blocked(model.graph)
+    # The exporter notes the source line of every node, with paths of the machine that exports.
+    ClearMetadataAndDocStringPass()(model)
+    _name_dimensions(model.graph, dimensions)
+    if lowering.target.fused:
+        model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
+    if lowering.target.blocked:
+        join_projections(model.graph)
+        fuse_rotation(model.graph)
+        tile_attention(model.graph)
+    if part == "embedding":
+        lower_table(model.graph, lowering)
+    elif part in ("layers", "vision"):
+        lower_products(model.graph, lowering, part)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def drop_unread(graph: ir.Graph) -> None:
+    """Remove the inputs that no node reads: what a graph does not ask for, the runtime need not compute.
+
+    A selector without the prompt chooses the same whatever is asked, so that its choice can be recalled.
+    """
+    for value in [value for value in graph.inputs if not value.uses() and value not in graph.outputs]:
+        graph.inputs.remove(value)
+
+
+def described(graph: ir.Graph) -> GraphRecord:
+    """Return the inputs and outputs of a graph."""
+    return GraphRecord(*({str(value.name): _tensor(value) for value in side} for side in (graph.inputs, graph.outputs)))
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    assert value.shape is not None and value.dtype is not None
+    return Tensor(str(value.dtype.numpy()), tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape))
+
+
+def _leave_stored(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> None:
+    for value in graph.initializers.values():
+        tensor = value.const_value.raw if value.const_value is not None else None
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        source = stored.get(address(tensor))
+        if source is not None:
+            assert tensor.shape == source.size and not any(tensor.stride())
+            value.const_value = WholeTensor(source, str(value.name))
+        elif tensor.is_floating_point() and tensor.isnan().any():
+            # A family that computes with a large matrix gets this, as placeholders are no numbers.
+            raise UnsupportedModelError(f"Some of the numbers that {value.name} becomes are none: the weights are broken.")
+
+
+def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]]) -> None:
+    # The exporter calls them s31 where two inputs share one; an engine's profile wants to know which is which.
+    renamed: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, name in dimensions.get(value.name or "", {}).items():
+            assert value.shape is not None
+            renamed[str(value.shape[axis].value)] = name  # type: ignore[union-attr]
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, renamed)) + r")\b")
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is None:
+            continue
+        value.shape = ir.Shape(
+            [
+                pattern.sub(lambda match: renamed[match[0]], str(axis.value))
+                if renamed and isinstance(axis, ir.SymbolicDim)
+                else axis
+                for axis in value.shape
+            ]
+        )
