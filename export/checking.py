@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edgeprune.bundle import Bundle
 from edgeprune.lint.check import lint
-from edgeprune.lint.findings import Finding
+from edgeprune.lint.rule import Finding
 from edgeprune.runtime.backends.tensorrt.profiles import Limits, profiles_of
 from edgeprune.runtime.backends.tensorrt.trial import Trial, can_try, stand_in, try_build
 from edgeprune.targets import Target

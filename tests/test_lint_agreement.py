@@ -14,7 +14,7 @@ import pytest
 from onnx import parser
 
 from edgeprune.lint.check import lint
-from edgeprune.lint.subject import Profile
+from edgeprune.lint.rule import Profile
 from edgeprune.targets import TARGETS
 
 trt = pytest.importorskip("tensorrt_rtx")

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from edgeprune.lint.check import lint
-from edgeprune.lint.constants import constant
-from edgeprune.lint.findings import Finding
-from edgeprune.lint.graphs import load_graph
+from edgeprune.lint.graph import load_graph
+from edgeprune.lint.rule import Finding
+from edgeprune.lint.values import constant
 from edgeprune.targets import TARGETS
 
 

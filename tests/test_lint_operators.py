@@ -12,7 +12,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.lint import facts
 from edgeprune.lint.check import ONNX_RULES, ONNXRUNTIME_RULES, TENSORRT_RULES, lint, lint_bundle
-from edgeprune.lint.findings import Finding
+from edgeprune.lint.rule import Finding
 from edgeprune.targets import TARGETS
 
 ATTENTION = "agraph (float16[1,2,4,64] q, float16[1,2,6,64] k, float16[1,2,6,64] v) => (float16[1,2,4,64] y) "

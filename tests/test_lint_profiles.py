@@ -10,10 +10,9 @@ from onnx import helper
 
 from edgeprune.bundle import DECODER, Bundle
 from edgeprune.lint.check import lint, lint_bundle
-from edgeprune.lint.findings import Finding
-from edgeprune.lint.graphs import load_graph
-from edgeprune.lint.lengths import range_of
-from edgeprune.lint.subject import Profile, ranges_of
+from edgeprune.lint.graph import load_graph
+from edgeprune.lint.rule import Finding, Profile, ranges_of
+from edgeprune.lint.values import range_of
 from edgeprune.targets import TARGETS
 
 GOOD: Profile = {

@@ -9,9 +9,8 @@ import pytest
 from onnx import parser
 
 from edgeprune.lint.check import lint
-from edgeprune.lint.findings import Finding
-from edgeprune.lint.lengths import ANY_LENGTH, Range, range_of
-from edgeprune.lint.subject import Profile
+from edgeprune.lint.rule import Finding, Profile
+from edgeprune.lint.values import ANY_LENGTH, Range, range_of
 from edgeprune.targets import TARGETS
 
 

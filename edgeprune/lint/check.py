@@ -10,10 +10,14 @@ from pathlib import Path
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
-from edgeprune.lint import arguments, attention, control, numbers, operators, profiles, quantization, selection, shapes
-from edgeprune.lint.findings import Finding
-from edgeprune.lint.graphs import load_graph
-from edgeprune.lint.subject import Profile, Rule, Subject
+from edgeprune.lint.graph import load_graph
+from edgeprune.lint.rule import Finding, Profile, Rule, Subject
+from edgeprune.lint.rules import arguments, operators, profiles, shapes
+from edgeprune.lint.rules import arguments as selection
+from edgeprune.lint.rules import operators as attention
+from edgeprune.lint.rules import shapes as control
+from edgeprune.lint.rules import types as numbers
+from edgeprune.lint.rules import types as quantization
 from edgeprune.targets import Target
 
 MODULES = ("Orin", "Thor")

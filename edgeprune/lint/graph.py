@@ -12,14 +12,44 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, inliner, shape_inference
+from google.protobuf.message import DecodeError
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    checker,
+    helper,
+    inliner,
+    numpy_helper,
+    shape_inference,
+)
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from edgeprune.errors import BundleError
-from edgeprune.lint.constants import read_tensor
-from edgeprune.lint.lengths import Dim
+
+Dim = int | str  # a length, a name or an expression; an empty string where nothing is known
+
+LARGEST = 1 << 20  # elements; zero points of blocks are the largest constants that a rule reads
 
 ONNX_DOMAINS = ("", "ai.onnx")
+
+
+def read_tensor(tensor: TensorProto, folder: Path) -> np.ndarray | None:
+    """Return a stored tensor, from its file beside the graph where it is external; None if it is large or cannot be read."""
+    if int(np.prod(tensor.dims, dtype=np.int64)) > LARGEST:
+        return None
+    try:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            copy = TensorProto()
+            copy.CopyFrom(tensor)
+            load_external_data_for_tensor(copy, str(folder))
+            tensor = copy
+        return np.asarray(numpy_helper.to_array(tensor))
+    except (OSError, ValueError, TypeError, checker.ValidationError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgeprune.lint.findings import Finding
-from edgeprune.lint.graphs import Value
-from edgeprune.lint.lengths import range_of
-from edgeprune.lint.subject import Profile, Shape, Subject, ranges_of
+from edgeprune.lint.graph import Value
+from edgeprune.lint.rule import Finding, Profile, Shape, Subject, ranges_of
+from edgeprune.lint.values import range_of
 
 
 def unknown_inputs(subject: Subject) -> Iterator[Finding]:

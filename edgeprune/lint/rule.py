@@ -1,18 +1,43 @@
-"""What a rule is given, and what a rule is."""
+"""What the lint says: one Finding for each thing that a target refuses or changes silently.
+
+What a rule is given, and what a rule is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from edgeprune.lint.facts import Version
-from edgeprune.lint.findings import Finding, Severity
-from edgeprune.lint.graphs import Graph, Node, Value
-from edgeprune.lint.lengths import Range
+from edgeprune.lint.graph import Graph, Node, Value
+from edgeprune.lint.values import Range
 from edgeprune.targets import Target
+
+Severity = Literal["error", "warning"]
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input name -> least, usual and greatest shape
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in a graph that a target refuses (`error`) or that may surprise (`warning`).
+
+    `node` is the name of a node or, where no node is at fault, of a tensor; `operator` is empty then. `reason` says what is wrong
+    and `remedy` what to do, one sentence each.
+    """
+
+    graph: str
+    node: str
+    operator: str
+    reason: str
+    remedy: str
+    severity: Severity
+
+    def __str__(self) -> str:
+        place = f"{self.graph}: {self.node} ({self.operator})" if self.operator else f"{self.graph}: {self.node}"
+        return f"{self.severity}: {place}: {self.reason} {self.remedy}"
 
 
 @dataclass(frozen=True)
