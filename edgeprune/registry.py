@@ -47,8 +47,8 @@ FAMILIES = {
     "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
     "qwen3_vl": "edgeprune.families.qwen3_vl:Qwen3VL",
-    "smolvlm": "edgeprune.families.smolvlm:SmolVLM",
-    "vipllava": "edgeprune.families.vipllava:VipLlava",
+    "smolvlm": "edgeprune.families.idefics3:SmolVLM",
+    "vipllava": "edgeprune.families.llava:VipLlava",
 }
 
 TASK = "image-text-to-text"  # of every family, as transformers and optimum name it

@@ -25,8 +25,8 @@ from edgeprune.runtime.backends.onnxruntime import OnnxEngine
 from edgeprune.runtime.generation.conversation import Conversation, Picture
 from edgeprune.runtime.generation.pipeline import Model
 from edgeprune.runtime.generation.sampling import Sampling
+from edgeprune.tabletop.dataset import frames_for
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
-from edgeprune.tabletop.showing import frames_for
 
 GENERATED = 32
 Found = tuple[str, float, str]  # stage, worst difference, what was compared

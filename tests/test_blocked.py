@@ -16,7 +16,7 @@ from edgeprune.export.passes import attention as blocked
 from edgeprune.export.tracing import trace_decoder
 from edgeprune.families.base import DecoderParts
 from edgeprune.model import PrunedDecoder, Segment
-from edgeprune.model.blocked import InRow
+from edgeprune.model.attention import InRow
 from edgeprune.model.cache import LayerCache, flat_rows
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan

@@ -31,8 +31,7 @@ from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from edgeprune.errors import UnsupportedModelError, UsageError
 from edgeprune.families.idefics2 import Idefics2
-from edgeprune.families.idefics3 import Idefics3
-from edgeprune.families.smolvlm import SmolVLM
+from edgeprune.families.idefics3 import Idefics3, SmolVLM
 from edgeprune.plan import Geometry, View
 from edgeprune.processors import image_spec
 from edgeprune.runtime.text.prompt import ImageLayout

@@ -17,7 +17,7 @@ from transformers import VipLlavaForConditionalGeneration
 
 from edgeprune.checkpoint.loading import find_model, load_model
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.vipllava import VipLlava
+from edgeprune.families.llava import VipLlava
 from edgeprune.plan import Geometry
 
 SQUARE = Geometry(70, 70, 14, 1)

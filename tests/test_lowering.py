@@ -18,8 +18,7 @@ from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.passes import weights as matrices
 from edgeprune.export.verification import verify
-from edgeprune.model.precision import at_precision
-from edgeprune.model.quantization import Quantized, quantize
+from edgeprune.model.quantization import Quantized, at_precision, quantize
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.runtime import load

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView
+from edgeprune.methods.base import InputView, add_most_different, cosine
 from edgeprune.methods.cdpruner import greedy_map
-from edgeprune.methods.diversity import add_most_different, cosine
 from edgeprune.methods.visionzip import VisionZip
 from edgeprune.methods.zspaprune import ZSPAPrune
 from edgeprune.model import InputSelector

@@ -24,9 +24,8 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.report import charts
-from edgeprune.report.answers import interview
 from edgeprune.report.canvas import tip
-from edgeprune.report.material import Material
+from edgeprune.report.gather import Material, interview
 from edgeprune.report.page import render, sections_of
 from edgeprune.runtime import Runtime
 

@@ -13,7 +13,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.calibration.data.statistics import Source, Statistics
 from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.errors import UsageError
-from edgeprune.report.material import Request, gather
+from edgeprune.report.gather import Request, gather
 
 SOURCE = Source("qwen2_vl", 3, 2, "0" * 64, TINY_GEOMETRY, "last", "mean", False)
 CURVE = Curve("flops", (Point("random", "random", 0.5, 0.5, 0.9, 40, PLAN),))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from test_report import LIVE, PLAN
 
 from edgeprune.plan import Cut
-from edgeprune.report.words import costs, counted, cut_lines, schedule_of, spans
+from edgeprune.report.text import costs, counted, cut_lines, schedule_of, spans
 
 
 def test_cuts_in_words() -> None:

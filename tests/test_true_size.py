@@ -29,7 +29,7 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.backends.interface import StepInput
-from edgeprune.tabletop.showing import frames_for
+from edgeprune.tabletop.dataset import frames_for
 from edgeprune.targets import TARGETS, Lowering
 
 pytestmark = pytest.mark.size

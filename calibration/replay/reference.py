@@ -13,7 +13,7 @@ from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows
-from edgeprune.model.precision import at_precision
+from edgeprune.model.quantization import at_precision
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import image_spec
 from edgeprune.registry import method_class

@@ -21,7 +21,7 @@ from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput
 from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
-from edgeprune.tabletop.showing import frames_for
+from edgeprune.tabletop.dataset import frames_for
 
 TOKENS = 24
 PROMPTS = ("What is on the table?", "What else?")  # the second without an image, on the caches of the first

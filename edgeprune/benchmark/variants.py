@@ -30,7 +30,7 @@ from edgeprune.runtime.generation.pipeline import Model, State
 from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.text.tokenizer import TextCodec
-from edgeprune.tabletop.showing import frames_for
+from edgeprune.tabletop.dataset import frames_for
 
 OWN = "pruned"
 WHOLE = "none"

@@ -28,7 +28,7 @@ def report(output: Path, as_json: bool, **request: Any) -> None:
     """
     require_extra("plot", "matplotlib")
     from edgeprune.cli.show import show_facts
-    from edgeprune.report.material import Request
+    from edgeprune.report.gather import Request
     from edgeprune.report.page import write_report
 
     sections = write_report(Request(**request), output)

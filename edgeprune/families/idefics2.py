@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import ImageText
-from edgeprune.families.base import DecoderParts, Family
-from edgeprune.families.text import check_text, text_decoder
+from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
+from edgeprune.families.encoder import ViewEncoder, patch_linear
 from edgeprune.families.thinning import Rows
-from edgeprune.families.views import ViewEncoder, patch_linear
 from edgeprune.plan import Cut, Geometry
 
 _FAKE, _IMAGE = "<fake_token_around_image>", "<image>"

@@ -15,10 +15,9 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts, Family
-from edgeprune.families.text import check_text, text_decoder
+from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
+from edgeprune.families.encoder import ViewEncoder, patch_linear
 from edgeprune.families.thinning import Rows, Thinning
-from edgeprune.families.views import ViewEncoder, patch_linear
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<img><IMG_CONTEXT></img>"

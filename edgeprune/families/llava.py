@@ -4,6 +4,14 @@ Liu et al., arXiv 2310.03744; the modules are those of transformers' models/llav
 checkpoints are covered whose encoder is CLIP (without its class token) or SigLIP (with all patches), whatever layers the features
 are of, and whose decoder is Llama (Vicuna), Mistral, Qwen2 or Qwen3: LLaVA-1.5, BakLLaVA, LLaVA-Interleave and
 Mantis-8B-siglip-llama3. Pixtral's encoder is refused.
+
+ViP-LLaVA: LLaVA whose projector sees CLIP's features of several layers side by side, behind a norm.
+
+Cai et al., arXiv 2312.00784; the modules are those of transformers' models/vipllava/modeling_vipllava.py. Which layers is the
+configuration's `vision_feature_layers`; the class token is always left out, so SigLIP, which has none, would lose a patch.
+
+Departure: a single layer is refused. The config.json of vip-llava-7b-hf names one (-2), which transformers once ignored and now
+believes, and then builds a projector that the weights do not fit.
 """
 
 from __future__ import annotations
@@ -14,9 +22,9 @@ from typing import Any
 from torch import nn
 
 from edgeprune.bundle import ImageText
-from edgeprune.families.base import DecoderParts, Family
+from edgeprune.errors import UnsupportedModelError
+from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
 from edgeprune.families.encoder import CLIP, SIGLIP, FeatureEncoder, check_encoder, check_selection, projected_view
-from edgeprune.families.text import check_text, text_decoder
 from edgeprune.families.thinning import Thinning
 from edgeprune.plan import Cut, Geometry
 
@@ -55,3 +63,21 @@ class Llava(Family):
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
         return text_decoder(self._model.model.language_model, self._model.lm_head)
+
+
+class VipLlava(Llava):
+    """Where the parts of a VipLlavaForConditionalGeneration are."""
+
+    name = "vipllava"
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse quantized weights, other encoders and decoders, and features of one layer alone."""
+        check_text(config)
+        check_encoder(config, CLIP)
+        layers = config.vision_feature_layer
+        if isinstance(layers, int):
+            raise UnsupportedModelError(
+                f"Its config.json names a single layer of vision features, {layers}, but ViP-LLaVA has several.",
+                hint='Replace it by those of its training, "vision_feature_layers": [-2, -5, -8, -11, 6] in vip-llava-7b-hf.',
+            )

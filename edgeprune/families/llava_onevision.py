@@ -18,9 +18,8 @@ from torch import nn
 from transformers.image_processing_utils import select_best_resolution
 
 from edgeprune.bundle import ImageText
-from edgeprune.families.base import DecoderParts, Family
+from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, check_grid, check_selection
-from edgeprune.families.text import check_text, text_decoder
 from edgeprune.plan import Cut, Geometry, View
 
 

@@ -19,9 +19,8 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts, Family, refuse_quantized
+from edgeprune.families.base import DecoderParts, Family, refuse_quantized, text_decoder
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
-from edgeprune.families.text import text_decoder
 from edgeprune.families.thinning import Thinning
 from edgeprune.plan import Cut, Geometry
 

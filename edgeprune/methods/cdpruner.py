@@ -16,8 +16,7 @@ from typing import ClassVar
 import torch
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView, ascending
-from edgeprune.methods.diversity import cosine
+from edgeprune.methods.base import InputView, ascending, cosine
 from edgeprune.plan import Cut, Geometry
 
 _TINY = 1e-6

@@ -14,8 +14,7 @@ from typing import ClassVar
 import torch
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView, ascending
-from edgeprune.methods.diversity import add_most_different, cosine
+from edgeprune.methods.base import InputView, add_most_different, ascending, cosine
 from edgeprune.plan import Cut, Geometry
 
 

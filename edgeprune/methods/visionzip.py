@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView, ascending, rank
-from edgeprune.methods.diversity import cosine
+from edgeprune.methods.base import InputView, ascending, cosine, rank
 from edgeprune.plan import Cut, Geometry
 
 

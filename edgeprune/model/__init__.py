@@ -2,7 +2,6 @@
 
 from edgeprune.model.cache import LayerCache
 from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput
-from edgeprune.model.embedding import TextEmbedding
-from edgeprune.model.selector import InputSelector, input_selector
+from edgeprune.model.inputs import InputSelector, TextEmbedding, input_selector
 
 __all__ = ["InputSelector", "LayerCache", "PrunedDecoder", "Segment", "StepOutput", "TextEmbedding", "input_selector"]

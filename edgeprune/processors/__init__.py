@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from edgeprune.processors.base import ImageSpec
-from edgeprune.processors.fitting import FITS, fit
+from edgeprune.processors.base import FITS, ImageSpec, fit
 from edgeprune.processors.settings import refusal, variants
 
 __all__ = ["FITS", "ImageSpec", "fit", "image_spec"]
@@ -17,10 +16,10 @@ _QWEN = variants("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
 _SPECS: dict[str, str] = {
     **dict.fromkeys(_QWEN, "qwen:GridSpec"),
     **dict.fromkeys(variants("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"), "square:SquareSpec"),
-    **dict.fromkeys(variants("Idefics2ImageProcessor"), "idefics2:Idefics2Spec"),
-    **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics3:Idefics3Spec"),
-    **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "anyres:AnyResSpec"),
-    **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiles:TileSpec"),
+    **dict.fromkeys(variants("Idefics2ImageProcessor"), "idefics:Idefics2Spec"),
+    **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics:Idefics3Spec"),
+    **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
+    **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiling:TileSpec"),
 }
 
 

@@ -17,9 +17,8 @@ from edgeprune.calibration.search.pareto import Curve
 from edgeprune.io.files import write_text
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.report import charts
-from edgeprune.report.answers import Interview
-from edgeprune.report.material import Material, Request, gather
-from edgeprune.report.words import costs, cut_lines, schedule_of
+from edgeprune.report.gather import Interview, Material, Request, gather
+from edgeprune.report.text import costs, cut_lines, schedule_of
 
 _SPLIT = ("system prompt", "image", "instruction", "generated text")
 _FAINTEST = 1e-4  # of the largest cost: what is below looks the same

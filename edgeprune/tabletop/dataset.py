@@ -1,4 +1,7 @@
-"""Write TableTop scenes as a data set in the format that users bring: images and JSON lines."""
+"""Write TableTop scenes as a data set in the format that users bring: images and JSON lines.
+
+TableTop scenes in the form that a bundle takes: for trials of a model that was trained on something else.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from edgeprune.errors import UsageError
 from edgeprune.io.files import new_folder
+from edgeprune.plan import Geometry
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import KINDS, Question, ask_one
 from edgeprune.tabletop.world import Scene, sample_scene
@@ -43,3 +48,9 @@ def write_dataset(
             progress(index + 1)
         (folder / "dataset.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
+
+
+def frames_for(geometry: Geometry, seed: int = 1) -> list[Image.Image]:
+    """Return one scene of the geometry's size, or as many different ones as a video has frames."""
+    size, rng = (geometry.width, geometry.height), np.random.default_rng(seed)
+    return [draw_scene(sample_scene(rng)).resize(size, Image.Resampling.BICUBIC) for _ in range(geometry.frames)]

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from edgeprune.model.blocked import DOMAIN, INPUTS, OPERATOR
+from edgeprune.model.attention import DOMAIN, INPUTS, OPERATOR
 
 BLOCKS = 8
 PLACES = ("past_text_", "", "past_visual_")  # of keys and values, as their names begin

@@ -26,6 +26,7 @@ _SMALLEST = 1e-20  # a row of zeros is divided by this
 
 
 def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
+    """Give the embedding table of a graph the precision of a lowering; what is looked up stays float32."""
     kind = lowering.weights_of("embedding")
     if kind == "fp32":
         return
@@ -43,6 +44,7 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
 
 
 def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
+    """Give every matrix product of a graph the precision of a lowering; `part`: whose matrices they are, "layers" or "vision"."""
     known: Known = {}
     integers = IntegerProducts()
     half = lowering.products == "float16"

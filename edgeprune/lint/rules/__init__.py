@@ -1,1 +1,1 @@
-"""The rules, grouped by what they look at. Each is a function from a graph to findings; imports nothing but the lint's graph view."""
+"""The rules, grouped by what they look at. Each takes a graph and gives findings. Imports nothing but the lint's graph view."""

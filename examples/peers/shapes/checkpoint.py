@@ -8,7 +8,7 @@ from typing import Any
 
 from edgeprune.plan import Geometry
 from edgeprune.tabletop import MODEL_FOLDER
-from edgeprune.tabletop.showing import frames_for
+from edgeprune.tabletop.dataset import frames_for
 from shapes.shape import Shape
 
 WEIGHTS = "model.safetensors"

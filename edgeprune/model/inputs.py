@@ -1,4 +1,6 @@
-"""The input cut: which visual tokens enter the decoder, and what they are then. A graph of its own, run for image turns only.
+"""Token embeddings as wide as the visual tokens are: with planes (DeepStack), to which text adds nothing.
+
+The input cut: which visual tokens enter the decoder, and what they are then. A graph of its own, run for image turns only.
 
 Standing between vision encoder and decoder it sees a constant number of tokens, so that greedy selections need no care for steps
 without an image, and the decoder's prefill is shorter from layer 0 on.
@@ -9,9 +11,24 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import InputView, Merging
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.registry import method_class
+
+
+class TextEmbedding(nn.Module):
+    """From ids [1, n] to embeddings [1, n, (1 + planes) * hidden]."""
+
+    def __init__(self, parts: DecoderParts) -> None:
+        super().__init__()
+        self.table = parts.embed_tokens
+        self.added = parts.planes * parts.hidden
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings, zero in their planes."""
+        embeds: torch.Tensor = self.table(ids)
+        return nn.functional.pad(embeds, (0, self.added)) if self.added else embeds
 
 
 class InputSelector(nn.Module):
