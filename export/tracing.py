@@ -90,7 +90,7 @@ def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path) -> Grap
 def trace_decoder(
     parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path, lower: Sequence[KeepPlan] = ()
 ) -> GraphRecord:
-    """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.runtime.engine`.
+    """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.bundle.graph_io`.
 
     `lower`: plans of lower tiers.
     """

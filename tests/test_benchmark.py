@@ -20,8 +20,8 @@ from edgeprune.benchmark.run import WARM_UP, Benchmark, benchmark
 from edgeprune.benchmark.startup import measure_startup
 from edgeprune.benchmark.variants import Contender, Question
 from edgeprune.bundle import Bundle
-from edgeprune.cli.benchmarking import bench
-from edgeprune.cli.measured import show_benchmark
+from edgeprune.cli.commands.measure import bench
+from edgeprune.cli.output.measure import show_benchmark
 from edgeprune.device.machine import Machine
 from edgeprune.device.power import Power
 from edgeprune.device.profile import DeviceTimes

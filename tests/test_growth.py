@@ -14,7 +14,7 @@ from edgeprune.benchmark.run import benchmark
 from edgeprune.benchmark.sweeps import AtKept, line_through, measure_growth
 from edgeprune.benchmark.variants import OWN, PROMPT, Question, own_contender
 from edgeprune.bundle import Bundle
-from edgeprune.cli.benchmarking import bench
+from edgeprune.cli.commands.measure import bench
 from edgeprune.errors import UsageError
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.providers import ENGINES

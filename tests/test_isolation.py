@@ -24,8 +24,8 @@ def loaded_after(code: str) -> set[str]:
     "module",
     [
         "runtime",
-        "runtime.tensorrt.engine",
-        "runtime.tensorrt.commands",
+        "runtime.backends.tensorrt.backend",
+        "runtime.backends.tensorrt.build",
         "device.doctor",
         "bundle",
         "plan",

@@ -16,8 +16,8 @@ from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig
 
 from edgeprune.cli import main
-from edgeprune.cli.making import export
-from edgeprune.cli.optimum import command_line, shared_options
+from edgeprune.cli.commands.export import export
+from edgeprune.cli.optimum_plugin import command_line, shared_options
 from edgeprune.device.system import Software
 from edgeprune.errors import MissingExtraError, UnsupportedModelError, require_extra
 from edgeprune.export.optimum import EXPORTER, register_families

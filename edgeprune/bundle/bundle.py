@@ -1,7 +1,7 @@
 """Bundles: the folder that `edgeprune export` writes and the runtime loads.
 
-manifest.json                    edgeprune.manifest's Manifest, with the sha256 of every file below
-signature.json                   of the manifest, if somebody signed it: see edgeprune.signing
+manifest.json                    edgeprune.bundle.manifest's Manifest, with the sha256 of every file below
+signature.json                   of the manifest, if somebody signed it: see edgeprune.bundle.signing
 plan.json                        the keep plan that is frozen into the decoder; of several tiers the first
 tiers/NAME.json                  the plans of the other tiers, if there are any
 onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden], and what its cuts kept

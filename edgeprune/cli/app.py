@@ -7,18 +7,13 @@ from typing import Any
 import click
 
 from edgeprune import __version__
-from edgeprune.cli.asking import eval_command, run
-from edgeprune.cli.benchmarking import bench
-from edgeprune.cli.building import build, check, selftest
-from edgeprune.cli.calibrating import calibrate, merge, profile
-from edgeprune.cli.diagnosing import doctor
-from edgeprune.cli.estimating import estimate
-from edgeprune.cli.listing import inspect, methods, models, tabletop
-from edgeprune.cli.making import export, verify
-from edgeprune.cli.reporting import report
-from edgeprune.cli.ros2 import ros2
-from edgeprune.cli.serving import serve
-from edgeprune.cli.signing import keygen, sign
+from edgeprune.cli.commands.ask import eval_command, run
+from edgeprune.cli.commands.calibrate import calibrate, merge, profile, report
+from edgeprune.cli.commands.engines import build, check, selftest
+from edgeprune.cli.commands.export import export, keygen, sign, verify
+from edgeprune.cli.commands.inspect import inspect, methods, models, tabletop
+from edgeprune.cli.commands.measure import bench, doctor, estimate
+from edgeprune.cli.commands.serve import ros2, serve
 from edgeprune.errors import EdgePruneError
 
 

@@ -10,7 +10,7 @@ import click
 
 from edgeprune.errors import UsageError
 
-# As in edgeprune.runtime.providers, which imports ONNX Runtime: too slow for --help.
+# As in edgeprune.runtime.backends.providers, which imports ONNX Runtime: too slow for --help.
 PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "openvino", "tensorrt")
 FPS = 2.0
 _SHOWN = ("image_size", "frames", "fps")  # what a model is asked about, which is no matter of budgets

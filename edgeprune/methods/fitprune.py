@@ -2,7 +2,7 @@
 
 Ye et al., "Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models", AAAI 2025, arXiv
 2409.10197. A token's score is the product of the attention it gets from text (cross) and from visual tokens (self), each the
-maximum over heads. The recipe is made by `edgeprune.calibration.fitprune`.
+maximum over heads. The recipe is made by `edgeprune.calibration.collect.measure`.
 
 Made static: it is by nature. Departure: the recipe's many small deletions are gathered into a few stages between layers, where the
 paper deletes inside every attention.

@@ -24,7 +24,7 @@ import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples, score
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, Cost, evaluate
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
-from edgeprune.cli.show import Counter
+from edgeprune.cli.output.basic import Counter
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset

@@ -15,7 +15,7 @@ from rich.table import Table
 import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, score
 from edgeprune.checkpoint.loading import find_model, load_model
-from edgeprune.cli.show import Stages
+from edgeprune.cli.output.basic import Stages
 from edgeprune.export.exporter import STAGES, export_bundle
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.runtime import Answer

@@ -24,7 +24,7 @@ import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.evaluation import ALL, UNPRUNED, EvalReport, evaluate
 from edgeprune.checkpoint.loading import find_model, load_model
-from edgeprune.cli.show import Counter
+from edgeprune.cli.output.basic import Counter
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.errors import EdgePruneError, ImageError, UsageError
-from edgeprune.runtime.api.session import Runtime
-from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime import Runtime, Stream
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedTimeout
 from edgeprune.runtime.ros2.diagnostics import Report, Tally
 from edgeprune.runtime.ros2.images import PackedImage, RawImage, packed_picture, raw_picture

@@ -2,6 +2,6 @@
 
 from optimum.commands.export.base import ExportCommand
 
-from edgeprune.cli.optimum import ExportEdgePrune
+from edgeprune.cli.optimum_plugin import ExportEdgePrune
 
 REGISTER_COMMANDS = [(ExportEdgePrune, ExportCommand)]

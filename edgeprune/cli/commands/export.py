@@ -1,4 +1,7 @@
-"""Commands that make and check bundles: export, verify."""
+"""Commands that make and check bundles: export, verify.
+
+Commands about signatures: keygen, sign.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     _refuse_existing(output, force)
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
     from edgeprune.checkpoint.loading import find_model, load_model
-    from edgeprune.cli.show import Stages, show_export
+    from edgeprune.cli.output.basic import Stages, show_export
     from edgeprune.export.exporter import STAGES, export_bundle
 
     folder = find_model(model, trust_remote_code=request.pop("trust_remote_code"))
@@ -74,7 +77,7 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
     opened = Bundle.load(bundle, require_signature=require_signature)
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.checkpoint.loading import find_model, load_model
-    from edgeprune.cli.show import Stages, show_verification
+    from edgeprune.cli.output.basic import Stages, show_verification
     from edgeprune.export.verification import verify as verify_bundle
 
     folder = find_model(request["against"] or opened.manifest.source.model, trust_remote_code=request["trust_remote_code"])
@@ -89,3 +92,31 @@ def _refuse_existing(output: Path, force: bool) -> None:
     # Checked again when the folder is put in place; here so that nobody waits for a refusal.
     if output.exists() and not force:
         raise UsageError(f"{output} exists already.", hint="Give another output, or --force to replace it.")
+
+
+@click.command()
+@click.argument("key", type=click.Path(path_type=Path))
+@json_option
+def keygen(key: Path, as_json: bool) -> None:
+    """Make a key pair to sign bundles with: KEY (such as robots.pem), which is secret, and robots.pub, which robots are given."""
+    from edgeprune.bundle.signing import make_key
+    from edgeprune.cli.output.basic import show_facts
+
+    public, name = make_key(key)
+    show_facts({"private": str(key), "public": str(public), "key": name}, as_json)
+
+
+@click.command()
+@bundle_argument
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="Private Ed25519 key: see `edgeprune keygen`.")
+@click.option("--force", is_flag=True, help="Replace a signature.")
+@json_option
+def sign(bundle: Path, key: Path, force: bool, as_json: bool) -> None:
+    """Check every file of BUNDLE and sign its manifest, for those who load it with --require-signature."""
+    from edgeprune.bundle import Bundle
+    from edgeprune.bundle.signing import SIGNATURE, sign_manifest
+    from edgeprune.cli.output.basic import show_facts
+
+    Bundle.load(bundle)
+    signature = sign_manifest(bundle, key, force=force)
+    show_facts({"signature": str(bundle / SIGNATURE), "key": signature.key}, as_json)

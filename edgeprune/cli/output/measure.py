@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeprune.cli.show import show_facts, show_json, show_table
+from edgeprune.cli.output.basic import show_facts, show_json, show_table
 
 if TYPE_CHECKING:
     from edgeprune.benchmark.results import Figures

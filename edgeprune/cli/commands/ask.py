@@ -47,7 +47,7 @@ from edgeprune.io.files import save_image
 def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool, **options: Any) -> None:
     """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
     prompt = _need_both(image, prompt)
-    from edgeprune.cli.show import show_answer
+    from edgeprune.cli.output.basic import show_answer
     from edgeprune.runtime import load
     from edgeprune.runtime.media.images import read_image
 
@@ -80,7 +80,7 @@ def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str 
     """
     from edgeprune.calibration.data.samples import read_samples
     from edgeprune.calibration.evaluation import evaluate
-    from edgeprune.cli.show import Counter, show_evaluation
+    from edgeprune.cli.output.basic import Counter, show_evaluation
 
     samples = read_samples(data, limit)
     runtime = _open_model(model, **opening)

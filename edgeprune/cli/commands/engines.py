@@ -48,8 +48,8 @@ def check(
     opened = Bundle.load(bundle, require_signature=require_signature)
     asked = Limits(**limits)
     require_extra("check", "onnx")
-    from edgeprune.cli.built import show_check
-    from edgeprune.cli.show import Stages
+    from edgeprune.cli.output.basic import Stages
+    from edgeprune.cli.output.engines import show_check
     from edgeprune.export.checking import check_bundle
 
     with Stages(list(opened.manifest.graphs), quiet=as_json) as stages:
@@ -70,7 +70,7 @@ def check(
 @json_option
 def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, **request: Any) -> None:
     """Build the TensorRT engines of BUNDLE, on the device that will run them."""
-    from edgeprune.cli.built import EngineProgress, show_engines, show_jobs
+    from edgeprune.cli.output.engines import EngineProgress, show_engines, show_jobs
     from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, planned
 
     asked = BuildRequest.of(bundle, reuse=reuse, **request)
@@ -91,8 +91,8 @@ def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, as_json: 
     """Compare the engines of BUNDLE on this device with ONNX Runtime on its CPU, step by step."""
     from edgeprune.benchmark.selftest import selftest as run_selftest
     from edgeprune.bundle import Bundle
-    from edgeprune.cli.built import show_selftest
-    from edgeprune.cli.show import Stages
+    from edgeprune.cli.output.basic import Stages
+    from edgeprune.cli.output.engines import show_selftest
     from edgeprune.io.files import write_text
 
     with Stages(["reference", "engines", "memory"], quiet=as_json) as stages:

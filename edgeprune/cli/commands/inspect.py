@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @json_option
 def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> None:
     """Draw TableTop scenes into the folder OUT: images and dataset.jsonl with image, prompt, answer, kind."""
-    from edgeprune.cli.show import Counter, show_facts
+    from edgeprune.cli.output.basic import Counter, show_facts
     from edgeprune.tabletop.dataset import write_dataset
 
     with Counter("scenes", scenes, quiet=as_json) as counter:
@@ -41,7 +41,7 @@ def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bo
     --json of a plan is the plan itself: so a YAML file of LightCompress becomes a keep plan.
     """
     from edgeprune.bundle import Bundle
-    from edgeprune.cli.show import show_bundle, show_plan
+    from edgeprune.cli.output.basic import show_bundle, show_plan
 
     if bundle.is_file():
         show_plan(_plan_of(bundle, model, image_size), as_json)
@@ -75,7 +75,7 @@ def _plan_of(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
 @json_option
 def models(model_type: str | None, as_json: bool) -> None:
     """List the model families that can be exported; of one MODEL_TYPE, which method acts at which site, and why not."""
-    from edgeprune.cli.show import show_table
+    from edgeprune.cli.output.basic import show_table
     from edgeprune.registry import FAMILIES, family_class, summary_of
 
     if model_type is None:
@@ -93,7 +93,7 @@ def models(model_type: str | None, as_json: bool) -> None:
 @json_option
 def methods(as_json: bool) -> None:
     """List the pruning methods."""
-    from edgeprune.cli.show import show_table
+    from edgeprune.cli.output.basic import show_table
     from edgeprune.registry import METHODS, summary_of
 
     rows = [[name, summary_of(reference)] for name, reference in sorted(METHODS.items())]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import Stage
     from edgeprune.plan import KeepPlan
-    from edgeprune.runtime.generation.decode import Stream
+    from edgeprune.runtime import Stream
 
 
 class Stages:

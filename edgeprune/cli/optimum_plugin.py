@@ -13,7 +13,7 @@ import click
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from edgeprune.cli.app import main
-from edgeprune.cli.making import export
+from edgeprune.cli.commands.export import export
 from edgeprune.registry import TASK
 
 

@@ -1,4 +1,7 @@
-"""Commands that learn budgets: calibrate, merge, profile."""
+"""Commands that learn budgets: calibrate, merge, profile.
+
+The command that draws a page: report.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     """
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.calibration.calibrate import CalibrateOptions, run_calibrate
-    from edgeprune.cli.show import Activity, show_calibration
+    from edgeprune.cli.output.basic import Activity, show_calibration
 
     options["device"], options["device_name"] = _devices(options["device"])
     options["shard"] = parse_shard(options["shard"])
@@ -108,7 +111,7 @@ def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
     """Add the statistics of shards; the result is that of one pass over all their samples."""
     require_extra("export", "safetensors")
     from edgeprune.calibration.data.statistics import merge_files
-    from edgeprune.cli.show import show_facts
+    from edgeprune.cli.output.basic import show_facts
 
     merged = merge_files(parts, output)
     show_facts({"statistics": str(output), "samples": merged.samples}, as_json)
@@ -127,7 +130,7 @@ def profile(bundle: Path, output: Path, repeats: int, threads: int | None, provi
 
     from edgeprune.benchmark.profile import profile as measure
     from edgeprune.bundle import Bundle
-    from edgeprune.cli.show import show_facts
+    from edgeprune.cli.output.basic import show_facts
 
     if repeats < 1:
         raise UsageError(f"The times need one run or more, not {repeats}.")
@@ -153,3 +156,27 @@ def _milliseconds(text: str | None) -> float | None:
         return float(number) * scale
     except ValueError as error:
         raise UsageError(f"{text!r} is no time.", hint="Write milliseconds or seconds, such as 250ms or 0.25s.") from error
+
+
+@click.command()
+@click.argument("target", metavar="PLAN|BUNDLE", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The HTML page to write.")
+@click.option("--statistics", type=click.Path(path_type=Path), help="What `edgeprune calibrate` collected for this model.")
+@click.option("--curve", type=click.Path(path_type=Path), help="What `edgeprune calibrate --method auto --curve` measured.")
+@click.option("--image", type=click.Path(path_type=Path), help="An image to ask BUNDLE about.")
+@click.option("--prompt", "prompts", multiple=True, help="The question; repeat it once to compare two.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens.")
+@fit_option
+@json_option
+def report(output: Path, as_json: bool, **request: Any) -> None:
+    """Draw PLAN, a JSON file, or BUNDLE, a folder, as one HTML page that needs no network.
+
+    Budgets per layer and head, what calibration saw, the search's curve, and a bundle's answers with the patches that they saw.
+    """
+    require_extra("plot", "matplotlib")
+    from edgeprune.cli.output.basic import show_facts
+    from edgeprune.report.gather import Request
+    from edgeprune.report.page import write_report
+
+    sections = write_report(Request(**request), output)
+    show_facts({"report": str(output), "sections": ", ".join(sections)}, as_json)

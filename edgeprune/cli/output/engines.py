@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from edgeprune.cli.show import show_facts, show_json, show_table
+from edgeprune.cli.output.basic import show_facts, show_json, show_table
 
 if TYPE_CHECKING:
     from edgeprune.benchmark.selftest import SelfTest
