@@ -19,7 +19,7 @@ class Target:
     """One reader of graphs: its oldest `tensorrt` (None: ONNX Runtime alone), the `opset`, and the operators it has.
 
     `fused`: Attention, RotaryEmbedding and RMSNormalization are nodes; otherwise they are decomposed. `blocked`: written for the
-    kernels that ONNX Runtime has for CPUs (edgeprune/model/blocked.py, export/integers.py). `modules`: the machines.
+    kernels that ONNX Runtime has for CPUs (edgeprune/model/attention.py, export/passes/precision.py). `modules`: the machines.
     """
 
     name: str

@@ -59,7 +59,7 @@ def test_what_another_process_is_writing_stays(write: Callable[[Path], None], tm
     code = """if True:
         import sys
         from pathlib import Path
-        from edgeprune.files import new_folder
+        from edgeprune.io.files import new_folder
         with new_folder(Path(sys.argv[1]), force=True) as folder:
             (folder / "content").write_text("the other's")
             print("written", flush=True)

@@ -18,7 +18,7 @@ from edgeprune.device import memory as allocator
 CODE = """
 import ctypes, sys, threading
 if sys.argv[1] == "steady":
-    from edgeprune.runtime.allocator import hold_steady
+    from edgeprune.device.memory import hold_steady
     hold_steady()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p

@@ -2,7 +2,7 @@
 
 LightCompress (ModelTC, formerly llmc) prunes in eager PyTorch. A configuration names one method and its numbers, under `sparse`,
 `token_reduction` or `special`; the whole file is read, or any of these blocks alone. Numbers mean what LightCompress's code does
-with them, see `edgeprune.calibration.interop.lightcompress_methods`. The sections about its own model, data and output are not read, but
+with them, see `lightcompress_methods`. The sections about its own model, data and output are not read, but
 for `base.seed`; everything else that a plan cannot hold is refused by name.
 
 Make a keep plan from what a user says: a method, keep ratios and the layers where they begin.

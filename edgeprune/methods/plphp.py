@@ -2,7 +2,7 @@
 
 Meng et al., "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models", arXiv 2502.14504. A
 layer's vision attention score decides its retention rate (section on layer-level allocation; see
-`edgeprune.calibration.allocate.budgets`); inside a layer each head keeps the visual tokens that the last prompt token attends to most.
+`edgeprune.calibration.allocate`); inside a layer each head keeps the visual tokens that the last prompt token attends to most.
 
 Made static: the rate of each layer is frozen from a calibration set, where the paper picks a class per input. Prefill is untouched,
 the cache shrinks. Ranks descend, so a smaller budget is a prefix of a larger one.

@@ -1,12 +1,11 @@
-"""Attention row block by row block, for CPUs: what a graph for them holds in place of the products of `attention._mixed`.
-
-The scores of a long prompt are larger than the CPU's caches, and half of them are masked. In blocks of rows they stay near, and a
-block's products end with the last key that any of its rows sees. It is one node in the trace, which export/blocked.py expands, as
-no trace follows both ways that it can go: a step of few tokens reads the caches where they lie.
-
-Attention over keys that lie in three places: earlier text, this step's tokens, and the visual tokens of earlier steps.
+"""Attention over keys that lie in three places: earlier text, this step's tokens, and the visual tokens of earlier steps.
 
 The order of keys does not matter to attention, only who may see whom: the caches are read where they are.
+
+For CPUs, attention runs in blocks of rows. The scores of a long prompt are larger than the CPU's caches, and half of them are
+masked. Blocks keep them near, and the products of a block end with the last key that any of its rows sees. In the trace this is one
+node, which `export/passes/attention.py` expands: no trace can follow both branches, and a step of few tokens reads the caches where
+they lie.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def _normed(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def _rounded(matrix: nn.Linear, normed: list[torch.Tensor]) -> Iterator[None]:
-    # As export/integers.py writes it.
+    # As export/passes/precision.py writes it.
     def rounded(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         rows = inputs[0]
         size = torch.ones(1) if any(rows is output for output in normed) else rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20)

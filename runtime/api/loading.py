@@ -38,7 +38,7 @@ def load(
 ) -> Runtime:
     """Load a bundle after checking every file against its manifest.
 
-    `provider`: what computes, one of `edgeprune.runtime.backends.providers.PROVIDERS`; no other is taken in its place. `threads`: of ONNX
+    `provider`: what computes, one of `backends.providers.PROVIDERS`; no other is taken in its place. `threads`: of ONNX
     Runtime. `cache_bytes`: for image embeddings and prefixes that may be asked for again, 0 for none. `max_kv_bytes`: of each
     conversation's KV caches. `energy`: count joules, where the machine can. `warm_up`: see `Runtime.warm_up`. `on_phase` is called
     with "loading", "warming" and "ready" as they begin. `check`: "full" reads every file, "fast" none that looks as it did when
