@@ -33,7 +33,7 @@ CASES := 1000000
 fuzz: .venv/.test
 	-$(BIN)/python $(LOCKED) locks/fuzz.txt --only-binary :all:
 	rm -rf build/fuzz
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz run --cases $(CASES) -o build/fuzz
+	PYTHONPATH=tests:tests/support/servers:tests/support/devices OMP_NUM_THREADS=1 $(BIN)/python -m fuzz run --cases $(CASES) -o build/fuzz
 
 check: .venv/.test
 	$(BIN)/ruff check .

@@ -1,0 +1,54 @@
+"""`verify` passes on what was exported and names the stage at fault when something is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from altered import change_weight, first_failure, sealed
+
+from edgeprune.bundle import DECODER, PREPROCESSOR, VISION, Bundle
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.errors import VerificationError
+from edgeprune.export.verification import verify
+
+
+def test_an_exported_bundle_verifies(tiny_bundle: Bundle, tiny: LoadedModel) -> None:
+    report = verify(tiny_bundle, tiny)
+    assert [stage.name for stage in report] == ["pixels", "vision", "kept", "prefill", "generation", "text"]
+    assert first_failure(report) is None, report
+
+
+def test_a_wrong_pixel_setting_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
+    settings = json.loads((altered_bundle / PREPROCESSOR).read_text())
+    settings["image_mean"] = [0.5, 0.5, 0.51]
+    (altered_bundle / PREPROCESSOR).write_text(json.dumps(settings))
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "pixels"
+
+
+def test_a_wrong_vision_weight_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
+    change_weight(altered_bundle, VISION, "norm1.bias", 0.05)
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "vision"
+
+
+def test_a_wrong_selection_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
+    # The first layer's keys decide what FastV keeps before layer 1.
+    change_weight(altered_bundle, DECODER, "layers.0.self_attn.q_proj.weight", 0.7)
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "kept"
+
+
+def test_a_wrong_decoder_weight_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
+    change_weight(altered_bundle, DECODER, "lm_head.weight", 0.01)
+    assert first_failure(verify(sealed(altered_bundle), tiny)) == "prefill"
+
+
+def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
+    with pytest.raises(VerificationError, match="other weights"):
+        verify(tiny_bundle, load_model(find_model("tabletop")))
+
+
+def test_a_copied_bundle_still_verifies(tiny_bundle: Bundle, tiny: LoadedModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle.path, tmp_path / "elsewhere")
+    assert first_failure(verify(Bundle.load(tmp_path / "elsewhere"), tiny)) is None

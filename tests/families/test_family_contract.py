@@ -1,0 +1,297 @@
+"""What every family must keep: answers as transformers gives them, bundles that are verified, graphs that every target builds.
+
+Each runs on a tiny random configuration (`tiny_NAME.py`). The oracle is transformers' own `generate` on its own processor's pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from device_simulation import SimulatedDriver
+from PIL import Image
+from simulated_device import on_device, prepare
+
+from edgeprune.calibration.replay.reference import Recorder, reference_model
+from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.errors import UsageError
+from edgeprune.export.exporter import export_bundle
+from edgeprune.export.tracing import trace_decoder, trace_vision
+from edgeprune.export.verification import verify
+from edgeprune.lint.check import lint
+from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.registry import FAMILIES, fields
+from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.text.prompt import ImageLayout
+from edgeprune.targets import TARGETS, Lowering
+
+WORDS = 16
+PROMPTS = ("What colour is the cube?", "And the ball?")
+families = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function from a family's name to the folder of its tiny model, written once."""
+
+    @cache
+    def written(name: str) -> Path:
+        path: Path = tiny(name).folder(tmp_path_factory.mktemp(name))
+        return path
+
+    return written
+
+
+@pytest.fixture
+def model(name: str, folders: Any) -> LoadedModel:
+    return load_model(find_model(str(folders(name))))
+
+
+def tiny(name: str) -> Any:
+    return import_module(f"tiny_{name}")
+
+
+def picture(name: str, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*tiny(name).SIZE, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def whole(loaded: LoadedModel, name: str) -> KeepPlan:
+    return unpruned_plan(name, len(loaded.family.decoder().layers), loaded.geometry(tiny(name).SIZE))
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer: its tokens, and the logits of the first of them."""
+
+    tokens: list[int]
+    logits: np.ndarray
+
+
+def said_by_transformers(
+    loaded: LoadedModel, model: Model, messages: list[Any], images: list[Image.Image], clip: dict[str, torch.Tensor] | None = None
+) -> Said:
+    """Return what `generate` adds to a conversation about images, or about one video: `clip`, as the model takes it."""
+    tokens = torch.tensor([ids_by_transformers(loaded, model, messages, len(images) or int(clip is not None))])
+    kinds = (tokens == model.image.token).long() * (1 if clip is None else 2)
+    accepted = inspect.signature(loaded.model.forward).parameters
+    # PaliGemma's say what is prompt (0) and what is answer, not what is an image.
+    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds}.items() if kind in accepted}
+    given = clip or (tiny(model.plan.family).inputs(loaded.folder.path, images) if images else {})
+    found: list[torch.Tensor] = []
+    hook = loaded.model.get_output_embeddings().register_forward_hook(lambda _, given, made: found.append(made[0, -1]))
+    with torch.no_grad():
+        mask = torch.ones_like(tokens)
+        generated = loaded.model.generate(tokens, attention_mask=mask, **typed, **given, max_new_tokens=WORDS, do_sample=False)
+    hook.remove()
+    said: list[int] = generated[0, tokens.shape[1] :].tolist()
+    return Said(said[: said.index(2)] if 2 in said else said, found[0].numpy())
+
+
+def ids_by_transformers(loaded: LoadedModel, model: Model, messages: list[Any], images: int) -> list[int]:
+    """Return the tokens of a prompt by transformers' tokenizer, which puts its own first token unless the prompt has it."""
+    layout, tokenizer = ImageLayout(model.image, model.plan.geometry, model.codec), loaded.tokenizer
+    template = loaded.chat_template(model.image)
+    prompt = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    spans = [sum(view.tokens for view in views) for views in layout.spans] * images
+    ids: list[int] = []
+    for token in tokenizer(layout.expand(prompt), add_special_tokens=not begun).input_ids:
+        ids += [token] * (spans.pop(0) if token == model.image.token else 1)
+    assert not spans
+    return ids
+
+
+class Asked:
+    """A conversation with the eager reference that keeps the first logits of each answer."""
+
+    def __init__(self, reference: Model) -> None:
+        self.reference, self.recorder = reference, Recorder(reference.engine)
+        self.chat = Runtime(replace(reference, engine=self.recorder)).chat()
+
+    def ask(self, prompt: str, pictures: list[Image.Image]) -> tuple[str, np.ndarray]:
+        """Return the answer and its first logits."""
+        stream = self.chat.ask(prompt, pictures or None, max_tokens=WORDS)
+        text = "".join(stream)
+        first = self.recorder.steps[-stream.receipt.generated_tokens][2]
+        return text, first.logits
+
+    def check(self, prompt: str, pictures: list[Image.Image], said: Said) -> str:
+        """Ask, and compare with what transformers said; return the answer."""
+        text, logits = self.ask(prompt, pictures)
+        assert float(np.abs(logits - said.logits).max()) <= 1e-4 * float(np.abs(said.logits).max())
+        assert text == self.reference.codec.decode(said.tokens)
+        return text
+
+
+def turn(prompt: str, images: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}
+
+
+@families
+@pytest.mark.parametrize("images", [1, 2])
+def test_answers_equal_transformers(name: str, model: LoadedModel, images: int) -> None:
+    if images > 1 and getattr(tiny(name), "ONE_TURN", False):
+        pytest.skip("the family has one image")
+    reference = reference_model(model, whole(model, name))
+    pictures = [picture(name, seed) for seed in range(images)]
+    Asked(reference).check(PROMPTS[0], pictures, said_by_transformers(model, reference, [turn(PROMPTS[0], images)], pictures))
+
+
+@families
+def test_several_turns_equal_transformers(name: str, model: LoadedModel) -> None:
+    if getattr(tiny(name), "ONE_TURN", False):
+        pytest.skip("the family has one turn")
+    reference = reference_model(model, whole(model, name))
+    asked, pictures = Asked(reference), [picture(name, 0), picture(name, 1)]
+    messages: list[Any] = []
+    for prompt, shown in zip((*PROMPTS, "And here?"), (pictures[:1], [], pictures[1:]), strict=True):
+        messages.append(turn(prompt, len(shown)))
+        said = said_by_transformers(model, reference, messages, pictures[: 1 + len(messages) // 4])
+        answer = asked.check(prompt, shown, said)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+
+
+@families
+def test_text_alone_equals_transformers(name: str, model: LoadedModel) -> None:
+    if getattr(tiny(name), "ONE_TURN", False):
+        pytest.skip("the family always has an image")
+    reference = reference_model(model, whole(model, name))
+    Asked(reference).check(PROMPTS[0], [], said_by_transformers(model, reference, [turn(PROMPTS[0], 0)], []))
+
+
+def clip_of(loaded: LoadedModel, name: str, model: Model, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """Return a video as transformers' model takes it. Its video processors need torchvision, so the pixels are ours."""
+    patches, geometry = torch.from_numpy(model.image_spec.patches(frames)), model.plan.geometry
+    if name.startswith("qwen"):
+        grid = [[len(geometry.layout), geometry.height // geometry.patch, geometry.width // geometry.patch]]
+        seconds = {"second_per_grid_ts": torch.tensor([2 / geometry.fps])} if name == "qwen2_5_vl" else {}
+        return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor(grid), **seconds}
+    views = len(frames)
+    side = round((len(patches) / views) ** 0.5)
+    whole = patches.view(views, side, side, 3, geometry.patch, geometry.patch).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return (
+        {"pixel_values_videos": whole[None]}
+        if name == "llava_onevision"
+        else {"pixel_values": whole[None] if name == "smolvlm" else whole}
+    )
+
+
+@families
+def test_videos_equal_transformers(name: str, model: LoadedModel) -> None:
+    if not model.family.videos:
+        with pytest.raises(UsageError, match="take no video"):
+            model.geometry(tiny(name).SIZE, 4, 2.0)
+        return
+    geometry = model.geometry(tiny(name).SIZE, 4, 2.0)
+    reference = reference_model(model, unpruned_plan(name, len(model.family.decoder().layers), geometry))
+    frames = [picture(name, seed) for seed in range(4)]
+    messages: list[Any] = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": PROMPTS[0]}]}]
+    clip = clip_of(model, name, reference, frames)
+    Asked(reference).check(PROMPTS[0], frames, said_by_transformers(model, reference, messages, [], clip))
+
+
+@families
+def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
+    if not model.family.videos:
+        pytest.skip("the family takes no video")
+    geometry = model.geometry(tiny(name).SIZE, 4, 2.0)
+    views = geometry.layout
+    base = unpruned_plan(name, len(model.family.decoder().layers), geometry)
+    first = Cut("input", "uniform" if views[-1].separators else "evs", geometry.tokens - 3)
+    plan = base.with_cuts(first, Cut("layer", "fastv", geometry.tokens // 2, layer=1), Cut("cache", "plphp", 3, layer=2))
+    bundle = export_bundle(model, plan, tmp_path / "bundle")
+    assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []
+    runtime, frames = load(bundle.path), [picture(name, seed) for seed in range(4)]
+    answer = runtime.generate(frames, PROMPTS[0], max_tokens=4)
+    assert [cut.after for cut in answer.receipt.cuts] == [cut.keep for cut in plan.cuts]
+    assert runtime.draw(frames, answer.receipt).width > 384
+    with pytest.raises(UsageError, match="not 1 at once"):
+        runtime.generate(frames[0], PROMPTS[0])
+
+
+def pruned(loaded: LoadedModel, name: str) -> KeepPlan:
+    """Return a plan with cuts at every site but the last."""
+    plan, first = whole(loaded, name), in_encoder(loaded, name, "evit")
+    tokens, left = plan.geometry.tokens, plan.with_cuts(*first).encoded
+    ranked = "visionzip" if loaded.family.signals else "divprune"
+    cuts = [
+        Cut("input", ranked, left - 2),
+        Cut("layer", "fastv", tokens // 2, layer=1),
+        Cut("cache", "plphp", tokens // 4, layer=2),
+    ]
+    return plan.with_cuts(*first, *cuts[: plan.layers])
+
+
+def in_encoder(loaded: LoadedModel, name: str, method: str) -> list[Cut]:
+    """Return a cut inside the vision encoder that takes a token or more of every view, where the family has such cuts."""
+    layout = whole(loaded, name).geometry.layout
+    keep = max(1, int(0.8 * layout[0].tokens)) * len(layout)
+    return [] if loaded.family.unthinned else [Cut("vision", method, keep, layer=1)]
+
+
+@families
+def test_a_pruned_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
+    bundle = export_bundle(model, pruned(model, name), tmp_path / "bundle")
+    stages = verify(bundle, model)
+    assert [(stage.name, stage.worst) for stage in stages if not stage.passed] == []
+    runtime = load(bundle.path)
+    answer = runtime.generate(picture(name, 0), PROMPTS[0], max_tokens=4)
+    assert answer.receipt.pruned and [cut.after for cut in answer.receipt.cuts] == [cut.keep for cut in bundle.plan.cuts]
+    prepare(bundle, Limits(context=512, turn=256, images=2, unpruned=True))
+    assert on_device(bundle, SimulatedDriver()).generate(picture(name, 0), PROMPTS[0], max_tokens=4).text == answer.text
+    unpruned = runtime.generate(picture(name, 0), PROMPTS[0], max_tokens=4, prune=False)
+    assert (
+        unpruned.text
+        == Runtime(reference_model(model, whole(model, name))).generate(picture(name, 0), PROMPTS[0], max_tokens=4).text
+    )
+    try:
+        drawn = runtime.draw(picture(name, 0), answer.receipt)
+        assert drawn.width > 384
+    except UsageError as error:
+        assert "no place" in str(error) and not model.family.signals
+
+
+@families
+@pytest.mark.parametrize("target", ["jetpack6", "jetpack7.2"])
+def test_its_graphs_are_built(name: str, target: str, model: LoadedModel, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    lowering, plan = Lowering(TARGETS[target], "fp16"), pruned(model, name)
+    trace_vision(model.family, plan, lowering, tmp_path / "vision.onnx")
+    if lowering.target.fused:  # what is not fused is taken apart the same way for all: test_builds.py
+        trace_decoder(model.family.decoder(), model.family.position_axes, plan, lowering, tmp_path / "decoder.onnx")
+    for graph in tmp_path.glob("*.onnx"):
+        assert [finding for finding in lint(graph, lowering.target) if finding.severity == "error"] == []
+    assert try_build(tmp_path / "vision.onnx", "vision", [{}], stand_in(lowering.target)).error == ""
+
+
+@families
+def test_its_graphs_for_cpus_are_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
+    bundle = export_bundle(model, pruned(model, name), tmp_path / "bundle", lowering=Lowering(TARGETS["cpu"], "int8"))
+    assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []
+
+
+@families
+def test_every_method_applies_or_says_why_not(name: str, model: LoadedModel) -> None:
+    base, shown = whole(model, name), picture(name, 0)
+    for field in fields(model.family):
+        if field.reason or field.site == "decode" or field.method == "evs":  # test_dyrate.py, test_methods_evs.py
+            continue
+        layer = 0 if field.site == "input" else 1
+        keep = 0 if field.method == "vtw" else base.geometry.tokens // 2
+        if field.site == "vision":
+            keep = in_encoder(model, name, field.method)[0].keep
+        plan = base.with_cuts(Cut(field.site, field.method, keep, layer=layer))
+        receipt = Runtime(reference_model(model, plan)).generate(shown, PROMPTS[0], max_tokens=2).receipt
+        assert [cut.after for cut in receipt.cuts] == [keep], field

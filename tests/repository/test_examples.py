@@ -1,0 +1,115 @@
+"""The examples and the README's code do what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from repository import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from edgeprune.bundle import Bundle
+from edgeprune.checkpoint.loading import find_model, load_model
+
+
+def run(*arguments: object) -> str:
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_example_has_a_readme() -> None:
+    folders = [path for path in (ROOT / "examples").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert folders
+    assert all((folder / "README.md").is_file() for folder in folders)
+
+
+def test_the_demo_asks_and_draws(tmp_path: Path) -> None:
+    output = run("examples/demo/demo.py", tmp_path)
+    assert "144 -> 72 -> 36" in output
+    with Image.open(tmp_path / "kept-label.png") as drawn:
+        assert drawn.width > 1000
+    assert Bundle.load(tmp_path / "tabletop.bundle").plan.alive(7) == 36
+
+
+def test_training_runs_and_resumes(tmp_path: Path) -> None:
+    command = ("examples/train_tabletop/train.py", tmp_path, "--rows", 2, "--threads", 1, "--scenes", 16)
+    run(*command, "--minutes", 0.02, "--tower-minutes", 0.01)
+    output = run(*command, "--minutes", 0.03, "--tower-minutes", 0.01)
+    assert "resumed at step" in output
+    assert load_model(find_model(str(tmp_path))).geometry(None).tokens == 144
+
+
+def test_sizes_are_measured_and_memory_stays_flat(tmp_path: Path) -> None:
+    # In a small process: a child's peak memory is not below what its parent had.
+    output = run(
+        "-c",
+        "import runpy, json, dataclasses, pathlib;"
+        "script = runpy.run_path('examples/sizes/sizes.py');"
+        "script['SIZES']['test'] = script['Size'](640, 640, 3, 10, 2, 151936, False, 1, 64, 2);"
+        f"print(json.dumps(dataclasses.asdict(script['measured']('test', 'int8', pathlib.Path({str(tmp_path)!r})))))",
+    )
+    row = json.loads(output)
+    assert row["checkpoint"] > 0.39  # 0.8 GB in float32, beside the 1.2 GB that torch and transformers take
+    assert 0.5 < row["memory"] < 1.6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, scenes = tmp_path / "table.bundle", tmp_path / "scenes"
+    code = "from edgeprune.cli import main; main()"
+    run("-c", code, "export", "tabletop", "-o", bundle, "--method", "uniform", "--keep", "0.5")
+    run("-c", code, "tabletop", scenes, "--scenes", 1)
+    (scenes / "images" / "000000.png").rename(tmp_path / "scene.png")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:  # one after the other, as a reader would try them
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def markdown(folder: str) -> list[Path]:
+    pattern = "*.md" if folder == "." else "**/*.md"
+    return list((ROOT / folder).glob(pattern))
+
+
+@pytest.mark.parametrize(
+    "page", sorted(str(path.relative_to(ROOT)) for folder in (".", "docs", "examples", "edgeprune") for path in markdown(folder))
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_table_of_families_is_up_to_date() -> None:
+    run("examples/families/table.py", "--check")
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-smolvlm"])
+def test_the_shapes_beside_peers_are_checkpoints(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "peers"))
+    peers, writing = import_module("peers"), import_module("shapes.checkpoint")
+    form, whole, alone = peers.SHAPES[shape], tmp_path / "whole", tmp_path / "alone"
+    writing.write_checkpoint(form, whole)
+    writing.write_for_transformers_4(form, whole, tmp_path / "older")
+    writing.write_decoder_alone(form, whole, alone)
+    decoder, told = AutoModelForCausalLM.from_pretrained(alone, output_loading_info=True)
+    assert decoder.config.num_hidden_layers == form.layers
+    assert not any(told[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    model = load_model(find_model(str(whole)))
+    geometry = model.geometry((form.side, form.side))
+    image, tokenizer = model.family.image_text(geometry), AutoTokenizer.from_pretrained(whole)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": peers.PROMPT}]}]
+    written = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).replace(image.placeholder, image.text)
+    tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert len(tokens) - tokens.count(image.token) + geometry.tokens == peers.TEXT + form.entering

@@ -1,0 +1,138 @@
+"""Every method at every site, lowered for every target, through NVIDIA's own parser and builder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import TINY_GEOMETRY
+
+from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
+from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.export.tracing import trace_decoder, trace_predictor, trace_selector, trace_vision, wants_signals
+from edgeprune.lint.check import lint
+from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.registry import METHODS, method_class
+from edgeprune.runtime.backends.tensorrt.profiles import Limits, decoder_ranges, shapes_of
+from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
+from edgeprune.targets import TARGETS, Lowering
+
+pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
+
+BASE = unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY)
+RANKED: dict[str, Any] = {"rows": "peak", "reduce": "max", "spread": True, "prior": [list(range(12))] * 2}
+CACHES = BASE.with_cuts(*(Cut("cache", "plphp", keep, layer) for layer, keep in enumerate((7, 5))))
+PREDICTOR_OPTIONS = {"form": "predictor", "weight": [[0.1] * 9] * 2, "bias": [0.5, 0.0], "shares": [1.0, 0.4]}
+FORMS = {
+    "schedule": {"form": "schedule", "steps": [1, 3], "shares": [0.5, 0.25]},
+    "map": {"form": "map", "attention": [0.2, 0.4], "shares": [0.3, 0.6, 1.0]},
+    "predictor": PREDICTOR_OPTIONS,
+}
+LIMITS = Limits(context=256, turn=64, images=2, unpruned=True)
+# TensorRT's targets that differ in nothing but their version share their graphs.
+LOWERED = ("jetpack6", "jetpack7.2")
+BUILT = [name for name, target in TARGETS.items() if target.tensorrt is not None]
+
+
+def plans() -> Iterator[tuple[str, KeepPlan]]:
+    yield "none", BASE
+    for name in METHODS:
+        for site in method_class(name).sites:
+            if name == "evs":
+                continue  # takes no images: see test_methods_evs.py
+            if site == "vision":
+                yield f"{name} @ vision", BASE.with_cuts(Cut("vision", name, 6, layer=1))
+            elif site == "input":
+                yield f"{name} @ input", BASE.with_cuts(Cut("input", name, 5))
+            elif site == "layer":
+                yield f"{name} @ layer", BASE.with_cuts(Cut("layer", name, 0 if name == "vtw" else 5, layer=1))
+            elif site == "cache":
+                yield f"{name} @ cache", BASE.with_cuts(*(Cut("cache", name, keep, layer) for layer, keep in enumerate((7, 5))))
+            else:
+                yield from (
+                    (f"{name} {form} @ decode", CACHES.with_cuts(Cut("decode", name, 0, options=FORMS[form]))) for form in FORMS
+                )
+    yield "plphp, all options @ cache", BASE.with_cuts(Cut("cache", "plphp", 5, 0, options=RANKED))
+    yield (
+        "all sites",
+        BASE.with_cuts(
+            Cut("vision", "evit", 11, layer=1),
+            Cut("input", "zspaprune", 10),
+            Cut("layer", "fastv", 8, layer=1),
+            *(Cut("cache", "plphp", keep, layer) for layer, keep in enumerate((9, 4))),
+            Cut("decode", "dyrate", 0, layer=1, options=PREDICTOR_OPTIONS),
+        ),
+    )
+
+
+PLANS = dict(plans())
+
+
+def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path) -> Iterator[tuple[str, Path, GraphRecord]]:
+    """Write the graphs that a plan changes."""
+    parts, key_dim = model.family.decoder(), 0
+    if not plan.cuts or plan.vision_cuts or wants_signals(plan):
+        vision = trace_vision(model.family, plan, lowering, folder / "vision.onnx")
+        key_dim = int(vision.outputs["vision_keys"].shape[1]) if wants_signals(plan) else 0
+        yield VISION, folder / "vision.onnx", vision
+    if plan.input is not None:
+        selector = trace_selector(parts, plan, key_dim, lowering, folder / "selector.onnx")
+        yield SELECTOR, folder / "selector.onnx", selector
+    if plan.live:
+        yield PREDICTOR, folder / "predictor.onnx", trace_predictor(plan, lowering, folder / "predictor.onnx")
+    if plan.input is None or len(plan.cuts) > 1:
+        yield DECODER, folder / "decoder.onnx", trace_decoder(parts, 3, plan, lowering, folder / "decoder.onnx")
+
+
+def profiles(name: str, record: GraphRecord, plan: KeepPlan) -> list[dict[str, Any]]:
+    wanted: list[Any] = [{"words": (1, 8, 64)}]
+    if name == DECODER:
+        wanted = list(decoder_ranges((plan,), LIMITS))
+    dynamic = {key: at.shape for key, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
+    return [{key: shapes_of(shape, ranges) for key, shape in dynamic.items()} for ranges in wanted]
+
+
+@pytest.mark.parametrize("target", LOWERED)
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_every_graph_is_built(even: LoadedModel, plan: str, target: str, tmp_path: Path) -> None:
+    refuse_nothing(even, PLANS[plan], Lowering(TARGETS[target], "fp16"), tmp_path)
+
+
+@pytest.mark.parametrize("target", LOWERED)
+@pytest.mark.parametrize(
+    # PyramidDrop multiplies by the next layer's weights a second time: quantized ones must not be shared.
+    ("precision", "plan"),
+    [
+        ("fp32", "all sites"),
+        ("int8", "all sites"),
+        ("int4", "all sites"),
+        ("int8", "pyramiddrop @ layer"),
+        ("int4", "pyramiddrop @ layer"),
+    ],
+)
+def test_every_precision_is_built(even: LoadedModel, precision: str, plan: str, target: str, tmp_path: Path) -> None:
+    refuse_nothing(even, PLANS[plan], Lowering(TARGETS[target], precision), tmp_path)
+
+
+def refuse_nothing(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path) -> None:
+    alike = [TARGETS[name] for name in BUILT if TARGETS[name].opset == lowering.target.opset]
+    for name, path, record in traced(model, plan, lowering, folder):
+        ranges = profiles(name, record, plan)
+        for target in alike:
+            found = lint(path, target, [profile for profile in ranges if profile], name=name)
+            assert [finding for finding in found if finding.severity == "error"] == []
+        for capability in sorted({stand_in(target) for target in alike}):
+            trial = try_build(path, name, ranges, capability)
+            assert not trial.error, f"{name} for {capability}: {trial.error}"
+            assert trial.plan_bytes > 0 and trial.peak_bytes > 0
+
+
+def test_targets_of_one_opset_share_their_graphs() -> None:
+    for name in BUILT:
+        lowered = TARGETS["jetpack6" if TARGETS[name].opset == TARGETS["jetpack6"].opset else "jetpack7.2"]
+        same = replace(TARGETS[name], name=lowered.name, tensorrt=lowered.tensorrt, modules=lowered.modules)
+        assert same == lowered

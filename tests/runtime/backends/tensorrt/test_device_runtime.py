@@ -1,0 +1,273 @@
+"""The native runtime on a simulated device: the same answers as ONNX Runtime, from the right addresses, with nothing left over."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from device_simulation import SimulatedDriver, simulated_tensorrt
+from PIL import Image
+from plans import PLANS, PROMPT
+from simulated_device import LIMITS, ORIN, SECRET, on_device, prepare
+from tiny_models import TINY_GEOMETRY
+
+from edgeprune.benchmark.profile import profile
+from edgeprune.benchmark.selftest import selftest
+from edgeprune.bundle import EMBED, Bundle
+from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.cli import main, options
+from edgeprune.errors import EngineError, UsageError
+from edgeprune.export.exporter import export_bundle
+from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.backends import providers
+from edgeprune.runtime.backends.providers import open_engine
+from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, Pool, joined, upload
+from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
+from edgeprune.runtime.backends.tensorrt.bindings import Identity, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle
+from edgeprune.runtime.backends.tensorrt.builder import Settings
+from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.store import Store
+
+
+@pytest.fixture(scope="module", params=["everything", "input, layers", "withdrawn, map"])
+def bundle(request: pytest.FixtureRequest, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    made = export_bundle(tiny, PLANS[request.param], tmp_path_factory.mktemp("device") / "bundle")
+    prepare(made)
+    return made
+
+
+@pytest.fixture
+def driver() -> Iterator[SimulatedDriver]:
+    yield SimulatedDriver()
+
+
+def conversation(runtime: Runtime, image: Image.Image, *, prune: bool = True) -> list[Any]:
+    """Return what three turns say: about an image, without one, and about a second one."""
+    chat = runtime.chat(prune=prune)
+    other = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    streams = []
+    for prompt, shown in ((PROMPT, image), ("And the ball?", None), ("Is it here too?", other)):
+        stream = chat.ask(prompt, shown, max_tokens=6)
+        "".join(stream)
+        streams.append(stream)
+    return streams
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_the_device_says_what_onnx_runtime_says(
+    bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver, prune: bool
+) -> None:
+    expected, actual = (
+        conversation(runtime, tiny_image, prune=prune) for runtime in (load(bundle.path), on_device(bundle, driver))
+    )
+    for one, other in zip(expected, actual, strict=True):
+        assert one.text == other.text
+        for cut, same in zip(one.receipt.cuts, other.receipt.cuts, strict=True):
+            assert np.array_equal(cut.kept, same.kept)
+        assert one.receipt.kv_bytes == other.receipt.kv_bytes
+        assert one.receipt.visual_reads == other.receipt.visual_reads
+        assert one.receipt.decode_shares == other.receipt.decode_shares
+
+
+def test_nothing_large_comes_back_and_memory_stops_growing(
+    bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver
+) -> None:
+    runtime = on_device(bundle, driver)
+    runtime.generate(tiny_image, PROMPT, max_tokens=12)
+    before, blocks = len(driver.calls), len(driver.blocks)
+    runtime.generate(tiny_image, PROMPT, max_tokens=12)
+    second = driver.calls[before:]
+    assert len(driver.blocks) == blocks and not any(call[0] == "allocate" for call in second)
+    vocabulary = bundle.manifest.decoder.vocabulary * 4
+    indices = 8 * TINY_GEOMETRY.tokens * bundle.manifest.decoder.kv_heads
+    assert max(call[1] for call in second if call[0] == "download") <= max(vocabulary, indices)
+    steps = [call[2] for call in second if call[0] == "execute" and call[1] == "decoder"]
+    assert steps == [0] + [1] * 11  # one image turn, then decode steps
+
+
+def test_a_step_copies_its_own_rows_and_nothing_else(bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
+    stream = on_device(bundle, driver).stream(tiny_image, PROMPT, max_tokens=12)
+    next(stream)
+    shape, before = bundle.manifest.decoder, len(driver.calls)
+    "".join(stream)
+    copied = [call[1] for call in driver.calls[before:] if call[0] == "copy"]
+    row = shape.kv_heads * shape.head_dim * np.dtype(shape.cache_type).itemsize
+    assert copied and set(copied) == {row}
+
+
+def test_questions_of_all_lengths_share_a_few_blocks(bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
+    runtime = on_device(bundle, driver)
+    held = []
+    for words in range(1, 9):
+        runtime.generate(tiny_image, PROMPT + " Now." * words, max_tokens=6)
+        held.append(runtime._model.engine.device_bytes)  # type: ignore[attr-defined]
+    assert held[-1] < 2.5 * held[0]
+
+
+def test_closing_gives_everything_back(bundle: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
+    runtime = on_device(bundle, driver)
+    answer = runtime.generate(tiny_image, PROMPT, max_tokens=3)
+    chat = runtime.chat()
+    "".join(chat.ask(PROMPT, tiny_image, max_tokens=3))
+    assert answer.text and driver.blocks
+    engine: Any = runtime._model.engine
+    assert engine.device_bytes == sum(map(len, driver.blocks.values()))
+    engine.close()
+    assert not driver.blocks and driver.closed
+    del chat
+    gc.collect()  # arrays that outlive the engine have nothing to give back
+
+
+@pytest.fixture
+def own(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
+    shutil.copytree(tiny_bundle.path, tmp_path / "own")
+    bundle = Bundle.load(tmp_path / "own")
+    prepare(bundle, Limits(context=40, turn=30))
+    return bundle
+
+
+def test_what_is_too_long_names_the_limit(own: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
+    runtime = on_device(own, driver)
+    with pytest.raises(EngineError, match=r"ids has shape .*edgeprune build --turn N"):
+        runtime.generate(tiny_image, "word " * 40, max_tokens=2)
+    with pytest.raises(EngineError, match="edgeprune build --unpruned"):
+        runtime.generate(tiny_image, "Hi", max_tokens=2, prune=False)
+    with pytest.raises(EngineError, match="edgeprune build --context N"):
+        runtime.generate(tiny_image, "Hi", max_tokens=60)
+    chat = runtime.chat()
+    "".join(chat.ask("Hi", tiny_image, max_tokens=1))
+    with pytest.raises(EngineError, match="edgeprune build --images N"):
+        "".join(chat.ask("Hi", tiny_image, max_tokens=1))
+    assert runtime.generate(tiny_image, "Hi", max_tokens=2).receipt.pruned  # a refusal leaves the engine as it was
+
+
+def test_engines_of_elsewhere_are_refused(own: Bundle, driver: SimulatedDriver) -> None:
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 for SM 8\.7, this is 10\.16 on SM 11\.0.*edgeprune build"):
+        on_device(own, driver, device=Identity("10.16", "11.0"))
+    with pytest.raises(EngineError, match="were not built on this device"):
+        on_device(own, driver, store=Store(own.path, b"another device's own key, 32 byte"))
+    record = next(record for record in Store(own.path, SECRET).records() if record.graph == EMBED)
+    (own.path / record.file).write_bytes(b"not an engine")
+    with pytest.raises(EngineError, match="is not the engine that was built here"):
+        on_device(own, driver)
+    assert driver.closed and not driver.blocks  # what was opened before it is given back
+
+
+def test_an_engine_of_other_weights_is_refused(own: Bundle, driver: SimulatedDriver) -> None:
+    path = own.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["precision"] = "fp16"  # as if exported anew over engines that stayed
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(EngineError, match="was built from another bundle"):
+        on_device(Bundle.load(own.path), driver)
+
+
+def test_a_bundle_without_engines_says_how_to_build_them(tiny_bundle: Bundle, driver: SimulatedDriver) -> None:
+    with pytest.raises(EngineError, match=r"no engine of onnx/vision_encoder\.onnx.*edgeprune build"):
+        on_device(tiny_bundle, driver, store=Store(tiny_bundle.path, SECRET))
+
+
+def test_providers_are_never_replaced(tiny_bundle: Bundle) -> None:
+    for provider in ("cuda", "ort-tensorrt"):
+        with pytest.raises(EngineError, match=r"has no \w+ExecutionProvider; it has .*--provider cpu"):
+            load(tiny_bundle.path, provider=provider)
+    with pytest.raises(EngineError, match="TensorRT cannot be used here"):
+        load(tiny_bundle.path, provider="tensorrt")
+    with pytest.raises(UsageError, match=r"Unknown provider 'gpu'.*ort-tensorrt"):
+        load(tiny_bundle.path, provider="gpu")
+    assert options.PROVIDERS == providers.PROVIDERS  # written twice, so that --help loads nothing heavy
+    with pytest.raises(UsageError, match="no threads"):
+        open_engine(tiny_bundle, "tensorrt", 2)
+
+
+def test_a_device_is_profiled_through_its_engines(own: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(opened: Bundle) -> TensorRTEngine:
+        return TensorRTEngine(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
+
+    monkeypatch.setattr(TensorRTEngine, "here", here)
+    with pytest.raises(EngineError, match="edgeprune build --turn N"):
+        profile(own, repeats=1, provider="tensorrt")  # the image's tokens are timed as text, of which 30 are too few
+    prepare(own, Limits(context=64, turn=64))
+    times = profile(own, repeats=2, provider="tensorrt")
+    assert len(times.prefill_ms) == 5 and times.vision_ms > 0 and ("synchronize",) in driver.calls
+
+
+def test_arrays_on_the_device_join_and_share(driver: SimulatedDriver) -> None:
+    pool = Pool(driver)
+    rows = np.arange(24, dtype=np.float16).reshape(4, 2, 3)
+    array = upload(pool, rows)
+    view: Any = array[1:3]
+    assert (len(array), view.shape, view.nbytes) == (4, (2, 2, 3), 24)
+    assert np.array_equal(view.numpy(), rows[1:3]) and len(driver.blocks) == 1
+    both: Any = np.concatenate([array, view])
+    assert isinstance(both, DeviceArray) and np.array_equal(both.numpy(), np.concatenate([rows, rows[1:3]]))
+    wide = joined(pool, [np.zeros((1, 0, 3), np.float16), rows[None, 0]], axis=1)
+    assert wide.shape == (1, 2, 3) and np.array_equal(wide.numpy()[0], rows[0])
+    with pytest.raises(TypeError):
+        np.sum(array)  # type: ignore[call-overload]
+
+
+def test_blocks_are_used_again_only_when_nothing_refers_to_them(driver: SimulatedDriver) -> None:
+    pool = Pool(driver)
+    first = upload(pool, np.zeros(100, np.float32))
+    view = first[:10]
+    address = first.address
+    del first
+    assert upload(pool, np.ones(100, np.float32)).address != address
+    del view
+    assert upload(pool, np.ones(100, np.float32)).address == address
+    assert Counter(call[0] for call in driver.calls)["allocate"] == 2
+
+
+def test_the_selftest_compares_and_reports(
+    bundle: Bundle, driver: SimulatedDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def simulated(opened: Bundle) -> TensorRTEngine:
+        return TensorRTEngine(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
+
+    stages: list[str] = []
+    report = selftest(bundle, simulated, stages.append)
+    assert report.passed and stages == ["reference", "engines", "memory"]
+    assert {check.name for check in report.checks} == {"vision", "kept", "logits", "text", "memory", "limits"}
+    assert driver.closed
+    monkeypatch.setattr(TensorRTEngine, "here", lambda opened: simulated(opened))
+    driver.closed = False
+    shown = CliRunner().invoke(main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json")])
+    assert shown.exit_code == 0 and "Every check passed." in shown.output
+    assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+
+
+def test_the_selftest_notices_a_wrong_engine(bundle: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TensorRTEngine(bundle, simulated_tensorrt(driver), driver, Store(bundle.path, SECRET), ORIN)
+    right = engine.step
+
+    def wrong(tokens: Any, cache: Any) -> Any:
+        step = right(tokens, cache)
+        return replace(step, logits=step.logits * 1.1)
+
+    monkeypatch.setattr(engine, "step", wrong)
+    report = selftest(bundle, lambda opened: engine)
+    assert [check.name for check in report.checks if not check.passed] == ["logits"]
+
+
+@pytest.mark.device
+def test_this_device_runs_what_it_builds(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    try:
+        trt = tensorrt()
+        device = identity(trt, cuda())
+    except EngineError as error:
+        pytest.skip(f"needs a GPU with TensorRT: {error}")
+    shutil.copytree(tiny_bundle.path, tmp_path / "own")
+    own = Bundle.load(tmp_path / "own")
+    build_bundle(BuildRequest(own, LIMITS, Settings()), trt=trt, device=device)
+    assert [check for check in selftest(own).checks if not check.passed] == []
