@@ -1,1 +1,1 @@
-"""From many plans to the best. Imported by calibrate alone."""
+"""From many plans to the best. Only calibrate imports it; it imports nothing above allocate."""

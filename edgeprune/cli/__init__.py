@@ -1,4 +1,4 @@
-"""The `edgeprune` command. Each command parses, calls one library function and prints; heavy imports live inside the bodies."""
+"""The `edgeprune` command: it parses, calls one library function, prints. Nothing imports it; heavy imports live in the bodies."""
 
 from edgeprune.cli.app import main
 

@@ -1,1 +1,1 @@
-"""What a device is and what it can do: facts of this machine, the table of modules, the roofline. Torch-free."""
+"""Facts about a machine, the table of Jetson modules, and what work costs on one. Imports no runtime and no torch."""

@@ -1,1 +1,1 @@
-"""A lint of exported graphs against what each TensorRT accepts. Needs onnx, never torch."""
+"""A lint of exported graphs against what each TensorRT accepts. Imports onnx, never torch or the runtime."""

@@ -1,1 +1,1 @@
-"""Pruning methods: which visual tokens a cut keeps. How many is the plan's matter, never a method's."""
+"""Pruning methods: which visual tokens a cut keeps, one paper a file. How many is the plan's; imports plan and torch alone."""

@@ -1,4 +1,4 @@
-"""The pruning-aware model: the family's own layers, our attention forward, the cuts of one plan. Eager and traced alike."""
+"""The eager, pruning-aware decoder that export traces: the family's layers, our attention, a plan's cuts. Imports no runtime."""
 
 from edgeprune.model.cache import LayerCache
 from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput

@@ -1,4 +1,4 @@
-"""Image processors: from RGB pictures to the patches that a vision encoder takes, as transformers' own do, without torch."""
+"""Image processors: from RGB images to patches, as transformers' own make them. Imports no torch and no bundle."""
 
 from __future__ import annotations
 

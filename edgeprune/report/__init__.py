@@ -1,1 +1,1 @@
-"""Reports: one HTML page about a plan or a bundle, with nothing outside it."""
+"""Reports: one HTML page about a plan or a bundle, complete in itself. Imports no export; measures nothing but answers."""

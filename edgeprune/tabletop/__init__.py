@@ -1,4 +1,4 @@
-"""TableTop: a drawn world of robot tables, questions about it, and a small trained model that answers them."""
+"""TableTop: a drawn world of robot tables, questions about it, and a small trained model. Imports plan and io alone."""
 
 from pathlib import Path
 

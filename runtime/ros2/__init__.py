@@ -1,1 +1,1 @@
-"""A ROS 2 node: images and prompts in, answers and diagnostics out, over DDS or beside rclpy. Nothing here needs ROS itself."""
+"""A ROS 2 node over DDS, without an installed ROS: images and prompts in, answers and diagnostics out. Takes the runtime's face."""

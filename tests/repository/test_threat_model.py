@@ -15,7 +15,7 @@ CHECKS = [row for row in PAGE.partition("## What each check stops")[2].splitline
 
 @cache
 def names_in(file: str) -> set[str]:
-    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    tree = ast.parse(next(TESTS.rglob(file)).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
