@@ -32,7 +32,8 @@ def tallied(tiny_folder: Path, tiny_bundle: Bundle, tmp_path_factory: pytest.Tem
         paths = (tmp_path_factory.mktemp("faults"), tiny_folder, tiny_bundle.path)
         command = [sys.executable, "fault_driver.py", *map(str, paths), name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=TESTS / "support" / "faults", env=environment, capture_output=True, text=True, timeout=1200, check=False)
+        folder = TESTS / "support" / "faults"
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return {fault: tally for line in done.stdout.splitlines() for fault, tally in json.loads(line)[name].items()}
 
