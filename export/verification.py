@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.bundle import PREPROCESSOR, Bundle
-from edgeprune.calibration.replay.reference import EagerEngine, Recorder, reference_model
+from edgeprune.calibration.replay.reference import EagerEngine, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
 from edgeprune.processors import image_spec
 from edgeprune.runtime import load
+from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
 from edgeprune.runtime.backends.onnxruntime import OnnxEngine
 from edgeprune.runtime.generation.conversation import Conversation, Picture
 from edgeprune.runtime.generation.pipeline import Model
@@ -75,7 +76,7 @@ def verify(
     frames = frames_for(bundle.plan.geometry)
     picture: Picture = frames if bundle.manifest.image.kind == "video" else frames[0]
     progress("reference")
-    recorder = Recorder(reference.engine)
+    recorder = RecordingBackend(reference.engine)
     assert isinstance(reference.engine, EagerEngine)
     with reference.engine.lowered(lowering):
         text = _describe(reference, recorder, picture)
@@ -99,13 +100,13 @@ def _judged(found: list[Found], tolerances: Mapping[str, float]) -> list[Stage]:
     return [Stage(name, worst, tolerances[name], compared) for name, worst, compared in found]
 
 
-def _describe(model: Model, recorder: Recorder, picture: Picture) -> str:
+def _describe(model: Model, recorder: RecordingBackend, picture: Picture) -> str:
     conversation = Conversation(replace(model, engine=recorder))
     return "".join(conversation.ask(DESCRIBE_PROMPT, [picture], Sampling(max_tokens=GENERATED)))
 
 
-def _vision(engine: OnnxEngine, recorder: Recorder) -> list[Found]:
-    expected, actual = recorder.seen, engine.see(recorder.patches)
+def _vision(engine: OnnxEngine, recorder: RecordingBackend) -> list[Found]:
+    expected, actual = recorder.seen[0], engine.see(recorder.patches[0])
     # Of the tokens that both have: where rounding changed the set, the others say nothing of the graph.
     rows, own = (np.isin(one.order, other.order) for one, other in ((expected, actual), (actual, expected)))
     pairs = [(expected.embeds[:, rows], actual.embeds[:, own])]
@@ -136,11 +137,12 @@ def _patches(views: np.ndarray, side: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.transpose(0, 2, 4, 1, 3, 5)).reshape(-1, 3 * side * side)
 
 
-def _replay(engine: OnnxEngine, recorder: Recorder, tier: int) -> list[Found]:
+def _replay(engine: OnnxEngine, recorder: RecordingBackend, tier: int) -> list[Found]:
     # Every step starts from the reference's cache, so that one wrong step does not spoil the next.
-    kept = [(expected[1], engine.select(recorder.seen, prompt, tier)[1]) for prompt, expected in recorder.selections]
+    selections = zip(recorder.prompts, recorder.selected, strict=True)
+    kept = [(expected, engine.select(recorder.seen[0], prompt, tier)[1]) for prompt, expected in selections]
     logits: list[tuple[np.ndarray, np.ndarray]] = []
-    for tokens, cache, expected in recorder.steps:
+    for (tokens, cache), expected in zip(recorder.inputs, recorder.steps, strict=True):
         actual = engine.step(replace(tokens, tier=tier), cache)
         logits.append((expected.logits, actual.logits))
         kept += zip(expected.kept, actual.kept, strict=True)
@@ -152,21 +154,13 @@ def _replay(engine: OnnxEngine, recorder: Recorder, tier: int) -> list[Found]:
 
 
 def _kept(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Found:
-    different = sum(_differences(expected, actual) for expected, actual in pairs)
     counts = ", ".join(str(expected.shape[-1]) for expected, _ in pairs if expected.size) or "no cuts"
-    return (name, different / max(sum(expected.size for expected, _ in pairs), 1), f"tokens kept: {counts}")
-
-
-def _differences(expected: np.ndarray, actual: np.ndarray) -> int:
-    # Sets, head by head: the order in a cache does not matter to attention.
-    rows = zip(np.atleast_2d(expected), np.atleast_2d(actual), strict=True)
-    return sum(len(np.setxor1d(*pair)) for pair in rows)
+    return (name, differing_indices(pairs) / max(sum(expected.size for expected, _ in pairs), 1), f"tokens kept: {counts}")
 
 
 def _stage(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], compared: str) -> Found:
-    worst = 0.0
-    for expected, actual in pairs:
-        if expected.shape != actual.shape or not np.isfinite(actual).all():
-            return (name, float("inf"), f"shapes {expected.shape} and {actual.shape}")
-        worst = max(worst, float(np.abs(expected - actual).max() / max(np.abs(expected).max(), 1e-6)))
+    worst = largest_difference(pairs)
+    if np.isinf(worst):
+        expected, actual = next(pair for pair in pairs if np.isinf(largest_difference([pair])))
+        compared = f"shapes {expected.shape} and {actual.shape}"
     return (name, worst, compared)

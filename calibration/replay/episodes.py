@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgeprune.calibration.data.samples import Sample
-from edgeprune.calibration.replay.reference import Recorder, reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan, kept_of
-from edgeprune.runtime.backends.interface import StepInput, Tokens
+from edgeprune.runtime.backends.compare import RecordingBackend
+from edgeprune.runtime.backends.kv_cache import StepInput, Tokens
 from edgeprune.runtime.generation.conversation import Conversation
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
@@ -48,30 +49,30 @@ class Episodes:
 
     def record(self, sample: Sample, fit: str) -> Episode:
         """Answer one sample greedily and return what happened. An answer of one token has no steps."""
-        recorder = Recorder(self._model.engine)
+        recorder = RecordingBackend(self._model.engine)
         conversation = Conversation(replace(self._model, engine=recorder), how=fit)
         for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=self._max_tokens)):
             pass
-        prefill, *steps = recorder.steps
+        (prefill, _), *steps = recorder.inputs
         after = steps[0][1] if steps else conversation.cache
         caches = tuple(caches_of([self._tensor(rows) for rows in (*after.text, *after.visual)]))
-        taken = [tokens.suffix for tokens, _, _ in steps]
-        embeds = [self._tensor(part.embeds) for part in taken] or [self._tensor(prefill[0].suffix.embeds[:, :0])]
-        where = [self._tensor(part.positions) for part in taken] or [self._tensor(prefill[0].suffix.positions[:, :0])]
-        groups = self._tensor(steps[-1][0].groups if steps else prefill[0].groups)
-        return Episode(prefill[0], caches, Segment(torch.cat(embeds, dim=1), torch.cat(where, dim=1)), groups)
+        taken = [tokens.suffix for tokens, _ in steps]
+        embeds = [self._tensor(part.embeds) for part in taken] or [self._tensor(prefill.suffix.embeds[:, :0])]
+        where = [self._tensor(part.positions) for part in taken] or [self._tensor(prefill.suffix.positions[:, :0])]
+        groups = self._tensor(steps[-1][0].groups if steps else prefill.groups)
+        return Episode(prefill, caches, Segment(torch.cat(embeds, dim=1), torch.cat(where, dim=1)), groups)
 
     @torch.no_grad()
     def retold(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
         """Return the logits [len(ids) + 1, vocabulary] with which the model would have given an answer, before each token and at
         the end.
         """
-        recorder = Recorder(self._model.engine)
+        recorder = RecordingBackend(self._model.engine)
         conversation = Conversation(replace(self._model, engine=recorder), how=fit)
         for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=1)):
             pass
-        tokens, _, prefill = recorder.steps[0]
-        first = self._tensor(prefill.logits)[None]
+        tokens, _ = recorder.inputs[0]
+        first = self._tensor(recorder.steps[0].logits)[None]
         if not ids:
             return first
         where = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)

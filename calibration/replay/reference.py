@@ -17,8 +17,8 @@ from edgeprune.model.quantization import at_precision
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
-from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import Interrupt, Seen, Step
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
 from edgeprune.runtime.generation.pipeline import Model
 from edgeprune.runtime.text.prompt import ChatTemplate
 from edgeprune.runtime.text.tokenizer import TextCodec
@@ -76,7 +76,7 @@ class EagerEngine:
         return _array(self._embed(torch.tensor([list(ids)], device=self._device)))
 
     @torch.no_grad()
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
         """Run new tokens on top of a cache."""
         segments = [
             Segment(self._tensor(part.embeds), self._tensor(part.positions))
@@ -100,40 +100,6 @@ class EagerEngine:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
-
-
-class Recorder:
-    """An engine that keeps what went into another and what came out of it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.steps: list[tuple[StepInput, KvCache, Step]] = []
-        self.selections: list[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]] = []
-
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
-        """Look at an image."""
-        self.patches, self.seen = patches, self._engine.see(patches, whole=whole, interrupt=interrupt)
-        return self.seen
-
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply the input cut."""
-        selected = self._engine.select(seen, prompt, tier)
-        self.selections.append((prompt, selected))
-        return selected
-
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
-        """Embed tokens."""
-        return self._engine.embed(ids)
-
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
-        """Run new tokens on top of a cache."""
-        step = self._engine.step(tokens, cache)
-        self.steps.append((tokens, cache, step))
-        return step
-
-    def rate(self, split: np.ndarray, step: int) -> float:
-        """Ask the predictor."""
-        return self._engine.rate(split, step)
 
 
 def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Model:

@@ -25,8 +25,8 @@ from edgeprune.bundle import VISION, Bundle
 from edgeprune.device.profile import PARTS, TEXT, DeviceTimes
 from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
-from edgeprune.runtime.backends.interface import Engine, StepInput, Tokens
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import Engine
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, Tokens
 from edgeprune.runtime.backends.providers import open_engine
 from edgeprune.runtime.generation.sequence import text_positions
 

@@ -6,11 +6,9 @@ a near tie may change a word, after which only what came before is compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 from edgeprune.bundle import Bundle
 from edgeprune.device.doctor import diagnose
@@ -18,8 +16,8 @@ from edgeprune.device.machine import read_machine
 from edgeprune.errors import EngineError
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Runtime
-from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
+from edgeprune.runtime.backends.interface import Engine
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
 from edgeprune.tabletop.dataset import frames_for
 
@@ -74,16 +72,16 @@ def selftest(
     """
     progress("reference")
     reference = load(bundle.path, cache_bytes=0)
-    expected = _Listener(reference._model.engine)
+    expected = RecordingBackend(reference._model.engine, replayable=False)
     said = _answers(reference, expected)
     progress("engines")
     engine = (open_engine or TensorRTEngine.here)(bundle)
     try:
-        actual = _Listener(engine)
+        actual = RecordingBackend(engine, replayable=False)
         repeated = _answers(reference, actual)
         progress("memory")
         before = engine.device_bytes
-        _answers(reference, _Listener(engine))
+        _answers(reference, RecordingBackend(engine, replayable=False))
         checks = [*_compared(expected, actual), _words(said, repeated), _grown(before, engine.device_bytes)]
         checks.append(_refused(reference, engine))
     finally:
@@ -103,38 +101,6 @@ class _Said:
     times: dict[str, float] = field(default_factory=dict)
 
 
-class _Listener:
-    # An engine that keeps what another one returned, of what can be compared.
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.seen: list[np.ndarray] = []
-        self.kept: list[np.ndarray] = []
-        self.logits: list[np.ndarray] = []
-
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
-        seen = self._engine.see(patches, whole=whole, interrupt=interrupt)
-        self.seen.append(_on_host(seen.embeds))
-        self.kept += seen.kept
-        return seen
-
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        embeds, kept = self._engine.select(seen, prompt, tier)
-        self.kept.append(kept)
-        return embeds, kept
-
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
-        return self._engine.embed(ids)
-
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
-        step = self._engine.step(tokens, cache)
-        self.logits.append(step.logits)
-        self.kept += step.kept if len(tokens.order) else ()
-        return step
-
-    def rate(self, split: np.ndarray, step: int) -> float:
-        return self._engine.rate(split, step)
-
-
 def _answers(runtime: Runtime, engine: Engine) -> _Said:
     model = replace(runtime._model, engine=engine)
     frames = frames_for(model.plan.geometry)
@@ -148,29 +114,21 @@ def _answers(runtime: Runtime, engine: Engine) -> _Said:
     return said
 
 
-def _compared(expected: _Listener, actual: _Listener) -> list[Check]:
+def _compared(expected: RecordingBackend, actual: RecordingBackend) -> list[Check]:
     same = 0  # steps before the first whose likeliest token differs, and that one
-    for one, other in zip(expected.logits, actual.logits, strict=False):
+    logits = [(one.logits, other.logits) for one, other in zip(expected.steps, actual.steps, strict=False)]
+    for one, other in logits:
         same += 1
         if one.argmax() != other.argmax():
             break
-    logits = list(zip(expected.logits[:same], actual.logits[:same], strict=True))
     kept = list(zip(expected.kept, actual.kept, strict=False))
-    different = sum(len(np.setxor1d(*rows)) for pair in kept for rows in zip(*map(np.atleast_2d, pair), strict=True))
-    share = different / max(2 * sum(one.size for one, _ in kept), 1)
+    indices = sum(one.size for one, _ in kept)
+    seen = [(one.embeds, other.embeds) for one, other in zip(expected.seen, actual.seen, strict=True)]
     return [
-        _numbers("vision", list(zip(expected.seen, actual.seen, strict=True)), f"{len(expected.seen)} image"),
-        Check("kept", share, TOLERANCES["kept"], f"{sum(one.size for one, _ in kept)} kept indices"),
-        _numbers("logits", logits, f"{same} steps before the answers part"),
+        Check("vision", largest_difference(seen), TOLERANCES["vision"], f"{len(seen)} image"),
+        Check("kept", differing_indices(kept) / max(2 * indices, 1), TOLERANCES["kept"], f"{indices} kept indices"),
+        Check("logits", largest_difference(logits[:same]), TOLERANCES["logits"], f"{same} steps before the answers part"),
     ]
-
-
-def _numbers(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], words: str) -> Check:
-    worst = 0.0
-    for one, other in pairs:
-        alike = one.shape == other.shape and bool(np.isfinite(other).all())
-        worst = max(worst, float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-6)) if alike else float("inf"))
-    return Check(name, worst, TOLERANCES[name], words)
 
 
 def _words(one: _Said, other: _Said) -> Check:
@@ -192,8 +150,3 @@ def _refused(runtime: Runtime, engine: Engine) -> Check:
     except EngineError as error:
         return Check("limits", 0.0, 0.0, error.hint)
     return Check("limits", 1.0, 0.0, "a turn of 20000 words was taken")
-
-
-def _on_host(array: Any) -> np.ndarray:
-    copied: np.ndarray = array.numpy() if hasattr(array, "numpy") else array
-    return copied

@@ -22,8 +22,8 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Pictures, Runtime
-from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput, Tokens
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import BackendProxy, Engine, Interrupt, Seen, Step
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, Tokens
 from edgeprune.runtime.backends.providers import ENGINES
 from edgeprune.runtime.generation.decode import Stream
 from edgeprune.runtime.generation.pipeline import Model, State
@@ -128,7 +128,7 @@ def blind(own: Contender, name: str, keep: int) -> Contender:
     """Return the same bundle with `keep` visual tokens in every layer, chosen by one of BLIND."""
     plan, model = own.runtime.plan, own.runtime._model
     whole = plan.geometry.tokens
-    model = replace(model, engine=Chosen(model.engine, chosen_tokens(name, whole, keep), whole))
+    model = replace(model, engine=FixedSelectionBackend(model.engine, chosen_tokens(name, whole, keep), whole))
     return replace(own, name=name, runtime=Runtime(model), prune=False, alive=(keep,) * plan.layers)
 
 
@@ -158,30 +158,23 @@ def chosen_tokens(name: str, tokens: int, keep: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(tokens)[:keep])
 
 
-class Chosen:
-    """An engine that lets only some visual tokens of each image into an unpruned prefill, at their original positions.
+class FixedSelectionBackend(BackendProxy):
+    """A backend that lets only some visual tokens of each image into an unpruned prefill, at their original positions.
 
     The conversation above it takes the image for whole, so that positions go on after the unpruned length; what it says of visual
     tokens in its receipts is of the whole image too.
     """
 
-    def __init__(self, engine: Engine, kept: np.ndarray, tokens: int) -> None:
-        self._engine, self._kept, self._tokens = engine, kept, tokens
+    def __init__(self, backend: Engine, kept: np.ndarray, tokens: int) -> None:
+        super().__init__(backend)
+        self._kept, self._tokens = kept, tokens
 
     def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
         """Return the chosen visual tokens [1, K, hidden]."""
-        seen = self._engine.see(patches, whole=whole, interrupt=interrupt)
+        seen = self._backend.see(patches, whole=whole, interrupt=interrupt)
         return replace(seen, embeds=seen.embeds[:, self._kept])
 
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the engine's own selection, which an unpruned prefill never asks for."""
-        return self._engine.select(seen, prompt, tier)
-
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
-        """Return embeddings [1, n, hidden]."""
-        return self._engine.embed(ids)
-
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
         """Run new tokens on top of a cache; where an image is among them, with the positions of the chosen ones alone."""
         prefix = tokens.prefix
         missing = prefix.positions.shape[1] - prefix.embeds.shape[1]
@@ -189,11 +182,7 @@ class Chosen:
             text = prefix.positions.shape[1] - self._tokens
             places = np.concatenate([np.arange(text), text + self._kept])
             tokens = replace(tokens, prefix=Tokens(prefix.embeds, prefix.positions[:, places]))
-        return self._engine.step(tokens, cache)
-
-    def rate(self, split: np.ndarray, step: int) -> float:
-        """Return the share that the engine's predictor keeps."""
-        return self._engine.rate(split, step)
+        return self._backend.step(tokens, cache, interrupt=interrupt)
 
 
 def _endless(model: Model) -> Runtime:

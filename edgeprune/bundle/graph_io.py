@@ -6,6 +6,7 @@ from edgeprune.plan import KeepPlan
 
 SEGMENTS = ("prefix", "visual", "suffix")
 TIER = "tier"  # a marker: one long for the first tier, two for the second, and so on
+GROUPS = "text_groups"  # to which group each text token belongs, where the rate of a plan follows attention
 SIGNALS = ("vision_attention", "vision_keys")
 
 
@@ -38,7 +39,7 @@ def decoder_inputs(plan: KeepPlan, *, tiers: bool = False) -> list[str]:
     """Return the names of the decoder's inputs, in its order; `tiers`: there are several."""
     layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
-    names += ["visual_order", *([TIER] if tiers else []), *(["text_groups"] if plan.live else [])]
+    names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.live else [])]
     return names + [cache_name(*layer) for layer in layers] + [visual_cache_name(*layer) for layer in layers]
 
 

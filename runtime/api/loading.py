@@ -14,7 +14,7 @@ from edgeprune.processors import image_spec
 from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.backends.interface import Engine
 from edgeprune.runtime.backends.providers import open_engine
-from edgeprune.runtime.backends.shared import CandidEngine, SharedEngine, Turns
+from edgeprune.runtime.backends.shared import GuardedBackend, Turns
 from edgeprune.runtime.generation.pipeline import Joules, Model, State
 from edgeprune.runtime.generation.request import Terms
 from edgeprune.runtime.text.prompt import ChatTemplate
@@ -53,7 +53,7 @@ def load(
     tell("loading")
     state = State(cache_bytes, _counter() if energy else None)
     with Bundle.opening(Path(path), check=check, require_signature=require_signature) as bundle:
-        runtime = Runtime(_model(bundle, CandidEngine(open_engine(bundle, provider, threads)), state, max_kv_bytes))
+        runtime = Runtime(_model(bundle, open_engine(bundle, provider, threads), state, max_kv_bytes))
     if warm_up:
         tell("warming")
         runtime.warm_up()
@@ -64,7 +64,7 @@ def load(
 def _model(bundle: Bundle, engine: Engine, state: State, max_kv_bytes: int | None) -> Model:
     manifest, turns = bundle.manifest, Turns()
     return Model(
-        engine=SharedEngine(engine, turns),
+        engine=GuardedBackend(engine, turns),
         codec=TextCodec(bundle.file(TOKENIZER)),
         template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
         special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),

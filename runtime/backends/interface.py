@@ -1,6 +1,6 @@
-"""A wish that an answer should end, from any thread: heard between two steps, and inside one where the engine can stop.
+"""What computes, as the generation loop sees it: one interface for all backends, and a proxy for what stands in front of one.
 
-What computes, as the generation loop sees it, and how a bundle's graphs name what goes in and out.
+An answer may be ended from any thread. That is heard between two steps, and inside one where the backend can stop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edgeprune.runtime.backends.kv_cache import Arrays, KvCache
+from edgeprune.runtime.backends.kv_cache import Arrays, KvCache, StepInput
 
 CANCELLED, DEADLINE = "cancelled", "deadline"
 
@@ -73,24 +73,6 @@ class Interrupt:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Consecutive tokens: `embeds` [1, n, hidden] and `positions` [axes, n]; n may be 0."""
-
-    embeds: np.ndarray
-    positions: np.ndarray
-
-    def then(self, other: Tokens) -> Tokens:
-        """Return these tokens followed by others."""
-        return Tokens(
-            np.concatenate([self.embeds, other.embeds], axis=1), np.concatenate([self.positions, other.positions], axis=1)
-        )
-
-    def only(self, indices: np.ndarray, embeds: np.ndarray) -> Tokens:
-        """Return the tokens at some indices, with new embeddings."""
-        return Tokens(embeds, self.positions[:, indices])
-
-
-@dataclass(frozen=True)
 class Seen:
     """What the vision encoder says of an image: visual tokens `embeds` [1, V, hidden] and `signals` for input methods that need
     them. `kept` of every vision cut: indices in the image [V], ascending; of the last one those of the tokens.
@@ -104,22 +86,6 @@ class Seen:
     def order(self) -> np.ndarray:
         """Indices in the image [V] of the visual tokens."""
         return self.kept[-1] if self.kept else np.arange(self.embeds.shape[1])
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """The new tokens of one forward. `order` [V]: indices of the visual tokens in the image; `groups` [text, 3]: for each text
-    key, past and new, 1 in the column of its group (system, instruction, generated). `tier`: the number of the plan whose budgets
-    count. `interrupt`: what may end the forward early, with Interrupted, where the engine can stop.
-    """
-
-    prefix: Tokens
-    visual: Tokens
-    suffix: Tokens
-    order: np.ndarray
-    groups: np.ndarray
-    tier: int = 0
-    interrupt: Interrupt | None = None
 
 
 @dataclass(frozen=True)
@@ -156,10 +122,37 @@ class Engine(Protocol):
         """Return embeddings [1, n, hidden]."""
         ...
 
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
-        """Run new tokens on top of a cache."""
+    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+        """Run new tokens on top of a cache. `interrupt`: as of `see`."""
         ...
 
     def rate(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
         ...
+
+
+class BackendProxy:
+    """A backend that hands everything on to another one. What stands in front of a backend overrides what it changes."""
+
+    def __init__(self, backend: Engine) -> None:
+        self._backend = backend
+
+    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
+        """Have the backend look at patches."""
+        return self._backend.see(patches, whole=whole, interrupt=interrupt)
+
+    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Have the backend apply a plan's input cut."""
+        return self._backend.select(seen, prompt, tier)
+
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Have the backend embed tokens."""
+        return self._backend.embed(ids)
+
+    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+        """Have the backend run new tokens on top of a cache."""
+        return self._backend.step(tokens, cache, interrupt=interrupt)
+
+    def rate(self, split: np.ndarray, step: int) -> float:
+        """Have the backend's predictor say what share of visual tokens decode step `step` keeps."""
+        return self._backend.rate(split, step)

@@ -1,20 +1,56 @@
-"""The KV cache of a conversation: text that grows, and the visual tokens of each image, of which steps may read a prefix.
+"""What a forward of the decoder reads: new tokens, and the KV cache of their conversation.
 
-Keys and values lie token by token [rows, kv heads, head_dim], after a null row. New text is written behind the old, into room that
-was made for a whole answer: a step copies its own rows and nothing else. Visual tokens lie the highest-ranked first where a cache
-cut ranked them: keeping fewer is then a view of the same memory, and the next question may have all of them back.
+The cache holds text that grows, and the visual tokens of each image, of which steps may read a prefix. Keys and values lie token
+by token [rows, kv heads, head_dim], after a null row. New text is written behind the old, into room that was made for a whole
+answer: a step copies its own rows and nothing else. Visual tokens lie the highest-ranked first where a cache cut ranked them:
+keeping fewer is then a view of the same memory, and the next question may have all of them back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edgeprune.bundle import DecoderShape
+from edgeprune.bundle.graph_io import GROUPS, TIER
 from edgeprune.plan import kept_of
 
 Arrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Consecutive tokens: `embeds` [1, n, hidden] and `positions` [axes, n]; n may be 0."""
+
+    embeds: np.ndarray
+    positions: np.ndarray
+
+    def then(self, other: Tokens) -> Tokens:
+        """Return these tokens followed by others."""
+        return Tokens(
+            np.concatenate([self.embeds, other.embeds], axis=1), np.concatenate([self.positions, other.positions], axis=1)
+        )
+
+    def only(self, indices: np.ndarray, embeds: np.ndarray) -> Tokens:
+        """Return the tokens at some indices, with new embeddings."""
+        return Tokens(embeds, self.positions[:, indices])
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The new tokens of one forward. `order` [V]: indices of the visual tokens in the image; `groups` [text, 3]: for each text
+    key, past and new, 1 in the column of its group (system, instruction, generated). `tier`: the number of the plan whose budgets
+    count.
+    """
+
+    prefix: Tokens
+    visual: Tokens
+    suffix: Tokens
+    order: np.ndarray
+    groups: np.ndarray
+    tier: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +136,15 @@ class KvCache:
     def visual_reads(self) -> int:
         """Visual tokens that a step reads, added up over the layers."""
         return sum(len(rows) - 1 for rows in self.visual[::2])
+
+
+def decoder_feeds(names: Sequence[str], tokens: StepInput, cache: KvCache) -> dict[str, np.ndarray]:
+    """Return what a forward feeds to a decoder whose inputs have these names, as `decoder_inputs` puts them in order."""
+    segments = (tokens.prefix, tokens.visual, tokens.suffix)
+    values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
+    values += [np.zeros(1 + tokens.tier, np.int64)] if TIER in names else []
+    values += [tokens.groups] if GROUPS in names else []
+    return dict(zip(names, (*values, *cache.text, *cache.visual), strict=True))
 
 
 def _after_null(rows: np.ndarray) -> np.ndarray:

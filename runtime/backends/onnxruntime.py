@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION
 from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import at_once
-from edgeprune.runtime.backends.interface import Interrupt, Interrupted, Seen, Step, StepInput
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import Interrupt, Interrupted, Seen, Step
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, decoder_feeds
 
 CPU = "CPUExecutionProvider"
 # It joins a product and the residual stream to a Gemm, which then multiplies weights that it has to restore from their integers
@@ -36,11 +37,10 @@ class OnnxEngine:
     def __init__(
         self, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,), exact: bool = False
     ) -> None:
-        plan, self._tiers = bundle.plan, bundle.manifest.tiers
-        self._plan = plan
+        self._plan, self._live = bundle.plan, bundle.plan.live
         options = _options(threads, providers, exact)
-        selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if plan.input else []
-        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if plan.live else [])]
+        selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
+        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if self._live else [])]
         opening = {graph: partial(_open, bundle.file(graph), options, providers) for graph in graphs}
         # Other providers share a device, and it is not known of all that they may be started at once.
         opened = at_once(opening) if providers[0] == CPU else {graph: opens() for graph, opens in opening.items()}
@@ -78,17 +78,14 @@ class OnnxEngine:
         embeds: np.ndarray = self._embed.run(["embeds"], {"ids": np.array([ids], np.int64)})[0]
         return embeds
 
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
         """Run new tokens on top of a cache."""
-        segments = (tokens.prefix, tokens.visual, tokens.suffix)
-        values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
-        values += [np.zeros(1 + tokens.tier, np.int64)] if self._tiers else []
-        values += [*([tokens.groups] if self._plan.live else []), *cache.text, *cache.visual]
-        feeds = {name: value for name, value in zip(self._inputs, values, strict=True) if name in self._wanted}
+        offered = decoder_feeds(self._inputs, tokens, cache)
+        feeds = {name: value for name, value in offered.items() if name in self._wanted}
         started = time.perf_counter()
-        logits, *rest = _run(self._decoder, self._outputs, feeds, tokens.interrupt)
+        logits, *rest = _run(self._decoder, self._outputs, feeds, interrupt)
         run_ms = 1e3 * (time.perf_counter() - started)
-        split = rest.pop() if self._plan.live else None
+        split = rest.pop() if self._live else None
         count = 2 * self._plan.layers
         return Step(logits[0, 0], tuple(rest[:count]), tuple(rest[count:]), split, run_ms)
 
@@ -104,7 +101,7 @@ def _run(session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray], in
     # ONNX Runtime looks at `terminate` between two nodes.
     options = onnxruntime.RunOptions()
     options.log_severity_level = 4  # being stopped is no error, and what is one is raised
-    with (interrupt or Interrupt()).stopping(partial(setattr, options, "terminate", True)):
+    with interrupt.stopping(partial(setattr, options, "terminate", True)) if interrupt else nullcontext():
         try:
             found: list[np.ndarray] = session.run(names, feeds, options)
             return found

@@ -1,12 +1,11 @@
-"""Memory that runs out inside an engine, said in one line.
+"""What stands between conversations and the one backend that they share.
 
-ONNX Runtime raises types of its own for it, without a common base, and numpy raises Python's MemoryError. An answer that meets
-either ends with finish_reason "error"; its conversation and all others go on.
+Whoever came first is served first, one graph at a time. Answers that are generated at once take turns step by step: on one device
+two steps beside each other are no faster than one after the other, and each would need scratch memory of its own.
 
-One engine for many threads: whoever came first is served first, one graph at a time.
-
-Answers that are generated at once take turns step by step. On one device two steps beside each other are no faster than one after
-the other, and each would need scratch memory of its own.
+Memory that runs out inside a backend is said in one line. ONNX Runtime raises types of its own for it, without a common base, and
+numpy raises Python's MemoryError. An answer that meets either ends with finish_reason "error"; its conversation and all others go
+on.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from edgeprune.errors import EngineError
-from edgeprune.runtime.backends.interface import Engine, Interrupt, Interrupted, Seen, Step, StepInput
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import BackendProxy, Engine, Interrupt, Interrupted, Seen, Step
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
 
 _SIGNS = ("failed to allocate", "bad_alloc", "out of memory", "cannot allocate memory", "bad allocation")
 _HINT = "Ask with fewer images or a lower max_kv_bytes, or close other programs."
@@ -93,72 +92,41 @@ class _Place:
         self.gate.acquire()
 
 
-class SharedEngine:
-    """An engine whose graphs run one at a time, whatever threads ask."""
+class GuardedBackend(BackendProxy):
+    """A backend whose graphs run one at a time, whatever threads ask, and that raises EngineError where memory ran out."""
 
-    def __init__(self, engine: Engine, turns: Turns) -> None:
-        self._engine, self._turns = engine, turns
-
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
-        with self._turns.taken(interrupt):
-            return self._engine.see(patches, whole=whole, interrupt=interrupt)
-
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply the plan's input cut: return embeddings [1, K, hidden], indices [K]."""
-        with self._turns.taken():
-            return self._engine.select(seen, prompt, tier)
-
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
-        """Return embeddings [1, n, hidden]."""
-        with self._turns.taken():
-            return self._engine.embed(ids)
-
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
-        """Run new tokens on top of a cache."""
-        with self._turns.taken(tokens.interrupt):
-            return self._engine.step(tokens, cache)
-
-    def rate(self, split: np.ndarray, step: int) -> float:
-        """Return the share of visual tokens that the plan's predictor keeps for a decode step."""
-        with self._turns.taken():
-            return self._engine.rate(split, step)
-
-
-class CandidEngine:
-    """An engine that raises EngineError where memory ran out, whatever the one inside raises."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, backend: Engine, turns: Turns) -> None:
+        super().__init__(backend)
+        self._turns = turns
 
     def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
-        with _said("the vision encoder"):
-            return self._engine.see(patches, whole=whole, interrupt=interrupt)
+        """Look at patches when it is this thread's turn."""
+        with self._turns.taken(interrupt), _out_of_memory_as_error("the vision encoder"):
+            return self._backend.see(patches, whole=whole, interrupt=interrupt)
 
     def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply the plan's input cut: return embeddings [1, K, hidden], indices [K]."""
-        with _said("the selection"):
-            return self._engine.select(seen, prompt, tier)
+        """Apply a plan's input cut when it is this thread's turn."""
+        with self._turns.taken(), _out_of_memory_as_error("the selection"):
+            return self._backend.select(seen, prompt, tier)
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
-        """Return embeddings [1, n, hidden]."""
-        with _said("the embedding"):
-            return self._engine.embed(ids)
+        """Embed tokens when it is this thread's turn."""
+        with self._turns.taken(), _out_of_memory_as_error("the embedding"):
+            return self._backend.embed(ids)
 
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
-        """Run new tokens on top of a cache."""
-        with _said("the decoder"):
-            return self._engine.step(tokens, cache)
+    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+        """Run new tokens when it is this thread's turn."""
+        with self._turns.taken(interrupt), _out_of_memory_as_error("the decoder"):
+            return self._backend.step(tokens, cache, interrupt=interrupt)
 
     def rate(self, split: np.ndarray, step: int) -> float:
-        """Return the share of visual tokens that the plan's predictor keeps for a decode step."""
-        with _said("the predictor"):
-            return self._engine.rate(split, step)
+        """Ask the predictor when it is this thread's turn."""
+        with self._turns.taken(), _out_of_memory_as_error("the predictor"):
+            return self._backend.rate(split, step)
 
 
 @contextmanager
-def _said(part: str) -> Iterator[None]:
+def _out_of_memory_as_error(part: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgeprune.plan import Cut, KeepPlan, View
-from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step, StepInput, Tokens
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import Engine, Interrupt, Seen, Step
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, Tokens
 from edgeprune.runtime.generation.pipeline import Model
 from edgeprune.runtime.telemetry.receipt import CutReceipt, ImageAccount, Receipt
 
@@ -123,7 +123,9 @@ class Intake:
     def __init__(self, model: Model, spans: tuple[tuple[View, ...], ...], *, prune: bool) -> None:
         self._model, self._spans, self._prune = model, spans, prune
         self.ids: list[int] = []
-        self.cache = KvCache.empty(model.decoder)
+        shape = model.decoder
+        self.cache = KvCache.empty(shape)
+        self._nothing = Tokens(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
         self.length = self.images = 0
         self._position = 0
         self._accounts: tuple[ImageAccount, ...] = ()
@@ -135,8 +137,8 @@ class Intake:
 
     def text(self, ids: Sequence[int], interrupt: Interrupt | None = None, *, group: int = INSTRUCTION) -> Step:
         """Take in text without an image, at least one token."""
-        nothing = self._no_tokens()
-        return self._step(StepInput(nothing, nothing, self._text(ids), _NO_ORDER, _NO_GROUPS, interrupt=interrupt), group)
+        nothing = self._nothing
+        return self._step(StepInput(nothing, nothing, self._text(ids), _NO_ORDER, _NO_GROUPS), group, interrupt)
 
     def image(
         self, parts: Sequence[Sequence[int]], chosen: Selected, tier: int = 0, interrupt: Interrupt | None = None
@@ -152,14 +154,12 @@ class Intake:
         if self._prune:
             # Positions are those of every token until `only` takes those of the tokens that stay.
             visual = visual.only(chosen.order, chosen.embeds)
-            step = self._step(StepInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier, interrupt), INSTRUCTION)
+            step = self._step(StepInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier), INSTRUCTION, interrupt)
             cuts = cut_receipts(plan, chosen.seen.kept, chosen.order, step)
             account = ImageAccount(geometry.tokens, whole, self.cache.visual_reads - before, cuts)
         else:
-            nothing = self._no_tokens()
-            step = self._step(
-                StepInput(prefix.then(visual), nothing, suffix, _NO_ORDER, _NO_GROUPS, interrupt=interrupt), INSTRUCTION
-            )
+            tokens = StepInput(prefix.then(visual), self._nothing, suffix, _NO_ORDER, _NO_GROUPS)
+            step = self._step(tokens, INSTRUCTION, interrupt)
             account = ImageAccount(geometry.tokens, whole, whole, ())
         self.images += 1
         self._accounts += (account,)
@@ -190,11 +190,11 @@ class Intake:
         self._groups, self.ids = bytearray([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
         return prefix.accounts
 
-    def _step(self, tokens: StepInput, group: int) -> Step:
+    def _step(self, tokens: StepInput, group: int, interrupt: Interrupt | None) -> Step:
         before, after = tokens.prefix.embeds.shape[1], tokens.suffix.embeds.shape[1]
         self._groups += bytes([SYSTEM] * before + [group] * after)
         groups = _ONE_HOT[np.frombuffer(self._groups, np.uint8)]
-        step = self._model.engine.step(replace(tokens, groups=groups), self.cache)
+        step = self._model.engine.step(replace(tokens, groups=groups), self.cache, interrupt=interrupt)
         self.cache = self.cache.grown(step.rows, before, after)
         return replace(step, rows=())
 
@@ -209,19 +209,15 @@ class Intake:
         ids = [token for part in before for token in part]
         visual = Tokens(embeds, np.concatenate(spans, axis=1))
         self.length += visual.positions.shape[1] + len(ids)
-        return (Tokens(self._model.engine.embed(ids), np.concatenate(text, axis=1)) if ids else self._no_tokens()), visual
+        return (Tokens(self._model.engine.embed(ids), np.concatenate(text, axis=1)) if ids else self._nothing), visual
 
     def _text(self, ids: Sequence[int]) -> Tokens:
         if not ids:
-            return self._no_tokens()
+            return self._nothing
         positions = text_positions(self._position, len(ids), self._model.decoder.position_axes)
         self._position += len(ids)
         self.length += len(ids)
         return Tokens(self._model.engine.embed(ids), positions)
-
-    def _no_tokens(self) -> Tokens:
-        shape = self._model.decoder
-        return Tokens(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
 
 
 _NO_ORDER, _NO_GROUPS = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)

@@ -18,7 +18,7 @@ from PIL import Image
 from edgeprune.benchmark.profile import bytes_to_read, cores, measure_peaks, product_graph, profile
 from edgeprune.benchmark.results import AtContext, Figures, Sizes, Spread, arithmetic_of, beside, decode_kv_bytes
 from edgeprune.benchmark.sweeps import filler
-from edgeprune.benchmark.variants import Chosen, Contender, check_names, chosen_tokens, contenders, equal_work_tokens
+from edgeprune.benchmark.variants import Contender, FixedSelectionBackend, check_names, chosen_tokens, contenders, equal_work_tokens
 from edgeprune.bundle import Bundle
 from edgeprune.device.onnx_file import Graph, read_graph
 from edgeprune.device.profile import DeviceTimes, reported_peaks
@@ -27,8 +27,7 @@ from edgeprune.device.workload import PRECISIONS, Decoder, Tower, Workload
 from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.backends.interface import Step, StepInput
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PEAKS = Peaks({"fp32": 1e9, "int8": 4e9}, 1e8, None)
@@ -160,40 +159,27 @@ def test_as_many_are_chosen_as_are_wanted(name: str) -> None:
     assert np.diff(chosen_tokens("uniform", 50, 7)).max() <= 8
 
 
-class Recorder:
-    """An engine that notes the prefixes it is given."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine, self.prefixes, self.suffixes = engine, list[Any](), list[Any]()
-        self.see, self.embed, self.select, self.rate = engine.see, engine.embed, engine.select, engine.rate
-
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
-        self.prefixes.append(tokens.prefix)
-        self.suffixes.append(tokens.suffix)
-        step: Step = self._engine.step(tokens, cache)
-        return step
-
-
 def test_chosen_tokens_keep_their_positions(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
     model = load(tiny_bundle.path, threads=1, cache_bytes=0)._model
     kept = np.array([1, 4, 5, 11])
-    whole, some = Recorder(model.engine), Recorder(model.engine)
+    whole, some = RecordingBackend(model.engine), RecordingBackend(model.engine)
     Runtime(replace(model, engine=whole)).generate(tiny_image, "What is it?", prune=False, max_tokens=3)
-    chosen = Runtime(replace(model, engine=Chosen(some, kept, 12)))
+    chosen = Runtime(replace(model, engine=FixedSelectionBackend(some, kept, 12)))
     answer = chosen.generate(tiny_image, "What is it?", prune=False, max_tokens=3)
-    text = whole.prefixes[0].embeds.shape[1] - 12
+    prefix, expected = some.inputs[0][0].prefix, whole.inputs[0][0].prefix
+    text = expected.embeds.shape[1] - 12
     places = [*range(text), *(text + kept)]
-    assert np.array_equal(some.prefixes[0].positions, whole.prefixes[0].positions[:, places])
-    assert np.array_equal(some.prefixes[0].embeds, whole.prefixes[0].embeds[:, places])
-    for suffix, expected in zip(some.suffixes, whole.suffixes, strict=False):
-        assert np.array_equal(suffix.positions, expected.positions)  # they go on after the unpruned length
+    assert np.array_equal(prefix.positions, expected.positions[:, places])
+    assert np.array_equal(prefix.embeds, expected.embeds[:, places])
+    for (tokens, _), (others, _) in zip(some.inputs, whole.inputs, strict=False):
+        assert np.array_equal(tokens.suffix.positions, others.suffix.positions)  # they go on after the unpruned length
     assert answer.receipt.kv_bytes == (answer.receipt.text_tokens + 4 + 2) * 3 * 128
 
 
 def test_choosing_all_changes_nothing(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
     runtime = load(tiny_bundle.path, threads=1, cache_bytes=0)
     model = runtime._model
-    same = Runtime(replace(model, engine=Chosen(model.engine, np.arange(12), 12)))
+    same = Runtime(replace(model, engine=FixedSelectionBackend(model.engine, np.arange(12), 12)))
     asked = {"prune": False, "max_tokens": 8}
     assert same.generate(tiny_image, "Which?", **asked).text == runtime.generate(tiny_image, "Which?", **asked).text  # type: ignore[arg-type]
 
@@ -201,7 +187,7 @@ def test_choosing_all_changes_nothing(tiny_bundle: Bundle, tiny_image: Image.Ima
 def test_the_same_bundle_is_loaded_once(tiny_bundle: Bundle) -> None:
     own, none, uniform = contenders(tiny_bundle.path, ("none", "uniform"), threads=1)
     engines = [each.runtime._model.engine for each in (own, none, uniform)]
-    assert engines[0] is engines[1] and isinstance(engines[2], Chosen)
+    assert engines[0] is engines[1] and isinstance(engines[2], FixedSelectionBackend)
     assert [each.alive for each in (own, none, uniform)] == [(12, 6, 3), (12, 12, 12), (7, 7, 7)]
 
 

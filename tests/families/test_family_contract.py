@@ -19,7 +19,7 @@ from device_simulation import SimulatedDriver
 from PIL import Image
 from simulated_device import on_device, prepare
 
-from edgeprune.calibration.replay.reference import Recorder, reference_model
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
@@ -30,6 +30,7 @@ from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import FAMILIES, fields
 from edgeprune.runtime import Runtime, load
+from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.tensorrt.profiles import Limits
 from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
 from edgeprune.runtime.generation.pipeline import Model
@@ -117,14 +118,14 @@ class Asked:
     """A conversation with the eager reference that keeps the first logits of each answer."""
 
     def __init__(self, reference: Model) -> None:
-        self.reference, self.recorder = reference, Recorder(reference.engine)
+        self.reference, self.recorder = reference, RecordingBackend(reference.engine)
         self.chat = Runtime(replace(reference, engine=self.recorder)).chat()
 
     def ask(self, prompt: str, pictures: list[Image.Image]) -> tuple[str, np.ndarray]:
         """Return the answer and its first logits."""
         stream = self.chat.ask(prompt, pictures or None, max_tokens=WORDS)
         text = "".join(stream)
-        first = self.recorder.steps[-stream.receipt.generated_tokens][2]
+        first = self.recorder.steps[-stream.receipt.generated_tokens]
         return text, first.logits
 
     def check(self, prompt: str, pictures: list[Image.Image], said: Said) -> str:

@@ -28,7 +28,7 @@ from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.backends.interface import StepInput
+from edgeprune.runtime.backends.kv_cache import StepInput
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.targets import TARGETS, Lowering
 
@@ -84,7 +84,7 @@ def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.Fixtu
     answer, first = asked.ask(PROMPTS[0], [image])
     with watched(loaded) as theirs:
         said = said_by_transformers(loaded, reference, [turn(PROMPTS[0], 1)], [image])
-    step = asked.recorder.steps[0][0]
+    step = asked.recorder.inputs[0][0]
     vision = relative(theirs[0][span_of(step)].numpy(), step.visual.embeds[0, :, : reference.decoder.hidden])
     logits = relative(said.logits, first)
     parameters = sum(weight.numel() for weight in loaded.model.parameters())

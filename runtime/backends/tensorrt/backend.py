@@ -18,8 +18,8 @@ import numpy as np
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
 from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import EngineError
-from edgeprune.runtime.backends.interface import Interrupt, Seen, Step, StepInput
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import Interrupt, Seen, Step
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, decoder_feeds
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, Pool, upload
 from edgeprune.runtime.backends.tensorrt.bindings import CudaDriver, Driver, Identity, cuda, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.profiles import TEXT, Profile, image_turn_of
@@ -122,7 +122,7 @@ class TensorRTEngine:
 
     def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: Identity) -> None:
         self._plan, self._driver, self._pool = bundle.plan, driver, Pool(driver)
-        self._tiers = bundle.manifest.tiers
+        self._tiers, self._live = bundle.manifest.tiers, bundle.plan.live
         self._executors: dict[str, Executor] = {}
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         try:
@@ -188,15 +188,10 @@ class TensorRTEngine:
         """Return embeddings [1, n, hidden]."""
         return _array(self._executors[EMBED].run({"ids": np.array([ids], np.int64)})["embeds"])
 
-    def step(self, tokens: StepInput, cache: KvCache) -> Step:
+    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
         """Run new tokens on top of a cache."""
-        segments = (tokens.prefix, tokens.visual, tokens.suffix)
-        values: list[Value] = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
-        values += [np.zeros(1 + tokens.tier, np.int64)] if self._tiers else []
-        values += [*([tokens.groups] if self._plan.live else []), *cache.text, *cache.visual]
         profile = image_turn_of(tokens.tier) if len(tokens.order) else TEXT
-        outputs = self._executors[DECODER].run(dict(zip(self._inputs, values, strict=True)), profile)
-        return self._step(outputs)
+        return self._step(self._executors[DECODER].run(decoder_feeds(self._inputs, tokens, cache), profile))
 
     def rate(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
@@ -212,7 +207,7 @@ class TensorRTEngine:
 
     def _step(self, outputs: Mapping[str, DeviceArray]) -> Step:
         logits, *rest = (outputs[name] for name in self._outputs)
-        split = _array(rest.pop()) if self._plan.live else None
+        split = _array(rest.pop()) if self._live else None
         count = 2 * self._plan.layers
         return Step(logits.numpy()[0, 0], tuple(map(_array, rest[:count])), tuple(part.numpy() for part in rest[count:]), split)
 

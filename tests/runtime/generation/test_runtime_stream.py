@@ -14,8 +14,8 @@ from edgeprune.bundle import Bundle
 from edgeprune.device.power import EnergyCounter
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, Turn, load
-from edgeprune.runtime.backends.interface import Step, StepInput
-from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.interface import Step
+from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
 from edgeprune.runtime.generation.decode import Stream
 from edgeprune.runtime.telemetry.receipt import Receipt
 
@@ -129,9 +129,9 @@ def test_an_answer_is_complete_before_its_deadline(
     engine = runtime._model.engine
     step = engine.step
 
-    def slow(tokens: StepInput, cache: KvCache) -> Step:
+    def slow(tokens: StepInput, cache: KvCache, **given: Any) -> Step:
         time.sleep(0.01)
-        return step(tokens, cache)
+        return step(tokens, cache, **given)
 
     monkeypatch.setattr(engine, "step", slow)
     started = time.monotonic()
