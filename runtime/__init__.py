@@ -12,8 +12,7 @@ if __name__ != "edgeprune.runtime":
 
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Answer, Chat, Runtime
-from edgeprune.runtime.generation.conversation import Turn
-from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.conversation import Stream, Turn
 from edgeprune.runtime.generation.request import Terms
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot

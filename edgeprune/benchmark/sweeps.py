@@ -16,7 +16,7 @@ import numpy as np
 from edgeprune.benchmark.results import AtContext, Spread, median, spread
 from edgeprune.benchmark.variants import Contender, Question, blind
 from edgeprune.errors import UsageError
-from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.conversation import Stream
 from edgeprune.runtime.text.tokenizer import TextCodec
 
 STEPS = 4  # of one contender in a row

@@ -25,7 +25,7 @@ from edgeprune.runtime.api.session import Pictures, Runtime
 from edgeprune.runtime.backends.interface import BackendProxy, Engine, Interrupt, Seen, Step
 from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, Tokens
 from edgeprune.runtime.backends.providers import ENGINES
-from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.conversation import Stream
 from edgeprune.runtime.generation.pipeline import Model, State
 from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.telemetry.receipt import Receipt

@@ -14,8 +14,7 @@ from PIL import Image
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
-from edgeprune.runtime.generation.conversation import Conversation, Picture, Turn
-from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.conversation import Conversation, Picture, Stream, Turn
 from edgeprune.runtime.generation.pipeline import Model, State, Watcher
 from edgeprune.runtime.generation.request import Pace, Terms
 from edgeprune.runtime.generation.sampling import Sampling

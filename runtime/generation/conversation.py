@@ -1,7 +1,8 @@
-"""A conversation: messages, their images, and the caches that hold them from one answer to the next."""
+"""A conversation: messages, their images, the caches that hold them from one answer to the next, and the stream of an answer."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +11,9 @@ from PIL import Image
 
 from edgeprune.errors import UsageError
 from edgeprune.processors import fit
-from edgeprune.runtime.backends.interface import Interrupted, Step
+from edgeprune.runtime.backends.interface import CANCELLED, Interrupt, Interrupted, Step
 from edgeprune.runtime.backends.kv_cache import KvCache
-from edgeprune.runtime.generation.decode import Generation, Stream
+from edgeprune.runtime.generation.decode import Generation
 from edgeprune.runtime.generation.pipeline import Model
 from edgeprune.runtime.generation.prefill import Prefill, Shown
 from edgeprune.runtime.generation.request import Asked, Terms
@@ -40,6 +41,38 @@ class Turn:
             raise UsageError(f"Unknown role {self.role!r}.", hint=f"Roles are: {', '.join(ROLES)}.")
         if self.images and self.role != "user":
             raise UsageError(f"A turn of the {self.role} has images.", hint="Put them into a turn of the user.")
+
+
+class Stream:
+    """An answer being generated, an iterator of pieces of text; nothing runs before the first is asked for.
+
+    One thread reads, any thread may cancel. `text` is what was said so far; `receipt` fills as it goes and is final at the end.
+    """
+
+    def __init__(self, pieces: Generator[str], receipt: Receipt, interrupt: Interrupt) -> None:
+        self._pieces, self._interrupt = pieces, interrupt
+        self._reading = threading.Lock()
+        self.receipt = receipt
+        self.text = ""
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        with self._reading:
+            piece = next(self._pieces)
+            self.text += piece
+            return piece
+
+    def cancel(self) -> None:
+        """Ask for the end and return at once. The reader's iteration ends within one decode step; what was said is the answer."""
+        self._interrupt.fire(CANCELLED)
+
+    def close(self) -> None:
+        """Stop generating, from any thread, and wait until that has happened; what was said so far is the answer."""
+        self.cancel()
+        with self._reading:
+            self._pieces.close()
 
 
 class Conversation:
@@ -83,7 +116,8 @@ class Conversation:
             if not self._prune:
                 raise UsageError("Without pruning there are no tiers.", hint="Leave tier or prune=False out.")
         sampling = sampling or Sampling()
-        sampler = Sampler(sampling, self._model.grammars.constraint(sampling.choices, sampling.json_schema))
+        form = self._model.grammars.constraint(sampling.choices, sampling.json_schema) if sampling.structured else None
+        sampler = Sampler(sampling, form)
         turns = (*self._history, Turn("user", prompt, images))
         for turn in turns:
             refuse_control_tokens(turn.text, self._model.codec, self._layout.placeholder)

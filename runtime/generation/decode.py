@@ -1,52 +1,16 @@
-"""An answer while it is generated.
-
-The loop that generates an answer, token by token, and everything that may end it.
-"""
+"""The loop that generates an answer, token by token, and everything that may end it."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator
 
-from edgeprune.runtime.backends.interface import CANCELLED, DEADLINE, Interrupt, Interrupted, Step
+from edgeprune.runtime.backends.interface import DEADLINE, Interrupted, Step
 from edgeprune.runtime.generation.pipeline import Model
 from edgeprune.runtime.generation.request import Asked
 from edgeprune.runtime.generation.sequence import Intake, Rate
-from edgeprune.runtime.telemetry.receipt import Receipt, Stage
+from edgeprune.runtime.telemetry.receipt import Stage
 from edgeprune.runtime.text.tokenizer import StopWatch, StreamDecoder
-
-
-class Stream:
-    """An answer being generated, an iterator of pieces of text; nothing runs before the first is asked for.
-
-    One thread reads, any thread may cancel. `text` is what was said so far; `receipt` fills as it goes and is final at the end.
-    """
-
-    def __init__(self, pieces: Generator[str], receipt: Receipt, interrupt: Interrupt) -> None:
-        self._pieces, self._interrupt = pieces, interrupt
-        self._reading = threading.Lock()
-        self.receipt = receipt
-        self.text = ""
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
-        with self._reading:
-            piece = next(self._pieces)
-            self.text += piece
-            return piece
-
-    def cancel(self) -> None:
-        """Ask for the end and return at once. The reader's iteration ends within one decode step; what was said is the answer."""
-        self._interrupt.fire(CANCELLED)
-
-    def close(self) -> None:
-        """Stop generating, from any thread, and wait until that has happened; what was said so far is the answer."""
-        self.cancel()
-        with self._reading:
-            self._pieces.close()
 
 
 class Generation:
@@ -55,7 +19,7 @@ class Generation:
     def __init__(self, model: Model, intake: Intake, asked: Asked, rate: Rate | None, room: int | None) -> None:
         self._model, self._intake, self._asked, self._rate, self._room = model, intake, asked, rate, room
         self._decoder, self._watch = StreamDecoder(model.codec), StopWatch(asked.sampler.sampling.stop)
-        self._receipt = asked.receipt
+        self._receipt, self._due = asked.receipt, asked.due
         self.said: list[int] = []
 
     def pieces(self, step: Step, token: int) -> Generator[str]:
@@ -104,9 +68,11 @@ class Generation:
 
     def _too_late(self) -> bool:
         # Before the token that would miss the deadline, not after it.
-        remaining, times = self._asked.remaining, self._receipt.times.decode_ms
+        if self._due is None:
+            return False
+        times = self._receipt.times.decode_ms
         step_ms = times[-1] if times else self._model.state.pace.token_ms
-        return remaining is not None and 1e3 * remaining < step_ms
+        return 1e3 * (self._due - time.monotonic()) < step_ms
 
     def _next(self, step: Step, token: int) -> tuple[Step, int] | None:
         # None if the answer was to end while others had their turns: then nothing of the step was done.

@@ -153,6 +153,11 @@ class Model:
 
     def image_bytes(self, tier: int, *, prune: bool) -> int:
         """Return what the KV caches hold of one image under a tier."""
-        plan = self.plans[tier]
-        stored = (plan.stored(layer) if prune else plan.geometry.tokens for layer in range(plan.layers))
-        return self.entry_bytes * sum(stored)
+        return self._image_bytes[tier][prune]
+
+    @cached_property
+    def _image_bytes(self) -> tuple[tuple[int, int], ...]:
+        # Of each tier without its cuts and with them.
+        stored = [sum(map(plan.stored, range(plan.layers))) for plan in self.plans]
+        whole = self.plan.geometry.tokens * self.plan.layers
+        return tuple((self.entry_bytes * whole, self.entry_bytes * tokens) for tokens in stored)

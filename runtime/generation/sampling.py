@@ -46,6 +46,11 @@ class Sampling:
             raise UsageError("stop must be a list of texts that are not empty.")
         _refuse_structure(self.choices, self.json_schema)
 
+    @property
+    def structured(self) -> bool:
+        """Whether the answer has a form."""
+        return self.choices is not None or self.json_schema is not None
+
 
 class Sampler:
     """Picks tokens for one answer. `constraint`: the grammar of a structured one, from `GrammarCompiler.constraint`."""

@@ -18,7 +18,7 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.conversation import Stream
 
 PROMPT = "What colour is the cube?"
 

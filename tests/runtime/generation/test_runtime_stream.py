@@ -16,7 +16,7 @@ from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.backends.interface import Step
 from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
-from edgeprune.runtime.generation.decode import Stream
+from edgeprune.runtime.generation.conversation import Stream
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PROMPT = "What colour is the cube?"
