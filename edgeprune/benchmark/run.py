@@ -236,7 +236,7 @@ class Rounds:
             reused=taken.reused,
             cuts=tuple((cut.cut, cut.before, cut.after) for cut in receipt.cuts),
             weight_bytes=sum(record.bytes for name, record in files.items() if name.startswith("onnx/")),
-            decode_kv_bytes=decode_kv_bytes(receipt, each.kv_entry),
+            decode_kv_bytes=decode_kv_bytes(receipt, each.runtime._model.entry_bytes),
             contexts=at,
         )
 
