@@ -127,7 +127,7 @@ def _integer(data: bytes, start: int, end: int) -> dict[str, int]:
 
 
 def _tensor(data: bytes, start: int, end: int) -> tuple[str, tuple[int, ...], int]:
-    name, shape, kind = "", [], 0
+    name, kind, shape = "", 0, list[int]()
     for number, value, first, last in read_fields(data, start, end):
         if number == _NAME:
             name = data[first:last].decode()
