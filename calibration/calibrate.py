@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from edgeprune.calibration.allocate.budgets import LayerClass, classify
-from edgeprune.calibration.allocate.calibration import Calibration, Counting, RateRequest
+from edgeprune.calibration.allocate.dyrate import RateRequest, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_at
-from edgeprune.calibration.collect.run import Request, chosen_samples
+from edgeprune.calibration.collect.run import Counting, Request, chosen_samples, load_or_collect
 from edgeprune.calibration.data.samples import Sample, read_samples
+from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
@@ -160,32 +162,34 @@ def run_calibrate(options: CalibrateOptions, progress: Progress) -> Calibrated:
     path = options.statistics or options.output.with_suffix(".statistics.safetensors")  # type: ignore[union-attr]  # checked
     if options.method == AUTO:
         return _auto(options, loaded, samples, request, path, whole, progress)
-    calibration = Calibration(loaded, samples, request, path, progress, options.ray_address)
+    statistics = partial(load_or_collect, loaded, samples, request, path, progress, options.ray_address)
     if options.method is None:
-        return Calibrated(path, calibration.statistics().samples)
+        return Calibrated(path, statistics().samples)
     base = whole if options.onto is None else read_plan(options.onto, whole)
     loaded.check_plan(base)
-    plan = _allocate(options, calibration, base)
+    plan = _allocate(options, base, statistics, partial(fit_decode_rate, loaded, samples, request, progress))
     loaded.check_plan(plan)
-    classes = _classes(options, calibration)
+    classes = _classes(options, statistics)
     return _written(options, loaded, plan, Calibrated(path if path.is_file() else None, len(samples), classes=tuple(classes)))
 
 
-def _allocate(options: CalibrateOptions, calibration: Calibration, base: KeepPlan) -> KeepPlan:
+def _allocate(
+    options: CalibrateOptions, base: KeepPlan, statistics: Callable[[], Statistics], fit_rate: Callable[..., KeepPlan]
+) -> KeepPlan:
     method, keep = str(options.method), float(options.keep or 0.0)
     settings = options.given(_ALLOCATION)
     if method == DYRATE:
-        rate = RateRequest(settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed)
-        return calibration.rate(keep, base, rate, prior=options.prior)
-    statistics = calibration.statistics() if method in STATISTICAL else None
-    return plan_at(method, keep, base, statistics, **settings)
+        rate = RateRequest(keep, settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed)
+        found = None if base.cache_cuts else statistics()
+        return fit_rate(base, rate, found.prior() if found is not None and options.prior else None)
+    return plan_at(method, keep, base, statistics() if method in STATISTICAL else None, **settings)
 
 
-def _classes(options: CalibrateOptions, calibration: Calibration) -> list[LayerClass]:
+def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
     if options.method != PLPHP or options.allocate not in (None, "classes"):
         return []
     keep = float(options.keep or 0.0)
-    return classify(calibration.statistics(), keep, options.delta if options.delta is not None else min(keep, 1 - keep) / 2)
+    return classify(statistics(), keep, options.delta if options.delta is not None else min(keep, 1 - keep) / 2)
 
 
 def _auto(
@@ -202,11 +206,12 @@ def _auto(
     goal = Goal(drop, options.target_flops, options.target_kv, options.target_ttft, options.target_reads)
     times = _times(options, loaded, whole)
     check_goal(goal, loaded, whole, times, len(samples[1::2]))  # an unreachable target is told before anything is measured
-    calibration = Calibration(loaded, samples[::2], request, path, progress, options.ray_address)
     progress.say("answering without pruning")
     held_out = Agreement(loaded, whole, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device)
+    statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
+    fit_rate = partial(fit_decode_rate, loaded, samples[::2], request, progress)
     try:
-        plan, curve = find_plan(calibration, held_out, whole, goal, times, progress.say)
+        plan, curve = find_plan(loaded, statistics, fit_rate, held_out, whole, goal, times, progress.say)
     except DropExceededError as error:
         if options.curve is not None:
             error.curve.save(options.curve)

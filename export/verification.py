@@ -8,7 +8,6 @@ precision: what is compared is the graph, not what quantization costs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from edgeprune.bundle import PREPROCESSOR, Bundle
 from edgeprune.calibration.replay.reference import EagerEngine, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
-from edgeprune.processors import image_spec
+from edgeprune.processors import read_image_spec
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
 from edgeprune.runtime.backends.onnxruntime import OnnxEngine
@@ -126,7 +125,7 @@ def _pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Found:
     expected = processor(images=[image], return_tensors="np", **changed)["pixel_values"]
     if expected.ndim > 2:
         expected = _patches(expected.reshape(-1, *expected.shape[-3:]), bundle.plan.geometry.patch)
-    actual = image_spec(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))).patches([image])
+    actual = read_image_spec(bundle.file(PREPROCESSOR)).patches([image])
     return _stage("pixels", [(expected, actual)], f"{actual.shape[0]} patches")
 
 

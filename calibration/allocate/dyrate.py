@@ -9,14 +9,21 @@ stood alone: the expected divergence of its choices, measured once for every sha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from edgeprune.calibration.allocate.decode_rate import SHARES, Answer, Theatre, fit_budget, map_form, mean_share, schedule_form
-from edgeprune.calibration.replay.episodes import divergence
+from edgeprune.calibration.collect.run import Counting, Request, source_of
+from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.replay.episodes import Episodes, divergence
+from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.errors import UsageError
 from edgeprune.methods.dyrate import Predictor
+from edgeprune.plan import Cut, KeepPlan, check_keep_ratio
+from edgeprune.plan.presets import ranked_plan
 
 EPOCHS = 2
 WARM_STEPS = 400
@@ -24,7 +31,49 @@ LEARNING_RATE = 0.03, 0.005  # of the start and of the training
 TEMPERATURE = (2.0, 0.5)  # of the Gumbel noise, first and last
 CHARGE = 20.0  # nats for missing the budget by the whole cache, squared
 FORMS = ("predictor", "schedule", "map")
+LONG_ENOUGH = 4  # decode steps; shorter answers have nothing to learn from
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RateRequest:
+    """How a rate is made: the `share` of the visual cache that steps read on average, the form, the first layer whose cache
+    shrinks, and whether the share may grow again.
+    """
+
+    share: float
+    form: str = "predictor"
+    layer: int = 0
+    monotone: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UsageError(f"Unknown form {self.form!r}.", hint=f"Forms are: {', '.join(FORMS)}.")
+        check_keep_ratio(self.share)
+
+
+def fit_decode_rate(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    request: Request,
+    progress: Counting,
+    base: KeepPlan,
+    rate: RateRequest,
+    priors: Sequence[list[list[int]]] | None = None,
+) -> KeepPlan:
+    """Return `base` with a DyRate cut, fitted to the model's answers to the samples.
+
+    Caches that `base` does not rank yet are ranked, whole, as the request says, with `priors` or none. Raises UsageError where
+    answers are too short to learn a rate from.
+    """
+    if not base.cache_cuts:
+        base = ranked_plan(base, None, priors, **source_of(loaded, request).ranking)
+    theatre = Theatre(Episodes(loaded, base, request.max_tokens, request.device), rate.layer, monotone=rate.monotone)
+    answers = theatre.record(samples, request.fit, LONG_ENOUGH, progress.count("answers", len(samples)))
+    trained = progress.count("training", EPOCHS * len(answers))
+    options = dyrate_options(theatre, answers, rate.share, rate.form, rate.seed, trained)
+    return base.with_cuts(Cut("decode", "dyrate", 0, rate.layer, options=options))
 
 
 def dyrate_options(

@@ -15,7 +15,7 @@ from typing import Any
 from edgeprune.calibration.allocate.budgets import classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
-from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
+from edgeprune.plan import Cut, Geometry, KeepPlan, check_keep_ratio, keep_count
 from edgeprune.plan.presets import DEFAULT_LAYER, encoder_count
 from edgeprune.registry import METHODS, method_class
 
@@ -39,8 +39,7 @@ def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | 
     `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; `allocate`, `delta`, `prior` of PLPHP; `stages` of
     FitPrune; others become options of the cut. Raises PlanError when the method cannot be that cheap.
     """
-    if not 0.0 < share <= 1.0:
-        raise PlanError(f"Keep ratio {share} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
+    check_keep_ratio(share)
     if method in STATISTICAL:
         if statistics is None:
             raise UsageError(f"{method} needs statistics.", hint="Give samples to collect them from: --data FILE.jsonl")

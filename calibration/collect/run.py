@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -55,6 +56,32 @@ class Request:
             raise UsageError(f"Unknown device {self.device!r}.", hint="Devices are cpu and cuda.")
         if self.device != "cpu" and not torch.cuda.is_available():
             raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
+
+
+class Counting(Protocol):
+    """Where long work says how far it is: `count` begins something and returns the function that is told how much of it is done."""
+
+    def count(self, what: str, total: int) -> Callable[[int], None]:
+        """Begin."""
+        ...
+
+
+def load_or_collect(
+    loaded: LoadedModel, samples: Sequence[Sample], request: Request, path: Path, progress: Counting, ray_address: str | None = None
+) -> Statistics:
+    """Return the statistics at a path when they are of this model and request, or newly collected ones, written there.
+
+    `ray_address`: of a cluster to collect them on. Raises UsageError when those at the path are others.
+    """
+    if path.is_file():
+        found = Statistics.load(path)
+        found.check(source_of(loaded, request))
+        return found
+    index, count = request.shard
+    done = progress.count("samples", len(samples[index - 1 :: count]))
+    if ray_address is not None:
+        return collect_on_ray(loaded.folder, samples, request, path, ray_address, done)
+    return collect(loaded, samples, request, path, done)
 
 
 def source_of(loaded: LoadedModel, request: Request) -> Source:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeprune.calibration.allocate.calibration import Calibration, RateRequest
-from edgeprune.calibration.allocate.dyrate import FORMS
+from edgeprune.calibration.allocate.dyrate import FORMS, RateRequest
+from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.candidates import ENCODER, encoder_blocks
 from edgeprune.calibration.search.objectives import Agreement, encoder_ms, predicted_ttft
 from edgeprune.calibration.search.pareto import Budget, Curve, Point
@@ -22,20 +22,20 @@ from edgeprune.plan import Cut, KeepPlan
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # tried in turn when the goal names no cost
 LEAST = 20  # samples on which a plan can be judged at all
+FitRate = Callable[[KeepPlan, RateRequest], KeepPlan]  # fits a rate for the decode steps of a plan
 
 
 def decode_points(
-    found: Point, reads: float, calibration: Calibration, held_out: Agreement, progress: Callable[[str], None]
+    found: Point, reads: float, fit_rate: FitRate, held_out: Agreement, progress: Callable[[str], None]
 ) -> list[Point]:
     """Return the plan found with DyRate behind it in each of its forms, the best first.
 
-    Steps read `reads` of the visual tokens that the plan leaves in the caches, on the average of the calibration's answers. Prefill
-    and what is held stay as they are, so that the other costs are those of `found`. Raises PlanError where answers are too short to
-    learn a rate from.
+    Steps read `reads` of the visual tokens that the plan leaves in the caches, on the average of the answers that `fit_rate` learns
+    from. Prefill and what is held stay as they are, so that the other costs are those of `found`. Raises what `fit_rate` raises.
     """
     points = []
     for form in FORMS:
-        plan = calibration.rate(reads, found.plan, RateRequest(form))
+        plan = fit_rate(found.plan, RateRequest(reads, form))
         progress(f"dyrate ({form}), {len(held_out)} samples")
         score = held_out.score(plan, len(held_out))
         points.append(replace(found, name=f"{found.name} + dyrate ({form})", group="composed", plan=plan, score=score))
@@ -87,7 +87,9 @@ class DropExceededError(EdgePruneError):
 
 
 def find_plan(
-    calibration: Calibration,
+    loaded: LoadedModel,
+    statistics: Statistics,
+    fit_rate: FitRate,
     held_out: Agreement,
     whole: KeepPlan,
     goal: Goal,
@@ -99,10 +101,9 @@ def find_plan(
     Raises EdgePruneError at once when a latency cannot be reached by pruning at all, and DropExceededError when no plan at the
     target's cost agrees well enough.
     """
-    loaded = calibration.loaded
     check_goal(goal, loaded, whole, times, len(held_out))
     blocks = thinnable_blocks(loaded, whole)
-    search = Search(loaded.family.decoder(), whole, calibration.statistics(), held_out, times, progress, blocks)
+    search = Search(loaded.family.decoder(), whole, statistics, held_out, times, progress, blocks)
     budgets = goal.budgets
     axis = budgets[0].axis
     best: Point | None = None
@@ -117,7 +118,7 @@ def find_plan(
     curve = Curve(axis, tuple(search.points), search.points.index(best))
     if goal.reads is None:
         return best.plan, curve
-    decoded = decode_points(best, goal.reads, calibration, held_out, progress)
+    decoded = decode_points(best, goal.reads, fit_rate, held_out, progress)
     curve = replace(curve, points=(*curve.points, *decoded), chosen=len(curve.points))
     if not goal.allows(decoded[0]):
         raise _exceeded(goal, decoded[0], f"{goal.reads:.0%} of the reads", replace(curve, chosen=None))

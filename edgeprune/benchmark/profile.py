@@ -1,6 +1,6 @@
 """Graphs of one matrix product, written byte by byte: the onnx package is not among the runtime's dependencies.
 
-Numbers of the fields as in onnx.proto; `edgeprune.device.graph` reads what is written here.
+Numbers of the fields as in onnx.proto; `edgeprune.device.onnx_file` reads what is written here.
 
 What this machine reaches at most: matrix products in each arithmetic, and reading memory.
 
@@ -25,6 +25,7 @@ from edgeprune.bundle import VISION, Bundle
 from edgeprune.device.profile import PARTS, TEXT, DeviceTimes
 from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
+from edgeprune.io.protobuf import integers, message
 from edgeprune.runtime.backends.interface import Engine
 from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, Tokens
 from edgeprune.runtime.backends.providers import open_engine
@@ -55,36 +56,21 @@ def product_graph(arithmetic: str, rows: int, inner: int, columns: int) -> bytes
     """
     kind, constant, given, product, nodes = _PRODUCTS[arithmetic]
     drawn = np.random.default_rng(0).integers(-60, 60, (inner, columns), np.int8).astype(kind)
-    graph = b"".join(_message(1, _node(*node)) for node in nodes) + _message(2, b"product")
-    graph += _message(5, _integers(1, inner, columns) + _integers(2, constant) + _message(8, b"w") + _message(9, drawn.tobytes()))
-    graph += _message(11, _value("x", given, rows, inner)) + _message(12, _value("y", product, rows, columns))
-    return _integers(1, _IR_VERSION) + _message(7, graph) + _message(8, _message(1, b"") + _integers(2, _OPSET))
+    graph = b"".join(message(1, _node(*node)) for node in nodes) + message(2, b"product")
+    weight = integers(1, inner, columns) + integers(2, constant) + message(8, b"w") + message(9, drawn.tobytes())
+    graph += message(5, weight)
+    graph += message(11, _value("x", given, rows, inner)) + message(12, _value("y", product, rows, columns))
+    return integers(1, _IR_VERSION) + message(7, graph) + message(8, message(1, b"") + integers(2, _OPSET))
 
 
 def _node(operator: str, inputs: str, outputs: str) -> bytes:
-    names = [_message(1, name.encode()) for name in inputs] + [_message(2, name.encode()) for name in outputs]
-    return b"".join(names) + _message(4, operator.encode())
+    names = [message(1, name.encode()) for name in inputs] + [message(2, name.encode()) for name in outputs]
+    return b"".join(names) + message(4, operator.encode())
 
 
 def _value(name: str, kind: int, *sizes: int) -> bytes:
-    shape = b"".join(_message(1, _integers(1, size)) for size in sizes)
-    return _message(1, name.encode()) + _message(2, _message(1, _integers(1, kind) + _message(2, shape)))
-
-
-def _message(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _integers(number: int, *values: int) -> bytes:
-    return b"".join(_varint(number << 3) + _varint(value) for value in values)
-
-
-def _varint(value: int) -> bytes:
-    written = bytearray()
-    while value > 0x7F:
-        written.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*written, value))
+    shape = b"".join(message(1, integers(1, size)) for size in sizes)
+    return message(1, name.encode()) + message(2, message(1, integers(1, kind) + message(2, shape)))
 
 
 def measure_peaks(threads: int | None = None, arithmetic: Iterable[str] = ARITHMETIC) -> Peaks:

@@ -7,7 +7,7 @@ contender costs beside the baseline is the median of the rounds' own ratios. Def
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from edgeprune.benchmark.sweeps import AtKept, Line, line_through, measure_conte
 from edgeprune.benchmark.variants import OWN, PROMPT, WHOLE, WORDS, Contender, Question, contenders, equal_work_tokens
 from edgeprune.bundle import Manifest
 from edgeprune.device.machine import Machine, read_machine
-from edgeprune.device.power import EnergyMeter, PowerSource, find_power_source
+from edgeprune.device.power import EnergyCounter, PowerSource, find_power_source
 from edgeprune.device.profile import reported_peaks
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
@@ -139,8 +139,8 @@ def benchmark(
     question = Question(PROMPT if prompt is None else prompt, tokens, fit)
     request = Request(path, tuple(compare), tuple(contexts), tuple(kept), image, question, repeats, threads, provider)
     peaks = None if device_report is None else reported_peaks(device_report)
-    with _powered(power) as source:
-        bench = Rounds(request, source)
+    with _powered(power) as source, closing(EnergyCounter(source)) as counter:
+        bench = Rounds(request, counter)
         at = measure_contexts(bench.compared, question, contexts, repeats)
         growth = measure_growth(bench.compared[0], question, kept, repeats)
         bench.run(progress)
@@ -183,8 +183,8 @@ class Taken:
 class Rounds:
     """The contenders of a request, loaded, and what was measured of them."""
 
-    def __init__(self, request: Request, power: PowerSource | None) -> None:
-        self._request, self._meter = request, EnergyMeter(power)
+    def __init__(self, request: Request, counter: EnergyCounter) -> None:
+        self._request, self._counter = request, counter
         self.compared = contenders(
             request.bundle, request.compare, request.image, threads=request.threads, provider=request.provider
         )
@@ -215,11 +215,11 @@ class Rounds:
 
     def _measure(self, asked: Contender, taken: Taken) -> None:
         question, asked = self._request.question, asked.forgetful
-        with self._meter:
+        with self._counter.measure() as energy:
             taken.receipt = question.answer(asked)
         recalled, second = question.again(asked)
         taken.reused = taken.reused and second.visual_tokens == 0
-        taken.rows.append(row_of(taken.receipt, recalled, second, self._meter.joules))
+        taken.rows.append(row_of(taken.receipt, recalled, second, energy.joules))
 
     def _figures(self, each: Contender, at: tuple[AtContext, ...]) -> Figures:
         taken, baseline = self._taken[each.name], self._taken[self._request.baseline]
@@ -236,7 +236,7 @@ class Rounds:
             reused=taken.reused,
             cuts=tuple((cut.cut, cut.before, cut.after) for cut in receipt.cuts),
             weight_bytes=sum(record.bytes for name, record in files.items() if name.startswith("onnx/")),
-            decode_kv_bytes=decode_kv_bytes(receipt, each.kv_entry),
+            decode_kv_bytes=decode_kv_bytes(receipt, each.runtime._model.entry_bytes),
             contexts=at,
         )
 

@@ -78,12 +78,6 @@ class Contender:
         """The most tokens that a conversation may have."""
         return self.runtime._model.decoder.context
 
-    @property
-    def kv_entry(self) -> int:
-        """Bytes of the keys and values of one token in one layer."""
-        shape = self.runtime._model.decoder
-        return 2 * shape.kv_heads * shape.head_dim * np.dtype(shape.cache_type).itemsize
-
 
 def contenders(
     path: Path,

@@ -20,12 +20,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgeprune.errors import BundleError, EdgePruneError
 from edgeprune.io.files import write_text
+from edgeprune.io.protobuf import read_fields
 
 _PIECE = 1 << 20  # bytes read at once: they stay in the CPU's cache until they are hashed
 _AGAIN = "Copy the bundle again, or export it again."
@@ -46,7 +47,6 @@ _FIELDS = {
     "tensor": {13: "entry"},
 }
 _KEY, _VALUE = 1, 2  # fields of an entry
-_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # how a field is written
 _LOCATION = b"location"
 
 
@@ -188,48 +188,13 @@ def external_locations(path: Path) -> set[str]:
                 found |= _location(data, begin, end)
                 continue
             held = _FIELDS[kind]
-            left += [(held[number], first, last) for number, first, last in _parts(data, begin, end) if number in held]
+            left += [(held[number], first, last) for number, _, first, last in read_fields(data, begin, end) if number in held]
     except (ValueError, IndexError) as error:
         raise BundleError(f"{path} is no ONNX graph that can be read: {error}.", hint="Export it again.") from error
     return found
 
 
 def _location(data: bytes, begin: int, end: int) -> set[str]:
-    # Of a field that is written twice the last counts, as in protobuf.
-    entry = {number: data[first:last] for number, first, last in _parts(data, begin, end)}
+    # As in protobuf: of a field that is written twice the last counts, and none that is written as an integer is a text.
+    entry = {number: data[first:last] for number, _, first, last in read_fields(data, begin, end) if last}
     return {entry.get(_VALUE, b"").decode()} if entry.get(_KEY) == _LOCATION else set()
-
-
-def _parts(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    # The fields with a length, as number, begin and end.
-    while at < end:
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == _BYTES:
-            length, at = _varint(data, at)
-            if at + length > end:
-                raise ValueError("a field is longer than what holds it")
-            yield tag >> 3, at, at + length
-            at += length
-        elif wire == _VARINT:
-            _, at = _varint(data, at)
-        elif wire in (_EIGHT, _FOUR):
-            at += 8 if wire == _EIGHT else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-    if at != end:
-        raise ValueError("a field is longer than what holds it")
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    byte = data[at]
-    if byte < 128:
-        return byte, at + 1
-    value, shift = 0, 0
-    while byte & 128:
-        value |= (byte & 127) << shift
-        shift, at = shift + 7, at + 1
-        if shift > 63:
-            raise ValueError("a number is too long")
-        byte = data[at]
-    return value | byte << shift, at + 1

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune.errors import BundleError
+from edgeprune.io.protobuf import Field, read_fields, read_integers
 
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5  # of ModelProto; of GraphProto
 _INPUT, _OPERATOR, _ATTRIBUTE = 1, 4, 5  # of NodeProto
 _ATTRIBUTE_NAME, _INTEGER = 1, 3  # of AttributeProto
 _DIMS, _TYPE, _NAME = 1, 2, 8  # of TensorProto
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 # Which inputs of an operator may be a weight that is multiplied, or is about to be; scales and biases are not.
 _WEIGHT_INPUTS = {
     "MatMul": 2,
@@ -49,7 +49,6 @@ _TYPES = {
     26: ("int2", 2),
 }
 
-Field = tuple[int, int, int, int]  # number, value of a varint, start and end of what has a length
 Node = tuple[str, list[str], dict[str, int]]  # operator, inputs, attributes that are integers
 
 
@@ -78,8 +77,8 @@ def read_graph(path: Path) -> Graph:
     """Read a graph's file; raise BundleError when it is no ONNX file."""
     data = path.read_bytes()
     try:
-        start, end = next((start, end) for number, _, start, end in _fields(data, 0, len(data)) if number == _GRAPH)
-        return _graph(data, list(_fields(data, start, end)))
+        start, end = next((start, end) for number, _, start, end in read_fields(data, 0, len(data)) if number == _GRAPH)
+        return _graph(data, list(read_fields(data, start, end)))
     except (StopIteration, IndexError, ValueError) as error:
         raise BundleError(f"{path} is no ONNX file.", hint="Export the bundle again.") from error
 
@@ -106,7 +105,7 @@ def _graph(data: bytes, fields: list[Field]) -> Graph:
 
 def _node(data: bytes, start: int, end: int) -> Node:
     operator, inputs, integers = "", [], {}
-    for number, _, first, last in _fields(data, start, end):
+    for number, _, first, last in read_fields(data, start, end):
         if number == _INPUT:
             inputs.append(data[first:last].decode())
         elif number == _OPERATOR:
@@ -119,54 +118,21 @@ def _node(data: bytes, start: int, end: int) -> Node:
 def _integer(data: bytes, start: int, end: int) -> dict[str, int]:
     # An attribute's name and value where it is an integer.
     name, found = "", None
-    for number, value, first, last in _fields(data, start, end):
+    for number, value, first, last in read_fields(data, start, end):
         if number == _ATTRIBUTE_NAME:
             name = data[first:last].decode()
-        elif number == _INTEGER and first == last:
+        elif number == _INTEGER and not last:
             found = value
     return {} if found is None else {name: found}
 
 
 def _tensor(data: bytes, start: int, end: int) -> tuple[str, tuple[int, ...], int]:
-    name, shape, kind = "", [], 0
-    for number, value, first, last in _fields(data, start, end):
+    name, kind, shape = "", 0, list[int]()
+    for number, value, first, last in read_fields(data, start, end):
         if number == _NAME:
             name = data[first:last].decode()
         elif number == _TYPE:
             kind = value
-        elif number == _DIMS and first == last:
-            shape.append(value)
-        elif number == _DIMS:  # several in one field, as some writers pack them
-            while first < last:
-                value, first = _varint(data, first)
-                shape.append(value)
+        elif number == _DIMS:  # one, or several in one field, as some writers pack them
+            shape += read_integers(data, first, last) if last else [value]
     return name, tuple(shape), kind
-
-
-def _fields(data: bytes, position: int, end: int) -> Iterator[Field]:
-    while position < end:
-        key, position = _varint(data, position)
-        number, wire = key >> 3, key & 7
-        value, start = 0, position
-        if wire == _VARINT:
-            value, position = _varint(data, position)
-            start = position
-        elif wire == _LENGTH:
-            length, start = _varint(data, position)
-            position = start + length
-        elif wire in (_FIXED64, _FIXED32):
-            position = start = position + (8 if wire == _FIXED64 else 4)
-        else:
-            raise ValueError(f"wire type {wire}")
-        if position > end:
-            raise ValueError("a field is longer than its message")
-        yield number, value, start, position
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while data[position] & 0x80:
-        value |= (data[position] & 0x7F) << shift
-        shift += 7
-        position += 1
-    return value | data[position] << shift, position + 1

@@ -1,12 +1,10 @@
 """Lines of tegrastats: memory, GPU load, temperatures and power, in the forms of JetPack 5, 6 and 7 and those before.
 
-Power and energy: the INA sensors of a Jetson, or tegrastats, and a meter that integrates what they say over time.
+Power and energy: the INA sensors of a Jetson, or tegrastats, and a counter that integrates what they say over time.
 
 A module with one input rail is read there. AGX Orin has none: its total is the sum of the rails that are fed side by side, of
 which VIN_SYS_5V0 is only one. Thor's developer kit measures its whole input, carrier board included, as VIN, which INA3221 does
 not see.
-
-Joules since a runtime was loaded, by sampling what the machine draws.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from edgeprune.device.system import read_number, read_text
@@ -35,8 +33,6 @@ _INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")  # each the whole input of its board
 _FED_BY_OTHERS = ("VDDQ_VDD2_1V8AO",)  # drawn from VIN_SYS_5V0: adding it would count it twice
 _UNUSED = ("", "NC", "sum of shunt voltages")
 _CHANNELS = (1, 2, 3)
-
-_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -176,51 +172,61 @@ def find_power_source(
     return None
 
 
-class EnergyMeter:
-    """Measures the energy of a `with` block: samples in a thread, the trapezoids between them added up. Idle power counts.
+@dataclass
+class BlockEnergy:
+    """The joules of a `with` block, known at its end; None where a sample at one of its ends is missing."""
 
-    Without a source, or when it gives no reading, there is no energy either. A meter can be used again, for one block at a time.
+    joules: float | None = None
+
+
+class EnergyCounter:
+    """Counts the energy of the whole machine, from now until `close`: what idles and what else runs is in it.
+
+    A thread takes samples, and the trapezoids between them are added up; a reading that fails leaves a gap that one of them spans.
+    Without a source there is no energy.
     """
 
     def __init__(
         self, source: PowerSource | None, *, interval_s: float = 0.05, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._source, self._interval, self._clock = source, interval_s, clock
-        self._samples: list[tuple[float, float]] = []  # seconds, milliwatts
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._last: tuple[float, float] | None = None  # seconds, milliwatts
+        self._total = 0.0
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if source is not None:
+            self._thread.start()
 
     @property
     def joules(self) -> float | None:
-        """Energy of the block, up to the last sample; None without two of them."""
-        pairs = list(zip(self._samples, self._samples[1:], strict=False))
-        return sum((later - t) * (mw + next_mw) / 2000 for (t, mw), (later, next_mw) in pairs) if pairs else None
+        """The energy up to now, where a sample is taken; None where there is no reading."""
+        with self._lock:
+            power = None if self._source is None else self._source.read()
+            if power is None:
+                return None
+            seconds, milliwatts = now = self._clock(), power.milliwatts
+            if self._last is not None:
+                self._total += (seconds - self._last[0]) * (milliwatts + self._last[1]) / 2000
+            self._last = now
+            return self._total
 
-    def sample(self) -> None:
-        """Take one sample now."""
-        power = self._source.read() if self._source is not None else None
-        if power is not None:
-            self._samples.append((self._clock(), power.milliwatts))
+    @contextmanager
+    def measure(self) -> Iterator[BlockEnergy]:
+        """Measure the energy of a block: the difference over it."""
+        block, before = BlockEnergy(), self.joules
+        yield block
+        after = self.joules
+        block.joules = None if before is None or after is None else after - before
+
+    def close(self) -> None:
+        """Stop counting. The source stays open, for whoever opened it."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            self.sample()
-
-    def __enter__(self) -> EnergyMeter:
-        self._samples.clear()
-        self._stop.clear()
-        self.sample()
-        if self._samples:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.sample()
+            _ = self.joules
 
 
 def _labelled_channels(root: Path) -> list[tuple[str, str, int]]:
@@ -233,41 +239,3 @@ def _labelled_channels(root: Path) -> list[tuple[str, str, int]]:
         labels = ((read_text(root, f"{folder}/in{channel}_label") or "", folder, channel) for channel in _CHANNELS)
         found += [entry for entry in labels if entry[0] not in _UNUSED]
     return found
-
-
-class EnergyCounter:
-    """Counts what a source says is drawn, from now until `close`. Of the whole machine: what idles and what else runs is in it."""
-
-    def __init__(self, source: PowerSource, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._source, self._clock = source, clock
-        self._last: tuple[float, float] | None = None  # seconds, milliwatts
-        self._total: float | None = None
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    @property
-    def joules(self) -> float | None:
-        """Energy up to now; None while there is no reading."""
-        self._sample()
-        return self._total
-
-    def close(self) -> None:
-        """Stop counting, and let go of the source."""
-        self._stop.set()
-        self._thread.join()
-        self._source.close()
-
-    def _run(self) -> None:
-        while not self._stop.wait(_PAUSE_S):
-            self._sample()
-
-    def _sample(self) -> None:
-        with self._lock:
-            power = self._source.read()
-            if power is None:
-                return
-            now = (self._clock(), power.milliwatts)
-            if self._last is not None:
-                self._total = (self._total or 0.0) + (now[0] - self._last[0]) * (now[1] + self._last[1]) / 2000
-            self._last, self._total = now, self._total or 0.0

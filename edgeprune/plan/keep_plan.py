@@ -204,10 +204,15 @@ class KeepPlan:
             raise PlanError(f"Malformed plan: {error}.") from error
 
 
-def keep_count(tokens: int, keep: float) -> int:
-    """Return how many of `tokens` a keep ratio in (0, 1] leaves: rounded down, at least one."""
+def check_keep_ratio(keep: float) -> None:
+    """Raise PlanError unless a keep ratio is in (0, 1]."""
     if not 0.0 < keep <= 1.0:
         raise PlanError(f"Keep ratio {keep} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
+
+
+def keep_count(tokens: int, keep: float) -> int:
+    """Return how many of `tokens` a keep ratio in (0, 1] leaves: rounded down, at least one."""
+    check_keep_ratio(keep)
     return max(1, int(tokens * keep + 1e-9))
 
 

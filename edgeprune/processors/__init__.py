@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from edgeprune.processors.base import FITS, ImageSpec, fit
 from edgeprune.processors.settings import refusal, variants
 
-__all__ = ["FITS", "ImageSpec", "fit", "image_spec"]
+__all__ = ["FITS", "ImageSpec", "fit", "image_spec", "read_image_spec"]
 
 _QWEN = variants("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
 # Only the module of the one that is asked for is imported: a runtime starts with a single bundle.
@@ -31,3 +33,8 @@ def image_spec(settings: Mapping[str, Any]) -> ImageSpec:
     module, name = _SPECS[kind].split(":")
     spec: type[ImageSpec] = getattr(import_module(f"{__name__}.{module}"), name)
     return spec.from_settings(settings)
+
+
+def read_image_spec(path: Path) -> ImageSpec:
+    """Do as `image_spec`, with the settings that a preprocessor_config.json holds."""
+    return image_spec(json.loads(path.read_text(encoding="utf-8")))

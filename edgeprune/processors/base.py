@@ -22,6 +22,7 @@ HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FITS = ("exact", "stretch", "pad")
 
 _GREY = (128, 128, 128)
+_MAX_ASPECT = 200  # the longer side by the shorter
 
 
 class ImageSpec(Protocol):
@@ -155,6 +156,12 @@ def require_pixels(height: int, width: int) -> None:
     """Raise ImageError for a size without pixels."""
     if min(height, width) < 1:
         raise ImageError(f"An image of {width}x{height} pixels is empty.", hint="Give an image with pixels in it.")
+
+
+def require_aspect(height: int, width: int) -> None:
+    """Raise ImageError for an image that is too oblong."""
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        raise ImageError(f"A {width}x{height} image is too oblong: the limit is {_MAX_ASPECT}:1.", hint="Crop it or pad it.")
 
 
 def require_rgb(image: Image.Image) -> Image.Image:

@@ -19,10 +19,8 @@ from PIL import Image
 
 from edgeprune.errors import ImageError
 from edgeprune.plan import Geometry, View
-from edgeprune.processors.base import CLIP, levels, require_pixels, require_rgb
+from edgeprune.processors.base import CLIP, levels, require_aspect, require_pixels, require_rgb
 from edgeprune.processors.settings import Triple, positive, refusal, require_on, resample, rescale_factor, triple
-
-MAX_ASPECT = 200
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ class GridSpec:
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the patch grid (rows, columns) of an image of this size; raise ImageError when it is too oblong."""
         require_pixels(height, width)
-        if max(height, width) / min(height, width) > MAX_ASPECT:
-            raise ImageError(f"A {width}x{height} image is too oblong: the limit is {MAX_ASPECT}:1.", hint="Crop it or pad it.")
+        require_aspect(height, width)
         unit = self.patch_size * self.merge_size
         # round() sends halves to the even neighbour; upstream counts on it.
         rows, columns = round(height / unit), round(width / unit)

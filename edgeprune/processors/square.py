@@ -23,13 +23,13 @@ from edgeprune.processors.base import (
     PatchSpec,
     patch_settings,
     refuse_video,
+    require_aspect,
     require_pixels,
     require_rgb,
     require_whole,
 )
 from edgeprune.processors.settings import plain_name, refusal, require_off, sides, switch
 
-MAX_ASPECT = 200
 MAX_SIDE = 16384  # of a square with bars
 _CLIP, _SIGLIP, _LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
 
@@ -87,8 +87,8 @@ class SquareSpec(PatchSpec):
             raise ImageError(
                 f"A {width}x{height} image makes too large a square: the limit is {MAX_SIDE} pixels.", hint="Shrink it."
             )
-        if isinstance(self.whole, int) and not self.squared and max(height, width) > MAX_ASPECT * min(height, width):
-            raise ImageError(f"A {width}x{height} image is too oblong: the limit is {MAX_ASPECT}:1.", hint="Crop it or pad it.")
+        if isinstance(self.whole, int) and not self.squared:
+            require_aspect(height, width)
 
     def _resized_size(self, image: Image.Image) -> tuple[int, int]:
         if isinstance(self.whole, tuple):

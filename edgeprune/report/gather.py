@@ -20,7 +20,7 @@ from edgeprune.calibration.search.pareto import Curve
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.plan import KeepPlan
 from edgeprune.report.text import counted
-from edgeprune.runtime import Answer, CutReceipt, Receipt, Runtime, load
+from edgeprune.runtime import Answer, Receipt, Runtime, load
 from edgeprune.runtime.media.images import Source, read_image
 
 _LARGEST = 640  # pixels along the longer side of a picture in the page
@@ -100,27 +100,23 @@ def _facts(receipt: Receipt) -> list[tuple[str, str]]:
 def _cut_facts(receipt: Receipt) -> list[tuple[str, str]]:
     if not receipt.pruned:
         return [("not pruned", receipt.reason)]
-    single, caches = _by_kind(receipt)
-    facts = [(cut.cut, f"{cut.before} → {cut.after} visual tokens") for cut in single]
-    if caches:
-        before, after = counted([cut.before for cut in caches]), counted([cut.after for cut in caches])
-        facts.append((f"{len(caches)} KV caches", f"{before} → {after} visual tokens in every head"))
+    (cuts,) = receipt.cuts_by_image(1)
+    facts = [(cut.cut, f"{cut.before} → {cut.after} visual tokens") for cut in cuts.tokens]
+    if cuts.caches:
+        before, after = counted([cut.before for cut in cuts.caches]), counted([cut.after for cut in cuts.caches])
+        facts.append((f"{len(cuts.caches)} KV caches", f"{before} → {after} visual tokens in every head"))
     return facts
-
-
-def _by_kind(receipt: Receipt) -> tuple[list[CutReceipt], list[CutReceipt]]:
-    # What a cache cut kept has an axis for the heads.
-    return [cut for cut in receipt.cuts if cut.kept.ndim == 1], [cut for cut in receipt.cuts if cut.kept.ndim == 2]
 
 
 def _shared(receipts: Sequence[Receipt]) -> tuple[str, ...]:
     if len(receipts) != 2 or not all(receipt.pruned for receipt in receipts):
         return ()
-    (single, caches), (others, other_caches) = map(_by_kind, receipts)
-    lines = [f"{_common(a.kept, b.kept):.0f} of {a.after} kept for both questions" for a, b in zip(single, others, strict=True)]
-    if caches:
-        common = [_common(a.kept, b.kept) for a, b in zip(caches, other_caches, strict=True)]
-        kept = np.mean([cut.after for cut in caches])
+    one, other = (receipt.cuts_by_image(1)[0] for receipt in receipts)
+    pairs = zip(one.tokens, other.tokens, strict=True)
+    lines = [f"{_common(a.kept, b.kept):.0f} of {a.after} kept for both questions" for a, b in pairs]
+    if one.caches:
+        common = [_common(a.kept, b.kept) for a, b in zip(one.caches, other.caches, strict=True)]
+        kept = np.mean([cut.after for cut in one.caches])
         lines.append(f"{np.mean(common):.1f} of {kept:.1f} kept for both questions, mean over the caches")
     return tuple(lines)
 

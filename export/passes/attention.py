@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.model.attention import DOMAIN, INPUTS, OPERATOR
 
 BLOCKS = 8
@@ -47,8 +48,7 @@ def expand_blocked(graph: ir.Graph) -> None:
             "else_branch": blocks.graph(_in_blocks(blocks, inputs), output),
         }
         value = tape.op("If", [short], branches)
-        value.type, value.shape = output.type, output.shape
-        ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), [output], [value])
+        replace_nodes(graph, node, [node], tape, {output: value})
 
 
 class _Branch:
@@ -186,12 +186,7 @@ class _Tiling:
             weights = [self._tape.op("Softmax", [part], {"axis": axis}) for part in scores]
             mixed.append(self._concat([self._tape.op("MatMul", [part, group[2]]) for part in weights], rows))
         joined = self._concat(mixed, heads)
-        joined.type, joined.shape = output.type, output.shape
-        for initializer in self._tape.initializers:
-            self._graph.register_initializer(initializer)
-        ir.convenience.replace_nodes_and_values(
-            self._graph, last, [last, softmax, first], list(self._tape.nodes), [output], [joined]
-        )
+        replace_nodes(self._graph, last, [last, softmax, first], self._tape, {output: joined})
 
     def _keys(self, keys: ir.Value, axis: int, sizes: list[int]) -> list[ir.Value]:
         # A transposition stays beside its product, which takes it in.

@@ -35,6 +35,7 @@ from onnxscript.rewriter.onnx_fusions import fuse
 from onnxscript.rewriter.rules.common._basic_rules import slice_split_rule
 
 from edgeprune.checkpoint.weights import Matrix
+from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import WholeTensor, matrix_of
 
 _RULES = tuple(rule for rule in _DEFAULT_REWRITE_RULES if rule is not slice_split_rule)
@@ -129,10 +130,7 @@ def _fuse(graph: ir.Graph, added: ir.Node, x: ir.Value, cos: ir.Value, sin: ir.V
     turned = tape.op("RotaryEmbedding", [tape.op("Unsqueeze", [x, batch]), halves[cos], halves[sin]])
     # Tables with a batch in front give their products one.
     value = tape.op("Squeeze", [turned, batch]) if output.shape is not None and len(output.shape) == 3 else turned
-    value.type, value.shape = output.type, output.shape
-    for initializer in tape.initializers:
-        graph.register_initializer(initializer)
-    ir.convenience.replace_nodes_and_values(graph, added, [added], list(tape.nodes), [output], [value])
+    replace_nodes(graph, added, [added], tape, {output: value})
 
 
 def join_projections(graph: ir.Graph) -> None:
@@ -181,13 +179,8 @@ def _join(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir.Node]
     joined = tape.op("Gemm", inputs, {"transB": 1})
     joined.type = nodes[0].outputs[0].type
     parts = tape.op_multi_out("Split", [joined, split], {"axis": 1}, num_outputs=len(nodes))
-    old = [node.outputs[0] for node in nodes]
-    for part, value in zip(parts, old, strict=True):
-        part.type, part.shape = value.type, value.shape
-    for initializer in tape.initializers:
-        graph.register_initializer(initializer)
-    first = min(nodes, key=list(graph).index)
-    ir.convenience.replace_nodes_and_values(graph, first, list(nodes), list(tape.nodes), old, list(parts))
+    values = {node.outputs[0]: part for node, part in zip(nodes, parts, strict=True)}
+    replace_nodes(graph, min(nodes, key=list(graph).index), nodes, tape, values)
 
 
 def _numbers(value: ir.Value) -> np.ndarray:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tape import Tape
 
+from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import IntegerMatrix, halved, matrix_of
 from edgeprune.targets import Lowering
 
@@ -35,12 +36,13 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
     assert table is not None
     if kind == "fp16":
         rows = tape.op("Gather", [_halved(tape, table, {}), ids])
-        _put(graph, gather, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
+        replace_nodes(graph, gather, [gather], tape, {gather.outputs[0]: tape.op("Cast", [rows], {"to": ir.DataType.FLOAT})})
         return
     integers, scales = _parts(tape, table, IntegerMatrix(matrix_of(table), kind, torch.float32, table=True))
     last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{table.name}.last_axis"))
     rows = tape.op("Cast", [tape.op("Gather", [integers, ids])], {"to": ir.DataType.FLOAT})
-    _put(graph, gather, tape, tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scales, ids]), last])]))
+    scaled = tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scales, ids]), last])])
+    replace_nodes(graph, gather, [gather], tape, {gather.outputs[0]: scaled})
 
 
 def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
@@ -58,7 +60,8 @@ def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
             product = tape.op("MatMul", [_cast(tape, value, known) for value in node.inputs])
         else:
             continue
-        _put(graph, node, tape, tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product)
+        value = tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product
+        replace_nodes(graph, node, [node], tape, {node.outputs[0]: value})
     _check_lowered(graph, lowering)
 
 
@@ -125,15 +128,6 @@ def _halved(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
     if value not in known:
         known[value] = tape.initializer(halved(value, f"{value.name}.fp16"))
     return known[value]
-
-
-def _put(graph: ir.Graph, node: ir.Node, tape: Tape, value: ir.Value) -> None:
-    # In place of a node; what it returned keeps its name, type and shape.
-    old = node.outputs[0]
-    value.type, value.shape = old.type, old.shape
-    for initializer in tape.initializers:
-        graph.register_initializer(initializer)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), [old], [value])
 
 
 class IntegerProducts:

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgeprune.bundle import CHAT_TEMPLATE, PREPROCESSOR, SELECTOR, SPECIAL_TOKENS, TOKENIZER, Bundle
 from edgeprune.bundle.signing import Trusted
 from edgeprune.errors import UsageError
-from edgeprune.processors import image_spec
+from edgeprune.processors import read_image_spec
 from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.backends.interface import Engine
 from edgeprune.runtime.backends.providers import open_engine
@@ -68,7 +68,7 @@ def _model(bundle: Bundle, engine: Engine, state: State, max_kv_bytes: int | Non
         codec=TextCodec(bundle.file(TOKENIZER)),
         template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
         special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
-        image_spec=image_spec(json.loads(bundle.file(PREPROCESSOR).read_text(encoding="utf-8"))),
+        image_spec=read_image_spec(bundle.file(PREPROCESSOR)),
         image=manifest.image,
         end_tokens=manifest.end_tokens,
         decoder=manifest.decoder,

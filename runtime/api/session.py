@@ -20,7 +20,7 @@ from edgeprune.runtime.generation.request import Pace, Terms
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.feed import Feed
 from edgeprune.runtime.media.images import Source, read_image
-from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt
+from edgeprune.runtime.telemetry.receipt import ImageCuts, Receipt
 
 if TYPE_CHECKING:
     from edgeprune.runtime.media.overlay import Board, Panel
@@ -156,16 +156,14 @@ class Runtime:
             raise UsageError("The visual tokens of this model stand for no place in the image: there is nothing to draw.")
         pictures = [read_image(picture) for picture in _listed(image)]
         shown = [pictures] if self._model.image.kind == "video" else [[picture] for picture in pictures]
-        each = len(receipt.cuts) // len(shown)  # cuts of the images one after the other
-        parts = [receipt.cuts[each * number : each * (number + 1)] for number in range(len(shown))]
-        return [panel for frames, cuts in zip(shown, parts, strict=True) for panel in self._panels(frames, cuts, fit)]
+        parts = zip(shown, receipt.cuts_by_image(len(shown)), strict=True)
+        return [panel for frames, cuts in parts for panel in self._panels(frames, cuts, fit)]
 
-    def _panels(self, frames: list[Image.Image], cuts: Sequence[CutReceipt], fit: str) -> list[Panel]:
+    def _panels(self, frames: list[Image.Image], cuts: ImageCuts, fit: str) -> list[Panel]:
         from edgeprune.runtime.media.overlay import kept_panels
 
-        caches = {str(cut) for cut in self.plan.cache_cuts}
-        kept = [(cut.cut, cut.kept) for cut in cuts if cut.cut not in caches]
-        return kept_panels(self._board(frames, fit), kept, [cut.kept for cut in cuts if cut.cut in caches])
+        kept = [(cut.cut, cut.kept) for cut in cuts.tokens]
+        return kept_panels(self._board(frames, fit), kept, [cut.kept for cut in cuts.caches])
 
     def _board(self, frames: list[Image.Image], fit: str) -> Board:
         from edgeprune.runtime.media.overlay import Board

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.errors import EdgePruneError, ImageError, UsageError
+from edgeprune.plan.tiers import tier_number
 from edgeprune.runtime import Runtime, Stream
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedTimeout
 from edgeprune.runtime.ros2.diagnostics import Report, Tally
@@ -142,7 +143,8 @@ class Answerer:
     def _run(self) -> None:
         try:
             model = self._load(self._enter)
-            _check_tier(model, self._asking.get("tier"))
+            if (tier := self._asking.get("tier")) is not None:
+                tier_number(model.tiers, tier)  # refuses one that is not there: at the first question it would be too late
             geometry = model.plan.geometry
             video = model.kind == "video"
             with self._wake:
@@ -199,13 +201,6 @@ class Answerer:
             if self._cancelled:  # before there was a stream to cancel
                 stream.cancel()
         return stream
-
-
-def _check_tier(model: Runtime, tier: str | None) -> None:
-    # Before the first question, which would be too late on a robot.
-    if tier is not None and tier not in model.tiers:
-        hint = f"Its tiers are: {', '.join(model.tiers)}." if model.tiers else "It has one plan, and no tiers."
-        raise UsageError(f"The bundle has no tier {tier!r}.", hint=hint)
 
 
 def _told(error: EdgePruneError) -> str:

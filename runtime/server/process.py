@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -25,32 +26,40 @@ _LAST_WORDS_S = 5.0  # after cancelling, until connections are cut
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where a server listens, whom it answers, and how.
+
+    `keys`: bearer keys; without one, `no_auth` must be said for a host that other machines reach. `parallel`: answers at once, step
+    by step in turns. `grace`: seconds that answers have to end when the server stops. `fit`: as `Runtime.generate` takes it.
+    """
+
+    keys: Sequence[str] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    no_auth: bool = False
+    limits: Limits = field(default_factory=Limits)
+    parallel: int = 1
+    grace: float = 30.0
+    fit: str = "exact"
+
+
 def serve(
     bundle: str | os.PathLike[str],
+    options: ServerOptions | None = None,
     *,
-    keys: Sequence[str] = (),
     announce: Callable[[str], None] = lambda url: None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    no_auth: bool = False,
-    limits: Limits | None = None,
-    parallel: int = 1,
-    grace: float = 30.0,
-    fit: str = "exact",
     **opening: Any,
 ) -> None:
     """Answer requests about a bundle until SIGTERM or SIGINT; call `announce` with the address when it listens.
 
-    `keys`: bearer keys; without one, `no_auth` must be said for a host that other machines reach. `parallel`: answers at once, step
-    by step in turns. `grace`: seconds that answers have to end when the server stops. `opening`: as `load` takes it. Raises
-    UsageError for what cannot be listened on, and what `load` raises.
+    `opening`: as `load` takes it. Raises UsageError for what cannot be listened on, and what `load` raises.
     """
 
     def opens(on_phase: Callable[[str], None]) -> Runtime:
         return load(bundle, on_phase=on_phase, warm_up=True, **opening)
 
-    reached: dict[str, Any] = {"host": host, "port": port, "keys": keys, "no_auth": no_auth, "announce": announce}
-    Server(opens, **reached, limits=limits, parallel=parallel, grace=grace, fit=fit).run()
+    Server(opens, options or ServerOptions(), announce).run()
 
 
 class Server:
@@ -59,24 +68,16 @@ class Server:
     def __init__(
         self,
         opens: Callable[[Callable[[str], None]], Runtime],
-        *,
-        keys: Sequence[str] = (),
+        options: ServerOptions,
         announce: Callable[[str], None] = lambda url: None,
-        host: str = "127.0.0.1",
-        port: int = 8000,
-        no_auth: bool = False,
-        limits: Limits | None = None,
-        parallel: int = 1,
-        grace: float = 30.0,
-        fit: str = "exact",
     ) -> None:
-        known = Keys(keys)
-        check_exposure(host, known, no_auth)
-        self._service = Service(opens, limits or Limits(), parallel=parallel, fit=fit, failed=self._fail)
+        keys = Keys(options.keys)
+        check_exposure(options.host, keys, options.no_auth)
+        self._service = Service(opens, options.limits, parallel=options.parallel, fit=options.fit, failed=self._fail)
         self._failure: Exception | None = None
-        self._socket = _bound(host, port)
+        self._socket = _bound(options.host, options.port)
         config = uvicorn.Config(
-            application(self._service, known, local=is_loopback(host) and not (known or no_auth)),
+            application(self._service, keys, local=is_loopback(options.host) and not (keys or options.no_auth)),
             loop="asyncio",
             http="h11",
             ws="none",
@@ -85,9 +86,9 @@ class Server:
             log_level="warning",  # its own line of a request would have the query and the address
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(1, round(grace + _LAST_WORDS_S)),
+            timeout_graceful_shutdown=max(1, round(options.grace + _LAST_WORDS_S)),
         )
-        self._loop = _Loop(config, self._service, grace, lambda: announce(self.url))
+        self._loop = _Loop(config, self._service, options.grace, lambda: announce(self.url))
 
     @property
     def url(self) -> str:

@@ -15,10 +15,9 @@ import numpy as np
 
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Receipt, Runtime
+from edgeprune.runtime.media.overlay import CACHES
 from edgeprune.runtime.server.jobs import Job
-from edgeprune.runtime.telemetry.receipt import CutReceipt
-
-_CACHES = "KV caches"  # all cuts of caches are one drawing
+from edgeprune.runtime.telemetry.receipt import ImageCuts
 
 _STOPPED = ("end", "stop")  # everything else cut the answer short, which OpenAI's clients know as "length"
 
@@ -33,9 +32,7 @@ def kept_pictures(plan: KeepPlan, receipt: Receipt) -> list[dict[str, Any]]:
     count = receipt.visual_tokens // tokens
     if not count or not receipt.cuts:
         return []
-    each = len(receipt.cuts) // count
-    parts = [receipt.cuts[each * number : each * (number + 1)] for number in range(count)]
-    return [_board(plan) | {"cuts": _cuts(cuts, tokens)} for cuts in parts]
+    return [_board(plan) | {"cuts": _cuts(cuts, tokens)} for cuts in receipt.cuts_by_image(count)]
 
 
 def _board(plan: KeepPlan) -> dict[str, Any]:
@@ -48,14 +45,13 @@ def _board(plan: KeepPlan) -> dict[str, Any]:
     }
 
 
-def _cuts(cuts: Sequence[CutReceipt], tokens: int) -> list[dict[str, Any]]:
-    plain = [_drawn(cut.cut, cut.before, cut.after, _share([cut.kept], tokens)) for cut in cuts if np.ndim(cut.kept) == 1]
-    kept = [cut for cut in cuts if np.ndim(cut.kept) == 2]  # [heads, after]: of a cache
-    if not kept:
-        return plain
-    heads = [head for cut in kept for head in cut.kept]
-    after = round(float(np.mean([cut.after for cut in kept])))
-    return [*plain, _drawn(_CACHES, max(cut.before for cut in kept), after, _share(heads, tokens))]
+def _cuts(cuts: ImageCuts, tokens: int) -> list[dict[str, Any]]:
+    drawn = [_drawn(cut.cut, cut.before, cut.after, _share([cut.kept], tokens)) for cut in cuts.tokens]
+    if cuts.caches:
+        heads = [head for cut in cuts.caches for head in cut.kept]
+        after = round(float(np.mean([cut.after for cut in cuts.caches])))
+        drawn.append(_drawn(CACHES, max(cut.before for cut in cuts.caches), after, _share(heads, tokens)))
+    return drawn
 
 
 def _drawn(name: str, before: int, after: int, shares: np.ndarray) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,16 @@ class CutReceipt:
     before: int
     after: int
     kept: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageCuts:
+    """The cuts of one image, or video: those that took tokens from all that follows, and those of KV `caches`, which are shown as
+    one.
+    """
+
+    tokens: tuple[CutReceipt, ...]
+    caches: tuple[CutReceipt, ...]
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,11 @@ class Receipt:
         self.visual_stored += image.stored
         self.cuts += image.cuts
 
+    def cuts_by_image(self, images: int) -> tuple[ImageCuts, ...]:
+        """Return the cuts of each of the answer's images: what was recorded one image after the other."""
+        each = len(self.cuts) // images if images else 0
+        return tuple(_by_kind(self.cuts[each * number : each * (number + 1)]) for number in range(images))
+
     def reuse(self, what: str) -> None:
         """Note that something was not computed again."""
         if what not in self.reused:
@@ -188,3 +203,8 @@ class Receipt:
             "frames_dropped": self.frames_dropped,
             "energy_j": self.energy_j,
         }
+
+
+def _by_kind(cuts: Sequence[CutReceipt]) -> ImageCuts:
+    # What a cache's cut kept has an axis for the heads.
+    return ImageCuts(*(tuple(cut for cut in cuts if np.ndim(cut.kept) == axes) for axes in (1, 2)))

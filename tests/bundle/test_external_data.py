@@ -51,8 +51,10 @@ def test_every_place_of_a_tensor_is_found(tmp_path: Path) -> None:
     assert external_locations(tmp_path / "m.onnx") == names
 
 
-def test_the_last_of_two_locations_counts_as_in_protobuf(tmp_path: Path) -> None:
-    entry = b"\x0a\x03xxx\x12\x01a\x12\x01b\x0a\x08location"  # key, value, value, key
+@pytest.mark.parametrize("after", [b"", b"\x08\x00", b"\x10\x01", b"\x0d\0\0\0\0", b"\x11" + bytes(8)])
+def test_the_last_of_two_locations_counts_as_in_protobuf(after: bytes, tmp_path: Path) -> None:
+    # Key, value, value, key; and `after` them what has their numbers, but is no text, which protobuf passes over.
+    entry = b"\x0a\x03xxx\x12\x01a\x12\x01b\x0a\x08location" + after
     tensor = b"\x6a" + bytes([len(entry)]) + entry
     graph = b"\x2a" + bytes([len(tensor)]) + tensor
     model = b"\x3a" + bytes([len(graph)]) + graph

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
+from edgeprune.calibration.allocate.dyrate import RateRequest
 from edgeprune.calibration.data.statistics import Source, Statistics
 from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan, thinnable_blocks
 from edgeprune.calibration.search.candidates import BASELINES, encoder_blocks, encoder_places, idle
@@ -49,20 +50,15 @@ class Judge:
         return [1.0 / (1 + plan.alive(2)) for plan in plans]
 
 
-class Ready:
-    """A calibration whose statistics are there."""
+def statistics() -> Statistics:
+    """Return statistics of one sample, in which nothing differs."""
+    source = Source("qwen2_vl", 3, 2, "abc", GEOMETRY, "last", "mean", False)
+    return Statistics.empty(source).with_sample({name: np.zeros(shape) for name, shape in source.shapes().items()})
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
 
-    def statistics(self) -> Statistics:
-        source = Source("qwen2_vl", 3, 2, "abc", GEOMETRY, "last", "mean", False)
-        values: dict[str, Any] = {name: 0.0 for name in source.shapes()}
-        import numpy as np
-
-        return Statistics.empty(source).with_sample(
-            {name: np.zeros(shape) + values[name] for name, shape in source.shapes().items()}
-        )
+def untrained(base: KeepPlan, rate: RateRequest) -> KeepPlan:
+    """Refuse to fit a rate: none was asked for."""
+    raise AssertionError(rate)
 
 
 class Skilled(Judge):
@@ -73,8 +69,7 @@ class Skilled(Judge):
 
 
 def search(tiny: LoadedModel, judge: Judge, blocks: int = 0, times: DeviceTimes | None = None) -> Search:
-    statistics = Ready(tiny).statistics()
-    return Search(tiny.family.decoder(), WHOLE, statistics, judge, times, lambda what: None, blocks)  # type: ignore[arg-type]
+    return Search(tiny.family.decoder(), WHOLE, statistics(), judge, times, lambda what: None, blocks)  # type: ignore[arg-type]
 
 
 def test_cuts_inside_the_encoder_are_tried_at_several_blocks(tiny: LoadedModel) -> None:
@@ -165,7 +160,7 @@ def test_caches_are_searched_too(tiny: LoadedModel) -> None:
 
 
 def test_an_allowed_drop_finds_the_cheapest(tiny: LoadedModel) -> None:
-    plan, curve = find_plan(Ready(tiny), Judge(), WHOLE, Goal(0.05), None, lambda what: None)  # type: ignore[arg-type]
+    plan, curve = find_plan(tiny, statistics(), untrained, Judge(), WHOLE, Goal(0.05), None, lambda what: None)  # type: ignore[arg-type]
     assert curve.chosen is not None
     chosen = curve.points[curve.chosen]
     assert chosen.plan == plan and chosen.score >= 0.95
@@ -175,7 +170,7 @@ def test_an_allowed_drop_finds_the_cheapest(tiny: LoadedModel) -> None:
 
 def test_too_much_is_refused_with_the_curve(tiny: LoadedModel) -> None:
     with pytest.raises(DropExceededError, match=r"loses .* more than 1.0%") as error:
-        find_plan(Ready(tiny), Judge(), WHOLE, Goal(0.01, flops=0.1), None, lambda what: None)  # type: ignore[arg-type]
+        find_plan(tiny, statistics(), untrained, Judge(), WHOLE, Goal(0.01, flops=0.1), None, lambda what: None)  # type: ignore[arg-type]
     assert error.value.curve.points
 
 
@@ -183,7 +178,7 @@ def test_an_unreachable_latency_is_told_at_once(tiny: LoadedModel) -> None:
     judge = Judge()
     # Of two blocks the second may see one token of 400: 40 * 401 / 800, and 10 for a prefill without any.
     with pytest.raises(EdgePruneError, match=r"pruning cannot pass 3.3x here, to 30.0 ms .*vision encoder is 40% of 100.0 ms"):
-        find_plan(Ready(tiny), judge, WHOLE, Goal(0.01, ttft_ms=30.0), TIMES, lambda what: None)  # type: ignore[arg-type]
+        find_plan(tiny, statistics(), untrained, judge, WHOLE, Goal(0.01, ttft_ms=30.0), TIMES, lambda what: None)  # type: ignore[arg-type]
     assert not judge.asked
 
 
@@ -210,7 +205,7 @@ def test_a_goal_becomes_budgets() -> None:
 
 def test_a_latency_that_costs_too_much_is_refused_in_milliseconds(tiny: LoadedModel) -> None:
     with pytest.raises(DropExceededError, match=r"best plan at 35\.0 ms to the first token loses") as error:
-        find_plan(Ready(tiny), Judge(), WHOLE, Goal(0.01, ttft_ms=35.0), TIMES, lambda what: None)  # type: ignore[arg-type]
+        find_plan(tiny, statistics(), untrained, Judge(), WHOLE, Goal(0.01, ttft_ms=35.0), TIMES, lambda what: None)  # type: ignore[arg-type]
     assert error.value.curve.axis == "ttft_ms" and error.value.curve.points
 
 
@@ -226,7 +221,7 @@ def test_goals_are_checked() -> None:
 
 def test_few_samples_cannot_judge(tiny: LoadedModel) -> None:
     with pytest.raises(UsageError, match="needs 20 samples"):
-        find_plan(Ready(tiny), Judge(5), WHOLE, Goal(0.01, flops=0.5), None, lambda what: None)  # type: ignore[arg-type]
+        find_plan(tiny, statistics(), untrained, Judge(5), WHOLE, Goal(0.01, flops=0.5), None, lambda what: None)  # type: ignore[arg-type]
 
 
 def point(flops: float, score: float) -> Point:

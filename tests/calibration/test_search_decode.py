@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_search import WHOLE, Judge, Ready
+from test_search import WHOLE, Judge, statistics
 
-from edgeprune.calibration.allocate.calibration import RateRequest
-from edgeprune.calibration.allocate.dyrate import FORMS
+from edgeprune.calibration.allocate.dyrate import FORMS, RateRequest
 from edgeprune.calibration.search.auto import DropExceededError, Goal, find_plan
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
@@ -18,17 +17,16 @@ from edgeprune.plan import Cut, KeepPlan
 GOAL = Goal(0.05, flops=0.5, reads=0.4)
 
 
-class Trained(Ready):
-    """A calibration that knows rates without training them."""
+class Trained:
+    """Knows rates without fitting them."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__(loaded)
+    def __init__(self) -> None:
         self.asked: list[tuple[float, str]] = []
 
-    def rate(self, share: float, base: KeepPlan, request: RateRequest) -> KeepPlan:
-        self.asked.append((share, request.form))
+    def fit_rate(self, base: KeepPlan, rate: RateRequest) -> KeepPlan:
+        self.asked.append((rate.share, rate.form))
         ranked = base.with_cuts(*(Cut("cache", "plphp", base.alive(layer), layer) for layer in range(base.layers)))
-        return ranked.with_cuts(Cut("decode", "dyrate", 0, 0, options={"form": request.form, "schedule": [[0, share]]}))
+        return ranked.with_cuts(Cut("decode", "dyrate", 0, 0, options={"form": rate.form, "schedule": [[0, rate.share]]}))
 
 
 class Listener(Judge):
@@ -44,8 +42,8 @@ class Listener(Judge):
 
 
 def searched(tiny: LoadedModel, goal: Goal, losses: dict[str, float]) -> tuple[Trained, Any]:
-    trained = Trained(tiny)
-    return trained, find_plan(trained, Listener(losses), WHOLE, goal, None, lambda what: None)  # type: ignore[arg-type]
+    trained, judge = Trained(), Listener(losses)
+    return trained, find_plan(tiny, statistics(), trained.fit_rate, judge, WHOLE, goal, None, lambda what: None)  # type: ignore[arg-type]
 
 
 def test_the_best_form_comes_behind_the_plan_that_was_found(tiny: LoadedModel) -> None:

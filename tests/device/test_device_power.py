@@ -6,6 +6,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from recordings_jetson import (
     thor,
 )
 
-from edgeprune.device.power import EnergyMeter, Ina3221, Power, TegrastatsPower, find_power_source, parse_tegrastats, total_power
+from edgeprune.device.power import EnergyCounter, Ina3221, Power, TegrastatsPower, find_power_source, parse_tegrastats, total_power
 
 NINES = "9" * 5000  # more digits than Python turns into a number
 HUGE = f"RAM {NINES}/{NINES}MB SWAP 1/{NINES}MB GR3D_FREQ {NINES}% VDD_IN {NINES}mW/{NINES}mW"
@@ -124,26 +125,37 @@ class Steps:
 
 def test_energy_is_the_sum_of_trapezoids() -> None:
     times: Iterator[float] = iter([10.0, 11.0, 13.0])
-    meter = EnergyMeter(Steps(1000, 3000, 2000), interval_s=1000, clock=lambda: next(times))
-    with meter:
-        meter.sample()
-    assert meter.joules == pytest.approx(1 * 2.0 + 2 * 2.5)
+    counter = EnergyCounter(Steps(1000, 3000, 2000), interval_s=1000, clock=lambda: next(times))
+    with closing(counter), counter.measure() as block:
+        assert counter.joules == pytest.approx(2.0)
+    assert block.joules == pytest.approx(1 * 2.0 + 2 * 2.5)
 
 
 def test_readings_that_fail_leave_a_gap() -> None:
     times = iter([0.0, 2.0])
-    with EnergyMeter(Steps(1000, None, 3000), interval_s=1000, clock=lambda: next(times)) as meter:
-        meter.sample()
-    assert meter.joules == pytest.approx(4.0)
+    counter = EnergyCounter(Steps(1000, None, 3000), interval_s=1000, clock=lambda: next(times))
+    with closing(counter), counter.measure() as block:
+        assert counter.joules is None
+    assert block.joules == pytest.approx(4.0)
 
 
-def test_a_meter_begins_anew() -> None:
-    times = itertools.count(0.0)
-    meter = EnergyMeter(Steps(*[1000] * 4), interval_s=1000, clock=lambda: next(times))
-    for _ in range(2):
-        with meter:
+@pytest.mark.parametrize("milliwatts", [(None, 1000), (1000, None)])
+def test_a_block_needs_a_reading_at_both_ends(milliwatts: tuple[float | None, float | None]) -> None:
+    counter = EnergyCounter(Steps(1000, *milliwatts), interval_s=1000, clock=itertools.count(0.0).__next__)
+    with closing(counter):
+        assert counter.joules == 0.0
+        with counter.measure() as block:
             pass
-        assert meter.joules == pytest.approx(1.0)
+    assert block.joules is None
+
+
+def test_every_block_is_measured_alone() -> None:
+    counter = EnergyCounter(Steps(*[1000] * 4), interval_s=1000, clock=itertools.count(0.0).__next__)
+    with closing(counter):
+        for _ in range(2):
+            with counter.measure() as block:
+                pass
+            assert block.joules == pytest.approx(1.0)
 
 
 def test_the_thread_samples_and_ends() -> None:
@@ -160,23 +172,17 @@ def test_the_thread_samples_and_ends() -> None:
 
     source = Endless()
     before = threading.active_count()
-    with EnergyMeter(source, interval_s=0.001) as meter:
+    with closing(EnergyCounter(source, interval_s=0.001)) as counter, counter.measure() as block:
         assert source.read_often.wait(10)
     assert threading.active_count() == before
-    assert (meter.joules or 0) > 0
+    assert (block.joules or 0) > 0
 
 
 def test_without_a_source_there_is_no_energy() -> None:
-    with EnergyMeter(None) as meter:
-        pass
-    assert meter.joules is None
-
-
-def test_an_error_in_the_block_ends_the_thread() -> None:
     before = threading.active_count()
-    with pytest.raises(ValueError, match="mine"), EnergyMeter(Steps(1, 2, 3), interval_s=1000):
-        raise ValueError("mine")
-    assert threading.active_count() == before
+    with closing(EnergyCounter(None)) as counter, counter.measure() as block:
+        assert threading.active_count() == before
+    assert block.joules is None
 
 
 def prints(text: str) -> list[str]:

@@ -41,24 +41,22 @@ def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bo
     --json of a plan is the plan itself: so a YAML file of LightCompress becomes a keep plan.
     """
     from edgeprune.bundle import Bundle
-    from edgeprune.cli.output.basic import show_bundle, show_plan
-
-    if bundle.is_file():
-        show_plan(_plan_of(bundle, model, image_size), as_json)
-        return
-    if model or image_size:
-        raise UsageError("--model and --image-size are for LightCompress's YAML.")
-    show_bundle(Bundle.load(bundle), as_json)
-
-
-def _plan_of(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
     from edgeprune.calibration.interop.lightcompress import is_lightcompress
+    from edgeprune.cli.output.basic import show_bundle, show_plan
     from edgeprune.plan import KeepPlan
 
-    if not is_lightcompress(path):
-        if model or image_size:
-            raise UsageError("--model and --image-size are for LightCompress's YAML.")
-        return KeepPlan.load(path)
+    foreign = bundle.is_file() and is_lightcompress(bundle)
+    if not foreign and (model or image_size):
+        raise UsageError("--model and --image-size are for LightCompress's YAML.")
+    if foreign:
+        show_plan(_foreign_plan(bundle, model, image_size), as_json)
+    elif bundle.is_file():
+        show_plan(KeepPlan.load(bundle), as_json)
+    else:
+        show_bundle(Bundle.load(bundle), as_json)
+
+
+def _foreign_plan(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
     if model is None:
         raise UsageError(f"How many tokens {path} keeps depends on the model.", hint="Say which: --model FOLDER")
     require_extra("export", "torch", "transformers", "optimum")

@@ -43,16 +43,17 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     from dataclasses import fields
 
     from edgeprune.device.memory import hold_steady
-    from edgeprune.runtime.server import Limits
+    from edgeprune.runtime.server import Limits, ServerOptions
     from edgeprune.runtime.server import serve as listen
     from edgeprune.runtime.server.access import VARIABLE, read_keys
 
     hold_steady()
     keys = [] if options["no_auth"] and api_key_file is None else read_keys(api_key_file, os.environ.get(VARIABLE))
-    limits = Limits(**{each.name: options.pop(each.name) for each in fields(Limits)})
+    options |= {"keys": keys, "limits": Limits(**{each.name: options.pop(each.name) for each in fields(Limits)})}
+    server = ServerOptions(**{each.name: options.pop(each.name) for each in fields(ServerOptions)})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("edgeprune.server").setLevel(logging.INFO)
-    listen(bundle, keys=keys, limits=limits, announce=_say, **options)
+    listen(bundle, server, announce=_say, **options)
 
 
 def _say(url: str) -> None:

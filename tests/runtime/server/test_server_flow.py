@@ -13,7 +13,7 @@ from server_double import NAME, PATIENCE, Double, ask, client, figure, serving, 
 
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.runtime.server import Limits
-from edgeprune.runtime.server.process import Server
+from edgeprune.runtime.server.process import Server, ServerOptions
 
 KEYS = ("key-of-a", "key-of-b")
 
@@ -151,30 +151,30 @@ def test_keys() -> None:
 
 def test_hosts_that_others_reach_need_keys() -> None:
     with pytest.raises(UsageError, match="--no-auth"):
-        Server(lambda on_phase: Double(), host="0.0.0.0", port=0)  # type: ignore[arg-type,return-value]
+        Server(lambda on_phase: Double(), ServerOptions(host="0.0.0.0", port=0))  # type: ignore[arg-type,return-value]
     with pytest.raises(UsageError, match="contradicts"):
-        Server(lambda on_phase: Double(), keys=KEYS, no_auth=True, port=0)  # type: ignore[arg-type,return-value]
+        Server(lambda on_phase: Double(), ServerOptions(keys=KEYS, no_auth=True, port=0))  # type: ignore[arg-type,return-value]
     with serving(Double(), host="0.0.0.0", no_auth=True) as url:
         assert httpx.get(f"{url.replace('0.0.0.0', '127.0.0.1')}/v1/models").status_code == 200
 
 
 def test_a_port_in_use() -> None:
     with serving(Double()) as url, pytest.raises(UsageError, match="Cannot listen"):
-        Server(lambda on_phase: Double(), port=int(url.rpartition(":")[2]))  # type: ignore[arg-type,return-value]
+        Server(lambda on_phase: Double(), ServerOptions(port=int(url.rpartition(":")[2])))  # type: ignore[arg-type,return-value]
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     def opens(on_phase: object) -> Double:
         raise BundleError("The bundle is broken.")
 
-    server = Server(opens, port=0)  # type: ignore[arg-type]
+    server = Server(opens, ServerOptions(port=0))  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="broken"):
         server.run()
 
 
 def test_what_runs_is_finished_and_what_waits_is_refused() -> None:
     double = Double(held=True)
-    server = Server(lambda on_phase: double, port=0, keys=KEYS, grace=PATIENCE)  # type: ignore[arg-type,return-value]
+    server = Server(lambda on_phase: double, ServerOptions(port=0, keys=KEYS, grace=PATIENCE))  # type: ignore[arg-type,return-value]
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(server.url, "ready")
@@ -191,7 +191,7 @@ def test_what_runs_is_finished_and_what_waits_is_refused() -> None:
 
 def test_what_does_not_end_in_time_is_cancelled() -> None:
     double = Double(held=True)
-    server = Server(lambda on_phase: double, port=0, grace=0.1)  # type: ignore[arg-type,return-value]
+    server = Server(lambda on_phase: double, ServerOptions(port=0, grace=0.1))  # type: ignore[arg-type,return-value]
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(server.url, "ready")

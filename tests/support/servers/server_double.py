@@ -17,7 +17,7 @@ from PIL import Image
 from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import CutReceipt, Receipt, Turn
-from edgeprune.runtime.server.process import Server
+from edgeprune.runtime.server.process import Server, ServerOptions
 
 NAME = "double"
 PATIENCE = 20.0  # seconds, of every wait
@@ -117,7 +117,7 @@ class AnswerDouble:
 @contextmanager
 def serving(model: Any, *, opens: Callable[[Any], Any] | None = None, **options: Any) -> Iterator[str]:
     """Yield the address of a server of a model; it has stopped when the block has ended."""
-    server = Server(opens or (lambda on_phase: model), port=0, **{"grace": 0.0, **options})
+    server = Server(opens or (lambda on_phase: model), ServerOptions(port=0, **{"grace": 0.0, **options}))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,0 +1,20 @@
+"""Nodes of a graph in place of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+
+def replace_nodes(graph: ir.Graph, at: ir.Node, nodes: Sequence[ir.Node], tape: Tape, values: Mapping[ir.Value, ir.Value]) -> None:
+    """Put what a tape recorded where a node stands, and remove `nodes`.
+
+    `values`: of what these returned, what it becomes, which takes over name, type and shape.
+    """
+    for old, new in values.items():
+        new.type, new.shape = old.type, old.shape
+    for initializer in tape.initializers:
+        graph.register_initializer(initializer)
+    ir.convenience.replace_nodes_and_values(graph, at, list(nodes), list(tape.nodes), list(values), list(values.values()))
