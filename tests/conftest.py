@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trace_cache import folder, kept_traces
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from edgeprune.bundle import Bundle
@@ -33,6 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in items if unasked & set(item.keywords)]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_traces() -> Iterator[None]:
+    place = folder()
+    with nullcontext() if place is None else kept_traces(place):
+        yield
 
 
 @pytest.fixture(scope="session")
