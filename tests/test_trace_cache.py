@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from edgeprune.calibration.planning import unpruned_plan
 from edgeprune.export import graphs
 from edgeprune.export.graphs import trace_embedding, trace_selector
 from edgeprune.loading import LoadedModel
+from edgeprune.model import input_selector
 from edgeprune.plan import Cut
 from edgeprune.targets import PLAIN, TARGETS, Lowering
 
@@ -50,7 +50,7 @@ class Counted:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
     counted = Counted(tmp_path / "traces")
     monkeypatch.setattr(graphs, "traced", counted)
     return counted
@@ -108,7 +108,7 @@ def test_all_that_a_trace_depends_on_is_in_the_key(monkeypatch: pytest.MonkeyPat
 def test_the_plan_is_in_the_key(tiny: LoadedModel) -> None:
     plan = unpruned_plan("qwen2_vl", 3, TINY_GEOMETRY)
     cuts = (Cut("input", "divprune", 5), Cut("input", "divprune", 6), Cut("input", "random", 5), Cut("input", "random", 5, seed=2))
-    selectors = [graphs.input_selector(plan.with_cuts(cut), 48) for cut in cuts]
+    selectors = [input_selector(plan.with_cuts(cut), 48) for cut in cuts]
     assert len({key(selector) for selector in selectors}) == 4
 
 

@@ -59,7 +59,7 @@ def folder() -> Path | None:
 def kept_traces(place: Path) -> Iterator[None]:
     """Let the export stage read what was traced before, and keep what was not."""
     fresh = graphs.traced
-    graphs.traced = functools.partial(recall, place, fresh)  # type: ignore[assignment]
+    graphs.traced = functools.partial(recall, place, fresh)
     try:
         yield
     finally:
@@ -210,7 +210,7 @@ def _read(path: Path, module: nn.Module) -> ir.Model | None:
     digest, content = whole[:32], whole[32:]
     if hashlib.sha256(content).digest() != digest:
         return None
-    model = ir.from_proto(onnx.ModelProto.FromString(content))
+    model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(content))
     for counter in _COUNTERS:
         setattr(model.graph._name_authority, counter, int(model.metadata_props.pop(counter)))
     inputs = dict(_inputs(module))
