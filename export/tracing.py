@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -169,7 +170,17 @@ class _Graph:
 
 
 def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
-    with torch.no_grad(), _quiet():
+    model = traced(graph, lowering.opset_of(graph.part))
+    model = finish(model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
+    drop_unread(model.graph)
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return described(model.graph)
+
+
+def traced(graph: _Graph, opset: int) -> ir.Model:
+    """Return the graph of a module as the exporter writes it: of the lowering it knows what the module and its arguments say."""
+    # What torch remembers of operators on lengths that are symbols takes longer to look up than to work out: half of the time.
+    with torch.no_grad(), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program = torch.onnx.export(
             graph.module,
             graph.arguments,
@@ -177,15 +188,12 @@ def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
             dynamic_shapes=graph.shapes,
             input_names=graph.inputs,
             output_names=graph.outputs,
-            opset_version=lowering.opset_of(graph.part),
+            opset_version=opset,
             verbose=False,
             optimize=False,  # part of `finish`
         )
     assert program is not None  # the dynamo exporter always returns the program
-    program.model = finish(program.model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
-    drop_unread(program.model.graph)
-    program.save(path, external_data=True)
-    return described(program.model.graph)
+    return program.model
 
 
 def _dimensions(graph: _Graph) -> dict[str, dict[int, str]]:

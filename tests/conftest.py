@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +35,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left]
 
 
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look at what tests make alone: torch and transformers are half a million objects that stay."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def kept_traces() -> Iterator[None]:
+    """Read what was traced before from the disk: see `trace_cache`."""
+    import trace_cache
+
+    place = trace_cache.folder()
+    with nullcontext() if place is None else trace_cache.kept_traces(place):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_traces(request: pytest.FixtureRequest) -> None:
+    if "torch" in sys.modules:  # some test may trace; pure tests run without torch
+        request.getfixturevalue("kept_traces")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Qwen2-VL folder of random weights: 3 layers, 6 heads on 2 KV heads of 8, 14-pixel patches merged 2 x 2."""
@@ -40,7 +67,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def even(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def even(tmp_path_factory: pytest.TempPathFactory, kept_traces: None) -> LoadedModel:
     """Return a model whose sizes suit every kernel: 2 layers, 4 heads on 2 KV heads of 32, matrices of whole int4 blocks."""
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -54,7 +81,7 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_folder: Path) -> LoadedModel:
+def tiny(tiny_folder: Path, kept_traces: None) -> LoadedModel:
     """Return the tiny model, loaded."""
     from edgeprune.checkpoint.loading import find_model, load_model
 
