@@ -32,9 +32,9 @@ def test_each_count_enters_the_decoder(tiny_bundle: Bundle, monkeypatch: pytest.
     entered, engine = list[int](), own.runtime._model.engine
     step = engine.step
 
-    def listened(tokens: Any, cache: Any) -> Any:
+    def listened(tokens: Any, cache: Any, **given: Any) -> Any:
         entered.append(tokens.prefix.embeds.shape[1])
-        return step(tokens, cache)
+        return step(tokens, cache, **given)
 
     monkeypatch.setattr(engine, "step", listened)
     grown = measure_growth(own, QUESTION, [3, 12], 1)

@@ -161,10 +161,10 @@ def test_a_failing_engine_leaves_the_conversation_usable(
     engine = runtime._model.engine
     step, calls = engine.step, iter(range(3))
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **given: Any) -> Any:
         if next(calls) == 2:
             raise MemoryError
-        return step(*arguments)
+        return step(*arguments, **given)
 
     monkeypatch.setattr(engine, "step", fail)
     stream = chat.ask(PROMPT, tiny_image, max_tokens=9)

@@ -251,8 +251,8 @@ def test_the_selftest_notices_a_wrong_engine(bundle: Bundle, driver: SimulatedDr
     engine = TensorRTEngine(bundle, simulated_tensorrt(driver), driver, Store(bundle.path, SECRET), ORIN)
     right = engine.step
 
-    def wrong(tokens: Any, cache: Any) -> Any:
-        step = right(tokens, cache)
+    def wrong(tokens: Any, cache: Any, **given: Any) -> Any:
+        step = right(tokens, cache, **given)
         return replace(step, logits=step.logits * 1.1)
 
     monkeypatch.setattr(engine, "step", wrong)
