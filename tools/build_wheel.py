@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ("pyproject.toml", "README.md")
+FILES = ("pyproject.toml", "README.md", "LICENSE")
 _OLDEST = "315532800"  # 1980, where the times of zip archives begin: for sources without a history
 
 

@@ -30,7 +30,7 @@ def sources_then(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for folder in ("edgeprune", *LINKED):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in tool("build_wheel").FILES:
         shutil.copy(ROOT / name, copy)
     return copy
 
