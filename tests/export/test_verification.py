@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from altered import change_weight, first_failure, sealed
 
@@ -13,6 +14,7 @@ from edgeprune.bundle import DECODER, PREPROCESSOR, VISION, Bundle
 from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
 from edgeprune.errors import VerificationError
 from edgeprune.export.verification import verify
+from edgeprune.runtime.backends.compare import differing_indices, largest_difference
 
 
 def test_an_exported_bundle_verifies(tiny_bundle: Bundle, tiny: LoadedModel) -> None:
@@ -52,3 +54,17 @@ def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
 def test_a_copied_bundle_still_verifies(tiny_bundle: Bundle, tiny: LoadedModel, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle.path, tmp_path / "elsewhere")
     assert first_failure(verify(Bundle.load(tmp_path / "elsewhere"), tiny)) is None
+
+
+def test_differences_are_those_of_the_worst_array() -> None:
+    expected = np.array([[1.0, -4.0]])
+    pairs = [(expected, expected), (expected, np.array([[1.0, -3.0]])), (np.array([10.0]), np.array([11.0]))]
+    assert largest_difference(pairs) == 0.25
+    assert largest_difference([]) == 0
+    for unlike in (np.array([1.0, -4.0]), np.array([[1.0, np.nan]])):
+        assert largest_difference([*pairs, (expected, unlike)]) == float("inf")
+
+
+def test_kept_indices_differ_as_sets_head_by_head() -> None:
+    assert differing_indices([(np.array([0, 2, 5]), np.array([5, 0, 3]))]) == 2
+    assert differing_indices([(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [0, 3]]))]) == 2
