@@ -1,0 +1,67 @@
+"""What others import: the public names of four modules, as a table that has to be changed by hand.
+
+Programs on robots import these names. A new one is promised from then on, and goes into CHANGELOG.md. One that leaves, or gets
+another name, stays for a release under its old name with a warning, and CHANGELOG.md says what replaces it.
+"""
+
+from __future__ import annotations
+import __future__
+
+import importlib
+import inspect
+from types import ModuleType
+
+import pytest
+
+# In the order that ruff wants of __all__: constants, classes, functions.
+TABLE = {
+    "edgeprune.runtime": """
+        NV12 Answer Chat CutReceipt Feed FeedClosed FeedError FeedTimeout Receipt Runtime Sampling Shot Stream Terms Times Turn load
+    """,
+    "edgeprune.plan": """
+        SITES Cut Geometry KeepPlan View check_keep_ratio keep_count kept_of
+    """,
+    "edgeprune.bundle": """
+        CHAT_TEMPLATE CHECKS DECODER EMBED MANIFEST PLAN PREDICTOR PREPROCESSOR SCHEMA_VERSION SELECTOR SPECIAL_TOKENS TOKENIZER
+        VISION VISION_UNPRUNED Bundle DecoderShape GraphRecord ImageText Manifest Source Tensor files_of is_bundle tier_plan
+        tier_selector
+    """,
+    "edgeprune.errors": """
+        BundleError EdgePruneError EngineError ImageError MissingExtraError PlanError UnsupportedModelError UsageError
+        VerificationError one_line require_extra
+    """,
+}
+WITHOUT_ALL = {"edgeprune.errors"}  # a file that imports none of our names: all it defines is its own
+
+
+def public(module: ModuleType) -> set[str]:
+    """Return what can be imported from a module without an underscore, but other modules and `annotations`."""
+    held = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name for name, value in held.items() if not isinstance(value, ModuleType | type(__future__.annotations))}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_public_names_are_those_of_the_table(name: str) -> None:
+    module, promised = importlib.import_module(name), TABLE[name].split()
+    assert sorted(public(module)) == sorted(promised)
+    if name in WITHOUT_ALL:
+        assert not hasattr(module, "__all__")
+    else:
+        assert module.__all__ == promised
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_public_name_can_be_imported_and_says_what_it_is(name: str) -> None:
+    for promised in TABLE[name].split():
+        value = getattr(importlib.import_module(name), promised)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__module__.startswith("edgeprune.") and value.__doc__, promised
+
+
+def test_every_error_is_in_the_tree_that_is_drawn() -> None:
+    errors = importlib.import_module("edgeprune.errors")
+    drawn = (errors.__doc__ or "").split()
+    for name in TABLE["edgeprune.errors"].split():
+        if inspect.isclass(getattr(errors, name)):
+            assert issubclass(getattr(errors, name), errors.EdgePruneError)
+            assert name in drawn
