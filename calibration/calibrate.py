@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgeprune.calibration.allocate.budgets import LayerClass, classify
-from edgeprune.calibration.allocate.dyrate import RateRequest, fit_decode_rate
-from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_at
-from edgeprune.calibration.collect.run import Counting, Request, chosen_samples, load_or_collect
+from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
+from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
+from edgeprune.calibration.collect.run import CollectOptions, ProgressReporter, draw_samples, load_or_collect
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
 from edgeprune.calibration.search.pareto import Curve
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
@@ -39,7 +39,7 @@ _ALLOCATION = ("site", "layer", "allocate", "delta", "prior", "stages", "core", 
 _SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "target_reads", "times", "curve")
 
 
-class Progress(Counting, Protocol):
+class Progress(ProgressReporter, Protocol):
     """Where the user sees what is going on."""
 
     def say(self, what: str) -> None:
@@ -126,7 +126,7 @@ class CalibrateOptions:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibrationResult:
     """What came out: a plan with its costs, or statistics alone."""
 
     statistics: Path | None
@@ -137,19 +137,19 @@ class Calibrated:
     kv: float = 1.0
     classes: tuple[LayerClass, ...] = ()
     curve: Curve | None = None
-    times: DeviceTimes | None = None
+    times: DeviceProfile | None = None
 
 
-def run_calibrate(options: CalibrateOptions, progress: Progress) -> Calibrated:
+def run_calibrate(options: CalibrateOptions, progress: Progress) -> CalibrationResult:
     """Make what the options ask for."""
     options.check()
-    samples = chosen_samples(read_samples(options.data, need_answers=False), options.limit, options.seed)
-    folder = find_model(options.model, trust_remote_code=options.trust_remote_code)
+    samples = draw_samples(read_samples(options.data, need_answers=False), options.limit, options.seed)
+    folder = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
     progress.say("loading the model")
     loaded = load_model(folder)
     geometry = loaded.geometry(options.image_size)
-    whole = unpruned_plan(folder.model_type, loaded.decoder_shape().layers, geometry)
-    request = Request(
+    unpruned = unpruned_plan(folder.model_type, loaded.decoder_shape().layers, geometry)
+    request = CollectOptions(
         geometry,
         options.rows,
         options.reduce,
@@ -161,16 +161,18 @@ def run_calibrate(options: CalibrateOptions, progress: Progress) -> Calibrated:
     )
     path = options.statistics or options.output.with_suffix(".statistics.safetensors")  # type: ignore[union-attr]  # checked
     if options.method == AUTO:
-        return _auto(options, loaded, samples, request, path, whole, progress)
+        return _auto(options, loaded, samples, request, path, unpruned, progress)
     statistics = partial(load_or_collect, loaded, samples, request, path, progress, options.ray_address)
     if options.method is None:
-        return Calibrated(path, statistics().samples)
-    base = whole if options.onto is None else read_plan(options.onto, whole)
+        return CalibrationResult(path, statistics().samples)
+    base = unpruned if options.onto is None else read_plan(options.onto, unpruned)
     loaded.check_plan(base)
     plan = _allocate(options, base, statistics, partial(fit_decode_rate, loaded, samples, request, progress))
     loaded.check_plan(plan)
     classes = _classes(options, statistics)
-    return _written(options, loaded, plan, Calibrated(path if path.is_file() else None, len(samples), classes=tuple(classes)))
+    return _written(
+        options, loaded, plan, CalibrationResult(path if path.is_file() else None, len(samples), classes=tuple(classes))
+    )
 
 
 def _allocate(
@@ -179,10 +181,12 @@ def _allocate(
     method, keep = str(options.method), float(options.keep or 0.0)
     settings = options.given(_ALLOCATION)
     if method == DYRATE:
-        rate = RateRequest(keep, settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed)
+        rate = DecodeRateOptions(
+            keep, settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed
+        )
         found = None if base.cache_cuts else statistics()
         return fit_rate(base, rate, found.prior() if found is not None and options.prior else None)
-    return plan_at(method, keep, base, statistics() if method in STATISTICAL else None, **settings)
+    return plan_for_budget(method, keep, base, statistics() if method in STATISTICAL else None, **settings)
 
 
 def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
@@ -196,45 +200,45 @@ def _auto(
     options: CalibrateOptions,
     loaded: LoadedModel,
     samples: list[Sample],
-    request: Request,
+    request: CollectOptions,
     path: Path,
-    whole: KeepPlan,
+    unpruned: KeepPlan,
     progress: Progress,
-) -> Calibrated:
+) -> CalibrationResult:
     # Every second sample is held out: plans are judged on others than those that the statistics come from.
     drop = 0.01 if options.max_drop is None else options.max_drop
     goal = Goal(drop, options.target_flops, options.target_kv, options.target_ttft, options.target_reads)
-    times = _times(options, loaded, whole)
-    check_goal(goal, loaded, whole, times, len(samples[1::2]))  # an unreachable target is told before anything is measured
+    times = _times(options, loaded, unpruned)
+    check_goal(goal, loaded, unpruned, times, len(samples[1::2]))  # an unreachable target is told before anything is measured
     progress.say("answering without pruning")
-    held_out = Agreement(loaded, whole, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device)
+    held_out = Agreement(loaded, unpruned, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device)
     statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
     fit_rate = partial(fit_decode_rate, loaded, samples[::2], request, progress)
     try:
-        plan, curve = find_plan(loaded, statistics, fit_rate, held_out, whole, goal, times, progress.say)
+        plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress.say)
     except DropExceededError as error:
         if options.curve is not None:
             error.curve.save(options.curve)
         raise
     if options.curve is not None:
         curve.save(options.curve)
-    return _written(options, loaded, plan, Calibrated(path, len(samples), curve=curve, times=times))
+    return _written(options, loaded, plan, CalibrationResult(path, len(samples), curve=curve, times=times))
 
 
-def _times(options: CalibrateOptions, loaded: LoadedModel, whole: KeepPlan) -> DeviceTimes | None:
+def _times(options: CalibrateOptions, loaded: LoadedModel, unpruned: KeepPlan) -> DeviceProfile | None:
     if options.times is not None and options.device_name is not None:
         raise UsageError("Times are either measured or computed.", hint="Give --times or a target --device, not both.")
     if options.times is not None:
-        times = DeviceTimes.load(options.times)
-        if times.tokens != whole.geometry.tokens:
-            raise UsageError(f"{options.times} was measured with {times.tokens} visual tokens, not {whole.geometry.tokens}.")
+        times = DeviceProfile.load(options.times)
+        if times.tokens != unpruned.geometry.tokens:
+            raise UsageError(f"{options.times} was measured with {times.tokens} visual tokens, not {unpruned.geometry.tokens}.")
         return times
-    return None if options.device_name is None else roofline_times(loaded, whole.geometry, options.device_name)
+    return None if options.device_name is None else roofline_times(loaded, unpruned.geometry, options.device_name)
 
 
-def _written(options: CalibrateOptions, loaded: LoadedModel, plan: KeepPlan, result: Calibrated) -> Calibrated:
+def _written(options: CalibrateOptions, loaded: LoadedModel, plan: KeepPlan, result: CalibrationResult) -> CalibrationResult:
     assert options.output is not None
     plan.save(options.output)
     parts = loaded.family.decoder()
-    whole = unpruned_plan(plan.family, plan.layers, loaded.geometry(options.image_size))
-    return replace(result, plan=plan, output=options.output, flops=flops_share(parts, plan, whole), kv=kv_share(plan, whole))
+    unpruned = unpruned_plan(plan.family, plan.layers, loaded.geometry(options.image_size))
+    return replace(result, plan=plan, output=options.output, flops=flops_share(parts, plan, unpruned), kv=kv_share(plan, unpruned))

@@ -16,12 +16,12 @@ PRUNED, UNPRUNED = "pruned", "unpruned"
 
 @dataclass
 class KindScore:
-    """The answers to one kind of question: `right` of `of` points, and how many of the `asked` answers equal the unpruned one.
+    """The answers to one kind of question: `right` of `of` points, and how many of the `total` answers equal the unpruned one.
 
     `visual_reads`: the share of visual KV entries that the pruned answers' decode steps read, added up.
     """
 
-    asked: int = 0
+    total: int = 0
     right: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
     of: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
     agreed: int = 0
@@ -34,7 +34,7 @@ class KindScore:
     @property
     def agreement(self) -> float:
         """The share of pruned answers that equal the unpruned ones, word for word."""
-        return self.agreed / self.asked if self.asked else 0.0
+        return self.agreed / self.total if self.total else 0.0
 
 
 @dataclass
@@ -79,7 +79,7 @@ class EvalReport:
         for kind, entry in self.kinds.items():
             if kind == SHORT:
                 continue
-            total.asked += entry.asked
+            total.total += entry.total
             total.agreed += entry.agreed
             total.visual_reads += entry.visual_reads
             for variant in (PRUNED, UNPRUNED):
@@ -92,10 +92,10 @@ class EvalReport:
         variants = (PRUNED, UNPRUNED) if self.pruned else (UNPRUNED,)
         kinds: dict[str, Any] = {}
         for kind, entry in self.rows().items():
-            kinds[kind] = {"asked": entry.asked, **{variant: entry.accuracy(variant) for variant in variants}}
+            kinds[kind] = {"asked": entry.total, **{variant: entry.accuracy(variant) for variant in variants}}
             if self.pruned:
                 kinds[kind]["agreement"] = entry.agreement
-                kinds[kind]["visual_reads"] = entry.visual_reads / max(entry.asked, 1)
+                kinds[kind]["visual_reads"] = entry.visual_reads / max(entry.total, 1)
         return {"kinds": kinds, "cost": {variant: self.cost[variant].to_dict() for variant in variants}}
 
 
@@ -111,14 +111,14 @@ def evaluate(
     report = EvalReport(pruned=bool(runtime.plan.cuts))
     for done, sample in enumerate(samples, start=1):
         entry = report.kinds.setdefault(sample.kind or "question", KindScore())
-        entry.asked += 1
+        entry.total += 1
         texts = {}
         for variant in (PRUNED, UNPRUNED) if report.pruned else (UNPRUNED,):
             pruned = variant == PRUNED
             answer = runtime.generate(sample.image, sample.prompt, prune=pruned, fit=fit, tier=tier if pruned else None)
             points = score(sample, answer.text)
-            entry.right[variant] += points.right
-            entry.of[variant] += points.of
+            entry.right[variant] += points.correct
+            entry.of[variant] += points.total
             report.cost[variant].add(answer.receipt)
             texts[variant] = answer.text
             if variant == PRUNED:

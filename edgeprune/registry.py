@@ -114,7 +114,7 @@ def _resolve(reference: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Field:
+class Applicability:
     """A method at a site. `reason`: why it does not apply there, empty where it does."""
 
     method: str
@@ -122,21 +122,21 @@ class Field:
     reason: str
 
 
-def fields(family: Any) -> list[Field]:
+def applicability(family: Any) -> list[Applicability]:
     """Return one field for every method and site, for a family's class or one of its models."""
-    return [Field(method, site, why_not(method, site, family)) for method in sorted(METHODS) for site in SITES]
+    return [Applicability(method, site, unsupported_reason(method, site, family)) for method in sorted(METHODS) for site in SITES]
 
 
-def why_not(method: str, site: str, family: Any) -> str:
+def unsupported_reason(method: str, site: str, family: Any) -> str:
     """Return why a method cannot act at a site of a family; an empty string where it can."""
     kind = method_class(method)
     if site not in kind.sites:
         return f"acts at: {', '.join(kind.sites)}"
-    if site == "vision" and family.unthinned:
-        return f"needs an encoder whose tokens can leave: {family.unthinned}"
+    if site == "vision" and family.no_encoder_cuts_reason:
+        return f"needs an encoder whose tokens can leave: {family.no_encoder_cuts_reason}"
     for signal in kind.needs:
         if signal not in family.signals:
-            return f"needs the signal {signal!r}" + (f": {family.unsignalled}" if family.unsignalled else "")
+            return f"needs the signal {signal!r}" + (f": {family.no_signals_reason}" if family.no_signals_reason else "")
     if getattr(kind, "videos_only", False) and not family.videos:
         return "needs a video, which the family does not take"
     return ""

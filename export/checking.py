@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from edgeprune.bundle import Bundle
 from edgeprune.lint.check import lint
 from edgeprune.lint.rule import Finding
-from edgeprune.runtime.backends.tensorrt.profiles import Limits, profiles_of
-from edgeprune.runtime.backends.tensorrt.trial import Trial, can_try, stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
+from edgeprune.runtime.backends.tensorrt.trial import Trial, can_try, substitute_capability, try_build
 from edgeprune.targets import Target
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """What was found: `findings` of the lint, and `trials`, None where no builder is installed or the target has none."""
 
     target: Target
@@ -30,13 +30,13 @@ class Report:
 
 
 def check_bundle(
-    bundle: Bundle, target: Target, limits: Limits | None = None, *, progress: Callable[[str], None] = lambda graph: None
-) -> Report:
+    bundle: Bundle, target: Target, limits: ProfileLimits | None = None, *, progress: Callable[[str], None] = lambda graph: None
+) -> CheckReport:
     """Return what `target` would say of a bundle's graphs under the optimization profiles of `limits`.
 
     Weights of a precision that the bundle was not exported with are not tried. Raises BundleError and UsageError.
     """
-    profiles = profiles_of(bundle, limits or Limits())
+    profiles = shape_profiles(bundle, limits or ProfileLimits())
     tried: list[Trial] | None = [] if target.tensorrt is not None and can_try() else None
     findings: list[Finding] = []
     for name, ranges in profiles.items():
@@ -44,5 +44,5 @@ def check_bundle(
         given = [profile for profile in ranges if profile]
         findings += lint(bundle.file(name), target, given, name=name)
         if tried is not None:
-            tried.append(try_build(bundle.file(name), name, ranges, stand_in(target)))
-    return Report(target, tuple(findings), None if tried is None else tuple(tried))
+            tried.append(try_build(bundle.file(name), name, ranges, substitute_capability(target)))
+    return CheckReport(target, tuple(findings), None if tried is None else tuple(tried))

@@ -85,7 +85,7 @@ def export_bundle(
 
 
 def _write_graphs(
-    loaded: LoadedModel, plan: KeepPlan, lower: Mapping[str, KeepPlan], lowering: Lowering, folder: Path, progress: Progress
+    loaded: LoadedModel, plan: KeepPlan, lower_tiers: Mapping[str, KeepPlan], lowering: Lowering, folder: Path, progress: Progress
 ) -> dict[str, GraphRecord]:
     (folder / VISION).parent.mkdir()
     parts, graphs = loaded.family.decoder(), dict[str, GraphRecord]()
@@ -101,12 +101,12 @@ def _write_graphs(
     if plan.input is not None:
         keys = graphs[VISION].outputs.get("vision_keys")
         key_dim = int(keys.shape[1]) if keys else 0
-        for path, each in {SELECTOR: plan, **{tier_selector(name): lower[name] for name in lower}}.items():
+        for path, each in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
             graphs[path] = trace_selector(parts, each, key_dim, lowering, folder / path)
-    if plan.live:
+    if plan.follows_attention:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress("decoder")
-    axes, others = loaded.family.position_axes, tuple(lower.values())
+    axes, others = loaded.family.position_axes, tuple(lower_tiers.values())
     graphs[DECODER] = trace_decoder(parts, axes, plan, lowering, folder / DECODER, others)
     return graphs
 

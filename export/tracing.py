@@ -22,12 +22,12 @@ from torch import nn
 from edgeprune.bundle import GraphRecord
 from edgeprune.bundle.graph_io import SEGMENTS, SIGNALS, TIER, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.checkpoint.weights import stored_in
-from edgeprune.export.passes.pipeline import described, drop_unread, finish
+from edgeprune.export.passes.pipeline import drop_unused_inputs, graph_record, run_passes
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.plan import KeepPlan
-from edgeprune.plan.tiers import cache_stage
+from edgeprune.plan.tiers import cache_group
 from edgeprune.registry import method_class
 from edgeprune.targets import Lowering
 
@@ -52,7 +52,7 @@ def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: 
     Where the encoder has cuts, also visual_order [V], indices in the image. `key_dim`: of the vision encoder's keys, where it gives
     any.
     """
-    tokens = plan.encoded
+    tokens = plan.tokens_from_encoder
     words = torch.export.Dim("words", min=1, max=MAX_LENGTH)
     generator = torch.Generator().manual_seed(0)
     arguments = [torch.randn(1, n, (1 + parts.planes) * parts.hidden, generator=generator) for n in (tokens, 5)]
@@ -71,7 +71,7 @@ def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: 
 def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the rate of a live decode cut: attention_split [layers, 4], step [1] -> share [1]."""
     assert plan.decode is not None
-    rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rater()
+    rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rate_predictor()
     arguments = torch.full((plan.layers, 4), 0.25), torch.ones(1)
     return _trace(_Graph(rater, arguments, None, ["attention_split", "step"], ["share"]), lowering, path)
 
@@ -89,26 +89,30 @@ def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path) -> Grap
 
 
 def trace_decoder(
-    parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path, lower: Sequence[KeepPlan] = ()
+    parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path, lower_tiers: Sequence[KeepPlan] = ()
 ) -> GraphRecord:
     """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.bundle.graph_io`.
 
-    `lower`: plans of lower tiers.
+    `lower_tiers`: plans of lower tiers.
     """
     options = {"fused": lowering.target.fused, "blocked": lowering.target.blocked}
-    decoder = PrunedDecoder(parts, plan, lower=lower, **options).eval()
+    decoder = PrunedDecoder(parts, plan, lower_tiers=lower_tiers, **options).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
-    examples = dict(zip(SEGMENTS, (3, plan.seen, 5), strict=True))
+    examples = dict(zip(SEGMENTS, (3, plan.tokens_entering_decoder, 5), strict=True))
     embeds = [torch.zeros(1, examples[name], (1 + parts.planes) * parts.hidden) for name in SEGMENTS]
     positions = [torch.zeros(axes, examples[name], dtype=torch.int64) for name in SEGMENTS]
     shapes: list[Any] = [{1: lengths[name]} for name in SEGMENTS] * 2 + [{0: lengths["visual"]}]
-    arguments: list[Any] = [*embeds, *positions, torch.arange(plan.seen)]
-    past, past_shapes = _example_caches(parts, (plan, *lower), getattr(torch, lowering.products))
+    arguments: list[Any] = [*embeds, *positions, torch.arange(plan.tokens_entering_decoder)]
+    past, past_shapes = _example_caches(parts, (plan, *lower_tiers), getattr(torch, lowering.products))
     groups = torch.zeros(past[0].shape[0] - 1 + 3 + 5, 3)
-    arguments += [torch.zeros(1 + len(lower), dtype=torch.int64) if lower else None, groups if plan.live else None, past]
-    tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower))} if lower else None
-    shapes += [tier, {0: torch.export.Dim.AUTO} if plan.live else None, past_shapes]
-    names = decoder_inputs(plan, tiers=bool(lower)), decoder_outputs(plan)
+    arguments += [
+        torch.zeros(1 + len(lower_tiers), dtype=torch.int64) if lower_tiers else None,
+        groups if plan.follows_attention else None,
+        past,
+    ]
+    tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower_tiers))} if lower_tiers else None
+    shapes += [tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
+    names = decoder_inputs(plan, tiers=bool(lower_tiers)), decoder_outputs(plan)
     return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
 
 
@@ -150,7 +154,7 @@ def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.
     layers = plans[0].layers
     visual: list[tuple[torch.Tensor, Any]] = []
     for layer in range(layers):
-        stage = cache_stage(plans, layer)
+        stage = cache_group(plans, layer)
         length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
         rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim, dtype=kind)
         visual += [(rows, {0: length})] * 2
@@ -171,10 +175,10 @@ class _Graph:
 
 def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
     model = traced(graph, lowering.opset_of(graph.part))
-    model = finish(model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
-    drop_unread(model.graph)
+    model = run_passes(model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
+    drop_unused_inputs(model.graph)
     ir.save(model, path, external_data=f"{path.name}.data")
-    return described(model.graph)
+    return graph_record(model.graph)
 
 
 def traced(graph: _Graph, opset: int) -> ir.Model:
@@ -190,7 +194,7 @@ def traced(graph: _Graph, opset: int) -> ir.Model:
             output_names=graph.outputs,
             opset_version=opset,
             verbose=False,
-            optimize=False,  # part of `finish`
+            optimize=False,  # part of `run_passes`
         )
     assert program is not None  # the dynamo exporter always returns the program
     return program.model

@@ -15,21 +15,21 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.bundle import PREPROCESSOR, Bundle
-from edgeprune.calibration.replay.reference import EagerEngine, reference_model
+from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
 from edgeprune.processors import read_image_spec
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
-from edgeprune.runtime.backends.onnxruntime import OnnxEngine
-from edgeprune.runtime.generation.conversation import Conversation, Picture
-from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
+from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 
 GENERATED = 32
-Found = tuple[str, float, str]  # stage, worst difference, what was compared
+Comparison = tuple[str, float, str]  # stage, worst difference, what was compared
 _FP32 = {"pixels": 1e-5, "vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0}
 # Half precision rounds at 5e-4, and a tower of rounded layers adds up; scores that are nearly equal change places.
 _ROUNDED = {"pixels": 1e-5, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill": 3e-3, "generation": 5e-3}
@@ -39,7 +39,7 @@ TOLERANCES = {"fp32": _FP32, "fp16": _ROUNDED, "int8": _ROUNDED, "int4": _ROUNDE
 
 
 @dataclass(frozen=True)
-class Stage:
+class ParityStage:
     """One line of the report: the `worst` difference found, the `tolerance`, and what was compared.
 
     Numbers are relative to the largest magnitude of the reference; for kept indices, `worst` is the share of indices that differ,
@@ -59,7 +59,7 @@ class Stage:
 
 def verify(
     bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] = lambda stage: None, tier: str | None = None
-) -> list[Stage]:
+) -> list[ParityStage]:
     """Compare a bundle, of several tiers the first or `tier`, with its model, stage by stage.
 
     Raises VerificationError when the model is not the one exported, UsageError for an unknown tier.
@@ -71,21 +71,21 @@ def verify(
         )
     lowering = bundle.manifest.lowering
     number = bundle.tier(tier)
-    reference = replace(reference_model(loaded, (bundle.plan, *bundle.lower)[number]), decoder=bundle.manifest.decoder)
+    reference = replace(reference_model(loaded, (bundle.plan, *bundle.lower_tiers)[number]), decoder=bundle.manifest.decoder)
     frames = frames_for(bundle.plan.geometry)
-    picture: Picture = frames if bundle.manifest.image.kind == "video" else frames[0]
+    picture: ImageOrFrames = frames if bundle.manifest.image.kind == "video" else frames[0]
     progress("reference")
-    recorder = RecordingBackend(reference.engine)
-    assert isinstance(reference.engine, EagerEngine)
-    with reference.engine.lowered(lowering):
+    recorder = RecordingBackend(reference.backend)
+    assert isinstance(reference.backend, TorchBackend)
+    with reference.backend.lowered(lowering):
         text = _describe(reference, recorder, picture)
-    engine = OnnxEngine(bundle, exact=True)
+    backend = OnnxRuntimeBackend(bundle, exact=True)
     # What transformers makes of a video needs torchvision; a frame is prepared as an image is.
     found = [_pixels(loaded, bundle, frames[0])] if len(frames) == 1 else []
     progress("vision")
-    found += _vision(engine, recorder)
+    found += _vision(backend, recorder)
     progress("decoder")
-    found += _replay(engine, recorder, number)
+    found += _replay(backend, recorder, number)
     tolerances = _EIGHT_BITS if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
     if "text" not in tolerances:  # one near tie would change every word after it: `eval` judges what such a bundle says
         return _judged(found, tolerances)
@@ -95,19 +95,19 @@ def verify(
     return _judged(found, tolerances)
 
 
-def _judged(found: list[Found], tolerances: Mapping[str, float]) -> list[Stage]:
-    return [Stage(name, worst, tolerances[name], compared) for name, worst, compared in found]
+def _judged(found: list[Comparison], tolerances: Mapping[str, float]) -> list[ParityStage]:
+    return [ParityStage(name, worst, tolerances[name], compared) for name, worst, compared in found]
 
 
-def _describe(model: Model, recorder: RecordingBackend, picture: Picture) -> str:
-    conversation = Conversation(replace(model, engine=recorder))
+def _describe(pipeline: Pipeline, recorder: RecordingBackend, picture: ImageOrFrames) -> str:
+    conversation = Conversation(replace(pipeline, backend=recorder))
     return "".join(conversation.ask(DESCRIBE_PROMPT, [picture], Sampling(max_tokens=GENERATED)))
 
 
-def _vision(engine: OnnxEngine, recorder: RecordingBackend) -> list[Found]:
-    expected, actual = recorder.seen[0], engine.see(recorder.patches[0])
+def _vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> list[Comparison]:
+    expected, actual = recorder.seen[0], backend.encode_image(recorder.patches[0])
     # Of the tokens that both have: where rounding changed the set, the others say nothing of the graph.
-    rows, own = (np.isin(one.order, other.order) for one, other in ((expected, actual), (actual, expected)))
+    rows, own = (np.isin(one.token_indices, other.token_indices) for one, other in ((expected, actual), (actual, expected)))
     pairs = [(expected.embeds[:, rows], actual.embeds[:, own])]
     pairs += [(expected.signals[name][rows], actual.signals[name][own]) for name in expected.signals]
     found = [_stage("vision", pairs, f"{int(rows.sum())} tokens")]
@@ -116,7 +116,7 @@ def _vision(engine: OnnxEngine, recorder: RecordingBackend) -> list[Found]:
     return [_kept("vision kept", [*zip(expected.kept, actual.kept, strict=True)]), *found]
 
 
-def _pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Found:
+def _pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Comparison:
     from transformers import AutoImageProcessor
 
     own, frozen = loaded.folder.processor, loaded.settings(bundle.plan.geometry)
@@ -136,13 +136,13 @@ def _patches(views: np.ndarray, side: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.transpose(0, 2, 4, 1, 3, 5)).reshape(-1, 3 * side * side)
 
 
-def _replay(engine: OnnxEngine, recorder: RecordingBackend, tier: int) -> list[Found]:
+def _replay(backend: OnnxRuntimeBackend, recorder: RecordingBackend, tier: int) -> list[Comparison]:
     # Every step starts from the reference's cache, so that one wrong step does not spoil the next.
     selections = zip(recorder.prompts, recorder.selected, strict=True)
-    kept = [(expected, engine.select(recorder.seen[0], prompt, tier)[1]) for prompt, expected in selections]
+    kept = [(expected, backend.select_tokens(recorder.seen[0], prompt, tier)[1]) for prompt, expected in selections]
     logits: list[tuple[np.ndarray, np.ndarray]] = []
     for (tokens, cache), expected in zip(recorder.inputs, recorder.steps, strict=True):
-        actual = engine.step(replace(tokens, tier=tier), cache)
+        actual = backend.forward(replace(tokens, tier=tier), cache)
         logits.append((expected.logits, actual.logits))
         kept += zip(expected.kept, actual.kept, strict=True)
     return [
@@ -152,12 +152,12 @@ def _replay(engine: OnnxEngine, recorder: RecordingBackend, tier: int) -> list[F
     ]
 
 
-def _kept(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Found:
+def _kept(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Comparison:
     counts = ", ".join(str(expected.shape[-1]) for expected, _ in pairs if expected.size) or "no cuts"
     return (name, differing_indices(pairs) / max(sum(expected.size for expected, _ in pairs), 1), f"tokens kept: {counts}")
 
 
-def _stage(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], compared: str) -> Found:
+def _stage(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], compared: str) -> Comparison:
     worst = largest_difference(pairs)
     if np.isinf(worst):
         expected, actual = next(pair for pair in pairs if np.isinf(largest_difference([pair])))

@@ -10,10 +10,12 @@ print(answer.text, answer.receipt.times.ttft_ms)
 if __name__ != "edgeprune.runtime":
     raise ImportError("Import edgeprune.runtime: runtime/ is a folder of the package edgeprune, which links to it.")
 
+import warnings
+
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Answer, Chat, Runtime
 from edgeprune.runtime.generation.conversation import Stream, Turn
-from edgeprune.runtime.generation.request import Terms
+from edgeprune.runtime.generation.request import RequestLimits
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
 from edgeprune.runtime.media.frames import NV12
@@ -29,12 +31,21 @@ __all__ = [
     "FeedError",
     "FeedTimeout",
     "Receipt",
+    "RequestLimits",
     "Runtime",
     "Sampling",
     "Shot",
     "Stream",
-    "Terms",
     "Times",
     "Turn",
     "load",
 ]
+
+_RENAMED = {"Terms": "RequestLimits"}  # old public names, which work for one release
+
+
+def __getattr__(name: str) -> object:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"edgeprune.runtime.{name} is now edgeprune.runtime.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

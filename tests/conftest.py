@@ -71,21 +71,21 @@ def even(tmp_path_factory: pytest.TempPathFactory, kept_traces: None) -> LoadedM
     """Return a model whose sizes suit every kernel: 2 layers, 4 heads on 2 KV heads of 32, matrices of whole int4 blocks."""
     from transformers import Qwen2VLForConditionalGeneration
 
-    from edgeprune.checkpoint.loading import find_model, load_model
+    from edgeprune.checkpoint.loading import load_model, resolve_model
 
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     config = qwen2_vl_config({**sizes, "rope_parameters": rope})
     folder = model_folder(tmp_path_factory.mktemp("even-qwen2-vl"), Qwen2VLForConditionalGeneration, config)
-    return load_model(find_model(str(folder)))
+    return load_model(resolve_model(str(folder)))
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path, kept_traces: None) -> LoadedModel:
     """Return the tiny model, loaded."""
-    from edgeprune.checkpoint.loading import find_model, load_model
+    from edgeprune.checkpoint.loading import load_model, resolve_model
 
-    return load_model(find_model(str(tiny_folder)))
+    return load_model(resolve_model(str(tiny_folder)))
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def plphp_plan(statistics: Statistics, base: KeepPlan, shares: Sequence[float], 
 
     `prior`: rank also by where the calibration set's answers looked.
     """
-    counts = [int(base.alive(layer) * share + 1e-9) for layer, share in enumerate(shares)]
+    counts = [int(base.tokens_at_layer(layer) * share + 1e-9) for layer, share in enumerate(shares)]
     return ranked_plan(base, counts, statistics.prior() if prior else None, **statistics.source.ranking)
 
 
@@ -100,7 +100,7 @@ def fitprune_plan(statistics: Statistics, base: KeepPlan, share: float, stages: 
     """
     for recipe in statistics.mean("fitprune"):  # from the strictest tolerance to the loosest
         plan = _staged(base, recipe, stages)
-        if sum(map(plan.alive, range(base.layers))) <= share * base.geometry.tokens * base.layers:
+        if sum(map(plan.tokens_at_layer, range(base.layers))) <= share * base.geometry.tokens * base.layers:
             return plan
     raise PlanError(f"FitPrune cannot reach {share:.0%}: layer 0 sees every token.", hint="Ask for more, or cut at the input.")
 
@@ -132,6 +132,6 @@ def vtw_plan(statistics: Statistics, base: KeepPlan, share: float | None = None,
     return base.with_cuts(Cut("layer", "vtw", 0, layer)) if layer < base.layers else base
 
 
-def counted(base: KeepPlan, share: float) -> int:
+def with_counts(base: KeepPlan, share: float) -> int:
     """Return how many of the plan's visual tokens a share keeps."""
     return keep_count(base.geometry.tokens, share)

@@ -15,44 +15,44 @@ import numpy as np
 import torch
 
 from edgeprune.calibration.data.samples import Sample
-from edgeprune.calibration.replay.episodes import Episode, Episodes, divergence
+from edgeprune.calibration.replay.episodes import Recorder, Recording, divergence
 from edgeprune.errors import UsageError
-from edgeprune.plan import kept_of
+from edgeprune.plan import keep_count_up
 
 SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)  # what a live rate picks from (reconstruction)
 _INTERVALS = 8  # of the attention map
 
 
 @dataclass(frozen=True)
-class Answer:
+class RecordedAnswer:
     """A recorded answer: the unpruned `logits` [T, vocabulary], and the split [layers, 4] before its first step."""
 
-    episode: Episode
+    episode: Recording
     logits: torch.Tensor
-    first_split: torch.Tensor
+    first_attention_shares: torch.Tensor
 
 
-class Theatre:
+class PolicyReplay:
     """Plays recorded answers again under a policy. The rate acts on the caches of `layer` and all later ones; `monotone`: it never
     grows.
     """
 
-    def __init__(self, episodes: Episodes, layer: int, *, monotone: bool = True) -> None:
-        self._episodes, self.layer, self.monotone = episodes, layer, monotone
+    def __init__(self, recorder: Recorder, layer: int, *, monotone: bool = True) -> None:
+        self._recorder, self.layer, self.monotone = recorder, layer, monotone
 
-    def settled(self, shares: Sequence[float] | np.ndarray) -> np.ndarray:
+    def monotone_ratios(self, shares: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return the shares [T] that steps read whose rate asked for these."""
         asked = np.asarray(shares)
         return np.minimum.accumulate(asked) if self.monotone else asked
 
-    def record(self, samples: Sequence[Sample], fit: str, shortest: int, progress: Callable[[int], None]) -> list[Answer]:
+    def record(self, samples: Sequence[Sample], fit: str, shortest: int, progress: Callable[[int], None]) -> list[RecordedAnswer]:
         """Answer the samples and return those answers that take at least `shortest` steps; raise UsageError when there is none."""
         answers = []
         for done, sample in enumerate(samples, start=1):
-            episode = self._episodes.record(sample, fit)
-            if episode.steps >= shortest:
-                logits = self._episodes.replay(episode).logits[0]
-                answers.append(Answer(episode, logits, self._episodes.first_split(episode)))
+            recording = self._recorder.record(sample, fit)
+            if recording.steps >= shortest:
+                logits = self._recorder.replay(recording).logits[0]
+                answers.append(RecordedAnswer(recording, logits, self._recorder.first_attention_shares(recording)))
             progress(done)
         if not answers:
             raise UsageError(
@@ -60,7 +60,9 @@ class Theatre:
             )
         return answers
 
-    def play(self, answer: Answer, picked: torch.Tensor, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    def replay_weights(
+        self, answer: RecordedAnswer, picked: torch.Tensor, shares: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits [T, vocabulary] and what a predictor sees before each step [T, layers, 4].
 
         `picked` [T, n]: how much each step goes for each of n `shares`; a 1 and zeros, unless a gradient is wanted.
@@ -68,40 +70,40 @@ class Theatre:
         counts = [cache.visual_key.shape[0] - 1 for cache in answer.episode.caches]
         hidden = {count: self._hidden(picked, shares, count) for count in set(counts)}
         hide = [hidden[count] * float(layer >= self.layer) for layer, count in enumerate(counts)]
-        output = self._episodes.run(answer.episode, hide=hide, text_groups=answer.episode.groups)
+        output = self._recorder.run(answer.episode, hide=hide, text_groups=answer.episode.groups)
         assert output.split is not None
-        return output.logits[0], torch.cat([answer.first_split[None], output.split[:-1]])
+        return output.logits[0], torch.cat([answer.first_attention_shares[None], output.split[:-1]])
 
-    def play_shares(self, answer: Answer, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do as `play`, with one share for each step."""
-        return self.play(answer, torch.eye(len(shares), device=answer.logits.device), shares)
+    def replay_ratios(self, answer: RecordedAnswer, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do as `replay_weights`, with one share for each step."""
+        return self.replay_weights(answer, torch.eye(len(shares), device=answer.logits.device), shares)
 
     def _hidden(self, picked: torch.Tensor, shares: Sequence[float], count: int) -> torch.Tensor:
         rank = torch.arange(count, device=picked.device)
-        kept = picked @ torch.stack([(rank < kept_of(count, share)).float() for share in shares])
+        kept = picked @ torch.stack([(rank < keep_count_up(count, share)).float() for share in shares])
         if self.monotone:  # dropped once is dropped for the rest of the answer
             kept = torch.cumprod(kept, dim=0)
         return (kept - 1.0) * 30.0  # linear, so that a gradient can ask what dropping a kept token would cost
 
     @torch.no_grad()
-    def follow(self, answer: Answer, rate: Callable[[torch.Tensor], Sequence[float]]) -> tuple[np.ndarray, float]:
+    def settle_policy(self, answer: RecordedAnswer, rate: Callable[[torch.Tensor], Sequence[float]]) -> tuple[np.ndarray, float]:
         """Return the shares [T] that a rate ends up with, and the KL divergence in nats summed over the answer.
 
         `rate` maps what it sees [T, layers, 4] to shares. What it sees depends on what it dropped: three rounds settle that.
         """
         shares = np.ones(answer.episode.steps)
         for _ in range(3):
-            _, seen = self.play_shares(answer, shares.tolist())
-            shares = self.settled(rate(seen))
-        logits, _ = self.play_shares(answer, shares.tolist())
+            _, seen = self.replay_ratios(answer, shares.tolist())
+            shares = self.monotone_ratios(rate(seen))
+        logits, _ = self.replay_ratios(answer, shares.tolist())
         return shares, float(divergence(answer.logits, logits).sum())
 
     @torch.no_grad()
-    def constant_costs(self, answer: Answer) -> np.ndarray:
+    def constant_costs(self, answer: RecordedAnswer) -> np.ndarray:
         """Return the KL divergence [len(SHARES), T] at each step when every step reads the same share."""
         costs = []
         for share in SHARES:
-            logits, _ = self.play_shares(answer, [share] * answer.episode.steps)
+            logits, _ = self.replay_ratios(answer, [share] * answer.episode.steps)
             costs.append(divergence(answer.logits, logits).cpu().numpy())
         return np.stack(costs)
 
@@ -119,11 +121,11 @@ def fit_budget(spend: Callable[[float], float], budget: float, low: float, high:
     return low
 
 
-def schedule_form(theatre: Theatre, shares: Sequence[np.ndarray], budget: float) -> dict[str, Any]:
+def schedule_form(replay: PolicyReplay, shares: Sequence[np.ndarray], budget: float) -> dict[str, Any]:
     """Return the options of a fixed schedule: the mean share of a policy at every step, brought to the budget."""
     longest = max(len(row) for row in shares)
     by_step = [np.mean([row[step] for row in shares if len(row) > step]) for step in range(longest)]
-    curve = theatre.settled(by_step)
+    curve = replay.monotone_ratios(by_step)
     lengths = [len(row) for row in shares]
 
     def scaled(factor: float) -> np.ndarray:
@@ -135,13 +137,13 @@ def schedule_form(theatre: Theatre, shares: Sequence[np.ndarray], budget: float)
     return {"form": "schedule", "steps": starts, "shares": [float(final[step]) for step in starts]}
 
 
-def map_form(theatre: Theatre, answers: Sequence[Answer], budget: float) -> dict[str, Any]:
+def map_form(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float) -> dict[str, Any]:
     """Return the options of the training-free map: the image's share of attention in intervals, each with the share it needs.
 
     A step needs the smallest share from which on its divergence stays under a limit; the limit is what meets the budget.
     """
-    costs = [theatre.constant_costs(answer) for answer in answers]
-    seen = [theatre.play_shares(answer, [1.0] * answer.episode.steps)[1] for answer in answers]
+    costs = [replay.constant_costs(answer) for answer in answers]
+    seen = [replay.replay_ratios(answer, [1.0] * answer.episode.steps)[1] for answer in answers]
     attention = np.concatenate([rows[:, :, 1].mean(dim=1).detach().cpu().numpy() for rows in seen])
     edges = np.quantile(attention, np.arange(1, _INTERVALS) / _INTERVALS)
     interval = np.searchsorted(edges, attention, side="right")
@@ -153,7 +155,7 @@ def map_form(theatre: Theatre, answers: Sequence[Answer], budget: float) -> dict
 
     def spend(exponent: float) -> float:
         shares = shares_at(10.0**-exponent)
-        return mean_share([theatre.follow(answer, lambda rows: _mapped(rows, edges, shares))[0] for answer in answers])
+        return mean_share([replay.settle_policy(answer, lambda rows: _mapped(rows, edges, shares))[0] for answer in answers])
 
     exponent = fit_budget(spend, budget, -2.0, 6.0)
     return {"form": "map", "attention": np.round(edges, 5).tolist(), "shares": shares_at(10.0**-exponent).tolist()}

@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune.calibration.allocate.decode_rate import SHARES, Answer, Theatre, fit_budget, map_form, mean_share, schedule_form
-from edgeprune.calibration.collect.run import Counting, Request, source_of
+from edgeprune.calibration.allocate.decode_rate import (
+    SHARES,
+    PolicyReplay,
+    RecordedAnswer,
+    fit_budget,
+    map_form,
+    mean_share,
+    schedule_form,
+)
+from edgeprune.calibration.collect.run import CollectOptions, ProgressReporter, source_of
 from edgeprune.calibration.data.samples import Sample
-from edgeprune.calibration.replay.episodes import Episodes, divergence
+from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.methods.dyrate import Predictor
@@ -36,7 +44,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class RateRequest:
+class DecodeRateOptions:
     """How a rate is made: the `share` of the visual cache that steps read on average, the form, the first layer whose cache
     shrinks, and whether the share may grow again.
     """
@@ -56,10 +64,10 @@ class RateRequest:
 def fit_decode_rate(
     loaded: LoadedModel,
     samples: Sequence[Sample],
-    request: Request,
-    progress: Counting,
+    request: CollectOptions,
+    progress: ProgressReporter,
     base: KeepPlan,
-    rate: RateRequest,
+    rate: DecodeRateOptions,
     priors: Sequence[list[list[int]]] | None = None,
 ) -> KeepPlan:
     """Return `base` with a DyRate cut, fitted to the model's answers to the samples.
@@ -69,40 +77,40 @@ def fit_decode_rate(
     """
     if not base.cache_cuts:
         base = ranked_plan(base, None, priors, **source_of(loaded, request).ranking)
-    theatre = Theatre(Episodes(loaded, base, request.max_tokens, request.device), rate.layer, monotone=rate.monotone)
-    answers = theatre.record(samples, request.fit, LONG_ENOUGH, progress.count("answers", len(samples)))
+    replay = PolicyReplay(Recorder(loaded, base, request.max_tokens, request.device), rate.layer, monotone=rate.monotone)
+    answers = replay.record(samples, request.fit, LONG_ENOUGH, progress.count("answers", len(samples)))
     trained = progress.count("training", EPOCHS * len(answers))
-    options = dyrate_options(theatre, answers, rate.share, rate.form, rate.seed, trained)
+    options = dyrate_options(replay, answers, rate.share, rate.form, rate.seed, trained)
     return base.with_cuts(Cut("decode", "dyrate", 0, rate.layer, options=options))
 
 
 def dyrate_options(
-    theatre: Theatre, answers: Sequence[Answer], budget: float, form: str, seed: int, progress: Progress
+    replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float, form: str, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Return the options of a decode cut of one of FORMS whose steps read `budget` of the visual cache on average."""
     if form == "map":
-        return {**map_form(theatre, answers, budget), "monotone": theatre.monotone}
-    predictor = train(theatre, answers, budget, seed, progress)
-    predictor = _brought_to_budget(theatre, answers, predictor, budget)
+        return {**map_form(replay, answers, budget), "monotone": replay.monotone}
+    predictor = train(replay, answers, budget, seed, progress)
+    predictor = _brought_to_budget(replay, answers, predictor, budget)
     if form == "predictor":
-        return {**predictor.settings(), "monotone": theatre.monotone}
-    followed = [theatre.follow(answer, rate_of(predictor))[0] for answer in answers]
-    return {**schedule_form(theatre, followed, budget), "monotone": theatre.monotone}
+        return {**predictor.settings(), "monotone": replay.monotone}
+    followed = [replay.settle_policy(answer, rate_of(predictor))[0] for answer in answers]
+    return {**schedule_form(replay, followed, budget), "monotone": replay.monotone}
 
 
-def train(theatre: Theatre, answers: Sequence[Answer], budget: float, seed: int, progress: Progress) -> Predictor:
+def train(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float, seed: int, progress: Progress) -> Predictor:
     """Return a predictor trained on the answers, in an order and with noise drawn by the seed."""
     generator = torch.Generator().manual_seed(seed)
-    layers, shares = answers[0].first_split.shape[0], torch.tensor(SHARES)
+    layers, shares = answers[0].first_attention_shares.shape[0], torch.tensor(SHARES)
     predictor = Predictor(torch.zeros(len(SHARES), layers * 4 + 1), torch.zeros(len(SHARES)), shares)
-    _warm_start(theatre, answers, predictor, budget)
+    _warm_start(replay, answers, predictor, budget)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=LEARNING_RATE[1])
     steps = EPOCHS * len(answers)
     for epoch in range(EPOCHS):
         for position, index in enumerate(torch.randperm(len(answers), generator=generator).tolist()):
             done = epoch * len(answers) + position
             start, end = TEMPERATURE
-            loss = _loss(theatre, answers[index], predictor, budget, start * (end / start) ** (done / steps), generator)
+            loss = _loss(replay, answers[index], predictor, budget, start * (end / start) ** (done / steps), generator)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -111,26 +119,31 @@ def train(theatre: Theatre, answers: Sequence[Answer], budget: float, seed: int,
 
 
 def _loss(
-    theatre: Theatre, answer: Answer, predictor: Predictor, budget: float, temperature: float, generator: torch.Generator
+    replay: PolicyReplay,
+    answer: RecordedAnswer,
+    predictor: Predictor,
+    budget: float,
+    temperature: float,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     with torch.no_grad():  # what the predictor will see depends on what it drops now
-        shares, _ = theatre.follow(answer, rate_of(predictor))
-        _, seen = theatre.play_shares(answer, shares.tolist())
+        shares, _ = replay.settle_policy(answer, rate_of(predictor))
+        _, seen = replay.replay_ratios(answer, shares.tolist())
     logits = predictor.logits(seen, _steps(len(seen)))
     noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6)))
     soft = torch.softmax((logits + noise) / temperature, dim=-1)
     hard = torch.nn.functional.one_hot(soft.argmax(dim=-1), len(SHARES)).float()
     picked = hard + soft - soft.detach()  # forward the choice, backward the softmax
-    pruned, _ = theatre.play(answer, picked, SHARES)
+    pruned, _ = replay.replay_weights(answer, picked, SHARES)
     kept = picked @ predictor.shares
-    kept = torch.cummin(kept, dim=0).values if theatre.monotone else kept
+    kept = torch.cummin(kept, dim=0).values if replay.monotone else kept
     missed = kept.mean() - budget
     return divergence(answer.logits, pruned).mean().float() + CHARGE * missed.square()
 
 
-def _warm_start(theatre: Theatre, answers: Sequence[Answer], predictor: Predictor, budget: float) -> None:
-    costs = torch.cat([torch.from_numpy(theatre.constant_costs(answer)).float() for answer in answers], dim=1).T  # [steps, bins]
-    seen = [theatre.play_shares(answer, [budget] * answer.episode.steps)[1].detach() for answer in answers]
+def _warm_start(replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float) -> None:
+    costs = torch.cat([torch.from_numpy(replay.constant_costs(answer)).float() for answer in answers], dim=1).T  # [steps, bins]
+    seen = [replay.replay_ratios(answer, [budget] * answer.episode.steps)[1].detach() for answer in answers]
     rows, steps = torch.cat(seen), torch.cat([_steps(len(part)) for part in seen])
     optimizer = torch.optim.Adam(predictor.parameters(), lr=LEARNING_RATE[0])
     for _ in range(WARM_STEPS):
@@ -152,14 +165,14 @@ def rate_of(predictor: Predictor) -> Callable[[torch.Tensor], Sequence[float]]:
     return rate
 
 
-def _brought_to_budget(theatre: Theatre, answers: Sequence[Answer], predictor: Predictor, budget: float) -> Predictor:
+def _brought_to_budget(replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float) -> Predictor:
     # The charge only steers: a bias that favours large shares, or small ones, meets the budget.
     def shifted(favour: float) -> Predictor:
         bias = predictor.bias.detach() + favour * predictor.shares
         return Predictor(predictor.weight.detach(), bias, predictor.shares)
 
     def spend(favour: float) -> float:
-        return mean_share([theatre.follow(answer, rate_of(shifted(favour)))[0] for answer in answers])
+        return mean_share([replay.settle_policy(answer, rate_of(shifted(favour)))[0] for answer in answers])
 
     return shifted(fit_budget(spend, budget, -60.0, 60.0))
 

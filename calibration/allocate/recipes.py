@@ -29,11 +29,11 @@ _PYRAMID = (0.25, 0.5, 0.75)  # PyramidDrop cuts after layers 8, 16 and 24 of 32
 
 
 def method_names() -> list[str]:
-    """Return every method that `plan_at` knows: the registered ones but DyRate, which is trained, and the smaller image."""
+    """Return every method that `plan_for_budget` knows: the registered ones but DyRate, which is trained, and the smaller image."""
     return sorted({*METHODS, RESIZE} - {"dyrate"})
 
 
-def plan_at(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
+def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
     """Return `base` with a method's cuts at a cost of `share` of what `base` has.
 
     `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; `allocate`, `delta`, `prior` of PLPHP; `stages` of
@@ -76,10 +76,10 @@ def resized(geometry: Geometry, share: float) -> Geometry:
 def _by_baseline_or_input(method: str, share: float, base: KeepPlan, settings: dict[str, Any]) -> KeepPlan:
     site, options = settings.get("site", "input"), {name: value for name, value in settings.items() if name != "site"}
     if site == "input":
-        cut = Cut("input", method, keep_count(base.seen, share), options=options)
+        cut = Cut("input", method, keep_count(base.tokens_entering_decoder, share), options=options)
         method_class(method)(cut, base.geometry)  # refuses what it is not made for, such as images where it takes videos
         return base.with_cuts(cut)
-    counts = [keep_count(base.alive(layer), share) for layer in range(base.layers)]
+    counts = [keep_count(base.tokens_at_layer(layer), share) for layer in range(base.layers)]
     return base.with_cuts(*(Cut(site, method, count, layer, options=options) for layer, count in enumerate(counts)))
 
 
@@ -108,7 +108,7 @@ def _one_cut(method: str, share: float, base: KeepPlan, layer: int = DEFAULT_LAY
     left = (share * base.layers - layer) / (base.layers - layer)
     if left <= 0:
         raise PlanError(f"{method} before layer {layer} cannot reach {share:.0%}: {layer} layers see every token.")
-    return base.with_cuts(Cut("layer", method, keep_count(base.alive(layer - 1), left), layer))
+    return base.with_cuts(Cut("layer", method, keep_count(base.tokens_at_layer(layer - 1), left), layer))
 
 
 def _encoder_cut(method: str, share: float, base: KeepPlan, layer: int | None = None) -> KeepPlan:
@@ -138,17 +138,17 @@ def _staircase(method: str, share: float, base: KeepPlan, steps: dict[float, Cal
         cuts = {max(1, round(place * base.layers)): step(ratio) for place, step in steps.items()}
         return base.with_cuts(
             *(
-                Cut("layer", method, max(1, int(base.seen * kept + 1e-9)), layer)
+                Cut("layer", method, max(1, int(base.tokens_entering_decoder * kept + 1e-9)), layer)
                 for layer, kept in cuts.items()
                 if layer < base.layers
             )
         )
 
-    whole = base.seen * base.layers
+    whole = base.tokens_entering_decoder * base.layers
     low, high = 0.0, 1.0
-    if sum(map(at(low).alive, range(base.layers))) > share * whole:
+    if sum(map(at(low).tokens_at_layer, range(base.layers))) > share * whole:
         raise PlanError(f"{method} cannot reach {share:.0%}: its first layers see every token.", hint="Cut at the input as well.")
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(map(at(middle).alive, range(base.layers))) <= share * whole else (low, middle)
+        low, high = (middle, high) if sum(map(at(middle).tokens_at_layer, range(base.layers))) <= share * whole else (low, middle)
     return at(low)

@@ -14,14 +14,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, STEPS, Source
-from edgeprune.calibration.replay.episodes import Episode, Episodes, divergence, shortened
+from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, STEPS, StatisticsSource
+from edgeprune.calibration.replay.episodes import Recorder, Recording, divergence, limit_visual
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.methods.base import LayerView
 from edgeprune.methods.fitprune import attention_received
 from edgeprune.methods.plphp import vision_attention_score
 from edgeprune.model import PrunedDecoder, Segment
-from edgeprune.plan import Cut, KeepPlan, kept_of
+from edgeprune.plan import Cut, KeepPlan, keep_count_up
 
 
 def deletion_counts(cross: np.ndarray, within: np.ndarray) -> np.ndarray:
@@ -49,27 +49,27 @@ def _droppable(mass: np.ndarray, floor: float) -> np.ndarray:
     return dropped
 
 
-class Meter:
+class SampleMeter:
     """Measures episodes of one model and geometry."""
 
-    def __init__(self, loaded: LoadedModel, base: KeepPlan, source: Source, episodes: Episodes) -> None:
-        self._source, self._episodes = source, episodes
+    def __init__(self, loaded: LoadedModel, base: KeepPlan, source: StatisticsSource, recorder: Recorder) -> None:
+        self._source, self._recorder = source, recorder
         parts = loaded.family.decoder()
         # Which tokens go does not matter where none stay.
         plans = [base.with_cuts(Cut("layer", "random", 0, layer)) for layer in range(1, base.layers)]
         self._withdrawing = [PrunedDecoder(parts, plan).eval() for plan in plans]
 
-    def values(self, episode: Episode) -> dict[str, np.ndarray]:
+    def measure(self, recording: Recording) -> dict[str, np.ndarray]:
         """Return the sample's value of every sum of its Statistics."""
         values = {name: np.zeros(shape) for name, shape in self._source.shapes().items()}
-        logits, kept = self._prefill(episode, values)
-        self._withdraw(episode, logits, values)
-        if episode.steps:
-            self._answer(episode, kept, values)
+        logits, kept = self._prefill(recording, values)
+        self._withdraw(recording, logits, values)
+        if recording.steps:
+            self._answer(recording, kept, values)
         return values
 
     @torch.no_grad()
-    def _prefill(self, episode: Episode, values: dict[str, np.ndarray]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def _prefill(self, recording: Recording, values: dict[str, np.ndarray]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         cross: list[torch.Tensor] = []
         within: list[torch.Tensor] = []
 
@@ -79,35 +79,35 @@ class Meter:
             for rows, received in zip((cross, within), attention_received(view), strict=True):
                 rows.append(received)
 
-        decoder = self._episodes.decoder
-        output = decoder(*self._episodes.segments(episode), decoder.empty_caches(), probe=probe)
+        decoder = self._recorder.decoder
+        output = decoder(*self._recorder.segments(recording), decoder.empty_caches(), probe=probe)
         values["fitprune"] = deletion_counts(torch.stack(cross).cpu().numpy(), torch.stack(within).cpu().numpy())
         return output.logits[0], output.kept
 
     @torch.no_grad()
-    def _withdraw(self, episode: Episode, logits: torch.Tensor, values: dict[str, np.ndarray]) -> None:
-        prefix, visual, suffix = self._episodes.segments(episode)
+    def _withdraw(self, recording: Recording, logits: torch.Tensor, values: dict[str, np.ndarray]) -> None:
+        prefix, visual, suffix = self._recorder.segments(recording)
         nothing = Segment(visual.embeds[:, :0], visual.positions[:, :0])
-        for layer, decoder in enumerate((self._episodes.decoder, *self._withdrawing)):
+        for layer, decoder in enumerate((self._recorder.decoder, *self._withdrawing)):
             output = decoder(prefix, visual if layer else nothing, suffix, decoder.empty_caches())
             values["withdrawn_kl"][layer] = float(divergence(logits, output.logits[0]).mean())
 
-    def _answer(self, episode: Episode, kept: tuple[torch.Tensor, ...], values: dict[str, np.ndarray]) -> None:
+    def _answer(self, recording: Recording, kept: tuple[torch.Tensor, ...], values: dict[str, np.ndarray]) -> None:
         def probe(layer: int, view: LayerView) -> None:
             received = _received(view)
             values["coverage"][layer] = np.stack(
-                [received[:, : kept_of(received.shape[1], share)].sum(axis=1) for share in SHARES], axis=1
+                [received[:, : keep_count_up(received.shape[1], share)].sum(axis=1) for share in SHARES], axis=1
             )
             np.put_along_axis(values["habit"][layer], kept[layer].cpu().numpy(), received, axis=1)
 
-        whole = self._episodes.replay(episode, text_groups=episode.groups, probe=probe)
+        whole = self._recorder.replay(recording, text_groups=recording.groups, probe=probe)
         assert whole.split is not None
         for step, split in enumerate(whole.split.cpu().numpy()):
             values["split"][min(step, STEPS - 1)] += split
             values["steps"][min(step, STEPS - 1)] += 1.0
         for layer in range(self._source.layers):
             for index, share in enumerate(SHARES):
-                output = self._episodes.replay(episode, shortened(episode.caches, [layer], share))
+                output = self._recorder.replay(recording, limit_visual(recording.caches, [layer], share))
                 values["cache_kl"][layer, index] = float(divergence(whole.logits[0], output.logits[0]).sum())
                 changed = whole.logits[0].argmax(dim=-1) != output.logits[0].argmax(dim=-1)
                 values["cache_flips"][layer, index] = float(changed.double().sum())

@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from edgeprune.calibration.collect.measure import Meter
+from edgeprune.calibration.collect.measure import SampleMeter
 from edgeprune.calibration.data.samples import Sample
-from edgeprune.calibration.data.statistics import Source, Statistics
-from edgeprune.calibration.replay.episodes import Episodes
+from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
+from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
 from edgeprune.errors import EdgePruneError, UsageError, require_extra
 from edgeprune.io.files import move
@@ -34,7 +34,7 @@ SHARDS_EACH = 4  # per CPU of the cluster: small enough that a slow machine does
 
 
 @dataclass(frozen=True)
-class Request:
+class CollectOptions:
     """How to collect. `shard` (i, n): every n-th sample from the i-th on, counted from 1. `rows`, `reduce`, `spread`: how
     caches are ranked.
     """
@@ -58,7 +58,7 @@ class Request:
             raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
 
 
-class Counting(Protocol):
+class ProgressReporter(Protocol):
     """Where long work says how far it is: `count` begins something and returns the function that is told how much of it is done."""
 
     def count(self, what: str, total: int) -> Callable[[int], None]:
@@ -67,7 +67,12 @@ class Counting(Protocol):
 
 
 def load_or_collect(
-    loaded: LoadedModel, samples: Sequence[Sample], request: Request, path: Path, progress: Counting, ray_address: str | None = None
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    request: CollectOptions,
+    path: Path,
+    progress: ProgressReporter,
+    ray_address: str | None = None,
 ) -> Statistics:
     """Return the statistics at a path when they are of this model and request, or newly collected ones, written there.
 
@@ -84,11 +89,11 @@ def load_or_collect(
     return collect(loaded, samples, request, path, done)
 
 
-def source_of(loaded: LoadedModel, request: Request) -> Source:
+def source_of(loaded: LoadedModel, request: CollectOptions) -> StatisticsSource:
     """Return what statistics of a model under a request belong to."""
     shape = loaded.decoder_shape()
     weights = loaded.folder.source().weights_sha256
-    return Source(
+    return StatisticsSource(
         loaded.folder.model_type,
         shape.layers,
         shape.kv_heads,
@@ -101,7 +106,7 @@ def source_of(loaded: LoadedModel, request: Request) -> Source:
 
 
 def collect(
-    loaded: LoadedModel, samples: Sequence[Sample], request: Request, output: Path, progress: Progress = lambda done: None
+    loaded: LoadedModel, samples: Sequence[Sample], request: CollectOptions, output: Path, progress: Progress = lambda done: None
 ) -> Statistics:
     """Measure the shard's samples, write the statistics to `output` and return them.
 
@@ -116,12 +121,12 @@ def collect(
     partial = output.with_name(f".{output.name}.{_digest(source, mine, request)}.partial")
     statistics = Statistics.load(partial) if partial.is_file() else Statistics.empty(source)
     base = unpruned_plan(source.family, source.layers, request.geometry)
-    episodes = Episodes(loaded, ranked_plan(base, **source.ranking), request.max_tokens, request.device)
-    meter = Meter(loaded, base, source, episodes)
+    recorder = Recorder(loaded, ranked_plan(base, **source.ranking), request.max_tokens, request.device)
+    meter = SampleMeter(loaded, base, source, recorder)
     try:
         for sample in mine[statistics.samples :]:
             progress(statistics.samples)
-            statistics = statistics.with_sample(meter.values(episodes.record(sample, request.fit)))
+            statistics = statistics.with_sample(meter.measure(recorder.record(sample, request.fit)))
             if statistics.samples % SAVE_EVERY == 0:
                 statistics.save(partial)
     except KeyboardInterrupt:
@@ -133,7 +138,7 @@ def collect(
     return statistics
 
 
-def chosen_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
     """Return `limit` samples drawn by a seed, in their order in the file; all of them without a limit."""
     if limit is None or limit >= len(samples):
         return list(samples)
@@ -141,14 +146,19 @@ def chosen_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> l
     return [samples[index] for index in sorted(drawn)]
 
 
-def _digest(source: Source, samples: Sequence[Sample], request: Request) -> str:
+def _digest(source: StatisticsSource, samples: Sequence[Sample], request: CollectOptions) -> str:
     # Another request must not go on from this one's file.
     content = [asdict(source), asdict(request), [(str(sample.image), sample.prompt) for sample in samples]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def collect_on_ray(
-    model: ModelFolder, samples: Sequence[Sample], request: Request, output: Path, address: str, progress: Callable[[int], None]
+    model: ModelFolder,
+    samples: Sequence[Sample],
+    request: CollectOptions,
+    output: Path,
+    address: str,
+    progress: Callable[[int], None],
 ) -> Statistics:
     """Do as `collect`, on the cluster at `address` ("local" starts one here); every machine must see the model and the images.
 
@@ -180,7 +190,7 @@ def collect_on_ray(
     return total
 
 
-def collect_shard(model: ModelFolder, samples: list[Sample], request: Request) -> Statistics:
+def collect_shard(model: ModelFolder, samples: list[Sample], request: CollectOptions) -> Statistics:
     """Return the statistics of one shard; what runs on a machine of the cluster."""
     with tempfile.TemporaryDirectory() as folder:
         return collect(load_model(model), samples, request, Path(folder) / "shard.safetensors")

@@ -24,13 +24,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """`right` of `of` points: one for a short answer, one for each stated fact of a description.
+    """`correct` of `total` points: one for a short answer, one for each stated fact of a description.
 
     `recall` is the share of the true facts that were stated (for a short answer, 1 or 0).
     """
 
-    right: float
-    of: float
+    correct: float
+    total: float
     recall: float
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeprune.errors import UsageError
 from edgeprune.io.files import write_bytes
-from edgeprune.io.typed_json import made
+from edgeprune.io.typed_json import from_json
 from edgeprune.plan import Geometry
 
 SCHEMA_VERSION = 1
@@ -28,7 +28,7 @@ _ONE = 2.0**32  # fixed point: a sum of a million values up to 2000 still fits 6
 
 
 @dataclass(frozen=True)
-class Source:
+class StatisticsSource:
     """What statistics belong to: only those of one model, geometry and ranking can be added, or used for its plans.
 
     `rows`, `reduce` and `spread`: how the caches were ranked (see `edgeprune.methods.plphp`).
@@ -78,12 +78,12 @@ class Statistics:
     layers]: tokens that FitPrune leaves in each layer at each tolerance.
     """
 
-    source: Source
+    source: StatisticsSource
     samples: int = 0
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, source: Source) -> Statistics:
+    def empty(cls, source: StatisticsSource) -> Statistics:
         """Return the statistics of no sample."""
         return cls(source, 0, {name: np.zeros(shape, np.int64) for name, shape in source.shapes().items()})
 
@@ -98,7 +98,7 @@ class Statistics:
         self.check(other.source)
         return Statistics(self.source, self.samples + other.samples, {name: s + other.sums[name] for name, s in self.sums.items()})
 
-    def check(self, source: Source) -> None:
+    def check(self, source: StatisticsSource) -> None:
         """Raise UsageError unless the statistics are of this source, naming what differs."""
         mine, theirs = asdict(self.source), asdict(source)
         for name, value in mine.items():
@@ -158,7 +158,7 @@ class Statistics:
     def _parsed(cls, path: Path, header: dict[str, Any], sums: dict[str, np.ndarray]) -> Statistics:
         try:
             Geometry.from_dict(header["source"]["geometry"])
-            source, samples = made(Source, header["source"], "source"), header["samples"]
+            source, samples = from_json(StatisticsSource, header["source"], "source"), header["samples"]
             if type(samples) is not int or not 0 <= samples < 2**31:
                 raise ValueError("samples must be a count")
         except (KeyError, TypeError, ValueError) as error:

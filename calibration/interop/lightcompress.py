@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration.interop.lightcompress_methods import NO_EQUAL, READ, Block, shown
+from edgeprune.calibration.interop.lightcompress_methods import NO_EQUAL, READERS, MethodSettings, format_value
 from edgeprune.errors import PlanError, require_extra
 from edgeprune.plan import KeepPlan
 
@@ -94,23 +94,23 @@ def _plan(data: Any, base: KeepPlan) -> KeepPlan:
     request = _request(data)
     if request.method in NO_EQUAL:
         raise PlanError(f"{request.method} has no equal here: {NO_EQUAL[request.method]}.", hint=_known())
-    if request.method not in READ:
-        raise PlanError(f"unknown method {shown(request.method)}.", hint=_known())
-    reader = READ[request.method]
+    if request.method not in READERS:
+        raise PlanError(f"unknown method {format_value(request.method)}.", hint=_known())
+    reader = READERS[request.method]
     if request.part not in (None, reader.part):
         raise PlanError(f"{request.method} under {request.part!r} has no equal here.", hint=f"It is read under {reader.part!r}.")
     unknown = [name for name in request.settings if name not in reader.names]
     if unknown:
         raise PlanError(
-            f"{request.method} has no setting {shown(unknown[0])}.",
+            f"{request.method} has no setting {format_value(unknown[0])}.",
             hint=f"Settings of {request.method}: {', '.join(reader.names)}.",
         )
-    block = Block(request.method, request.settings, base.seen, base.layers, request.seed)
+    block = MethodSettings(request.method, request.settings, base.tokens_entering_decoder, base.layers, request.seed)
     return replace(base, cuts=reader.cuts(block))  # in the file's order, which the plan checks
 
 
 def _known() -> str:
-    return f"Methods that are read: {', '.join(READ)}."
+    return f"Methods that are read: {', '.join(READERS)}."
 
 
 def _request(data: Any) -> _Request:
@@ -126,7 +126,7 @@ def _request(data: Any) -> _Request:
         _refuse_others(inner, {"token_reduction"}, "no part of a keep plan", "Leave it out, and quantize with --precision.")
     seed = _mapping(outer.get("base", {}), "base").get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise PlanError(f"base.seed must be a whole number of 0 or more, not {shown(seed)}.")
+        raise PlanError(f"base.seed must be a whole number of 0 or more, not {format_value(seed)}.")
     parts = [name for name in _PARTS if name in inner]
     if not parts:
         return _unwrapped(inner, None, seed)
@@ -146,17 +146,17 @@ def _unwrapped(block: Mapping[str, Any], part: str | None, seed: int) -> _Reques
     if not names:
         raise PlanError("there is no token-reduction method.", hint=_EXAMPLE)
     if not isinstance(names[0], str) or names[0] != names[-1]:
-        raise PlanError(f"the method must be one name, not {' and '.join(map(shown, names))}.", hint=_EXAMPLE)
+        raise PlanError(f"the method must be one name, not {' and '.join(map(format_value, names))}.", hint=_EXAMPLE)
     return _Request(names[0], {name: value for name, value in settings.items() if name != "method"}, part, seed)
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise PlanError(f"{name} must be names and values, not {shown(value)}.", hint=_EXAMPLE)
+        raise PlanError(f"{name} must be names and values, not {format_value(value)}.", hint=_EXAMPLE)
     return value
 
 
 def _refuse_others(block: Mapping[str, Any], known: set[str], why: str, hint: str = "Leave it out.") -> None:
     other = next((name for name in block if name not in known), None)
     if other is not None:
-        raise PlanError(f"{shown(other)} is {why}.", hint=hint)
+        raise PlanError(f"{format_value(other)} is {why}.", hint=hint)

@@ -42,13 +42,13 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value of the file as an error line can hold it."""
     return _SHORT.repr(value)
 
 
 @dataclass(frozen=True)
-class Block:
+class MethodSettings:
     """A method's settings as they stand in the file, the visual tokens and layers of the model that is meant, and the seed."""
 
     method: str
@@ -71,20 +71,20 @@ class Block:
         """Return a setting that is true or false."""
         value = self.settings.get(name, default)
         if not isinstance(value, bool):
-            raise PlanError(f"{name} must be true or false, not {shown(value)}.")
+            raise PlanError(f"{name} must be true or false, not {format_value(value)}.")
         return value
 
     def several(self, name: str) -> list[Any]:
         """Return a setting that is a list with something in it."""
         value = self.value(name)
         if not isinstance(value, list) or not value:
-            raise PlanError(f"{name} must be a list, not {shown(value)}.")
+            raise PlanError(f"{name} must be a list, not {format_value(value)}.")
         return value
 
     def place(self, value: Any, name: str, *, after: bool = False) -> int:
         """Return the layer before which to cut, of one that LightCompress cuts before, or `after`."""
         if not isinstance(value, int) or isinstance(value, bool):
-            raise PlanError(f"{name} must be the number of a layer, not {shown(value)}.")
+            raise PlanError(f"{name} must be the number of a layer, not {format_value(value)}.")
         first, last = (0, self.layers - 2) if after else (1, self.layers - 1)
         if not first <= value <= last:
             raise PlanError(
@@ -101,27 +101,27 @@ class Block:
 
 def _share(value: Any, name: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise PlanError(f"{name} must be a number, not {shown(value)}.")
+        raise PlanError(f"{name} must be a number, not {format_value(value)}.")
     if not 0.0 < value < 1.0:
         raise PlanError(f"{name} {value} is outside (0, 1).")
     return float(value)
 
 
-def _fastv(block: Block) -> tuple[Cut, ...]:
+def _fastv(block: MethodSettings) -> tuple[Cut, ...]:
     layer = block.place(block.value("pruning_loc"), "pruning_loc")
     return (Cut("layer", "fastv", block.left(round(block.tokens * (1 - block.share("rate")))), layer),)
 
 
-def _random(block: Block) -> tuple[Cut, ...]:
+def _random(block: MethodSettings) -> tuple[Cut, ...]:
     metric = block.value("metric")
     if metric != "random":
-        raise PlanError(f"the metric {shown(metric)} has no equal here.", hint="Read is metric: random.")
+        raise PlanError(f"the metric {format_value(metric)} has no equal here.", hint="Read is metric: random.")
     layer = block.place(block.value("pruning_loc"), "pruning_loc")
     keep = block.left(round(block.tokens * (1 - block.share("prune_ratio"))))
     return (Cut("layer", "random", keep, layer, block.seed),)
 
 
-def _pyramiddrop(block: Block) -> tuple[Cut, ...]:
+def _pyramiddrop(block: MethodSettings) -> tuple[Cut, ...]:
     layers, shares = block.several("layer_list"), block.several("image_token_ratio_list")
     if len(layers) != len(shares):
         raise PlanError(
@@ -132,7 +132,7 @@ def _pyramiddrop(block: Block) -> tuple[Cut, ...]:
     return tuple(Cut("layer", "pyramiddrop", keep, place) for keep, place in zip(keeps, places, strict=True))
 
 
-def _sparsevlm(block: Block) -> tuple[Cut, ...]:
+def _sparsevlm(block: MethodSettings) -> tuple[Cut, ...]:
     if block.flag("merge_flag", True):
         raise PlanError("merge_flag: dropped tokens are not merged here.", hint="Say merge_flag: False to drop them.")
     if not block.flag("prune_flag", True):
@@ -146,7 +146,7 @@ def _sparsevlm(block: Block) -> tuple[Cut, ...]:
     return tuple(cuts)
 
 
-def _stages(block: Block, layers: list[Any]) -> tuple[int, ...]:
+def _stages(block: MethodSettings, layers: list[Any]) -> tuple[int, ...]:
     # Absolute counts where 192, 128 or 64 tokens are to be retained, whatever N is; for a single layer also shares of N.
     retained, row = _retained(block)
     if layers == _PLACES and retained in _STAGES:
@@ -164,7 +164,7 @@ def _stages(block: Block, layers: list[Any]) -> tuple[int, ...]:
     )
 
 
-def _retained(block: Block) -> tuple[int, int | None]:
+def _retained(block: MethodSettings) -> tuple[int, int | None]:
     if "retained_tokens" not in block.settings:
         kept = 1 - block.share("reduction_ratio")
         return round(block.tokens * kept), round(2880 * kept)
@@ -172,15 +172,15 @@ def _retained(block: Block) -> tuple[int, int | None]:
     if "reduction_ratio" in block.settings:
         raise PlanError("retained_tokens and reduction_ratio say the same.", hint="Leave one of them out.")
     if not isinstance(retained, int) or isinstance(retained, bool):
-        raise PlanError(f"retained_tokens must be a whole number, not {shown(retained)}.")
+        raise PlanError(f"retained_tokens must be a whole number, not {format_value(retained)}.")
     return retained, None
 
 
-def _divprune(block: Block) -> tuple[Cut, ...]:
+def _divprune(block: MethodSettings) -> tuple[Cut, ...]:
     return (Cut("input", "divprune", block.left(round((1 - block.share("reduction_ratio")) * block.tokens))),)
 
 
-def _visionzip(block: Block) -> tuple[Cut, ...]:
+def _visionzip(block: MethodSettings) -> tuple[Cut, ...]:
     if block.flag("merge_only", False):
         raise PlanError("merge_only has no equal here.", hint="Leave it out.")
     dominant, contextual = (_tokens(block, name) for name in ("dominant", "contextual"))
@@ -196,7 +196,7 @@ def _visionzip(block: Block) -> tuple[Cut, ...]:
     return (Cut("input", "visionzip", keep, options={"contextual": share}),)
 
 
-def _tokens(block: Block, name: str) -> int:
+def _tokens(block: MethodSettings, name: str) -> int:
     # LLaVA's blocks count tokens, Qwen's give shares of N, of which the contextual one is at least a token.
     value = block.value(name)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -211,12 +211,12 @@ def _tokens(block: Block, name: str) -> int:
 class Reader:
     """How one method's block becomes cuts: the settings it may have, and the `part` of the model that it is said of."""
 
-    cuts: Callable[[Block], tuple[Cut, ...]]
+    cuts: Callable[[MethodSettings], tuple[Cut, ...]]
     names: tuple[str, ...]
     part: str = "language"
 
 
-READ = {
+READERS = {
     "DivPrune": Reader(_divprune, ("reduction_ratio",)),
     "FastV": Reader(_fastv, ("pruning_loc", "rate")),
     "PyramidDrop": Reader(_pyramiddrop, ("layer_list", "image_token_ratio_list")),

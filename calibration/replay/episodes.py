@@ -12,21 +12,21 @@ from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import caches_of
-from edgeprune.plan import KeepPlan, kept_of
+from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
-from edgeprune.runtime.backends.kv_cache import StepInput, Tokens
+from edgeprune.runtime.backends.kv_cache import DecoderInput, TokenSegment
 from edgeprune.runtime.generation.conversation import Conversation
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
 
 
 @dataclass(frozen=True)
-class Episode:
+class Recording:
     """`prefill`: what went into the image turn. `caches`: what it left, visual tokens ranked. `answer`: every token of the
     answer but the last, which no step took in; `groups` [text, 3] of all text up to its end.
     """
 
-    prefill: StepInput
+    prefill: DecoderInput
     caches: tuple[LayerCache, ...]
     answer: Segment
     groups: torch.Tensor
@@ -37,20 +37,20 @@ class Episode:
         return self.answer.embeds.shape[1]
 
 
-class Episodes:
+class Recorder:
     """Records samples and replays their answers on a model whose caches are ranked, but whole (`ranked_plan`)."""
 
     def __init__(self, loaded: LoadedModel, plan: KeepPlan, max_tokens: int, device: str) -> None:
         self.plan = plan
-        self._model = reference_model(loaded, self.plan, device)
+        self._pipeline = reference_model(loaded, self.plan, device)
         self._max_tokens, self._device = max_tokens, device
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
         loaded.model.requires_grad_(False)  # what is trained on episodes is never the model
 
-    def record(self, sample: Sample, fit: str) -> Episode:
+    def record(self, sample: Sample, fit: str) -> Recording:
         """Answer one sample greedily and return what happened. An answer of one token has no steps."""
-        recorder = RecordingBackend(self._model.engine)
-        conversation = Conversation(replace(self._model, engine=recorder), how=fit)
+        recorder = RecordingBackend(self._pipeline.backend)
+        conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
         for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=self._max_tokens)):
             pass
         (prefill, _), *steps = recorder.inputs
@@ -59,16 +59,16 @@ class Episodes:
         taken = [tokens.suffix for tokens, _ in steps]
         embeds = [self._tensor(part.embeds) for part in taken] or [self._tensor(prefill.suffix.embeds[:, :0])]
         where = [self._tensor(part.positions) for part in taken] or [self._tensor(prefill.suffix.positions[:, :0])]
-        groups = self._tensor(steps[-1][0].groups if steps else prefill.groups)
-        return Episode(prefill, caches, Segment(torch.cat(embeds, dim=1), torch.cat(where, dim=1)), groups)
+        groups = self._tensor(steps[-1][0].text_groups if steps else prefill.text_groups)
+        return Recording(prefill, caches, Segment(torch.cat(embeds, dim=1), torch.cat(where, dim=1)), groups)
 
     @torch.no_grad()
-    def retold(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
+    def teacher_forced_logits(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
         """Return the logits [len(ids) + 1, vocabulary] with which the model would have given an answer, before each token and at
         the end.
         """
-        recorder = RecordingBackend(self._model.engine)
-        conversation = Conversation(replace(self._model, engine=recorder), how=fit)
+        recorder = RecordingBackend(self._pipeline.backend)
+        conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
         for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=1)):
             pass
         tokens, _ = recorder.inputs[0]
@@ -76,49 +76,51 @@ class Episodes:
         if not ids:
             return first
         where = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)
-        answer = Segment(self._tensor(self._model.engine.embed(ids)), where)
+        answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), where)
         caches = tuple(caches_of([self._tensor(rows) for rows in (*conversation.cache.text, *conversation.cache.visual)]))
-        retold = self.replay(Episode(tokens, caches, answer, self._tensor(tokens.groups)))
+        retold = self.replay(Recording(tokens, caches, answer, self._tensor(tokens.text_groups)))
         return torch.cat([first, retold.logits[0]])
 
-    def segments(self, episode: Episode) -> tuple[Segment, Segment, Segment]:
+    def segments(self, recording: Recording) -> tuple[Segment, Segment, Segment]:
         """Return the prefill of an episode for a decoder."""
-        tokens = episode.prefill
+        tokens = recording.prefill
         return tuple(self._segment(part) for part in (tokens.prefix, tokens.visual, tokens.suffix))  # type: ignore[return-value]
 
     @torch.no_grad()
-    def first_split(self, episode: Episode) -> torch.Tensor:
+    def first_attention_shares(self, recording: Recording) -> torch.Tensor:
         """Return the attention split [layers, 4] of the last prompt token."""
-        groups = self._tensor(episode.prefill.groups)
-        order = self._tensor(episode.prefill.order)
-        output = self.decoder(*self.segments(episode), self.decoder.empty_caches(), order, text_groups=groups)
+        groups = self._tensor(recording.prefill.text_groups)
+        order = self._tensor(recording.prefill.visual_indices)
+        output = self.decoder(*self.segments(recording), self.decoder.empty_caches(), order, text_groups=groups)
         assert output.split is not None
         return torch.as_tensor(output.split)
 
     @torch.no_grad()
-    def replay(self, episode: Episode, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
+    def replay(self, recording: Recording, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
         """Run the whole answer in one forward, on the caches of the prefill or others, and return every token's logits."""
-        return self.run(episode, caches, **options)
+        return self.run(recording, caches, **options)
 
-    def run(self, episode: Episode, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
+    def run(self, recording: Recording, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
         """Do as `replay`, with gradients."""
-        nothing = Segment(episode.answer.embeds[:, :0], episode.answer.positions[:, :0])
-        output: StepOutput = self.decoder(nothing, nothing, episode.answer, caches or episode.caches, every_logit=True, **options)
+        nothing = Segment(recording.answer.embeds[:, :0], recording.answer.positions[:, :0])
+        output: StepOutput = self.decoder(
+            nothing, nothing, recording.answer, caches or recording.caches, every_logit=True, **options
+        )
         return output
 
-    def _segment(self, tokens: Tokens) -> Segment:
+    def _segment(self, tokens: TokenSegment) -> Segment:
         return Segment(self._tensor(tokens.embeds), self._tensor(tokens.positions))
 
     def _tensor(self, array: object) -> torch.Tensor:
         return torch.as_tensor(array, device=self._device)
 
 
-def shortened(caches: tuple[LayerCache, ...], layers: Iterable[int], share: float) -> tuple[LayerCache, ...]:
+def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: float) -> tuple[LayerCache, ...]:
     """Return caches of which some layers keep only a share of their visual tokens, the first in rank."""
     changed = list(caches)
     for layer in layers:
         cache = caches[layer]
-        end = 1 + kept_of(cache.visual_key.shape[0] - 1, share)
+        end = 1 + keep_count_up(cache.visual_key.shape[0] - 1, share)
         changed[layer] = replace(cache, visual_key=cache.visual_key[:end], visual_value=cache.visual_value[:end])
     return tuple(changed)
 

@@ -17,15 +17,15 @@ from edgeprune.model.quantization import at_precision
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
-from edgeprune.runtime.backends.interface import Interrupt, Seen, Step
-from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
-from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
+from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.text.prompt import ChatTemplate
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.targets import Lowering
 
 
-class EagerEngine:
+class TorchBackend:
     """The family's modules, the input cut and the pruned decoder, run eagerly."""
 
     def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> None:
@@ -35,13 +35,15 @@ class EagerEngine:
         signals = plan.input is not None and bool(method_class(plan.input.method).needs)
         self._plan, self._family = plan, loaded.family
         self._vision = loaded.family.vision(plan.geometry, signals=signals, cuts=plan.vision_cuts).eval().to(device)
-        self._whole: torch.nn.Module | None = None  # only an unpruned answer needs it
+        self._unpruned: torch.nn.Module | None = None  # only an unpruned answer needs it
         self._signals = SIGNALS if signals else ()
         self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
         self._selector = input_selector(plan, parts.hidden).to(device) if plan.input else None
-        self._rater = (
-            method_class(plan.decode.method)(plan.decode, plan.geometry).rater().to(device) if plan.decode and plan.live else None
+        self._rate_predictor = (
+            method_class(plan.decode.method)(plan.decode, plan.geometry).rate_predictor().to(device)
+            if plan.decode and plan.follows_attention
+            else None
         )
 
     def lowered(self, lowering: Lowering) -> AbstractContextManager[None]:
@@ -49,43 +51,45 @@ class EagerEngine:
         return at_precision(self._parts, self._vision, lowering)
 
     @torch.no_grad()
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
+    def encode_image(
+        self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
+    ) -> VisionOutput:
+        """Return what the vision encoder says of patches [patches, patch pixels]; `unpruned`: of all, whatever its cuts are."""
         vision, names = self._vision, self._signals
-        if whole and self._plan.vision_cuts:
-            self._whole = self._whole or self._family.vision(self._plan.geometry).eval().to(self._device)
-            vision, names = self._whole, ()
+        if unpruned and self._plan.vision_cuts:
+            self._unpruned = self._unpruned or self._family.vision(self._plan.geometry).eval().to(self._device)
+            vision, names = self._unpruned, ()
         seen = vision(self._tensor(patches))
         visual, *beside = map(_array, seen if isinstance(seen, tuple) else (seen,))
-        return Seen(visual, dict(zip(names, beside, strict=False)), tuple(beside[len(names) :]))
+        return VisionOutput(visual, dict(zip(names, beside, strict=False)), tuple(beside[len(names) :]))
 
     @torch.no_grad()
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
         [K].
         """
         assert self._selector is not None
-        order = [seen.order] if self._plan.vision_cuts else []
-        others = [self._tensor(values) for values in (*order, *seen.signals.values())]
-        embeds, kept = self._selector(self._tensor(seen.embeds), self._tensor(prompt), *others)
+        order = [vision_output.token_indices] if self._plan.vision_cuts else []
+        others = [self._tensor(values) for values in (*order, *vision_output.signals.values())]
+        embeds, kept = self._selector(self._tensor(vision_output.embeds), self._tensor(prompt), *others)
         return _array(embeds), _array(kept)
 
     @torch.no_grad()
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
+    def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
         return _array(self._embed(torch.tensor([list(ids)], device=self._device)))
 
     @torch.no_grad()
-    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+    def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run new tokens on top of a cache."""
         segments = [
             Segment(self._tensor(part.embeds), self._tensor(part.positions))
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
         ]
         caches = caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
-        groups = self._tensor(tokens.groups) if self._rater is not None else None
-        output = self._decoder(*segments, caches, self._tensor(tokens.order), text_groups=groups)
-        return Step(
+        groups = self._tensor(tokens.text_groups) if self._rate_predictor is not None else None
+        output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), text_groups=groups)
+        return DecoderOutput(
             _array(output.logits)[0, 0],
             tuple(_array(rows) for rows in flat_rows(output.rows)),
             tuple(_array(kept) for kept in output.kept),
@@ -93,27 +97,27 @@ class EagerEngine:
         )
 
     @torch.no_grad()
-    def rate(self, split: np.ndarray, step: int) -> float:
+    def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
-        assert self._rater is not None
-        return float(self._rater(self._tensor(split), torch.tensor([float(step)], device=self._device))[0])
+        assert self._rate_predictor is not None
+        return float(self._rate_predictor(self._tensor(split), torch.tensor([float(step)], device=self._device))[0])
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
 
-def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Model:
+def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Pipeline:
     """Return the model behind the runtime's interface; wrap it in `edgeprune.runtime.Runtime` to ask it questions."""
     loaded.check_plan(plan)
     image = loaded.family.image_text(plan.geometry)
-    return Model(
-        engine=EagerEngine(loaded, plan, device),
-        codec=TextCodec(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
-        template=ChatTemplate(loaded.chat_template(image)),
+    return Pipeline(
+        backend=TorchBackend(loaded, plan, device),
+        tokenizer=TextTokenizer(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
+        chat_template=ChatTemplate(loaded.chat_template(image)),
         special_tokens=loaded.special_tokens(),
         image_spec=image_spec(loaded.settings(plan.geometry)),
         image=image,
-        end_tokens=loaded.end_tokens(),
+        eos_token_ids=loaded.end_tokens(),
         decoder=loaded.decoder_shape(),
         plan=plan,
     )

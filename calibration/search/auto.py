@@ -9,23 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeprune.calibration.allocate.dyrate import FORMS, RateRequest
+from edgeprune.calibration.allocate.dyrate import FORMS, DecodeRateOptions
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.candidates import ENCODER, encoder_blocks
 from edgeprune.calibration.search.objectives import Agreement, encoder_ms, predicted_ttft
 from edgeprune.calibration.search.pareto import Budget, Curve, Point
 from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.plan import Cut, KeepPlan
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # tried in turn when the goal names no cost
 LEAST = 20  # samples on which a plan can be judged at all
-FitRate = Callable[[KeepPlan, RateRequest], KeepPlan]  # fits a rate for the decode steps of a plan
+FitRate = Callable[[KeepPlan, DecodeRateOptions], KeepPlan]  # fits a rate for the decode steps of a plan
 
 
-def decode_points(
+def decode_rate_points(
     found: Point, reads: float, fit_rate: FitRate, held_out: Agreement, progress: Callable[[str], None]
 ) -> list[Point]:
     """Return the plan found with DyRate behind it in each of its forms, the best first.
@@ -35,7 +35,7 @@ def decode_points(
     """
     points = []
     for form in FORMS:
-        plan = fit_rate(found.plan, RateRequest(reads, form))
+        plan = fit_rate(found.plan, DecodeRateOptions(reads, form))
         progress(f"dyrate ({form}), {len(held_out)} samples")
         score = held_out.score(plan, len(held_out))
         points.append(replace(found, name=f"{found.name} + dyrate ({form})", group="composed", plan=plan, score=score))
@@ -91,9 +91,9 @@ def find_plan(
     statistics: Statistics,
     fit_rate: FitRate,
     held_out: Agreement,
-    whole: KeepPlan,
+    unpruned: KeepPlan,
     goal: Goal,
-    times: DeviceTimes | None,
+    times: DeviceProfile | None,
     progress: Callable[[str], None],
 ) -> tuple[KeepPlan, Curve]:
     """Return the cheapest plan found that meets the goal, and the curve of all that were measured on every held-out sample.
@@ -101,9 +101,9 @@ def find_plan(
     Raises EdgePruneError at once when a latency cannot be reached by pruning at all, and DropExceededError when no plan at the
     target's cost agrees well enough.
     """
-    check_goal(goal, loaded, whole, times, len(held_out))
-    blocks = thinnable_blocks(loaded, whole)
-    search = Search(loaded.family.decoder(), whole, statistics, held_out, times, progress, blocks)
+    check_goal(goal, loaded, unpruned, times, len(held_out))
+    blocks = prunable_encoder_blocks(loaded, unpruned)
+    search = Search(loaded.family.decoder(), unpruned, statistics, held_out, times, progress, blocks)
     budgets = goal.budgets
     axis = budgets[0].axis
     best: Point | None = None
@@ -118,7 +118,7 @@ def find_plan(
     curve = Curve(axis, tuple(search.points), search.points.index(best))
     if goal.reads is None:
         return best.plan, curve
-    decoded = decode_points(best, goal.reads, fit_rate, held_out, progress)
+    decoded = decode_rate_points(best, goal.reads, fit_rate, held_out, progress)
     curve = replace(curve, points=(*curve.points, *decoded), chosen=len(curve.points))
     if not goal.allows(decoded[0]):
         raise _exceeded(goal, decoded[0], f"{goal.reads:.0%} of the reads", replace(curve, chosen=None))
@@ -133,7 +133,7 @@ def _exceeded(goal: Goal, best: Point, cost: str, curve: Curve) -> DropExceededE
     )
 
 
-def check_goal(goal: Goal, loaded: LoadedModel, whole: KeepPlan, times: DeviceTimes | None, samples: int) -> None:
+def check_goal(goal: Goal, loaded: LoadedModel, unpruned: KeepPlan, times: DeviceProfile | None, samples: int) -> None:
     """Raise EdgePruneError when a latency is out of reach for pruning, UsageError when `samples` are too few to judge plans by."""
     if goal.ttft_ms is not None:
         if times is None:
@@ -141,24 +141,24 @@ def check_goal(goal: Goal, loaded: LoadedModel, whole: KeepPlan, times: DeviceTi
                 "A target in milliseconds needs a device.",
                 hint="Give --device orin-nano, say, or --times FILE (edgeprune profile).",
             )
-        _check_reachable(goal.ttft_ms, times, whole, thinnable_blocks(loaded, whole))
+        _check_reachable(goal.ttft_ms, times, unpruned, prunable_encoder_blocks(loaded, unpruned))
     if samples < LEAST:
         raise UsageError(f"A search needs {LEAST} samples to judge plans by, beside those for the statistics; there are {samples}.")
 
 
-def thinnable_blocks(loaded: LoadedModel, whole: KeepPlan) -> int:
+def prunable_encoder_blocks(loaded: LoadedModel, unpruned: KeepPlan) -> int:
     """Return how many blocks a vision encoder has inside which tokens can leave, 0 for one that all must pass."""
-    if loaded.family.unthinned:
+    if loaded.family.no_encoder_cuts_reason:
         return 0
-    tower: Any = loaded.family.vision(whole.geometry)
+    tower: Any = loaded.family.vision(unpruned.geometry)
     return int(tower.blocks)
 
 
-def _check_reachable(target: float, times: DeviceTimes, whole: KeepPlan, blocks: int) -> None:
+def _check_reachable(target: float, times: DeviceProfile, unpruned: KeepPlan, blocks: int) -> None:
     # At best all tokens but one of each view leave at the first block where the search lets them, and the last one at the decoder.
     first = encoder_blocks(blocks)[:1]
-    thinned = whole.with_cuts(*(Cut("vision", ENCODER, len(whole.geometry.layout), block) for block in first))
-    whole_ms, least = predicted_ttft(times, whole), encoder_ms(times, thinned, max(blocks, 1)) + times.prefill_ms[0]
+    thinned = unpruned.with_cuts(*(Cut("vision", ENCODER, len(unpruned.geometry.layout), block) for block in first))
+    whole_ms, least = predicted_ttft(times, unpruned), encoder_ms(times, thinned, max(blocks, 1)) + times.prefill_ms[0]
     if target <= least:
         raise EdgePruneError(
             f"{target:g} ms cannot be reached: pruning cannot pass {whole_ms / least:.1f}x here, to {least:.1f} ms "

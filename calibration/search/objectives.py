@@ -15,11 +15,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.calibration.data.samples import Sample, score
-from edgeprune.calibration.replay.episodes import Episodes, divergence
+from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
-from edgeprune.device.profile import PARTS, TEXT, DeviceTimes
+from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.families.base import DecoderParts
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime import Runtime
@@ -28,7 +28,7 @@ _REACHED = 0.5, 0.7  # of the peak: compute and bandwidth, middle of what engine
 
 
 @dataclass(frozen=True)
-class RooflineTimes(DeviceTimes):
+class RooflineTimes(DeviceProfile):
     """Times of a device's peak numbers. `vision_least_ms`: the vision encoder's weights are read for however few tokens."""
 
     vision_least_ms: float = 0.0
@@ -43,33 +43,33 @@ def visual_flops(parts: DecoderParts, plan: KeepPlan) -> float:
     attention = 2.0 * parts.heads * parts.head_dim  # per pair of tokens: two products, half of the pairs
     for index, layer in enumerate(parts.layers):
         weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
-        alive = plan.alive(index)
+        alive = plan.tokens_at_layer(index)
         total += 2.0 * weights * alive + attention * alive * (alive + 2 * TEXT)
     return total
 
 
-def flops_share(parts: DecoderParts, plan: KeepPlan, whole: KeepPlan) -> float:
+def flops_share(parts: DecoderParts, plan: KeepPlan, unpruned: KeepPlan) -> float:
     """Return the plan's visual operations in prefill as a share of the unpruned plan's; the vision encoder's are no part of it."""
-    return visual_flops(parts, plan) / visual_flops(parts, whole)
+    return visual_flops(parts, plan) / visual_flops(parts, unpruned)
 
 
-def kv_share(plan: KeepPlan, whole: KeepPlan) -> float:
+def kv_share(plan: KeepPlan, unpruned: KeepPlan) -> float:
     """Return the visual cache that the plan holds after prefill as a share of the unpruned plan's."""
-    return sum(map(plan.stored, range(plan.layers))) / sum(map(whole.stored, range(whole.layers)))
+    return sum(map(plan.tokens_cached, range(plan.layers))) / sum(map(unpruned.tokens_cached, range(unpruned.layers)))
 
 
-def predicted_ttft(times: DeviceTimes, plan: KeepPlan, blocks: int = 1) -> float:
+def predicted_ttft(times: DeviceProfile, plan: KeepPlan, blocks: int = 1) -> float:
     """Return the milliseconds to the first token: the vision encoder for the plan's image, and a prefill layer by layer.
 
     Every one of the encoder's `blocks` is taken to cost in proportion to the tokens that it sees, and all together no less than
     their weights take where that is known; the selection itself, a few per cent, is left out.
     """
     known = np.linspace(0, times.tokens, PARTS + 1)
-    prefill = [float(np.interp(plan.alive(layer), known, times.prefill_ms)) for layer in range(plan.layers)]
+    prefill = [float(np.interp(plan.tokens_at_layer(layer), known, times.prefill_ms)) for layer in range(plan.layers)]
     return encoder_ms(times, plan, blocks) + sum(prefill) / plan.layers
 
 
-def encoder_ms(times: DeviceTimes, plan: KeepPlan, blocks: int) -> float:
+def encoder_ms(times: DeviceProfile, plan: KeepPlan, blocks: int) -> float:
     """Return the milliseconds that the vision encoder's `blocks` take together under a plan, as `predicted_ttft` counts them."""
     seen = sum(map(plan.encoding, range(blocks))) / (blocks * times.tokens)
     return max(times.vision_ms * seen, times.vision_least_ms if isinstance(times, RooflineTimes) else 0.0)
@@ -105,11 +105,11 @@ class Agreement:
     """Scores plans against the answers of the unpruned model, which are asked for once."""
 
     def __init__(
-        self, loaded: LoadedModel, whole: KeepPlan, samples: Sequence[Sample], *, max_tokens: int, fit: str, device: str
+        self, loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], *, max_tokens: int, fit: str, device: str
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
-        self._whole = whole
-        answers = self._answers(whole, samples)
+        self._unpruned = unpruned
+        answers = self._answers(unpruned, samples)
         self._samples = [replace(sample, answer=answer) for sample, answer in zip(samples, answers, strict=True)]
 
     def __len__(self) -> int:
@@ -123,7 +123,7 @@ class Agreement:
         """Return the mean score over the first `count` samples: 1 for an equal answer, for a description the share of facts."""
         samples = self._samples[:count]
         points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples), strict=True)]
-        return sum(min(point.right / point.of, point.recall) for point in points) / len(points)
+        return sum(min(point.correct / point.total, point.recall) for point in points) / len(points)
 
     def divergences(self, plans: Sequence[KeepPlan]) -> list[float]:
         """Return for each plan how far it is from the unpruned model when retelling its answers: KL divergence in nats, mean
@@ -131,14 +131,14 @@ class Agreement:
 
         Finer than agreement: it tells apart plans that answer a few samples alike.
         """
-        whole, *pruned = (Episodes(self._loaded, plan, 1, self._device) for plan in (self._whole, *plans))
-        codec = reference_model(self._loaded, self._whole, self._device).codec
+        whole, *pruned = (Recorder(self._loaded, plan, 1, self._device) for plan in (self._unpruned, *plans))
+        tokenizer = reference_model(self._loaded, self._unpruned, self._device).tokenizer
         totals = [0.0] * len(pruned)
         for sample in self._samples:
-            ids = codec.encode(sample.answer)
-            expected = whole.retold(sample, ids, self._fit)
-            for index, episodes in enumerate(pruned):
-                totals[index] += float(divergence(expected, episodes.retold(sample, ids, self._fit)).sum())
+            ids = tokenizer.encode(sample.answer)
+            expected = whole.teacher_forced_logits(sample, ids, self._fit)
+            for index, recorder in enumerate(pruned):
+                totals[index] += float(divergence(expected, recorder.teacher_forced_logits(sample, ids, self._fit)).sum())
         return [total / len(self._samples) for total in totals]
 
     def _answers(self, plan: KeepPlan, samples: Sequence[Sample]) -> list[str]:

@@ -15,7 +15,7 @@ from edgeprune.errors import PlanError, UsageError
 from edgeprune.io.files import write_text
 from edgeprune.plan import KeepPlan
 
-Make = Callable[[float], KeepPlan]  # from the share of the unpruned cost, in (0, 1], to a plan of a kind
+PlanFactory = Callable[[float], KeepPlan]  # from the share of the unpruned cost, in (0, 1], to a plan of a kind
 _HALVINGS = 14  # of the shares between nothing and everything: finer than one token of ten thousand
 
 SCHEMA_VERSION = 1
@@ -31,7 +31,7 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.most:.1f} ms to the first token" if self.axis == "ttft_ms" else f"{self.most:.0%} of the {self.axis}"
 
-    def plan(self, make: Make, ttft_ms: Callable[[KeepPlan], float]) -> KeepPlan:
+    def plan(self, make: PlanFactory, ttft_ms: Callable[[KeepPlan], float]) -> KeepPlan:
         """Return the largest plan of a kind within the budget; raise PlanError when every plan of it costs more.
 
         Along "flops" and "kv" it is the one at the budget's share. Milliseconds are no share: what a plan gains depends on where

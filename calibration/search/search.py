@@ -13,10 +13,18 @@ from dataclasses import dataclass
 
 from edgeprune.calibration.allocate.recipes import RESIZE
 from edgeprune.calibration.data.statistics import Statistics
-from edgeprune.calibration.search.candidates import BASELINES, ENCODER, Composer, Recipe, idle, input_cuts, singles
+from edgeprune.calibration.search.candidates import (
+    BASELINES,
+    ENCODER,
+    CandidateComposer,
+    Recipe,
+    input_cuts,
+    is_noop,
+    single_method_candidates,
+)
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, predicted_ttft
-from edgeprune.calibration.search.pareto import Budget, Make, Point
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.calibration.search.pareto import Budget, PlanFactory, Point
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts
 from edgeprune.plan import KeepPlan
@@ -36,10 +44,10 @@ class Search:
     """
 
     parts: DecoderParts
-    whole: KeepPlan
+    unpruned: KeepPlan
     statistics: Statistics
     agreement: Agreement
-    times: DeviceTimes | None
+    times: DeviceProfile | None
     progress: Callable[[str], None]
     blocks: int = 0
 
@@ -48,13 +56,16 @@ class Search:
 
     def at(self, budget: Budget) -> Point:
         """Return the best plan found within a budget; raise PlanError when there is none."""
-        composer = Composer(self.whole, self.statistics)
-        first = list(singles(self.whole, self.statistics, self.blocks))
+        composer = CandidateComposer(self.unpruned, self.statistics)
+        first = list(single_method_candidates(self.unpruned, self.statistics, self.blocks))
         if budget.axis == "kv":
             first += [("plphp", make) for make in composer.caches()]
-        ranked = self.race(list(self._affordable(first, budget)))
+        ranked = self.successive_halving(list(self._affordable(first, budget)))
         composed = [("composed", make) for make in self._compositions(composer, ranked, budget.axis)]
-        finalists = [*ranked, *self.race([found for found in self._affordable(composed, budget) if not idle(found[1])])]
+        finalists = [
+            *ranked,
+            *self.successive_halving([found for found in self._affordable(composed, budget) if not is_noop(found[1])]),
+        ]
         finalists = [point for point in finalists if point.cost(budget.axis) <= budget.most + 1e-6]
         if not finalists:
             raise PlanError(f"No plan costs {budget} or less.", hint="Ask for more.")
@@ -71,7 +82,7 @@ class Search:
         distances = self.agreement.divergences([point.plan for point in level])
         return level[distances.index(min(distances))]
 
-    def race(self, candidates: list[Candidate]) -> list[Point]:
+    def successive_halving(self, candidates: list[Candidate]) -> list[Point]:
         """Return the candidates measured, the best first; the last ones left, one of every method, are scored on every sample."""
         count, running = min(FIRST_ROUND, len(self.agreement)), candidates
         while True:
@@ -87,18 +98,18 @@ class Search:
 
     def _measure(self, group: str, plan: KeepPlan, count: int) -> Point:
         name = " + ".join(dict.fromkeys(cut.method for cut in plan.cuts)) or (
-            RESIZE if plan.geometry != self.whole.geometry else "none"
+            RESIZE if plan.geometry != self.unpruned.geometry else "none"
         )
         self.progress(f"{name}, {count} samples")
         ttft = None if self.times is None else self._ttft_ms(plan)
-        flops, kv = flops_share(self.parts, plan, self.whole), kv_share(plan, self.whole)
+        flops, kv = flops_share(self.parts, plan, self.unpruned), kv_share(plan, self.unpruned)
         return Point(name, group, flops, kv, self.agreement.score(plan, count), count, plan, ttft)
 
     def _ttft_ms(self, plan: KeepPlan) -> float:
         assert self.times is not None
         return predicted_ttft(self.times, plan, max(self.blocks, 1))
 
-    def _compositions(self, composer: Composer, ranked: list[Point], axis: str) -> Iterator[Make]:
+    def _compositions(self, composer: CandidateComposer, ranked: list[Point], axis: str) -> Iterator[PlanFactory]:
         partners = [point.plan.input for point in ranked if point.plan.input is not None and point.group not in BASELINES]
         for cut in partners[:PARTNERS]:
             yield from composer.inward(cut)
@@ -121,6 +132,6 @@ class Search:
                 self.agreement.check(plan)
             except PlanError:
                 continue  # this method cannot be that cheap, or not of this model
-            if (plan.cuts or plan.geometry != self.whole.geometry) and plan not in found:
+            if (plan.cuts or plan.geometry != self.unpruned.geometry) and plan not in found:
                 found.append(plan)
                 yield group, plan

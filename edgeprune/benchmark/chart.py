@@ -33,7 +33,7 @@ def draw(result: Benchmark, path: Path) -> None:
     more = [draws for draws, asked in ((_contexts, result.request.contexts), (_growth, result.growth)) if asked]
     panels = 1 + len(more)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6 * panels, 1.9 + 0.55 * max(len(result.contenders), 3)), layout="constrained", dpi=150)
+        figure = Figure(figsize=(5.6 * panels, 1.9 + 0.55 * max(len(result.variants), 3)), layout="constrained", dpi=150)
         axes = figure.subplots(1, panels, squeeze=False)[0]
         _first_tokens(axes[0], result)
         for draws, free in zip(more, axes[1:], strict=True):
@@ -43,14 +43,14 @@ def draw(result: Benchmark, path: Path) -> None:
 
 
 def _first_tokens(axes: Axes, result: Benchmark) -> None:
-    names = [_short(each.name) for each in result.contenders]
+    names = [_short(each.name) for each in result.variants]
     left = [0.0] * len(names)
     for stage, color in zip(STAGES, _COLORS, strict=True):
-        widths = [each.costs[stage].p50 for each in result.contenders]
+        widths = [each.costs[stage].p50 for each in result.variants]
         if any(widths):
             axes.barh(names, widths, left=left, color=color, label=stage.removesuffix("_ms"), height=0.62)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
-    for index, (end, each) in enumerate(zip(left, result.contenders, strict=True)):
+    for index, (end, each) in enumerate(zip(left, result.variants, strict=True)):
         ratio = "" if each.name == result.request.baseline else f" ({each.ratios['ttft_ms']:.2f}x)"
         axes.text(end, index, f" {each.costs['ttft_ms'].p50:.1f}{ratio}", va="center")
     axes.set(xlabel="time to first token, ms: its median, beside those of its stages", xlim=(0, 1.3 * max(left)))
@@ -59,14 +59,14 @@ def _first_tokens(axes: Axes, result: Benchmark) -> None:
 
 
 def _contexts(axes: Axes, result: Benchmark) -> None:
-    for index, each in enumerate(result.contenders):
+    for index, each in enumerate(result.variants):
         keys = [at.keys for at in each.contexts]
         times = [at.ms_per_token.p50 for at in each.contexts]
         color, marker = _LINES[index % len(_LINES)], _MARKERS[index % len(_MARKERS)]
         axes.plot(keys, times, label=_short(each.name), color=color, marker=marker, linewidth=1.6, markersize=5)
     axes.set(xlabel="text tokens in the cache, the image besides", ylabel="ms per token (medians)", ylim=(0, None))
     axes.grid(axis="y", color="#e3e6ea")
-    columns = min(len(result.contenders), 4)
+    columns = min(len(result.variants), 4)
     axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.4, columnspacing=1.2)
 
 

@@ -22,13 +22,13 @@ import numpy as np
 import onnxruntime
 
 from edgeprune.bundle import VISION, Bundle
-from edgeprune.device.profile import PARTS, TEXT, DeviceTimes
+from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
 from edgeprune.io.protobuf import integers, message
-from edgeprune.runtime.backends.interface import Engine
-from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, Tokens
-from edgeprune.runtime.backends.providers import open_engine
+from edgeprune.runtime.backends.interface import Backend
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
+from edgeprune.runtime.backends.providers import open_backend
 from edgeprune.runtime.generation.sequence import text_positions
 
 _FLOAT, _INT8, _INT32, _FLOAT16 = 1, 3, 6, 10  # of TensorProto.DataType
@@ -133,30 +133,32 @@ def _best(run: Callable[[], object]) -> float:
 
 def profile(
     bundle: Bundle, *, repeats: int = 20, threads: int | None = None, provider: str = "cpu", device: str = "this machine"
-) -> DeviceTimes:
+) -> DeviceProfile:
     """Return the medians of `repeats` runs of a bundle's graphs on random tokens, without pruning, and the processor's peaks.
 
     Raises EngineError when the provider cannot be had, or its engines were built for shorter turns than an image's tokens.
     """
-    engine = open_engine(bundle, provider, threads)
+    backend = open_backend(bundle, provider, threads)
     geometry, shape = bundle.plan.geometry, bundle.manifest.decoder
     rng = np.random.default_rng(0)
     takes = map(int, bundle.manifest.graphs[VISION].inputs["pixel_values"].shape)
     patches = rng.standard_normal(tuple(takes), np.float32)
-    vision = _median(lambda: engine.see(patches, whole=True), repeats)
+    vision = _median(lambda: backend.encode_image(patches, unpruned=True), repeats)
     empty = KvCache.empty(shape)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
-    prefill = [_prefill_ms(engine, rng, count, shape.width, shape.position_axes, empty, repeats) for count in counts]
+    prefill = [_prefill_ms(backend, rng, count, shape.width, shape.position_axes, empty, repeats) for count in counts]
     peaks = measure_peaks(threads) if provider == "cpu" else None
-    return DeviceTimes(device, "measured", geometry.tokens, vision, tuple(prefill), peaks)
+    return DeviceProfile(device, "measured", geometry.tokens, vision, tuple(prefill), peaks)
 
 
-def _prefill_ms(engine: Engine, rng: np.random.Generator, count: int, width: int, axes: int, cache: KvCache, repeats: int) -> float:
+def _prefill_ms(
+    backend: Backend, rng: np.random.Generator, count: int, width: int, axes: int, cache: KvCache, repeats: int
+) -> float:
     # As text: nothing is pruned, whatever the plan says.
-    tokens = Tokens(rng.standard_normal((1, count + TEXT, width), np.float32), text_positions(0, count + TEXT, axes))
-    nothing = Tokens(np.zeros((1, 0, width), np.float32), np.zeros((axes, 0), np.int64))
-    step = StepInput(nothing, nothing, tokens, np.zeros(0, np.int64), np.zeros((count + TEXT, 3), np.float32))
-    return _median(lambda: engine.step(step, cache), repeats)
+    tokens = TokenSegment(rng.standard_normal((1, count + TEXT, width), np.float32), text_positions(0, count + TEXT, axes))
+    nothing = TokenSegment(np.zeros((1, 0, width), np.float32), np.zeros((axes, 0), np.int64))
+    step = DecoderInput(nothing, nothing, tokens, np.zeros(0, np.int64), np.zeros((count + TEXT, 3), np.float32))
+    return _median(lambda: backend.forward(step, cache), repeats)
 
 
 def _median(run: Callable[[], object], repeats: int) -> float:

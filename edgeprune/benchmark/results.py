@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeprune.benchmark.variants import Contender
+from edgeprune.benchmark.variants import Variant
 from edgeprune.bundle import DECODER, PLAN, VISION, Bundle, Manifest
 from edgeprune.device.onnx_file import Graph, read_graph
 from edgeprune.device.roofline import Peaks, prefill_operations, vision_operations
@@ -24,7 +24,7 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.telemetry.receipt import Receipt
 
-Row = Mapping[str, float]  # the costs of one round, by name
+RoundCosts = Mapping[str, float]  # the costs of one round, by name
 STAGES = ("preprocess_ms", "vision_ms", "select_ms", "prefill_ms")  # they add up to ttft_ms
 
 _FLOATS = {"float32": "fp32", "float64": "fp32", "float16": "fp16", "bfloat16": "fp16"}
@@ -39,7 +39,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class AtContext:
+class ContextPoint:
     """Decode steps after a question of `keys` text tokens, with the image in the caches besides. `context`: what was asked for.
 
     `ratio` to the baseline's, the median over the rounds; `kv_bytes` of all caches at the end; `roofline`: the share of the least
@@ -88,7 +88,7 @@ class Roofline:
 
 
 @dataclass(frozen=True)
-class Figures:
+class VariantResult:
     """What one contender costs: `costs` by name, and `ratios` of them to the baseline, each the median of the rounds' own ratios.
 
     `visual_tokens`: the mean over the layers in prefill; `reused`: the second question about the image found its caches; `cuts`:
@@ -106,7 +106,7 @@ class Figures:
     cuts: tuple[tuple[str, int, int], ...]
     weight_bytes: int
     decode_kv_bytes: float
-    contexts: tuple[AtContext, ...] = ()
+    contexts: tuple[ContextPoint, ...] = ()
     startup: Startup | None = None
     roofline: Roofline | None = None
 
@@ -117,7 +117,7 @@ class Figures:
         return None if peak is None else peak / (self.weight_bytes + self.costs["kv_bytes"].p50)
 
 
-def row_of(first: Receipt, recalled: Receipt, second: Receipt, joules: float | None) -> Row:
+def row_of(first: Receipt, recalled: Receipt, second: Receipt, joules: float | None) -> RoundCosts:
     """Return the costs of one round: an answer about a new image, the first token of the same question in another conversation,
     which may be `recalled` in part, and of a second one after it.
     """
@@ -139,13 +139,13 @@ def decode_kv_bytes(receipt: Receipt, entry: int) -> float:
     return receipt.kv_bytes - entry * passed_over
 
 
-def spreads(rows: Sequence[Row]) -> dict[str, Spread]:
+def spreads(rows: Sequence[RoundCosts]) -> dict[str, Spread]:
     """Return the median and the 95th percentile of each cost that every round has."""
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: spread([row[name] for row in rows]) for name in names}
 
 
-def ratios(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, float]:
+def ratios(rows: Sequence[RoundCosts], baseline: Sequence[RoundCosts]) -> dict[str, float]:
     """Return the median over the rounds of each cost divided by the baseline's of the same round, where that is never zero."""
     names = [name for name in rows[0] if all(name in row and base.get(name) for row, base in zip(rows, baseline, strict=True))]
     return {name: median([row[name] / base[name] for row, base in zip(rows, baseline, strict=True)]) for name in names}
@@ -177,7 +177,7 @@ def sizes_of(path: Path) -> Sizes:
     return Sizes(work, read_graph(bundle.file(VISION)), read_graph(bundle.file(DECODER)))
 
 
-def beside(figures: Figures, asked: Contender, sizes: Sizes, peaks: Peaks) -> Figures:
+def with_roofline(figures: VariantResult, asked: Variant, sizes: Sizes, peaks: Peaks) -> VariantResult:
     """Return a contender's figures with the roofline of each time.
 
     Raises UsageError when the peaks lack an arithmetic.

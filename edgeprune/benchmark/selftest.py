@@ -17,8 +17,8 @@ from edgeprune.errors import EngineError
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
-from edgeprune.runtime.backends.interface import Engine
-from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
+from edgeprune.runtime.backends.interface import Backend
+from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
 from edgeprune.tabletop.dataset import frames_for
 
 TOKENS = 24
@@ -63,29 +63,29 @@ class SelfTest:
 
 def selftest(
     bundle: Bundle,
-    open_engine: Callable[[Bundle], TensorRTEngine] | None = None,
+    open_backend: Callable[[Bundle], TensorRTBackend] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> SelfTest:
-    """Compare a bundle's engines, as `open_engine` or this machine's GPU has them, with ONNX Runtime on the CPU.
+    """Compare a bundle's engines, as `open_backend` or this machine's GPU has them, with ONNX Runtime on the CPU.
 
     Raises EngineError when they cannot be opened.
     """
     progress("reference")
     reference = load(bundle.path, cache_bytes=0)
-    expected = RecordingBackend(reference._model.engine, replayable=False)
+    expected = RecordingBackend(reference._pipeline.backend, replayable=False)
     said = _answers(reference, expected)
     progress("engines")
-    engine = (open_engine or TensorRTEngine.here)(bundle)
+    backend = (open_backend or TensorRTBackend.on_this_device)(bundle)
     try:
-        actual = RecordingBackend(engine, replayable=False)
+        actual = RecordingBackend(backend, replayable=False)
         repeated = _answers(reference, actual)
         progress("memory")
-        before = engine.device_bytes
-        _answers(reference, RecordingBackend(engine, replayable=False))
-        checks = [*_compared(expected, actual), _words(said, repeated), _grown(before, engine.device_bytes)]
-        checks.append(_refused(reference, engine))
+        before = backend.device_bytes
+        _answers(reference, RecordingBackend(backend, replayable=False))
+        checks = [*_compared(expected, actual), _check_text(said, repeated), _check_memory(before, backend.device_bytes)]
+        checks.append(_check_limits(reference, backend))
     finally:
-        engine.close()
+        backend.close()
     about = {"model": bundle.manifest.source.model, "target": bundle.manifest.target, "precision": bundle.manifest.precision}
     return SelfTest(
         machine=diagnose(read_machine()).to_dict(),
@@ -96,15 +96,15 @@ def selftest(
 
 
 @dataclass
-class _Said:
+class _Transcript:
     texts: list[str] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
 
 
-def _answers(runtime: Runtime, engine: Engine) -> _Said:
-    model = replace(runtime._model, engine=engine)
-    frames = frames_for(model.plan.geometry)
-    chat, said = Runtime(model).chat(), _Said()
+def _answers(runtime: Runtime, backend: Backend) -> _Transcript:
+    pipeline = replace(runtime._pipeline, backend=backend)
+    frames = frames_for(pipeline.plan.geometry)
+    chat, said = Runtime(pipeline).chat(), _Transcript()
     for prompt, shown in zip(PROMPTS, (frames, None), strict=True):
         stream = chat.ask(prompt, shown, max_tokens=TOKENS)
         said.texts.append("".join(stream))
@@ -131,21 +131,21 @@ def _compared(expected: RecordingBackend, actual: RecordingBackend) -> list[Chec
     ]
 
 
-def _words(one: _Said, other: _Said) -> Check:
+def _check_text(one: _Transcript, other: _Transcript) -> Check:
     # Told, not judged: greedy answers part at the first near tie.
     equal = sum(a == b for a, b in zip(one.texts, other.texts, strict=True))
     return Check("text", float(len(one.texts) - equal), float(len(one.texts)), f"{equal} of {len(one.texts)} answers equal")
 
 
-def _grown(before: int, after: int) -> Check:
+def _check_memory(before: int, after: int) -> Check:
     return Check("memory", float(after - before), 0.0, f"{after / 1e6:.1f} MB for caches and outputs, as after the first answers")
 
 
-def _refused(runtime: Runtime, engine: Engine) -> Check:
+def _check_limits(runtime: Runtime, backend: Backend) -> Check:
     # What is too long has to be an error that names its remedy, and the engine has to work on. The model's own limit stands aside.
-    unlimited = replace(runtime._model.decoder, context=1 << 30)
+    unlimited = replace(runtime._pipeline.decoder, context=1 << 30)
     try:
-        for _ in Runtime(replace(runtime._model, engine=engine, decoder=unlimited)).chat().ask("word " * 20_000, max_tokens=1):
+        for _ in Runtime(replace(runtime._pipeline, backend=backend, decoder=unlimited)).chat().ask("word " * 20_000, max_tokens=1):
             pass
     except EngineError as error:
         return Check("limits", 0.0, 0.0, error.hint)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.benchmark.results import Startup
-from edgeprune.benchmark.variants import OWN, Question, own_contender, variant
+from edgeprune.benchmark.variants import PRUNED, BenchmarkPrompt, builtin_variant, bundle_variant
 from edgeprune.bundle import Manifest
 from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.errors import EdgePruneError
@@ -34,9 +34,15 @@ _PIECE = 1 << 22  # bytes read at once
 
 
 def measure_startup(
-    path: Path, name: str, question: Question, image: Path | None = None, *, threads: int | None = None, provider: str = "cpu"
+    path: Path,
+    name: str,
+    question: BenchmarkPrompt,
+    image: Path | None = None,
+    *,
+    threads: int | None = None,
+    provider: str = "cpu",
 ) -> Startup:
-    """Return what a new process needs for two answers of one contender: a bundle (OWN), or a word that compares it.
+    """Return what a new process needs for two answers of one contender: a bundle (PRUNED), or a word that compares it.
 
     Raises EdgePruneError when the process ends without saying, for want of memory perhaps.
     """
@@ -65,8 +71,8 @@ def _measured(import_ms: float, asked: Mapping[str, Any]) -> Startup:
     runtime = load(path, threads=asked["threads"], provider=asked["provider"], cache_bytes=0)
     loaded = time.perf_counter()
     loading = peak_rss()
-    own = own_contender(OWN, path, runtime, image)
-    asking, question = own if name == OWN else variant(own, name), Question(**asked["question"])
+    own = bundle_variant(PRUNED, path, runtime, image)
+    asking, question = own if name == PRUNED else builtin_variant(own, name), BenchmarkPrompt(**asked["question"])
     reset_peak_rss()  # where the kernel does not let us, the peak is that of loading too
     first, second = (question.answer(asking).times.ttft_ms for _ in range(2))
     return Startup(import_ms, 1e3 * (read - started), 1e3 * (loaded - read), first, second, loading, peak_rss())

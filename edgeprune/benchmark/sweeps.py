@@ -13,20 +13,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgeprune.benchmark.results import AtContext, Spread, median, spread
-from edgeprune.benchmark.variants import Contender, Question, blind
+from edgeprune.benchmark.results import ContextPoint, Spread, median, spread
+from edgeprune.benchmark.variants import BenchmarkPrompt, Variant, content_free_variant
 from edgeprune.errors import UsageError
 from edgeprune.runtime.generation.conversation import Stream
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 STEPS = 4  # of one contender in a row
 _WORDS = (" a", " the", " is", " on", " cube")  # one of them is a single token of nearly every tokenizer
 _SHORT = 8
 
 
-def measure_contexts(
-    compared: Sequence[Contender], question: Question, contexts: Sequence[int], rounds: int
-) -> dict[str, tuple[AtContext, ...]]:
+def sweep_contexts(
+    compared: Sequence[Variant], question: BenchmarkPrompt, contexts: Sequence[int], rounds: int
+) -> dict[str, tuple[ContextPoint, ...]]:
     """Return, by the names of contenders, what a token costs them at each context; the second is the baseline, or else the first.
 
     Raises UsageError, before anything is timed, for a context that is too short for a question or too long for a model.
@@ -40,40 +40,40 @@ def measure_contexts(
     return {each.name: tuple(found[each.name] for found in at) for each in compared}
 
 
-def filler(codec: TextCodec, tokens: int) -> str:
+def filler(tokenizer: TextTokenizer, tokens: int) -> str:
     """Return a text of as many tokens, or of nearly as many where no word of ours is a single token."""
-    word = next((word for word in _WORDS if len(codec.encode(word * 64)) == 64), _WORDS[0])
-    return word * max(1, round(tokens * 64 / len(codec.encode(word * 64))))
+    word = next((word for word in _WORDS if len(tokenizer.encode(word * 64)) == 64), _WORDS[0])
+    return word * max(1, round(tokens * 64 / len(tokenizer.encode(word * 64))))
 
 
-def _bare(each: Contender, question: Question) -> int:
+def _bare(each: Variant, question: BenchmarkPrompt) -> int:
     # Text tokens that the chat template adds to a question.
-    text = filler(each.codec, _SHORT)
+    text = filler(each.tokenizer, _SHORT)
     stream = _asked(each, question, text, 1)
     next(stream)
     stream.close()
-    return stream.receipt.text_tokens - len(each.codec.encode(text))
+    return stream.receipt.text_tokens - len(each.tokenizer.encode(text))
 
 
-def _check_context(each: Contender, context: int, bare: int, steps: int) -> None:
+def _check_context(each: Variant, context: int, bare: int, steps: int) -> None:
     if context <= bare:
         raise UsageError(
             f"A question to {each.name} has more than {bare} text tokens, not {context}.", hint="Ask for a longer context."
         )
     needed = context + each.runtime.plan.geometry.tokens + steps
-    if needed > each.longest:
+    if needed > each.max_context:
         raise UsageError(
-            f"{context} text tokens, the image and {steps} timed steps are {needed} tokens; {each.name} takes {each.longest}.",
+            f"{context} text tokens, the image and {steps} timed steps are {needed} tokens; {each.name} takes {each.max_context}.",
             hint="Ask for a shorter context, or for fewer repeats.",
         )
 
 
 def _at(
-    compared: Sequence[Contender], question: Question, context: int, bare: Mapping[str, int], rounds: int
-) -> dict[str, AtContext]:
+    compared: Sequence[Variant], question: BenchmarkPrompt, context: int, bare: Mapping[str, int], rounds: int
+) -> dict[str, ContextPoint]:
     streams = {}
     for each in compared:
-        text = filler(each.codec, context - bare[each.name])
+        text = filler(each.tokenizer, context - bare[each.name])
         streams[each.name] = _asked(each, question, text, STEPS * (rounds + 1) + 2)  # one is left, so that no stream ends
         next(streams[each.name])  # prefill and the first token
     taken: dict[str, list[float]] = {each.name: [] for each in compared}
@@ -88,16 +88,16 @@ def _at(
     for name, stream in streams.items():
         stream.close()
         ratio = median([own / base for own, base in zip(taken[name], baseline, strict=True)])
-        found[name] = AtContext(context, stream.receipt.text_tokens, spread(taken[name]), ratio, stream.receipt.kv_bytes)
+        found[name] = ContextPoint(context, stream.receipt.text_tokens, spread(taken[name]), ratio, stream.receipt.kv_bytes)
     return found
 
 
-def _asked(each: Contender, question: Question, text: str, tokens: int) -> Stream:
+def _asked(each: Variant, question: BenchmarkPrompt, text: str, tokens: int) -> Stream:
     return replace(question, prompt=text, tokens=tokens).stream(each)
 
 
 @dataclass(frozen=True)
-class AtKept:
+class KeptPoint:
     """The first token with `kept` visual tokens in every layer of the decoder; `tokens` are these and the text's."""
 
     kept: int
@@ -107,7 +107,7 @@ class AtKept:
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearFit:
     """A straight line through the prefills: `ms_per_token`, `ms_at_none` without a token, and the `farthest` prefill from it, as a
     share of the line.
     """
@@ -117,7 +117,7 @@ class Line:
     farthest: float
 
 
-def measure_growth(own: Contender, question: Question, counts: Sequence[int], rounds: int) -> tuple[AtKept, ...]:
+def sweep_kept_tokens(own: Variant, question: BenchmarkPrompt, counts: Sequence[int], rounds: int) -> tuple[KeptPoint, ...]:
     """Return what the first token takes a bundle with each of `counts` visual tokens, measured in turns.
 
     Raises UsageError, before anything is timed, for a count that the bundle's image does not have.
@@ -129,7 +129,7 @@ def measure_growth(own: Contender, question: Question, counts: Sequence[int], ro
                 f"{own.path} has {whole} visual tokens; {count} of them cannot be kept.",
                 hint="Ask for fewer with --kept, or export for a larger image with --image-size.",
             )
-    asking, first = [blind(own, "uniform", count) for count in counts], replace(question, tokens=1)
+    asking, first = [content_free_variant(own, "uniform", count) for count in counts], replace(question, tokens=1)
     taken: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     texts = 0
     for number in range(-1, rounds):  # the first round warms up
@@ -138,13 +138,13 @@ def measure_growth(own: Contender, question: Question, counts: Sequence[int], ro
             texts = receipt.text_tokens
             if number >= 0:
                 taken[count].append((receipt.times.ttft_ms, receipt.times.prefill_ms))
-    return tuple(AtKept(count, count + texts, *(spread(times) for times in zip(*taken[count], strict=True))) for count in counts)
+    return tuple(KeptPoint(count, count + texts, *(spread(times) for times in zip(*taken[count], strict=True))) for count in counts)
 
 
-def line_through(grown: Sequence[AtKept]) -> Line | None:
+def line_through(grown: Sequence[KeptPoint]) -> LinearFit | None:
     """Return the line that fits the prefills, errors weighed as shares of what was measured; None for fewer than three."""
     if len(grown) < 3:
         return None
     tokens, times = np.array([at.tokens for at in grown], float), np.array([at.prefill_ms.p50 for at in grown])
     slope, start = np.polyfit(tokens, times, 1, w=1 / times)
-    return Line(float(slope), float(start), float(np.abs(times / (slope * tokens + start) - 1).max()))
+    return LinearFit(float(slope), float(start), float(np.abs(times / (slope * tokens + start) - 1).max()))

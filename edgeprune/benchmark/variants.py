@@ -21,28 +21,28 @@ from edgeprune.bundle import is_bundle
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.api.loading import load
-from edgeprune.runtime.api.session import Pictures, Runtime
-from edgeprune.runtime.backends.interface import BackendProxy, Engine, Interrupt, Seen, Step
-from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, Tokens
-from edgeprune.runtime.backends.providers import ENGINES
+from edgeprune.runtime.api.session import ImageOrImages, Runtime
+from edgeprune.runtime.backends.interface import Backend, BackendProxy, CancellationToken, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
+from edgeprune.runtime.backends.providers import TENSORRT
 from edgeprune.runtime.generation.conversation import Stream
-from edgeprune.runtime.generation.pipeline import Model, State
+from edgeprune.runtime.generation.pipeline import Pipeline, SharedState
 from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.telemetry.receipt import Receipt
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.tabletop.dataset import frames_for
 
-OWN = "pruned"
-WHOLE = "none"
-BLIND = ("random", "uniform")  # they choose without looking
-WORDS = (WHOLE, *BLIND)
+PRUNED = "pruned"
+UNPRUNED = "none"
+CONTENT_FREE = ("random", "uniform")  # they choose without looking
+BUILTIN = (UNPRUNED, *CONTENT_FREE)
 _RECALL = 1 << 30  # bytes: more than one image takes
 
 PROMPT = "What is on the table?"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Variant:
     """One of those compared. `path`: its bundle; `runtime` ends no answer before its length; `picture`: what it is shown; `alive`:
     visual tokens of each layer in prefill.
     """
@@ -50,99 +50,100 @@ class Contender:
     name: str
     path: Path
     runtime: Runtime
-    picture: Pictures
+    picture: ImageOrImages
     prune: bool
     alive: tuple[int, ...]
 
     @property
-    def silent(self) -> Runtime:
+    def prefill_only(self) -> Runtime:
         """The same, whose answers end before their first token: nothing but a prefill, and no answer that is read back otherwise
         than it was written.
         """
-        model = self.runtime._model
-        every = cast("tuple[int, ...]", range(model.decoder.vocabulary))  # asked only whether a token is among them
-        return Runtime(replace(model, end_tokens=every))
+        pipeline = self.runtime._pipeline
+        every = cast("tuple[int, ...]", range(pipeline.decoder.vocabulary))  # asked only whether a token is among them
+        return Runtime(replace(pipeline, eos_token_ids=every))
 
     @property
-    def forgetful(self) -> Contender:
+    def with_empty_cache(self) -> Variant:
         """The same, which has seen nothing yet, and will recall what it sees."""
-        return replace(self, runtime=Runtime(replace(self.runtime._model, state=State(_RECALL))))
+        return replace(self, runtime=Runtime(replace(self.runtime._pipeline, state=SharedState(_RECALL))))
 
     @property
-    def codec(self) -> TextCodec:
+    def tokenizer(self) -> TextTokenizer:
         """The tokenizer."""
-        return self.runtime._model.codec
+        return self.runtime._pipeline.tokenizer
 
     @property
-    def longest(self) -> int:
+    def max_context(self) -> int:
         """The most tokens that a conversation may have."""
-        return self.runtime._model.decoder.context
+        return self.runtime._pipeline.decoder.context
 
 
-def contenders(
+def load_variants(
     path: Path,
-    compare: Sequence[str] = (WHOLE,),
+    compare: Sequence[str] = (UNPRUNED,),
     image: Path | None = None,
     *,
     threads: int | None = None,
     provider: str = "cpu",
-) -> list[Contender]:
-    """Return a bundle, named OWN, and after it what it is compared with: words of WHOLE and BLIND, or paths of other bundles.
+) -> list[Variant]:
+    """Return a bundle, named PRUNED, and after it what it is compared with: words of UNPRUNED and CONTENT_FREE, or paths of other
+    bundles.
 
     `image` None: a TableTop scene of each bundle's own size. No bundle is loaded twice. Raises UsageError for another word or one
     named twice, ImageError, and BundleError and EngineError from loading.
     """
     check_names(compare, provider)
-    own = own_contender(OWN, path, load(path, threads=threads, provider=provider, cache_bytes=0), image)
+    own = bundle_variant(PRUNED, path, load(path, threads=threads, provider=provider, cache_bytes=0), image)
     found = [own]
     for name in compare:
-        if name in WORDS:
-            found.append(variant(own, name))
+        if name in BUILTIN:
+            found.append(builtin_variant(own, name))
         else:
-            found.append(own_contender(name, Path(name), load(name, threads=threads, provider=provider, cache_bytes=0), image))
+            found.append(bundle_variant(name, Path(name), load(name, threads=threads, provider=provider, cache_bytes=0), image))
     return found
 
 
-def own_contender(name: str, path: Path, runtime: Runtime, image: Path | None = None) -> Contender:
+def bundle_variant(name: str, path: Path, runtime: Runtime, image: Path | None = None) -> Variant:
     """Return a bundle under its own plan."""
     plan = runtime.plan
-    picture: Pictures = frames_for(plan.geometry) if image is None else read_image(image)
-    return Contender(name, path, _endless(runtime._model), picture, True, tuple(map(plan.alive, range(plan.layers))))
+    picture: ImageOrImages = frames_for(plan.geometry) if image is None else read_image(image)
+    return Variant(name, path, _without_eos(runtime._pipeline), picture, True, tuple(map(plan.tokens_at_layer, range(plan.layers))))
 
 
-def variant(own: Contender, name: str) -> Contender:
-    """Return the same bundle with its plan left out: WHOLE, or one of BLIND."""
+def builtin_variant(own: Variant, name: str) -> Variant:
+    """Return the same bundle with its plan left out: UNPRUNED, or one of CONTENT_FREE."""
     plan = own.runtime.plan
-    if name in BLIND:
-        return blind(own, name, equal_work_tokens(plan))
+    if name in CONTENT_FREE:
+        return content_free_variant(own, name, equal_work_tokens(plan))
     return replace(own, name=name, prune=False, alive=(plan.geometry.tokens,) * plan.layers)
 
 
-def blind(own: Contender, name: str, keep: int) -> Contender:
-    """Return the same bundle with `keep` visual tokens in every layer, chosen by one of BLIND."""
-    plan, model = own.runtime.plan, own.runtime._model
+def content_free_variant(own: Variant, name: str, keep: int) -> Variant:
+    """Return the same bundle with `keep` visual tokens in every layer, chosen by one of CONTENT_FREE."""
+    plan, pipeline = own.runtime.plan, own.runtime._pipeline
     whole = plan.geometry.tokens
-    model = replace(model, engine=FixedSelectionBackend(model.engine, chosen_tokens(name, whole, keep), whole))
-    return replace(own, name=name, runtime=Runtime(model), prune=False, alive=(keep,) * plan.layers)
+    pipeline = replace(pipeline, backend=FixedSelectionBackend(pipeline.backend, chosen_tokens(name, whole, keep), whole))
+    return replace(own, name=name, runtime=Runtime(pipeline), prune=False, alive=(keep,) * plan.layers)
 
 
 def check_names(compare: Sequence[str], provider: str = "cpu") -> None:
     """Raise UsageError for what cannot be compared."""
     for index, name in enumerate(compare):
-        if name in compare[:index] or name == OWN:
+        if name in compare[:index] or name == PRUNED:
             raise UsageError(f"{name} is compared twice.", hint="Name each once.")
-        if name in BLIND and provider == ENGINES:
+        if name in CONTENT_FREE and provider == TENSORRT:
             raise UsageError(
                 f"{name} cannot run on TensorRT engines, whose visual tokens stay on the device.",
                 hint=f"Export a bundle with --method {name}, build it, and give its path.",
             )
-        if name not in WORDS:
+        if name not in BUILTIN:
             _check_bundle(name)
 
 
 def equal_work_tokens(plan: KeepPlan) -> int:
     """Return K: the mean over the layers of the visual tokens that a plan leaves alive in prefill, rounded, at least one."""
-    return max(1, round(sum(map(plan.alive, range(plan.layers))) / plan.layers))
+    return max(1, round(sum(map(plan.tokens_at_layer, range(plan.layers))) / plan.layers))
 
 
 def chosen_tokens(name: str, tokens: int, keep: int) -> np.ndarray:
@@ -159,29 +160,31 @@ class FixedSelectionBackend(BackendProxy):
     tokens in its receipts is of the whole image too.
     """
 
-    def __init__(self, backend: Engine, kept: np.ndarray, tokens: int) -> None:
+    def __init__(self, backend: Backend, kept: np.ndarray, tokens: int) -> None:
         super().__init__(backend)
         self._kept, self._tokens = kept, tokens
 
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
+    def encode_image(
+        self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
+    ) -> VisionOutput:
         """Return the chosen visual tokens [1, K, hidden]."""
-        seen = self._backend.see(patches, whole=whole, interrupt=interrupt)
-        return replace(seen, embeds=seen.embeds[:, self._kept])
+        vision_output = self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
+        return replace(vision_output, embeds=vision_output.embeds[:, self._kept])
 
-    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+    def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run new tokens on top of a cache; where an image is among them, with the positions of the chosen ones alone."""
         prefix = tokens.prefix
         missing = prefix.positions.shape[1] - prefix.embeds.shape[1]
         if missing:  # the image's tokens are the last of the prefix
             text = prefix.positions.shape[1] - self._tokens
             places = np.concatenate([np.arange(text), text + self._kept])
-            tokens = replace(tokens, prefix=Tokens(prefix.embeds, prefix.positions[:, places]))
-        return self._backend.step(tokens, cache, interrupt=interrupt)
+            tokens = replace(tokens, prefix=TokenSegment(prefix.embeds, prefix.positions[:, places]))
+        return self._backend.forward(tokens, cache, cancellation=cancellation)
 
 
-def _endless(model: Model) -> Runtime:
+def _without_eos(pipeline: Pipeline) -> Runtime:
     # Its own state: what another engine said of an image must not be recalled.
-    return Runtime(replace(model, end_tokens=(), state=State()))
+    return Runtime(replace(pipeline, eos_token_ids=(), state=SharedState()))
 
 
 def _check_bundle(name: str) -> None:
@@ -192,33 +195,33 @@ def _check_bundle(name: str) -> None:
             "A smaller image needs graphs of another geometry, which this bundle has not.",
             hint="Export one with --image-size, and give its path: --compare small.bundle",
         )
-    raise UsageError(f"Cannot compare with {name!r}.", hint=f"Name {', '.join(WORDS)}, or the path of another bundle.")
+    raise UsageError(f"Cannot compare with {name!r}.", hint=f"Name {', '.join(BUILTIN)}, or the path of another bundle.")
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkPrompt:
     """A prompt, and the length of the answer in tokens. `fit`: what to do with an image of another aspect than a bundle's."""
 
     prompt: str
     tokens: int
     fit: str
 
-    def stream(self, asked: Contender) -> Stream:
+    def stream(self, asked: Variant) -> Stream:
         """Return the answer of a contender in a new conversation, of exactly `tokens` tokens."""
         return asked.runtime.stream(asked.picture, self.prompt, prune=asked.prune, fit=self.fit, max_tokens=self.tokens)
 
-    def answer(self, asked: Contender) -> Receipt:
+    def answer(self, asked: Variant) -> Receipt:
         """Return the receipt of that answer."""
         stream = self.stream(asked)
         "".join(stream)
         return stream.receipt
 
-    def again(self, asked: Contender) -> tuple[Receipt, Receipt]:
+    def ask_twice(self, asked: Variant) -> tuple[Receipt, Receipt]:
         """Return the receipts, up to the first token, of the question in another conversation, and of a second one after it there.
 
         The first answer is empty, so that the conversation reads it as it wrote it and keeps its caches.
         """
-        chat = asked.silent.chat(prune=asked.prune, fit=self.fit)
+        chat = asked.prefill_only.chat(prune=asked.prune, fit=self.fit)
         first = chat.ask(self.prompt, asked.picture)
         "".join(first)
         second = chat.ask(self.prompt)

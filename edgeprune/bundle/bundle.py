@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from edgeprune.bundle.integrity import FileRecord, Stamp, check_content, check_locations, check_there
+from edgeprune.bundle.integrity import FileRecord, VerificationCache, check_locations, check_sha256, check_size
 from edgeprune.bundle.manifest import MANIFEST, Manifest, read_manifest
-from edgeprune.bundle.signing import Trusted, check_signature
+from edgeprune.bundle.signing import TrustedKeys, check_signature
 from edgeprune.errors import BundleError, UsageError
-from edgeprune.io.background import Background
+from edgeprune.io.background import ThreadTask
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers, tier_number
 
@@ -49,22 +49,22 @@ class Bundle:
     path: Path
     manifest: Manifest
     plan: KeepPlan
-    lower: tuple[KeepPlan, ...] = ()
+    lower_tiers: tuple[KeepPlan, ...] = ()
 
     @property
     def tiers(self) -> tuple[tuple[str, KeepPlan], ...]:
         """The names and plans of tiers, the best first; none where there is one plan."""
-        return tuple(zip(self.manifest.tiers, (self.plan, *self.lower), strict=False))
+        return tuple(zip(self.manifest.tiers, (self.plan, *self.lower_tiers), strict=False))
 
     @classmethod
-    def load(cls, path: Path, *, check: str = "full", require_signature: Trusted = ()) -> Bundle:
+    def load(cls, path: Path, *, check: str = "full", require_signature: TrustedKeys = ()) -> Bundle:
         """Open a bundle, checking the sha256 of every file; raise BundleError on the first that is missing or altered."""
-        with cls.opening(path, check=check, require_signature=require_signature) as bundle:
+        with cls.open_while_verifying(path, check=check, require_signature=require_signature) as bundle:
             return bundle
 
     @classmethod
     @contextmanager
-    def opening(cls, path: Path, *, check: str = "full", require_signature: Trusted = ()) -> Iterator[Bundle]:
+    def open_while_verifying(cls, path: Path, *, check: str = "full", require_signature: TrustedKeys = ()) -> Iterator[Bundle]:
         """Yield a bundle of which only the weights are still being checked, so that the block can open them meanwhile.
 
         Nothing may leave the block for use before it has ended: it is then that BundleError is raised for altered weights, in place
@@ -78,21 +78,21 @@ class Bundle:
             check_signature(path, text, require_signature)
         manifest = Manifest.parse(path, text)
         for name, record in manifest.files.items():
-            check_there(path, name, record)
-        stamp = Stamp(path, text, manifest.files) if check == "fast" else None
-        if stamp is not None and stamp.is_known():
+            check_size(path, name, record)
+        stamp = VerificationCache(path, text, manifest.files) if check == "fast" else None
+        if stamp is not None and stamp.matches():
             yield cls(path, manifest, *_complete_plans(path, manifest))
             return
         weights = _check_small(path, manifest.files)
         bundle = cls(path, manifest, *_complete_plans(path, manifest))
-        checks = [Background(partial(check_content, path, name, manifest.files[name])) for name in weights]
+        checks = [ThreadTask(partial(check_sha256, path, name, manifest.files[name])) for name in weights]
         try:
             yield bundle
         finally:
             for each in checks:
                 each.result()
         if stamp is not None:
-            stamp.keep()
+            stamp.save()
 
     def tier(self, name: str | None) -> int:
         """Return the number of a tier, of None that of the first plan; raise UsageError for one that the bundle does not have."""
@@ -127,7 +127,7 @@ def _check_small(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
     # All but the large files, whose names are returned.
     for name, record in files.items():
         if not name.endswith(_WEIGHTS):
-            check_content(folder, name, record)
+            check_sha256(folder, name, record)
         if name.endswith(_GRAPH):
             check_locations(folder, name, files)
     return [name for name in files if name.endswith(_WEIGHTS)]
@@ -138,7 +138,7 @@ def _complete_plans(folder: Path, manifest: Manifest) -> tuple[KeepPlan, tuple[K
     always = (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR)
     _check_listed(folder, manifest, always)
     plan = KeepPlan.load(folder / PLAN)
-    wanted = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.live}
+    wanted = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.follows_attention}
     names = manifest.tiers[1:]
     selectors = [tier_selector(name) for name in names] if plan.input else []
     _check_listed(

@@ -39,7 +39,7 @@ def decoder_inputs(plan: KeepPlan, *, tiers: bool = False) -> list[str]:
     """Return the names of the decoder's inputs, in its order; `tiers`: there are several."""
     layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
-    names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.live else [])]
+    names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
     return names + [cache_name(*layer) for layer in layers] + [visual_cache_name(*layer) for layer in layers]
 
 
@@ -47,4 +47,4 @@ def decoder_outputs(plan: KeepPlan) -> list[str]:
     """Return the names of the decoder's outputs, in its order."""
     layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
     names = ["logits", *(rows_name(*layer) for layer in layers), *kept_names(plan, "layer", "cache")]
-    return names + (["attention_split"] if plan.live else [])
+    return names + (["attention_split"] if plan.follows_attention else [])

@@ -73,7 +73,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_there(folder: Path, name: str, record: FileRecord) -> None:
+def check_size(folder: Path, name: str, record: FileRecord) -> None:
     """Raise BundleError unless a file lies in the folder, by no link from outside, and has its size."""
     path = folder / name
     try:
@@ -89,7 +89,7 @@ def check_there(folder: Path, name: str, record: FileRecord) -> None:
         raise BundleError(f"{name} in {folder} is not the file that was exported ({sizes}).", hint=_AGAIN)
 
 
-def check_content(folder: Path, name: str, record: FileRecord) -> None:
+def check_sha256(folder: Path, name: str, record: FileRecord) -> None:
     """Raise BundleError unless a file has its sha256."""
     try:
         found = sha256_of(folder / name)
@@ -99,7 +99,7 @@ def check_content(folder: Path, name: str, record: FileRecord) -> None:
         raise BundleError(f"{name} in {folder} is not the file that was exported (its sha256 differs).", hint=_AGAIN)
 
 
-class Stamp:
+class VerificationCache:
     """How the files `names` of a folder look now, beside its manifest's bytes."""
 
     def __init__(self, folder: Path, manifest: bytes, names: Iterable[str]) -> None:
@@ -109,7 +109,7 @@ class Stamp:
         self._path = cache_folder() / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.json"
         self._looks = self._look()
 
-    def is_known(self) -> bool:
+    def matches(self) -> bool:
         """Tell whether these files looked the same when they were checked in full."""
         if self._looks is None or not self._is_own():
             return False
@@ -118,7 +118,7 @@ class Stamp:
         except (OSError, ValueError, RecursionError):
             return False
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Note that the files were checked in full since this stamp was taken, unless they changed meanwhile or just before.
 
         Where nothing can be written there is no stamp, and the next load checks in full again.

@@ -11,7 +11,7 @@ from typing import Any
 from edgeprune.bundle.integrity import FileRecord
 from edgeprune.errors import BundleError
 from edgeprune.io.files import write_text
-from edgeprune.io.typed_json import is_text, made
+from edgeprune.io.typed_json import from_json, is_text
 from edgeprune.targets import Lowering, target_named
 
 SCHEMA_VERSION = 6
@@ -126,16 +126,16 @@ class Manifest:
         data = _parsed_json(folder, text)
         try:
             return cls(
-                source=made(Source, data["source"], "source"),
+                source=from_json(Source, data["source"], "source"),
                 decoder=_decoder(data["decoder"]),
                 target=_text(data["target"]),
                 precision=_text(data["precision"]),
                 encoder_blocks=_size(data["encoder_blocks"]),
-                image=made(ImageText, data["image"], "image"),
+                image=from_json(ImageText, data["image"], "image"),
                 end_tokens=tuple(map(_size, _several(data["end_tokens"]))),
                 versions={_text(name): _text(version) for name, version in data["versions"].items()},
                 graphs={_text(name): _graph(record) for name, record in data["graphs"].items()},
-                files={_text(name): made(FileRecord, record, name) for name, record in data["files"].items()},
+                files={_text(name): from_json(FileRecord, record, name) for name, record in data["files"].items()},
                 tiers=tuple(map(_text, _several(data["tiers"]))),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -176,7 +176,7 @@ def _parsed_json(folder: Path, text: bytes) -> dict[str, Any]:
 
 
 def _decoder(data: Any) -> DecoderShape:
-    shape = made(DecoderShape, data, "decoder")
+    shape = from_json(DecoderShape, data, "decoder")
     sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = "signature.json"
-Trusted = Sequence[str | os.PathLike[str] | bytes]  # public keys: paths of PEM files, or what is in them
+TrustedKeys = Sequence[str | os.PathLike[str] | bytes]  # public keys: paths of PEM files, or what is in them
 _SCHEMA, _MANIFEST = 1, "manifest.json"
 _SIGN = "Ask whoever made it to sign it: edgeprune sign BUNDLE --key KEY.pem"
 _MAKE = "Make one with: edgeprune keygen KEY.pem"
@@ -103,7 +103,7 @@ def sign_manifest(folder: Path, key: Path, *, force: bool = False) -> Signature:
     return signature
 
 
-def check_signature(folder: Path, manifest: bytes, trusted: Trusted) -> str:
+def check_signature(folder: Path, manifest: bytes, trusted: TrustedKeys) -> str:
     """Raise BundleError unless the manifest of a bundle, given by its bytes, is signed with one of the trusted keys; return its id.
 
     Raises UsageError for a trusted key that is none.

@@ -13,7 +13,7 @@ from edgeprune.bundle.integrity import sha256_of
 from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, require_extra
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.processors import ImageSpec, image_spec
-from edgeprune.registry import family_class, method_class, why_not
+from edgeprune.registry import family_class, method_class, unsupported_reason
 from edgeprune.tabletop import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class LoadedModel:
         self._check_vision(plan)
 
     def _check_cut(self, cut: Cut, geometry: Geometry) -> None:
-        reason = why_not(cut.method, cut.site, self.family)
+        reason = unsupported_reason(cut.method, cut.site, self.family)
         if reason:
             raise PlanError(f"{cut.method} cannot act at site {cut.site!r} of {self.folder.model_type}.", hint=f"It {reason}.")
         if cut.keep == 1 and cut.site in ("layer", "cache"):  # torch.export takes min(1, length) for 1, whatever the length
@@ -163,7 +163,7 @@ class LoadedModel:
         return tuple(end) if isinstance(end, list) else (int(end),)
 
 
-def find_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
+def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
     """Return the checked folder of `name`: a path, or "tabletop" for the bundled model.
 
     A folder that brings code of its own is refused unless it is trusted.

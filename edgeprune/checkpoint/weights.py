@@ -38,7 +38,7 @@ class Matrix(Protocol):
 
 
 @dataclass(frozen=True)
-class HeldMatrix:
+class InMemoryMatrix:
     """A matrix in memory."""
 
     tensor: torch.Tensor

@@ -17,7 +17,7 @@ from edgeprune.cli.commands.serve import ros2, serve
 from edgeprune.errors import EdgePruneError
 
 
-class _Funnel(click.Group):
+class _ErrorReportingGroup(click.Group):
     # An EdgePruneError is an answer to the user; anything else is a bug and keeps its traceback.
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -33,7 +33,7 @@ def _dashed(token: str) -> str:
 
 
 @click.group(
-    cls=_Funnel,
+    cls=_ErrorReportingGroup,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _dashed, "max_content_width": 100},
 )
 @click.version_option(__version__, message="edgeprune %(version)s")

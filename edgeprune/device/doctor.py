@@ -38,63 +38,63 @@ _NO_DRIVER = "no NVIDIA driver is loaded, and an engine fits one GPU and one Ten
 
 
 @dataclass(frozen=True)
-class Caution:
+class DeviceWarning:
     """One thing to know, and the command that changes it where there is one."""
 
     what: str
     remedy: str = ""
 
 
-def cautions_of(machine: Machine) -> tuple[Caution, ...]:
+def cautions_of(machine: Machine) -> tuple[DeviceWarning, ...]:
     """Return what there is to know about a machine before it is measured or relied on."""
     return (*_speed(machine), *_memory(machine), *_release(machine))
 
 
-def _speed(machine: Machine) -> Iterator[Caution]:
+def _speed(machine: Machine) -> Iterator[DeviceWarning]:
     if not machine.is_jetson:
         return
     best = machine.mode.best
     if machine.mode.is_best is None:
-        yield Caution(f"It cannot be told whether power mode {machine.mode} is the fastest.", "sudo nvpmodel -q")
+        yield DeviceWarning(f"It cannot be told whether power mode {machine.mode} is the fastest.", "sudo nvpmodel -q")
     elif not machine.mode.is_best and best is not None:
-        yield Caution(f"The power mode is {machine.mode}, not the fastest, {best[1]}.", f"sudo nvpmodel -m {best[0]}")
+        yield DeviceWarning(f"The power mode is {machine.mode}, not the fastest, {best[1]}.", f"sudo nvpmodel -m {best[0]}")
     if machine.clocks_pinned is None:
-        yield Caution("It cannot be told whether the clocks are pinned.", "sudo jetson_clocks --show")
+        yield DeviceWarning("It cannot be told whether the clocks are pinned.", "sudo jetson_clocks --show")
     elif not machine.clocks_pinned:
-        yield Caution("The clocks are not pinned: times will vary, and short answers are slower.", "sudo jetson_clocks")
+        yield DeviceWarning("The clocks are not pinned: times will vary, and short answers are slower.", "sudo jetson_clocks")
 
 
-def _memory(machine: Machine) -> Iterator[Caution]:
+def _memory(machine: Machine) -> Iterator[DeviceWarning]:
     memory = machine.memory
     if memory.available is not None and memory.available < LITTLE_MEMORY:
         remedy = "sudo systemctl isolate multi-user.target" if machine.is_jetson else ""
-        yield Caution(f"Only {memory.available} MiB of memory are free.", remedy)
+        yield DeviceWarning(f"Only {memory.available} MiB of memory are free.", remedy)
     if memory.swap_total == 0 and memory.total is not None and memory.total <= SMALL_BOARD:
-        yield Caution(f"There is no swap beside {memory.total} MiB of memory; building an engine may need it.", _MORE_SWAP)
+        yield DeviceWarning(f"There is no swap beside {memory.total} MiB of memory; building an engine may need it.", _MORE_SWAP)
     if machine.module == "Orin Nano" and memory.cma_total is not None and memory.cma_total < SMALL_CMA:
         what = f"The contiguous memory pool has {memory.cma_total} MiB; building an engine on an Orin Nano may need more."
-        yield Caution(what, _LARGER_CMA)
+        yield DeviceWarning(what, _LARGER_CMA)
 
 
-def _release(machine: Machine) -> Iterator[Caution]:
+def _release(machine: Machine) -> Iterator[DeviceWarning]:
     if not machine.is_jetson:
         return
     pack, python = machine.jetpack, machine.software.version
     if machine.l4t is None:
-        yield Caution("The L4T release is unknown; in a container, mount /etc/nv_tegra_release.")
+        yield DeviceWarning("The L4T release is unknown; in a container, mount /etc/nv_tegra_release.")
     elif pack is None:
-        yield Caution(f"L4T {dotted(machine.l4t)} belongs to no JetPack that EdgePrune knows.")
+        yield DeviceWarning(f"L4T {dotted(machine.l4t)} belongs to no JetPack that EdgePrune knows.")
     elif pack.name == "6.0":
-        yield Caution("JetPack 6.0 has TensorRT 8.6, and 10.3 is needed: upgrade to JetPack 6.2.")
+        yield DeviceWarning("JetPack 6.0 has TensorRT 8.6, and 10.3 is needed: upgrade to JetPack 6.2.")
     if pack is not None and python != pack.python:
         what = (
             f"JetPack {pack.name} has Python {dotted(pack.python)}, this is {dotted(python)}: TensorRT's package is for the former."
         )
-        yield Caution(what, f"python{dotted(pack.python)} -m venv --system-site-packages VENV")
+        yield DeviceWarning(what, f"python{dotted(pack.python)} -m venv --system-site-packages VENV")
 
 
 @dataclass(frozen=True)
-class Ability:
+class DeviceFeature:
     """One thing that EdgePrune does: whether it can be done here; with what, or what stands in the way; and the remedy."""
 
     name: str
@@ -108,8 +108,8 @@ class Diagnosis:
     """What a machine can do, and what would spoil it or its measurements."""
 
     machine: Machine
-    abilities: tuple[Ability, ...]
-    cautions: tuple[Caution, ...]
+    abilities: tuple[DeviceFeature, ...]
+    cautions: tuple[DeviceWarning, ...]
 
     @property
     def can_run(self) -> bool:
@@ -132,72 +132,78 @@ def diagnose(machine: Machine) -> Diagnosis:
     return Diagnosis(machine, abilities, cautions_of(machine))
 
 
-def _run_on_cpu(machine: Machine) -> Ability:
+def _run_on_cpu(machine: Machine) -> DeviceFeature:
     if "CPUExecutionProvider" in machine.software.providers:
-        return Ability(_CPU, True, f"ONNX Runtime {_onnxruntime_version(machine)}")
+        return DeviceFeature(_CPU, True, f"ONNX Runtime {_onnxruntime_version(machine)}")
     if _onnxruntime_version(machine):
-        return Ability(_CPU, False, "ONNX Runtime is installed but cannot be imported", "pip install --force-reinstall onnxruntime")
-    return Ability(_CPU, False, "ONNX Runtime is not installed", "pip install onnxruntime")
+        return DeviceFeature(
+            _CPU, False, "ONNX Runtime is installed but cannot be imported", "pip install --force-reinstall onnxruntime"
+        )
+    return DeviceFeature(_CPU, False, "ONNX Runtime is not installed", "pip install onnxruntime")
 
 
-def _run_on_cuda(machine: Machine) -> Ability:
+def _run_on_cuda(machine: Machine) -> DeviceFeature:
     offered = [provider for provider in _GPU_PROVIDERS if provider in machine.software.providers]
     if not machine.gpu:
-        return Ability(_CUDA, False, "no NVIDIA driver is loaded")
+        return DeviceFeature(_CUDA, False, "no NVIDIA driver is loaded")
     if has_foreign_wheel(machine):
-        return Ability(_CUDA, False, "this onnxruntime-gpu has no kernels for a Jetson", _CPU_WHEEL)
+        return DeviceFeature(_CUDA, False, "this onnxruntime-gpu has no kernels for a Jetson", _CPU_WHEEL)
     if not offered and machine.is_jetson:
-        return Ability(_CUDA, False, "ONNX Runtime offers no CUDA provider; its Jetson wheels are on NVIDIA's Jetson package index")
+        return DeviceFeature(
+            _CUDA, False, "ONNX Runtime offers no CUDA provider; its Jetson wheels are on NVIDIA's Jetson package index"
+        )
     if not offered:
         remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
-        return Ability(_CUDA, False, "ONNX Runtime offers no CUDA provider", remedy)
+        return DeviceFeature(_CUDA, False, "ONNX Runtime offers no CUDA provider", remedy)
     reason = f"ONNX Runtime {_onnxruntime_version(machine)} offers {', '.join(offered)}: edgeprune run --provider cuda"
-    return Ability(_CUDA, True, reason)
+    return DeviceFeature(_CUDA, True, reason)
 
 
-def _build_engines(machine: Machine) -> Ability:
+def _build_engines(machine: Machine) -> DeviceFeature:
     if (blocked := _tensorrt_blocked(_BUILD, machine)) is not None:
         return blocked
     if not machine.onnx_parser:
         major = version_numbers(machine.tensorrt)[0]
-        return Ability(_BUILD, False, "TensorRT's ONNX parser is not installed", f"sudo apt install libnvonnxparsers{major}")
-    return Ability(_BUILD, True, f"TensorRT {machine.tensorrt}: edgeprune export --target {_target_name(machine)}, edgeprune build")
+        return DeviceFeature(_BUILD, False, "TensorRT's ONNX parser is not installed", f"sudo apt install libnvonnxparsers{major}")
+    return DeviceFeature(
+        _BUILD, True, f"TensorRT {machine.tensorrt}: edgeprune export --target {_target_name(machine)}, edgeprune build"
+    )
 
 
-def _run_engines(machine: Machine) -> Ability:
-    return _tensorrt_blocked(_ENGINES, machine) or Ability(
+def _run_engines(machine: Machine) -> DeviceFeature:
+    return _tensorrt_blocked(_ENGINES, machine) or DeviceFeature(
         _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built on this device: edgeprune run --provider tensorrt"
     )
 
 
-def _tensorrt_blocked(name: str, machine: Machine) -> Ability | None:
+def _tensorrt_blocked(name: str, machine: Machine) -> DeviceFeature | None:
     if not machine.gpu:
-        return Ability(name, False, _NO_DRIVER)
+        return DeviceFeature(name, False, _NO_DRIVER)
     carried = machine.jetpack.tensorrt if machine.jetpack else OLDEST_TENSORRT
     if machine.tensorrt is None and carried >= OLDEST_TENSORRT:
         remedy = f"sudo apt update && sudo apt install tensorrt {BINDING}" if machine.is_jetson else "pip install tensorrt"
-        return Ability(name, False, "TensorRT is not installed", remedy)
+        return DeviceFeature(name, False, "TensorRT is not installed", remedy)
     if version_numbers(machine.tensorrt)[:2] < OLDEST_TENSORRT:
         found = machine.tensorrt or f"{dotted(carried)} of JetPack {machine.jetpack.name if machine.jetpack else ''}"
         reason = f"TensorRT {found} is too old: {dotted(OLDEST_TENSORRT)} is needed"
-        return Ability(name, False, reason, _upgrade(machine))
+        return DeviceFeature(name, False, reason, _upgrade(machine))
     if "tensorrt" not in machine.software.packages:
         return _binding_missing(name, machine)
     return None
 
 
-def _binding_missing(name: str, machine: Machine) -> Ability:
+def _binding_missing(name: str, machine: Machine) -> DeviceFeature:
     wanted = machine.jetpack.python if machine.jetpack else machine.software.version
     python = f"python{dotted(wanted)}"
     venv = f"{python} -m venv --system-site-packages VENV"
     install = "" if BINDING in machine.debs else f"sudo apt install {BINDING}"
     if machine.software.version != wanted:
         reason = f"TensorRT's Python package is for Python {dotted(wanted)}, this is {dotted(machine.software.version)}"
-        return Ability(name, False, reason, " && ".join(filter(None, (install, venv))))
+        return DeviceFeature(name, False, reason, " && ".join(filter(None, (install, venv))))
     if install:
         remedy = f"{install} && {venv}" if machine.software.isolated else install
-        return Ability(name, False, "TensorRT's Python package is not installed", remedy)
-    return Ability(name, False, "this virtual environment does not see the system's TensorRT package", venv)
+        return DeviceFeature(name, False, "TensorRT's Python package is not installed", remedy)
+    return DeviceFeature(name, False, "this virtual environment does not see the system's TensorRT package", venv)
 
 
 def _upgrade(machine: Machine) -> str:
@@ -206,11 +212,11 @@ def _upgrade(machine: Machine) -> str:
     return "" if machine.is_jetson else "pip install --upgrade tensorrt"
 
 
-def _export(machine: Machine) -> Ability:
+def _export(machine: Machine) -> DeviceFeature:
     missing = [package for package in _NEEDED if package not in machine.software.packages]
     if missing:
-        return Ability(_EXPORTS, False, f"{', '.join(missing)} not installed", 'pip install "edgeprune[export]"')
-    return Ability(_EXPORTS, True, f"torch {machine.software.packages['torch']}")
+        return DeviceFeature(_EXPORTS, False, f"{', '.join(missing)} not installed", 'pip install "edgeprune[export]"')
+    return DeviceFeature(_EXPORTS, True, f"torch {machine.software.packages['torch']}")
 
 
 def has_foreign_wheel(machine: Machine) -> bool:

@@ -65,7 +65,7 @@ def reset_peak_rss(root: Path = Path("/")) -> bool:
     return True
 
 
-def hold_steady() -> None:
+def limit_malloc_arenas() -> None:
     """Set glibc's allocator so that memory stays flat; to be called before there are threads.
 
     For programs of our own alone: what another program does with its memory is not ours to say. Whoever sets MALLOC_ARENA_MAX or

@@ -10,7 +10,7 @@ from typing import Any
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
 from edgeprune.io.files import write_text
-from edgeprune.io.typed_json import made, read_json
+from edgeprune.io.typed_json import from_json, read_json
 
 SCHEMA_VERSION = 1
 PARTS = 4  # prefill is timed without visual tokens, with a quarter of them, and so on up to all
@@ -18,7 +18,7 @@ TEXT = 32  # text tokens of the timed prefill
 
 
 @dataclass(frozen=True)
-class DeviceTimes:
+class DeviceProfile:
     """Milliseconds of the parts of a first token, unpruned. `prefill_ms`: with 0, 1/4, ... all of `tokens` visual tokens in
     every layer.
 
@@ -43,13 +43,13 @@ class DeviceTimes:
         write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> DeviceTimes:
+    def load(cls, path: Path) -> DeviceProfile:
         """Read times; raise UsageError when the file holds none."""
         try:
             data: dict[str, Any] = read_json(path)
             if data.pop("schema_version") != SCHEMA_VERSION:
                 raise UsageError(f"{path} is of another schema version.", hint="Profile the bundle again.")
-            found = made(cls, data, "times")
+            found = from_json(cls, data, "times")
             if not found.prefill_ms or min(found.vision_ms, found.tokens, *found.prefill_ms) < 0:
                 raise ValueError("times are missing, or negative")
             return found
@@ -59,7 +59,7 @@ class DeviceTimes:
 
 def reported_peaks(path: Path) -> Peaks:
     """Return the peaks in a file of times; raise UsageError when it has none."""
-    peaks = DeviceTimes.load(path).peaks
+    peaks = DeviceProfile.load(path).peaks
     if peaks is None:
         raise UsageError(f"{path} has no peaks of a processor.", hint="Measure them: edgeprune profile BUNDLE -o FILE")
     return peaks

@@ -15,7 +15,7 @@ from edgeprune.device.workload import Workload
 
 
 @dataclass(frozen=True)
-class Range:
+class Interval:
     """The lower and the upper figure."""
 
     low: float
@@ -26,30 +26,32 @@ class Range:
         """Their mean."""
         return (self.low + self.high) / 2
 
-    def __add__(self, other: Range) -> Range:
-        return Range(self.low + other.low, self.high + other.high)
+    def __add__(self, other: Interval) -> Interval:
+        return Interval(self.low + other.low, self.high + other.high)
 
 
 # Shares of the peaks that engines reach. Orin's FP16 was set by the published prefill and vision times of Qwen3-VL
 # (docs/roofline.md). No published row is limited by FP32 or by Thor's FP16, which are taken as the same, nor by narrower numbers,
 # whose lower end is that of products too small for wider units.
 _COMPUTE = {
-    ((8, 7), "fp32"): Range(0.38, 0.54),
-    ((8, 7), "fp16"): Range(0.38, 0.54),
-    ((8, 7), "int8"): Range(0.3, 0.54),
-    ((11, 0), "fp32"): Range(0.38, 0.54),
-    ((11, 0), "fp16"): Range(0.38, 0.54),
-    ((11, 0), "int8"): Range(0.25, 0.54),
-    ((11, 0), "fp8"): Range(0.25, 0.54),
-    ((11, 0), "fp4"): Range(0.2, 0.54),
+    ((8, 7), "fp32"): Interval(0.38, 0.54),
+    ((8, 7), "fp16"): Interval(0.38, 0.54),
+    ((8, 7), "int8"): Interval(0.3, 0.54),
+    ((11, 0), "fp32"): Interval(0.38, 0.54),
+    ((11, 0), "fp16"): Interval(0.38, 0.54),
+    ((11, 0), "int8"): Interval(0.25, 0.54),
+    ((11, 0), "fp8"): Interval(0.25, 0.54),
+    ((11, 0), "fp4"): Interval(0.2, 0.54),
 }
 # The same where integers are unpacked to FP16 on the way. Published INT4 prefill reaches 0.09 on Thor, whose kernels are Orin's;
 # the upper end leaves room for better ones.
-_UNPACKED = {(8, 7): Range(0.38, 0.54), (11, 0): Range(0.08, 0.2)}
-_BANDWIDTH = Range(0.75, 0.95)  # set by the published decode rates
-_LAUNCH_MS = Range(0.001, 0.006)  # between two kernels, captured in a CUDA graph or not: set by the same rates of small models
+_UNPACKED = {(8, 7): Interval(0.38, 0.54), (11, 0): Interval(0.08, 0.2)}
+_BANDWIDTH = Interval(0.75, 0.95)  # set by the published decode rates
+_LAUNCH_MS = Interval(0.001, 0.006)  # between two kernels, captured in a CUDA graph or not: set by the same rates of small models
 _KERNELS = 12  # of one transformer layer in an engine: products, attention, rotation, norms, cache
-_RUNTIME_BYTES = Range(1.0e9, 2.0e9)  # CUDA context, libraries, workspaces: published memory of Orin Nano and NX less the weights
+_RUNTIME_BYTES = Interval(
+    1.0e9, 2.0e9
+)  # CUDA context, libraries, workspaces: published memory of Orin Nano and NX less the weights
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ class Stage:
 
     name: str
     operations: float
-    bytes: Range
-    ms: Range
+    bytes: Interval
+    ms: Interval
     limit: str
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on the module, where CPU and GPU share memory. The system's own memory is not counted.
 
     `file_cache`: pages of the weights' files, just read; the system gives them back when it needs them.
@@ -106,20 +108,20 @@ class Memory:
     weights: float
     kv: float
     activations: float
-    runtime: Range
+    runtime: Interval
     file_cache: float
     ram: int
 
     @property
-    def at_rest(self) -> Range:
+    def at_rest(self) -> Interval:
         """Loaded and idle."""
-        return Range(self.weights, self.weights) + self.runtime
+        return Interval(self.weights, self.weights) + self.runtime
 
     @property
-    def at_peak(self) -> Range:
+    def at_peak(self) -> Interval:
         """With the whole answer's KV cache and the largest activations; the file cache is not in it."""
         extra = self.kv + self.activations
-        return self.at_rest + Range(extra, extra)
+        return self.at_rest + Interval(extra, extra)
 
     @property
     def fits(self) -> str:
@@ -134,15 +136,15 @@ class Estimate:
     """The stages of an answer in order, the last being one token of decode, and the memory."""
 
     stages: tuple[Stage, ...]
-    memory: Memory
+    memory: MemoryEstimate
 
     @property
-    def ttft_ms(self) -> Range:
+    def ttft_ms(self) -> Interval:
         """Milliseconds to the first token: all stages before decode."""
-        return sum((stage.ms for stage in self.stages[:-1]), Range(0.0, 0.0))
+        return sum((stage.ms for stage in self.stages[:-1]), Interval(0.0, 0.0))
 
     @property
-    def token_ms(self) -> Range:
+    def token_ms(self) -> Interval:
         """Milliseconds of each token after the first."""
         return self.stages[-1].ms
 
@@ -183,7 +185,7 @@ def _vision(work: Workload, module: Module) -> Stage:
     # Numbers read and written for one patch where every product and every pass between goes to memory, as in _prefill; queries,
     # keys and values are as wide as the hidden state, and the MLP has two matrices.
     passes = sum(tower.blocks) * (20.0 * tower.hidden + 4.0 * tower.mlp) * work.precision.number
-    moved = Range(work.tower_bytes, work.tower_bytes + passes)
+    moved = Interval(work.tower_bytes, work.tower_bytes + passes)
     return _stage("vision encoder", work, module, vision_operations(work).total, moved, tower.layers * _KERNELS)
 
 
@@ -191,7 +193,7 @@ def _selection(work: Workload, module: Module) -> Stage:
     tokens, hidden = work.tower.tokens, work.decoder.hidden
     moved = float(tokens * (hidden + tokens) * work.precision.number)
     # All pairs of tokens compared, which few methods exceed; the chain of small nodes is what costs.
-    return _stage("selection", work, module, 2.0 * tokens**2 * hidden, Range(moved, moved), work.selector)
+    return _stage("selection", work, module, 2.0 * tokens**2 * hidden, Interval(moved, moved), work.selector)
 
 
 def _prefill(work: Workload, module: Module) -> Stage:
@@ -203,7 +205,7 @@ def _prefill(work: Workload, module: Module) -> Stage:
     passes = float(sum(tokens) * (12 * decoder.hidden + attention + 6 * decoder.intermediate) * work.precision.number)
     weights = work.layer_bytes + work.head_bytes
     return _stage(
-        "prefill", work, module, prefill_operations(work).total, Range(weights, weights + passes), decoder.layers * _KERNELS
+        "prefill", work, module, prefill_operations(work).total, Interval(weights, weights + passes), decoder.layers * _KERNELS
     )
 
 
@@ -213,23 +215,23 @@ def _decode(work: Workload, module: Module) -> Stage:
     cached = kv / (decoder.kv_width * work.precision.number)  # tokens, summed over the layers
     operations = 2.0 * (decoder.parameters + decoder.head) + 4.0 * decoder.attention_width * cached
     moved = work.layer_bytes + work.head_bytes + kv
-    return _stage("decode", work, module, operations, Range(moved, moved), decoder.layers * _KERNELS)
+    return _stage("decode", work, module, operations, Interval(moved, moved), decoder.layers * _KERNELS)
 
 
-def _stage(name: str, work: Workload, module: Module, operations: float, moved: Range, kernels: int) -> Stage:
+def _stage(name: str, work: Workload, module: Module, operations: float, moved: Interval, kernels: int) -> Stage:
     inside = name in ("prefill", "decode")
     arithmetic = work.precision.arithmetic if inside else work.precision.elsewhere
     peak, width = module.tflops(arithmetic) * 1e9, module.bandwidth * 1e6  # in a millisecond
     share = _UNPACKED[module.sm] if inside and work.precision.unpacked else _COMPUTE[module.sm, arithmetic]
-    compute = Range(operations / (peak * share.high), operations / (peak * share.low))
-    memory = Range(moved.low / (width * _BANDWIDTH.high), moved.high / (width * _BANDWIDTH.low))
-    launches = Range(kernels * _LAUNCH_MS.low, kernels * _LAUNCH_MS.high)
-    ms = Range(max(compute.low, memory.low), max(compute.high, memory.high)) + launches
+    compute = Interval(operations / (peak * share.high), operations / (peak * share.low))
+    memory = Interval(moved.low / (width * _BANDWIDTH.high), moved.high / (width * _BANDWIDTH.low))
+    launches = Interval(kernels * _LAUNCH_MS.low, kernels * _LAUNCH_MS.high)
+    ms = Interval(max(compute.low, memory.low), max(compute.high, memory.high)) + launches
     costs = {"compute": compute.middle, "bandwidth": memory.middle, "launches": launches.middle}
     return Stage(name, operations, moved, ms, max(costs, key=costs.__getitem__))
 
 
-def _memory(work: Workload, module: Module) -> Memory:
+def _memory(work: Workload, module: Module) -> MemoryEstimate:
     tower, decoder = work.tower, work.decoder
     weights = work.layer_bytes + work.head_bytes + work.embedding_bytes + work.tower_bytes
     # Alive at once: the residual, a norm's output, and what the widest kernel of a layer reads and writes.
@@ -237,4 +239,4 @@ def _memory(work: Workload, module: Module) -> Memory:
     prefill = (max(work.alive) + work.text_tokens) * (2 * decoder.hidden + widest)
     vision = tower.patches * (2 * tower.hidden + max(4 * tower.hidden, 2 * tower.mlp))
     activations = float(max(prefill, vision) * work.precision.number)
-    return Memory(weights, work.kv_bytes(work.generated), activations, _RUNTIME_BYTES, weights, module.ram_bytes)
+    return MemoryEstimate(weights, work.kv_bytes(work.generated), activations, _RUNTIME_BYTES, weights, module.ram_bytes)

@@ -52,7 +52,7 @@ PRECISIONS = {
 
 
 @dataclass(frozen=True)
-class Tower:
+class VisionWorkload:
     """The vision encoder: `layers` blocks of width `hidden` with an `mlp` over `patches`, then `tokens` visual tokens.
 
     `parameters` are multiplied once a patch, `merger` (the projection into the decoder) once a visual token. `left`: the patches of
@@ -110,7 +110,7 @@ class Workload:
     `selector`: nodes of the graph that selects before the decoder, 0 where there is none; `generated`: tokens of the answer.
     """
 
-    tower: Tower
+    tower: VisionWorkload
     decoder: Decoder
     precision: Precision
     alive: tuple[int, ...]
@@ -172,23 +172,25 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
         tower=_thinned(_tower(read_graph(bundle.file(VISION)), manifest.encoder_blocks, patches, plan.geometry.tokens), plan),
         decoder=_decoder(read_graph(bundle.file(DECODER)), bundle),
         precision=PRECISIONS[precision],
-        alive=tuple(map(plan.alive, layers)),
-        stored=tuple(map(plan.stored, layers)),
+        alive=tuple(map(plan.tokens_at_layer, layers)),
+        stored=tuple(map(plan.tokens_cached, layers)),
         text_tokens=text_tokens,
         generated=generated,
         selector=read_graph(bundle.file(SELECTOR)).nodes if SELECTOR in manifest.files else 0,
     )
 
 
-def _tower(graph: Graph, layers: int, patches: int, tokens: int) -> Tower:
+def _tower(graph: Graph, layers: int, patches: int, tokens: int) -> VisionWorkload:
     hidden = _common(size for shape in graph.weights for size in set(shape)) or 1
     wide = [shape for shape in graph.weights if hidden in shape]
     mlp = _common(size for shape in wide if len(shape) == 2 for size in shape if size not in (hidden, 3 * hidden))
     parameters = sum(map(math.prod, wide))
-    return Tower(layers, hidden, mlp or 4 * hidden, patches, tokens, parameters, sum(map(math.prod, graph.weights)) - parameters)
+    return VisionWorkload(
+        layers, hidden, mlp or 4 * hidden, patches, tokens, parameters, sum(map(math.prod, graph.weights)) - parameters
+    )
 
 
-def _thinned(tower: Tower, plan: KeepPlan) -> Tower:
+def _thinned(tower: VisionWorkload, plan: KeepPlan) -> VisionWorkload:
     if not plan.vision_cuts:
         return tower
     keeps = [[tower.tokens, *(cut.keep for cut in plan.vision_cuts if cut.layer <= block)][-1] for block in range(tower.layers)]

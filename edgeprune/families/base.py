@@ -57,16 +57,15 @@ class Family:
     """One architecture: how to check a model, what its images are in the text, and where its parts are.
 
     `position_axes`: 3 with mRoPE. `signals`: what its vision encoder tells beside the visual tokens, for input methods whose
-    `needs` name it; `unsignalled`: why it tells no more, where it does not. `unthinned`: why no token can leave inside the encoder,
-    where none can. `videos`: whether it was trained on them.
-    `chat_template`: for model folders without one.
+    `needs` name it; `no_signals_reason`: why it tells no more, where it does not. `no_encoder_cuts_reason`: why no token can leave
+    inside the encoder, where none can. `videos`: whether it was trained on them. `chat_template`: for model folders without one.
     """
 
     name: ClassVar[str]
     position_axes: ClassVar[int] = 1
     signals: ClassVar[tuple[str, ...]] = ("vision attention",)
-    unsignalled: ClassVar[str] = ""
-    unthinned: ClassVar[str] = ""
+    no_signals_reason: ClassVar[str] = ""
+    no_encoder_cuts_reason: ClassVar[str] = ""
     videos: ClassVar[bool] = False
     chat_template: ClassVar[str | None] = None
 
@@ -93,9 +92,9 @@ class Family:
         """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden], with planes that much wider.
 
         Its `takes` is the shape of its patches, `blocks` how many its encoder runs. With `signals`, of a family that has them, it
-        also returns the attention each token receives [V] and its keys [V, key dim]. With `cuts`, of a family without `unthinned`,
-        all of these are of the tokens that stay, and last it returns the indices in the image [K], ascending, that each of the
-        vision cuts kept.
+        also returns the attention each token receives [V] and its keys [V, key dim]. With `cuts`, of a family without
+        `no_encoder_cuts_reason`, all of these are of the tokens that stay, and last it returns the indices in the image [K],
+        ascending, that each of the vision cuts kept.
 
         Raises PlanError for a cut beyond the encoder's blocks, or whose count does not divide among the views.
         """

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.thinning import Living, Rows, Thinning
+from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout, SurvivingTokens
 from edgeprune.plan import Geometry
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
@@ -35,11 +35,11 @@ class ViewEncoder(nn.Module):
     def __init__(
         self,
         layers: Any,
-        rows: Rows,
+        rows: RowLayout,
         *,
         features: Sequence[int] = (),
         signal_layer: int | None = None,
-        thinning: Thinning | None = None,
+        thinning: EncoderPruning | None = None,
     ) -> None:
         super().__init__()
         self.layers, self.rows, self.views = layers, rows, rows.views
@@ -60,7 +60,7 @@ class ViewEncoder(nn.Module):
             if index == self.signal_layer:
                 signals = self.rows.received(weights), self.rows.means(keys)
             if self.thinning is not None and index + 1 in self.thinning.cuts:
-                pick = self.thinning.pick(index + 1, Living(kept[-1], partial(self.rows.received, weights)), self.rows)
+                pick = self.thinning.pick(index + 1, SurvivingTokens(kept[-1], partial(self.rows.received, weights)), self.rows)
                 states = {number: pick.patches(rows) for number, rows in states.items()}
                 signals = tuple(map(pick.tokens, signals))
                 kept.append(pick.tokens(kept[-1]))
@@ -137,7 +137,7 @@ class FeatureEncoder(nn.Module):
         layers: int | Sequence[int] = -1,
         *,
         signals: bool = False,
-        thinning: Thinning | None = None,
+        thinning: EncoderPruning | None = None,
     ) -> None:
         super().__init__()
         depth, chosen = len(tower.encoder.layers), [layers] if isinstance(layers, int) else layers
@@ -151,7 +151,7 @@ class FeatureEncoder(nn.Module):
         self.first = places.shape[1] - embeddings.num_patches  # the class token comes before the patches
         self.register_buffer("places", places, persistent=False)
         signal_layer = max(min(run, depth - 1) - 1, 0) if signals else None
-        rows, layers_run = Rows(views, self.first), tower.encoder.layers[:run]
+        rows, layers_run = RowLayout(views, self.first), tower.encoder.layers[:run]
         self.encoder = ViewEncoder(layers_run, rows, features=features, signal_layer=signal_layer, thinning=thinning)
         self.blocks = run
 

@@ -16,7 +16,7 @@ from torch import nn
 from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
 from edgeprune.families.encoder import ViewEncoder, patch_linear
-from edgeprune.families.thinning import Rows
+from edgeprune.families.encoder_pruning import RowLayout
 from edgeprune.plan import Cut, Geometry
 
 _FAKE, _IMAGE = "<fake_token_around_image>", "<image>"
@@ -27,8 +27,8 @@ class Idefics2(Family):
 
     name = "idefics2"
     signals = ()
-    unsignalled = "the latents of its resampler stand for no place in the image"
-    unthinned = "a resampler makes as many latents of any patches"
+    no_signals_reason = "the latents of its resampler stand for no place in the image"
+    no_encoder_cuts_reason = "a resampler makes as many latents of any patches"
 
     @staticmethod
     def check(config: Any) -> None:
@@ -71,7 +71,7 @@ class ResampledTower(nn.Module):
         super().__init__()
         self.tower, self.projection = model.vision_model, model.connector.modality_projection
         self.resampler = Resampler(model.connector.perceiver_resampler, len(geometry.layout))
-        self.encoder = ViewEncoder(self.tower.encoder.layers, Rows(len(geometry.layout)))
+        self.encoder = ViewEncoder(self.tower.encoder.layers, RowLayout(len(geometry.layout)))
         self.patch = patch_linear(self.tower.embeddings.patch_embedding)
         whole, side = geometry.layout[-1], self.tower.embeddings.patch_size  # quarters are brought to the size of the whole
         rows, columns = whole.height // side, whole.width // side

@@ -30,8 +30,8 @@ from edgeprune.bundle import ImageText
 from edgeprune.errors import UsageError
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
 from edgeprune.families.encoder import ViewEncoder, patch_linear
+from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout
 from edgeprune.families.idefics2 import empty_picture
-from edgeprune.families.thinning import Rows, Thinning
 from edgeprune.plan import Cut, Geometry
 
 _FAKE, _IMAGE, _WHOLE = "<fake_token_around_image>", "<image>", "<global-img>"
@@ -69,7 +69,7 @@ class Idefics3(Family):
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and connector for one layout of tiles, and with `signals` what its last block but one attends to."""
-        return TileTower(self._model.model, geometry, Thinning(cuts, geometry), signals=signals)
+        return TileTower(self._model.model, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -86,12 +86,12 @@ class TileTower(nn.Module):
     places: torch.Tensor
     order: torch.Tensor
 
-    def __init__(self, model: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
+    def __init__(self, model: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__()
         self.tower, self.projection = model.vision_model, model.connector.modality_projection
         views, merge = geometry.layout, model.connector.scale_factor
         side, self.merged = views[0].rows * merge, merge**2
-        layers, rows = self.tower.encoder.layers, Rows(len(views), merged=self.merged)
+        layers, rows = self.tower.encoder.layers, RowLayout(len(views), merged=self.merged)
         self.encoder = ViewEncoder(layers, rows, signal_layer=max(len(layers) - 2, 0) if signals else None, thinning=thinning)
         self.patch = patch_linear(self.tower.embeddings.patch_embedding)
         self.blocks = len(self.encoder.layers)

@@ -17,7 +17,7 @@ from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
 from edgeprune.families.encoder import ViewEncoder, patch_linear
-from edgeprune.families.thinning import Rows, Thinning
+from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<img><IMG_CONTEXT></img>"
@@ -66,7 +66,7 @@ class InternVL(Family):
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and projector for one layout of tiles, and with `signals` what class tokens attend to."""
-        return TileTower(self._model.model, geometry, Thinning(cuts, geometry), signals=signals)
+        return TileTower(self._model.model, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -84,7 +84,7 @@ class TileTower(nn.Module):
     places: torch.Tensor
     order: torch.Tensor
 
-    def __init__(self, model: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
+    def __init__(self, model: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__()
         self.tower, self.projector = model.vision_tower, model.multi_modal_projector
         merge, patch = int(1 / model.config.downsample_ratio), geometry.patch
@@ -93,7 +93,7 @@ class TileTower(nn.Module):
         layers = self.tower.encoder.layer
         self.encoder = ScaledEncoder(
             layers,
-            Rows(self.views, 1, self.merged),
+            RowLayout(self.views, 1, self.merged),
             signal_layer=max(len(layers) - 2, 0) if signals else None,
             thinning=thinning,
         )

@@ -25,7 +25,7 @@ from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
 from edgeprune.families.encoder import CLIP, SIGLIP, FeatureEncoder, check_encoder, check_selection, projected_view
-from edgeprune.families.thinning import Thinning
+from edgeprune.families.encoder_pruning import EncoderPruning
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
@@ -56,7 +56,7 @@ class Llava(Family):
         """Return the encoder and projector, and with `signals` what the layer before the features attends to."""
         model, config = self._model.model, self._model.config
         encoder = FeatureEncoder(
-            model.vision_tower, 1, config.vision_feature_layer, signals=signals, thinning=Thinning(cuts, geometry)
+            model.vision_tower, 1, config.vision_feature_layer, signals=signals, thinning=EncoderPruning(cuts, geometry)
         )
         return projected_view(config, geometry, encoder, model.multi_modal_projector)
 

@@ -27,7 +27,7 @@ class LlavaOneVision(Family):
     """Where the parts of a LlavaOnevisionForConditionalGeneration are."""
 
     name = "llava_onevision"
-    unthinned = "a token is woven of up to four patches of several tiles, which would have to stay together"
+    no_encoder_cuts_reason = "a token is woven of up to four patches of several tiles, which would have to stay together"
     videos = True
 
     @staticmethod

@@ -21,7 +21,7 @@ from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, refuse_quantized, text_decoder
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
-from edgeprune.families.thinning import Thinning
+from edgeprune.families.encoder_pruning import EncoderPruning
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
@@ -66,7 +66,7 @@ class PaliGemma(Family):
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder, its last norm and the projector, and with `signals` what its last layer but one attends to."""
         model = self._model.model
-        encoder = FeatureEncoder(model.vision_tower, 1, signals=signals, thinning=Thinning(cuts, geometry))
+        encoder = FeatureEncoder(model.vision_tower, 1, signals=signals, thinning=EncoderPruning(cuts, geometry))
         norm, projector = model.vision_tower.post_layernorm, model.multi_modal_projector
         return projected_view(self._model.config, geometry, encoder, norm, projector)
 

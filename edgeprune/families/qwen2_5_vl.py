@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune.families.encoder_pruning import EncoderPruning, in_image_order
 from edgeprune.families.qwen2_vl import Qwen2VL, Signal, VisionTower
-from edgeprune.families.thinning import Thinning, in_image_order
 from edgeprune.plan import Cut, Geometry
 
 
@@ -32,7 +32,7 @@ class Qwen25VL(Qwen2VL):
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block without windows attends to."""
-        return WindowedTower(self._model.model.visual, geometry, Thinning(cuts, geometry), signals=signals)
+        return WindowedTower(self._model.model.visual, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
 
 class WindowedTower(VisionTower):
@@ -46,7 +46,7 @@ class WindowedTower(VisionTower):
     back: torch.Tensor
     window: torch.Tensor
 
-    def __init__(self, tower: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
+    def __init__(self, tower: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__(tower, geometry, thinning, signals=signals)
         self.whole = frozenset(tower.fullatt_block_indexes)
         if signals:

@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb,
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, refuse_quantized
-from edgeprune.families.thinning import Living, Rows, Thinning
+from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout, SurvivingTokens
 from edgeprune.plan import Cut, Geometry
 
 Signal = Callable[[], torch.Tensor]
@@ -52,7 +52,7 @@ class Qwen2VL(Family):
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
-        return VisionTower(self._model.model.visual, geometry, Thinning(cuts, geometry), signals=signals)
+        return VisionTower(self._model.model.visual, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -84,7 +84,7 @@ class VisionTower(nn.Module):
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, tower: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
+    def __init__(self, tower: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__()
         self.tower, self.thinning = tower, thinning
         self.blocks = len(tower.blocks)
@@ -94,7 +94,7 @@ class VisionTower(nn.Module):
         self.patch = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=bias is not None, device="meta")
         self.patch.weight, self.patch.bias = nn.Parameter(kernel.flatten(1), requires_grad=False), bias
         self.merged, self.frames = geometry.merge**2, len(geometry.layout)
-        self.rows = Rows(self.frames, merged=self.merged)
+        self.rows = RowLayout(self.frames, merged=self.merged)
         self.takes = (geometry.tokens * self.merged, self.patch.in_features)
         self.signal_block = max(len(tower.blocks) - 2, 0) if signals else -1
         tables = tower.rotary_pos_emb(kernel, get_vision_position_ids(patch_grid(geometry), geometry.merge))
@@ -119,7 +119,7 @@ class VisionTower(nn.Module):
             hidden = hidden + block.mlp(block.norm2(hidden))
             states += [hidden] if index in also else []
             if index + 1 in self.thinning.cuts:
-                pick = self.thinning.pick(index + 1, Living(kept[-1], partial(self._received, attention)), self.rows)
+                pick = self.thinning.pick(index + 1, SurvivingTokens(kept[-1], partial(self._received, attention)), self.rows)
                 hidden, *states = map(pick.patches, (hidden, *states))
                 tables = pick.patches(tables[0][0])[None], pick.patches(tables[1][0])[None]
                 signals = tuple(map(pick.tokens, signals))

@@ -19,8 +19,8 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts
+from edgeprune.families.encoder_pruning import EncoderPruning
 from edgeprune.families.qwen2_vl import Qwen2VL, VisionTower, patch_grid
-from edgeprune.families.thinning import Thinning
 from edgeprune.plan import Cut, Geometry
 
 _VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -43,7 +43,7 @@ class Qwen3VL(Qwen2VL):
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
-        return DeepTower(self._model.model.visual, geometry, Thinning(cuts, geometry), signals=signals)
+        return DeepTower(self._model.model.visual, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
@@ -57,7 +57,7 @@ class DeepTower(VisionTower):
 
     places: torch.Tensor
 
-    def __init__(self, tower: Any, geometry: Geometry, thinning: Thinning, *, signals: bool = False) -> None:
+    def __init__(self, tower: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__(tower, geometry, thinning, signals=signals)
         frame = patch_grid(replace(geometry, views=()))
         table, weights = get_vision_interpolation_indices_and_weights(

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
+class ThreadTask(Generic[T]):
     """A function without arguments that runs from now on. It holds no process back from ending."""
 
     # concurrent.futures would do, but it imports logging: 5 ms of the 150 that importing the runtime may take.
@@ -38,9 +38,9 @@ class Background(Generic[T]):
             self._error = error
 
 
-def at_once(functions: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+def run_in_threads(functions: Mapping[str, Callable[[], T]]) -> dict[str, T]:
     """Run functions in a thread each and return their results by name; raise the first one's error when all have ended."""
-    started = {name: Background(function) for name, function in functions.items()}
+    started = {name: ThreadTask(function) for name, function in functions.items()}
     for each in started.values():
         each.wait()
     return {name: each.result() for name, each in started.items()}

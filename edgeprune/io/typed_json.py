@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def made(kind: type[T], data: Any, name: str = "it") -> T:
+def from_json(kind: type[T], data: Any, name: str = "it") -> T:
     """Return the dataclass `kind` of a JSON object; raise ValueError naming the first field that is not as declared.
 
     Its dataclasses, tuples and mappings are made of what JSON has for them. Numbers are finite and fit 64 bits.

@@ -1,6 +1,6 @@
 """Run the rules on a graph or a bundle.
 
-A new rule is a function from a Subject to its findings, in the file of its matter, and a line in one of the two tables below.
+A new rule is a function from a RuleContext to its findings, in the file of its matter, and a line in one of the two tables below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
 from edgeprune.lint.graph import load_graph
-from edgeprune.lint.rule import Finding, Profile, Rule, Subject
+from edgeprune.lint.rule import Finding, Profile, Rule, RuleContext
 from edgeprune.lint.rules import arguments, operators, profiles, shapes
 from edgeprune.lint.rules import arguments as selection
 from edgeprune.lint.rules import operators as attention
@@ -82,8 +82,8 @@ def lint(
     for module in meant:
         if module not in MODULES:
             raise UsageError(f"Unknown module {module!r}.", hint=f"Modules are: {', '.join(MODULES)}.")
-    subject = Subject(load_graph(path, name), target, tuple(profiles), meant)
-    findings = [finding for rule in _rules_of(target) for finding in rule(subject)]
+    context = RuleContext(load_graph(path, name), target, tuple(profiles), meant)
+    findings = [finding for rule in _rules_of(target) for finding in rule(context)]
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from edgeprune.lint.facts import Version
 from edgeprune.lint.graph import Graph, Node, Value
+from edgeprune.lint.operator_support import Version
 from edgeprune.lint.values import Range
 from edgeprune.targets import Target
 
@@ -41,7 +41,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Subject:
+class RuleContext:
     """One graph under one target, with the profiles that it will be built with and the Jetsons that are meant."""
 
     graph: Graph
@@ -74,7 +74,7 @@ class Subject:
         return Finding(self.graph.name, name, operator, reason, remedy, severity)
 
 
-Rule = Callable[[Subject], Iterator[Finding]]
+Rule = Callable[[RuleContext], Iterator[Finding]]
 
 
 def ranges_of(graph: Graph, profile: Profile) -> dict[str, Range]:

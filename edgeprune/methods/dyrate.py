@@ -56,11 +56,11 @@ class DyRate:
             raise PlanError(f"The settings of {cut} are not of one length: {counts}.")
 
     @property
-    def live(self) -> bool:
+    def follows_attention(self) -> bool:
         """Whether the rate depends on attention, so that a predictor is exported."""
         return self.form != "schedule"
 
-    def rater(self) -> nn.Module:
+    def rate_predictor(self) -> nn.Module:
         """Return the module from split [layers, 4] and step [1] to the share [1] that is kept."""
         values = self._settings
         shares = torch.tensor(values["shares"], dtype=torch.float32)

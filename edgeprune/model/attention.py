@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from edgeprune.families.base import DecoderParts
-from edgeprune.model.cache import LayerCache, LayerRows
+from edgeprune.model.cache import LayerCache, NewKv
 
 DOMAIN, OPERATOR = "edgeprune", "BlockedAttention"
 INPUTS = (
@@ -32,7 +32,7 @@ _NEVER = 1 << 50
 
 
 @dataclass(frozen=True)
-class InRow:
+class BlockMask:
     """Keys in one row: earlier visual tokens and earlier text, without their null rows, then this step's tokens in their order.
 
     `mask` [S, keys] is added to scores; the keys of this step that a token sees end before `reach` [S].
@@ -42,7 +42,7 @@ class InRow:
     reach: torch.Tensor
 
     @classmethod
-    def of(cls, places: torch.Tensor, past: int) -> InRow:
+    def of(cls, places: torch.Tensor, past: int) -> BlockMask:
         """Return them for tokens at `places` [S] in the sequence, after `past` keys that all see."""
         visible = places[None] <= places[:, None]
         row = torch.arange(1, places.shape[0] + 1, device=places.device)
@@ -55,14 +55,14 @@ def blocked(*inputs: torch.Tensor) -> torch.Tensor:
     """Return, in a trace, the node of what is attended to, by INPUTS.
 
     `query` [kv heads, group, S, head_dim]; keys and values [n, kv heads, head_dim] of earlier text, of this step and of earlier
-    visual tokens, null rows included; `mask` [S, keys] for these in this order; and what InRow says.
+    visual tokens, null rows included; `mask` [S, keys] for these in this order; and what BlockMask says.
     """
     query = inputs[0]
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{OPERATOR}", inputs, dtype=query.dtype, shape=query.shape, version=1)
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenRows:
     """The tokens between two layers: prefix, visual and suffix in a row, S in all."""
 
     hidden: torch.Tensor  # [S, hidden]
@@ -73,18 +73,18 @@ class Tokens:
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
 
-    def keep(self, chosen: torch.Tensor) -> Tokens:
+    def keep(self, chosen: torch.Tensor) -> TokenRows:
         """Return the tokens with only the chosen visual ones."""
         sizes = (self.sizes[0], chosen.shape[0], self.sizes[2])
         rows = [self._pick(rows, chosen) for rows in (self.hidden, self.cos, self.sin, self.places)]
         planes = None if self.planes is None else self._pick(self.planes, chosen)
-        return Tokens(rows[0], rows[1], rows[2], rows[3], planes, self.order.index_select(0, chosen), sizes)
+        return TokenRows(rows[0], rows[1], rows[2], rows[3], planes, self.order.index_select(0, chosen), sizes)
 
     def _pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         before, visual, after = self.split(rows)
         return torch.cat([before, visual.index_select(0, chosen), after])
 
-    def with_hidden(self, hidden: torch.Tensor) -> Tokens:
+    def with_hidden(self, hidden: torch.Tensor) -> TokenRows:
         """Return the same tokens in another state."""
         return replace(self, hidden=hidden)
 
@@ -100,7 +100,7 @@ class Mask:
 
     visible: torch.Tensor
     added: torch.Tensor
-    in_row: InRow | None = None
+    in_row: BlockMask | None = None
 
 
 class Scores:
@@ -135,14 +135,14 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionOutput:
     """One layer's attention: `output` [S, hidden] and the `rows` of this step's tokens, whose segments have `sizes`.
 
     The parts of its `scores` are earlier text, this step, and visual tokens of earlier steps, null rows of the caches included.
     """
 
     output: torch.Tensor
-    rows: LayerRows
+    rows: NewKv
     scores: Scores
     sizes: tuple[int, int, int]
 
@@ -177,8 +177,8 @@ class Attended:
 
 
 def attend(
-    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: Tokens, cache: LayerCache, mask: Mask, *, fused: bool = False
-) -> Attended:
+    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: TokenRows, cache: LayerCache, mask: Mask, *, fused: bool = False
+) -> AttentionOutput:
     """Return the attention of `hidden` [S, hidden] over the cache and itself.
 
     `fused`: attend and rotate by one operator each (Attention and RotaryEmbedding of opset 23), for which the parts are joined.
@@ -198,7 +198,7 @@ def attend(
         values_by_head = [rows.transpose(0, 1) for rows in values]
         mixed = _fused(query, by_head, values_by_head, mask) if whole else _mixed(scores, query, values_by_head)
     output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
-    return Attended(output, LayerRows(key, value), scores, tokens.sizes)
+    return AttentionOutput(output, NewKv(key, value), scores, tokens.sizes)
 
 
 def _mixed(scores: Scores, query: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -220,7 +220,7 @@ def _fused(query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[t
 
 
 def rotated(
-    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: Tokens, *, fused: bool = False
+    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: TokenRows, *, fused: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both at their positions."""
     length, group = hidden.shape[0], shape.heads // shape.kv_heads
@@ -242,7 +242,7 @@ def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.
     return torch.zeros_like(row) if bidirectional else positions[0] * _ROWS + row
 
 
-def causal_mask(tokens: Tokens, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
+def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
     """Return where new tokens may look, after caches of so many rows; what they hold is visible to all. `blocked`: attention is
     to be.
     """
@@ -251,7 +251,7 @@ def causal_mask(tokens: Tokens, past_text: int, past_visual: int, *, blocked: bo
     text, seen = (torch.full((rows - 1,), -1, device=null.device) for rows in (past_text, past_visual))
     column = torch.cat([null, text, tokens.places, null, seen])
     visible = column[None] <= tokens.places[:, None]
-    in_row = InRow.of(tokens.places, past_text + past_visual - 2) if blocked else None
+    in_row = BlockMask.of(tokens.places, past_text + past_visual - 2) if blocked else None
     return Mask(visible, torch.where(visible, 0.0, float("-inf")), in_row)
 
 

@@ -16,7 +16,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class LayerRows:
+class NewKv:
     """What a step adds to one layer: `key` and `value` [n, kv heads, head_dim] of its prefix, of the visual tokens that stay and of
     its suffix.
     """
@@ -34,7 +34,7 @@ class LayerCache:
     visual_key: torch.Tensor
     visual_value: torch.Tensor
 
-    def grown(self, rows: LayerRows, before: int, after: int) -> LayerCache:
+    def append(self, rows: NewKv, before: int, after: int) -> LayerCache:
         """Return the cache with what a step adds whose prefix and suffix have `before` and `after` tokens."""
         end = rows.key.shape[0] - after
         texts = [torch.cat([old, new[:before], new[end:]]) for old, new in ((self.key, rows.key), (self.value, rows.value))]
@@ -49,6 +49,6 @@ def caches_of(flat: Sequence[torch.Tensor]) -> list[LayerCache]:
     return [LayerCache(*text[i : i + 2], *visual[i : i + 2]) for i in range(0, half, 2)]
 
 
-def flat_rows(rows: Sequence[LayerRows]) -> tuple[torch.Tensor, ...]:
+def flat_rows(rows: Sequence[NewKv]) -> tuple[torch.Tensor, ...]:
     """Return the rows of every layer in a row, key and value of each."""
     return tuple(part for layer in rows for part in (layer.key, layer.value))

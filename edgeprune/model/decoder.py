@@ -17,10 +17,10 @@ from torch import nn
 
 from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
-from edgeprune.model.attention import Attended, Mask, Tokens, attend, causal_mask, places_of, rotated
-from edgeprune.model.cache import LayerCache, LayerRows
+from edgeprune.model.attention import AttentionOutput, Mask, TokenRows, attend, causal_mask, places_of, rotated
+from edgeprune.model.cache import LayerCache, NewKv
 from edgeprune.plan import Cut, KeepPlan
-from edgeprune.plan.tiers import alive, budgets, cache_stage
+from edgeprune.plan.tiers import budgets, cache_group, tokens_at_layer
 from edgeprune.registry import method_class
 
 Probe = Callable[[int, LayerView], None]
@@ -45,25 +45,32 @@ class StepOutput:
     """
 
     logits: torch.Tensor
-    rows: tuple[LayerRows, ...]
+    rows: tuple[NewKv, ...]
     kept: tuple[torch.Tensor, ...]
     split: torch.Tensor | None
 
 
 class PrunedDecoder(nn.Module):
-    """A decoder whose visual tokens thin out as a plan says. `lower`: plans of lower tiers, of the same cuts with other budgets.
+    """A decoder whose visual tokens thin out as a plan says. `lower_tiers`: plans of lower tiers, of the same cuts with other
+    budgets.
 
     `fused`: trace attention and rotation as one operator each, which only newer readers have. The cache it is given decides in
     which type products of attention are computed.
     """
 
     def __init__(
-        self, parts: DecoderParts, plan: KeepPlan, *, lower: Sequence[KeepPlan] = (), fused: bool = False, blocked: bool = False
+        self,
+        parts: DecoderParts,
+        plan: KeepPlan,
+        *,
+        lower_tiers: Sequence[KeepPlan] = (),
+        fused: bool = False,
+        blocked: bool = False,
     ) -> None:
         super().__init__()
         self.layers, self.norm, self.lm_head, self.rope = parts.layers, parts.norm, parts.lm_head, parts.rope
         self.shape = parts
-        self.plan, self._plans = plan, (plan, *lower)
+        self.plan, self._plans = plan, (plan, *lower_tiers)
         self.fused, self.blocked = fused, blocked
         self.layer_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.layer_cuts}
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
@@ -91,7 +98,7 @@ class PrunedDecoder(nn.Module):
         """Run the tokens of three segments on top of the caches.
 
         `order` [V]: the visual tokens' indices in the image, by default all of it. `tier`: a marker, 1 long for the budgets of
-        the plan, 2 for those of the first of `lower`, and so on; by default 1. `text_groups` [text, 3], one row for each text
+        the plan, 2 for those of the first of `lower_tiers`, and so on; by default 1. `text_groups` [text, 3], one row for each text
         key, past and new: 1 for its group (system, instruction, generated). `probe(layer, view)` is called after every layer's
         attention. `hide`, one a layer [S, K]: added to the scores of the last K earlier visual tokens. `every_logit`: of the
         whole suffix.
@@ -100,7 +107,7 @@ class PrunedDecoder(nn.Module):
         embeds = tokens.split(tokens.hidden)[1:]
         rows, kept, splits = [], dict[str, torch.Tensor](), []
         masks: dict[Any, Mask] = {}
-        attended: Attended | None = None
+        attended: AttentionOutput | None = None
         for index, layer in enumerate(self._layers()):
             if index in self.layer_cuts:
                 cut, method = self.layer_cuts[index]
@@ -128,7 +135,7 @@ class PrunedDecoder(nn.Module):
     def _layers(self) -> list[Any]:
         return list(self.layers)
 
-    def _join(self, prefix: Segment, visual: Segment, suffix: Segment, order: torch.Tensor | None) -> Tokens:
+    def _join(self, prefix: Segment, visual: Segment, suffix: Segment, order: torch.Tensor | None) -> TokenRows:
         segments = (prefix, visual, suffix)
         positions = torch.cat([segment.positions for segment in segments], dim=1)
         cos, sin = self.rope(positions)
@@ -138,18 +145,18 @@ class PrunedDecoder(nn.Module):
         sizes = (prefix.embeds.shape[1], visual.embeds.shape[1], suffix.embeds.shape[1])
         order = torch.arange(sizes[1], device=hidden.device) if order is None else order
         places = places_of(positions, bidirectional=self.shape.bidirectional)
-        return Tokens(hidden, cos, sin, places, planes, order, sizes)
+        return TokenRows(hidden, cos, sin, places, planes, order, sizes)
 
-    def _with_plane(self, index: int, hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
         # DeepStack: what the encoder's earlier blocks saw is added after the first layers.
         if tokens.planes is None or index >= self.shape.planes:
             return hidden
         return hidden + tokens.planes[:, index * self.shape.hidden : (index + 1) * self.shape.hidden]
 
-    def _mask(self, index: int, tokens: Tokens, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
+    def _mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
         # Layers whose visual tokens are as many now and were as many before share a mask.
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
-        stage = (alive(self._plans, index), length if isinstance(length, int) else cache_stage(self._plans, index))
+        stage = (tokens_at_layer(self._plans, index), length if isinstance(length, int) else cache_group(self._plans, index))
         if stage not in masks:
             masks[stage] = causal_mask(tokens, cache.key.shape[0], length, blocked=self.blocked)
         return masks[stage]
@@ -169,20 +176,20 @@ class PrunedDecoder(nn.Module):
     def _cut_rows(
         self,
         index: int,
-        tokens: Tokens,
-        attended: Attended,
+        tokens: TokenRows,
+        attended: AttentionOutput,
         embeds: Any,
         kept: dict[str, torch.Tensor],
         tier: torch.Tensor | None,
-    ) -> LayerRows:
+    ) -> NewKv:
         if index not in self.cache_cuts:
             return attended.rows
         cut, method = self.cache_cuts[index]
         chosen = rank(method.score_heads(self._view(tokens, attended, embeds, None)), self._keep(cut, tier))  # [kv heads, K]
         kept[str(cut)] = tokens.order.index_select(0, chosen.flatten()).view(chosen.shape)
-        return LayerRows(*(_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value)))
+        return NewKv(*(_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value)))
 
-    def _view(self, tokens: Tokens, attended: Attended | None, embeds: Any, next_layer: Any) -> LayerView:
+    def _view(self, tokens: TokenRows, attended: AttentionOutput | None, embeds: Any, next_layer: Any) -> LayerView:
         assert attended is not None  # plans are checked: no layer cut stands before layer 0
         before, visual = tokens.sizes[:2]
 
@@ -203,7 +210,7 @@ class PrunedDecoder(nn.Module):
         )
 
 
-def _pick_heads(tokens: Tokens, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def _pick_heads(tokens: TokenRows, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     # Of the visual rows [V, kv heads, head_dim] each head takes its own [kv heads, K]; one flat Gather, as no target lacks it.
     before, visual, after = tokens.split(rows)
     heads = rows.shape[1]
@@ -218,7 +225,7 @@ def _hide(mask: Mask, hide: torch.Tensor) -> Mask:
     return Mask(mask.visible, torch.cat([mask.added[:, :before], mask.added[:, before:] + hide], dim=1))
 
 
-def _split(attended: Attended, text_groups: torch.Tensor, rows: int) -> torch.Tensor:
+def _split(attended: AttentionOutput, text_groups: torch.Tensor, rows: int) -> torch.Tensor:
     # Of the last token, or with `rows` of that many last ones.
     text = attended.last_rows_of_text(rows) if rows else attended.last_row()[0]
     system, instruction, generated = (text @ text_groups).mean(dim=0).unbind(dim=-1)

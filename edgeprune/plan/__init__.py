@@ -1,6 +1,6 @@
 """Keep plans: cuts, counts, geometry and tiers. Imports no model, no bundle and no torch."""
 
 from edgeprune.plan.geometry import Geometry, View
-from edgeprune.plan.keep_plan import SITES, Cut, KeepPlan, check_keep_ratio, keep_count, kept_of
+from edgeprune.plan.keep_plan import SITES, Cut, KeepPlan, check_keep_ratio, keep_count, keep_count_up
 
-__all__ = ["SITES", "Cut", "Geometry", "KeepPlan", "View", "check_keep_ratio", "keep_count", "kept_of"]
+__all__ = ["SITES", "Cut", "Geometry", "KeepPlan", "View", "check_keep_ratio", "keep_count", "keep_count_up"]

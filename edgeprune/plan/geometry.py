@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgeprune.io.typed_json import made
+from edgeprune.io.typed_json import from_json
 
 MAX_LAYERS, MAX_TOKENS = 4096, 2**31 - 1  # what a file may say: far beyond any model
 
@@ -75,7 +75,7 @@ class Geometry:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Geometry:
         """Return the geometry in JSON data; raise ValueError when it is malformed."""
-        found = made(cls, data, "geometry")
+        found = from_json(cls, data, "geometry")
         if min(found.height, found.width, found.patch, found.merge, found.frames) < 1 or found.fps < 0:
             raise ValueError("geometry has a size below 1")
         if any(min(asdict(view).values()) < 0 for view in found.views) or not 1 <= found.tokens <= MAX_TOKENS:

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgeprune.errors import PlanError
 from edgeprune.io.files import write_text
-from edgeprune.io.typed_json import made, read_json
+from edgeprune.io.typed_json import from_json, read_json
 from edgeprune.plan.geometry import MAX_LAYERS, Geometry
 
 SCHEMA_VERSION = 2
@@ -90,7 +90,7 @@ class KeepPlan:
     def _check_counts(self) -> None:
         alive = self.geometry.tokens
         for cut in self.cuts:
-            left = self.alive(cut.layer) if cut.site == "cache" else alive
+            left = self.tokens_at_layer(cut.layer) if cut.site == "cache" else alive
             if cut.keep > left:
                 raise PlanError(f"{cut} keeps {cut.keep} tokens, but only {left} are left there.")
             alive = cut.keep if cut.site in ("vision", "input", "layer") else alive
@@ -132,35 +132,35 @@ class KeepPlan:
         return next((cut for cut in self.cuts if cut.site == "decode"), None)
 
     @property
-    def live(self) -> bool:
+    def follows_attention(self) -> bool:
         """Whether the rate of the decode cut follows attention, step by step, instead of a schedule."""
         return self.decode is not None and self.decode.options.get("form") != "schedule"
 
     @property
-    def encoded(self) -> int:
+    def tokens_from_encoder(self) -> int:
         """Visual tokens that leave the vision encoder."""
         return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts)][-1]
 
     @property
-    def seen(self) -> int:
+    def tokens_entering_decoder(self) -> int:
         """Visual tokens that enter the decoder."""
-        return self.input.keep if self.input else self.encoded
+        return self.input.keep if self.input else self.tokens_from_encoder
 
     def encoding(self, block: int) -> int:
         """Return how many visual tokens block `block` of the vision encoder sees."""
         return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts if cut.layer <= block)][-1]
 
-    def alive(self, layer: int) -> int:
+    def tokens_at_layer(self, layer: int) -> int:
         """Return how many visual tokens decoder layer `layer` sees in prefill."""
-        return [self.seen, *(cut.keep for cut in self.layer_cuts if cut.layer <= layer)][-1]
+        return [self.tokens_entering_decoder, *(cut.keep for cut in self.layer_cuts if cut.layer <= layer)][-1]
 
-    def stored(self, layer: int) -> int:
+    def tokens_cached(self, layer: int) -> int:
         """Return how many visual tokens the KV cache of decoder layer `layer` holds after prefill."""
-        return next((cut.keep for cut in self.cache_cuts if cut.layer == layer), self.alive(layer))
+        return next((cut.keep for cut in self.cache_cuts if cut.layer == layer), self.tokens_at_layer(layer))
 
-    def cache_stage(self, layer: int) -> tuple[int, bool]:
+    def cache_group(self, layer: int) -> tuple[int, bool]:
         """Return what all layers have in common whose visual caches are of one length throughout generation."""
-        return self.stored(layer), self.decode is not None and layer >= self.decode.layer
+        return self.tokens_cached(layer), self.decode is not None and layer >= self.decode.layer
 
     def with_cuts(self, *cuts: Cut) -> KeepPlan:
         """Return this plan with these cuts added at their places."""
@@ -196,10 +196,10 @@ class KeepPlan:
         try:
             given = {name: value for name, value in data.items() if name != "schema_version"}
             listed = given.pop("cuts", None)
-            plan = made(cls, {**given, "geometry": asdict(Geometry.from_dict(given.get("geometry", {})))}, "plan")
+            plan = from_json(cls, {**given, "geometry": asdict(Geometry.from_dict(given.get("geometry", {})))}, "plan")
             if not 1 <= plan.layers <= MAX_LAYERS or not isinstance(listed, (list, tuple)) or len(listed) > 4 * MAX_LAYERS:
                 raise ValueError("plan lacks its list of cuts, or has no layers or far too many")
-            return replace(plan, cuts=tuple(made(Cut, cut, f"cut {number}") for number, cut in enumerate(listed)))
+            return replace(plan, cuts=tuple(from_json(Cut, cut, f"cut {number}") for number, cut in enumerate(listed)))
         except ValueError as error:
             raise PlanError(f"Malformed plan: {error}.") from error
 
@@ -216,6 +216,6 @@ def keep_count(tokens: int, keep: float) -> int:
     return max(1, int(tokens * keep + 1e-9))
 
 
-def kept_of(tokens: int, share: float) -> int:
+def keep_count_up(tokens: int, share: float) -> int:
     """Return how many of `tokens` a share keeps: rounded up, so that a share above zero never keeps nothing."""
     return math.ceil(tokens * share - 1e-6)

@@ -24,7 +24,7 @@ def ranked_plan(
 
     `priors`: for each layer and KV head the order of the image's places; `options`: other settings of `edgeprune.methods.plphp`.
     """
-    counts = [base.alive(layer) for layer in range(base.layers)] if keeps is None else keeps
+    counts = [base.tokens_at_layer(layer) for layer in range(base.layers)] if keeps is None else keeps
     own = [{} for _ in counts] if priors is None else [{"prior": prior} for prior in priors]
     return base.with_cuts(*(Cut("cache", "plphp", counts[n], n, options={**options, **own[n]}) for n in range(base.layers)))
 

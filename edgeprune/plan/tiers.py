@@ -42,7 +42,7 @@ class Tiers:
         return cls({name: _completed(plan, list(places.values())) for name, plan in plans.items()})
 
     @property
-    def lower(self) -> tuple[KeepPlan, ...]:
+    def lower_tiers(self) -> tuple[KeepPlan, ...]:
         """All plans but the first."""
         return tuple(self.plans.values())[1:]
 
@@ -61,21 +61,21 @@ def budgets(plans: Sequence[KeepPlan], cut: Cut) -> tuple[int, ...]:
     return tuple(plan.cuts[number].keep for plan in plans)
 
 
-def alive(plans: Sequence[KeepPlan], layer: int) -> tuple[int, ...]:
+def tokens_at_layer(plans: Sequence[KeepPlan], layer: int) -> tuple[int, ...]:
     """Return how many visual tokens decoder layer `layer` sees in prefill under each tier."""
-    return tuple(plan.alive(layer) for plan in plans)
+    return tuple(plan.tokens_at_layer(layer) for plan in plans)
 
 
-def cache_stage(plans: Sequence[KeepPlan], layer: int) -> tuple[tuple[int, bool], ...]:
+def cache_group(plans: Sequence[KeepPlan], layer: int) -> tuple[tuple[int, bool], ...]:
     """Return what all layers have in common whose visual caches are of one length throughout generation, under every tier."""
-    return tuple(plan.cache_stage(layer) for plan in plans)
+    return tuple(plan.cache_group(layer) for plan in plans)
 
 
 def _completed(plan: KeepPlan, places: Sequence[Cut]) -> KeepPlan:
     have = {(cut.site, cut.layer) for cut in plan.cuts}
     missing = [cut for cut in places if (cut.site, cut.layer) not in have and cut.site in ("layer", "cache")]
     for cut in sorted(missing, key=lambda cut: (SITES.index(cut.site), cut.layer)):
-        plan = plan.with_cuts(replace(cut, keep=plan.alive(cut.layer)))
+        plan = plan.with_cuts(replace(cut, keep=plan.tokens_at_layer(cut.layer)))
     return plan
 
 

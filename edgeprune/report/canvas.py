@@ -1,6 +1,6 @@
 """From a matplotlib figure to inline SVG that wears the page's own colours and letters, light or dark.
 
-Charts are drawn in stand-in colours, which become the page's CSS variables; an artist whose gid is a `tip` shows it under the
+Charts are drawn in stand-in colours, which become the page's CSS variables; an artist whose gid is a `tooltip` shows it under the
 pointer. pyplot, which keeps figures alive globally, is never imported.
 """
 
@@ -45,7 +45,7 @@ _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 _TIP = "tip: "
 
 
-def tip(text: str) -> str:
+def tooltip(text: str) -> str:
     """Return the gid that shows a text under the pointer."""
     return _TIP + text
 

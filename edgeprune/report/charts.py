@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.plan import KeepPlan
-from edgeprune.report.canvas import FAINT, HEAT, HEAT_INK, INK, RULE, SERIES, drawn, tip
+from edgeprune.report.canvas import FAINT, HEAT, HEAT_INK, INK, RULE, SERIES, drawn, tooltip
 
 _WIDTH = 9.0  # inches, 72 units of the SVG each
 _MARKERS = "osD^vP*X<>"
@@ -30,7 +30,7 @@ _AXES = {
 
 
 @dataclass(frozen=True)
-class Heat:
+class HeatMap:
     """A heat map. `values` [rows, columns] are written into the cells by `number`, NaN leaves a cell empty; `depth` of the same
     shape, 0 to 1, is how strong a cell's colour is.
     """
@@ -48,11 +48,11 @@ def budgets(plan: KeepPlan) -> Markup:
 
     def draw(axes: Axes) -> None:
         axes.axhline(tokens, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label=f"unpruned: {tokens}")
-        bars = (("alive in prefill", plan.alive, 0.86, 0.32), ("stored in the KV cache", plan.stored, 0.46, 1.0))
+        bars = (("alive in prefill", plan.tokens_at_layer, 0.86, 0.32), ("stored in the KV cache", plan.tokens_cached, 0.46, 1.0))
         for label, count, width, alpha in bars:
             drawing = axes.bar(layers, [count(layer) for layer in layers], width, color=SERIES[0], alpha=alpha, label=label)
             for layer, bar in enumerate(drawing):
-                bar.set_gid(tip(f"layer {layer}: {count(layer)} {label}"))
+                bar.set_gid(tooltip(f"layer {layer}: {count(layer)} {label}"))
         if plan.layers <= _MOST_NUMBERS:
             _numbers(axes, plan)
         axes.set(ylabel="visual tokens", ylim=(0, tokens * 1.08), xlim=(-0.6, plan.layers - 0.4))
@@ -65,7 +65,7 @@ def budgets(plan: KeepPlan) -> Markup:
 
 def _numbers(axes: Axes, plan: KeepPlan) -> None:
     for layer in range(plan.layers):
-        for count in {plan.alive(layer), plan.stored(layer)}:
+        for count in {plan.tokens_at_layer(layer), plan.tokens_cached(layer)}:
             axes.annotate(f"{count}", (layer, count), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9)
 
 
@@ -78,11 +78,11 @@ def decode_shares(schedule: Sequence[float] | None, answers: Sequence[tuple[str,
             line = axes.step(
                 range(len(schedule)), schedule, where="post", color=SERIES[0], linewidth=5, alpha=0.35, label="schedule"
             )
-            line[0].set_gid(tip(f"schedule over {len(schedule)} steps"))
+            line[0].set_gid(tooltip(f"schedule over {len(schedule)} steps"))
         for (label, shares), (color, marker) in zip(answers, styles, strict=False):
             axes.plot(range(len(shares)), shares, color=color, linewidth=1.5, drawstyle="steps-post", label=label)
             for step, share in enumerate(shares):
-                axes.plot(step, share, marker, color=color, markersize=4, gid=tip(f"{label}, step {step}: {share:.0%}"))
+                axes.plot(step, share, marker, color=color, markersize=4, gid=tooltip(f"{label}, step {step}: {share:.0%}"))
         axes.set(xlabel="decode step", ylabel="share kept", ylim=(-0.03, 1.05))
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         _percent(axes)
@@ -100,7 +100,7 @@ def attention_by_layer(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> M
         axes.plot(layers, mean, color=SERIES[0], linewidth=1.8, label="mean")
         for layer, value in enumerate(mean):
             text = f"layer {layer}: mean {value:.1%}, quartiles {low[layer]:.1%} and {high[layer]:.1%}"
-            axes.plot(layer, value, "o", color=SERIES[0], markersize=5, gid=tip(text))
+            axes.plot(layer, value, "o", color=SERIES[0], markersize=5, gid=tooltip(text))
         axes.set(ylabel="attention to vision", ylim=(0, min(1.0, 0.01 + 1.15 * max(high.max(), mean.max()))))
         _layer_axis(axes, len(mean))
         _percent(axes)
@@ -119,7 +119,7 @@ def attention_by_step(split: np.ndarray, names: Sequence[str]) -> Markup:
             values = split[steps, column]
             line = axes.plot(steps, values, dashes, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=name)
             line[0].set_markevery(1 + len(steps) // _MOST_MARKS)
-            line[0].set_gid(tip(f"{name}, {len(steps)} steps: from {values[0]:.0%} to {values[-1]:.0%}"))
+            line[0].set_gid(tooltip(f"{name}, {len(steps)} steps: from {values[0]:.0%} to {values[-1]:.0%}"))
         axes.set(xlabel="decode step", ylabel="share of attention", ylim=(0, 1))
         _percent(axes)
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -128,7 +128,7 @@ def attention_by_step(split: np.ndarray, names: Sequence[str]) -> Markup:
     return drawn("split", "Attention split over decode steps", (_WIDTH, 3.0), draw)
 
 
-def heat_map(name: str, title: str, heat: Heat) -> Markup:
+def heat_map(name: str, title: str, heat: HeatMap) -> Markup:
     """Draw a heat map over the decoder layers."""
     rows, columns = heat.values.shape
 
@@ -144,14 +144,16 @@ def heat_map(name: str, title: str, heat: Heat) -> Markup:
     return drawn(name, title, (_WIDTH, 0.9 + 0.36 * rows), draw)
 
 
-def _cell(axes: Axes, heat: Heat, row: int, column: int, value: float) -> None:
+def _cell(axes: Axes, heat: HeatMap, row: int, column: int, value: float) -> None:
     depth = float(heat.depth[row, column])
     box = Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, linewidth=0)
     if np.isnan(value):
         box.set(facecolor=RULE, alpha=0.35)
     else:
         text = heat.number(value)
-        box.set(facecolor=HEAT, alpha=0.04 + 0.96 * depth, gid=tip(f"layer {column}, {heat.row_title} {heat.rows[row]}: {text}"))
+        box.set(
+            facecolor=HEAT, alpha=0.04 + 0.96 * depth, gid=tooltip(f"layer {column}, {heat.row_title} {heat.rows[row]}: {text}")
+        )
         if heat.values.shape[1] <= _MOST_NUMBERS:
             ink = HEAT_INK if depth > 0.7 else INK
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=ink)
@@ -166,7 +168,7 @@ def trade_off(curve: Curve, plan: KeepPlan) -> Markup:
         front = curve.front()
         costs, scores = [point.cost(curve.axis) for point in front], [point.score for point in front]
         line = axes.step(costs, scores, where="post", color=INK, linewidth=1.2, label="best by cost")
-        line[0].set_gid(tip(f"front of {len(front)} points"))
+        line[0].set_gid(tooltip(f"front of {len(front)} points"))
         for index, group in enumerate(groups):
             _series(axes, curve, group, index)
         _ring(axes, curve, plan)
@@ -186,7 +188,7 @@ def _series(axes: Axes, curve: Curve, group: str, index: int) -> None:
     style: dict[str, Any] = {"color": color, "markerfacecolor": "none" if hollow else color, "markersize": 7.0, "linestyle": "none"}
     for number, point in enumerate(point for point in curve.points if point.group == group):
         style["label"] = group if number == 0 else None  # one entry of the legend for all
-        text = tip(f"{_named(point)}: {_cost(point, curve.axis)}, score {point.score:.1%} over {point.samples} samples")
+        text = tooltip(f"{_named(point)}: {_cost(point, curve.axis)}, score {point.score:.1%} over {point.samples} samples")
         axes.plot(point.cost(curve.axis), point.score, marker, gid=text, **style)
 
 
@@ -202,7 +204,7 @@ def _ring(axes: Axes, curve: Curve, plan: KeepPlan) -> None:
 
 def _circle(axes: Axes, point: Point, axis: str, label: str, dashes: str | tuple[int, tuple[int, int]]) -> None:
     style: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.6, "linestyle": [dashes], "zorder": 5}
-    axes.scatter([point.cost(axis)], [point.score], 210, label=label, gid=tip(f"{label}: {_named(point)}"), **style)
+    axes.scatter([point.cost(axis)], [point.score], 210, label=label, gid=tooltip(f"{label}: {_named(point)}"), **style)
 
 
 def _named(point: Point) -> str:

@@ -19,9 +19,9 @@ from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.pareto import Curve
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.plan import KeepPlan
-from edgeprune.report.text import counted
+from edgeprune.report.text import format_counts
 from edgeprune.runtime import Answer, Receipt, Runtime, load
-from edgeprune.runtime.media.images import Source, read_image
+from edgeprune.runtime.media.images import ImageSource, read_image
 
 _LARGEST = 640  # pixels along the longer side of a picture in the page
 
@@ -36,7 +36,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredQuestion:
     """One question and what came of it."""
 
     prompt: str
@@ -47,14 +47,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Interview:
+class AnswerSet:
     """One or two questions about one image. `shared`: what two questions kept in common, for each picture after the input."""
 
-    asked: tuple[Asked, ...]
+    asked: tuple[AnsweredQuestion, ...]
     shared: tuple[str, ...]
 
 
-def interview(runtime: Runtime, image: Source, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128) -> Interview:
+def collect_answers(
+    runtime: Runtime, image: ImageSource, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128
+) -> AnswerSet:
     """Ask a model each prompt about the image."""
     picture = read_image(image)
     runtime.generate(picture, prompts[0], fit=fit, max_tokens=1)  # the first run of a session is slower than all others
@@ -64,7 +66,7 @@ def interview(runtime: Runtime, image: Source, prompts: Sequence[str], *, fit: s
         _asked(prompt, answer, [Picture(p.title, p.caption, data_uri(p.picture)) for p in drawn])
         for prompt, answer, drawn in zip(prompts, answers, panels, strict=True)
     ]
-    return Interview(tuple(asked), _shared([answer.receipt for answer in answers]))
+    return AnswerSet(tuple(asked), _shared([answer.receipt for answer in answers]))
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -76,9 +78,9 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _asked(prompt: str, answer: Answer, pictures: Sequence[Picture]) -> Asked:
+def _asked(prompt: str, answer: Answer, pictures: Sequence[Picture]) -> AnsweredQuestion:
     facts = _facts(answer.receipt)
-    return Asked(prompt, answer.text, tuple(facts), tuple(pictures), tuple(answer.receipt.decode_shares))
+    return AnsweredQuestion(prompt, answer.text, tuple(facts), tuple(pictures), tuple(answer.receipt.decode_shares))
 
 
 def _facts(receipt: Receipt) -> list[tuple[str, str]]:
@@ -103,7 +105,7 @@ def _cut_facts(receipt: Receipt) -> list[tuple[str, str]]:
     (cuts,) = receipt.cuts_by_image(1)
     facts = [(cut.cut, f"{cut.before} → {cut.after} visual tokens") for cut in cuts.tokens]
     if cuts.caches:
-        before, after = counted([cut.before for cut in cuts.caches]), counted([cut.after for cut in cuts.caches])
+        before, after = format_counts([cut.before for cut in cuts.caches]), format_counts([cut.after for cut in cuts.caches])
         facts.append((f"{len(cuts.caches)} KV caches", f"{before} → {after} visual tokens in every head"))
     return facts
 
@@ -127,7 +129,7 @@ def _common(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Request:
+class ReportOptions:
     """What the user named. `target`: a plan or a bundle."""
 
     target: Path
@@ -140,7 +142,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Material:
+class ReportInputs:
     """The parts of one report; None where the user gave none."""
 
     name: str
@@ -148,10 +150,10 @@ class Material:
     bundle: Bundle | None = None
     statistics: Statistics | None = None
     curve: Curve | None = None
-    interview: Interview | None = None
+    interview: AnswerSet | None = None
 
 
-def gather(request: Request) -> Material:
+def load_inputs(request: ReportOptions) -> ReportInputs:
     """Open everything and ask the questions; raise UsageError where parts are of different models or do not go together."""
     _check_questions(request)
     bundle = Bundle.load(request.target) if request.target.is_dir() else None
@@ -165,11 +167,11 @@ def gather(request: Request) -> Material:
                 f"--image asks a bundle, and {request.target} is a plan.", hint="Export it: edgeprune export --plan PLAN"
             )
         runtime = load(bundle.path)
-        asked = interview(runtime, request.image, request.prompts, fit=request.fit, max_tokens=request.max_tokens)
-    return Material(request.target.name or str(request.target), plan, bundle, statistics, curve, asked)
+        asked = collect_answers(runtime, request.image, request.prompts, fit=request.fit, max_tokens=request.max_tokens)
+    return ReportInputs(request.target.name or str(request.target), plan, bundle, statistics, curve, asked)
 
 
-def _check_questions(request: Request) -> None:
+def _check_questions(request: ReportOptions) -> None:
     example = 'For example: --image table.png --prompt "What is on the table?"'
     if request.image is None and request.prompts:
         raise UsageError("--prompt needs an image to ask about (--image).", hint=example)

@@ -17,8 +17,8 @@ from edgeprune.calibration.search.pareto import Curve
 from edgeprune.io.files import write_text
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.report import charts
-from edgeprune.report.gather import Interview, Material, Request, gather
-from edgeprune.report.text import costs, cut_lines, schedule_of
+from edgeprune.report.gather import AnswerSet, ReportInputs, ReportOptions, load_inputs
+from edgeprune.report.text import costs, describe_cuts, schedule_of
 
 _SPLIT = ("system prompt", "image", "instruction", "generated text")
 _FAINTEST = 1e-4  # of the largest cost: what is below looks the same
@@ -33,15 +33,15 @@ class Chart:
     svg: Markup = field(default=Markup())
 
 
-def write_report(request: Request, output: Path) -> list[str]:
+def write_report(request: ReportOptions, output: Path) -> list[str]:
     """Write the report that a request describes, and return the names of its sections."""
-    material = gather(request)
+    material = load_inputs(request)
     sections = sections_of(material)
     write_text(output, render(material, sections))
     return list(sections)
 
 
-def sections_of(material: Material) -> dict[str, list[Chart]]:
+def sections_of(material: ReportInputs) -> dict[str, list[Chart]]:
     """Return the charts of every section that has data; the answers have pictures besides."""
     sections = {"budgets": _budget_charts(material)}
     if material.statistics is not None:
@@ -53,7 +53,7 @@ def sections_of(material: Material) -> dict[str, list[Chart]]:
     return sections
 
 
-def render(material: Material, sections: dict[str, list[Chart]]) -> str:
+def render(material: ReportInputs, sections: dict[str, list[Chart]]) -> str:
     """Return the page; everything that came from outside is escaped."""
     template = files("edgeprune.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -63,14 +63,14 @@ def render(material: Material, sections: dict[str, list[Chart]]) -> str:
         plan=plan,
         facts=_facts(material),
         costs=[*costs(plan), *_measured(curve, plan)],
-        lines=cut_lines(plan),
+        lines=describe_cuts(plan),
         sections=sections,
         front=[] if curve is None else _front_rows(curve, plan),
         version=__version__,
     )
 
 
-def _facts(material: Material) -> list[tuple[str, str]]:
+def _facts(material: ReportInputs) -> list[tuple[str, str]]:
     plan, bundle = material.plan, material.bundle
     facts = [("family", plan.family), ("decoder layers", f"{plan.layers}"), ("image", str(plan.geometry))]
     if bundle is not None:
@@ -93,7 +93,7 @@ def _measured(curve: Curve | None, plan: KeepPlan) -> list[tuple[str, str, str]]
     return rows if point.ttft_ms is None else [*rows, ("time to first token", f"{point.ttft_ms:.1f} ms", "predicted")]
 
 
-def _budget_charts(material: Material) -> list[Chart]:
+def _budget_charts(material: ReportInputs) -> list[Chart]:
     plan = material.plan
     note = "A layer sees the pale bar while it reads the prompt, and its KV cache keeps the strong one for the answer."
     found = [Chart("Visual tokens per layer", note, charts.budgets(plan))]
@@ -104,11 +104,11 @@ def _budget_charts(material: Material) -> list[Chart]:
     return found
 
 
-def _decode_chart(plan: KeepPlan, cut: Cut, interview: Interview | None) -> Chart:
+def _decode_chart(plan: KeepPlan, cut: Cut, interview: AnswerSet | None) -> Chart:
     title, asked = "Visual cache by decode step", () if interview is None else interview.asked
     real = [(f"answer {number}", a.decode_shares) for number, a in enumerate(asked, start=1) if a.decode_shares]
     shown = "Marks are what the answers below really read. " if real else ""
-    if not plan.live:
+    if not plan.follows_attention:
         schedule = schedule_of(cut, max((len(shares) for _, shares in real), default=0))
         return Chart(title, f"{shown}The schedule is the same for every answer.", charts.decode_shares(schedule, real))
     live = "The share follows attention: it is decided step by step, in every answer anew."
@@ -122,10 +122,10 @@ def _coverage_chart(plan: KeepPlan, statistics: Statistics) -> Chart:
     covered = np.concatenate([statistics.total("coverage") / answers, np.ones((*statistics.sums["coverage"].shape[:2], 1))], axis=2)
     values = np.full(covered.shape[1::-1], np.nan)
     for layer in {cut.layer for cut in plan.cache_cuts}:
-        share = plan.stored(layer) / plan.geometry.tokens
+        share = plan.tokens_cached(layer) / plan.geometry.tokens
         values[:, layer] = [np.interp(share, [*SHARES, 1.0], head) for head in covered[layer]]
     heads = [f"{head}" for head in range(len(values))]
-    heat = charts.Heat(values, np.nan_to_num(np.clip(values, 0.0, 1.0)), heads, "KV head", "{:.0%}".format)
+    heat = charts.HeatMap(values, np.nan_to_num(np.clip(values, 0.0, 1.0)), heads, "KV head", "{:.0%}".format)
     note = (
         "All heads of a layer keep the same number of tokens, each its own. Of the attention that an unpruned answer pays to the "
         "image, this is the share that falls on as many of the head's highest-ranked tokens; empty where a layer has no cache cut. "
@@ -158,7 +158,7 @@ def _cost_chart(statistics: Statistics) -> Chart:
     largest = max(float(values.max()), 1e-12)
     least = np.clip(values.min() / largest, _FAINTEST, 0.5)
     depth = 1.0 - np.log(np.clip(values / largest, least, 1.0)) / np.log(least)
-    heat = charts.Heat(values, depth, [f"{share:.0%}" for share in SHARES], "share kept", _nats)
+    heat = charts.HeatMap(values, depth, [f"{share:.0%}" for share in SHARES], "share kept", _nats)
     note = (
         "KL divergence from the unpruned answer in nats, with one layer's visual cache cut and the others whole: "
         f"{_nats(float(values.min()))} to {_nats(float(values.max()))}, in logarithmic colours. Mean over {statistics.samples} "

@@ -15,7 +15,7 @@ _AFTER = 8  # decode steps shown after the last change
 
 
 @dataclass(frozen=True)
-class Line:
+class CutDescription:
     """One cut, or the cache cuts of one method: its name, what it does, and where the method comes from."""
 
     name: str
@@ -23,7 +23,7 @@ class Line:
     source: str
 
 
-def cut_lines(plan: KeepPlan) -> list[Line]:
+def describe_cuts(plan: KeepPlan) -> list[CutDescription]:
     """Return the plan's cuts in words, in its order; the cache cuts of one method are one line."""
     lines = [_line(str(cut), _pruning(cut, plan), cut) for cut in plan.cuts if cut.site in ("vision", "input", "layer")]
     for method, cuts in groupby(plan.cache_cuts, key=lambda cut: cut.method):
@@ -40,7 +40,7 @@ def spans(word: str, numbers: Sequence[int]) -> str:
     return f"{word} {', '.join(f'{run[0]}' if len(run) == 1 else f'{run[0]} to {run[-1]}' for run in runs)}"
 
 
-def counted(counts: Sequence[int]) -> str:
+def format_counts(counts: Sequence[int]) -> str:
     """Return a count, or the range of several."""
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
@@ -60,7 +60,7 @@ def schedule_of(cut: Cut, least: int) -> list[float]:
 def costs(plan: KeepPlan) -> list[tuple[str, str, str]]:
     """Return what the plan costs: name, share of the unpruned, and the counts behind it."""
     tokens, layers = plan.geometry.tokens, plan.layers
-    alive, stored = sum(map(plan.alive, range(layers))), sum(map(plan.stored, range(layers)))
+    alive, stored = sum(map(plan.tokens_at_layer, range(layers))), sum(map(plan.tokens_cached, range(layers)))
     whole = tokens * layers
     return [
         ("visual tokens in prefill", f"{alive / whole:.0%}", f"{alive / layers:.0f} of {tokens}, mean over the layers"),
@@ -68,11 +68,11 @@ def costs(plan: KeepPlan) -> list[tuple[str, str, str]]:
     ]
 
 
-def _line(name: str, text: str, cut: Cut) -> Line:
+def _line(name: str, text: str, cut: Cut) -> CutDescription:
     settings = {"seed": cut.seed, **cut.options} if cut.method == "random" else cut.options
     shown = [f"{key} = {_value(value)}" for key, value in settings.items() if isinstance(value, (str, bool, int, float))]
     source = summary_of(METHODS[cut.method]) if cut.method in METHODS else ""
-    return Line(name, text, f"{source} ({', '.join(shown)})" if shown else source)
+    return CutDescription(name, text, f"{source} ({', '.join(shown)})" if shown else source)
 
 
 def _value(value: Any) -> str:
@@ -90,7 +90,7 @@ def _pruning(cut: Cut, plan: KeepPlan) -> str:
         return f"From block {cut.layer} of the vision encoder on, {cut.keep} of {before} go on: {_of(cut.keep, tokens)}."
     if cut.site == "input":
         return f"{_of(cut.keep, tokens)} enter the decoder."
-    before = plan.alive(cut.layer - 1)
+    before = plan.tokens_at_layer(cut.layer - 1)
     if cut.keep == 0:
         return f"From layer {cut.layer} on there are no visual tokens; {before} were left."
     return f"From layer {cut.layer} on, {cut.keep} of the {before} that were left go on: {_of(cut.keep, tokens)}."
@@ -98,7 +98,7 @@ def _pruning(cut: Cut, plan: KeepPlan) -> str:
 
 def _caching(cuts: Sequence[Cut]) -> str:
     where = spans("layer" if len(cuts) == 1 else "layers", [cut.layer for cut in cuts])
-    kept = counted([cut.keep for cut in cuts])
+    kept = format_counts([cut.keep for cut in cuts])
     return f"After prefill, the KV cache of {where} keeps {kept} visual tokens, every KV head its own, ranked."
 
 

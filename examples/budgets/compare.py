@@ -23,8 +23,8 @@ from rich.console import Console
 import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples, score
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, Cost, evaluate
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
-from edgeprune.cli.output.basic import Counter
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.cli.output.basic import ProgressBar
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
@@ -43,7 +43,7 @@ def measure_bundle(loaded: LoadedModel, method: str, keep: float, samples: list[
     bundle = export_bundle(loaded, plan, folder / f"{method}-{round(100 * keep)}", force=True)
     model = edgeprune.runtime.load(bundle.path, threads=THREADS)
     model.generate(samples[0].image, samples[0].prompt)  # warm up
-    with Counter(f"{method} {keep:.0%}", len(samples), quiet=False) as counter:
+    with ProgressBar(f"{method} {keep:.0%}", len(samples), quiet=False) as counter:
         report = evaluate(model, samples, progress=counter.update)
     variant = PRUNED if report.pruned else UNPRUNED
     short, facts = report.rows()[ALL], report.kinds[DESCRIBE]
@@ -83,15 +83,15 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
     points = {False: [0.0, 0.0], True: [0.0, 0.0]}  # right and asked, for short answers and for descriptions
     clocks, ours = Cost(), Cost()
     agreed = 0
-    with Counter("transformers", len(samples), quiet=False) as counter:
+    with ProgressBar("transformers", len(samples), quiet=False) as counter:
         for done, sample in enumerate(samples, start=1):
             text = _answer_with_transformers(loaded, processor, sample, clocks)
             answer = model.generate(sample.image, sample.prompt)
             ours.add(answer.receipt)
             agreed += answer.text == text
             scored = score(sample, text)
-            points[sample.kind == DESCRIBE][0] += scored.right
-            points[sample.kind == DESCRIBE][1] += scored.of
+            points[sample.kind == DESCRIBE][0] += scored.correct
+            points[sample.kind == DESCRIBE][1] += scored.total
             counter.update(done)
     cost, whole = clocks.to_dict(), ours.to_dict()
     return {
@@ -178,7 +178,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     write_dataset(options.out / "data", options.scenes, options.seed, force=True)
     samples = read_samples(options.out / "data" / "dataset.jsonl")
-    loaded = load_model(find_model("tabletop"))
+    loaded = load_model(resolve_model("tabletop"))
     rows = [measure_bundle(loaded, "none", 1.0, samples, options.out)]
     rows += [measure_bundle(loaded, method, keep, samples, options.out) for keep in KEEPS for method in METHODS]
     rows.append(measure_transformers(loaded, samples, options.out))

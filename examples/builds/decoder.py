@@ -21,8 +21,8 @@ from edgeprune.export.tracing import trace_decoder
 from edgeprune.families.qwen2_vl import Qwen2VL
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.backends.tensorrt.profiles import Limits, decoder_ranges, shapes_of
-from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, decoder_ranges, shapes_of
+from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
 from edgeprune.targets import PRECISIONS, TARGETS, Lowering
 
 GEOMETRY = Geometry(height=672, width=672, patch=14, merge=2)  # 576 visual tokens
@@ -45,10 +45,10 @@ def main() -> None:
     record = trace_decoder(decoder(request.layers, request.vocabulary).decoder(), 3, plan, lowering, path)
     exported = time.perf_counter() - started
     profiles = []
-    for ranges in decoder_ranges((plan,), Limits()):
+    for ranges in decoder_ranges((plan,), ProfileLimits()):
         dynamic = {name: at.shape for name, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
         profiles.append({name: shapes_of(shape, ranges) for name, shape in dynamic.items()})
-    trial = try_build(path, DECODER, profiles, stand_in(lowering.target))
+    trial = try_build(path, DECODER, profiles, substitute_capability(lowering.target))
     weights = sum(file.stat().st_size for file in request.out.glob(f"{path.name}*"))
     print(
         json.dumps(

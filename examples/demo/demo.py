@@ -14,8 +14,8 @@ from rich.table import Table
 
 import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, score
-from edgeprune.checkpoint.loading import find_model, load_model
-from edgeprune.cli.output.basic import Stages
+from edgeprune.checkpoint.loading import load_model, resolve_model
+from edgeprune.cli.output.basic import StageProgress
 from edgeprune.export.exporter import STAGES, export_bundle
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.runtime import Answer
@@ -28,9 +28,9 @@ KINDS = ("colour", "where", "label", "nearest", "describe")
 
 def make_bundle(folder: Path) -> Path:
     """Export `tabletop` with half of the visual tokens from layer 2 on, and a quarter from layer 4 on."""
-    with Stages(["model", *STAGES], quiet=False) as stages:
+    with StageProgress(["model", *STAGES], quiet=False) as stages:
         stages.begin("model")
-        loaded = load_model(find_model("tabletop"))
+        loaded = load_model(resolve_model("tabletop"))
         base = unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(None))
         plan = staircase_plan(base, "fastv", keeps=[0.5, 0.25], at_layers=[2, 4])
         return export_bundle(loaded, plan, folder / "tabletop.bundle", force=True, progress=stages.begin).path
@@ -60,7 +60,7 @@ def ask(bundle: Path, folder: Path, seed: int) -> Table:
 
 def _mark(answer: Answer, sample: Sample) -> str:
     points = score(sample, answer.text)
-    return f"{answer.text} {'[green]✓' if points.right == points.of else '[red]✗'}"
+    return f"{answer.text} {'[green]✓' if points.correct == points.total else '[red]✗'}"
 
 
 def _times(whole: Answer, pruned: Answer) -> list[tuple[float, float]]:

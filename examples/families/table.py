@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from edgeprune.plan import SITES
-from edgeprune.registry import FAMILIES, METHODS, family_class, fields, method_class
+from edgeprune.registry import FAMILIES, METHODS, applicability, family_class, method_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 BEGIN, END = "<!-- made by examples/families/table.py -->\n", "<!-- end -->\n"
@@ -31,7 +31,9 @@ def table() -> str:
 
 def _cell(name: str, method: str, reasons: list[str]) -> str:
     # "yes", or the number of the reason why it acts at none of its sites.
-    own = [field for field in fields(family_class(name)) if field.method == method and field.site in method_class(method).sites]
+    own = [
+        field for field in applicability(family_class(name)) if field.method == method and field.site in method_class(method).sites
+    ]
     if any(not field.reason for field in own):
         return "yes"
     reason = own[0].reason

@@ -122,7 +122,7 @@ def _prefill(bundle: Path) -> float:
     from edgeprune.bundle import Bundle
 
     plan = Bundle.load(bundle).plan
-    return sum(map(plan.alive, range(plan.layers))) / plan.layers / 144
+    return sum(map(plan.tokens_at_layer, range(plan.layers))) / plan.layers / 144
 
 
 def _edgeprune(*arguments: str) -> str:

@@ -16,7 +16,7 @@ from edgeprune.runtime.api.session import Runtime
 def load(question: Question) -> Ask:
     """Return what answers about an image."""
     runtime = load_bundle(question.folder, threads=question.threads)
-    endless = Runtime(replace(runtime._model, end_tokens=()))  # as `edgeprune bench` does: all answers are as long
+    endless = Runtime(replace(runtime._pipeline, eos_token_ids=()))  # as `edgeprune bench` does: all answers are as long
 
     def ask(image: Path) -> Cost:
         pixels = np.asarray(Image.open(image).convert("RGB"))
@@ -28,7 +28,7 @@ def load(question: Question) -> Ask:
             prefill_ms=times.prefill_ms,
             ms_per_token=times.ms_per_token,
             tokens=receipt.generated_tokens,
-            entered=receipt.text_tokens + runtime.plan.seen,
+            entered=receipt.text_tokens + runtime.plan.tokens_entering_decoder,
         )
 
     return ask

@@ -13,8 +13,8 @@ import json
 from dataclasses import asdict, dataclass
 
 from edgeprune.device.jetson import module_named
-from edgeprune.device.roofline import Range, estimate
-from edgeprune.device.workload import Decoder, Precision, Tower, Workload
+from edgeprune.device.roofline import Interval, estimate
+from edgeprune.device.workload import Decoder, Precision, VisionWorkload, Workload
 
 # TensorRT Edge-LLM keeps output head, embedding and vision encoder in FP16. NVFP4 has an FP8 scale for 16 weights.
 AWQ = Precision("INT4 AWQ", 0.5 + 2 / 128, 2.0, 2.0, 2.0, 2, "fp16")
@@ -33,12 +33,12 @@ class Model:
     layers: int
     mlp: int
 
-    def tower(self, tokens: int) -> Tower:
+    def tower(self, tokens: int) -> VisionWorkload:
         """Return the vision encoder for an image of some visual tokens, each of 2 x 2 patches."""
         block = 4 * self.hidden**2 + 2 * self.hidden * self.mlp
         merger = (4 * self.hidden) ** 2 + 4 * self.hidden * self.decoder.hidden
         parameters = self.layers * block + PATCH_PIXELS * self.hidden
-        return Tower(self.layers, self.hidden, self.mlp, 4 * tokens, tokens, parameters, (1 + DEEPSTACK) * merger)
+        return VisionWorkload(self.layers, self.hidden, self.mlp, 4 * tokens, tokens, parameters, (1 + DEEPSTACK) * merger)
 
 
 def decoder(layers: int, hidden: int, heads: int, intermediate: int, vocabulary: int = 151936) -> Decoder:
@@ -122,11 +122,11 @@ def compare(row: Row, generated: int = 128) -> list[Compared]:
     found = estimate(work, module_named(row.module))
     vision, prefill, decode = (stage.ms for stage in found.stages)
     peak = found.memory.at_peak
-    figures: list[tuple[str, float | None, Range]] = [
+    figures: list[tuple[str, float | None, Interval]] = [
         ("vision_ms", row.vision_ms, vision),
         ("prefill_ms", row.prefill_ms, prefill),
         ("token_ms", row.rate and 1e3 / row.rate, decode),
-        ("memory", row.memory, Range(peak.low / 1e6, peak.high / 1e6)),
+        ("memory", row.memory, Interval(peak.low / 1e6, peak.high / 1e6)),
     ]
     names = row.module, row.model.name, row.precision.name
     return [Compared(*names, figure, published, span.low, span.high) for figure, published, span in figures if published]

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgeprune.checkpoint.loading import find_model, load_model
+from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 
@@ -30,14 +30,14 @@ def plans(cuts: str, base: KeepPlan) -> Mapping[str, KeepPlan]:
     found = {}
     for name, count in kept.items():
         entered = base.with_cuts(Cut("input", "divprune", (tokens + count) // 2), Cut("layer", "fastv", count, min(2, last)))
-        caches = [Cut("cache", "plphp", max(1, entered.alive(layer) * 3 // 4), layer) for layer in range(base.layers)]
+        caches = [Cut("cache", "plphp", max(1, entered.tokens_at_layer(layer) * 3 // 4), layer) for layer in range(base.layers)]
         found[name] = entered.with_cuts(*caches)
     return found
 
 
 def export(cuts: str, out: Path) -> None:
     """Write the bundle through the command."""
-    model = load_model(find_model("tabletop"))
+    model = load_model(resolve_model("tabletop"))
     base = unpruned_plan(model.folder.model_type, model.decoder_shape().layers, model.geometry(None))
     with tempfile.TemporaryDirectory() as folder:
         tiers = []

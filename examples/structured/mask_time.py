@@ -68,7 +68,7 @@ def token_times(compiler: GrammarCompiler, width: int, ends: list[int], answers:
         for _ in range(60):
             logits = draw.standard_normal(width, np.float32)
             started = time.thread_time()  # all of it happens here; what else runs on the machine does not count
-            token = sampler.pick(logits)
+            token = sampler.sample(logits)
             times.append(1e3 * (time.thread_time() - started))
             if sampler.done or token in ends:
                 break

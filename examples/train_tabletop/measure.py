@@ -23,8 +23,8 @@ from rich.console import Console
 import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.evaluation import ALL, UNPRUNED, EvalReport, evaluate
-from edgeprune.checkpoint.loading import find_model, load_model
-from edgeprune.cli.output.basic import Counter
+from edgeprune.checkpoint.loading import load_model, resolve_model
+from edgeprune.cli.output.basic import ProgressBar
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
@@ -62,7 +62,7 @@ descriptions together, on 64 scenes of another stream, as the run went ([the who
 
 def measure(model: edgeprune.runtime.Runtime, samples: list[Sample], what: str) -> EvalReport:
     """Evaluate with a progress bar."""
-    with Counter(what, len(samples), quiet=False) as counter:
+    with ProgressBar(what, len(samples), quiet=False) as counter:
         return evaluate(model, samples, progress=counter.update)
 
 
@@ -74,7 +74,7 @@ def accuracy_rows(seeing: EvalReport, blind: EvalReport, samples: list[Sample]) 
         prior = f"{answers.most_common(1)[0][1] / answers.total():.1%}" if answers and kind != DESCRIBE else ""
         scores = f"{entry.accuracy(UNPRUNED):.1%} | {blind.rows()[kind].accuracy(UNPRUNED):.1%}"
         name = f"**{ALL}**" if kind == ALL else kind
-        lines.append(f"| {name} | {entry.asked} | {scores} | {prior} |")
+        lines.append(f"| {name} | {entry.total} | {scores} | {prior} |")
     return "\n".join(lines)
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--blind", type=int, default=400, help="scenes asked with the image replaced by grey")
     parser.add_argument("--seed", type=int, default=2026)
     options = parser.parse_args()
-    loaded = load_model(find_model(str(options.model)))
+    loaded = load_model(resolve_model(str(options.model)))
     config = loaded.model.config
     with tempfile.TemporaryDirectory() as folder:
         data, grey = Path(folder) / "data", Path(folder) / "grey.png"

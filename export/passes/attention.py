@@ -140,7 +140,7 @@ def _row_of(branch: _Branch, inputs: dict[str, ir.Value], kind: str) -> ir.Value
     return branch.op("Concat", *earlier, inputs[kind], axis=0)
 
 
-def tile_attention(graph: ir.Graph) -> None:
+def tile_encoder_attention(graph: ir.Graph) -> None:
     """Replace MatMul, Softmax and MatMul of large scores by as many of each as bring those to 16 MB, or one head."""
     for node in list(graph):
         if node.op_type != "Softmax":

@@ -36,7 +36,7 @@ from onnxscript.rewriter.rules.common._basic_rules import slice_split_rule
 
 from edgeprune.checkpoint.weights import Matrix
 from edgeprune.export.passes.replacement import replace_nodes
-from edgeprune.export.passes.weights import WholeTensor, matrix_of
+from edgeprune.export.passes.weights import LazyInitializer, matrix_of
 
 _RULES = tuple(rule for rule in _DEFAULT_REWRITE_RULES if rule is not slice_split_rule)
 _LARGEST_INPUT, _LARGEST_OUTPUT = 8192, 512 * 512  # elements of what is computed beforehand
@@ -133,7 +133,7 @@ def _fuse(graph: ir.Graph, added: ir.Node, x: ir.Value, cos: ir.Value, sin: ir.V
     replace_nodes(graph, added, [added], tape, {output: value})
 
 
-def join_projections(graph: ir.Graph) -> None:
+def fuse_qkv(graph: ir.Graph) -> None:
     """Replace three Gemm nodes by one and a Split wherever they are a layer's projections of one state."""
     groups: dict[tuple[ir.Value, str], dict[str, ir.Node]] = {}
     for node in graph:
@@ -171,7 +171,7 @@ def _join(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir.Node]
     matrices = tuple(matrix_of(weight) for weight in weights)
     sizes = [matrix.shape[0] for matrix in matrices]
     tape = Tape()
-    inputs = [state, tape.initializer(WholeTensor(_Stacked(matrices), f"{layer}.qkv_proj.weight"))]
+    inputs = [state, tape.initializer(LazyInitializer(_Stacked(matrices), f"{layer}.qkv_proj.weight"))]
     if any(biases):
         rows = [np.zeros(size, np.float32) if bias is None else _numbers(bias) for bias, size in zip(biases, sizes, strict=True)]
         inputs.append(tape.initializer(ir.tensor(np.concatenate(rows), name=f"{layer}.qkv_proj.bias")))

@@ -14,14 +14,14 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalizatio
 from edgeprune.bundle import GraphRecord, Tensor
 from edgeprune.checkpoint.weights import StoredTensor, address
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.export.passes.attention import expand_blocked, tile_attention
-from edgeprune.export.passes.fusion import fuse_rotation, join_projections, optimize
+from edgeprune.export.passes.attention import expand_blocked, tile_encoder_attention
+from edgeprune.export.passes.fusion import fuse_qkv, fuse_rotation, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
-from edgeprune.export.passes.weights import WholeTensor
+from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
 
 
-def finish(
+def run_passes(
     model: ir.Model,
     dimensions: Mapping[str, Mapping[int, str]],
     lowering: Lowering,
@@ -32,7 +32,7 @@ def finish(
     matrices they are: "layers" (the decoder), "vision", "embedding" or "" for a graph that stays as it is. `stored`: what
     placeholders among its weights stand for, which is read when the graph is saved.
     """
-    _leave_stored(model.graph, stored)
+    _use_stored_weights(model.graph, stored)
     optimize(model)
     expand_blocked(model.graph)
     # The exporter notes the source line of every node, with paths of the machine that exports.
@@ -41,9 +41,9 @@ def finish(
     if lowering.target.fused:
         model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
     if lowering.target.blocked:
-        join_projections(model.graph)
+        fuse_qkv(model.graph)
         fuse_rotation(model.graph)
-        tile_attention(model.graph)
+        tile_encoder_attention(model.graph)
     if part == "embedding":
         lower_table(model.graph, lowering)
     elif part in ("layers", "vision"):
@@ -52,7 +52,7 @@ def finish(
     return model
 
 
-def drop_unread(graph: ir.Graph) -> None:
+def drop_unused_inputs(graph: ir.Graph) -> None:
     """Remove the inputs that no node reads: what a graph does not ask for, the runtime need not compute.
 
     A selector without the prompt chooses the same whatever is asked, so that its choice can be recalled.
@@ -61,7 +61,7 @@ def drop_unread(graph: ir.Graph) -> None:
         graph.inputs.remove(value)
 
 
-def described(graph: ir.Graph) -> GraphRecord:
+def graph_record(graph: ir.Graph) -> GraphRecord:
     """Return the inputs and outputs of a graph."""
     return GraphRecord(*({str(value.name): _tensor(value) for value in side} for side in (graph.inputs, graph.outputs)))
 
@@ -71,7 +71,7 @@ def _tensor(value: ir.Value) -> Tensor:
     return Tensor(str(value.dtype.numpy()), tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape))
 
 
-def _leave_stored(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> None:
+def _use_stored_weights(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> None:
     for value in graph.initializers.values():
         tensor = value.const_value.raw if value.const_value is not None else None
         if not isinstance(tensor, torch.Tensor):
@@ -79,7 +79,7 @@ def _leave_stored(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> None:
         source = stored.get(address(tensor))
         if source is not None:
             assert tensor.shape == source.size and not any(tensor.stride())
-            value.const_value = WholeTensor(source, str(value.name))
+            value.const_value = LazyInitializer(source, str(value.name))
         elif tensor.is_floating_point() and tensor.isnan().any():
             # A family that computes with a large matrix gets this, as placeholders are no numbers.
             raise UnsupportedModelError(f"Some of the numbers that {value.name} becomes are none: the weights are broken.")

@@ -16,7 +16,7 @@ import torch
 from onnx_ir.tape import Tape
 
 from edgeprune.export.passes.replacement import replace_nodes
-from edgeprune.export.passes.weights import IntegerMatrix, halved, matrix_of
+from edgeprune.export.passes.weights import IntegerMatrix, as_fp16, matrix_of
 from edgeprune.targets import Lowering
 
 Known = dict[ir.Value, ir.Value]  # what was lowered already, and to what
@@ -48,7 +48,7 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
 def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
     """Give every matrix product of a graph the precision of a lowering; `part`: whose matrices they are, "layers" or "vision"."""
     known: Known = {}
-    integers = IntegerProducts()
+    integers = DynamicQuantizer()
     half = lowering.products == "float16"
     for node in list(graph):
         # The decoder's own products of activations are of the type of its cache already.
@@ -79,7 +79,7 @@ def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
     assert not left, f"not lowered to {lowering.precision}: {left}"
 
 
-def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Known, integers: IntegerProducts) -> ir.Value:
+def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Known, integers: DynamicQuantizer) -> ir.Value:
     # The exporter writes a linear layer as Gemm with the weight [out, in].
     state, weight, *bias = node.inputs
     assert weight is not None and weight.const_value is not None
@@ -126,11 +126,11 @@ def _cast(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
 def _halved(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
     assert value is not None
     if value not in known:
-        known[value] = tape.initializer(halved(value, f"{value.name}.fp16"))
+        known[value] = tape.initializer(as_fp16(value, f"{value.name}.fp16"))
     return known[value]
 
 
-class IntegerProducts:
+class DynamicQuantizer:
     """The products of one graph: states that several matrices meet are rounded once."""
 
     def __init__(self) -> None:

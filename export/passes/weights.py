@@ -10,14 +10,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from edgeprune.checkpoint.weights import HeldMatrix, Matrix
+from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
 from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
 
 _PIECE = 1 << 20  # numbers that are converted at once: those that fit the cache are several times faster
 _TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}
 
 
-class WholeTensor(ir.LazyTensor):
+class LazyInitializer(ir.LazyTensor):
     """All numbers of a `matrix` as they are, or in half precision."""
 
     def __init__(self, matrix: Matrix, name: str, kind: torch.dtype = torch.float32) -> None:
@@ -39,15 +39,15 @@ def matrix_of(value: ir.Value) -> Matrix:
     """Return the matrix of an initializer."""
     constant = value.const_value
     assert constant is not None
-    return constant.matrix if isinstance(constant, WholeTensor) else HeldMatrix(torch.from_numpy(constant.numpy()))
+    return constant.matrix if isinstance(constant, LazyInitializer) else InMemoryMatrix(torch.from_numpy(constant.numpy()))
 
 
-def halved(value: ir.Value, name: str) -> ir.TensorProtocol:
+def as_fp16(value: ir.Value, name: str) -> ir.TensorProtocol:
     """Return an initializer in half precision."""
     constant = value.const_value
     assert constant is not None
-    if isinstance(constant, WholeTensor):
-        return WholeTensor(constant.matrix, name, torch.float16)
+    if isinstance(constant, LazyInitializer):
+        return LazyInitializer(constant.matrix, name, torch.float16)
     return ir.tensor(constant.numpy().astype(np.float16), name=name)
 
 

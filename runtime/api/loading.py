@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgeprune.bundle import CHAT_TEMPLATE, PREPROCESSOR, SELECTOR, SPECIAL_TOKENS, TOKENIZER, Bundle
-from edgeprune.bundle.signing import Trusted
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.errors import UsageError
 from edgeprune.processors import read_image_spec
 from edgeprune.runtime.api.session import Runtime
-from edgeprune.runtime.backends.interface import Engine
-from edgeprune.runtime.backends.providers import open_engine
-from edgeprune.runtime.backends.shared import GuardedBackend, Turns
-from edgeprune.runtime.generation.pipeline import Joules, Model, State
-from edgeprune.runtime.generation.request import Terms
+from edgeprune.runtime.backends.interface import Backend
+from edgeprune.runtime.backends.providers import open_backend
+from edgeprune.runtime.backends.shared import FifoLock, GuardedBackend
+from edgeprune.runtime.generation.pipeline import EnergyReader, Pipeline, SharedState
+from edgeprune.runtime.generation.request import RequestLimits
 from edgeprune.runtime.text.prompt import ChatTemplate
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 CACHE_BYTES = 128 << 20
 
@@ -34,7 +34,7 @@ def load(
     warm_up: bool = False,
     on_phase: Callable[[str], None] | None = None,
     check: str = "full",
-    require_signature: Trusted = (),
+    require_signature: TrustedKeys = (),
 ) -> Runtime:
     """Load a bundle after checking every file against its manifest.
 
@@ -47,13 +47,13 @@ def load(
     provider cannot be had here, UsageError for limits that make no sense.
     """
     tell = on_phase or (lambda phase: None)
-    Terms(max_kv_bytes=max_kv_bytes)  # refuses what makes no sense
+    RequestLimits(max_kv_bytes=max_kv_bytes)  # refuses what makes no sense
     if cache_bytes < 0:
         raise UsageError(f"cache_bytes must be 0 or more, not {cache_bytes}.")
     tell("loading")
-    state = State(cache_bytes, _counter() if energy else None)
-    with Bundle.opening(Path(path), check=check, require_signature=require_signature) as bundle:
-        runtime = Runtime(_model(bundle, open_engine(bundle, provider, threads), state, max_kv_bytes))
+    state = SharedState(cache_bytes, _counter() if energy else None)
+    with Bundle.open_while_verifying(Path(path), check=check, require_signature=require_signature) as bundle:
+        runtime = Runtime(_model(bundle, open_backend(bundle, provider, threads), state, max_kv_bytes))
     if warm_up:
         tell("warming")
         runtime.warm_up()
@@ -61,28 +61,28 @@ def load(
     return runtime
 
 
-def _model(bundle: Bundle, engine: Engine, state: State, max_kv_bytes: int | None) -> Model:
-    manifest, turns = bundle.manifest, Turns()
-    return Model(
-        engine=GuardedBackend(engine, turns),
-        codec=TextCodec(bundle.file(TOKENIZER)),
-        template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
+def _model(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes: int | None) -> Pipeline:
+    manifest, lock = bundle.manifest, FifoLock()
+    return Pipeline(
+        backend=GuardedBackend(backend, lock),
+        tokenizer=TextTokenizer(bundle.file(TOKENIZER)),
+        chat_template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
         special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
         image_spec=read_image_spec(bundle.file(PREPROCESSOR)),
         image=manifest.image,
-        end_tokens=manifest.end_tokens,
+        eos_token_ids=manifest.end_tokens,
         decoder=manifest.decoder,
         plan=bundle.plan,
         name=manifest.source.model,
         tiers=bundle.tiers,
-        prompt_free=SELECTOR in manifest.graphs and "prompt_embeds" not in manifest.graphs[SELECTOR].inputs,
+        input_cut_ignores_prompt=SELECTOR in manifest.graphs and "prompt_embeds" not in manifest.graphs[SELECTOR].inputs,
         max_kv_bytes=max_kv_bytes,
-        turns=turns,
+        lock=lock,
         state=state,
     )
 
 
-def _counter() -> Joules | None:
+def _counter() -> EnergyReader | None:
     from edgeprune.device.power import EnergyCounter, find_power_source
 
     source = find_power_source()

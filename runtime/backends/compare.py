@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.runtime.backends.interface import BackendProxy, Engine, Interrupt, Seen, Step
-from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
+from edgeprune.runtime.backends.interface import Backend, BackendProxy, CancellationToken, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 
 Pairs = Iterable[tuple[np.ndarray, np.ndarray]]  # expected and actual
 
@@ -21,41 +21,45 @@ class RecordingBackend(BackendProxy):
     step its tokens and cache. Without it nothing is held that may lie in a device's memory.
     """
 
-    def __init__(self, backend: Engine, *, replayable: bool = True) -> None:
+    def __init__(self, backend: Backend, *, replayable: bool = True) -> None:
         super().__init__(backend)
         self._replayable = replayable
         self.patches: list[np.ndarray] = []
-        self.seen: list[Seen] = []
+        self.seen: list[VisionOutput] = []
         self.prompts: list[np.ndarray] = []
         self.selected: list[np.ndarray] = []
-        self.inputs: list[tuple[StepInput, KvCache]] = []
-        self.steps: list[Step] = []
+        self.inputs: list[tuple[DecoderInput, KvCache]] = []
+        self.steps: list[DecoderOutput] = []
 
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
+    def encode_image(
+        self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
+    ) -> VisionOutput:
         """Look at patches, and keep what was seen."""
-        seen = self._backend.see(patches, whole=whole, interrupt=interrupt)
+        vision_output = self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
         self.patches += [patches] if self._replayable else []
-        self.seen.append(seen if self._replayable else Seen(_on_host(seen.embeds), kept=seen.kept))
-        return seen
+        self.seen.append(
+            vision_output if self._replayable else VisionOutput(_on_host(vision_output.embeds), kept=vision_output.kept)
+        )
+        return vision_output
 
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply a plan's input cut, and keep its indices."""
-        embeds, kept = self._backend.select(seen, prompt, tier)
+        embeds, kept = self._backend.select_tokens(vision_output, prompt, tier)
         self.prompts += [prompt] if self._replayable else []
         self.selected.append(kept)
         return embeds, kept
 
-    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+    def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run new tokens, and keep the logits and the kept indices."""
-        step = self._backend.step(tokens, cache, interrupt=interrupt)
+        step = self._backend.forward(tokens, cache, cancellation=cancellation)
         self.inputs += [(tokens, cache)] if self._replayable else []
-        self.steps.append(Step(step.logits, (), step.kept, None))
+        self.steps.append(DecoderOutput(step.logits, (), step.kept, None))
         return step
 
     @property
     def kept(self) -> list[np.ndarray]:
         """The indices that cuts kept: of the encoder, the input, layers and caches; steps without an image have none."""
-        cuts = [*(seen.kept for seen in self.seen), self.selected, *(step.kept for step in self.steps)]
+        cuts = [*(vision_output.kept for vision_output in self.seen), self.selected, *(step.kept for step in self.steps)]
         return [kept for cut in cuts for kept in cut if kept.size]
 
 

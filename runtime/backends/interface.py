@@ -13,16 +13,16 @@ from typing import Protocol
 
 import numpy as np
 
-from edgeprune.runtime.backends.kv_cache import Arrays, KvCache, StepInput
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvArrays, KvCache
 
 CANCELLED, DEADLINE = "cancelled", "deadline"
 
 
-class Interrupted(Exception):
+class Cancelled(Exception):
     """A computation stopped because its answer is to end. It never leaves the runtime."""
 
 
-class Interrupt:
+class CancellationToken:
     """Whether an answer is to end, and why: `reason` is CANCELLED, DEADLINE or None. The first reason counts."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Interrupt:
         self._stops: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
-    def fire(self, reason: str) -> None:
+    def cancel(self, reason: str) -> None:
         """Ask for the end."""
         with self._lock:
             self.reason = self.reason or reason
@@ -38,13 +38,13 @@ class Interrupt:
         for stop in stops:
             stop()
 
-    def check(self) -> None:
-        """Raise Interrupted if the end was asked for."""
+    def raise_if_cancelled(self) -> None:
+        """Raise Cancelled if the end was asked for."""
         if self.reason is not None:
-            raise Interrupted
+            raise Cancelled
 
     @contextmanager
-    def stopping(self, stop: Callable[[], None]) -> Iterator[None]:
+    def on_cancel(self, stop: Callable[[], None]) -> Iterator[None]:
         """Have `stop` called when the end is asked for while the block runs, or at once if it was before."""
         with self._lock:
             self._stops.append(stop)
@@ -58,12 +58,12 @@ class Interrupt:
                 self._stops.remove(stop)
 
     @contextmanager
-    def due(self, seconds: float | None) -> Iterator[None]:
+    def deadline(self, seconds: float | None) -> Iterator[None]:
         """Fire DEADLINE when so many seconds have passed and the block still runs; None is never."""
         if seconds is None:
             yield
             return
-        timer = threading.Timer(min(max(seconds, 0.0), threading.TIMEOUT_MAX), self.fire, (DEADLINE,))
+        timer = threading.Timer(min(max(seconds, 0.0), threading.TIMEOUT_MAX), self.cancel, (DEADLINE,))
         timer.daemon = True
         timer.start()
         try:
@@ -73,7 +73,7 @@ class Interrupt:
 
 
 @dataclass(frozen=True)
-class Seen:
+class VisionOutput:
     """What the vision encoder says of an image: visual tokens `embeds` [1, V, hidden] and `signals` for input methods that need
     them. `kept` of every vision cut: indices in the image [V], ascending; of the last one those of the tokens.
     """
@@ -83,50 +83,52 @@ class Seen:
     kept: tuple[np.ndarray, ...] = ()
 
     @property
-    def order(self) -> np.ndarray:
+    def token_indices(self) -> np.ndarray:
         """Indices in the image [V] of the visual tokens."""
         return self.kept[-1] if self.kept else np.arange(self.embeds.shape[1])
 
 
 @dataclass(frozen=True)
-class Step:
-    """One forward: `logits` [vocabulary] of the last token; `rows` [n, kv heads, head_dim] that the caches are to take in, of the
-    prefix, of the visual tokens that stay and of the suffix; `kept` of every layer and cache cut; `split` [layers, 4] of a plan
-    whose rate follows attention, else None. `run_ms`: of the graph alone; None where it goes on after the call.
+class DecoderOutput:
+    """One forward: `logits` [vocabulary] of the last token; `new_kv` [n, kv heads, head_dim] that the caches are to take in, of the
+    prefix, of the visual tokens that stay and of the suffix; `kept` of every layer and cache cut; `attention_shares` [layers, 4] of
+    a plan whose rate follows attention, else None. `graph_ms`: of the graph alone; None where it goes on after the call.
     """
 
     logits: np.ndarray
-    rows: Arrays
+    new_kv: KvArrays
     kept: tuple[np.ndarray, ...]
-    split: np.ndarray | None
-    run_ms: float | None = None
+    attention_shares: np.ndarray | None
+    graph_ms: float | None = None
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """The model as the generation loop sees it."""
 
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are.
+    def encode_image(
+        self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
+    ) -> VisionOutput:
+        """Return what the vision encoder says of patches [patches, patch pixels]; `unpruned`: of all, whatever its cuts are.
 
-        `interrupt`: what may end it early, with Interrupted, where the engine can stop.
+        `cancellation`: what may end it early, with Cancelled, where the engine can stop.
         """
         ...
 
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply a plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
         [K]. `tier`: the number of the plan.
         """
         ...
 
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
+    def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
         ...
 
-    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
-        """Run new tokens on top of a cache. `interrupt`: as of `see`."""
+    def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
+        """Run new tokens on top of a cache. `cancellation`: as of `encode_image`."""
         ...
 
-    def rate(self, split: np.ndarray, step: int) -> float:
+    def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
         ...
 
@@ -134,25 +136,27 @@ class Engine(Protocol):
 class BackendProxy:
     """A backend that hands everything on to another one. What stands in front of a backend overrides what it changes."""
 
-    def __init__(self, backend: Engine) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
+    def encode_image(
+        self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
+    ) -> VisionOutput:
         """Have the backend look at patches."""
-        return self._backend.see(patches, whole=whole, interrupt=interrupt)
+        return self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
 
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Have the backend apply a plan's input cut."""
-        return self._backend.select(seen, prompt, tier)
+        return self._backend.select_tokens(vision_output, prompt, tier)
 
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
+    def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Have the backend embed tokens."""
-        return self._backend.embed(ids)
+        return self._backend.embed_tokens(ids)
 
-    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+    def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Have the backend run new tokens on top of a cache."""
-        return self._backend.step(tokens, cache, interrupt=interrupt)
+        return self._backend.forward(tokens, cache, cancellation=cancellation)
 
-    def rate(self, split: np.ndarray, step: int) -> float:
+    def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Have the backend's predictor say what share of visual tokens decode step `step` keeps."""
-        return self._backend.rate(split, step)
+        return self._backend.predict_keep_ratio(split, step)

@@ -15,57 +15,57 @@ import numpy as np
 
 from edgeprune.bundle import DecoderShape
 from edgeprune.bundle.graph_io import GROUPS, TIER
-from edgeprune.plan import kept_of
+from edgeprune.plan import keep_count_up
 
-Arrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
+KvArrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenSegment:
     """Consecutive tokens: `embeds` [1, n, hidden] and `positions` [axes, n]; n may be 0."""
 
     embeds: np.ndarray
     positions: np.ndarray
 
-    def then(self, other: Tokens) -> Tokens:
+    def concat(self, other: TokenSegment) -> TokenSegment:
         """Return these tokens followed by others."""
-        return Tokens(
+        return TokenSegment(
             np.concatenate([self.embeds, other.embeds], axis=1), np.concatenate([self.positions, other.positions], axis=1)
         )
 
-    def only(self, indices: np.ndarray, embeds: np.ndarray) -> Tokens:
+    def gather(self, indices: np.ndarray, embeds: np.ndarray) -> TokenSegment:
         """Return the tokens at some indices, with new embeddings."""
-        return Tokens(embeds, self.positions[:, indices])
+        return TokenSegment(embeds, self.positions[:, indices])
 
 
 @dataclass(frozen=True)
-class StepInput:
-    """The new tokens of one forward. `order` [V]: indices of the visual tokens in the image; `groups` [text, 3]: for each text
-    key, past and new, 1 in the column of its group (system, instruction, generated). `tier`: the number of the plan whose budgets
-    count.
+class DecoderInput:
+    """The new tokens of one forward. `visual_indices` [V]: indices of the visual tokens in the image; `text_groups` [text, 3]: for
+    each text key, past and new, 1 in the column of its group (system, instruction, generated). `tier`: the number of the plan whose
+    budgets count.
     """
 
-    prefix: Tokens
-    visual: Tokens
-    suffix: Tokens
-    order: np.ndarray
-    groups: np.ndarray
+    prefix: TokenSegment
+    visual: TokenSegment
+    suffix: TokenSegment
+    visual_indices: np.ndarray
+    text_groups: np.ndarray
     tier: int = 0
 
 
 @dataclass(frozen=True)
 class KvCache:
     """`buffers`: of which the first `length` rows are text. `images`: for each image its arrays [1 + K, kv heads, head_dim], whole;
-    `visual`: what steps read, the images one after the other. `room`: rows of text for which there shall be buffers.
+    `visual`: what steps read, the images one after the other. `capacity`: rows of text for which there shall be buffers.
 
     Caches that grew from one another share their buffers: only the last one may grow.
     """
 
-    buffers: Arrays
+    buffers: KvArrays
     length: int
-    images: tuple[Arrays, ...]
-    visual: Arrays
-    room: int = 0
+    images: tuple[KvArrays, ...]
+    visual: KvArrays
+    capacity: int = 0
 
     @classmethod
     def empty(cls, shape: DecoderShape) -> KvCache:
@@ -74,27 +74,27 @@ class KvCache:
         return cls(nulls, 1, (), nulls)
 
     @property
-    def text(self) -> Arrays:
+    def text(self) -> KvArrays:
         """What steps read of text [1 + T, kv heads, head_dim]: views."""
         return tuple(rows[: self.length] for rows in self.buffers)
 
-    def head(self, length: int) -> KvCache:
+    def copy_prefix(self, length: int) -> KvCache:
         """Return a cache with the first `length` rows of text, in memory of its own, and the same images."""
         buffers = tuple(np.empty_like(rows, order="C", shape=(length, *rows.shape[1:])) for rows in self.buffers)
         for buffer, rows in zip(buffers, self.buffers, strict=True):
             buffer[:length] = rows[:length]
-        return replace(self, buffers=buffers, length=length, room=0)
+        return replace(self, buffers=buffers, length=length, capacity=0)
 
-    def reserved(self, tokens: int) -> KvCache:
+    def reserve(self, tokens: int) -> KvCache:
         """Return the cache that takes in so many more tokens of text with one allocation. Memory is not touched before its use."""
-        return replace(self, room=max(self.room, self.length + tokens))
+        return replace(self, capacity=max(self.capacity, self.length + tokens))
 
-    def grown(self, rows: Arrays, before: int, after: int) -> KvCache:
+    def append(self, rows: KvArrays, before: int, after: int) -> KvCache:
         """Return the cache with the rows of a step whose prefix and suffix have `before` and `after` tokens; those between are of
         an image. After an image all images are whole again.
         """
         length = self.length + before + after
-        buffers = self.buffers if len(self.buffers[0]) >= length else self._larger(rows, max(length, self.room))
+        buffers = self.buffers if len(self.buffers[0]) >= length else self._grow_buffers(rows, max(length, self.capacity))
         for buffer, new in zip(buffers, rows, strict=True):
             if before:
                 buffer[self.length : self.length + before] = new[:before]
@@ -102,9 +102,9 @@ class KvCache:
                 buffer[length - after : length] = new[len(new) - after :]
         cache = replace(self, buffers=buffers, length=length)
         visual = tuple(new[before : len(new) - after] for new in rows)
-        return cache._with(tuple(map(_after_null, visual))) if any(map(len, visual)) else cache
+        return cache._with(tuple(map(_with_null_row, visual))) if any(map(len, visual)) else cache
 
-    def _larger(self, like: Arrays, capacity: int) -> Arrays:
+    def _grow_buffers(self, like: KvArrays, capacity: int) -> KvArrays:
         # Where the rows of steps are: on a device, its memory. Few sizes, so that conversations find each other's blocks there.
         capacity = 1 << (capacity - 1).bit_length()
         buffers = tuple(np.empty_like(new, order="C", shape=(capacity, *new.shape[1:])) for new in like)
@@ -112,19 +112,22 @@ class KvCache:
             buffer[: self.length] = old
         return buffers
 
-    def _with(self, image: Arrays) -> KvCache:
+    def _with(self, image: KvArrays) -> KvCache:
         images = (*self.images, image)
-        return replace(self, images=images, visual=_joined(images) if len(images) > 1 else image)
+        return replace(self, images=images, visual=_concat_images(images) if len(images) > 1 else image)
 
-    def shortened(self, share: float, first_layer: int) -> KvCache:
+    def limit_visual(self, share: float, first_layer: int) -> KvCache:
         """Return the cache whose layers from `first_layer` on let steps read only that share of each image."""
         if not self.images:
             return self
         parts = tuple(
-            tuple(rows if slot < 2 * first_layer else rows[: 1 + kept_of(len(rows) - 1, share)] for slot, rows in enumerate(image))
+            tuple(
+                rows if slot < 2 * first_layer else rows[: 1 + keep_count_up(len(rows) - 1, share)]
+                for slot, rows in enumerate(image)
+            )
             for image in self.images
         )
-        return replace(self, visual=_joined(parts) if len(parts) > 1 else parts[0])
+        return replace(self, visual=_concat_images(parts) if len(parts) > 1 else parts[0])
 
     @property
     def bytes(self) -> int:
@@ -133,28 +136,28 @@ class KvCache:
         return text + sum(rows.nbytes - rows.nbytes // len(rows) for image in self.images for rows in image)
 
     @property
-    def visual_reads(self) -> int:
+    def visual_entries_read(self) -> int:
         """Visual tokens that a step reads, added up over the layers."""
         return sum(len(rows) - 1 for rows in self.visual[::2])
 
 
-def decoder_feeds(names: Sequence[str], tokens: StepInput, cache: KvCache) -> dict[str, np.ndarray]:
+def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) -> dict[str, np.ndarray]:
     """Return what a forward feeds to a decoder whose inputs have these names, as `decoder_inputs` puts them in order."""
     segments = (tokens.prefix, tokens.visual, tokens.suffix)
-    values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.order]
+    values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.visual_indices]
     values += [np.zeros(1 + tokens.tier, np.int64)] if TIER in names else []
-    values += [tokens.groups] if GROUPS in names else []
+    values += [tokens.text_groups] if GROUPS in names else []
     return dict(zip(names, (*values, *cache.text, *cache.visual), strict=True))
 
 
-def _after_null(rows: np.ndarray) -> np.ndarray:
+def _with_null_row(rows: np.ndarray) -> np.ndarray:
     found = np.empty_like(rows, order="C", shape=(1 + len(rows), *rows.shape[1:]))
     found[:1] = np.zeros((1, *rows.shape[1:]), rows.dtype)
     found[1:] = rows
     return found
 
 
-def _joined(images: tuple[Arrays, ...]) -> Arrays:
+def _concat_images(images: tuple[KvArrays, ...]) -> KvArrays:
     # One null row is enough.
     first, *later = images
     return tuple(np.concatenate([head, *(rows[1:] for rows in tail)]) for head, *tail in zip(first, *later, strict=True))

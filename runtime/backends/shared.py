@@ -18,14 +18,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from edgeprune.errors import EngineError
-from edgeprune.runtime.backends.interface import BackendProxy, Engine, Interrupt, Interrupted, Seen, Step
-from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
+from edgeprune.runtime.backends.interface import Backend, BackendProxy, CancellationToken, Cancelled, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 
-_SIGNS = ("failed to allocate", "bad_alloc", "out of memory", "cannot allocate memory", "bad allocation")
+_OUT_OF_MEMORY_MESSAGES = ("failed to allocate", "bad_alloc", "out of memory", "cannot allocate memory", "bad allocation")
 _HINT = "Ask with fewer images or a lower max_kv_bytes, or close other programs."
 
 
-class Turns:
+class FifoLock:
     """A lock that lets threads in in the order in which they came; Python's own lets in whom it likes.
 
     Whoever has the turn may take it again. A wait ends when the answer is to end for which the thread waits: another's prefill
@@ -35,48 +35,48 @@ class Turns:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._owner: int | None = None  # a thread's identity
-        self._waiting: deque[_Place] = deque()
+        self._waiting: deque[_Waiter] = deque()
 
     @contextmanager
-    def taken(self, interrupt: Interrupt | None = None) -> Iterator[None]:
-        """Wait for the turn and have it while the block runs. Raises Interrupted, without the turn, if `interrupt` comes first."""
+    def acquire(self, cancellation: CancellationToken | None = None) -> Iterator[None]:
+        """Wait for the turn and have it while the block runs. Raises Cancelled, without the turn, if `cancellation` comes first."""
         me = threading.get_ident()
         if self._owner == me:  # which no other thread could have written
             yield
             return
         with self._guard:
-            place = _Place(me)
+            waiter = _Waiter(me)
             if self._owner is None:
                 self._owner = me
             else:
-                self._waiting.append(place)
+                self._waiting.append(waiter)
         if self._owner != me:
-            self._wait(place, interrupt or Interrupt())
+            self._wait(waiter, cancellation or CancellationToken())
         try:
             yield
         finally:
-            self._pass_on()
+            self._release()
 
-    def _wait(self, place: _Place, interrupt: Interrupt) -> None:
+    def _wait(self, waiter: _Waiter, cancellation: CancellationToken) -> None:
         try:
-            with interrupt.stopping(lambda: self._leave(place)):
-                place.gate.acquire()
+            with cancellation.on_cancel(lambda: self._leave(waiter)):
+                waiter.gate.acquire()
         except BaseException:  # Ctrl-C: nobody must be given a turn that nobody takes
-            self._leave(place)
-            if not place.left:
-                self._pass_on()
+            self._leave(waiter)
+            if not waiter.left:
+                self._release()
             raise
-        if place.left:
-            raise Interrupted
+        if waiter.left:
+            raise Cancelled
 
-    def _leave(self, place: _Place) -> None:
+    def _leave(self, waiter: _Waiter) -> None:
         with self._guard:
-            if place in self._waiting:
-                self._waiting.remove(place)
-                place.left = True
-                place.gate.release()
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+                waiter.left = True
+                waiter.gate.release()
 
-    def _pass_on(self) -> None:
+    def _release(self) -> None:
         with self._guard:
             self._owner = None
             if self._waiting:
@@ -85,7 +85,7 @@ class Turns:
                 following.gate.release()
 
 
-class _Place:
+class _Waiter:
     # Of a thread in the line. `left`: its answer ended first.
     def __init__(self, thread: int) -> None:
         self.thread, self.left, self.gate = thread, False, threading.Lock()
@@ -95,34 +95,36 @@ class _Place:
 class GuardedBackend(BackendProxy):
     """A backend whose graphs run one at a time, whatever threads ask, and that raises EngineError where memory ran out."""
 
-    def __init__(self, backend: Engine, turns: Turns) -> None:
+    def __init__(self, backend: Backend, lock: FifoLock) -> None:
         super().__init__(backend)
-        self._turns = turns
+        self._lock = lock
 
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
+    def encode_image(
+        self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
+    ) -> VisionOutput:
         """Look at patches when it is this thread's turn."""
-        with self._turns.taken(interrupt), _out_of_memory_as_error("the vision encoder"):
-            return self._backend.see(patches, whole=whole, interrupt=interrupt)
+        with self._lock.acquire(cancellation), _out_of_memory_as_error("the vision encoder"):
+            return self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
 
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply a plan's input cut when it is this thread's turn."""
-        with self._turns.taken(), _out_of_memory_as_error("the selection"):
-            return self._backend.select(seen, prompt, tier)
+        with self._lock.acquire(), _out_of_memory_as_error("the selection"):
+            return self._backend.select_tokens(vision_output, prompt, tier)
 
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
+    def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Embed tokens when it is this thread's turn."""
-        with self._turns.taken(), _out_of_memory_as_error("the embedding"):
-            return self._backend.embed(ids)
+        with self._lock.acquire(), _out_of_memory_as_error("the embedding"):
+            return self._backend.embed_tokens(ids)
 
-    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+    def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run new tokens when it is this thread's turn."""
-        with self._turns.taken(interrupt), _out_of_memory_as_error("the decoder"):
-            return self._backend.step(tokens, cache, interrupt=interrupt)
+        with self._lock.acquire(cancellation), _out_of_memory_as_error("the decoder"):
+            return self._backend.forward(tokens, cache, cancellation=cancellation)
 
-    def rate(self, split: np.ndarray, step: int) -> float:
+    def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Ask the predictor when it is this thread's turn."""
-        with self._turns.taken(), _out_of_memory_as_error("the predictor"):
-            return self._backend.rate(split, step)
+        with self._lock.acquire(), _out_of_memory_as_error("the predictor"):
+            return self._backend.predict_keep_ratio(split, step)
 
 
 @contextmanager
@@ -131,6 +133,6 @@ def _out_of_memory_as_error(part: str) -> Iterator[None]:
         yield
     except Exception as error:
         told = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, MemoryError) and not any(sign in told.lower() for sign in _SIGNS):
+        if not isinstance(error, MemoryError) and not any(sign in told.lower() for sign in _OUT_OF_MEMORY_MESSAGES):
             raise
         raise EngineError(f"Memory ran out in {part}: {told or 'nothing more is known'}.", hint=_HINT) from error

@@ -19,18 +19,18 @@ from edgeprune.bundle import DecoderShape, ImageText
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import tier_number
 from edgeprune.processors import ImageSpec
-from edgeprune.runtime.backends.interface import Engine
-from edgeprune.runtime.backends.shared import Turns
-from edgeprune.runtime.generation.request import Pace
+from edgeprune.runtime.backends.interface import Backend
+from edgeprune.runtime.backends.shared import FifoLock
+from edgeprune.runtime.generation.request import LatencyEstimate
 from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.text.grammar import GrammarCompiler
 from edgeprune.runtime.text.prompt import ChatTemplate
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
-Watcher = Callable[[Receipt], None]
+ReceiptCallback = Callable[[Receipt], None]
 
 
-class Recall:
+class LruCache:
     """Values by key, of at most `budget` bytes in all; the one that was not asked for the longest makes room. Thread-safe.
 
     A value that is larger than the budget is not kept.
@@ -72,7 +72,7 @@ class Recall:
             self.bytes = 0
 
 
-class Joules(Protocol):
+class EnergyReader(Protocol):
     """Something that counts energy."""
 
     @property
@@ -81,17 +81,17 @@ class Joules(Protocol):
         ...
 
 
-class State:
+class SharedState:
     """What changes while a model is used: what can be recalled, how long answers take, how many run, who is told of their ends."""
 
-    def __init__(self, cache_bytes: int = 0, energy: Joules | None = None, pace: Pace | None = None) -> None:
-        self.recall, self.pace, self.energy = Recall(cache_bytes), pace or Pace(), energy
-        self.watchers: list[Watcher] = []
+    def __init__(self, cache_bytes: int = 0, energy: EnergyReader | None = None, latency: LatencyEstimate | None = None) -> None:
+        self.feature_cache, self.latency, self.energy = LruCache(cache_bytes), latency or LatencyEstimate(), energy
+        self.watchers: list[ReceiptCallback] = []
         self.running = 0
         self._lock = threading.Lock()
 
     @contextmanager
-    def answering(self, receipt: Receipt) -> Iterator[None]:
+    def track_answer(self, receipt: Receipt) -> Iterator[None]:
         """Count an answer as running; at its end, whatever that is, complete its receipt and tell the watchers."""
         before = self.energy.joules if self.energy else None
         with self._lock:
@@ -108,34 +108,34 @@ class State:
 
 
 @dataclass(frozen=True)
-class Model:
+class Pipeline:
     """Everything that conversations share: the engine, the text side, the image side and the plan.
 
-    `tiers`: names and plans of prepared budgets, the best first, where there are several; `plan` is the first. `prompt_free`: its
-    input cut does not look at the question. `max_kv_bytes`: of each conversation, unless a question says otherwise. `turns`: whose
-    the engine is, where it is shared.
+    `tiers`: names and plans of prepared budgets, the best first, where there are several; `plan` is the first.
+    `input_cut_ignores_prompt`: its input cut does not look at the question. `max_kv_bytes`: of each conversation, unless a question
+    says otherwise. `lock`: whose the engine is, where it is shared.
     """
 
-    engine: Engine
-    codec: TextCodec
-    template: ChatTemplate
+    backend: Backend
+    tokenizer: TextTokenizer
+    chat_template: ChatTemplate
     special_tokens: dict[str, str]
     image_spec: ImageSpec
     image: ImageText
-    end_tokens: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     decoder: DecoderShape
     plan: KeepPlan
     name: str = ""
     tiers: tuple[tuple[str, KeepPlan], ...] = ()
-    prompt_free: bool = False
+    input_cut_ignores_prompt: bool = False
     max_kv_bytes: int | None = None
-    turns: Turns = field(default_factory=Turns)
-    state: State = field(default_factory=State)
+    lock: FifoLock = field(default_factory=FifoLock)
+    state: SharedState = field(default_factory=SharedState)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """What makes structured answers; it reads nothing before the first of them."""
-        return GrammarCompiler(self.codec.to_json, self.end_tokens)
+        return GrammarCompiler(self.tokenizer.to_json, self.eos_token_ids)
 
     @property
     def plans(self) -> tuple[KeepPlan, ...]:
@@ -143,7 +143,7 @@ class Model:
         return tuple(plan for _, plan in self.tiers) or (self.plan,)
 
     @property
-    def entry_bytes(self) -> int:
+    def kv_bytes_per_token_layer(self) -> int:
         """Bytes of the keys and values of one token in one layer."""
         return 2 * self.decoder.kv_heads * self.decoder.head_dim * int(np.dtype(self.decoder.cache_type).itemsize)
 
@@ -151,13 +151,13 @@ class Model:
         """Return the number of a tier; raise UsageError for one that the bundle does not have."""
         return tier_number([known for known, _ in self.tiers], name)
 
-    def image_bytes(self, tier: int, *, prune: bool) -> int:
+    def kv_bytes_per_image(self, tier: int, *, prune: bool) -> int:
         """Return what the KV caches hold of one image under a tier."""
         return self._image_bytes[tier][prune]
 
     @cached_property
     def _image_bytes(self) -> tuple[tuple[int, int], ...]:
         # Of each tier without its cuts and with them.
-        stored = [sum(map(plan.stored, range(plan.layers))) for plan in self.plans]
+        stored = [sum(map(plan.tokens_cached, range(plan.layers))) for plan in self.plans]
         whole = self.plan.geometry.tokens * self.plan.layers
-        return tuple((self.entry_bytes * whole, self.entry_bytes * tokens) for tokens in stored)
+        return tuple((self.kv_bytes_per_token_layer * whole, self.kv_bytes_per_token_layer * tokens) for tokens in stored)

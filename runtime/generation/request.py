@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.backends.interface import Interrupt
+from edgeprune.runtime.backends.interface import CancellationToken
 from edgeprune.runtime.generation.sampling import Sampler
 from edgeprune.runtime.telemetry.receipt import Receipt
 
-DEFAULT, ASKED, DEADLINE, MEMORY = "default", "asked for", "deadline", "max_kv_bytes"
-_WEIGHT = 0.3  # of the newest answer in what is expected of the next
-_FORGIVEN = 0.98  # what is left of an expectation each time a tier is passed over for it
+DEFAULT, REQUESTED, DEADLINE, MEMORY = "default", "asked for", "deadline", "max_kv_bytes"
+_EMA_WEIGHT = 0.3  # of the newest answer in what is expected of the next
+_DECAY = 0.98  # what is left of an expectation each time a tier is passed over for it
 
 
 @dataclass(frozen=True)
-class Terms:
+class RequestLimits:
     """`tier`: the budget to use, None for the best one that the other terms allow. `deadline_ms`: from the question to the end of
     the answer. `max_kv_bytes`: of the conversation's KV caches.
     """
@@ -35,7 +35,7 @@ class Terms:
             raise UsageError(f"max_kv_bytes must be 1 or more, not {self.max_kv_bytes}.")
 
 
-class Pace:
+class LatencyEstimate:
     """How long answers have taken lately: prefill by tier, a token, and how many tokens an answer had. Thread-safe.
 
     Averages in which every answer counts 0.3 and what was known before it the rest.
@@ -46,7 +46,7 @@ class Pace:
         self._prefill_ms: dict[int, float] = {}
         self._lock = threading.Lock()
 
-    def note(self, tier: int, prefill_ms: float | None, token_ms: float, tokens: int) -> None:
+    def update(self, tier: int, prefill_ms: float | None, token_ms: float, tokens: int) -> None:
         """Take in one answer; `prefill_ms` of one image with its selection, None without an image."""
         with self._lock:
             if prefill_ms is not None:
@@ -54,11 +54,11 @@ class Pace:
             self.token_ms = _blended(self.token_ms, token_ms) if token_ms else self.token_ms
             self.tokens = _blended(self.tokens, float(tokens)) if tokens else self.tokens
 
-    def passed_over(self, tier: int) -> None:
+    def decay(self, tier: int) -> None:
         """Expect a little less of a tier that was too slow: it is not measured while nobody takes it, and may have got faster."""
         with self._lock:
             if tier in self._prefill_ms:
-                self._prefill_ms[tier] *= _FORGIVEN
+                self._prefill_ms[tier] *= _DECAY
 
     def expected_ms(self, tier: int, images: int, most: int) -> float | None:
         """Return how long an answer of at most `most` tokens will take after its images were encoded; None if nobody knows."""
@@ -86,25 +86,25 @@ def choose_tier(
 
 
 def _blended(before: float, newest: float) -> float:
-    return (1 - _WEIGHT) * before + _WEIGHT * newest if before else newest
+    return (1 - _EMA_WEIGHT) * before + _EMA_WEIGHT * newest if before else newest
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How one question is to be answered. `due`: the end of its deadline, in seconds of the monotonic clock."""
+class Request:
+    """How one question is to be answered. `deadline_s`: the end of its deadline, in seconds of the monotonic clock."""
 
     sampler: Sampler
-    terms: Terms
+    limits: RequestLimits
     receipt: Receipt
-    interrupt: Interrupt = field(default_factory=Interrupt)
-    began: float = field(default_factory=time.monotonic)
+    cancellation: CancellationToken = field(default_factory=CancellationToken)
+    started_s: float = field(default_factory=time.monotonic)
 
     @property
-    def due(self) -> float | None:
+    def deadline_s(self) -> float | None:
         """When the answer has to be complete, in seconds of the monotonic clock."""
-        return None if self.terms.deadline_ms is None else self.began + self.terms.deadline_ms / 1e3
+        return None if self.limits.deadline_ms is None else self.started_s + self.limits.deadline_ms / 1e3
 
     @property
     def remaining(self) -> float | None:
         """Seconds until then, None without a deadline."""
-        return None if self.due is None else self.due - time.monotonic()
+        return None if self.deadline_s is None else self.deadline_s - time.monotonic()

@@ -13,7 +13,7 @@ import numpy as np
 from edgeprune.errors import EdgePruneError, UsageError
 
 if TYPE_CHECKING:
-    from edgeprune.runtime.text.grammar import Constraint
+    from edgeprune.runtime.text.grammar import TokenConstraint
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sampling:
             raise UsageError(f"seed must be 0 or more, not {self.seed}.")
         if isinstance(self.stop, str) or any(not text for text in self.stop):
             raise UsageError("stop must be a list of texts that are not empty.")
-        _refuse_structure(self.choices, self.json_schema)
+        _check_structure(self.choices, self.json_schema)
 
     @property
     def structured(self) -> bool:
@@ -55,19 +55,19 @@ class Sampling:
 class Sampler:
     """Picks tokens for one answer. `constraint`: the grammar of a structured one, from `GrammarCompiler.constraint`."""
 
-    def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
+    def __init__(self, sampling: Sampling, constraint: TokenConstraint | None = None) -> None:
         self.sampling, self._constraint = sampling, constraint
         self._rng = np.random.default_rng(sampling.seed)
 
-    def pick(self, logits: np.ndarray) -> int:
+    def sample(self, logits: np.ndarray) -> int:
         """Return the id of the next token for logits [vocabulary]; ties go to the lowest id."""
         if np.isnan(logits).any():
             raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify")
         if self._constraint is None:
-            return self._chosen(logits)
-        allowed = self._constraint.allowed(len(logits))
-        token = int(allowed[self._chosen(logits[allowed])])
-        self._constraint.take(token)
+            return self._sample_token(logits)
+        allowed = self._constraint.allowed_ids(len(logits))
+        token = int(allowed[self._sample_token(logits[allowed])])
+        self._constraint.accept(token)
         return token
 
     @property
@@ -75,7 +75,7 @@ class Sampler:
         """Whether a structured answer is complete, so that nothing but an end token can follow."""
         return self._constraint is not None and self._constraint.done
 
-    def _chosen(self, logits: np.ndarray) -> int:
+    def _sample_token(self, logits: np.ndarray) -> int:
         if self.sampling.temperature == 0:
             return int(logits.argmax())
         shifted = (
@@ -85,24 +85,24 @@ class Sampler:
             scores = shifted / self.sampling.temperature
         # Luck goes by the token, not by its rank or the mass before it (the Gumbel trick): rounding, which differs where a prefix
         # was recalled and swaps tokens of nearly equal probability, does not change what a seed draws.
-        luck = self._rng.gumbel(size=len(scores))
+        gumbel_noise = self._rng.gumbel(size=len(scores))
         probabilities = np.exp(scores)
         order = np.argsort(-probabilities, kind="stable")
         mass = np.cumsum(probabilities[order])
         nucleus = order[: int(np.searchsorted(mass, self.sampling.top_p * mass[-1])) + 1]
-        return int(nucleus[(scores[nucleus] + luck[nucleus]).argmax()])
+        return int(nucleus[(scores[nucleus] + gumbel_noise[nucleus]).argmax()])
 
 
-def _refuse_structure(choices: Sequence[str] | None, schema: Mapping[str, Any] | None) -> None:
+def _check_structure(choices: Sequence[str] | None, schema: Mapping[str, Any] | None) -> None:
     if choices is not None and schema is not None:
         raise UsageError("An answer cannot have both choices and a json_schema.", hint="Give one of them.")
     if choices is not None:
-        _refuse_choices(choices)
+        _check_choices(choices)
     if schema is not None:
-        _refuse_schema(schema)
+        _check_schema(schema)
 
 
-def _refuse_choices(choices: Sequence[str]) -> None:
+def _check_choices(choices: Sequence[str]) -> None:
     if (
         isinstance(choices, str)
         or not isinstance(choices, Sequence)
@@ -114,7 +114,7 @@ def _refuse_choices(choices: Sequence[str]) -> None:
         raise UsageError("choices must be texts that UTF-8 can write.")
 
 
-def _refuse_schema(schema: Mapping[str, Any]) -> None:
+def _check_schema(schema: Mapping[str, Any]) -> None:
     if not isinstance(schema, Mapping):
         raise UsageError(
             f"json_schema must be a JSON object, not {type(schema).__name__}.", hint='For example: {"type": "object"}.'

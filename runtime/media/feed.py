@@ -19,7 +19,7 @@ from PIL import Image
 
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.runtime.media.frames import NV12, dlpack_array
-from edgeprune.runtime.media.images import Source
+from edgeprune.runtime.media.images import ImageSource
 
 Clock = Callable[[], float]
 _PARTS = 4  # of the spacing between two frames of a video: how finely older frames are kept
@@ -45,7 +45,7 @@ class Shot:
     was captured after it came, so `captured` is when it came.
     """
 
-    frames: tuple[Source, ...]
+    frames: tuple[ImageSource, ...]
     times: tuple[float, ...]
     dropped: int
     skewed: bool
@@ -62,14 +62,14 @@ class Shot:
         return max(0.0, 1e3 * (self.clock() - self.captured))
 
     @property
-    def picture(self) -> Source | list[Source]:
+    def picture(self) -> ImageSource | list[ImageSource]:
         """What `stream` and `ask` take as an image: the frame, or of a video the list of its frames."""
         return self.frames[0] if len(self.frames) == 1 else list(self.frames)
 
 
 @dataclass
-class _Held:
-    frame: Source
+class _BufferedFrame:
+    frame: ImageSource
     captured: float
     skewed: bool
     number: int  # 1 for the first frame that ever came
@@ -93,7 +93,7 @@ class Feed:
             raise UsageError(f"fps must be 0 or more, not {fps}.")
         self._window, self._clock = window, clock
         self._spacing = 1 / fps if fps and window > 1 else 0.0
-        self._held: deque[_Held] = deque()  # oldest first
+        self._held: deque[_BufferedFrame] = deque()  # oldest first
         self._changed = threading.Condition()
         self._received = self._dropped = 0
         self._taken = self._dropped_then = 0  # number of the last frame that was taken as new, and what had been dropped by then
@@ -114,7 +114,7 @@ class Feed:
         """Whether the feed was closed."""
         return self._closed
 
-    def put(self, frame: Source, captured: float | None = None, *, copy: bool = False) -> bool:
+    def put(self, frame: ImageSource, captured: float | None = None, *, copy: bool = False) -> bool:
         """Take in the newest frame, without ever waiting for who takes it; return False if the feed is closed.
 
         `captured`: when it was, in seconds of the feed's clock, now if not given. It is not believed where it lies in the future,
@@ -132,9 +132,9 @@ class Feed:
             self._received += 1
             skewed = captured is not None and captured > now
             when = now if captured is None or skewed else captured
-            gone = self._make_room(when)
-            self._held.append(_Held(frame, when, skewed, self._received))
-            gone += self._outdated()
+            gone = self._evict(when)
+            self._held.append(_BufferedFrame(frame, when, skewed, self._received))
+            gone += self._expire()
             self._dropped += sum(not held.shown for held in gone)
             self._changed.notify_all()
         return True  # and what is gone is freed only here, outside the lock
@@ -150,7 +150,7 @@ class Feed:
                 raise FeedClosed("The feed is closed.", hint="Open a new one to go on.")
             if not ready:
                 raise FeedTimeout(self._missing(timeout), hint="Check that the camera still puts frames in.")
-            return self._shoot()
+            return self._take_window()
 
     def close(self) -> None:
         """Let go of all frames and end the waiting of others, who get FeedClosed."""
@@ -176,7 +176,7 @@ class Feed:
                 return
             yield shot
 
-    def _make_room(self, captured: float) -> list[_Held]:
+    def _evict(self, captured: float) -> list[_BufferedFrame]:
         # What the next frame replaces: all of it when time goes back, the newest when it is too close to its neighbour to be kept.
         if self._spacing and self._held and captured < self._held[-1].captured - self._spacing:
             gone = list(self._held)
@@ -187,7 +187,7 @@ class Feed:
             return [self._held.pop()]
         return []
 
-    def _outdated(self) -> list[_Held]:
+    def _expire(self) -> list[_BufferedFrame]:
         # A frame before the window's begin may stand closer to it than the next one, so one of those is kept.
         begin = self._held[-1].captured - (self._window - 1) * self._spacing
         gone = []
@@ -201,7 +201,7 @@ class Feed:
         wanted = (self._window - 1 - 0.5 / _PARTS) * self._spacing
         return self._held[-1].captured - self._held[0].captured >= wanted
 
-    def _shoot(self) -> Shot:
+    def _take_window(self) -> Shot:
         chosen = self._chosen()
         for held in chosen:
             held.shown = True
@@ -210,7 +210,7 @@ class Feed:
         frames, times = tuple(held.frame for held in chosen), tuple(held.captured for held in chosen)
         return Shot(frames, times, dropped, chosen[-1].skewed, self._clock)
 
-    def _chosen(self) -> list[_Held]:
+    def _chosen(self) -> list[_BufferedFrame]:
         # From the newest backwards, each time the frame closest to where one belongs that leaves enough for the rest.
         held, at = list(self._held), len(self._held) - 1
         chosen = [held[at]]
@@ -229,7 +229,7 @@ class Feed:
         return f"No new frame came{within}."
 
 
-def _copied(frame: Source) -> Source:
+def _copied(frame: ImageSource) -> ImageSource:
     if isinstance(frame, (np.ndarray, Image.Image, NV12)):
         return frame.copy()
     if isinstance(frame, (str, os.PathLike)):

@@ -23,10 +23,10 @@ from edgeprune.runtime.media.frames import NV12, DLPack, dlpack_array, is_dlpack
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-Source = str | os.PathLike[str] | Image.Image | np.ndarray | NV12 | DLPack
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | NV12 | DLPack
 
 
-def read_image(source: Source) -> Image.Image:
+def read_image(source: ImageSource) -> Image.Image:
     """Return the image as upright RGB; raise ImageError when it cannot be read or is not safe to read.
 
     Arrays are uint8: [height, width, 3], [height, width, 4], [height, width, 1] or [height, width]; so are those of other libraries
@@ -145,7 +145,7 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError(f"Cannot read {name}: {reason}.", hint="It is damaged or cut short; copy or save it again.")
 
 
-def digest(frames: Sequence[Image.Image], *others: object) -> bytes:
+def image_hash(frames: Sequence[Image.Image], *others: object) -> bytes:
     """Return a hash of the pixels of frames, their sizes, and whatever else decides what becomes of them."""
     found = blake2b(repr((*(frame.size for frame in frames), *others)).encode(), digest_size=16)
     for frame in frames:

@@ -36,24 +36,24 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
-class Board:
+class TokenCanvas:
     """A `picture`, and where on it the tokens of each view lie: boxes in its pixels."""
 
     picture: Image.Image
     views: tuple[View, ...]
 
     @classmethod
-    def plain(cls, image: Image.Image, rows: int, columns: int) -> Board:
+    def plain(cls, image: Image.Image, rows: int, columns: int) -> TokenCanvas:
         """Return the board of one image that is one grid of tokens."""
         return cls.of([image], image.size, (View(0, 0, image.height, image.width, rows, columns),))
 
     @classmethod
-    def of(cls, frames: Sequence[Image.Image], size: tuple[int, int], views: Sequence[View]) -> Board:
+    def of(cls, frames: Sequence[Image.Image], size: tuple[int, int], views: Sequence[View]) -> TokenCanvas:
         """Return the board of an image, or of a video's frames, whose views' boxes lie in pictures of `size` (width, height).
 
         Views whose boxes overlap go onto sheets of their own, from left to right.
         """
-        sheets = _sheets(views)
+        sheets = _group_views(views)
         pictures = [_scaled(frames[number * len(frames) // len(sheets)].convert("RGB")) for number in range(len(sheets))]
         width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
         whole = Image.new("RGB", (width, max(picture.height for picture in pictures)), _PAPER)
@@ -74,7 +74,7 @@ class Board:
         """The tokens in words."""
         return f"{self.views[0].rows} x {self.views[0].columns}" if len(self.views) == 1 else f"{len(self.views)} views"
 
-    def spread(self, values: np.ndarray) -> np.ndarray:
+    def upsample(self, values: np.ndarray) -> np.ndarray:
         """Return for every pixel the value of its token [V]; 0 where there is none. Separators have no place."""
         pixels = np.zeros((self.picture.height, self.picture.width), values.dtype)
         begin = 0
@@ -87,7 +87,7 @@ class Board:
         return pixels
 
 
-def _sheets(views: Sequence[View]) -> list[list[View]]:
+def _group_views(views: Sequence[View]) -> list[list[View]]:
     sheets: list[list[View]] = []
     for view in views:
         if sheets and not any(_overlap(view, other) for other in sheets[-1]):
@@ -127,48 +127,50 @@ class Panel(NamedTuple):
     picture: Image.Image
 
 
-def draw_kept(board: Board, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()) -> Image.Image:
-    """Return the panels of `kept_panels` side by side."""
-    return lay_out(kept_panels(board, kept, caches))
+def draw_kept_tokens(canvas: TokenCanvas, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()) -> Image.Image:
+    """Return the panels of `kept_token_panels` side by side."""
+    return join_panels(kept_token_panels(canvas, kept, caches))
 
 
-def kept_panels(board: Board, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()) -> list[Panel]:
+def kept_token_panels(
+    canvas: TokenCanvas, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()
+) -> list[Panel]:
     """Return the input and, for each cut (title, kept indices), a picture with what it kept in full colour.
 
     `caches`: what each cut of a KV cache kept [heads, tokens]; in the one panel of them all a token is as bright as its share of
     the heads' caches. Raises UsageError for an index that is no token of the board.
     """
-    panels = [Panel(f"input, {board.tokens} tokens", board.shape, board.picture)]
+    panels = [Panel(f"input, {canvas.tokens} tokens", canvas.shape, canvas.picture)]
     for title, indices in kept:
-        mask = _mask(title, indices, board)
-        caption = f"kept {int(mask.sum())} of {board.tokens} ({mask.mean():.0%})"
-        panels.append(Panel(title, caption, _outline(_highlight(board, mask), board.spread(mask))))
+        mask = _mask(title, indices, canvas)
+        caption = f"kept {int(mask.sum())} of {canvas.tokens} ({mask.mean():.0%})"
+        panels.append(Panel(title, caption, _outline(_highlight(canvas, mask), canvas.upsample(mask))))
     if caches:
-        panels.append(_cache_panel(board, caches))
+        panels.append(_cache_panel(canvas, caches))
     return panels
 
 
-def _cache_panel(board: Board, caches: Sequence[np.ndarray]) -> Panel:
-    masks = [_mask(CACHES, head, board) for heads in caches for head in heads]
+def _cache_panel(canvas: TokenCanvas, caches: Sequence[np.ndarray]) -> Panel:
+    masks = [_mask(CACHES, head, canvas) for heads in caches for head in heads]
     counts, share = sorted({int(mask.sum()) for mask in masks}), np.mean(masks, axis=0)
     amount = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     caption = f"kept {amount} of {share.size} in a head's cache ({share.mean():.0%})"
-    return Panel(CACHES, caption, _highlight(board, share))
+    return Panel(CACHES, caption, _highlight(canvas, share))
 
 
-def _mask(title: str, indices: np.ndarray, board: Board) -> np.ndarray:
+def _mask(title: str, indices: np.ndarray, canvas: TokenCanvas) -> np.ndarray:
     flat = np.asarray(indices).reshape(-1)
-    if flat.size and (flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= board.tokens):
-        raise UsageError(f"{title!r} has kept indices that are none of the image's {board.tokens} visual tokens.")
-    mask = np.zeros(board.tokens, bool)
+    if flat.size and (flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= canvas.tokens):
+        raise UsageError(f"{title!r} has kept indices that are none of the image's {canvas.tokens} visual tokens.")
+    mask = np.zeros(canvas.tokens, bool)
     mask[flat.astype(np.int64)] = True
     return mask
 
 
-def _highlight(board: Board, share: np.ndarray) -> Image.Image:
+def _highlight(canvas: TokenCanvas, share: np.ndarray) -> Image.Image:
     # From dim grey at share 0 to full colour at share 1.
-    weight = board.spread(share.astype(np.float32))[..., None]
-    pixels = np.asarray(board.picture, np.float32)
+    weight = canvas.upsample(share.astype(np.float32))[..., None]
+    pixels = np.asarray(canvas.picture, np.float32)
     grey = _DIM * (pixels @ _LUMA)[..., None] + _LIFT
     return Image.fromarray(np.rint(grey + weight * (pixels - grey)).astype(np.uint8))
 
@@ -186,7 +188,7 @@ def _interior(inside: np.ndarray) -> np.ndarray:
     return eroded[_LINE_WIDTH:-_LINE_WIDTH, _LINE_WIDTH:-_LINE_WIDTH]
 
 
-def lay_out(panels: Sequence[Panel]) -> Image.Image:
+def join_panels(panels: Sequence[Panel]) -> Image.Image:
     """Return panels of one size side by side, each under its text."""
     width, height = max(MIN_WIDTH, panels[0][2].width), panels[0][2].height
     step = width + _MARGIN

@@ -17,8 +17,8 @@ from edgeprune.errors import EdgePruneError, ImageError, UsageError
 from edgeprune.plan.tiers import tier_number
 from edgeprune.runtime import Runtime, Stream
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedTimeout
-from edgeprune.runtime.ros2.diagnostics import Report, Tally
-from edgeprune.runtime.ros2.images import PackedImage, RawImage, packed_picture, raw_picture
+from edgeprune.runtime.ros2.diagnostics import DiagnosticReport, NodeStatistics
+from edgeprune.runtime.ros2.images import CompressedImageMessage, ImageMessage, decode_compressed, decode_image
 
 ON_BUSY = ("cancel", "queue", "refuse")
 LONGEST_QUEUE = 16
@@ -26,7 +26,7 @@ OnPhase = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outlets:
+class OutputCallbacks:
     """What the transport does with what comes out. Called from the answering thread, `report` from that of `tick` too.
 
     `piece`: the next piece of an answer, "" after its last. `answer`: a whole answer. `report`: the state of things.
@@ -34,10 +34,10 @@ class Outlets:
 
     piece: Callable[[str], None]
     answer: Callable[[str], None]
-    report: Callable[[Report], None]
+    report: Callable[[DiagnosticReport], None]
 
 
-class Answerer:
+class QuestionWorker:
     """Answers questions about the newest frame.
 
     `on_busy`: what a question does that comes while another is waiting or being answered: "cancel" ends those, "queue" waits its
@@ -49,7 +49,7 @@ class Answerer:
     def __init__(
         self,
         load: Callable[[OnPhase], Runtime],
-        outlets: Outlets,
+        outputs: OutputCallbacks,
         *,
         on_busy: str = "cancel",
         frame_timeout: float = 2.0,
@@ -58,10 +58,10 @@ class Answerer:
     ) -> None:
         if on_busy not in ON_BUSY:
             raise UsageError(f"{on_busy!r} is no policy for questions while busy.", hint=f"Choose {', '.join(ON_BUSY)}.")
-        self._load, self._outlets, self._on_busy, self._on_failure = load, outlets, on_busy, on_failure
+        self._load, self._outputs, self._on_busy, self._on_failure = load, outputs, on_busy, on_failure
         self._asking: dict[str, Any] = {"timeout": frame_timeout} | asking
         self.failure: Exception | None = None
-        self._tally = Tally()
+        self._statistics = NodeStatistics()
         self._phase = "loading"
         self._feed: Feed | None = None
         self._early: tuple[Any, float] | None = None  # the newest frame that came before there was a feed, and when
@@ -75,37 +75,37 @@ class Answerer:
         """Begin to load the model."""
         self._thread.start()
 
-    def image(self, message: RawImage) -> None:
+    def image(self, message: ImageMessage) -> None:
         """Take a sensor_msgs/Image. One that cannot be read is reported."""
-        self._take(raw_picture, message)
+        self._take(decode_image, message)
 
-    def compressed(self, message: PackedImage) -> None:
+    def compressed(self, message: CompressedImageMessage) -> None:
         """Take a sensor_msgs/CompressedImage. One that cannot be read is reported."""
-        self._take(packed_picture, message)
+        self._take(decode_compressed, message)
 
-    def trouble(self, kind: str, error: str) -> None:
+    def report_error(self, kind: str, error: str) -> None:
         """Report a "frame" or a "question" that the transport itself could not read."""
-        self._tally.trouble(kind, "frames refused" if kind == "frame" else "questions failed", error)
+        self._statistics.trouble(kind, "frames refused" if kind == "frame" else "questions failed", error)
 
     def prompt(self, text: str) -> None:
         """Take a question."""
-        self._tally.add("questions")
+        self._statistics.add("questions")
         with self._wake:
             busy = self._busy or self._phase != "ready" or bool(self._waiting)
             if busy and self._on_busy == "cancel":
                 self._drop_older()
             elif busy and (self._on_busy == "refuse" or len(self._waiting) == LONGEST_QUEUE):
-                self._tally.refuse()
+                self._statistics.refuse()
                 return
             self._waiting.append(text)
             self._wake.notify()
 
-    def tick(self) -> None:
+    def publish_diagnostics(self) -> None:
         """Publish a report; once a second is what /diagnostics expects."""
         with self._wake:
             phase = "busy" if self._busy else self._phase
         dropped = 0 if self._feed is None else self._feed.dropped
-        self._outlets.report(self._tally.report(phase, dropped))
+        self._outputs.report(self._statistics.report(phase, dropped))
 
     def close(self, timeout: float = 5.0) -> None:
         """End what is being answered and wait until the thread has ended, or for so many seconds: loading cannot be interrupted."""
@@ -120,21 +120,21 @@ class Answerer:
 
     def _drop_older(self) -> None:
         for _ in self._waiting:
-            self._tally.add("questions cancelled")
+            self._statistics.add("questions cancelled")
         self._waiting.clear()
         self._cancelled = self._busy
         if self._stream is not None:
             self._stream.cancel()
 
-    def _take(self, read: Callable[[Any], Any], message: RawImage | PackedImage) -> None:
+    def _take(self, read: Callable[[Any], Any], message: ImageMessage | CompressedImageMessage) -> None:
         try:
             picture = read(message)
         except ImageError as error:
-            self.trouble("frame", str(error))
+            self.report_error("frame", str(error))
             return
         with self._wake:
             feed, came = self._feed, time.monotonic()
-            self._tally.frame(dropped=self._early is not None)
+            self._statistics.frame(dropped=self._early is not None)
             if feed is None:  # the model still loads
                 self._early = (picture, came)
                 return
@@ -153,13 +153,13 @@ class Answerer:
                     self._feed.put(*self._early)
                 self._early = None
                 self._phase = "ready"
-            self.tick()
+            self.publish_diagnostics()
             while (question := self._next()) is not None:
                 self._answer(model, self._feed, question)
                 with self._wake:
                     self._busy = self._cancelled = False
                     self._stream = None
-                self.tick()
+                self.publish_diagnostics()
         except Exception as error:  # whoever runs the node raises it
             self.failure = error
             self._on_failure()
@@ -168,7 +168,7 @@ class Answerer:
         if phase != "ready":  # the feed comes first
             with self._wake:
                 self._phase = phase
-            self.tick()
+            self.publish_diagnostics()
 
     def _next(self) -> str | None:
         with self._wake:
@@ -183,16 +183,16 @@ class Answerer:
             stream = self._begin(model, feed, question)
             for piece in stream:
                 if piece:
-                    self._outlets.piece(piece)
+                    self._outputs.piece(piece)
         except FeedClosed:
             pass  # the node is stopping
         except EdgePruneError as error:
-            self._tally.trouble("question", "questions failed", _told(error))
+            self._statistics.trouble("question", "questions failed", _told(error))
         else:
-            self._tally.ended(stream.receipt)
+            self._statistics.ended(stream.receipt)
             if stream.receipt.finish_reason != "cancelled":
-                self._outlets.answer(stream.text)
-        self._outlets.piece("")
+                self._outputs.answer(stream.text)
+        self._outputs.piece("")
 
     def _begin(self, model: Runtime, feed: Feed, question: str) -> Stream:
         stream = model.ask_latest(feed, question, **self._asking)

@@ -12,7 +12,7 @@ OK, WARN, ERROR = 0, 1, 2  # of diagnostic_msgs/DiagnosticStatus
 
 
 @dataclass(frozen=True)
-class Report:
+class DiagnosticReport:
     """One diagnostic_msgs/DiagnosticStatus: its level, one line, and values by name."""
 
     level: int
@@ -20,7 +20,7 @@ class Report:
     values: tuple[tuple[str, str], ...]
 
 
-class Tally:
+class NodeStatistics:
     """Counts and the figures of the last answer. Any thread may add to it."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Tally:
             self._counts["questions cancelled" if receipt.finish_reason == "cancelled" else "answers"] += 1
             self._last = _figures(receipt)
 
-    def report(self, phase: str, dropped: int) -> Report:
+    def report(self, phase: str, dropped: int) -> DiagnosticReport:
         """Return the state of things as a report. `phase`: what the node is doing; `dropped`: frames that its feed has dropped."""
         with self._lock:
             level = ERROR if self._trouble["question"] else WARN if self._trouble["frame"] else OK
@@ -73,7 +73,7 @@ class Tally:
             values["newest frame came ms ago"] = "" if self._arrived is None else _ms(1e3 * (time.monotonic() - self._arrived))
             values |= self._last | {"last error": self._error}
             message = self._trouble["question"] or self._trouble["frame"] or phase
-            return Report(level, message, tuple(values.items()))
+            return DiagnosticReport(level, message, tuple(values.items()))
 
 
 def _figures(receipt: Receipt) -> dict[str, str]:

@@ -26,7 +26,7 @@ CODECS = ("JPEG", "PNG")
 Picture = np.ndarray | NV12 | Image.Image
 
 
-class RawImage(Protocol):
+class ImageMessage(Protocol):
     """A sensor_msgs/Image, of whatever library."""
 
     encoding: str
@@ -36,14 +36,14 @@ class RawImage(Protocol):
     data: Any  # anything with a buffer of bytes
 
 
-class PackedImage(Protocol):
+class CompressedImageMessage(Protocol):
     """A sensor_msgs/CompressedImage, of whatever library."""
 
     format: str
     data: Any
 
 
-def raw_picture(message: RawImage) -> np.ndarray | NV12:
+def decode_image(message: ImageMessage) -> np.ndarray | NV12:
     """Return the picture of a sensor_msgs/Image: uint8 [height, width, 3], grey [height, width], or NV12.
 
     Raises ImageError for an encoding that is not among ENCODINGS and for sizes that contradict each other.
@@ -66,7 +66,7 @@ def raw_picture(message: RawImage) -> np.ndarray | NV12:
     return pixels[..., 2::-1] if order[0] else pixels[..., :3]
 
 
-def packed_picture(message: PackedImage) -> Image.Image:
+def decode_compressed(message: CompressedImageMessage) -> Image.Image:
     """Return the picture of a sensor_msgs/CompressedImage, JPEG or PNG. Only its header is read here, the rest when it is used.
 
     The data says what it is; `format` is not trusted. Raises ImageError for anything else.

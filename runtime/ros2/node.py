@@ -21,7 +21,7 @@ from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.ros2.diagnostics import Report
+from edgeprune.runtime.ros2.diagnostics import DiagnosticReport
 from edgeprune.runtime.ros2.messages import (
     CompressedImage,
     DiagnosticArray,
@@ -111,17 +111,17 @@ class Topics:
 
 
 @dataclass(frozen=True)
-class Inlets:
+class InputCallbacks:
     """What is done with what comes in, called from the node's thread.
 
-    `trouble`: with "frame" or "question" and an error, for what could not be read. `tick`: each second.
+    `report_error`: with "frame" or "question" and an error, for what could not be read. `publish_diagnostics`: each second.
     """
 
     image: Callable[[Any], None]
     compressed: Callable[[Any], None]
     prompt: Callable[[str], None]
-    trouble: Callable[[str, str], None]
-    tick: Callable[[], None]
+    report_error: Callable[[str, str], None]
+    publish_diagnostics: Callable[[], None]
 
 
 class Node:
@@ -141,15 +141,15 @@ class Node:
             raise EdgePruneError(f"DDS does not start in domain {domain}: {error}.", hint=hint) from error
         self._thread: threading.Thread | None = None
 
-    def listen(self, inlets: Inlets) -> None:
+    def listen(self, inputs: InputCallbacks) -> None:
         """Subscribe, and hand over what comes until `close`."""
         topics = self._topics
-        sources = [self._source(topics.prompt, String, TEXT, lambda message: inlets.prompt(message.data))]
+        sources = [self._source(topics.prompt, String, TEXT, lambda message: inputs.prompt(message.data))]
         if topics.image is not None:
-            sources.append(self._source(topics.image, Image, SENSOR, inlets.image))
+            sources.append(self._source(topics.image, Image, SENSOR, inputs.image))
         if topics.compressed is not None:
-            sources.append(self._source(topics.compressed, CompressedImage, SENSOR, inlets.compressed))
-        self._thread = threading.Thread(target=self._take, args=(sources, inlets), name="edgeprune-dds")
+            sources.append(self._source(topics.compressed, CompressedImage, SENSOR, inputs.compressed))
+        self._thread = threading.Thread(target=self._take, args=(sources, inputs), name="edgeprune-dds")
         self._thread.start()
 
     def piece(self, text: str) -> None:
@@ -160,7 +160,7 @@ class Node:
         """Publish a whole answer."""
         _write(self._answers, String(text))
 
-    def report(self, report: Report) -> None:
+    def report(self, report: DiagnosticReport) -> None:
         """Publish a report on /diagnostics."""
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         values = [KeyValue(key, value) for key, value in report.values]
@@ -182,18 +182,18 @@ class Node:
         reader = DataReader(self._participant, Topic(self._participant, dds_topic(topic), kind), qos=qos)
         return _Source("question" if kind is String else "frame", topic, reader, handle)
 
-    def _take(self, sources: list[_Source], inlets: Inlets) -> None:
+    def _take(self, sources: list[_Source], inputs: InputCallbacks) -> None:
         waiting, due = WaitSet(self._participant), time.monotonic()
         conditions = [ReadCondition(source.reader, _UNREAD) for source in sources]
         for condition in (*conditions, self._stop):
             waiting.attach(condition)
         while not self._stop.read():
             if time.monotonic() >= due:
-                inlets.tick()
+                inputs.publish_diagnostics()
                 due = time.monotonic() + TICK
             waiting.wait(duration(seconds=max(0.0, due - time.monotonic())))
             # Questions are taken first and handled last: whatever image came before one is there when it is asked.
-            taken = [source.take(inlets.trouble) for source in sources]
+            taken = [source.take(inputs.report_error) for source in sources]
             for source, messages in reversed([*zip(sources, taken, strict=True)]):
                 for message in messages:
                     source.handle(message)
@@ -206,11 +206,11 @@ class _Source:
     reader: Any
     handle: Callable[[Any], None]
 
-    def take(self, trouble: Callable[[str, str], None]) -> list[Any]:
+    def take(self, report_error: Callable[[str, str], None]) -> list[Any]:
         try:
             messages = self.reader.take(AT_ONCE)
         except Exception as error:  # what others send decides what is raised here; the node lives on
-            trouble(self.kind, f"A message on {self.topic} cannot be read: {error}.")
+            report_error(self.kind, f"A message on {self.topic} cannot be read: {error}.")
             return []
         return [message for message in messages if message.sample_info.valid_data]  # the others say that a writer has left
 

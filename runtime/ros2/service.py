@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from edgeprune.bundle.signing import Trusted
-from edgeprune.runtime.ros2.answerer import Answerer, Outlets
-from edgeprune.runtime.ros2.node import Inlets, Node, NodeName, Topics, domain_id
+from edgeprune.bundle.signing import TrustedKeys
+from edgeprune.runtime.ros2.answerer import OutputCallbacks, QuestionWorker
+from edgeprune.runtime.ros2.node import InputCallbacks, Node, NodeName, Topics, domain_id
 
 
 def serve(
@@ -26,15 +26,15 @@ def serve(
     threads: int | None = None,
     provider: str = "cpu",
     check: str = "full",
-    require_signature: Trusted = (),
+    require_signature: TrustedKeys = (),
     announce: Callable[[str], None] = lambda line: None,
     **answering: Any,
 ) -> None:
     """Answer questions over DDS until SIGINT or SIGTERM. Call it from the main thread.
 
     Topics are ROS names. With neither of the image topics given, "image" and "image/compressed" are heard; with one, only that.
-    `check` and `require_signature` as of `load`. `answering`: keywords of Answerer. `announce`: called with lines about what is
-    going on. Raises what loading the bundle raises.
+    `check` and `require_signature` as of `load`. `answering`: keywords of QuestionWorker. `announce`: called with lines about what
+    is going on. Raises what loading the bundle raises.
     """
     name = NodeName.parse(node)
     topics = _topics(name, image_topic, compressed_topic, prompt_topic, answer_topic)
@@ -51,10 +51,14 @@ def serve(
             announce("ready")
             return model
 
-        outlets = Outlets(dds.piece, dds.answer, dds.report)
-        answerer = Answerer(load, outlets, on_failure=stop.set, **answering)
+        outputs = OutputCallbacks(dds.piece, dds.answer, dds.report)
+        answerer = QuestionWorker(load, outputs, on_failure=stop.set, **answering)
         try:
-            dds.listen(Inlets(answerer.image, answerer.compressed, answerer.prompt, answerer.trouble, answerer.tick))
+            dds.listen(
+                InputCallbacks(
+                    answerer.image, answerer.compressed, answerer.prompt, answerer.report_error, answerer.publish_diagnostics
+                )
+            )
             announce(_summary(name, topics, number))
             answerer.start()
             stop.wait()

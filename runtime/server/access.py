@@ -23,8 +23,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.server.errors import Refusal, internal, refusal_of
-from edgeprune.runtime.server.service import Tally
+from edgeprune.runtime.server.errors import ApiError, api_error_of, internal
+from edgeprune.runtime.server.service import ServerMetrics
 
 VARIABLE = "EDGEPRUNE_API_KEY"
 
@@ -46,7 +46,7 @@ _HEADERS = {
 _log = logging.getLogger("edgeprune.server")
 
 
-class Keys:
+class ApiKeys:
     """The keys that are accepted; with none, everyone is. Only their digests are held."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
@@ -56,7 +56,7 @@ class Keys:
         return bool(self._digests)
 
     def client(self, authorization: bytes | None, address: str) -> str:
-        """Return the client's name: its key's number, or its address where there are no keys; raise Refusal (401)."""
+        """Return the client's name: its key's number, or its address where there are no keys; raise ApiError (401)."""
         if not self._digests:
             return address
         scheme, _, key = (authorization or b"").partition(b" ")
@@ -65,7 +65,7 @@ class Keys:
         found = [number for number, digest in enumerate(self._digests) if hmac.compare_digest(digest, given)]
         if scheme.lower() != b"bearer" or not found:
             message = "The key is missing or wrong: send 'Authorization: Bearer KEY'."
-            raise Refusal(401, "invalid_api_key", message)
+            raise ApiError(401, "invalid_api_key", message)
         return f"key {found[0]}"
 
 
@@ -96,7 +96,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_exposure(host: str, keys: Keys, no_auth: bool) -> None:
+def check_exposure(host: str, keys: ApiKeys, no_auth: bool) -> None:
     """Raise UsageError for a server that others can reach without a key, unless that was asked for."""
     if no_auth and keys:
         raise UsageError("--no-auth contradicts the keys that are given.", hint=f"Unset {VARIABLE} and --api-key-file, or it.")
@@ -111,7 +111,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class Gate:
+class AccessMiddleware:
     """The outermost layer of the server. `public`: paths that need no key; `paths`: all that there are.
 
     `local`: take requests only for this machine's own names. Without keys it is all that stands between a page of another origin,
@@ -119,9 +119,16 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, tally: Tally, *, paths: Collection[str], public: Collection[str], local: bool
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        server_metrics: ServerMetrics,
+        *,
+        paths: Collection[str],
+        public: Collection[str],
+        local: bool,
     ) -> None:
-        self._app, self._keys, self._tally = app, keys, tally
+        self._app, self._keys, self._server_metrics = app, keys, server_metrics
         self._paths, self._public, self._local = paths, public, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,11 +148,11 @@ class Gate:
             await self._app(scope, receive, watched)
         except Exception as error:
             refusal = _told(error)
-            self._tally.rejected(refusal.reason)
+            self._server_metrics.rejected(refusal.reason)
             if status == 0:
-                await refused(refusal)(scope, receive, watched)
+                await error_response(refusal)(scope, receive, watched)
         path, method = self._named(scope)
-        self._tally.request(method, path, status)
+        self._server_metrics.request(method, path, status)
         level = logging.DEBUG if path in _WATCHED else logging.INFO
         _log.log(level, "%s %s %d %.0f ms", method, path, status, 1e3 * (time.monotonic() - began))
 
@@ -154,7 +161,7 @@ class Gate:
         host = headers.get("host", "")
         name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
         if self._local and not is_loopback(name):
-            raise Refusal(403, "wrong_host", "Without a key this server answers only to this machine's own names, as localhost.")
+            raise ApiError(403, "wrong_host", "Without a key this server answers only to this machine's own names, as localhost.")
         address = (scope.get("client") or ("unknown", 0))[0]
         if scope["path"] in self._public:
             return str(address)
@@ -166,19 +173,19 @@ class Gate:
         return (path if path in self._paths else "other"), (method if method in _METHODS else "other")
 
 
-def refused(refusal: Refusal) -> Response:
+def error_response(refusal: ApiError) -> Response:
     """Return the response that says why there is no answer."""
     return Response(json.dumps(refusal.body), refusal.status, refusal.headers, "application/json")
 
 
-def _told(error: Exception) -> Refusal:
-    if isinstance(error, Refusal):
+def _told(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, EdgePruneError):
-        return refusal_of(error)
+        return api_error_of(error)
     if isinstance(error, HTTPException):
         missing = error.status_code == 404
-        return Refusal(error.status_code, "not_found" if missing else "not_allowed", f"{error.detail} on this path.")
+        return ApiError(error.status_code, "not_found" if missing else "not_allowed", f"{error.detail} on this path.")
     # Its message may hold part of a request.
     _log.error("%s in a request:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     return internal()

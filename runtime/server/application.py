@@ -11,11 +11,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgeprune.runtime.server.access import Gate, Keys
+from edgeprune.runtime.server.access import AccessMiddleware, ApiKeys
 from edgeprune.runtime.server.completions import Completions
-from edgeprune.runtime.server.errors import Refusal, not_ready
+from edgeprune.runtime.server.errors import ApiError, not_ready
 from edgeprune.runtime.server.responses import model_card
-from edgeprune.runtime.server.service import READY, Service, Tally
+from edgeprune.runtime.server.service import READY, ServerMetrics, Service
 from edgeprune.runtime.telemetry.metrics import Metrics
 
 _WEB = Path(__file__).with_name("web")
@@ -27,17 +27,17 @@ _FILES = {
 }
 
 
-def application(service: Service, keys: Keys, *, local: bool) -> ASGIApp:
+def application(service: Service, keys: ApiKeys, *, local: bool) -> ASGIApp:
     """Return the server as an ASGI application; `local`: it answers to this machine's own names only.
 
     The page and /health need no key: neither says anything of the model.
     """
     registry = CollectorRegistry()
-    metrics, tally = Metrics(registry), Tally(service, registry)
+    metrics, server_metrics = Metrics(registry), ServerMetrics(service, registry)
     service.observe(metrics.observe)
-    watched = _Watched(service, metrics)
+    watched = _StatusRoutes(service, metrics)
     routes = [
-        Route("/v1/chat/completions", Completions(service, tally), methods=["POST"]),
+        Route("/v1/chat/completions", Completions(service, server_metrics), methods=["POST"]),
         Route("/v1/models", watched.models, methods=["GET"]),
         Route("/v1/models/{name:path}", watched.model, methods=["GET"]),
         Route("/health", watched.health, methods=["GET"]),
@@ -45,10 +45,12 @@ def application(service: Service, keys: Keys, *, local: bool) -> ASGIApp:
         *(Route(path, _File(*file), methods=["GET"]) for path, file in _FILES.items()),
     ]
     paths = [route.path for route in routes]
-    return Gate(Router(routes, redirect_slashes=False), keys, tally, paths=paths, public=("/health", *_FILES), local=local)
+    return AccessMiddleware(
+        Router(routes, redirect_slashes=False), keys, server_metrics, paths=paths, public=("/health", *_FILES), local=local
+    )
 
 
-class _Watched:
+class _StatusRoutes:
     # What tells of the model and the server.
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self._service, self._metrics = service, metrics
@@ -59,7 +61,7 @@ class _Watched:
     async def model(self, request: Request) -> Response:
         model, asked = self._service.model(), request.path_params["name"]
         if asked != model.name:
-            raise Refusal(404, "model_not_found", f"There is no model {asked!r} here, only {model.name!r}.", param="model")
+            raise ApiError(404, "model_not_found", f"There is no model {asked!r} here, only {model.name!r}.", param="model")
         return JSONResponse(model_card(model))
 
     async def health(self, request: Request) -> Response:

@@ -15,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from edgeprune.runtime import Runtime, Sampling
 from edgeprune.runtime.server.access import CLIENT
-from edgeprune.runtime.server.errors import Limits, Refusal, disconnected, too_much
-from edgeprune.runtime.server.jobs import Ended, Event, Failed, Job, job_on_loop
-from edgeprune.runtime.server.request_mapping import Question, question
+from edgeprune.runtime.server.errors import ApiError, ServerLimits, disconnected, limit_exceeded
+from edgeprune.runtime.server.jobs import AnswerJob, DoneEvent, ErrorEvent, Event, job_on_loop
+from edgeprune.runtime.server.request_mapping import AnswerRequest, answer_request
 from edgeprune.runtime.server.responses import Completion, event
 from edgeprune.runtime.server.schema import parse
-from edgeprune.runtime.server.service import Service, Tally
+from edgeprune.runtime.server.service import ServerMetrics, Service
 
 _UPLOAD_S = 60.0  # in which a body must be there: it holds a place in the queue
 _DRAIN_S = 2.0  # spent on reading what is refused, so that the client hears why and not that its connection was reset
@@ -29,21 +29,21 @@ _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 
 
 async def read_body(headers: Headers, receive: Receive, most: int) -> bytes:
-    """Return the body of a request of at most `most` bytes of JSON; raise Refusal (400, 408, 413, 415)."""
+    """Return the body of a request of at most `most` bytes of JSON; raise ApiError (400, 408, 413, 415)."""
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # A page of another origin can send anything else without asking the browser's leave.
-        raise Refusal(415, "unsupported_media_type", "The body must be JSON: send 'Content-Type: application/json'.")
+        raise ApiError(415, "unsupported_media_type", "The body must be JSON: send 'Content-Type: application/json'.")
     declared = headers.get("content-length", "")
     try:
         if not declared.isdecimal() or int(declared) <= most:
             return await asyncio.wait_for(_joined(receive, most), _UPLOAD_S)
     except asyncio.TimeoutError as error:
-        raise Refusal(408, "upload_timeout", f"The body was not there within {_UPLOAD_S:g} seconds.") from error
+        raise ApiError(408, "upload_timeout", f"The body was not there within {_UPLOAD_S:g} seconds.") from error
     except _TooLarge:
         pass
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(_drain(receive), _DRAIN_S)
-    raise too_much("--max-body-bytes", 413, f"The body has more than the {most} bytes allowed")
+    raise limit_exceeded("--max-body-bytes", 413, f"The body has more than the {most} bytes allowed")
 
 
 class _TooLarge(Exception):
@@ -73,13 +73,13 @@ async def _drain(receive: Receive) -> None:
 class Completions:
     """The endpoint. A client that goes away ends its answer within a decode step, streamed or not."""
 
-    def __init__(self, service: Service, tally: Tally) -> None:
-        self._service, self._tally = service, tally
+    def __init__(self, service: Service, server_metrics: ServerMetrics) -> None:
+        self._service, self._server_metrics = service, server_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         model, client = self._service.model(), scope[CLIENT]
-        with self._service.queue.entered(client):
+        with self._service.queue.admit(client):
             body = await read_body(Headers(scope=scope), receive, self._service.limits.max_body_bytes)
             asked = await asyncio.to_thread(_question, body, model, self._service.limits)
             job, events = job_on_loop(asked, self._service.fit)
@@ -88,41 +88,41 @@ class Completions:
                 self._service.queue.push(client, job)
                 pieces = _pieces(events)
                 first = await anext(pieces, "")
-                self._tally.queued.observe(job.queued_ms / 1e3)
+                self._server_metrics.queued.observe(job.queued_ms / 1e3)
                 completion = Completion(job, model)
                 if asked.stream:
                     await _stream(completion, first, pieces, send)
                 else:
                     words = first + "".join([piece async for piece in pieces])
-                    await JSONResponse(completion.whole(words))(scope, receive, send)
+                    await JSONResponse(completion.body(words))(scope, receive, send)
             finally:
                 watch.cancel()
                 job.cancel()  # nothing to one that has ended
 
-    async def _watch(self, receive: Receive, client: str, job: Job) -> None:
+    async def _watch(self, receive: Receive, client: str, job: AnswerJob) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         if self._service.queue.drop(client, job):
-            job.refuse(disconnected())
+            job.reject(disconnected())
         job.cancel()
 
 
-def _question(body: bytes, model: Runtime, limits: Limits) -> Question:
+def _question(body: bytes, model: Runtime, limits: ServerLimits) -> AnswerRequest:
     # All that can be refused is, before it stands in line for nothing.
     request = parse(body)
     if request.model not in (None, model.name):
-        raise Refusal(404, "model_not_found", f"There is no model {request.model!r} here, only {model.name!r}.", param="model")
+        raise ApiError(404, "model_not_found", f"There is no model {request.model!r} here, only {model.name!r}.", param="model")
     if request.tier is not None and request.tier not in model.tiers:
         has = f"Its tiers are: {', '.join(model.tiers)}." if model.tiers else "It has one plan and no tiers."
-        raise Refusal(400, "invalid_value", f"The model has no tier {request.tier!r}. {has}", param="tier")
-    asked = question(request, limits)
+        raise ApiError(400, "invalid_value", f"The model has no tier {request.tier!r}. {has}", param="tier")
+    asked = answer_request(request, limits)
     Sampling(**asked.sampling)
     return asked
 
 
 async def _pieces(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
-    while not isinstance(happened := await events.get(), Ended):
-        if isinstance(happened, Failed):
+    while not isinstance(happened := await events.get(), DoneEvent):
+        if isinstance(happened, ErrorEvent):
             raise happened.refusal
         yield happened.text
 
@@ -132,12 +132,12 @@ async def _stream(completion: Completion, first: str, pieces: AsyncIterator[str]
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
     await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
-    await put(event(completion.first()))
+    await put(event(completion.first_chunk()))
     try:
-        await put(event(completion.piece(first)) if first else b"")
+        await put(event(completion.text_chunk(first)) if first else b"")
         async for text in pieces:
-            await put(event(completion.piece(text)) if text else b"")
-    except Refusal as refusal:  # the status is sent; OpenAI's clients look for an error among the events
+            await put(event(completion.text_chunk(text)) if text else b"")
+    except ApiError as refusal:  # the status is sent; OpenAI's clients look for an error among the events
         await put(event(refusal.body), more=False)
         return
-    await put(b"".join(map(event, completion.last())) + b"data: [DONE]\n\n", more=False)
+    await put(b"".join(map(event, completion.last_chunks())) + b"data: [DONE]\n\n", more=False)

@@ -16,7 +16,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """The bounds of requests.
 
     `max_body_bytes`: of one request's body. `max_pixels`: of one image. `max_images`: of one request, its history included.
@@ -37,7 +37,7 @@ class Limits:
                 raise UsageError(f"--{each.name.replace('_', '-')} must be {least} or more, not {getattr(self, each.name)}.")
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A request that gets no answer: the HTTP `status`, a `code` for programs, and the `param` of the request that is wrong.
 
     `reason`: the word under which it is counted. `retry_after`: seconds after which to ask again, None for never.
@@ -72,35 +72,37 @@ class Refusal(Exception):
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
 
-def too_much(option: str, status: int, message: str, *, param: str | None = None, retry_after: float | None = None) -> Refusal:
+def limit_exceeded(
+    option: str, status: int, message: str, *, param: str | None = None, retry_after: float | None = None
+) -> ApiError:
     """Return the refusal of a request that is over the limit which `option` sets."""
-    return Refusal(status, option.lstrip("-").replace("-", "_"), f"{message} ({option}).", param=param, retry_after=retry_after)
+    return ApiError(status, option.lstrip("-").replace("-", "_"), f"{message} ({option}).", param=param, retry_after=retry_after)
 
 
-def refusal_of(error: EdgePruneError) -> Refusal:
+def api_error_of(error: EdgePruneError) -> ApiError:
     """Return what a client is told of an error of the runtime: its own mistake is 400, ours is 500."""
     if isinstance(error, UsageError):
-        return Refusal(400, "invalid_request", str(error))
+        return ApiError(400, "invalid_request", str(error))
     if isinstance(error, MissingExtraError):
-        return Refusal(501, "not_installed", str(error))
-    return Refusal(500, "engine_error", str(error))
+        return ApiError(501, "not_installed", str(error))
+    return ApiError(500, "engine_error", str(error))
 
 
-def not_ready(phase: str) -> Refusal:
+def not_ready(phase: str) -> ApiError:
     """Return what a client is told while there is no model yet."""
-    return Refusal(503, "not_ready", f"The model is not ready yet: it is {phase}.", retry_after=_SOON_S)
+    return ApiError(503, "not_ready", f"The model is not ready yet: it is {phase}.", retry_after=_SOON_S)
 
 
-def shutting_down() -> Refusal:
+def shutting_down() -> ApiError:
     """Return what a client is told once the server is to end."""
-    return Refusal(503, "shutting_down", "The server is shutting down.", retry_after=_SOON_S)
+    return ApiError(503, "shutting_down", "The server is shutting down.", retry_after=_SOON_S)
 
 
-def disconnected() -> Refusal:
+def disconnected() -> ApiError:
     """Return what nobody will read: the client went away. The status is nginx's."""
-    return Refusal(499, "disconnected", "The client went away.")
+    return ApiError(499, "disconnected", "The client went away.")
 
 
-def internal() -> Refusal:
+def internal() -> ApiError:
     """Return what a client is told of a bug; what happened stands in the log."""
-    return Refusal(500, "internal_error", "The server failed on this request; its log says where.")
+    return ApiError(500, "internal_error", "The server failed on this request; its log says where.")

@@ -19,8 +19,8 @@ from typing import Generic, TypeVar
 
 from edgeprune.errors import EdgePruneError
 from edgeprune.runtime import Receipt, Runtime, Stream
-from edgeprune.runtime.server.errors import Limits, Refusal, internal, refusal_of, shutting_down, too_much
-from edgeprune.runtime.server.request_mapping import Question
+from edgeprune.runtime.server.errors import ApiError, ServerLimits, api_error_of, internal, limit_exceeded, shutting_down
+from edgeprune.runtime.server.request_mapping import AnswerRequest
 
 _log = logging.getLogger("edgeprune.server")
 
@@ -30,35 +30,35 @@ _UNKNOWN_S = 1.0  # what an answer is taken to last while none has ended
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextEvent:
     """The next words; the first piece says that the answer has begun."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Ended:
+class DoneEvent:
     """The answer is whole."""
 
 
 @dataclass(frozen=True)
-class Failed:
+class ErrorEvent:
     """There is no answer, or no more of it."""
 
-    refusal: Refusal
+    refusal: ApiError
 
 
-Event = Piece | Ended | Failed
+Event = TextEvent | DoneEvent | ErrorEvent
 
 
-class Job:
-    """A question on its way: `events` in the order in which they happen; after Ended or Failed there are none.
+class AnswerJob:
+    """A question on its way: `events` in the order in which they happen; after DoneEvent or ErrorEvent there are none.
 
-    `tell` brings an event to whoever waits. `queued_ms`: how long it stood in line; `receipt`: from the first piece on.
+    `emit` brings an event to whoever waits. `queued_ms`: how long it stood in line; `receipt`: from the first piece on.
     """
 
-    def __init__(self, question: Question, fit: str, tell: Callable[[Event], None]) -> None:
-        self.question, self._fit, self._tell = question, fit, tell
+    def __init__(self, request: AnswerRequest, fit: str, emit: Callable[[Event], None]) -> None:
+        self.request, self._fit, self._emit = request, fit, emit
         self.queued_ms = 0.0
         self.receipt: Receipt | None = None
         self._arrived = time.monotonic()
@@ -74,24 +74,24 @@ class Job:
         if stream is not None:
             stream.cancel()
 
-    def refuse(self, refusal: Refusal) -> None:
+    def reject(self, refusal: ApiError) -> None:
         """Say that it will not be answered."""
-        self._tell(Failed(refusal))
+        self._emit(ErrorEvent(refusal))
 
     def run(self, model: Runtime) -> None:
         """Answer, whatever happens."""
         self.queued_ms = 1e3 * (time.monotonic() - self._arrived)
         try:
             self._answer(model)
-        except Refusal as refusal:
-            self._tell(Failed(refusal))
+        except ApiError as refusal:
+            self._emit(ErrorEvent(refusal))
         except EdgePruneError as error:
-            self._tell(Failed(refusal_of(error)))
+            self._emit(ErrorEvent(api_error_of(error)))
         except Exception as error:  # a bug must not end the worker; its message may hold a prompt, so it is not written down
             _log.error("%s while answering:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-            self._tell(Failed(internal()))
+            self._emit(ErrorEvent(internal()))
         else:
-            self._tell(Ended())
+            self._emit(DoneEvent())
 
     def _answer(self, model: Runtime) -> None:
         asked = self._in_time()
@@ -104,29 +104,29 @@ class Job:
         if cancelled:
             stream.cancel()
         for text in stream:
-            self._tell(Piece(text))
+            self._emit(TextEvent(text))
 
-    def _in_time(self) -> Question:
+    def _in_time(self) -> AnswerRequest:
         # The clock of a deadline began when the request came, not when its turn came.
-        asked = self.question
+        asked = self.request
         if asked.deadline_ms is None:
             return asked
         left = asked.deadline_ms - self.queued_ms
         if left <= 0:
             message = f"deadline_ms ({asked.deadline_ms:g}) passed while the request waited its turn."
-            raise Refusal(503, "deadline_passed", message, param="deadline_ms", retry_after=self.queued_ms / 1e3)
+            raise ApiError(503, "deadline_passed", message, param="deadline_ms", retry_after=self.queued_ms / 1e3)
         return replace(asked, deadline_ms=left)
 
 
-def job_on_loop(question: Question, fit: str) -> tuple[Job, asyncio.Queue[Event]]:
+def job_on_loop(request: AnswerRequest, fit: str) -> tuple[AnswerJob, asyncio.Queue[Event]]:
     """Return a job, and the queue of the running event loop in which its events arrive."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
-    def tell(event: Event) -> None:
+    def emit(event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    return Job(question, fit, tell), events
+    return AnswerJob(request, fit, emit), events
 
 
 class FairQueue(Generic[T]):
@@ -135,7 +135,7 @@ class FairQueue(Generic[T]):
     A request enters before its body is read, so that bodies in memory are bounded too, and leaves when it is answered.
     """
 
-    def __init__(self, limits: Limits, parallel: int = 1) -> None:
+    def __init__(self, limits: ServerLimits, parallel: int = 1) -> None:
         self._limits, self._parallel = limits, parallel
         self._changed = threading.Condition()
         self._lines: dict[str, deque[T]] = {}  # the client whose turn it is comes first; no line is empty
@@ -144,8 +144,8 @@ class FairQueue(Generic[T]):
         self._closed = False
 
     @contextmanager
-    def entered(self, client: str) -> Iterator[None]:
-        """Hold a place for the block; raise Refusal (429) when there is none, with the seconds after which there may be one."""
+    def admit(self, client: str) -> Iterator[None]:
+        """Hold a place for the block; raise ApiError (429) when there is none, with the seconds after which there may be one."""
         with self._changed:
             self._check_room(client)
             self._open[client] += 1
@@ -160,9 +160,9 @@ class FairQueue(Generic[T]):
         total, wait = self._open.total(), self._wait()
         if self._open[client] >= self._limits.per_client:
             message = f"This client has {self._open[client]} requests open, as many as are allowed"
-            raise too_much("--per-client", 429, message, retry_after=wait)
+            raise limit_exceeded("--per-client", 429, message, retry_after=wait)
         if total >= self._limits.queue + self._parallel:
-            raise too_much("--queue", 429, f"The queue is full: {total} requests are open", retry_after=wait)
+            raise limit_exceeded("--queue", 429, f"The queue is full: {total} requests are open", retry_after=wait)
 
     def _wait(self) -> float:
         usual = sum(self._recent) / len(self._recent) if self._recent else _UNKNOWN_S
@@ -181,7 +181,7 @@ class FairQueue(Generic[T]):
             return sum(map(len, self._lines.values()))
 
     def push(self, client: str, item: T) -> None:
-        """Put a request at the end of its client's line; raise Refusal (503) after `close`."""
+        """Put a request at the end of its client's line; raise ApiError (503) after `close`."""
         with self._changed:
             if self._closed:
                 raise shutting_down()

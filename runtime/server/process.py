@@ -17,12 +17,12 @@ import uvicorn
 
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.server.access import Keys, check_exposure, is_loopback
+from edgeprune.runtime.server.access import ApiKeys, check_exposure, is_loopback
 from edgeprune.runtime.server.application import application
-from edgeprune.runtime.server.errors import Limits
+from edgeprune.runtime.server.errors import ServerLimits
 from edgeprune.runtime.server.service import Service
 
-_LAST_WORDS_S = 5.0  # after cancelling, until connections are cut
+_CANCEL_GRACE_S = 5.0  # after cancelling, until connections are cut
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -38,7 +38,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     no_auth: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
     parallel: int = 1
     grace: float = 30.0
     fit: str = "exact"
@@ -63,17 +63,17 @@ def serve(
 
 
 class Server:
-    """A server whose socket is open; `opens` returns the model and is given what to call with each phase."""
+    """A server whose socket is open; `open_model` returns the model and is given what to call with each phase."""
 
     def __init__(
         self,
-        opens: Callable[[Callable[[str], None]], Runtime],
+        open_model: Callable[[Callable[[str], None]], Runtime],
         options: ServerOptions,
         announce: Callable[[str], None] = lambda url: None,
     ) -> None:
-        keys = Keys(options.keys)
+        keys = ApiKeys(options.keys)
         check_exposure(options.host, keys, options.no_auth)
-        self._service = Service(opens, options.limits, parallel=options.parallel, fit=options.fit, failed=self._fail)
+        self._service = Service(open_model, options.limits, parallel=options.parallel, fit=options.fit, failed=self._fail)
         self._failure: Exception | None = None
         self._socket = _bound(options.host, options.port)
         config = uvicorn.Config(
@@ -86,7 +86,7 @@ class Server:
             log_level="warning",  # its own line of a request would have the query and the address
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(1, round(options.grace + _LAST_WORDS_S)),
+            timeout_graceful_shutdown=max(1, round(options.grace + _CANCEL_GRACE_S)),
         )
         self._loop = _Loop(config, self._service, options.grace, lambda: announce(self.url))
 
@@ -100,7 +100,7 @@ class Server:
         """Answer until `stop`, SIGTERM or SIGINT; raise what the loading of the model raised."""
         self._service.start()
         self._loop.run(sockets=[self._socket])
-        self._service.join(_LAST_WORDS_S)
+        self._service.join(_CANCEL_GRACE_S)
         if self._failure is not None:
             raise self._failure
 

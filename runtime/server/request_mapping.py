@@ -18,7 +18,7 @@ from PIL import Image
 from edgeprune.errors import ImageError
 from edgeprune.runtime import Turn
 from edgeprune.runtime.media.images import read_image
-from edgeprune.runtime.server.errors import Limits, Refusal, too_much
+from edgeprune.runtime.server.errors import ApiError, ServerLimits, limit_exceeded
 from edgeprune.runtime.server.schema import ChatRequest, ImagePart, Message, SchemaFormat, TextPart
 
 _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "image/webp": "WEBP"}
@@ -26,10 +26,10 @@ _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "imag
 _ANY_OBJECT = {"type": "object"}
 
 
-def picture(url: str, max_pixels: int, param: str) -> Image.Image:
+def decode_image_url(url: str, max_pixels: int, param: str) -> Image.Image:
     """Return the upright RGB image in a data URL of base64.
 
-    `param`: the URL's place in the request, for the message. Raises Refusal (400) for anything but a whole PNG, JPEG or WebP image
+    `param`: the URL's place in the request, for the message. Raises ApiError (400) for anything but a whole PNG, JPEG or WebP image
     of at most `max_pixels` pixels.
     """
     data, kind = _data(url, param)
@@ -40,8 +40,10 @@ def picture(url: str, max_pixels: int, param: str) -> Image.Image:
                 _check_size(image, max_pixels, param)
                 return read_image(image)
     except Image.DecompressionBombError as error:
-        raise too_much("--max-pixels", 400, f"The image has more than the {max_pixels} pixels allowed", param=param) from error
-    except Refusal:
+        raise limit_exceeded(
+            "--max-pixels", 400, f"The image has more than the {max_pixels} pixels allowed", param=param
+        ) from error
+    except ApiError:
         raise
     except ImageError as error:
         raise _invalid("The image cannot be used: it is damaged, cut short or too large.", param) from error
@@ -68,15 +70,15 @@ def _check_size(image: Image.Image, max_pixels: int, param: str) -> None:
     width, height = image.size
     if width * height > max_pixels:
         message = f"The image is {width}x{height}, more than the {max_pixels} pixels allowed"
-        raise too_much("--max-pixels", 400, message, param=param)
+        raise limit_exceeded("--max-pixels", 400, message, param=param)
 
 
-def _invalid(message: str, param: str) -> Refusal:
-    return Refusal(400, "invalid_image", message, param=param)
+def _invalid(message: str, param: str) -> ApiError:
+    return ApiError(400, "invalid_image", message, param=param)
 
 
 @dataclass(frozen=True)
-class Question:
+class AnswerRequest:
     """What `Runtime.chat` and `Chat.ask` are called with. `kept`: tell which visual tokens stayed."""
 
     prompt: str
@@ -91,20 +93,20 @@ class Question:
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
-def question(request: ChatRequest, limits: Limits) -> Question:
-    """Return what a request asks, its images decoded; raise Refusal (400) for images that are too many, too large or broken."""
+def answer_request(request: ChatRequest, limits: ServerLimits) -> AnswerRequest:
+    """Return what a request asks, its images decoded; raise ApiError (400) for images that are too many, too large or broken."""
     count = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
     if count > limits.max_images:
-        raise too_much(
+        raise limit_exceeded(
             "--max-images", 400, f"The request has {count} images, more than the {limits.max_images} allowed", param="messages"
         )
     texts = [_text(message) for message in request.messages]
     images = [_images(message, f"messages[{number}]", limits) for number, message in enumerate(request.messages)]
     if not texts[-1].strip():
-        raise Refusal(400, "invalid_value", "The last message has no text: ask something.", param="messages")
+        raise ApiError(400, "invalid_value", "The last message has no text: ask something.", param="messages")
     roles = ["system" if message.role == "developer" else message.role for message in request.messages]
     *history, last = zip(roles, texts, images, strict=True)
-    return Question(
+    return AnswerRequest(
         prompt=last[1],
         images=last[2],
         history=tuple(Turn(*turn) for turn in history),
@@ -122,10 +124,12 @@ def _text(message: Message) -> str:
     return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
 
 
-def _images(message: Message, param: str, limits: Limits) -> tuple[Image.Image, ...]:
+def _images(message: Message, param: str, limits: ServerLimits) -> tuple[Image.Image, ...]:
     # They stand before the message's text, however the two are mixed: so does the runtime render them.
     places = [(f"{param}.content[{number}].image_url.url", part) for number, part in enumerate(message.content)]
-    return tuple(picture(part.image_url.url, limits.max_pixels, place) for place, part in places if isinstance(part, ImagePart))
+    return tuple(
+        decode_image_url(part.image_url.url, limits.max_pixels, place) for place, part in places if isinstance(part, ImagePart)
+    )
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import numpy as np
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Receipt, Runtime
 from edgeprune.runtime.media.overlay import CACHES
-from edgeprune.runtime.server.jobs import Job
+from edgeprune.runtime.server.jobs import AnswerJob
 from edgeprune.runtime.telemetry.receipt import ImageCuts
 
 _STOPPED = ("end", "stop")  # everything else cut the answer short, which OpenAI's clients know as "length"
 
 
-def kept_pictures(plan: KeepPlan, receipt: Receipt) -> list[dict[str, Any]]:
+def kept_token_maps(plan: KeepPlan, receipt: Receipt) -> list[dict[str, Any]]:
     """Return for each image of an answer, or for its video, the views of the prepared picture and what the cuts kept of them.
 
     A cut's `shares`: for each visual token 1 where it was kept and 0 where not; of KV caches the share of the heads' caches that
@@ -69,11 +69,11 @@ def _share(kept: Sequence[np.ndarray], tokens: int) -> np.ndarray:
 class Completion:
     """One answer on its way out: the same id and time in every part of it."""
 
-    def __init__(self, job: Job, model: Runtime) -> None:
+    def __init__(self, job: AnswerJob, model: Runtime) -> None:
         self._job, self._model = job, model
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
 
-    def whole(self, text: str) -> dict[str, Any]:
+    def body(self, text: str) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
         receipt = self._receipt
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -81,20 +81,20 @@ class Completion:
         body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(receipt)}
         return body | {"edgeprune": self._account()}
 
-    def first(self) -> dict[str, Any]:
+    def first_chunk(self) -> dict[str, Any]:
         """Return the chunk that opens a stream: the role, and what is known of the times by then."""
         begun = {"queue_ms": self._job.queued_ms, "times_ms": self._receipt.to_dict()["times_ms"]}
         return self._chunk({"role": "assistant", "content": ""}) | {"edgeprune": begun}
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def text_chunk(self, text: str) -> dict[str, Any]:
         """Return the chunk of the next words."""
         return self._chunk({"content": text})
 
-    def last(self) -> list[dict[str, Any]]:
+    def last_chunks(self) -> list[dict[str, Any]]:
         """Return the chunks that end a stream: the finish reason, and the usage where asked for; the last has the receipt."""
         receipt = self._receipt
         chunks = [self._chunk({}, finish_reason(receipt))]
-        if self._job.question.include_usage:
+        if self._job.request.include_usage:
             chunks.append({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(receipt)})
         chunks[-1] |= {"edgeprune": self._account()}
         return chunks
@@ -108,13 +108,13 @@ class Completion:
     def _chunk(self, delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-        return chunk | ({"usage": None} if self._job.question.include_usage else {})
+        return chunk | ({"usage": None} if self._job.request.include_usage else {})
 
     def _account(self) -> dict[str, Any]:
         receipt = self._receipt
         account = {"queue_ms": self._job.queued_ms, **without_kept(receipt)}
-        if self._job.question.kept:
-            account["pictures"] = kept_pictures(self._model.plan, receipt) if self._model.spatial else []
+        if self._job.request.kept:
+            account["pictures"] = kept_token_maps(self._model.plan, receipt) if self._model.spatial else []
         return account
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from edgeprune.runtime.server.errors import Refusal
+from edgeprune.runtime.server.errors import ApiError
 
 
 class _Strict(BaseModel):
@@ -173,26 +173,26 @@ _KINDS = ("system", "developer", "user", "assistant", "text", "image_url", "json
 
 
 def parse(body: bytes) -> ChatRequest:
-    """Return the request in a body; raise Refusal (400), naming the parameter, when it is none that can be answered."""
+    """Return the request in a body; raise ApiError (400), naming the parameter, when it is none that can be answered."""
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise _refusal(error) from error
 
 
-def _refusal(error: ValidationError) -> Refusal:
+def _refusal(error: ValidationError) -> ApiError:
     # The first mistake. Its input is not repeated: it may be a prompt, and messages get into logs.
     first = error.errors(include_input=False, include_url=False)[0]
     param = _place(first["loc"])
     if first["type"] == "json_invalid":
-        return Refusal(400, "invalid_json", f"The body is not JSON: {first['msg']}.")
+        return ApiError(400, "invalid_json", f"The body is not JSON: {first['msg']}.")
     if first["type"] == "extra_forbidden":
-        return Refusal(400, "unknown_parameter", f"Unknown parameter: '{param}'.", param=param)
+        return ApiError(400, "unknown_parameter", f"Unknown parameter: '{param}'.", param=param)
     said = first["msg"].removeprefix("Value error, ")
     if first["loc"] and first["loc"][0] in _Neutral.model_fields:
         message = f"'{param}' is not supported: leave it out, or at the value that changes nothing ({said})."
-        return Refusal(400, "unsupported_parameter", message, param=param)
-    return Refusal(400, "invalid_value", f"'{param}': {said}." if param else f"{said}.", param=param)
+        return ApiError(400, "unsupported_parameter", message, param=param)
+    return ApiError(400, "invalid_value", f"'{param}': {said}." if param else f"{said}.", param=param)
 
 
 def _place(loc: tuple[int | str, ...]) -> str | None:

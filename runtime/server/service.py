@@ -13,8 +13,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from edgeprune.runtime import Receipt, Runtime
-from edgeprune.runtime.server.errors import Limits, not_ready, shutting_down
-from edgeprune.runtime.server.jobs import FairQueue, Job
+from edgeprune.runtime.server.errors import ServerLimits, not_ready, shutting_down
+from edgeprune.runtime.server.jobs import AnswerJob, FairQueue
 
 READY = ("ready", "busy")
 
@@ -24,27 +24,27 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Service:
     """One model, `parallel` workers, and the line in front of them.
 
-    `opens`: returns the model and is given what to call with each phase. `failed`: called with what went wrong in it.
+    `open_model`: returns the model and is given what to call with each phase. `failed`: called with what went wrong in it.
     """
 
     def __init__(
         self,
-        opens: Callable[[Callable[[str], None]], Runtime],
-        limits: Limits,
+        open_model: Callable[[Callable[[str], None]], Runtime],
+        limits: ServerLimits,
         *,
         parallel: int = 1,
         fit: str = "exact",
         failed: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.limits, self.fit = limits, fit
-        self.queue = FairQueue[Job](limits, parallel)
+        self.queue = FairQueue[AnswerJob](limits, parallel)
         self.stopping = False
-        self._opens, self._failed, self._parallel = opens, failed, parallel
+        self._open_model, self._failed, self._parallel = open_model, failed, parallel
         self._phase = "loading"
         self._model: Runtime | None = None
         self._observers: list[Callable[[Receipt], None]] = []
         self._workers: list[threading.Thread] = []
-        self._running: set[Job] = set()
+        self._running: set[AnswerJob] = set()
         self._lock = threading.Lock()
 
     def observe(self, observer: Callable[[Receipt], None]) -> None:
@@ -57,7 +57,7 @@ class Service:
 
     def _begin(self) -> None:
         try:
-            model = self._opens(self._note)
+            model = self._open_model(self._note)
         except Exception as error:  # it ends the server, whatever it is
             self._failed(error)
             return
@@ -81,7 +81,7 @@ class Service:
         return "busy" if self._running else "ready"
 
     def model(self) -> Runtime:
-        """Return the model; raise Refusal (503) while there is none and after `stop`."""
+        """Return the model; raise ApiError (503) while there is none and after `stop`."""
         if self.stopping:
             raise shutting_down()
         if self._model is None:
@@ -92,7 +92,7 @@ class Service:
         """Take no more requests, and refuse those in line; what is being answered goes on."""
         self.stopping = True
         for job in self.queue.close():
-            job.refuse(shutting_down())
+            job.reject(shutting_down())
 
     def cancel(self) -> None:
         """End every answer within a decode step."""
@@ -124,7 +124,7 @@ class Service:
                 self.queue.answered(time.monotonic() - began)
 
 
-class Tally:
+class ServerMetrics:
     """Counts requests; queue length and readiness are asked of the service when somebody looks."""
 
     def __init__(self, service: Service, registry: CollectorRegistry) -> None:

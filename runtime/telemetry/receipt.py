@@ -34,7 +34,7 @@ class ImageCuts:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpan:
     """When a stage began and ended, in nanoseconds of the system's clock."""
 
     name: str
@@ -54,22 +54,22 @@ class Times:
     prefill_ms: float = 0.0
     decode_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
-    stages: list[Stage] = field(default_factory=list)
-    _within: float = 0.0  # seconds of the stages inside the one that runs
+    stages: list[StageSpan] = field(default_factory=list)
+    _nested_s: float = 0.0  # seconds of the stages inside the one that runs
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time of the block to `name`_ms, that of stages inside it left out."""
-        outer, self._within = self._within, 0.0
+        outer, self._nested_s = self._nested_s, 0.0
         began_ns, started = time.time_ns(), time.perf_counter()
         try:
             yield
         finally:
             took = time.perf_counter() - started
             before: float = getattr(self, f"{name}_ms")
-            setattr(self, f"{name}_ms", before + 1e3 * (took - self._within))
-            self._within = outer + took
-            self.stages.append(Stage(name, began_ns, began_ns + int(1e9 * took)))
+            setattr(self, f"{name}_ms", before + 1e3 * (took - self._nested_s))
+            self._nested_s = outer + took
+            self.stages.append(StageSpan(name, began_ns, began_ns + int(1e9 * took)))
 
     @property
     def ttft_ms(self) -> float:
@@ -90,7 +90,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class ImageAccount:
+class ImageUsage:
     """What happened to one image: its visual tokens, the KV entries it would have unpruned (`whole`) and has, its cuts."""
 
     tokens: int
@@ -143,7 +143,7 @@ class Receipt:
     frames_dropped: int | None = None
     energy_j: float | None = None
 
-    def account(self, image: ImageAccount) -> None:
+    def account(self, image: ImageUsage) -> None:
         """Add what happened to an image."""
         self.visual_tokens += image.tokens
         self.visual_whole += image.whole

@@ -31,7 +31,7 @@ _JSON_MARKS = '{}[]":,-.0123456789truefalsn'
 _OWN_KEY = "x-guidance"  # options of llguidance inside a schema, one of which ignores what it cannot enforce
 
 
-class Constraint:
+class TokenConstraint:
     """The grammar of one answer and how far the answer has come. For one thread at a time."""
 
     def __init__(self, matcher: LLMatcher, end_tokens: Sequence[int]) -> None:
@@ -44,21 +44,21 @@ class Constraint:
         """Whether the answer is complete and cannot go on: only an end token may follow, and none is needed."""
         return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
 
-    def allowed(self, size: int) -> np.ndarray:
+    def allowed_ids(self, size: int) -> np.ndarray:
         """Return the ids below `size` that may come next, ascending int64 [n], n > 0."""
         ids = self._end_tokens
         if not self.done:
             mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             ids = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
         if self._matcher.is_error():
-            raise EdgePruneError(f"The structured answer cannot go on: {_short(self._matcher.get_error())}.", hint=_SIMPLER)
+            raise EdgePruneError(f"The structured answer cannot go on: {_first_line(self._matcher.get_error())}.", hint=_SIMPLER)
         ids = ids[: int(np.searchsorted(ids, size))]
         if not len(ids):
             raise EdgePruneError("No token of this model can continue the structured answer.", hint=_SIMPLER)
         return ids
 
-    def take(self, token: int) -> None:
-        """Take in the token that was chosen, one of `allowed`."""
+    def accept(self, token: int) -> None:
+        """Take in the token that was chosen, one of `allowed_ids`."""
         if token in self._end_tokens:
             self._ended = True
         elif not self._matcher.consume_token(token):
@@ -73,11 +73,13 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Callable[[], str], end_tokens: Sequence[int]) -> None:
         self._read, self._end_tokens = tokenizer, tuple(end_tokens)
-        self._vocabulary: _Vocabulary | None = None
+        self._vocabulary: _GrammarTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
-    def constraint(self, choices: Sequence[str] | None = None, json_schema: Mapping[str, Any] | None = None) -> Constraint | None:
+    def constraint(
+        self, choices: Sequence[str] | None = None, json_schema: Mapping[str, Any] | None = None
+    ) -> TokenConstraint | None:
         """Return the grammar of a new answer, None if it is free.
 
         Raises UsageError for a schema that is not valid or asks for what cannot be enforced, and for texts that the tokenizer
@@ -88,7 +90,7 @@ class GrammarCompiler:
         with self._lock:
             if self._vocabulary is None:
                 require_extra("structured", "llguidance")
-                self._vocabulary = _Vocabulary(self._read(), self._end_tokens)
+                self._vocabulary = _GrammarTokenizer(self._read(), self._end_tokens)
             kind, body = _choices(choices) if choices is not None else _schema(json_schema or {})
             key = kind + body
             if key not in self._compiled:
@@ -97,10 +99,10 @@ class GrammarCompiler:
             self._compiled.move_to_end(key)
             if len(self._compiled) > _GRAMMARS:
                 self._compiled.popitem(last=False)
-            return Constraint(self._compiled[key].deep_copy(), self._end_tokens)
+            return TokenConstraint(self._compiled[key].deep_copy(), self._end_tokens)
 
 
-class _Vocabulary:
+class _GrammarTokenizer:
     # A model's tokens as llguidance sees them.
 
     def __init__(self, source: str, end_tokens: Sequence[int]) -> None:
@@ -113,7 +115,7 @@ class _Vocabulary:
             self._tokens: LLTokenizer = LLTokenizer(source, eos_token=list(end_tokens), slices=_SLICES)
         except ValueError as error:
             raise EdgePruneError(
-                f"The tokenizer of this model cannot give structured answers: {_short(str(error))}.",
+                f"The tokenizer of this model cannot give structured answers: {_first_line(str(error))}.",
                 hint="Ask without choices and json_schema.",
             ) from error
 
@@ -138,7 +140,7 @@ class _Vocabulary:
         if not matcher.is_error():
             matcher.compute_bitmask()  # some schemas turn out to be impossible only here
         if matcher.is_error():
-            raise UsageError(f"The {kind} cannot be used: {_short(matcher.get_error())}.", hint="See docs/structured.md.")
+            raise UsageError(f"The {kind} cannot be used: {_first_line(matcher.get_error())}.", hint="See docs/structured.md.")
         return matcher
 
     def _writes(self, text: str) -> bool:
@@ -159,7 +161,7 @@ def _schema(schema: Mapping[str, Any]) -> tuple[str, str]:
     # The order of the keys is kept: it is the order of the properties in the answer.
     if _OWN_KEY in schema:
         raise UsageError(f"The json_schema has the key {_OWN_KEY!r}, which is used otherwise.", hint="Remove it.")
-    if any(_counts_free_names(part) for part in _parts(schema)):
+    if any(_counts_free_names(part) for part in _subschemas(schema)):
         raise UsageError(
             "The json_schema has minProperties where the names are free: the same name could come twice.",
             hint="Name the properties, and require them.",
@@ -167,16 +169,16 @@ def _schema(schema: Mapping[str, Any]) -> tuple[str, str]:
     return "json_schema", "%json " + json.dumps({**schema, _OWN_KEY: _JSON_STYLE}, ensure_ascii=False)
 
 
-def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
+def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
     # Every object of a schema that is not a value of the answer.
     if isinstance(schema, Mapping):
         yield schema
         for key, value in schema.items():
             if key not in ("const", "enum", "default", "examples"):
-                yield from _parts(value)
+                yield from _subschemas(value)
     elif isinstance(schema, (list, tuple)):
         for value in schema:
-            yield from _parts(value)
+            yield from _subschemas(value)
 
 
 def _counts_free_names(part: Mapping[str, Any]) -> bool:
@@ -196,6 +198,6 @@ def _drops_space(step: Mapping[str, Any]) -> bool:
     return step.get("type") == "Strip" and step.get("content") == " " and step.get("start", 0) > 0
 
 
-def _short(message: str) -> str:
+def _first_line(message: str) -> str:
     line = _PLACE.sub("", " ".join(message.split())).rstrip(".") or "the reason is not known"
     return line if len(line) <= 200 else line[:200] + "..."

@@ -9,7 +9,7 @@ from typing import TypedDict
 from edgeprune.bundle import ImageText
 from edgeprune.errors import BundleError
 from edgeprune.plan import Geometry, View
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 
 class Message(TypedDict):
@@ -23,26 +23,26 @@ class ChatTemplate:
     """A chat template in the dialect of transformers."""
 
     def __init__(self, source: str) -> None:
-        from edgeprune.runtime.text.template import compiled
+        from edgeprune.runtime.text.template import compile_template
 
-        self._template = compiled(source)
+        self._template = compile_template(source)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **special_tokens: str) -> str:
         """Return the prompt text; raise UsageError when the template refuses the messages."""
-        from edgeprune.runtime.text.template import rendered
+        from edgeprune.runtime.text.template import render_template
 
-        return rendered(self._template, messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
+        return render_template(self._template, messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
 
 
-class ImageLayout:
+class ImagePlaceholders:
     """The places of one bundle's images: spans of visual tokens, with the text that stands before, between and after them.
 
     `spans`: for each span of an image its views; one span of all, or one for each view.
     """
 
-    def __init__(self, image: ImageText, geometry: Geometry, codec: TextCodec) -> None:
+    def __init__(self, image: ImageText, geometry: Geometry, tokenizer: TextTokenizer) -> None:
         self._image = image
-        views, count = geometry.layout, codec.encode(image.text).count(image.token)
+        views, count = geometry.layout, tokenizer.encode(image.text).count(image.token)
         if count not in (1, len(views)):
             raise BundleError(
                 f"The text of an image has {count} image tokens for {len(views)} views.", hint="Export the bundle again."
@@ -69,12 +69,12 @@ class ImageLayout:
         images, left = divmod(list(ids).count(self._image.token), len(self.spans))
         return -1 if left else images
 
-    def ends(self, ids: Sequence[int]) -> list[int]:
+    def image_ends(self, ids: Sequence[int]) -> list[int]:
         """Return for each image how many ids there are up to its last."""
         places = [place for place, token in enumerate(ids, start=1) if token == self._image.token]
         return places[len(self.spans) - 1 :: len(self.spans)]
 
-    def turns(self, ids: Sequence[int]) -> list[list[list[int]]]:
+    def split_at_images(self, ids: Sequence[int]) -> list[list[list[int]]]:
         """Return ids in parts, for each image: the text before it, between its spans, and after it up to the next image.
 
         Before an image that is not the first there is none: that text follows the one before. Without an image there is no turn.

@@ -23,7 +23,7 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def compiled(source: str) -> Template:
+def compile_template(source: str) -> Template:
     """Return a template with blocks trimmed and a few helpers; raise BundleError when it is broken."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -37,7 +37,7 @@ def compiled(source: str) -> Template:
         raise BundleError(f"The chat template is broken: {error}.", hint="Export the bundle again.") from error
 
 
-def rendered(template: Template, **values: Any) -> str:
+def render_template(template: Template, **values: Any) -> str:
     """Return what a template says of some values; raise UsageError when it refuses them, BundleError when it fails."""
     try:
         return template.render(**values)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no whole character (yet)
 
 
-class TextCodec:
+class TextTokenizer:
     """Text to token ids and back, by a tokenizer.json."""
 
     def __init__(self, source: Path | Tokenizer) -> None:
@@ -49,40 +49,40 @@ class TextCodec:
         return text
 
 
-class StreamDecoder:
+class IncrementalDetokenizer:
     """Text piece by piece: a piece comes out once its characters are whole."""
 
-    def __init__(self, codec: TextCodec) -> None:
-        self._codec = codec
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._begin = 0  # ids from here on are decoded together; those before are settled
-        self._shown = ""  # of the window's text, what came out already
+        self._emitted = ""  # of the window's text, what came out already
 
     def push(self, token: int) -> str:
         """Add one token and return the text that is now certain, often a word, sometimes nothing."""
         self._ids.append(token)
-        text = self._codec.decode(self._ids[self._begin :])
-        if text.endswith(_REPLACEMENT) or not text.startswith(self._shown):
+        text = self._tokenizer.decode(self._ids[self._begin :])
+        if text.endswith(_REPLACEMENT) or not text.startswith(self._emitted):
             return ""
-        piece = text[len(self._shown) :]
-        self._shown = text
+        piece = text[len(self._emitted) :]
+        self._emitted = text
         if len(self._ids) - self._begin > 16:
             # Keep the window short, but never at one token: decoders treat the first word of a text differently.
             self._begin = len(self._ids) - 4
-            self._shown = self._codec.decode(self._ids[self._begin :])
+            self._emitted = self._tokenizer.decode(self._ids[self._begin :])
         return piece
 
     def flush(self) -> str:
         """Return what is left, broken characters included."""
-        text = self._codec.decode(self._ids[self._begin :])
-        piece = text[len(self._shown) :] if text.startswith(self._shown) else ""
-        self._shown = text
+        text = self._tokenizer.decode(self._ids[self._begin :])
+        piece = text[len(self._emitted) :] if text.startswith(self._emitted) else ""
+        self._emitted = text
         return piece
 
 
-def refuse_control_tokens(text: str, codec: TextCodec, placeholder: str) -> None:
+def reject_control_tokens(text: str, tokenizer: TextTokenizer, placeholder: str) -> None:
     """Raise UsageError when a text spells a special token, or an image's placeholder: it would act as one, not as text."""
-    for token in sorted({*codec.special, placeholder}):
+    for token in sorted({*tokenizer.special, placeholder}):
         if token in text:
             raise UsageError(f"The prompt contains the control token {token}.", hint="Remove it from the prompt.")
 
@@ -96,34 +96,34 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise BundleError(f"Cannot read the tokenizer {path}: {error}.", hint="Export the bundle again.") from error
 
 
-class StopWatch:
+class StopStringFilter:
     """Holds back text that may be the beginning of a stop string; `stopped` tells that one is complete."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """Add text and return what can be shown; after a stop string nothing can."""
         if self.stopped:
             return ""
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        self._pending += text
+        found = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._pending = self._pending[: min(found)], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
+        cut = len(self._pending) - keep
+        shown, self._pending = self._pending[:cut], self._pending[cut:]
         return shown
 
     def flush(self) -> str:
         """Return what is held back, at the end of the answer."""
-        shown, self._held = self._held, ""
+        shown, self._pending = self._pending, ""
         return shown
 
     def _overlap(self, stop: str) -> int:
         # The longest end of the held text that begins the stop string.
-        return next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)
+        return next((n for n in range(len(stop) - 1, 0, -1) if self._pending.endswith(stop[:n])), 0)

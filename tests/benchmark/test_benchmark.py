@@ -18,13 +18,13 @@ from edgeprune.benchmark.chart import draw
 from edgeprune.benchmark.results import Spread, Startup, ratios, spreads
 from edgeprune.benchmark.run import WARM_UP, Benchmark, benchmark
 from edgeprune.benchmark.startup import measure_startup
-from edgeprune.benchmark.variants import Contender, Question
+from edgeprune.benchmark.variants import BenchmarkPrompt, Variant
 from edgeprune.bundle import Bundle
 from edgeprune.cli.commands.measure import bench
 from edgeprune.cli.output.measure import show_benchmark
 from edgeprune.device.machine import Machine
 from edgeprune.device.power import Power
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import EdgePruneError, ImageError, MissingExtraError, UsageError
 from edgeprune.runtime.telemetry.receipt import Receipt
@@ -60,7 +60,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "device.json"
-    DeviceTimes("somewhere", "measured", 12, 4.0, (1.0, 2.0, 3.0, 4.0, 5.0), PEAKS).save(path)
+    DeviceProfile("somewhere", "measured", 12, 4.0, (1.0, 2.0, 3.0, 4.0, 5.0), PEAKS).save(path)
     return path
 
 
@@ -77,19 +77,19 @@ def quick(path: Path, machine: Machine, report: Path, **options: Any) -> Benchma
 
 
 def test_all_generate_exactly_what_was_asked(result: Benchmark) -> None:
-    assert [each.name for each in result.contenders] == ["pruned", "none", "random", "uniform"]
-    assert {each.generated for each in result.contenders} == {TOKENS}
+    assert [each.name for each in result.variants] == ["pruned", "none", "random", "uniform"]
+    assert {each.generated for each in result.variants} == {TOKENS}
 
 
 def test_the_cuts_are_those_of_the_plan(result: Benchmark, tiny_bundle: Bundle) -> None:
     first, second = (str(cut) for cut in tiny_bundle.plan.cuts)
     assert result.of("pruned").cuts == ((first, 12, 6), (second, 6, 3))
-    assert all(each.cuts == () for each in result.contenders[1:])
+    assert all(each.cuts == () for each in result.variants[1:])
 
 
 def test_chosen_without_looking_is_as_much_work(result: Benchmark) -> None:
     assert (result.visual_tokens, result.equal_work_tokens) == (12, 7)  # 12, 6 and 3 of the three layers
-    assert [each.visual_tokens for each in result.contenders] == [7, 12, 7, 7]
+    assert [each.visual_tokens for each in result.variants] == [7, 12, 7, 7]
 
 
 def test_caches_hold_what_was_let_in(result: Benchmark) -> None:
@@ -101,7 +101,7 @@ def test_caches_hold_what_was_let_in(result: Benchmark) -> None:
 
 
 def test_stages_are_measured_and_a_second_question_finds_its_caches(result: Benchmark) -> None:
-    for each in result.contenders:
+    for each in result.variants:
         assert all(each.costs[name].p50 > 0 for name in ("preprocess_ms", "vision_ms", "prefill_ms", "ms_per_token"))
         assert each.costs["select_ms"] == Spread(0.0, 0.0)  # no cut at the input
         assert each.costs["ttft_ms"].p50 <= each.costs["ttft_ms"].p95
@@ -123,11 +123,11 @@ def test_the_baseline_is_the_first_that_is_named(result: Benchmark, tiny_bundle:
     assert other.request.baseline == "uniform" and set(other.of("uniform").ratios.values()) == {1.0}
     assert other.of("none").ratios["kv_bytes"] > 1
     alone = quick(tiny_bundle.path, machine, report, compare=())
-    assert alone.request.baseline == "pruned" and len(alone.contenders) == 1
+    assert alone.request.baseline == "pruned" and len(alone.variants) == 1
 
 
 def test_contexts_are_reached_exactly(result: Benchmark) -> None:
-    for each in result.contenders:
+    for each in result.variants:
         assert [(at.context, at.keys) for at in each.contexts] == [(40, 40), (60, 60)]
         assert each.contexts[1].kv_bytes - each.contexts[0].kv_bytes == ENTRY * 3 * 20
     assert all(at.ratio == 1 for at in result.of("none").contexts)
@@ -141,20 +141,20 @@ def test_a_context_that_cannot_be_is_refused(context: int, words: str, tiny_bund
 
 def test_energy_is_power_times_time(result: Benchmark) -> None:
     assert (result.power_source, result.power_rails) == ("INA3221", ("VDD_IN",))
-    for each in result.contenders:
+    for each in result.variants:
         seconds = (each.costs["ttft_ms"].p50 + (TOKENS - 1) * each.costs["ms_per_token"].p50) / 1e3
         assert 0 < each.costs["energy_j"].p50 < 2 * (20 * seconds + 5)
 
 
 def test_contenders_take_turns(tiny_bundle: Bundle, machine: Machine, report: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    answer = Question.answer
+    answer = BenchmarkPrompt.answer
 
-    def listen(self: Question, contender: Contender) -> Receipt:
+    def listen(self: BenchmarkPrompt, contender: Variant) -> Receipt:
         asked.append(contender.name)
         return answer(self, contender)
 
-    monkeypatch.setattr(Question, "answer", listen)
+    monkeypatch.setattr(BenchmarkPrompt, "answer", listen)
     rounds: list[int] = []
     quick(tiny_bundle.path, machine, report, compare=("none", "random"), repeats=3, progress=rounds.append)
     forwards = ["pruned", "none", "random"]
@@ -206,16 +206,16 @@ def test_every_contender_starts_in_a_process_of_its_own(
 
     measured = quick(tiny_bundle.path, machine, report, compare=("none", str(altered_bundle)), startup=listen)
     assert asked == [(tiny_bundle.path, "pruned"), (tiny_bundle.path, "none"), (altered_bundle, "pruned")]
-    assert [each.startup and each.startup.import_ms for each in measured.contenders] == [1, 2, 3]
+    assert [each.startup and each.startup.import_ms for each in measured.variants] == [1, 2, 3]
     assert measured.of(str(altered_bundle)).cuts == measured.of("pruned").cuts
 
 
 def test_a_fresh_process_answers_twice(tiny_bundle: Bundle) -> None:
-    start = measure_startup(tiny_bundle.path, "random", Question("What is it?", 3, "exact"), threads=1)
+    start = measure_startup(tiny_bundle.path, "random", BenchmarkPrompt("What is it?", 3, "exact"), threads=1)
     assert min(start.import_ms, start.read_ms, start.load_ms, start.first_ttft_ms, start.second_ttft_ms) > 0
     assert start.peak_rss_bytes and start.loading_rss_bytes and start.peak_rss_bytes > 20_000_000
     with pytest.raises(EdgePruneError, match="process of its own"):
-        measure_startup(tiny_bundle.path / "nowhere", "pruned", Question("What is it?", 3, "exact"))
+        measure_startup(tiny_bundle.path / "nowhere", "pruned", BenchmarkPrompt("What is it?", 3, "exact"))
 
 
 def test_memory_beside_what_it_must_hold(result: Benchmark) -> None:
@@ -253,7 +253,7 @@ def test_the_notes_say_what_was_not_measured(result: Benchmark, capsys: pytest.C
     costs = {name: value for name, value in result.of("pruned").costs.items() if name != "energy_j"}
     start = replace(START, peak_rss_bytes=None)
     bare = replace(result.of("pruned"), costs=costs, cuts=(), reused=False, roofline=None, startup=start)
-    show_benchmark(replace(result, contenders=(bare,), peaks=None), as_json=False)
+    show_benchmark(replace(result, variants=(bare,), peaks=None), as_json=False)
     output = capsys.readouterr().out
     for words in ("not measured: no sensor", "nothing was pruned", "caches were not reused", "unknown", "no peaks known"):
         assert words in output

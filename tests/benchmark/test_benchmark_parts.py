@@ -16,14 +16,21 @@ import pytest
 from PIL import Image
 
 from edgeprune.benchmark.profile import bytes_to_read, cores, measure_peaks, product_graph, profile
-from edgeprune.benchmark.results import AtContext, Figures, Sizes, Spread, arithmetic_of, beside, decode_kv_bytes
+from edgeprune.benchmark.results import ContextPoint, Sizes, Spread, VariantResult, arithmetic_of, decode_kv_bytes, with_roofline
 from edgeprune.benchmark.sweeps import filler
-from edgeprune.benchmark.variants import Contender, FixedSelectionBackend, check_names, chosen_tokens, contenders, equal_work_tokens
+from edgeprune.benchmark.variants import (
+    FixedSelectionBackend,
+    Variant,
+    check_names,
+    chosen_tokens,
+    equal_work_tokens,
+    load_variants,
+)
 from edgeprune.bundle import Bundle
 from edgeprune.device.onnx_file import Graph, read_graph
-from edgeprune.device.profile import DeviceTimes, reported_peaks
+from edgeprune.device.profile import DeviceProfile, reported_peaks
 from edgeprune.device.roofline import Operations, Peaks, prefill_operations, vision_operations
-from edgeprune.device.workload import PRECISIONS, Decoder, Tower, Workload
+from edgeprune.device.workload import PRECISIONS, Decoder, VisionWorkload, Workload
 from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime import Runtime, load
@@ -31,7 +38,7 @@ from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PEAKS = Peaks({"fp32": 1e9, "int8": 4e9}, 1e8, None)
-TOWER = Tower(layers=2, hidden=10, mlp=40, patches=16, tokens=4, parameters=1000, merger=100)
+TOWER = VisionWorkload(layers=2, hidden=10, mlp=40, patches=16, tokens=4, parameters=1000, merger=100)
 DECODER = Decoder(layers=2, hidden=10, heads=2, kv_heads=1, head_dim=5, intermediate=30, vocabulary=50, parameters=2000)
 WORK = Workload(TOWER, DECODER, PRECISIONS["fp32"], (4, 2), (4, 2), text_tokens=1, generated=1)
 
@@ -103,11 +110,11 @@ def test_an_encoder_that_drops_patches_multiplies_less() -> None:
 
 
 def test_shares_of_the_roofline_by_hand(tiny_bundle: Bundle) -> None:
-    own, whole = contenders(tiny_bundle.path, threads=1)
+    own, whole = load_variants(tiny_bundle.path, threads=1)
     costs = {name: Spread(value, value) for name, value in {"vision_ms": 1.0, "prefill_ms": 2.0, "ms_per_token": 5.0}.items()}
-    figures = Figures("a", costs, {}, 2, 1, 3.0, True, (), 0, 700.0, (AtContext(9, 9, Spread(4.0, 4.0), 1.0, 900),))
+    figures = VariantResult("a", costs, {}, 2, 1, 3.0, True, (), 0, 700.0, (ContextPoint(9, 9, Spread(4.0, 4.0), 1.0, 900),))
     sizes = Sizes(WORK, stored(float32=20.0), stored(int8=90_000.0, float32=300.0))
-    pruned = beside(figures, replace(own, alive=(4, 2)), sizes, PEAKS)
+    pruned = with_roofline(figures, replace(own, alive=(4, 2)), sizes, PEAKS)
     line = pruned.roofline
     assert line is not None and line.arithmetic == ("fp32", "int8")
     assert line.vision_ms == pytest.approx(1e3 * (32_800 + 20_480) / 1e9)
@@ -115,7 +122,7 @@ def test_shares_of_the_roofline_by_hand(tiny_bundle: Bundle) -> None:
     assert line.token_ms == pytest.approx(1e3 * (90_300 + 700) / 1e8)
     assert line.ttft == pytest.approx((line.vision_ms + line.prefill_ms) / 3) and line.token == pytest.approx(line.token_ms / 5)
     assert pruned.contexts[0].roofline == pytest.approx(1e3 * 91_200 / 1e8 / 4)
-    small = beside(figures, replace(whole, alive=(4, 4)), replace(sizes, decoder=stored(int8=1.0)), PEAKS).roofline
+    small = with_roofline(figures, replace(whole, alive=(4, 4)), replace(sizes, decoder=stored(int8=1.0)), PEAKS).roofline
     assert small is not None and small.prefill_ms == pytest.approx(1e3 * ((1000 + 2000 * 10) / 4e9 + 20 * 50 / 1e9))
 
 
@@ -133,7 +140,7 @@ def test_a_profile_has_peaks_and_older_files_have_none(
     monkeypatch.setattr("edgeprune.benchmark.profile.measure_peaks", lambda threads: replace(PEAKS, threads=threads))
     profile(tiny_bundle, repeats=1, threads=1).save(tmp_path / "t.json")
     assert reported_peaks(tmp_path / "t.json") == replace(PEAKS, threads=1)
-    DeviceTimes("old", "measured", 12, 1.0, (1.0,) * 5).save(tmp_path / "old.json")
+    DeviceProfile("old", "measured", 12, 1.0, (1.0,) * 5).save(tmp_path / "old.json")
     with pytest.raises(UsageError, match="no peaks"):
         reported_peaks(tmp_path / "old.json")
 
@@ -160,11 +167,11 @@ def test_as_many_are_chosen_as_are_wanted(name: str) -> None:
 
 
 def test_chosen_tokens_keep_their_positions(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
-    model = load(tiny_bundle.path, threads=1, cache_bytes=0)._model
+    model = load(tiny_bundle.path, threads=1, cache_bytes=0)._pipeline
     kept = np.array([1, 4, 5, 11])
-    whole, some = RecordingBackend(model.engine), RecordingBackend(model.engine)
-    Runtime(replace(model, engine=whole)).generate(tiny_image, "What is it?", prune=False, max_tokens=3)
-    chosen = Runtime(replace(model, engine=FixedSelectionBackend(some, kept, 12)))
+    whole, some = RecordingBackend(model.backend), RecordingBackend(model.backend)
+    Runtime(replace(model, backend=whole)).generate(tiny_image, "What is it?", prune=False, max_tokens=3)
+    chosen = Runtime(replace(model, backend=FixedSelectionBackend(some, kept, 12)))
     answer = chosen.generate(tiny_image, "What is it?", prune=False, max_tokens=3)
     prefix, expected = some.inputs[0][0].prefix, whole.inputs[0][0].prefix
     text = expected.embeds.shape[1] - 12
@@ -178,15 +185,15 @@ def test_chosen_tokens_keep_their_positions(tiny_bundle: Bundle, tiny_image: Ima
 
 def test_choosing_all_changes_nothing(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
     runtime = load(tiny_bundle.path, threads=1, cache_bytes=0)
-    model = runtime._model
-    same = Runtime(replace(model, engine=FixedSelectionBackend(model.engine, np.arange(12), 12)))
+    model = runtime._pipeline
+    same = Runtime(replace(model, backend=FixedSelectionBackend(model.backend, np.arange(12), 12)))
     asked = {"prune": False, "max_tokens": 8}
     assert same.generate(tiny_image, "Which?", **asked).text == runtime.generate(tiny_image, "Which?", **asked).text  # type: ignore[arg-type]
 
 
 def test_the_same_bundle_is_loaded_once(tiny_bundle: Bundle) -> None:
-    own, none, uniform = contenders(tiny_bundle.path, ("none", "uniform"), threads=1)
-    engines = [each.runtime._model.engine for each in (own, none, uniform)]
+    own, none, uniform = load_variants(tiny_bundle.path, ("none", "uniform"), threads=1)
+    engines = [each.runtime._pipeline.backend for each in (own, none, uniform)]
     assert engines[0] is engines[1] and isinstance(engines[2], FixedSelectionBackend)
     assert [each.alive for each in (own, none, uniform)] == [(12, 6, 3), (12, 12, 12), (7, 7, 7)]
 
@@ -207,12 +214,12 @@ def test_what_cannot_be_compared_is_refused(names: tuple[str, ...], provider: st
 
 
 def test_fillers_are_as_long_as_asked(tiny_bundle: Bundle) -> None:
-    codec = contender(tiny_bundle).codec
+    codec = contender(tiny_bundle).tokenizer
     assert [len(codec.encode(filler(codec, tokens))) for tokens in (1, 9, 200)] == [1, 9, 200]
 
 
-def contender(bundle: Bundle) -> Contender:
-    return contenders(bundle.path, (), threads=1)[0]
+def contender(bundle: Bundle) -> Variant:
+    return load_variants(bundle.path, (), threads=1)[0]
 
 
 def test_packed_matrices_are_read_as_large_as_they_are(tmp_path: Path) -> None:

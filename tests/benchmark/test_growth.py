@@ -11,47 +11,47 @@ from PIL import Image
 
 from edgeprune.benchmark.results import Spread
 from edgeprune.benchmark.run import benchmark
-from edgeprune.benchmark.sweeps import AtKept, line_through, measure_growth
-from edgeprune.benchmark.variants import OWN, PROMPT, Question, own_contender
+from edgeprune.benchmark.sweeps import KeptPoint, line_through, sweep_kept_tokens
+from edgeprune.benchmark.variants import PROMPT, PRUNED, BenchmarkPrompt, bundle_variant
 from edgeprune.bundle import Bundle
 from edgeprune.cli.commands.measure import bench
 from edgeprune.errors import UsageError
 from edgeprune.runtime import load
-from edgeprune.runtime.backends.providers import ENGINES
+from edgeprune.runtime.backends.providers import TENSORRT
 from edgeprune.runtime.telemetry.receipt import Times
 
-QUESTION = Question(PROMPT, 4, "exact")
+QUESTION = BenchmarkPrompt(PROMPT, 4, "exact")
 
 
-def at(kept: int, ms: float) -> AtKept:
-    return AtKept(kept, kept + 10, Spread(ms + 5, ms + 5), Spread(ms, ms))
+def at(kept: int, ms: float) -> KeptPoint:
+    return KeptPoint(kept, kept + 10, Spread(ms + 5, ms + 5), Spread(ms, ms))
 
 
 def test_each_count_enters_the_decoder(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = own_contender(OWN, tiny_bundle.path, load(tiny_bundle.path))
-    entered, engine = list[int](), own.runtime._model.engine
-    step = engine.step
+    own = bundle_variant(PRUNED, tiny_bundle.path, load(tiny_bundle.path))
+    entered, engine = list[int](), own.runtime._pipeline.backend
+    step = engine.forward
 
     def listened(tokens: Any, cache: Any, **given: Any) -> Any:
         entered.append(tokens.prefix.embeds.shape[1])
         return step(tokens, cache, **given)
 
-    monkeypatch.setattr(engine, "step", listened)
-    grown = measure_growth(own, QUESTION, [3, 12], 1)
+    monkeypatch.setattr(engine, "forward", listened)
+    grown = sweep_kept_tokens(own, QUESTION, [3, 12], 1)
     text = min(entered) - 3
     assert sorted(entered) == [text + 3, text + 3, text + 12, text + 12]
     assert [point.kept for point in grown] == [3, 12] and grown[1].tokens - grown[0].tokens == 9
 
 
 def test_more_than_there_are_is_refused(tiny_bundle: Bundle) -> None:
-    own = own_contender(OWN, tiny_bundle.path, load(tiny_bundle.path))
+    own = bundle_variant(PRUNED, tiny_bundle.path, load(tiny_bundle.path))
     with pytest.raises(UsageError, match=r"has 12 visual tokens; 13 of them.*--image-size"):
-        measure_growth(own, QUESTION, [3, 13], 1)
+        sweep_kept_tokens(own, QUESTION, [3, 13], 1)
 
 
 def test_engines_keep_their_visual_tokens_to_themselves(tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="stay on the device"):
-        benchmark(tiny_bundle.path, kept=[3], provider=ENGINES)
+        benchmark(tiny_bundle.path, kept=[3], provider=TENSORRT)
 
 
 def test_a_line_is_found_and_what_bends_away_is_told() -> None:

@@ -12,7 +12,7 @@ import pytest
 from edgeprune.bundle import CHECKS, DECODER, MANIFEST, PLAN, VISION, Bundle
 from edgeprune.bundle import bundle as bundles
 from edgeprune.bundle import integrity as stamps
-from edgeprune.bundle.integrity import check_content
+from edgeprune.bundle.integrity import check_sha256
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.runtime import load
 
@@ -29,13 +29,13 @@ def settled(altered_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the names of the files whose sha256 is asked for, from now on."""
     names: list[str] = []
-    whole = check_content
+    whole = check_sha256
 
     def noting(folder: Path, name: str, record: Any) -> None:
         names.append(name)
         whole(folder, name, record)
 
-    monkeypatch.setattr(bundles, "check_content", noting)
+    monkeypatch.setattr(bundles, "check_sha256", noting)
     return names
 
 

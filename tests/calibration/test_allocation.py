@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from edgeprune.calibration.allocate.budgets import _knapsack, classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
-from edgeprune.calibration.allocate.recipes import method_names, plan_at, resized
+from edgeprune.calibration.allocate.recipes import method_names, plan_for_budget, resized
 from edgeprune.calibration.collect.measure import deletion_counts
-from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, Source, Statistics
+from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, Statistics, StatisticsSource
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Geometry, View
 from edgeprune.plan.presets import unpruned_plan
@@ -20,7 +20,7 @@ LAYERS = 8
 BASE = unpruned_plan("qwen2_vl", LAYERS, GEOMETRY)
 VIDEO = Geometry(80, 80, 16, 1, tuple(View(0, 0, 80, 80, 5, 5, time=time) for time in range(4)), frames=8, fps=2.0)  # 4 x 5 x 5
 BASES = {"evs": unpruned_plan("qwen2_vl", LAYERS, VIDEO)}
-SOURCE = Source("qwen2_vl", LAYERS, 2, "abc", GEOMETRY, "last", "mean", False)
+SOURCE = StatisticsSource("qwen2_vl", LAYERS, 2, "abc", GEOMETRY, "last", "mean", False)
 
 
 def statistics(**sums: np.ndarray) -> Statistics:
@@ -57,8 +57,8 @@ def test_stability_counts_the_samples_that_agree() -> None:
 
 def test_a_plan_keeps_the_shares() -> None:
     plan = plphp_plan(statistics(), BASE, [0.3, 0.5, 1.0, 0.0, 0.25, 0.25, 0.25, 0.25])
-    assert [plan.stored(layer) for layer in range(LAYERS)] == [30, 50, 100, 0, 25, 25, 25, 25]
-    assert [plan.alive(layer) for layer in range(LAYERS)] == [100] * LAYERS
+    assert [plan.tokens_cached(layer) for layer in range(LAYERS)] == [30, 50, 100, 0, 25, 25, 25, 25]
+    assert [plan.tokens_at_layer(layer) for layer in range(LAYERS)] == [100] * LAYERS
 
 
 def test_the_allocator_spends_where_it_costs() -> None:
@@ -108,8 +108,8 @@ def test_every_recipe_meets_its_cost(name: str, share: float) -> None:
     recipe[:] = np.linspace(100, 0, ALPHAS)[:, None] * np.linspace(1.0, 0.4, LAYERS)
     gamma = np.eye(GAMMA_BINS)[np.linspace(10, 150, LAYERS).astype(int)]
     settings = {"layer": 2} if name == "evit" else {}
-    plan = plan_at(name, share, BASES.get(name, BASE), statistics(fitprune=recipe, gamma=gamma), **settings)
-    held = [plan.stored(layer) if name == "plphp" else plan.alive(layer) for layer in range(LAYERS)]
+    plan = plan_for_budget(name, share, BASES.get(name, BASE), statistics(fitprune=recipe, gamma=gamma), **settings)
+    held = [plan.tokens_cached(layer) if name == "plphp" else plan.tokens_at_layer(layer) for layer in range(LAYERS)]
     spent = sum(held) / (100 * LAYERS)
     whole_steps = {"resize": 0.05, "vtw": 0.07}  # a grid and a layer cannot be divided further
     assert spent <= share + whole_steps.get(name, 1e-9)
@@ -119,33 +119,33 @@ def test_every_recipe_meets_its_cost(name: str, share: float) -> None:
 def test_recipes_that_cannot_be_met_are_refused() -> None:
     for name in ("fastv", "pyramiddrop"):
         with pytest.raises(PlanError, match="cannot reach"):
-            plan_at(name, 0.1, BASE)
+            plan_for_budget(name, 0.1, BASE)
     with pytest.raises(PlanError, match="needs a video"):
-        plan_at("evs", 0.5, BASE)
+        plan_for_budget("evs", 0.5, BASE)
     with pytest.raises(PlanError, match="first frame whole: 25"):
-        plan_at("evs", 0.2, BASES["evs"])
+        plan_for_budget("evs", 0.2, BASES["evs"])
     with pytest.raises(UsageError, match="needs statistics"):
-        plan_at("plphp", 0.5, BASE)
+        plan_for_budget("plphp", 0.5, BASE)
     with pytest.raises(PlanError, match="outside"):
-        plan_at("random", 0.0, BASE)
+        plan_for_budget("random", 0.0, BASE)
     with pytest.raises(UsageError, match="Unknown method"):
-        plan_at("magic", 0.5, BASE)
+        plan_for_budget("magic", 0.5, BASE)
 
 
 def test_a_smaller_image_keeps_its_aspect() -> None:
     assert resized(Geometry(160, 320, 16, 1), 0.25) == Geometry(80, 160, 16, 1)
-    assert plan_at("resize", 0.25, BASE).geometry.tokens == 25
+    assert plan_for_budget("resize", 0.25, BASE).geometry.tokens == 25
 
 
 def test_baselines_may_act_on_caches() -> None:
-    plan = plan_at("random", 0.3, BASE, site="cache")
+    plan = plan_for_budget("random", 0.3, BASE, site="cache")
     assert [cut.keep for cut in plan.cache_cuts] == [30] * LAYERS
 
 
 def test_recipes_go_on_from_what_the_encoder_left() -> None:
-    base = plan_at("evit", 0.6, BASE, layer=2)
+    base = plan_for_budget("evit", 0.6, BASE, layer=2)
     assert [(cut.site, cut.keep, cut.layer) for cut in base.cuts] == [("vision", 60, 2)]
-    assert plan_at("divprune", 0.5, base).seen == 30
-    assert plan_at("random", 0.5, base, site="cache").stored(3) == 30
+    assert plan_for_budget("divprune", 0.5, base).tokens_entering_decoder == 30
+    assert plan_for_budget("random", 0.5, base, site="cache").tokens_cached(3) == 30
     with pytest.raises(PlanError, match="before a block of the vision encoder"):
-        plan_at("evit", 0.6, BASE)
+        plan_for_budget("evit", 0.6, BASE)

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.calibration.collect.run import Request, chosen_samples, collect, collect_on_ray
+from edgeprune.calibration.collect.run import CollectOptions, collect, collect_on_ray, draw_samples
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.data.statistics import Statistics
-from edgeprune.checkpoint.loading import LoadedModel, find_model
+from edgeprune.checkpoint.loading import LoadedModel, resolve_model
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry
 from edgeprune.tabletop.dataset import write_dataset
 
 GEOMETRY = Geometry(84, 84, 14, 2)
-REQUEST = Request(GEOMETRY, rows="peak", spread=True, max_tokens=4)
+REQUEST = CollectOptions(GEOMETRY, rows="peak", spread=True, max_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_another_request_does_not_go_on_from_it(tiny: LoadedModel, samples: list
 
 def test_shards_add_up_to_the_whole(tiny: LoadedModel, samples: list[Sample], whole: Statistics, tmp_path: Path) -> None:
     parts = [
-        collect(tiny, samples, Request(GEOMETRY, rows="peak", spread=True, max_tokens=4, shard=(i, 3)), tmp_path / str(i))
+        collect(tiny, samples, CollectOptions(GEOMETRY, rows="peak", spread=True, max_tokens=4, shard=(i, 3)), tmp_path / str(i))
         for i in (1, 2, 3)
     ]
     assert same(parts[2] + parts[0] + parts[1], whole)
@@ -85,7 +85,7 @@ def test_shards_add_up_to_the_whole(tiny: LoadedModel, samples: list[Sample], wh
 
 def test_a_ray_cluster_gives_the_same(tiny_folder: Path, samples: list[Sample], whole: Statistics, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    found = collect_on_ray(find_model(str(tiny_folder)), samples, REQUEST, tmp_path / "s", "local", lambda done: None)
+    found = collect_on_ray(resolve_model(str(tiny_folder)), samples, REQUEST, tmp_path / "s", "local", lambda done: None)
     assert found.samples == 13
     for name, sums in whole.sums.items():
         assert np.allclose(found.total(name), sums / 2.0**32, atol=1e-4), name
@@ -93,13 +93,13 @@ def test_a_ray_cluster_gives_the_same(tiny_folder: Path, samples: list[Sample], 
 
 def test_impossible_shards_are_refused(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no shard 3/2"):
-        Request(GEOMETRY, shard=(3, 2))
+        CollectOptions(GEOMETRY, shard=(3, 2))
     with pytest.raises(UsageError, match="is empty"):
-        collect(tiny, samples[:2], Request(GEOMETRY, shard=(3, 3)), tmp_path / "s")
+        collect(tiny, samples[:2], CollectOptions(GEOMETRY, shard=(3, 3)), tmp_path / "s")
 
 
 def test_samples_are_drawn_by_the_seed(samples: list[Sample]) -> None:
-    first, again, other = (chosen_samples(samples, 5, seed) for seed in (0, 0, 1))
+    first, again, other = (draw_samples(samples, 5, seed) for seed in (0, 0, 1))
     assert first == again != other
     assert [samples.index(sample) for sample in first] == sorted(samples.index(sample) for sample in first)
-    assert chosen_samples(samples, None, 0) == samples
+    assert draw_samples(samples, None, 0) == samples

@@ -9,14 +9,14 @@ from edgeprune.calibration.search.objectives import RooflineTimes, flops_share, 
 from edgeprune.calibration.search.pareto import Budget
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import MODULES
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
 
 GEOMETRY = Geometry(560, 560, 14, 2)  # 20 x 20
 WHOLE = unpruned_plan("qwen2_vl", 3, GEOMETRY)
-TIMES = DeviceTimes("somewhere", "measured", 400, 40.0, (10.0, 20.0, 30.0, 40.0, 60.0))
+TIMES = DeviceProfile("somewhere", "measured", 400, 40.0, (10.0, 20.0, 30.0, 40.0, 60.0))
 
 
 def test_flops_follow_the_living_tokens(tiny: LoadedModel) -> None:
@@ -67,8 +67,8 @@ def test_milliseconds_become_the_largest_plan_within_them() -> None:
         return predicted_ttft(TIMES, plan)
 
     # 80 ms leave 40 for prefill: 60 / 3 in layer 0, 30 in the others, so half of the tokens.
-    assert Budget("ttft_ms", 80.0).plan(fastv, ms).alive(1) in (199, 200)
-    assert Budget("ttft_ms", 100.0).plan(fastv, ms).alive(1) == 400
+    assert Budget("ttft_ms", 80.0).plan(fastv, ms).tokens_at_layer(1) in (199, 200)
+    assert Budget("ttft_ms", 100.0).plan(fastv, ms).tokens_at_layer(1) == 400
     with pytest.raises(PlanError, match=r"takes 66\.0 ms"):
         Budget("ttft_ms", 66.0).plan(fastv, ms)
 

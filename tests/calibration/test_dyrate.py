@@ -10,8 +10,8 @@ import torch
 
 from edgeprune.calibration.allocate.decode_rate import (
     SHARES,
-    Answer,
-    Theatre,
+    PolicyReplay,
+    RecordedAnswer,
     _isotonic,
     _needed,
     fit_budget,
@@ -20,7 +20,7 @@ from edgeprune.calibration.allocate.decode_rate import (
 )
 from edgeprune.calibration.allocate.dyrate import _brought_to_budget, dyrate_options, rate_of, train
 from edgeprune.calibration.data.samples import Sample, read_samples
-from edgeprune.calibration.replay.episodes import Episodes
+from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.methods.dyrate import DyRate, Predictor
@@ -39,57 +39,59 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return read_samples(folder / "dataset.jsonl")[:4]
 
 
-def theatre(tiny: LoadedModel, *, monotone: bool = True, layer: int = 0) -> Theatre:
-    return Theatre(Episodes(tiny, PLAN, 8, "cpu"), layer, monotone=monotone)
+def theatre(tiny: LoadedModel, *, monotone: bool = True, layer: int = 0) -> PolicyReplay:
+    return PolicyReplay(Recorder(tiny, PLAN, 8, "cpu"), layer, monotone=monotone)
 
 
 @pytest.fixture(scope="module")
-def answers(tiny: LoadedModel, samples: list[Sample]) -> list[Answer]:
+def answers(tiny: LoadedModel, samples: list[Sample]) -> list[RecordedAnswer]:
     return theatre(tiny).record(samples, "exact", 2, lambda done: None)
 
 
-def test_reading_everything_costs_nothing(tiny: LoadedModel, answers: list[Answer]) -> None:
+def test_reading_everything_costs_nothing(tiny: LoadedModel, answers: list[RecordedAnswer]) -> None:
     costs = theatre(tiny).constant_costs(answers[0])
     assert costs.shape == (len(SHARES), answers[0].episode.steps)
     assert np.abs(costs[0]).max() < 1e-9
     assert costs[-1].min() > 0
 
 
-def test_a_policy_costs_what_the_runtime_would_read(tiny: LoadedModel, answers: list[Answer]) -> None:
+def test_a_policy_costs_what_the_runtime_would_read(tiny: LoadedModel, answers: list[RecordedAnswer]) -> None:
     # The first step alone may look: every later one is hidden, which shows in the logits from step 1 on.
     stage, answer = theatre(tiny), answers[0]
     steps = answer.episode.steps
     with torch.no_grad():
-        logits, _ = stage.play_shares(answer, [1.0] + [0.0] * (steps - 1))
+        logits, _ = stage.replay_ratios(answer, [1.0] + [0.0] * (steps - 1))
     assert torch.allclose(logits[0], answer.logits[0], atol=1e-4)
     assert not torch.allclose(logits[1], answer.logits[1], atol=1e-3)
 
 
-def test_shares_never_grow_unless_allowed(tiny: LoadedModel, answers: list[Answer]) -> None:
+def test_shares_never_grow_unless_allowed(tiny: LoadedModel, answers: list[RecordedAnswer]) -> None:
     asked = np.linspace(0.2, 0.9, answers[0].episode.steps).tolist()
-    falling, _ = theatre(tiny).follow(answers[0], lambda seen: asked)
-    free, _ = theatre(tiny, monotone=False).follow(answers[0], lambda seen: asked)
+    falling, _ = theatre(tiny).settle_policy(answers[0], lambda seen: asked)
+    free, _ = theatre(tiny, monotone=False).settle_policy(answers[0], lambda seen: asked)
     assert np.allclose(falling, 0.2) and np.allclose(free, asked)
 
 
-def test_earlier_layers_are_left_alone(tiny: LoadedModel, answers: list[Answer]) -> None:
+def test_earlier_layers_are_left_alone(tiny: LoadedModel, answers: list[RecordedAnswer]) -> None:
     with torch.no_grad():
         steps = answers[0].episode.steps
-        none = theatre(tiny, layer=3).play_shares(answers[0], [0.0] * steps)[0]
-        last = theatre(tiny, layer=2).play_shares(answers[0], [0.0] * steps)[0]
+        none = theatre(tiny, layer=3).replay_ratios(answers[0], [0.0] * steps)[0]
+        last = theatre(tiny, layer=2).replay_ratios(answers[0], [0.0] * steps)[0]
     assert torch.allclose(none, answers[0].logits, atol=1e-4)
     assert not torch.allclose(last, answers[0].logits, atol=1e-3)
 
 
-def test_a_gradient_reaches_the_choice(tiny: LoadedModel, answers: list[Answer]) -> None:
+def test_a_gradient_reaches_the_choice(tiny: LoadedModel, answers: list[RecordedAnswer]) -> None:
     steps = answers[0].episode.steps
     picked = torch.eye(len(SHARES))[[2] * steps].requires_grad_()
-    theatre(tiny).play(answers[0], picked, SHARES)[0].square().sum().backward()  # type: ignore[no-untyped-call]
+    theatre(tiny).replay_weights(answers[0], picked, SHARES)[0].square().sum().backward()  # type: ignore[no-untyped-call]
     assert picked.grad is not None and picked.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("form", ["predictor", "schedule", "map"])
-def test_every_form_keeps_the_budget(form: str, tiny: LoadedModel, answers: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_keeps_the_budget(
+    form: str, tiny: LoadedModel, answers: list[RecordedAnswer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.WARM_STEPS", 20)
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.EPOCHS", 1)
     options = dyrate_options(theatre(tiny), answers, 0.4, form, 0, lambda done: None)
@@ -100,29 +102,31 @@ def test_every_form_keeps_the_budget(form: str, tiny: LoadedModel, answers: list
         by_step = np.repeat(options["shares"], np.diff([*options["steps"], 64]))
         spent = mean_share([by_step[: answer.episode.steps] for answer in answers])
     else:
-        module = rate.rater()
+        module = rate.rate_predictor()
         spent = mean_share(
             [
-                stage.follow(a, lambda seen: [float(module(row, torch.tensor([float(t)]))[0]) for t, row in enumerate(seen)])[0]
+                stage.settle_policy(
+                    a, lambda seen: [float(module(row, torch.tensor([float(t)]))[0]) for t, row in enumerate(seen)]
+                )[0]
                 for a in answers
             ]
         )
     assert 0.0 < spent <= 0.4 + 1e-6
 
 
-def test_training_is_repeatable(tiny: LoadedModel, answers: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_repeatable(tiny: LoadedModel, answers: list[RecordedAnswer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.WARM_STEPS", 5)
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.EPOCHS", 1)
     weights = [train(theatre(tiny), answers[:2], 0.5, seed, lambda done: None).weight.detach() for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_the_bias_meets_the_budget(tiny: LoadedModel, answers: list[Answer]) -> None:
+def test_the_bias_meets_the_budget(tiny: LoadedModel, answers: list[RecordedAnswer]) -> None:
     greedy = Predictor(torch.zeros(len(SHARES), 13), torch.zeros(len(SHARES)), torch.tensor(SHARES))
     spent = []
     for budget in (0.3, 0.8):
         fitted = _brought_to_budget(theatre(tiny), answers, greedy, budget)
-        spent.append(mean_share([theatre(tiny).follow(answer, rate_of(fitted))[0] for answer in answers]))
+        spent.append(mean_share([theatre(tiny).settle_policy(answer, rate_of(fitted))[0] for answer in answers]))
     assert spent[0] <= 0.3 + 1e-6 and spent[1] <= 0.8 + 1e-6
 
 
@@ -156,6 +160,6 @@ def test_short_answers_teach_nothing(tiny: LoadedModel, samples: list[Sample]) -
 
 def test_settings_survive_the_plan(tmp_path: Path) -> None:
     predictor = Predictor(torch.randn(3, 13), torch.randn(3), torch.tensor([1.0, 0.5, 0.1]))
-    restored = DyRate(Cut("decode", "dyrate", 0, options=predictor.settings()), GEOMETRY).rater()
+    restored = DyRate(Cut("decode", "dyrate", 0, options=predictor.settings()), GEOMETRY).rate_predictor()
     split = torch.rand(3, 4)
     assert torch.equal(predictor(split, torch.ones(1)), restored(split, torch.ones(1)))

@@ -8,7 +8,7 @@ import pytest
 from repository import ROOT
 
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.interop.lightcompress_methods import NO_EQUAL, READ
+from edgeprune.calibration.interop.lightcompress_methods import NO_EQUAL, READERS
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
@@ -190,7 +190,7 @@ def test_settings_are_refused_by_name(tmp_path: Path, settings: str, said: str) 
 def test_methods_without_an_equal_are_refused(tmp_path: Path, method: str) -> None:
     line = refusal(tmp_path, f"special: {{method: {method}, reduction_ratio: 0.7778}}")
     assert f"{method} has no equal here: " in line
-    assert all(known in line for known in READ)
+    assert all(known in line for known in READERS)
 
 
 @pytest.mark.parametrize(
@@ -245,5 +245,5 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_the_documentation_names_every_method_and_setting() -> None:
     text = (ROOT / "docs" / "lightcompress.md").read_text(encoding="utf-8")
-    assert all(name in text for name in (*READ, *NO_EQUAL))
-    assert all(f"`{name}`" in text or f"`{name}:" in text for reader in READ.values() for name in reader.names)
+    assert all(name in text for name in (*READERS, *NO_EQUAL))
+    assert all(f"`{name}`" in text or f"`{name}:" in text for reader in READERS.values() for name in reader.names)

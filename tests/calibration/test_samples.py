@@ -52,12 +52,12 @@ def test_no_samples_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "right"), [("red", 1), (" Red. ", 1), ("red!", 1), ("reddish", 0), ("", 0), ("blue", 0)])
 def test_short_answers_match_exactly(text: str, right: int) -> None:
-    assert score(Sample(Path(), "What?", "red", "colour"), text).right == right
+    assert score(Sample(Path(), "What?", "red", "colour"), text).correct == right
 
 
 def test_descriptions_are_scored_by_their_facts() -> None:
     sample = Sample(Path(), "Describe.", "red cube at top, blue ball at left, label K7 at bottom.", "describe")
     points = score(sample, "blue ball at left, red cube at middle.")
-    assert (points.right, points.of) == (1, 2)
+    assert (points.correct, points.total) == (1, 2)
     assert points.recall == pytest.approx(1 / 3)
-    assert score(sample, "").right == 0
+    assert score(sample, "").correct == 0

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.calibration.allocate.dyrate import RateRequest
-from edgeprune.calibration.data.statistics import Source, Statistics
-from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan, thinnable_blocks
-from edgeprune.calibration.search.candidates import BASELINES, encoder_blocks, encoder_places, idle
+from edgeprune.calibration.allocate.dyrate import DecodeRateOptions
+from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
+from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan, prunable_encoder_blocks
+from edgeprune.calibration.search.candidates import BASELINES, encoder_blocks, encoder_places, is_noop
 from edgeprune.calibration.search.pareto import Budget, Curve, Point, pareto_front
 from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import EdgePruneError, PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 
 GEOMETRY = Geometry(560, 560, 14, 2)  # 20 x 20
 WHOLE = unpruned_plan("qwen2_vl", 3, GEOMETRY)
-TIMES = DeviceTimes("somewhere", "measured", 400, 40.0, (10.0, 20.0, 30.0, 40.0, 60.0))
+TIMES = DeviceProfile("somewhere", "measured", 400, 40.0, (10.0, 20.0, 30.0, 40.0, 60.0))
 
 
 class Judge:
@@ -44,19 +44,19 @@ class Judge:
         assert not any(cut.method in self.refused for cut in plan.cuts)
         self.asked.append(count)
         skill = 1.0 if any(cut.method == "divprune" for cut in plan.cuts) else 0.5
-        return min(1.0, skill * (0.6 + plan.alive(2) / 400 * 2))
+        return min(1.0, skill * (0.6 + plan.tokens_at_layer(2) / 400 * 2))
 
     def divergences(self, plans: list[KeepPlan]) -> list[float]:
-        return [1.0 / (1 + plan.alive(2)) for plan in plans]
+        return [1.0 / (1 + plan.tokens_at_layer(2)) for plan in plans]
 
 
 def statistics() -> Statistics:
     """Return statistics of one sample, in which nothing differs."""
-    source = Source("qwen2_vl", 3, 2, "abc", GEOMETRY, "last", "mean", False)
+    source = StatisticsSource("qwen2_vl", 3, 2, "abc", GEOMETRY, "last", "mean", False)
     return Statistics.empty(source).with_sample({name: np.zeros(shape) for name, shape in source.shapes().items()})
 
 
-def untrained(base: KeepPlan, rate: RateRequest) -> KeepPlan:
+def untrained(base: KeepPlan, rate: DecodeRateOptions) -> KeepPlan:
     """Refuse to fit a rate: none was asked for."""
     raise AssertionError(rate)
 
@@ -65,10 +65,10 @@ class Skilled(Judge):
     """To whom all methods are alike: what counts is how many tokens reach the last layer."""
 
     def score(self, plan: KeepPlan, count: int) -> float:
-        return plan.alive(2) / 400 if plan.geometry == GEOMETRY else 0.0
+        return plan.tokens_at_layer(2) / 400 if plan.geometry == GEOMETRY else 0.0
 
 
-def search(tiny: LoadedModel, judge: Judge, blocks: int = 0, times: DeviceTimes | None = None) -> Search:
+def search(tiny: LoadedModel, judge: Judge, blocks: int = 0, times: DeviceProfile | None = None) -> Search:
     return Search(tiny.family.decoder(), WHOLE, statistics(), judge, times, lambda what: None, blocks)  # type: ignore[arg-type]
 
 
@@ -104,15 +104,15 @@ def test_a_cut_inside_the_encoder_stands_before_the_others(tiny: LoadedModel, ax
     expected |= {("vision", "cache"), ("vision", "input", "cache")} if axis == "kv" else set()
     assert behind_the_encoder(looking) == expected
     composed = [point for point in looking.points if point.group == "composed"]
-    assert not any(idle(point.plan) for point in composed)
-    counted = KeepPlan.alive if axis == "flops" else KeepPlan.stored
+    assert not any(is_noop(point.plan) for point in composed)
+    counted = KeepPlan.tokens_at_layer if axis == "flops" else KeepPlan.tokens_cached
     means = [sum(counted(point.plan, layer) for layer in range(3)) / 1200 for point in composed if point.plan.vision_cuts]
     # The same cost, up to whole tokens; PLPHP's classes need statistics that are more than zeros.
     assert all(0.38 < mean <= 0.4 + 1e-6 for mean in means if axis == "flops" or mean < 0.46) and len(means) > 40
 
 
 def test_where_the_encoder_is_most_of_the_time_tokens_leave_inside_it(tiny: LoadedModel) -> None:
-    slow = DeviceTimes("somewhere", "measured", 400, 90.0, (2.0, 4.0, 6.0, 8.0, 10.0))
+    slow = DeviceProfile("somewhere", "measured", 400, 90.0, (2.0, 4.0, 6.0, 8.0, 10.0))
     looking = search(tiny, Judge(), blocks=12, times=slow)
     found = looking.at(Budget("ttft_ms", 70.0))  # which no cut behind the encoder reaches
     assert found.plan.vision_cuts and found.ttft_ms is not None and found.ttft_ms <= 70.0
@@ -122,7 +122,7 @@ def test_where_the_encoder_is_most_of_the_time_tokens_leave_inside_it(tiny: Load
 
 
 def test_what_leaves_inside_the_encoder_lets_more_stay_in_the_same_time(tiny: LoadedModel) -> None:
-    even = DeviceTimes("somewhere", "measured", 400, 50.0, (10.0, 20.0, 30.0, 40.0, 50.0))
+    even = DeviceProfile("somewhere", "measured", 400, 50.0, (10.0, 20.0, 30.0, 40.0, 50.0))
     looking = search(tiny, Skilled(), blocks=12, times=even)
     found = looking.at(Budget("ttft_ms", 70.0))
     alone = [point for point in looking.points if not point.plan.vision_cuts and point.cost("ttft_ms") <= 70.0]
@@ -185,9 +185,9 @@ def test_an_unreachable_latency_is_told_at_once(tiny: LoadedModel) -> None:
 def test_where_no_token_can_leave_the_encoder_all_of_it_is_to_be_waited_for(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert thinnable_blocks(tiny, WHOLE) == 2
-    monkeypatch.setattr(type(tiny.family), "unthinned", "its encoder merges on the way")
-    assert thinnable_blocks(tiny, WHOLE) == 0
+    assert prunable_encoder_blocks(tiny, WHOLE) == 2
+    monkeypatch.setattr(type(tiny.family), "no_encoder_cuts_reason", "its encoder merges on the way")
+    assert prunable_encoder_blocks(tiny, WHOLE) == 0
     with pytest.raises(EdgePruneError, match=r"pruning cannot pass 2.0x here, to 50.0 ms"):
         check_goal(Goal(0.01, ttft_ms=45.0), tiny, WHOLE, TIMES, 40)
 
@@ -244,16 +244,16 @@ def test_curves_survive(tmp_path: Path) -> None:
 
 def test_times_survive(tmp_path: Path) -> None:
     TIMES.save(tmp_path / "t.json")
-    assert DeviceTimes.load(tmp_path / "t.json") == TIMES
+    assert DeviceProfile.load(tmp_path / "t.json") == TIMES
     (tmp_path / "t.json").write_text('{"schema_version": 1}')
     with pytest.raises(UsageError, match="edgeprune profile"):
-        DeviceTimes.load(tmp_path / "t.json")
+        DeviceProfile.load(tmp_path / "t.json")
 
 
 def test_what_is_not_of_the_model_is_left_out_and_tiles_are_not_resized(tiny: LoadedModel) -> None:
     judge = Judge()
     judge.refused = ("visionzip", "fastv")
     found = search(tiny, judge)
-    found.whole = replace(WHOLE, geometry=replace(GEOMETRY, views=GEOMETRY.layout))
+    found.unpruned = replace(WHOLE, geometry=replace(GEOMETRY, views=GEOMETRY.layout))
     assert found.at(Budget("flops", 0.3)).plan.cuts
-    assert {point.plan.geometry for point in found.points} == {found.whole.geometry}
+    assert {point.plan.geometry for point in found.points} == {found.unpruned.geometry}

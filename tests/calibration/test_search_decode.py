@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_search import WHOLE, Judge, statistics
 
-from edgeprune.calibration.allocate.dyrate import FORMS, RateRequest
+from edgeprune.calibration.allocate.dyrate import FORMS, DecodeRateOptions
 from edgeprune.calibration.search.auto import DropExceededError, Goal, find_plan
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
@@ -23,9 +23,9 @@ class Trained:
     def __init__(self) -> None:
         self.asked: list[tuple[float, str]] = []
 
-    def fit_rate(self, base: KeepPlan, rate: RateRequest) -> KeepPlan:
+    def fit_rate(self, base: KeepPlan, rate: DecodeRateOptions) -> KeepPlan:
         self.asked.append((rate.share, rate.form))
-        ranked = base.with_cuts(*(Cut("cache", "plphp", base.alive(layer), layer) for layer in range(base.layers)))
+        ranked = base.with_cuts(*(Cut("cache", "plphp", base.tokens_at_layer(layer), layer) for layer in range(base.layers)))
         return ranked.with_cuts(Cut("decode", "dyrate", 0, 0, options={"form": rate.form, "schedule": [[0, rate.share]]}))
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.calibration.data.statistics import STEPS, Source, Statistics, merge_files
+from edgeprune.calibration.data.statistics import STEPS, Statistics, StatisticsSource, merge_files
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry
 
-SOURCE = Source("qwen2_vl", 3, 2, "abc", Geometry(84, 112, 14, 2), "last", "mean", False)
+SOURCE = StatisticsSource("qwen2_vl", 3, 2, "abc", Geometry(84, 112, 14, 2), "last", "mean", False)
 
 
 def some(count: int, seed: int) -> Statistics:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import PlanError, UnsupportedModelError
 from edgeprune.plan import Cut, KeepPlan
 
@@ -31,13 +31,13 @@ def change(folder: Path, part: str | None = None, **values: Any) -> None:
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_code_of_a_folder_runs_only_where_it_is_trusted(folder: Path, on_disk: bool) -> None:
     # transformers knows the older names of tensors for its own classes alone.
-    state = load_model(find_model(str(folder))).model.state_dict()
+    state = load_model(resolve_model(str(folder))).model.state_dict()
     save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "ours.py").write_text(OWN)
     change(folder, auto_map={"AutoModelForImageTextToText": "ours.Ours"})
     with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
-        find_model(str(folder))
-    loaded = load_model(find_model(str(folder), trust_remote_code=True), on_disk=on_disk)
+        resolve_model(str(folder))
+    loaded = load_model(resolve_model(str(folder), trust_remote_code=True), on_disk=on_disk)
     assert type(loaded.model).__name__ == "Ours"
 
 
@@ -45,7 +45,7 @@ def test_code_of_a_folder_runs_only_where_it_is_trusted(folder: Path, on_disk: b
 def test_other_architectures_are_named_with_what_is_supported(folder: Path, name: str) -> None:
     change(folder, model_type=name)
     with pytest.raises(UnsupportedModelError, match=rf"'{name}' are not supported.*qwen3_vl, smolvlm"):
-        find_model(str(folder))
+        resolve_model(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -60,20 +60,20 @@ def test_other_architectures_are_named_with_what_is_supported(folder: Path, name
 def test_twists_are_named(folder: Path, part: str | None, values: dict[str, Any], named: str) -> None:
     change(folder, part, **values)
     with pytest.raises(UnsupportedModelError, match=named):
-        load_model(find_model(str(folder)))
+        load_model(resolve_model(str(folder)))
 
 
 def test_pickles_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UnsupportedModelError, match="pickle"):
-        find_model(str(folder))
+        resolve_model(str(folder))
 
 
 def test_settings_of_all_processors_may_be_in_one_file(folder: Path) -> None:
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    assert find_model(str(folder)).processor == settings
+    assert resolve_model(str(folder)).processor == settings
 
 
 @pytest.mark.parametrize("site", ["layer", "cache"])

@@ -19,7 +19,7 @@ from torch import nn
 
 from edgeprune.bundle import EMBED, VISION
 from edgeprune.checkpoint import weights
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import EdgePruneError, UnsupportedModelError
 from edgeprune.export import exporter
 from edgeprune.export.exporter import export_bundle
@@ -40,7 +40,7 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_disk(folder: Path) -> LoadedModel:
-    loaded = load_model(find_model(str(folder)), on_disk=True)
+    loaded = load_model(resolve_model(str(folder)), on_disk=True)
     assert len(weights.stored_in(loaded.model)) > 3
     return loaded
 
@@ -69,7 +69,7 @@ def test_graphs_are_the_same_either_way(even: LoadedModel, target: str, precisio
 def test_families_need_no_large_matrix_before_it_is_written(name: str, tmp_path: Path) -> None:
     tiny = import_module(f"tiny_{name}")
     folder = tiny.folder(tmp_path)
-    for way, loaded in (("held", load_model(find_model(str(folder)))), ("stored", on_disk(folder))):
+    for way, loaded in (("held", load_model(resolve_model(str(folder)))), ("stored", on_disk(folder))):
         (tmp_path / way / "onnx").mkdir(parents=True)
         parts = loaded.family.decoder()
         plan = unpruned_plan(name, len(parts.layers), loaded.geometry(tiny.SIZE))
@@ -110,7 +110,7 @@ def test_every_number_is_the_one_that_transformers_loads(checkpoint: Path, kind:
         split(checkpoint)
     loaded = on_disk(checkpoint)
     found = dict(loaded.model.named_parameters())
-    for name, expected in load_model(find_model(str(checkpoint))).model.named_parameters():
+    for name, expected in load_model(resolve_model(str(checkpoint))).model.named_parameters():
         source = getattr(found[name], "stored", None)
         assert source is None or found[name].isnan().all()
         assert torch.equal(found[name] if source is None else source.rows(0, source.shape[0]), expected), name
@@ -121,7 +121,7 @@ def test_every_number_is_the_one_that_transformers_loads(checkpoint: Path, kind:
 def test_broken_checkpoints_are_refused(checkpoint: Path, stored: bool, tmp_path: Path) -> None:
     def refused(words: str) -> None:
         with pytest.raises(UnsupportedModelError, match=words) as caught:
-            load_model(find_model(str(checkpoint)), on_disk=stored)
+            load_model(resolve_model(str(checkpoint)), on_disk=stored)
         assert "\n" not in str(caught.value)
 
     whole = (checkpoint / "model.safetensors").read_bytes()
@@ -153,14 +153,14 @@ def test_other_tensors_than_the_models_are_refused(checkpoint: Path, kind: str) 
         tensors["model.layers.0.mlp.side_proj.weight"] = torch.zeros(100, 100)
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match=f"has {kind} keys: .*mlp"):
-        load_model(find_model(str(checkpoint)), on_disk=True)
+        load_model(resolve_model(str(checkpoint)), on_disk=True)
 
 
 def test_matrices_that_transformers_takes_apart_are_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import conversion_mapping
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    expected = dict(load_model(find_model(str(checkpoint))).model.named_parameters())
+    expected = dict(load_model(resolve_model(str(checkpoint))).model.named_parameters())
     known = conversion_mapping.get_checkpoint_conversion_mapping
     apart = WeightConverter("mlp.gate_up.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
     monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", lambda kind: [*(known(kind) or []), apart])
@@ -169,7 +169,7 @@ def test_matrices_that_transformers_takes_apart_are_loaded(checkpoint: Path, mon
         up = tensors.pop(name.replace("gate_proj", "up_proj"))
         tensors[name.replace("gate_proj", "gate_up")] = torch.cat([tensors.pop(name), up])
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    loaded = load_model(find_model(str(checkpoint)), on_disk=True)
+    loaded = load_model(resolve_model(str(checkpoint)), on_disk=True)
     assert not weights.stored_in(loaded.model)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in loaded.model.named_parameters())
 
@@ -233,7 +233,7 @@ def test_matrices_are_quantized_once_and_in_pieces(kind: str, monkeypatch: pytes
 def test_whole_matrices_are_written_in_pieces(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrices, "_PIECE", 256 * 20)
     watched = Watched()
-    tensor, file = matrices.WholeTensor(watched, "whole", kind), BytesIO()
+    tensor, file = matrices.LazyInitializer(watched, "whole", kind), BytesIO()
     tensor.tofile(file)
     assert watched.asked == [20, 20, 20, 10]
     expected = watched.numbers.to(kind).numpy()
@@ -245,7 +245,7 @@ def test_whole_matrices_are_written_in_pieces(kind: torch.dtype, monkeypatch: py
 def test_the_space_that_is_asked_for_is_what_the_weights_take(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_model(find_model("tabletop"), on_disk=True)
+    loaded = load_model(resolve_model("tabletop"), on_disk=True)
     lowering = Lowering(TARGETS["jetpack6"], precision)
     plan = unpruned_plan("qwen2_vl", len(loaded.family.decoder().layers), loaded.geometry(None))
     bundle = export_bundle(loaded, plan, tmp_path / "out", lowering=lowering)

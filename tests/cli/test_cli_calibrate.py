@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from edgeprune.bundle import Bundle
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.cli import main
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.plan import KeepPlan
 from edgeprune.tabletop.dataset import write_dataset
 
@@ -59,7 +59,7 @@ def test_cuts_are_added_onto_a_plan(tiny_folder: Path, data: Path, tmp_path: Pat
     done(*common, "--method", "dyrate", "--form", "schedule", "--keep", 0.5, "--onto", second, "-o", third)
     plan = KeepPlan.load(third)
     assert [cut.site for cut in plan.cuts] == ["input", "cache", "cache", "cache", "decode"]
-    assert plan.seen == 7 and [plan.stored(layer) for layer in range(3)] == [3, 3, 3]
+    assert plan.tokens_entering_decoder == 7 and [plan.tokens_cached(layer) for layer in range(3)] == [3, 3, 3]
 
 
 def test_shards_merge_to_the_whole(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_shards_merge_to_the_whole(tiny_folder: Path, data: Path, tmp_path: Path
 
 def test_profile_writes_times(tiny_bundle: Bundle, tmp_path: Path) -> None:
     done("profile", tiny_bundle.path, "-o", tmp_path / "t.json", "--repeats", 2, "--threads", 1)
-    times = DeviceTimes.load(tmp_path / "t.json")
+    times = DeviceProfile.load(tmp_path / "t.json")
     assert (times.how, times.tokens, len(times.prefill_ms)) == ("measured", 12, 5)
 
 

@@ -27,7 +27,7 @@ from recordings_jetson import (
 
 import edgeprune.device.machine
 from edgeprune.cli import main
-from edgeprune.device.doctor import Ability, Diagnosis, diagnose
+from edgeprune.device.doctor import DeviceFeature, Diagnosis, diagnose
 from edgeprune.device.system import Software
 
 CPU, CUDA, BUILD, ENGINES, EXPORT = (
@@ -39,7 +39,7 @@ CPU, CUDA, BUILD, ENGINES, EXPORT = (
 )
 
 
-def examine(recording: Recording, root: Path) -> tuple[dict[str, Ability], Diagnosis]:
+def examine(recording: Recording, root: Path) -> tuple[dict[str, DeviceFeature], Diagnosis]:
     diagnosis = diagnose(recording.machine(root))
     return {ability.name: ability for ability in diagnosis.abilities}, diagnosis
 

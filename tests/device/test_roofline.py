@@ -17,22 +17,22 @@ from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import MODULES, module_named
 from edgeprune.device.onnx_file import read_graph
-from edgeprune.device.roofline import Range, estimate, prefill_operations, vision_operations
-from edgeprune.device.workload import PRECISIONS, Decoder, Precision, Tower, Workload, workload_of
+from edgeprune.device.roofline import Interval, estimate, prefill_operations, vision_operations
+from edgeprune.device.workload import PRECISIONS, Decoder, Precision, VisionWorkload, Workload, workload_of
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.passes import attention as tiling
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.targets import TARGETS, Lowering
 
-TOWER = Tower(layers=10, hidden=1000, mlp=4000, patches=400, tokens=100, parameters=100_000_000, merger=10_000_000)
+TOWER = VisionWorkload(layers=10, hidden=1000, mlp=4000, patches=400, tokens=100, parameters=100_000_000, merger=10_000_000)
 DECODER_SHAPE = Decoder(
     layers=20, hidden=1000, heads=10, kv_heads=2, head_dim=100, intermediate=3000, vocabulary=50_000, parameters=1_000_000_000
 )
 WORK = Workload(TOWER, DECODER_SHAPE, PRECISIONS["fp16"], (100,) * 20, (100,) * 20, text_tokens=20, generated=10)
 
 
-def stage_ms(work: Workload, module: str, name: str) -> Range:
+def stage_ms(work: Workload, module: str, name: str) -> Interval:
     stage = estimate(work, module_named(module)).stage(name)
     assert stage is not None
     return stage.ms
@@ -51,7 +51,7 @@ def test_a_prefill_by_hand() -> None:
     # 2 * 10^9 weights * 120 tokens, 2 * 20 layers * 1000 wide * 120^2 pairs, and 2 * 50 million weights of the head.
     assert stage.operations == 240e9 + 0.576e9 + 0.1e9
     # 2.1 GB of weights; at most 120 * 20 times (12 * 1000 + 4 * 1000 + 2 * 400 + 6 * 3000) numbers of 2 bytes besides.
-    assert stage.bytes == Range(2.1e9, 2.1e9 + 120 * 20 * 34_800 * 2)
+    assert stage.bytes == Interval(2.1e9, 2.1e9 + 120 * 20 * 34_800 * 2)
     assert stage.limit == "compute"
     peak = 8 * 1.02 * 2.048e9  # operations in a millisecond
     launches = 20 * 12
@@ -62,7 +62,7 @@ def test_a_prefill_by_hand() -> None:
 def test_a_token_of_decode_by_hand() -> None:
     stage = estimate(WORK, module_named("orin-nano")).stages[-1]
     kv = 20 * (100 + 20 + 5) * 400 * 2  # layers, tokens on average, numbers a token, bytes
-    assert stage.bytes == Range(2.1e9 + kv, 2.1e9 + kv)
+    assert stage.bytes == Interval(2.1e9 + kv, 2.1e9 + kv)
     assert stage.limit == "bandwidth"
     assert stage.ms.low == pytest.approx((2.1e9 + kv) / (0.95 * 102e6) + 0.24)
     assert estimate(WORK, module_named("orin-nano")).token_ms == stage.ms
@@ -110,7 +110,7 @@ def test_memory_by_hand() -> None:
     assert memory.weights == 2 * (1_000_000_000 + 2 * 50_000_000 + 110_000_000)
     assert memory.kv == 20 * (100 + 20 + 10) * 400 * 2
     assert memory.activations == 400 * (2 * 1000 + 2 * 4000) * 2  # the vision encoder's MLP
-    assert memory.at_rest == Range(memory.weights + 1e9, memory.weights + 2e9)
+    assert memory.at_rest == Interval(memory.weights + 1e9, memory.weights + 2e9)
     assert memory.at_peak.low == memory.at_rest.low + memory.kv + memory.activations
     assert memory.file_cache == memory.weights
     assert memory.ram == 8 * 2**30 and memory.fits == "yes"

@@ -52,6 +52,6 @@ def test_it_has_so_many_heaps(how: str, given: dict[str, str], most: int | None)
 @pytest.mark.parametrize("command", ["serve", "ros2"])
 def test_whatever_answers_for_weeks_begins_with_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
-    monkeypatch.setattr(allocator, "hold_steady", lambda: called.append(True))
+    monkeypatch.setattr(allocator, "limit_malloc_arenas", lambda: called.append(True))
     assert CliRunner().invoke(main, [command, "nowhere"]).exit_code
     assert called

@@ -15,9 +15,9 @@ import pytest
 import torch
 from onnx_ir.tape import Tape
 
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.export.passes import attention as tiling
-from edgeprune.export.passes.precision import IntegerProducts
+from edgeprune.export.passes.precision import DynamicQuantizer
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_vision
 from edgeprune.model.quantization import dynamically_rounded, quantize
 from edgeprune.plan import KeepPlan
@@ -39,7 +39,7 @@ def run(path: Path, **feeds: np.ndarray) -> np.ndarray:
 
 
 def multiplied(tmp_path: Path, rows: torch.Tensor, weight: torch.Tensor, *, normed: bool) -> torch.Tensor:
-    """Return rows times weight [out, in] as IntegerProducts writes it, behind a norm (of no effect) or not."""
+    """Return rows times weight [out, in] as DynamicQuantizer writes it, behind a norm (of no effect) or not."""
     state = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", rows.shape[1]]))
     tape, quantized = Tape(), quantize(weight, "int8", torch.float32)
     one = tape.initializer(ir.tensor(np.ones(rows.shape[1], np.float32), name="one"))
@@ -47,7 +47,7 @@ def multiplied(tmp_path: Path, rows: torch.Tensor, weight: torch.Tensor, *, norm
     start = tape.op("RMSNormalization", [state, one], {"epsilon": 1e12}) if normed else state
     integers = tape.initializer(ir.tensor(quantized.values.T.contiguous().numpy(), name="w"))
     scales = tape.initializer(ir.tensor(quantized.scales[:, 0].numpy(), name="s"))
-    output = IntegerProducts().product(tape, start, integers, scales, None)
+    output = DynamicQuantizer().product(tape, start, integers, scales, None)
     output.name = "y"
     graph = ir.Graph([state], [output], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": 23})
     ir.save(ir.Model(graph, ir_version=10), tmp_path / "product.onnx")
@@ -103,7 +103,7 @@ def test_scores_of_an_encoder_are_never_there_at_once(
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 def test_rotary_positions_of_an_encoder_are_one_operator(name: str, tmp_path: Path) -> None:
     kind: Any = import_module(f"tiny_{name}")
-    model = load_model(find_model(str(kind.folder(tmp_path))))
+    model = load_model(resolve_model(str(kind.folder(tmp_path))))
     layers, blocks = len(model.family.decoder().layers), len(model.model.model.visual.blocks)
     plan = unpruned_plan(name, layers, model.geometry(kind.SIZE))
     pixels, outputs = np.random.default_rng(0).standard_normal((plan.geometry.tokens * 4, 1176)).astype(np.float32), []

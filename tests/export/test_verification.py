@@ -11,7 +11,7 @@ import pytest
 from altered import change_weight, first_failure, sealed
 
 from edgeprune.bundle import DECODER, PREPROCESSOR, VISION, Bundle
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import VerificationError
 from edgeprune.export.verification import verify
 from edgeprune.runtime.backends.compare import differing_indices, largest_difference
@@ -48,7 +48,7 @@ def test_a_wrong_decoder_weight_is_named(altered_bundle: Path, tiny: LoadedModel
 
 def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(VerificationError, match="other weights"):
-        verify(tiny_bundle, load_model(find_model("tabletop")))
+        verify(tiny_bundle, load_model(resolve_model("tabletop")))
 
 
 def test_a_copied_bundle_still_verifies(tiny_bundle: Bundle, tiny: LoadedModel, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from simulated_device import on_device, prepare
 
 from edgeprune.calibration.replay.reference import reference_model
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.tracing import trace_decoder, trace_vision
@@ -28,13 +28,13 @@ from edgeprune.export.verification import verify
 from edgeprune.lint.check import lint
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.registry import FAMILIES, fields
+from edgeprune.registry import FAMILIES, applicability
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend
-from edgeprune.runtime.backends.tensorrt.profiles import Limits
-from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
-from edgeprune.runtime.generation.pipeline import Model
-from edgeprune.runtime.text.prompt import ImageLayout
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
+from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
+from edgeprune.runtime.generation.pipeline import Pipeline
+from edgeprune.runtime.text.prompt import ImagePlaceholders
 from edgeprune.targets import TARGETS, Lowering
 
 WORDS = 16
@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def model(name: str, folders: Any) -> LoadedModel:
-    return load_model(find_model(str(folders(name))))
+    return load_model(resolve_model(str(folders(name))))
 
 
 def tiny(name: str) -> Any:
@@ -81,7 +81,11 @@ class Said:
 
 
 def said_by_transformers(
-    loaded: LoadedModel, model: Model, messages: list[Any], images: list[Image.Image], clip: dict[str, torch.Tensor] | None = None
+    loaded: LoadedModel,
+    model: Pipeline,
+    messages: list[Any],
+    images: list[Image.Image],
+    clip: dict[str, torch.Tensor] | None = None,
 ) -> Said:
     """Return what `generate` adds to a conversation about images, or about one video: `clip`, as the model takes it."""
     tokens = torch.tensor([ids_by_transformers(loaded, model, messages, len(images) or int(clip is not None))])
@@ -100,9 +104,9 @@ def said_by_transformers(
     return Said(said[: said.index(2)] if 2 in said else said, found[0].numpy())
 
 
-def ids_by_transformers(loaded: LoadedModel, model: Model, messages: list[Any], images: int) -> list[int]:
+def ids_by_transformers(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: int) -> list[int]:
     """Return the tokens of a prompt by transformers' tokenizer, which puts its own first token unless the prompt has it."""
-    layout, tokenizer = ImageLayout(model.image, model.plan.geometry, model.codec), loaded.tokenizer
+    layout, tokenizer = ImagePlaceholders(model.image, model.plan.geometry, model.tokenizer), loaded.tokenizer
     template = loaded.chat_template(model.image)
     prompt = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
@@ -117,9 +121,9 @@ def ids_by_transformers(loaded: LoadedModel, model: Model, messages: list[Any], 
 class Asked:
     """A conversation with the eager reference that keeps the first logits of each answer."""
 
-    def __init__(self, reference: Model) -> None:
-        self.reference, self.recorder = reference, RecordingBackend(reference.engine)
-        self.chat = Runtime(replace(reference, engine=self.recorder)).chat()
+    def __init__(self, reference: Pipeline) -> None:
+        self.reference, self.recorder = reference, RecordingBackend(reference.backend)
+        self.chat = Runtime(replace(reference, backend=self.recorder)).chat()
 
     def ask(self, prompt: str, pictures: list[Image.Image]) -> tuple[str, np.ndarray]:
         """Return the answer and its first logits."""
@@ -132,7 +136,7 @@ class Asked:
         """Ask, and compare with what transformers said; return the answer."""
         text, logits = self.ask(prompt, pictures)
         assert float(np.abs(logits - said.logits).max()) <= 1e-4 * float(np.abs(said.logits).max())
-        assert text == self.reference.codec.decode(said.tokens)
+        assert text == self.reference.tokenizer.decode(said.tokens)
         return text
 
 
@@ -172,7 +176,7 @@ def test_text_alone_equals_transformers(name: str, model: LoadedModel) -> None:
     Asked(reference).check(PROMPTS[0], [], said_by_transformers(model, reference, [turn(PROMPTS[0], 0)], []))
 
 
-def clip_of(loaded: LoadedModel, name: str, model: Model, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
+def clip_of(loaded: LoadedModel, name: str, model: Pipeline, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
     """Return a video as transformers' model takes it. Its video processors need torchvision, so the pixels are ours."""
     patches, geometry = torch.from_numpy(model.image_spec.patches(frames)), model.plan.geometry
     if name.startswith("qwen"):
@@ -225,7 +229,7 @@ def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_pa
 def pruned(loaded: LoadedModel, name: str) -> KeepPlan:
     """Return a plan with cuts at every site but the last."""
     plan, first = whole(loaded, name), in_encoder(loaded, name, "evit")
-    tokens, left = plan.geometry.tokens, plan.with_cuts(*first).encoded
+    tokens, left = plan.geometry.tokens, plan.with_cuts(*first).tokens_from_encoder
     ranked = "visionzip" if loaded.family.signals else "divprune"
     cuts = [
         Cut("input", ranked, left - 2),
@@ -239,7 +243,7 @@ def in_encoder(loaded: LoadedModel, name: str, method: str) -> list[Cut]:
     """Return a cut inside the vision encoder that takes a token or more of every view, where the family has such cuts."""
     layout = whole(loaded, name).geometry.layout
     keep = max(1, int(0.8 * layout[0].tokens)) * len(layout)
-    return [] if loaded.family.unthinned else [Cut("vision", method, keep, layer=1)]
+    return [] if loaded.family.no_encoder_cuts_reason else [Cut("vision", method, keep, layer=1)]
 
 
 @families
@@ -250,7 +254,7 @@ def test_a_pruned_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Pa
     runtime = load(bundle.path)
     answer = runtime.generate(picture(name, 0), PROMPTS[0], max_tokens=4)
     assert answer.receipt.pruned and [cut.after for cut in answer.receipt.cuts] == [cut.keep for cut in bundle.plan.cuts]
-    prepare(bundle, Limits(context=512, turn=256, images=2, unpruned=True))
+    prepare(bundle, ProfileLimits(context=512, turn=256, images=2, unpruned=True))
     assert on_device(bundle, SimulatedDriver()).generate(picture(name, 0), PROMPTS[0], max_tokens=4).text == answer.text
     unpruned = runtime.generate(picture(name, 0), PROMPTS[0], max_tokens=4, prune=False)
     assert (
@@ -274,7 +278,7 @@ def test_its_graphs_are_built(name: str, target: str, model: LoadedModel, tmp_pa
         trace_decoder(model.family.decoder(), model.family.position_axes, plan, lowering, tmp_path / "decoder.onnx")
     for graph in tmp_path.glob("*.onnx"):
         assert [finding for finding in lint(graph, lowering.target) if finding.severity == "error"] == []
-    assert try_build(tmp_path / "vision.onnx", "vision", [{}], stand_in(lowering.target)).error == ""
+    assert try_build(tmp_path / "vision.onnx", "vision", [{}], substitute_capability(lowering.target)).error == ""
 
 
 @families
@@ -286,7 +290,7 @@ def test_its_graphs_for_cpus_are_verified(name: str, model: LoadedModel, tmp_pat
 @families
 def test_every_method_applies_or_says_why_not(name: str, model: LoadedModel) -> None:
     base, shown = whole(model, name), picture(name, 0)
-    for field in fields(model.family):
+    for field in applicability(model.family):
         if field.reason or field.site == "decode" or field.method == "evs":  # test_dyrate.py, test_methods_evs.py
             continue
         layer = 0 if field.site == "input" else 1

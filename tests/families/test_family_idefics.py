@@ -34,8 +34,8 @@ from edgeprune.families.idefics2 import Idefics2
 from edgeprune.families.idefics3 import Idefics3, SmolVLM
 from edgeprune.plan import Geometry, View
 from edgeprune.processors import image_spec
-from edgeprune.runtime.text.prompt import ImageLayout
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.prompt import ImagePlaceholders
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 
 def model_of(kind: Any, config: Any) -> Any:
@@ -113,7 +113,7 @@ def test_latents_stand_in_the_text_as_transformers_writes_them(splitting: bool, 
     text = Idefics2(model_of(Idefics2ForConditionalGeneration, tiny_idefics2.config())).image_text(geometry)
     # Its token is counted by the model's tokenizer, whose number for it differs from the tiny configuration's.
     text = replace(text, token=tokenizer.convert_tokens_to_ids("<image>"))
-    prompt = ImageLayout(text, geometry, TextCodec(folder / "tokenizer.json")).expand("See <image>there")
+    prompt = ImagePlaceholders(text, geometry, TextTokenizer(folder / "tokenizer.json")).expand("See <image>there")
     assert tokenizer(prompt.replace("<image>", "<image>" * 12)).input_ids == upstream["input_ids"][0]
 
 

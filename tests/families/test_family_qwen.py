@@ -15,16 +15,16 @@ from PIL import Image
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from edgeprune.calibration.replay.reference import reference_model
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.plan import Cut, Geometry
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
 from edgeprune.runtime import Runtime
-from edgeprune.runtime.generation.pipeline import Model
+from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.sequence import span_positions, text_positions
-from edgeprune.runtime.text.prompt import ImageLayout
+from edgeprune.runtime.text.prompt import ImagePlaceholders
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PROMPT = "What colour is the cube?"
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedMo
     @cache
     def loaded(name: str) -> LoadedModel:
         folder = import_module(f"tiny_{name}").folder(tmp_path_factory.mktemp(name))
-        return load_model(find_model(str(folder)))
+        return load_model(resolve_model(str(folder)))
 
     return loaded
 
@@ -130,20 +130,20 @@ def test_interleaved_positions_rotate_as_in_transformers(models: Callable[[str],
     assert all(torch.equal(a, b[0]) for a, b in zip(ours, theirs, strict=True))
 
 
-def asked(model: LoadedModel, geometry: Geometry, images: int) -> tuple[Model, list[int]]:
+def asked(model: LoadedModel, geometry: Geometry, images: int) -> tuple[Pipeline, list[int]]:
     """Return the unpruned model and the ids of a prompt with images, each with one token for a span."""
     reference = reference_model(model, unpruned_plan(model.folder.model_type, len(model.family.decoder().layers), geometry))
     content = [{"type": reference.image.kind}] * images + [{"type": "text", "text": PROMPT}]
     turn: Any = [{"role": "user", "content": content}]
-    text = reference.template.render(turn, add_generation_prompt=True, **reference.special_tokens)
-    return reference, reference.codec.encode(layout(reference).expand(text))
+    text = reference.chat_template.render(turn, add_generation_prompt=True, **reference.special_tokens)
+    return reference, reference.tokenizer.encode(layout(reference).expand(text))
 
 
-def layout(model: Model) -> ImageLayout:
-    return ImageLayout(model.image, model.plan.geometry, model.codec)
+def layout(model: Pipeline) -> ImagePlaceholders:
+    return ImagePlaceholders(model.image, model.plan.geometry, model.tokenizer)
 
 
-def inputs(model: Model, ids: list[int]) -> dict[str, Any]:
+def inputs(model: Pipeline, ids: list[int]) -> dict[str, Any]:
     """Return the arguments of transformers that say what and where the images are."""
     spans = layout(model).spans
     images, tokens = layout(model).count(ids), [sum(view.tokens for view in views) for views in spans]
@@ -229,7 +229,7 @@ def test_answers_about_a_video_equal_transformers(name: str, model: LoadedModel)
             do_sample=False,
         )
     said = generated[0, given["input_ids"].shape[1] :].tolist()
-    assert answer.text == reference.codec.decode(said[: said.index(2)] if 2 in said else said)
+    assert answer.text == reference.tokenizer.decode(said[: said.index(2)] if 2 in said else said)
 
 
 @families

@@ -15,7 +15,7 @@ from test_family_llava import random
 from tiny_folders import cut
 from transformers import VipLlavaForConditionalGeneration
 
-from edgeprune.checkpoint.loading import find_model, load_model
+from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.llava import VipLlava
 from edgeprune.plan import Geometry
@@ -95,10 +95,10 @@ def test_the_config_of_the_7b_is_refused_until_it_names_its_layers(tmp_path: Pat
     layers = config.pop("vision_feature_layer")
     path.write_text(json.dumps(config | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}))
     with pytest.raises(UnsupportedModelError, match="single layer") as refused:
-        load_model(find_model(str(tmp_path)))
+        load_model(resolve_model(str(tmp_path)))
     assert "vision_feature_layers" in str(refused.value.hint)
     path.write_text(json.dumps(config | {"vision_feature_layers": layers}))
-    assert load_model(find_model(str(tmp_path))).model.config.vision_feature_layer == [-2, -4, 2]
+    assert load_model(resolve_model(str(tmp_path))).model.config.vision_feature_layer == [-2, -4, 2]
 
 
 def test_an_image_processor_of_another_size_is_refused() -> None:

@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from true_sizes import SIZES, widened
 
 from edgeprune.calibration.replay.reference import reference_model
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.backends.kv_cache import StepInput
+from edgeprune.runtime.backends.kv_cache import DecoderInput
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.targets import TARGETS, Lowering
 
@@ -76,7 +76,7 @@ def relative(expected: np.ndarray, actual: np.ndarray) -> float:
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     started = time.perf_counter()
-    loaded = load_model(find_model(str(folder_of(name, tmp_path / "model"))))
+    loaded = load_model(resolve_model(str(folder_of(name, tmp_path / "model"))))
     plan = unpruned_plan(name, len(loaded.family.decoder().layers), loaded.geometry(SIZES[name]["size"]))
     image = frames_for(plan.geometry)[0]
     reference = reference_model(loaded, plan)
@@ -97,7 +97,7 @@ def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.Fixtu
         seconds=time.perf_counter() - started,
     )
     assert vision <= TOLERANCE and logits <= TOLERANCE
-    assert answer == reference.codec.decode(said.tokens)
+    assert answer == reference.tokenizer.decode(said.tokens)
     precision = request.config.getoption("--precision")
     bundle = export_bundle(loaded, pruned(loaded, name), tmp_path / "bundle", lowering=Lowering(TARGETS["onnxruntime"], precision))
     stages = verify(bundle, loaded)
@@ -105,7 +105,7 @@ def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.Fixtu
     assert [stage.name for stage in stages if not stage.passed] == []
 
 
-def span_of(step: StepInput) -> np.ndarray:
+def span_of(step: DecoderInput) -> np.ndarray:
     """Return where in the sequence the visual tokens of a step are: text and tokens in the order of their places."""
     segments = (step.prefix, step.visual, step.suffix)
     times = np.concatenate([part.positions[0] for part in segments])

@@ -18,7 +18,7 @@ from edgeprune.runtime import Receipt, Runtime, load
 @pytest.fixture
 def model(tiny_bundle: Bundle) -> Runtime:
     """Return a model that never ends an answer by itself."""
-    return Runtime(replace(load(tiny_bundle.path, threads=1)._model, end_tokens=()))
+    return Runtime(replace(load(tiny_bundle.path, threads=1)._pipeline, eos_token_ids=()))
 
 
 @pytest.fixture

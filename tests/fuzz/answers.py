@@ -46,10 +46,10 @@ class _Walks:
             return False
         draw = Random(data)
         for _ in range(_STEPS):
-            ids = constraint.allowed(_VOCABULARY)
+            ids = constraint.allowed_ids(_VOCABULARY)
             demand(len(ids) > 0 and 0 <= ids[0] <= ids[-1] < _VOCABULARY, "a token that does not exist")
             token = int(ids[draw.randrange(len(ids))])
-            constraint.take(token)
+            constraint.accept(token)
             if token == _END or constraint.done:
                 break
         return True

@@ -12,15 +12,15 @@ from server_double import NAME, data_url, user
 from edgeprune.errors import UsageError
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media import images
-from edgeprune.runtime.server.errors import Limits, Refusal
-from edgeprune.runtime.server.request_mapping import question
+from edgeprune.runtime.server.errors import ApiError, ServerLimits
+from edgeprune.runtime.server.request_mapping import answer_request
 from edgeprune.runtime.server.schema import parse
 from fuzz.mutations import bytes_variant, json_variant, text_variant
 from fuzz.pictures import MOST_PIXELS
 from fuzz.target import Target, demand
 from fuzz.wires import Wires
 
-_LIMITS = Limits(max_body_bytes=1 << 16, max_pixels=MOST_PIXELS, max_images=3)
+_LIMITS = ServerLimits(max_body_bytes=1 << 16, max_pixels=MOST_PIXELS, max_images=3)
 _URL = data_url(Image.new("RGB", (4, 4), (255, 0, 0)))
 _FORM = {"name": "answer", "schema": {"type": "object"}, "strict": True}
 _BODIES: tuple[dict[str, Any], ...] = (
@@ -97,7 +97,7 @@ _TEXT = ("/metrics", "/", "/page.js", "/style.css", "/icon.svg")
 
 
 def _ask(data: bytes) -> bool:
-    asked = question(parse(data), _LIMITS)
+    asked = answer_request(parse(data), _LIMITS)
     Sampling(**asked.sampling)
     demand(asked.prompt.encode() != b"", "no prompt")
     demand(sum(len(turn.images) for turn in asked.history) + len(asked.images) <= _LIMITS.max_images, "too many images")
@@ -107,7 +107,7 @@ def _ask(data: bytes) -> bool:
 def chat_bodies() -> Target:
     """Return the target of the JSON of chat completions."""
     images.MAX_PIXELS = MOST_PIXELS
-    return Target(_ask, tuple(json.dumps(body).encode() for body in _BODIES), json_variant, (Refusal, UsageError))
+    return Target(_ask, tuple(json.dumps(body).encode() for body in _BODIES), json_variant, (ApiError, UsageError))
 
 
 def http() -> Target:

@@ -76,20 +76,20 @@ def _image_variant(data: bytes, random: Random) -> bytes:
 
 
 def _fetch(data: bytes) -> bool:
-    from edgeprune.runtime.server.request_mapping import picture
+    from edgeprune.runtime.server.request_mapping import decode_image_url
 
-    return _settle(picture(data.decode("utf-8", "replace"), MOST_PIXELS, "messages[0]"))
+    return _settle(decode_image_url(data.decode("utf-8", "replace"), MOST_PIXELS, "messages[0]"))
 
 
 def image_urls() -> Target:
     """Return the target of the server's data URLs."""
-    from edgeprune.runtime.server.errors import Refusal
+    from edgeprune.runtime.server.errors import ApiError
 
     _small()
     kinds = ("png", "jpeg", "webp", "gif")
     seeds = [f"data:image/{kind};base64,{base64.b64encode(data).decode()}" for kind in kinds for data in _of(kind.upper())]
     seeds += ["https://example.com/a.png", "file:///etc/passwd"]
-    return Target(_fetch, tuple(seed.encode() for seed in seeds), _url_variant, (Refusal,))
+    return Target(_fetch, tuple(seed.encode() for seed in seeds), _url_variant, (ApiError,))
 
 
 def _of(kind: str) -> Iterator[bytes]:
@@ -173,12 +173,12 @@ def frames() -> Target:
 
 
 def _hear(data: bytes) -> bool:
-    from edgeprune.runtime.ros2.images import packed_picture, raw_picture
+    from edgeprune.runtime.ros2.images import decode_compressed, decode_image
     from edgeprune.runtime.ros2.messages import CompressedImage
     from edgeprune.runtime.ros2.messages import Image as Message
 
     taken = False
-    for kind, reader in ((Message, raw_picture), (CompressedImage, packed_picture)):
+    for kind, reader in ((Message, decode_image), (CompressedImage, decode_compressed)):
         try:
             message: Any = kind.deserialize(data)
         except ValueError as error:  # as it says; the node passes over such a message

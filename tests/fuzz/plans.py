@@ -9,7 +9,7 @@ from typing import Any
 from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.plan import Cut, Geometry, KeepPlan, View
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.plan.tiers import Tiers, alive, budgets, cache_stage
+from edgeprune.plan.tiers import Tiers, budgets, cache_group, tokens_at_layer
 from fuzz.conforming import check_type
 from fuzz.files import in_file
 from fuzz.mutations import json_variant, text_variant
@@ -70,10 +70,18 @@ def _settle(plan: KeepPlan) -> None:
     )
     demand(geometry.tokens >= 1, "no visual tokens")
     for layer in (0, plan.layers - 1):
-        demand(0 <= plan.stored(layer) <= geometry.tokens, "a cache that holds more than there is")
-        demand(0 <= plan.alive(layer) <= plan.seen <= plan.encoded <= plan.encoding(0) <= geometry.tokens, "counts that grow")
+        demand(0 <= plan.tokens_cached(layer) <= geometry.tokens, "a cache that holds more than there is")
+        demand(
+            0
+            <= plan.tokens_at_layer(layer)
+            <= plan.tokens_entering_decoder
+            <= plan.tokens_from_encoder
+            <= plan.encoding(0)
+            <= geometry.tokens,
+            "counts that grow",
+        )
     demand(KeepPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan, "a plan that changes when it is written")
-    demand(str(geometry).isprintable() and isinstance(plan.live, bool), "no words for it")
+    demand(str(geometry).isprintable() and isinstance(plan.follows_attention, bool), "no words for it")
 
 
 def _load(data: bytes) -> bool:
@@ -103,7 +111,7 @@ def _load_tiers(data: bytes) -> bool:
     for cut in every[0].cuts:
         counts = budgets(every, cut)
         demand(list(counts) == sorted(counts, reverse=True), "tiers that keep more as they fall")
-    demand(len(alive(every, 0)) == len(cache_stage(every, 0)) == len(loaded.lower) + 1, "a tier that is lost")
+    demand(len(tokens_at_layer(every, 0)) == len(cache_group(every, 0)) == len(loaded.lower_tiers) + 1, "a tier that is lost")
     return True
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import recordings_jetson
 
 from edgeprune.calibration.data.samples import Sample, read_samples, score
-from edgeprune.calibration.data.statistics import Source, Statistics
+from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
 from edgeprune.device.power import Tegrastats, parse_tegrastats
-from edgeprune.device.profile import DeviceTimes
+from edgeprune.device.profile import DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.plan import Geometry
 from fuzz.conforming import check_type, is_number, is_whole
@@ -25,7 +25,7 @@ _HEADER = 8  # bytes, that say how long the JSON behind them is
 
 def _load_statistics(data: bytes) -> bool:
     found = Statistics.load(in_file(data, "statistics.safetensors"))
-    check_type(found.source, Source, "the source")
+    check_type(found.source, StatisticsSource, "the source")
     demand(is_whole(found.samples) and found.samples >= 0, "a count that is none")
     demand(all(array.dtype == np.int64 for array in found.sums.values()), "sums that are not whole numbers")
     demand((found + found).samples == 2 * found.samples, "a sum that is none")
@@ -64,7 +64,7 @@ def statistics() -> Target:
     """Return the target of files of statistics."""
     seeds = []
     for geometry in (Geometry(28, 28, 14, 1), Geometry(28, 14, 14, 1)):
-        empty = Statistics.empty(Source("qwen2_vl", 1, 1, "abc", geometry, "last", "mean", False))
+        empty = Statistics.empty(StatisticsSource("qwen2_vl", 1, 1, "abc", geometry, "last", "mean", False))
         some = empty.with_sample({name: np.full(array.shape, 0.5) for name, array in empty.sums.items()})
         some.save(scratch() / "seed")
         seeds.append((scratch() / "seed").read_bytes())
@@ -72,11 +72,11 @@ def statistics() -> Target:
 
 
 def _load_times(data: bytes) -> bool:
-    found = DeviceTimes.load(in_file(data, "times.json"))
-    check_type(found, DeviceTimes, "the times")
+    found = DeviceProfile.load(in_file(data, "times.json"))
+    check_type(found, DeviceProfile, "the times")
     demand(is_number(found.ttft_ms), "a time that is no number")
     found.save(scratch() / "again.json")
-    demand(DeviceTimes.load(scratch() / "again.json") == found, "times that change when they are written")
+    demand(DeviceProfile.load(scratch() / "again.json") == found, "times that change when they are written")
     return True
 
 
@@ -84,8 +84,8 @@ def times() -> Target:
     """Return the target of `edgeprune profile`'s files."""
     peaks = Peaks({"fp32": 1e11, "int8": 4e11}, 2e10, None)
     each = (
-        DeviceTimes("a board", "measured", 144, 10.5, (1.0, 2.0, 3.0, 4.0, 5.0)),
-        DeviceTimes("x", "roofline", 4, 1.0, (1.0,), peaks),
+        DeviceProfile("a board", "measured", 144, 10.5, (1.0, 2.0, 3.0, 4.0, 5.0)),
+        DeviceProfile("x", "roofline", 4, 1.0, (1.0,), peaks),
     )
     for number, one in enumerate(each):
         one.save(scratch() / f"seed-{number}.json")
@@ -98,7 +98,7 @@ def _read(data: bytes) -> bool:
         for sample in read_samples(path, limit=9, need_answers=need):
             check_type(sample, Sample, "the sample")
             points = score(sample, "There is a red cup.")
-            demand(0 <= points.right <= points.of and 0 <= points.recall <= 1, "points beyond the bounds")
+            demand(0 <= points.correct <= points.total and 0 <= points.recall <= 1, "points beyond the bounds")
     return True
 
 

@@ -15,9 +15,9 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from edgeprune.runtime.server.access import Keys
+from edgeprune.runtime.server.access import ApiKeys
 from edgeprune.runtime.server.application import application
-from edgeprune.runtime.server.errors import Limits
+from edgeprune.runtime.server.errors import ServerLimits
 from edgeprune.runtime.server.service import Service
 from fuzz.target import Broken, check_message, demand
 
@@ -47,11 +47,11 @@ class _Wire(asyncio.Transport):
 class Wires:
     """The server of a double. Called with the bytes of a connection, it tells whether the first request was answered."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ServerLimits) -> None:
         logging.getLogger("edgeprune.server").setLevel(logging.CRITICAL)
         sys.setswitchinterval(2e-4)  # threads take turns several times in each case
         service = Service(lambda on_phase: Double(tiers=("quality", "fast")), limits)  # type: ignore[arg-type, return-value]
-        app = application(service, Keys(), local=False)
+        app = application(service, ApiKeys(), local=False)
         service.start()
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._ready(service))

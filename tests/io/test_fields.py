@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgeprune.errors import EdgePruneError, one_line
-from edgeprune.io.typed_json import is_text, made, read_json
+from edgeprune.io.typed_json import from_json, is_text, read_json
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ PLAIN: dict[str, Any] = {"name": "a", "share": 1, "inner": {"size": 3}}
 
 def test_what_is_declared_is_made() -> None:
     more = {"several": [{"size": "n"}], "named": {"b": 2}, "maybe": {"size": 1}, "free": {"c": [None, {"d": 0.5}]}, "sure": True}
-    found = made(Outer, PLAIN | more)
+    found = from_json(Outer, PLAIN | more)
     assert found == Outer("a", 1, Inner(3), (Inner("n"),), {"b": 2}, Inner(1), {"c": [None, {"d": 0.5}]}, True)
-    assert made(Outer, PLAIN | {"maybe": None}) == Outer("a", 1, Inner(3))
+    assert from_json(Outer, PLAIN | {"maybe": None}) == Outer("a", 1, Inner(3))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_is_declared_is_made() -> None:
 )
 def test_what_is_not_declared_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
-        made(Outer, PLAIN | change)
+        from_json(Outer, PLAIN | change)
     assert len(str(caught.value)) < 200
 
 
@@ -76,7 +76,7 @@ def test_what_has_no_declared_form_is_not_deep() -> None:
     for _ in range(40):
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
-        made(Outer, PLAIN | {"free": {"a": deep}})
+        from_json(Outer, PLAIN | {"free": {"a": deep}})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5000, "\ufeff{}"])

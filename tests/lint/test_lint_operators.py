@@ -10,7 +10,7 @@ from onnx import parser
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError, UsageError
-from edgeprune.lint import facts
+from edgeprune.lint import operator_support
 from edgeprune.lint.check import ONNX_RULES, ONNXRUNTIME_RULES, TENSORRT_RULES, lint, lint_bundle
 from edgeprune.lint.rule import Finding
 from edgeprune.targets import TARGETS
@@ -217,7 +217,14 @@ def test_every_rule_is_listed_once_and_described() -> None:
 
 
 def test_the_table_names_operators_of_onnx() -> None:
-    known = set(facts.OPERATORS) | facts.MOVERS | set(facts.TYPED_INPUT) | (set(facts.INSTEAD) - {"MatMulNBits"})
+    known = (
+        set(operator_support.OPERATORS)
+        | operator_support.MOVERS
+        | set(operator_support.TYPED_INPUT)
+        | (set(operator_support.INSTEAD) - {"MatMulNBits"})
+    )
     assert {name for name in known if not onnx.defs.has(name)} == set()
-    assert not set(facts.INSTEAD) & set(facts.OPERATORS)
-    assert {item for support in facts.OPERATORS.values() for item in support.types} <= set(onnx.TensorProto.DataType.keys())
+    assert not set(operator_support.INSTEAD) & set(operator_support.OPERATORS)
+    assert {item for support in operator_support.OPERATORS.values() for item in support.types} <= set(
+        onnx.TensorProto.DataType.keys()
+    )

@@ -31,7 +31,7 @@ def make_cut(method: str, keep: int, seed: int = 0) -> Cut:
 def test_every_method_says_where_it_acts(name: str) -> None:
     sites = method_class(name).sites
     assert sites and set(sites) <= {"vision", "input", "layer", "cache", "decode"}
-    assert hasattr(method_class(name), "score_heads" if "cache" in sites else "rater" if "decode" in sites else "select")
+    assert hasattr(method_class(name), "score_heads" if "cache" in sites else "rate_predictor" if "decode" in sites else "select")
 
 
 @pytest.mark.parametrize("name", ["fastv", *BASELINES])

@@ -19,7 +19,7 @@ from edgeprune.methods.evs import EVS
 from edgeprune.model import InputSelector
 from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
 from edgeprune.targets import TARGETS, Lowering
 
 HIDDEN = 12
@@ -98,4 +98,4 @@ def test_the_graph_keeps_the_same_tokens(target: str, planes: int, tmp_path: Pat
         profile: Any = {}  # EVS never asks what was asked: the one input left is of constant shape
         assert [finding for finding in lint(path, lowering.target, [profile]) if finding.severity == "error"] == []
         pytest.importorskip("tensorrt_rtx")
-        assert try_build(path, "selector", [profile], stand_in(lowering.target)).error == ""
+        assert try_build(path, "selector", [profile], substitute_capability(lowering.target)).error == ""

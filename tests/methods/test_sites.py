@@ -41,7 +41,7 @@ def test_the_receipt_accounts_for_every_cut(bundle: Bundle, tiny_image: Image.Im
     receipt = load(bundle.path, threads=1).generate(tiny_image, PROMPT, max_tokens=6).receipt
     assert [cut.cut for cut in receipt.cuts] == [str(cut) for cut in plan.cuts if cut.site != "decode"]
     assert [cut.after for cut in receipt.cuts] == [cut.keep for cut in plan.cuts if cut.site != "decode"]
-    assert receipt.visual_stored == sum(plan.stored(layer) for layer in range(3))
+    assert receipt.visual_stored == sum(plan.tokens_cached(layer) for layer in range(3))
     for cut in receipt.cuts:
         assert all(len(set(row)) == cut.after and set(row) <= set(range(12)) for row in np.atleast_2d(cut.kept).tolist())
 
@@ -61,7 +61,7 @@ def test_the_rate_shortens_what_is_read(bundle: Bundle, tiny: LoadedModel, tiny_
 
 def test_graphs_are_there_as_the_plan_needs_them(bundle: Bundle) -> None:
     assert bundle.file(SELECTOR).is_file() == (bundle.plan.input is not None)
-    assert bundle.file(PREDICTOR).is_file() == bundle.plan.live
+    assert bundle.file(PREDICTOR).is_file() == bundle.plan.follows_attention
 
 
 def test_switching_pruning_off_asks_the_whole_model(bundle: Bundle, tiny: LoadedModel, tiny_image: Image.Image) -> None:

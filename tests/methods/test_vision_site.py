@@ -19,19 +19,19 @@ from simulated_device import on_device, prepare
 
 from edgeprune.bundle import DECODER, SELECTOR, VISION, VISION_UNPRUNED, Bundle
 from edgeprune.calibration.replay.reference import reference_model
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import BundleError, EngineError, PlanError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
-from edgeprune.families.thinning import Living, Rows
+from edgeprune.families.encoder_pruning import RowLayout, SurvivingTokens
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 from edgeprune.registry import FAMILIES, family_class, method_class
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.backends.tensorrt.profiles import Limits, profiles_of
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
 
-NAMES = tuple(name for name in sorted(FAMILIES) if not family_class(name).unthinned)
+NAMES = tuple(name for name in sorted(FAMILIES) if not family_class(name).no_encoder_cuts_reason)
 PROMPT = "What colour is the cube?"
 families = pytest.mark.parametrize("name", NAMES)
 
@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def loaded(name: str) -> LoadedModel:
-        return load_model(find_model(str(import_module(f"tiny_{name}").folder(tmp_path_factory.mktemp(name)))))
+        return load_model(resolve_model(str(import_module(f"tiny_{name}").folder(tmp_path_factory.mktemp(name)))))
 
     return loaded
 
@@ -171,10 +171,10 @@ def test_the_baselines_keep_the_places_that_they_say(name: str, method: str, mod
 def test_evit_by_hand() -> None:
     # Two views of a class token and two tokens of two patches each; the class token's row, of one head.
     row = torch.tensor([[0.1, 0.2, 0.4, 0.2, 0.1], [0.2, 0.1, 0.1, 0.3, 0.3]])
-    received = Rows(2, 1, 2).received(row[:, None, None].expand(-1, 1, 5, -1))
+    received = RowLayout(2, 1, 2).received(row[:, None, None].expand(-1, 1, 5, -1))
     assert received.tolist() == pytest.approx([0.3, 0.15, 0.1, 0.3])
     method = method_class("evit")(Cut("vision", "evit", 2, 1), Geometry(28, 28, 14, 1))
-    assert torch.equal(method.score(Living(torch.arange(4), lambda: received)), received)
+    assert torch.equal(method.score(SurvivingTokens(torch.arange(4), lambda: received)), received)
 
 
 @families
@@ -193,7 +193,7 @@ def test_views_must_share_alike(models: Any) -> None:
 
 
 def test_a_family_that_cannot_says_why(tmp_path: Path) -> None:
-    model = load_model(find_model(str(import_module("tiny_idefics2").folder(tmp_path))))
+    model = load_model(resolve_model(str(import_module("tiny_idefics2").folder(tmp_path))))
     with pytest.raises(PlanError, match="evit cannot act at site 'vision'") as refused:
         model.check_plan(whole(model).with_cuts(Cut("vision", "evit", 2, 1)))
     assert "resampler" in str(refused.value.hint)
@@ -282,9 +282,9 @@ def test_unpruned_answers_open_the_whole_encoder_then_alone(models: Any, bundle:
 
 
 def test_engines_for_pruned_answers_leave_the_whole_encoder_out(bundle: Bundle) -> None:
-    assert VISION_UNPRUNED not in profiles_of(bundle, Limits())
-    assert VISION_UNPRUNED in profiles_of(bundle, Limits(unpruned=True))
-    prepare(bundle, Limits(context=512, turn=256))
+    assert VISION_UNPRUNED not in shape_profiles(bundle, ProfileLimits())
+    assert VISION_UNPRUNED in shape_profiles(bundle, ProfileLimits(unpruned=True))
+    prepare(bundle, ProfileLimits(context=512, turn=256))
     runtime, shown = on_device(bundle, SimulatedDriver()), Image.new("RGB", (140, 84))
     assert runtime.generate(shown, PROMPT, max_tokens=2).receipt.pruned
     with pytest.raises(EngineError, match="without its cuts"):

@@ -16,7 +16,7 @@ from edgeprune.export.passes import attention as blocked
 from edgeprune.export.tracing import trace_decoder
 from edgeprune.families.base import DecoderParts
 from edgeprune.model import PrunedDecoder, Segment
-from edgeprune.model.attention import InRow
+from edgeprune.model.attention import BlockMask
 from edgeprune.model.cache import LayerCache, flat_rows
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
@@ -92,8 +92,8 @@ def test_tokens_that_all_see_each_other_do_so_in_every_block(even: LoadedModel, 
 
 
 def test_a_block_that_ends_too_early_is_seen(even: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = InRow.of
-    monkeypatch.setattr(InRow, "of", lambda *given: replace(whole(*given), reach=(whole(*given).reach - 1).clamp(min=1)))
+    whole = BlockMask.of
+    monkeypatch.setattr(BlockMask, "of", lambda *given: replace(whole(*given), reach=(whole(*given).reach - 1).clamp(min=1)))
     assert Pair(even.family.decoder(), tmp_path).difference((10, 100, 20, 0, 0)) > 1e-3
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from eager import Prompt, attentions_of, grown, run
 
-from edgeprune.checkpoint.loading import LoadedModel, find_model, load_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
@@ -18,7 +18,7 @@ LOGITS = 1e-4  # absolute, against transformers in float32
 
 @pytest.fixture(scope="module")
 def tabletop() -> LoadedModel:
-    return load_model(find_model("tabletop"))
+    return load_model(resolve_model("tabletop"))
 
 
 def without_cuts(plan: KeepPlan) -> KeepPlan:

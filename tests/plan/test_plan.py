@@ -26,7 +26,7 @@ def test_geometry_counts_visual_tokens() -> None:
 
 def test_alive_follows_the_cuts() -> None:
     staircase = plan(Cut("input", "random", 100), Cut("layer", "fastv", 72, layer=2), Cut("layer", "fastv", 9, layer=5))
-    assert [staircase.alive(layer) for layer in range(8)] == [100, 100, 72, 72, 72, 9, 9, 9]
+    assert [staircase.tokens_at_layer(layer) for layer in range(8)] == [100, 100, 72, 72, 72, 9, 9, 9]
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_impossible_cuts_are_refused(arguments: tuple[str, str, int, int]) -> No
 
 def test_every_site_has_its_counts() -> None:
     whole = plan(Cut("input", "random", 100), Cut("layer", "fastv", 50, layer=4), Cut("cache", "plphp", 20, layer=1))
-    assert [whole.stored(layer) for layer in range(8)] == [100, 20, 100, 100, 50, 50, 50, 50]
-    assert (whole.seen, whole.input, whole.decode) == (100, whole.cuts[0], None)
+    assert [whole.tokens_cached(layer) for layer in range(8)] == [100, 20, 100, 100, 50, 50, 50, 50]
+    assert (whole.tokens_entering_decoder, whole.input, whole.decode) == (100, whole.cuts[0], None)
 
 
 def test_a_cache_keeps_no_more_than_is_alive() -> None:
@@ -147,8 +147,13 @@ def test_vision_cuts_come_first() -> None:
     )
     assert [cut.site for cut in staircase.cuts] == ["vision", "vision", "input", "layer"]
     assert [staircase.encoding(block) for block in (0, 5, 6, 19, 20, 31)] == [144, 144, 100, 100, 72, 72]
-    assert (staircase.encoded, staircase.seen, staircase.alive(0), staircase.alive(2)) == (72, 50, 50, 30)
-    assert plan(Cut("vision", "evit", 72, layer=6)).seen == 72
+    assert (
+        staircase.tokens_from_encoder,
+        staircase.tokens_entering_decoder,
+        staircase.tokens_at_layer(0),
+        staircase.tokens_at_layer(2),
+    ) == (72, 50, 50, 30)
+    assert plan(Cut("vision", "evit", 72, layer=6)).tokens_entering_decoder == 72
 
 
 def test_nothing_comes_back_after_a_vision_cut() -> None:

@@ -24,9 +24,9 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.plan.tiers import Tiers, cache_stage
+from edgeprune.plan.tiers import Tiers, cache_group
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.generation.request import Pace, choose_tier
+from edgeprune.runtime.generation.request import LatencyEstimate, choose_tier
 
 PROMPT = "What colour is the cube?"
 NAMES = ("quality", "balanced", "fast")
@@ -85,7 +85,7 @@ def test_each_tier_answers_as_the_eager_plan_does(
 
 def test_another_tier_is_told_apart(tiered: Bundle, tiny: LoadedModel) -> None:
     # The comparison above fails where the budgets are another's.
-    swapped = replace(tiered, plan=tiered.lower[0], lower=(tiered.plan, tiered.lower[1]))
+    swapped = replace(tiered, plan=tiered.lower_tiers[0], lower_tiers=(tiered.plan, tiered.lower_tiers[1]))
     assert not all(stage.passed for stage in verify(swapped, tiny, tier="quality"))
 
 
@@ -124,7 +124,7 @@ def test_the_best_tier_is_the_default(tiered: Bundle, tiny_image: Image.Image) -
 def test_when_time_is_short_a_smaller_budget_is_taken(tiered: Bundle, tiny_image: Image.Image) -> None:
     runtime = load(tiered.path)
     for tier, prefill in enumerate((9e5, 8e5, 10.0)):
-        runtime._model.state.pace.note(tier, prefill, 0.01, 1)
+        runtime._pipeline.state.latency.update(tier, prefill, 0.01, 1)
     receipt = runtime.generate(tiny_image, PROMPT, max_tokens=2, deadline_ms=600_000).receipt
     assert (receipt.tier, receipt.tier_reason, receipt.finish_reason) == ("fast", "deadline", "length")
 
@@ -139,7 +139,7 @@ def test_when_memory_is_short_a_smaller_budget_is_taken(tiered: Bundle, tiny_ima
 
 
 def test_warming_up_measures_every_tier(tiered: Bundle) -> None:
-    pace = load(tiered.path, warm_up=True)._model.state.pace
+    pace = load(tiered.path, warm_up=True)._pipeline.state.latency
     assert all(pace.expected_ms(tier, 1, 4) for tier in range(3))
 
 
@@ -161,25 +161,25 @@ def test_choosing() -> None:
 
 
 def test_the_pace_follows_what_answers_take() -> None:
-    pace = Pace()
+    pace = LatencyEstimate()
     assert pace.expected_ms(0, 1, 10) is None
-    pace.note(0, 100.0, 5.0, 20)
+    pace.update(0, 100.0, 5.0, 20)
     assert pace.expected_ms(0, 2, 10) == 2 * 100.0 + 5.0 * 10
     assert pace.expected_ms(0, 1, 50) == 100.0 + 5.0 * 20  # as long as answers were, not as they may be
-    pace.note(0, 200.0, 0.0, 0)
+    pace.update(0, 200.0, 0.0, 0)
     assert pace.expected_ms(0, 1, 50) == pytest.approx(130.0 + 5.0 * 20)
-    pace.note(0, None, 15.0, 0)
+    pace.update(0, None, 15.0, 0)
     assert pace.expected_ms(0, 1, 50) == pytest.approx(130.0 + 8.0 * 20)
 
 
 def test_a_tier_that_was_once_slow_is_tried_again(tiered: Bundle, tiny_image: Image.Image) -> None:
     runtime = load(tiered.path)
-    pace = runtime._model.state.pace
+    pace = runtime._pipeline.state.latency
     for tier, prefill in enumerate((1e6, 1e6, 1.0)):
-        pace.note(tier, prefill, 0.001, 1)
+        pace.update(tier, prefill, 0.001, 1)
     for _ in range(60):  # 0.98 ** 60 is 0.3
-        pace.passed_over(0)
-        pace.passed_over(1)
+        pace.decay(0)
+        pace.decay(1)
     receipt = runtime.generate(tiny_image, PROMPT, max_tokens=1, deadline_ms=600_000).receipt
     assert (receipt.tier, receipt.tier_reason) == ("quality", "default")
 
@@ -222,8 +222,8 @@ def test_other_models_and_single_tiers_are_refused(base: KeepPlan) -> None:
 
 def test_layers_share_a_stage_only_if_they_do_in_every_tier(base: KeepPlan) -> None:
     plans = [replace(base, cuts=(Cut("cache", "plphp", 4, 0), Cut("cache", "plphp", keep, 1))) for keep in (4, 2)]
-    assert cache_stage(plans[:1], 0) == cache_stage(plans[:1], 1)
-    assert cache_stage(plans, 0) != cache_stage(plans, 1)
+    assert cache_group(plans[:1], 0) == cache_group(plans[:1], 1)
+    assert cache_group(plans, 0) != cache_group(plans, 1)
 
 
 @pytest.fixture

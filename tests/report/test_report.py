@@ -17,15 +17,15 @@ from PIL import Image
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.data.statistics import SHARES, Source, Statistics
+from edgeprune.calibration.data.statistics import SHARES, Statistics, StatisticsSource
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.report import charts
-from edgeprune.report.canvas import tip
-from edgeprune.report.gather import Material, interview
+from edgeprune.report.canvas import tooltip
+from edgeprune.report.gather import ReportInputs, collect_answers
 from edgeprune.report.page import render, sections_of
 from edgeprune.runtime import Runtime
 
@@ -49,7 +49,7 @@ NAMES = {"budgets", "statistics", "curve", "answers"}
 
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
-    source = Source("qwen2_vl", 3, 2, "0" * 64, TINY_GEOMETRY, "last", "mean", False)
+    source = StatisticsSource("qwen2_vl", 3, 2, "0" * 64, TINY_GEOMETRY, "last", "mean", False)
     random, found = np.random.default_rng(0), Statistics.empty(source)
     for _ in range(4):
         values = {name: random.uniform(size=shape) for name, shape in source.shapes().items()}
@@ -71,7 +71,7 @@ def curve(tiny_plan: KeepPlan) -> Curve:
     return Curve("flops", tuple(points), 4)
 
 
-def page_of(material: Material) -> str:
+def page_of(material: ReportInputs) -> str:
     return render(material, sections_of(material))
 
 
@@ -102,8 +102,8 @@ class Tags(HTMLParser):
 @pytest.fixture(scope="module")
 def whole_page(statistics: Statistics, curve: Curve, tiny: LoadedModel, tiny_image: Image.Image) -> str:
     runtime = Runtime(reference_model(tiny, PLAN))
-    asked = interview(runtime, tiny_image, ["What is it?", "<script>alert(1)</script> & 'so'?"], max_tokens=6)
-    return page_of(Material('<img src="x">', PLAN, None, statistics, curve, asked))
+    asked = collect_answers(runtime, tiny_image, ["What is it?", "<script>alert(1)</script> & 'so'?"], max_tokens=6)
+    return page_of(ReportInputs('<img src="x">', PLAN, None, statistics, curve, asked))
 
 
 def test_nothing_is_loaded_from_outside(whole_page: str) -> None:
@@ -125,7 +125,7 @@ def test_what_came_from_outside_is_escaped(whole_page: str) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#39;so&#39;?" in whole_page
     hostile = replace(PLAN, family="<i>", cuts=(Cut("layer", "<b>$x_1^", 6, 1, options={"<u>": "</style>"}),))
     point = Point("<s>", "<q> $\\frac$", 0.5, 0.5, 0.9, 4, hostile)
-    page = page_of(Material("a", hostile, curve=Curve("flops", (point,))))
+    page = page_of(ReportInputs("a", hostile, curve=Curve("flops", (point,))))
     assert not Tags(page).names & {"i", "u", "s", "q"}
     assert "&lt;q&gt; $\\frac$" in page and page.count("</style>") == 1
 
@@ -133,7 +133,7 @@ def test_what_came_from_outside_is_escaped(whole_page: str) -> None:
 @pytest.mark.parametrize("given", [(), ("statistics",), ("curve",), ("statistics", "curve")])
 def test_a_section_is_there_exactly_when_its_data_is(given: tuple[str, ...], statistics: Statistics, curve: Curve) -> None:
     data = {"statistics": statistics, "curve": curve}
-    page = page_of(Material("plan.json", PLAN, None, *(data[name] if name in given else None for name in data)))  # type: ignore[arg-type]
+    page = page_of(ReportInputs("plan.json", PLAN, None, *(data[name] if name in given else None for name in data)))  # type: ignore[arg-type]
     assert found_sections(page) == {"budgets", *given}
     assert ("Attention that the kept tokens cover" in page) == ("statistics" in given)
     assert "<img" not in page
@@ -144,7 +144,7 @@ def test_every_section_is_on_the_whole_page(whole_page: str) -> None:
 
 
 def test_a_plan_without_cuts_has_a_page() -> None:
-    page = page_of(Material("none", replace(PLAN, cuts=())))
+    page = page_of(ReportInputs("none", replace(PLAN, cuts=())))
     assert "every visual token is kept" in page
     assert "Visual cache by decode step" not in page
 
@@ -166,14 +166,14 @@ def test_budgets_have_two_bars_a_layer() -> None:
 
 
 def test_coverage_is_interpolated_at_the_stored_share(statistics: Statistics) -> None:
-    page = page_of(Material("p", PLAN, statistics=statistics))
+    page = page_of(ReportInputs("p", PLAN, statistics=statistics))
     assert tips(page, "KV head") == [f"layer {n}, KV head {h}: {k / 12:.0%}" for h in range(2) for n, k in enumerate((8, 5, 3))]
     partly = replace(PLAN, cuts=PLAN.cuts[:3])
-    assert len(tips(page_of(Material("p", partly, statistics=statistics)), "KV head")) == 2
+    assert len(tips(page_of(ReportInputs("p", partly, statistics=statistics)), "KV head")) == 2
 
 
 def test_the_statistics_charts_hold_the_numbers(statistics: Statistics) -> None:
-    page = page_of(Material("p", PLAN, statistics=statistics))
+    page = page_of(ReportInputs("p", PLAN, statistics=statistics))
     means = statistics.mean("gamma") @ ((np.arange(200) + 0.5) / 200)
     for layer, mean in enumerate(means):
         assert tips(page, f"layer {layer}: mean {mean:.1%}, quartiles")
@@ -188,13 +188,13 @@ def test_the_statistics_charts_hold_the_numbers(statistics: Statistics) -> None:
 
 
 def test_quartiles_are_those_of_the_histogram() -> None:
-    source = Source("qwen2_vl", 3, 2, "0" * 64, TINY_GEOMETRY, "last", "mean", False)
+    source = StatisticsSource("qwen2_vl", 3, 2, "0" * 64, TINY_GEOMETRY, "last", "mean", False)
     found = Statistics.empty(source)
     for score in range(200):
         values = {name: np.zeros(shape) for name, shape in source.shapes().items()}
         values["gamma"][:, score] = 1.0
         found = found.with_sample(values)
-    page = page_of(Material("p", PLAN, statistics=found))
+    page = page_of(ReportInputs("p", PLAN, statistics=found))
     assert len(tips(page, "mean 50.0%, quartiles 25.0% and 75.0%")) == 3
     assert "Where the answer looks" not in page  # no answer had a decode step
 
@@ -211,11 +211,11 @@ def test_the_curve_has_every_point_once_and_the_chosen_one_ringed(curve: Curve) 
 
 
 def test_the_front_is_listed_with_the_plans_own_costs(curve: Curve) -> None:
-    page = page_of(Material("p", PLAN, curve=curve))
+    page = page_of(ReportInputs("p", PLAN, curve=curve))
     assert "chosen, this plan" in page and "90.0%" in page
     assert "time to first token" not in page
     timed = replace(curve, axis="ttft_ms", points=tuple(replace(point, ttft_ms=12.5) for point in curve.points))
-    assert "12.5 ms" in page_of(Material("p", PLAN, curve=timed))
+    assert "12.5 ms" in page_of(ReportInputs("p", PLAN, curve=timed))
 
 
 def test_the_decode_chart_shows_the_schedule_and_what_answers_read(
@@ -224,9 +224,9 @@ def test_the_decode_chart_shows_the_schedule_and_what_answers_read(
     assert tips(whole_page, "schedule over 10 steps")
     read = tips(whole_page, "answer 1, step")
     assert read[:3] == ["answer 1, step 0: 100%", "answer 1, step 1: 100%", "answer 1, step 2: 50%"]
-    assert "decided step by step" in page_of(Material("p", LIVE))
-    asked = interview(Runtime(reference_model(tiny, LIVE)), tiny_image, ["What is it?"], max_tokens=4)
-    assert len(tips(page_of(Material("p", LIVE, interview=asked)), "answer 1, step")) == len(asked.asked[0].decode_shares) > 0
+    assert "decided step by step" in page_of(ReportInputs("p", LIVE))
+    asked = collect_answers(Runtime(reference_model(tiny, LIVE)), tiny_image, ["What is it?"], max_tokens=4)
+    assert len(tips(page_of(ReportInputs("p", LIVE, interview=asked)), "answer 1, step")) == len(asked.asked[0].decode_shares) > 0
 
 
 def test_two_prompts_stand_side_by_side(whole_page: str) -> None:
@@ -271,7 +271,7 @@ def test_the_command_reports_a_bundle(
 
 def test_charts_are_the_same_every_time() -> None:
     assert charts.budgets(PLAN) == charts.budgets(PLAN)
-    assert tip("") not in charts.budgets(PLAN)
+    assert tooltip("") not in charts.budgets(PLAN)
 
 
 def test_importing_stays_torch_free_and_without_global_figures() -> None:

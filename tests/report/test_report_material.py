@@ -10,12 +10,12 @@ from test_report import PLAN, report
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.data.statistics import Source, Statistics
+from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
 from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.errors import UsageError
-from edgeprune.report.gather import Request, gather
+from edgeprune.report.gather import ReportOptions, load_inputs
 
-SOURCE = Source("qwen2_vl", 3, 2, "0" * 64, TINY_GEOMETRY, "last", "mean", False)
+SOURCE = StatisticsSource("qwen2_vl", 3, 2, "0" * 64, TINY_GEOMETRY, "last", "mean", False)
 CURVE = Curve("flops", (Point("random", "random", 0.5, 0.5, 0.9, 40, PLAN),))
 
 
@@ -54,18 +54,18 @@ def test_data_of_another_model_are_refused(change: dict[str, object], words: str
     PLAN.save(tmp_path / "plan.json")
     Statistics.empty(replace(SOURCE, **change)).save(tmp_path / "s")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=words):
-        gather(Request(tmp_path / "plan.json", statistics=tmp_path / "s"))
+        load_inputs(ReportOptions(tmp_path / "plan.json", statistics=tmp_path / "s"))
     other = replace(CURVE.points[0], plan=replace(PLAN, cuts=(), **change))  # type: ignore[arg-type]
     replace(CURVE, points=(other,), chosen=None).save(tmp_path / "c")
     with pytest.raises(UsageError, match=words):
-        gather(Request(tmp_path / "plan.json", curve=tmp_path / "c"))
+        load_inputs(ReportOptions(tmp_path / "plan.json", curve=tmp_path / "c"))
 
 
 def test_empty_data_are_refused(tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")
     Statistics.empty(SOURCE).save(tmp_path / "s")
     with pytest.raises(UsageError, match="no sample"):
-        gather(Request(tmp_path / "plan.json", statistics=tmp_path / "s"))
+        load_inputs(ReportOptions(tmp_path / "plan.json", statistics=tmp_path / "s"))
     broken = {
         "no points": replace(CURVE, points=(), chosen=None),
         "no point 9": replace(CURVE, chosen=9),
@@ -74,4 +74,4 @@ def test_empty_data_are_refused(tmp_path: Path) -> None:
     for words, data in broken.items():
         data.save(tmp_path / "c")
         with pytest.raises(UsageError, match=words):
-            gather(Request(tmp_path / "plan.json", curve=tmp_path / "c"))
+            load_inputs(ReportOptions(tmp_path / "plan.json", curve=tmp_path / "c"))

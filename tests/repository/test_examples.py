@@ -15,7 +15,7 @@ from repository import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.bundle import Bundle
-from edgeprune.checkpoint.loading import find_model, load_model
+from edgeprune.checkpoint.loading import load_model, resolve_model
 
 
 def run(*arguments: object) -> str:
@@ -36,7 +36,7 @@ def test_the_demo_asks_and_draws(tmp_path: Path) -> None:
     assert "144 -> 72 -> 36" in output
     with Image.open(tmp_path / "kept-label.png") as drawn:
         assert drawn.width > 1000
-    assert Bundle.load(tmp_path / "tabletop.bundle").plan.alive(7) == 36
+    assert Bundle.load(tmp_path / "tabletop.bundle").plan.tokens_at_layer(7) == 36
 
 
 def test_training_runs_and_resumes(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_training_runs_and_resumes(tmp_path: Path) -> None:
     run(*command, "--minutes", 0.02, "--tower-minutes", 0.01)
     output = run(*command, "--minutes", 0.03, "--tower-minutes", 0.01)
     assert "resumed at step" in output
-    assert load_model(find_model(str(tmp_path))).geometry(None).tokens == 144
+    assert load_model(resolve_model(str(tmp_path))).geometry(None).tokens == 144
 
 
 def test_sizes_are_measured_and_memory_stays_flat(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_shapes_beside_peers_are_checkpoints(shape: str, tmp_path: Path, mon
     assert decoder.config.num_hidden_layers == form.layers
     assert not any(told[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
-    model = load_model(find_model(str(whole)))
+    model = load_model(resolve_model(str(whole)))
     geometry = model.geometry((form.side, form.side))
     image, tokenizer = model.family.image_text(geometry), AutoTokenizer.from_pretrained(whole)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": peers.PROMPT}]}]

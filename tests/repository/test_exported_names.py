@@ -16,10 +16,11 @@ import pytest
 # In the order that ruff wants of __all__: constants, classes, functions.
 TABLE = {
     "edgeprune.runtime": """
-        NV12 Answer Chat CutReceipt Feed FeedClosed FeedError FeedTimeout Receipt Runtime Sampling Shot Stream Terms Times Turn load
+        NV12 Answer Chat CutReceipt Feed FeedClosed FeedError FeedTimeout Receipt RequestLimits Runtime Sampling Shot Stream Times
+        Turn load
     """,
     "edgeprune.plan": """
-        SITES Cut Geometry KeepPlan View check_keep_ratio keep_count kept_of
+        SITES Cut Geometry KeepPlan View check_keep_ratio keep_count keep_count_up
     """,
     "edgeprune.bundle": """
         CHAT_TEMPLATE CHECKS DECODER EMBED MANIFEST PLAN PREDICTOR PREPROCESSOR SCHEMA_VERSION SELECTOR SPECIAL_TOKENS TOKENIZER
@@ -31,6 +32,7 @@ TABLE = {
         VerificationError one_line require_extra
     """,
 }
+RENAMED = {"edgeprune.runtime.Terms": "RequestLimits", "edgeprune.runtime.server.Limits": "ServerLimits"}  # for one release
 WITHOUT_ALL = {"edgeprune.errors"}  # a file that imports none of our names: all it defines is its own
 
 
@@ -48,6 +50,16 @@ def test_the_public_names_are_those_of_the_table(name: str) -> None:
         assert not hasattr(module, "__all__")
     else:
         assert module.__all__ == promised
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_works_and_says_the_new_one(old: str) -> None:
+    module, _, name = old.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=RENAMED[old]):
+        value = getattr(importlib.import_module(module), name)
+    assert value is getattr(importlib.import_module(module), RENAMED[old])
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        importlib.import_module(module).Nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -23,7 +23,7 @@ from PIL import Image
 from repository import ROOT
 
 from edgeprune import registry
-from edgeprune.checkpoint.loading import find_model, load_model
+from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.cli import main
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
@@ -44,7 +44,7 @@ SECONDS = 300  # on a machine with much else to do
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the bundled model under three tiers."""
-    loaded = load_model(find_model("tabletop"))
+    loaded = load_model(resolve_model("tabletop"))
     base = unpruned_plan(loaded.folder.model_type, loaded.decoder_shape().layers, loaded.geometry(None))
     tiers = Tiers.of({name: staircase_plan(base, "fastv", [keep], [2]) for name, keep in KEEPS.items()})
     return export_bundle(loaded, tiers, tmp_path_factory.mktemp("tiers") / "table.bundle").path

@@ -172,6 +172,7 @@ def test_rounding_does_not_change_what_a_seed_draws(top_p: float, most: int) -> 
     logits = lot.normal(scale=1e-5, size=500).astype(np.float32)
     others = logits + lot.normal(scale=1e-6, size=500).astype(np.float32)
     draws = [
-        [Sampler(Sampling(temperature=1.0, top_p=top_p, seed=seed)).pick(each) for seed in range(300)] for each in (logits, others)
+        [Sampler(Sampling(temperature=1.0, top_p=top_p, seed=seed)).sample(each) for seed in range(300)]
+        for each in (logits, others)
     ]
     assert sum(a != b for a, b in zip(*draws, strict=True)) <= most

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.tabletop import MODEL_FOLDER
 from edgeprune.tabletop.dataset import scenes, write_dataset
 from edgeprune.tabletop.drawing import draw_scene
@@ -105,7 +105,7 @@ def test_descriptions_state_every_fact_once() -> None:
 
 
 def test_descriptions_are_long_enough_to_matter() -> None:
-    codec = TextCodec(MODEL_FOLDER / "tokenizer.json")
+    codec = TextTokenizer(MODEL_FOLDER / "tokenizer.json")
     lengths = [len(codec.encode(describe(scene))) for scene in SCENES]
     assert min(lengths) >= 20
     assert max(lengths) <= 60

@@ -80,11 +80,11 @@ def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str 
     """
     from edgeprune.calibration.data.samples import read_samples
     from edgeprune.calibration.evaluation import evaluate
-    from edgeprune.cli.output.basic import Counter, show_evaluation
+    from edgeprune.cli.output.basic import ProgressBar, show_evaluation
 
     samples = read_samples(data, limit)
     runtime = _open_model(model, **opening)
-    with Counter("samples", len(samples), quiet=as_json) as counter:
+    with ProgressBar("samples", len(samples), quiet=as_json) as counter:
         report = evaluate(runtime, samples, fit=fit, tier=tier, progress=counter.update)
     show_evaluation(report, as_json)
 
@@ -111,8 +111,8 @@ def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_reque
         raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.calibration.replay.reference import reference_model
-    from edgeprune.checkpoint.loading import find_model, load_model
+    from edgeprune.checkpoint.loading import load_model, resolve_model
     from edgeprune.runtime import Runtime
 
-    loaded = load_model(find_model(model, trust_remote_code=trust_remote_code))
+    loaded = load_model(resolve_model(model, trust_remote_code=trust_remote_code))
     return Runtime(reference_model(loaded, resolve_plan(loaded, **plan_request)))

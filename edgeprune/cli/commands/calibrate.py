@@ -90,7 +90,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     """
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.calibration.calibrate import CalibrateOptions, run_calibrate
-    from edgeprune.cli.output.basic import Activity, show_calibration
+    from edgeprune.cli.output.basic import ActivityProgress, show_calibration
 
     options["device"], options["device_name"] = _devices(options["device"])
     options["shard"] = parse_shard(options["shard"])
@@ -98,7 +98,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     for share in ("max_drop", "target_flops", "target_kv", "target_reads"):
         options[share] = parse_share(options[share])
     options["target_ttft"] = _milliseconds(options["target_ttft"])
-    with Activity(quiet=as_json) as activity:
+    with ActivityProgress(quiet=as_json) as activity:
         result = run_calibrate(CalibrateOptions(model=model, data=data, **options), activity)
     show_calibration(result, as_json)
 
@@ -175,8 +175,8 @@ def report(output: Path, as_json: bool, **request: Any) -> None:
     """
     require_extra("plot", "matplotlib")
     from edgeprune.cli.output.basic import show_facts
-    from edgeprune.report.gather import Request
+    from edgeprune.report.gather import ReportOptions
     from edgeprune.report.page import write_report
 
-    sections = write_report(Request(**request), output)
+    sections = write_report(ReportOptions(**request), output)
     show_facts({"report": str(output), "sections": ", ".join(sections)}, as_json)

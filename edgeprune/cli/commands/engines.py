@@ -43,16 +43,16 @@ def check(
     installed (no GPU is needed).
     """
     from edgeprune.bundle import Bundle
-    from edgeprune.runtime.backends.tensorrt.profiles import Limits
+    from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 
     opened = Bundle.load(bundle, require_signature=require_signature)
-    asked = Limits(**limits)
+    asked = ProfileLimits(**limits)
     require_extra("check", "onnx")
-    from edgeprune.cli.output.basic import Stages
+    from edgeprune.cli.output.basic import StageProgress
     from edgeprune.cli.output.engines import show_check
     from edgeprune.export.checking import check_bundle
 
-    with Stages(list(opened.manifest.graphs), quiet=as_json) as stages:
+    with StageProgress(list(opened.manifest.graphs), quiet=as_json) as stages:
         report = check_bundle(opened, target_named(target or opened.manifest.target), asked, progress=stages.begin)
     show_check(report, as_json)
     ctx.exit(0 if report.passed else 1)
@@ -71,11 +71,11 @@ def check(
 def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, **request: Any) -> None:
     """Build the TensorRT engines of BUNDLE, on the device that will run them."""
     from edgeprune.cli.output.engines import EngineProgress, show_engines, show_jobs
-    from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, planned
+    from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, plan_build
 
     asked = BuildRequest.of(bundle, reuse=reuse, **request)
     if dry_run:
-        show_jobs(*planned(asked), as_json)
+        show_jobs(*plan_build(asked), as_json)
         return
     with EngineProgress(quiet=as_json) as progress:
         done = build_bundle(asked, progress.advance)
@@ -91,11 +91,11 @@ def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, as_json: 
     """Compare the engines of BUNDLE on this device with ONNX Runtime on its CPU, step by step."""
     from edgeprune.benchmark.selftest import selftest as run_selftest
     from edgeprune.bundle import Bundle
-    from edgeprune.cli.output.basic import Stages
+    from edgeprune.cli.output.basic import StageProgress
     from edgeprune.cli.output.engines import show_selftest
     from edgeprune.io.files import write_text
 
-    with Stages(["reference", "engines", "memory"], quiet=as_json) as stages:
+    with StageProgress(["reference", "engines", "memory"], quiet=as_json) as stages:
         report = run_selftest(Bundle.load(bundle), progress=stages.begin)
     if output is not None:
         write_text(output, json.dumps(report.to_dict(), indent=2) + "\n")

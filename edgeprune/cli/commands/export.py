@@ -48,13 +48,13 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     """
     _refuse_existing(output, force)
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
-    from edgeprune.checkpoint.loading import find_model, load_model
-    from edgeprune.cli.output.basic import Stages, show_export
+    from edgeprune.checkpoint.loading import load_model, resolve_model
+    from edgeprune.cli.output.basic import StageProgress, show_export
     from edgeprune.export.exporter import STAGES, export_bundle
 
-    folder = find_model(model, trust_remote_code=request.pop("trust_remote_code"))
+    folder = resolve_model(model, trust_remote_code=request.pop("trust_remote_code"))
     lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
-    with Stages(["model", *STAGES], quiet=as_json) as stages:
+    with StageProgress(["model", *STAGES], quiet=as_json) as stages:
         stages.begin("model")
         loaded = load_model(folder, on_disk=True)
         plan = resolve_tiers(loaded, **request)
@@ -76,12 +76,12 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
 
     opened = Bundle.load(bundle, require_signature=require_signature)
     require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.checkpoint.loading import find_model, load_model
-    from edgeprune.cli.output.basic import Stages, show_verification
+    from edgeprune.checkpoint.loading import load_model, resolve_model
+    from edgeprune.cli.output.basic import StageProgress, show_verification
     from edgeprune.export.verification import verify as verify_bundle
 
-    folder = find_model(request["against"] or opened.manifest.source.model, trust_remote_code=request["trust_remote_code"])
-    with Stages(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
+    folder = resolve_model(request["against"] or opened.manifest.source.model, trust_remote_code=request["trust_remote_code"])
+    with StageProgress(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
         stages.begin("model")
         report = verify_bundle(opened, load_model(folder), stages.begin, request["tier"])
     show_verification(report, as_json)

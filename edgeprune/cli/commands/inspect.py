@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @json_option
 def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> None:
     """Draw TableTop scenes into the folder OUT: images and dataset.jsonl with image, prompt, answer, kind."""
-    from edgeprune.cli.output.basic import Counter, show_facts
+    from edgeprune.cli.output.basic import ProgressBar, show_facts
     from edgeprune.tabletop.dataset import write_dataset
 
-    with Counter("scenes", scenes, quiet=as_json) as counter:
+    with ProgressBar("scenes", scenes, quiet=as_json) as counter:
         questions = write_dataset(out, scenes, seed, force=force, progress=counter.update)
     show_facts({"dataset": str(out / "dataset.jsonl"), "scenes": scenes, "questions": questions, "seed": seed}, as_json)
 
@@ -60,9 +60,9 @@ def _foreign_plan(path: Path, model: str | None, image_size: str | None) -> Keep
     if model is None:
         raise UsageError(f"How many tokens {path} keeps depends on the model.", hint="Say which: --model FOLDER")
     require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.checkpoint.loading import find_model, load_model
+    from edgeprune.checkpoint.loading import load_model, resolve_model
 
-    loaded = load_model(find_model(model))
+    loaded = load_model(resolve_model(model))
     plan: KeepPlan = open_plan(path, loaded, image_size=image_size)
     loaded.check_plan(plan)
     return plan
@@ -81,9 +81,9 @@ def models(model_type: str | None, as_json: bool) -> None:
         show_table(["model_type", "family"], rows, as_json)
         return
     require_extra("export", "torch", "transformers")
-    from edgeprune.registry import fields
+    from edgeprune.registry import applicability
 
-    found = fields(family_class(model_type))
+    found = applicability(family_class(model_type))
     show_table(["method", "site", "applies"], [[field.method, field.site, field.reason or "yes"] for field in found], as_json)
 
 

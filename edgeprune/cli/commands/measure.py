@@ -19,7 +19,7 @@ from edgeprune.targets import PRECISIONS
 
 if TYPE_CHECKING:
     from edgeprune.device.jetson import Module
-    from edgeprune.device.roofline import Estimate, Memory, Range
+    from edgeprune.device.roofline import Estimate, Interval, MemoryEstimate
     from edgeprune.device.workload import Workload
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -55,10 +55,10 @@ def bench(
     names = [name.strip() for name in compare.split(",") if name.strip()]
     _check_plot(plot)
     from edgeprune.benchmark.run import benchmark
-    from edgeprune.cli.output.basic import Counter
+    from edgeprune.cli.output.basic import ProgressBar
     from edgeprune.cli.output.measure import show_benchmark
 
-    with Counter("rounds", repeats, quiet=as_json) as counter:
+    with ProgressBar("rounds", repeats, quiet=as_json) as counter:
         result = benchmark(bundle, compare=names, repeats=repeats, progress=counter.update, **options)
     show_benchmark(result, as_json)
     if plot is not None:
@@ -145,7 +145,7 @@ def _time_rows(found: Estimate, whole: Estimate) -> list[list[str]]:
     return rows
 
 
-def _memory_rows(found: Memory, whole: Memory) -> list[list[str]]:
+def _memory_rows(found: MemoryEstimate, whole: MemoryEstimate) -> list[list[str]]:
     return [
         ["weights", *(f"{memory.weights / 1e6:.1f}" for memory in (found, whole))],
         ["runtime", *(_span(memory.runtime, 1e-6) for memory in (found, whole))],
@@ -157,7 +157,7 @@ def _memory_rows(found: Memory, whole: Memory) -> list[list[str]]:
     ]
 
 
-def _span(value: Range, scale: float = 1.0) -> str:
+def _span(value: Interval, scale: float = 1.0) -> str:
     digits = 2 if value.high * scale < 1 else 1 if value.high * scale < 100 else 0
     return f"{value.low * scale:.{digits}f} to {value.high * scale:.{digits}f}"
 

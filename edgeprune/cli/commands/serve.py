@@ -42,14 +42,14 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     require_extra("serve", "starlette", "uvicorn", "pydantic", "prometheus_client")
     from dataclasses import fields
 
-    from edgeprune.device.memory import hold_steady
-    from edgeprune.runtime.server import Limits, ServerOptions
+    from edgeprune.device.memory import limit_malloc_arenas
+    from edgeprune.runtime.server import ServerLimits, ServerOptions
     from edgeprune.runtime.server import serve as listen
     from edgeprune.runtime.server.access import VARIABLE, read_keys
 
-    hold_steady()
+    limit_malloc_arenas()
     keys = [] if options["no_auth"] and api_key_file is None else read_keys(api_key_file, os.environ.get(VARIABLE))
-    options |= {"keys": keys, "limits": Limits(**{each.name: options.pop(each.name) for each in fields(Limits)})}
+    options |= {"keys": keys, "limits": ServerLimits(**{each.name: options.pop(each.name) for each in fields(ServerLimits)})}
     server = ServerOptions(**{each.name: options.pop(each.name) for each in fields(ServerOptions)})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("edgeprune.server").setLevel(logging.INFO)
@@ -89,9 +89,9 @@ def _say(url: str) -> None:
 def ros2(bundle: Path, **options: Any) -> None:
     """Answer questions about camera images over ROS 2, without ROS installed, until it is stopped."""
     require_extra("ros2", "cyclonedds")
-    from edgeprune.device.memory import hold_steady
+    from edgeprune.device.memory import limit_malloc_arenas
     from edgeprune.runtime.ros2.service import serve
 
-    hold_steady()
+    limit_malloc_arenas()
     given = {name: value for name, value in options.items() if value is not None}
     serve(bundle, announce=lambda line: click.echo(line, err=True), **given)

@@ -16,14 +16,14 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle
-    from edgeprune.calibration.calibrate import Calibrated
+    from edgeprune.calibration.calibrate import CalibrationResult
     from edgeprune.calibration.evaluation import EvalReport
-    from edgeprune.export.verification import Stage
+    from edgeprune.export.verification import ParityStage
     from edgeprune.plan import KeepPlan
     from edgeprune.runtime import Stream
 
 
-class Stages:
+class StageProgress:
     """A line for each stage of a long command, with its seconds, on stderr."""
 
     def __init__(self, names: Sequence[str], *, quiet: bool) -> None:
@@ -45,7 +45,7 @@ class Stages:
             self._status.stop()
             self._console.print(f"{self._current:16} {time.perf_counter() - self._started:6.1f} s", highlight=False)
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> StageProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -54,7 +54,7 @@ class Stages:
             self._end()
 
 
-class Counter:
+class ProgressBar:
     """A progress bar with the time left, on stderr."""
 
     def __init__(self, what: str, total: int, *, quiet: bool) -> None:
@@ -67,7 +67,7 @@ class Counter:
         """Say how many are done."""
         self._bar.update(self._task, completed=done)
 
-    def __enter__(self) -> Counter:
+    def __enter__(self) -> ProgressBar:
         self._bar.start()
         return self
 
@@ -75,7 +75,7 @@ class Counter:
         self._bar.stop()
 
 
-class Activity:
+class ActivityProgress:
     """Says on stderr what is going on, and counts where there is something to count."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -93,7 +93,7 @@ class Activity:
         """Show a line until the next one."""
         self._bars.update(self._saying, description=what)
 
-    def __enter__(self) -> Activity:
+    def __enter__(self) -> ActivityProgress:
         self._bars.start()
         return self
 
@@ -101,7 +101,7 @@ class Activity:
         self._bars.stop()
 
 
-def show_calibration(result: Calibrated, as_json: bool) -> None:
+def show_calibration(result: CalibrationResult, as_json: bool) -> None:
     """Print what was learnt: the plan's budgets, what it costs, PLPHP's classes, or the curve of a search."""
     if as_json:
         show_json(_calibration_data(result))
@@ -125,7 +125,7 @@ def show_calibration(result: Calibrated, as_json: bool) -> None:
     click.echo(f"\nplan written to {result.output}; next: edgeprune export MODEL --plan {result.output} -o BUNDLE")
 
 
-def _calibration_data(result: Calibrated) -> dict[str, Any]:
+def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
     found: dict[str, Any] = {"statistics": None if result.statistics is None else str(result.statistics), "samples": result.samples}
     if result.plan is not None:
         costs = {"flops": result.flops, "kv": result.kv}
@@ -210,7 +210,7 @@ def _show_cuts(plan: KeepPlan) -> None:
         click.echo(f"{'cut':14} none: every visual token is kept")
 
 
-def show_verification(report: Sequence[Stage], as_json: bool) -> None:
+def show_verification(report: Sequence[ParityStage], as_json: bool) -> None:
     """Print the stages and name the first that fails."""
     names = ("stage", "compared", "worst", "tolerance", "passed")
     rows = [(s.name, s.compared, f"{s.worst:.2g}", f"{s.tolerance:.2g}", "yes" if s.passed else "NO") for s in report]

@@ -16,9 +16,9 @@ from edgeprune.cli.output.basic import show_facts, show_json, show_table
 
 if TYPE_CHECKING:
     from edgeprune.benchmark.selftest import SelfTest
-    from edgeprune.export.checking import Report
-    from edgeprune.runtime.backends.tensorrt.build import BuildRequest, Done, Job
-    from edgeprune.runtime.backends.tensorrt.profiles import Profile, Shapes
+    from edgeprune.export.checking import CheckReport
+    from edgeprune.runtime.backends.tensorrt.build import BuildJob, BuildRequest, BuildResult
+    from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile, Shapes
 
 
 class EngineProgress:
@@ -54,7 +54,7 @@ class EngineProgress:
         self._bars.stop()
 
 
-def show_jobs(request: BuildRequest, jobs: Sequence[Job], as_json: bool) -> None:
+def show_jobs(request: BuildRequest, jobs: Sequence[BuildJob], as_json: bool) -> None:
     """Print what would be built: profiles, memory, and the trtexec commands that do the same."""
     from edgeprune.runtime.backends.tensorrt.build import trtexec_command
 
@@ -79,7 +79,7 @@ def show_jobs(request: BuildRequest, jobs: Sequence[Job], as_json: bool) -> None
         click.echo(f"  {command}\n")
 
 
-def _alike(profile: Profile) -> Iterator[tuple[str, Shapes]]:
+def _alike(profile: ShapeProfile) -> Iterator[tuple[str, Shapes]]:
     # The caches of all layers are as long: one line for those.
     alike: dict[Shapes, list[str]] = {}
     for name, shapes in profile.items():
@@ -88,7 +88,7 @@ def _alike(profile: Profile) -> Iterator[tuple[str, Shapes]]:
         yield names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), shapes
 
 
-def show_engines(bundle: Path, done: Sequence[Done], as_json: bool) -> None:
+def show_engines(bundle: Path, done: Sequence[BuildResult], as_json: bool) -> None:
     """Print which engines the bundle has now, and how they came."""
     if as_json:
         show_json({"bundle": str(bundle), "engines": [{**asdict(each.record), "how": each.how} for each in done]})
@@ -98,7 +98,7 @@ def show_engines(bundle: Path, done: Sequence[Done], as_json: bool) -> None:
     click.echo(f'\nNext:\n  edgeprune selftest {bundle}\n  edgeprune run {bundle} --provider tensorrt --image IMAGE --prompt "..."')
 
 
-def show_check(report: Report, as_json: bool) -> None:
+def show_check(report: CheckReport, as_json: bool) -> None:
     """Print what the lint found and what the builds took, and whether the target takes the graphs."""
     if as_json:
         trials = None if report.trials is None else [asdict(trial) for trial in report.trials]
@@ -132,7 +132,7 @@ def show_check(report: Report, as_json: bool) -> None:
     click.echo(_verdict(report))
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: CheckReport) -> str:
     name, errors = report.target.name, sum(finding.severity == "error" for finding in report.findings)
     refused = sum(bool(trial.error) for trial in report.trials or ())
     if not report.passed:

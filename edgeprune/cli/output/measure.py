@@ -9,7 +9,7 @@ import click
 from edgeprune.cli.output.basic import show_facts, show_json, show_table
 
 if TYPE_CHECKING:
-    from edgeprune.benchmark.results import Figures
+    from edgeprune.benchmark.results import VariantResult
     from edgeprune.benchmark.run import Benchmark
     from edgeprune.device.doctor import Diagnosis
     from edgeprune.device.machine import Machine
@@ -38,7 +38,7 @@ def show_benchmark(result: Benchmark, as_json: bool) -> None:
         return
     click.echo(_header(result) + "\n")
     rows = [*_cost_rows(result), *_size_rows(result), *_roofline_rows(result), *_startup_rows(result)]
-    show_table(["", *(each.name for each in result.contenders)], rows, as_json=False)
+    show_table(["", *(each.name for each in result.variants)], rows, as_json=False)
     _show_growth(result)
     _show_notes(result)
 
@@ -81,38 +81,38 @@ def _header(result: Benchmark) -> str:
 def _cost_rows(result: Benchmark) -> list[Row]:
     rows = []
     for name, words in _COSTS.items():
-        if name not in result.contenders[0].costs:
+        if name not in result.variants[0].costs:
             continue
-        cells = (f"{each.costs[name].p50:.2f}{_beside(result, each, each.ratios.get(name))}" for each in result.contenders)
+        cells = (f"{each.costs[name].p50:.2f}{_beside(result, each, each.ratios.get(name))}" for each in result.variants)
         rows.append([words, *cells])
         if name in _TAILS:
-            rows.append(["  p95", *(f"{each.costs[name].p95:.2f}" for each in result.contenders)])
+            rows.append(["  p95", *(f"{each.costs[name].p95:.2f}" for each in result.variants)])
         if name == "ms_per_token":
             rows += [*_context_rows(result), *_overhead_rows(result)]
     return rows
 
 
 def _overhead_rows(result: Benchmark) -> list[Row]:
-    shares = [each.costs.get("overhead") for each in result.contenders]
+    shares = [each.costs.get("overhead") for each in result.variants]
     return [["  beside the graph", *(f"{share.p50:.1%}" if share else "unknown" for share in shares)]] if any(shares) else []
 
 
 def _context_rows(result: Benchmark) -> list[Row]:
     rows = []
     for index, context in enumerate(result.request.contexts):
-        at = [(each, each.contexts[index]) for each in result.contenders]
+        at = [(each, each.contexts[index]) for each in result.variants]
         rows.append(
             [f"  at {context} keys", *(f"{one.ms_per_token.p50:.2f}{_beside(result, each, one.ratio)}" for each, one in at)]
         )
     return rows
 
 
-def _beside(result: Benchmark, figures: Figures, ratio: float | None) -> str:
+def _beside(result: Benchmark, figures: VariantResult, ratio: float | None) -> str:
     return "" if ratio is None or figures.name == result.request.baseline else f" ({ratio:.2f}x)"
 
 
 def _size_rows(result: Benchmark) -> list[Row]:
-    found = result.contenders
+    found = result.variants
     caches = [(each, each.costs["kv_bytes"].p50 / 1024) for each in found]
     return [
         ["KV cache KiB", *(f"{size:.0f}{_beside(result, each, each.ratios['kv_bytes'])}" for each, size in caches)],
@@ -122,7 +122,7 @@ def _size_rows(result: Benchmark) -> list[Row]:
 
 
 def _roofline_rows(result: Benchmark) -> list[Row]:
-    lines = [each.roofline for each in result.contenders]
+    lines = [each.roofline for each in result.variants]
     if None in lines:
         return []
     rows = [
@@ -130,17 +130,17 @@ def _roofline_rows(result: Benchmark) -> list[Row]:
         ["token, roofline", *(f"{line.token:.0%}" for line in lines if line)],
     ]
     for index, context in enumerate(result.request.contexts):
-        shares = [each.contexts[index].roofline or 0.0 for each in result.contenders]
+        shares = [each.contexts[index].roofline or 0.0 for each in result.variants]
         rows.append([f"  at {context} keys", *(f"{share:.0%}" for share in shares)])
     return rows
 
 
 def _startup_rows(result: Benchmark) -> list[Row]:
-    starts = [each.startup for each in result.contenders if each.startup]
+    starts = [each.startup for each in result.variants if each.startup]
     return [
         ["import ms", *(f"{start.import_ms:.0f}" for start in starts)],
         ["load ms (read)", *(f"{start.load_ms:.0f} ({start.read_ms:.0f})" for start in starts)],
-        ["peak RSS MB", *(_megabytes(each) for each in result.contenders)],
+        ["peak RSS MB", *(_megabytes(each) for each in result.variants)],
         ["first TTFT (2nd)", *(f"{start.first_ttft_ms:.1f} ({start.second_ttft_ms:.1f})" for start in starts)],
     ]
 
@@ -160,15 +160,15 @@ def _show_growth(result: Benchmark) -> None:
 
 def _show_notes(result: Benchmark) -> None:
     click.echo()
-    own = result.contenders[0]
+    own = result.variants[0]
     for cut, before, after in own.cuts:
         click.echo(f"{cut}: {before} -> {after} visual tokens")
     if not own.cuts:
         click.echo("The plan has no cuts: nothing was pruned.")
     click.echo(f"(x) beside {result.request.baseline}: the median of the rounds' own ratios")
-    if {"random", "uniform"} & {each.name for each in result.contenders}:
+    if {"random", "uniform"} & {each.name for each in result.variants}:
         click.echo(f"random, uniform: {result.equal_work_tokens} of {result.visual_tokens} visual tokens in every layer")
-    if not all(each.reused for each in result.contenders):
+    if not all(each.reused for each in result.variants):
         click.echo("image again: the chat template reads an answer otherwise than it was written: the caches were not reused")
     click.echo("image again: the first token of a second question about it in the same conversation")
     if result.request.contexts:
@@ -191,7 +191,7 @@ def _peaks(result: Benchmark) -> str:
     if peaks is None:
         return f"roofline: no peaks known for provider {result.request.provider}; give --device-report"
     rates = [f"{name} {rate / 1e9:.0f} {_RATES.get(name, 'GOPS')}" for name, rate in peaks.operations.items()]
-    lines = ", ".join(sorted({" and ".join(each.roofline.arithmetic) for each in result.contenders if each.roofline}))
+    lines = ", ".join(sorted({" and ".join(each.roofline.arithmetic) for each in result.variants if each.roofline}))
     threads = "all threads" if peaks.threads is None else f"threads {peaks.threads}"
     origin = "measured here" if result.peaks_from == "measured" else f"of {result.peaks_from}"
     return (
@@ -223,6 +223,6 @@ def _pinned(machine: Machine) -> str:
     return {True: "pinned", False: "not pinned", None: "unknown"}[machine.clocks_pinned]
 
 
-def _megabytes(figures: Figures) -> str:
+def _megabytes(figures: VariantResult) -> str:
     peak, ratio = figures.startup.peak_rss_bytes if figures.startup else None, figures.rss_ratio
     return "unknown" if peak is None or ratio is None else f"{peak / 1e6:.1f} ({ratio:.1f}x)"

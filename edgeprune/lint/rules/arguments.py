@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgeprune.lint.facts import LARGEST_K, RUN, Version
 from edgeprune.lint.graph import Dim, Node
-from edgeprune.lint.rule import Finding, Subject
+from edgeprune.lint.operator_support import LARGEST_K, RUN, Version
+from edgeprune.lint.rule import Finding, RuleContext
 from edgeprune.lint.values import constant, is_constant, range_of
 
 # Operator -> the input that must be an initializer, or fold to one from weights alone.
@@ -43,128 +43,128 @@ _ATTRIBUTES: dict[str, dict[str, tuple[int | str, ...]]] = {
 _COUNTS_DATA = ("NonMaxSuppression", "NonZero")
 
 
-def flat_arguments(subject: Subject) -> Iterator[Finding]:
+def flat_arguments(context: RuleContext) -> Iterator[Finding]:
     """Find ArgMax and ArgMin on one dimension."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         shape = node.input(0).shape
         if node.operator in ("ArgMax", "ArgMin") and shape is not None and len(shape) < 2:
             reason = f"TensorRT takes {node.operator} on two dimensions or more, this input has {len(shape)}."
-            yield subject.error(node, reason, "Keep a leading dimension of 1 and squeeze the result.")
+            yield context.error(node, reason, "Keep a leading dimension of 1 and squeeze the result.")
 
 
-def computed_axes(subject: Subject) -> Iterator[Finding]:
+def computed_axes(context: RuleContext) -> Iterator[Finding]:
     """Find axes that are no initializers, of operators that need them when the engine is built."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         index = _CONSTANT_INPUTS.get(node.operator)
         if index is not None and node.has_input(index) and not is_constant(node.scope, node.inputs[index]):
             reason = f"The axes of {node.operator} are computed, and TensorRT needs them as a constant."
-            yield subject.error(node, reason, "Make the axes an initializer.")
+            yield context.error(node, reason, "Make the axes an initializer.")
 
 
-def reductions_in_scatter(subject: Subject) -> Iterator[Finding]:
+def reductions_in_scatter(context: RuleContext) -> Iterator[Finding]:
     """Find scatters that reduce: ScatterND is refused, ScatterElements needs a plugin of the target's libraries."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         reduction = node.attribute("reduction", "none")
         if node.operator == "ScatterND" and reduction != "none":
             reason = f"TensorRT does not take ScatterND with reduction {reduction}."
-            yield subject.error(node, reason, "Sum with MatMul on a one-hot matrix, or scatter without reduction.")
+            yield context.error(node, reason, "Sum with MatMul on a one-hot matrix, or scatter without reduction.")
         if node.operator == "ScatterElements" and reduction != "none":
             reason = f"ScatterElements with reduction {reduction} is a plugin, which not every TensorRT carries."
-            yield subject.warning(node, reason, "Scatter without reduction, or install libnvinfer_plugin on the device.")
+            yield context.warning(node, reason, "Scatter without reduction, or install libnvinfer_plugin on the device.")
 
 
-def extra_outputs(subject: Subject) -> Iterator[Finding]:
+def extra_outputs(context: RuleContext) -> Iterator[Finding]:
     """Find operators whose further outputs TensorRT does not compute."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         if node.operator in _FIRST_OUTPUT_ONLY and any(node.outputs[1:]):
             reason = f"TensorRT computes the first output of {node.operator} alone, and the node has {len(node.outputs)}."
-            yield subject.error(node, reason, "Drop the other outputs, or compute them with operators of their own.")
+            yield context.error(node, reason, "Drop the other outputs, or compute them with operators of their own.")
 
 
-def training_dropout(subject: Subject) -> Iterator[Finding]:
+def training_dropout(context: RuleContext) -> Iterator[Finding]:
     """Find Dropout that may drop."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         if node.operator == "Dropout" and node.has_input(2):
             mode = constant(node.scope, node.inputs[2])
             if mode is None or bool(mode.any()):
-                yield subject.error(node, "TensorRT takes Dropout that is off for certain.", "Export the model in evaluation mode.")
+                yield context.error(node, "TensorRT takes Dropout that is off for certain.", "Export the model in evaluation mode.")
 
 
-def odd_einsum(subject: Subject) -> Iterator[Finding]:
+def odd_einsum(context: RuleContext) -> Iterator[Finding]:
     """Find Einsum with an ellipsis or a diagonal where the target's TensorRT does not have it."""
-    for node in subject.graph.nodes:
-        if node.operator != "Einsum" or subject.tensorrt >= _EINSUM_SINCE:
+    for node in context.graph.nodes:
+        if node.operator != "Einsum" or context.tensorrt >= _EINSUM_SINCE:
             continue
         equation = node.attribute("equation", "").replace(" ", "")
         terms = equation.split("->")[0].split(",")
         if "..." in equation or any(len(set(term)) < len(term) for term in terms):
             reason = f"The equation {equation} has an ellipsis or a diagonal, which TensorRT takes since 10.12."
-            yield subject.error(node, reason, "Write it as Transpose, Reshape and MatMul.")
+            yield context.error(node, reason, "Write it as Transpose, Reshape and MatMul.")
 
 
-def refused_attributes(subject: Subject) -> Iterator[Finding]:
+def refused_attributes(context: RuleContext) -> Iterator[Finding]:
     """Find attributes with a value that TensorRT does not take."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         for name, taken in _ATTRIBUTES.get(node.operator, {}).items():
             value = node.attribute(name, taken[0])
             if any(item not in taken for item in (value if isinstance(value, list) else [value])):
                 reason = f"TensorRT does not take {node.operator} with {name} = {value}."
-                yield subject.error(node, reason, f"Set {name} to {' or '.join(map(str, taken))}.")
+                yield context.error(node, reason, f"Set {name} to {' or '.join(map(str, taken))}.")
 
 
-def many_selected(subject: Subject) -> Iterator[Finding]:
+def many_selected(context: RuleContext) -> Iterator[Finding]:
     """Find TopK of more elements than TensorRT's, which its parser passes and its builder refuses."""
-    for node in _selections(subject):
+    for node in _selections(context):
         count = _count(node)
         if count is not None and count > LARGEST_K:
-            yield subject.error(node, f"TopK takes {count} elements, TensorRT at most {LARGEST_K}.", f"Keep {LARGEST_K} or fewer.")
+            yield context.error(node, f"TopK takes {count} elements, TensorRT at most {LARGEST_K}.", f"Keep {LARGEST_K} or fewer.")
         elif count is None:
-            yield from _possibly_many(subject, node)
+            yield from _possibly_many(context, node)
 
 
-def short_axes(subject: Subject) -> Iterator[Finding]:
+def short_axes(context: RuleContext) -> Iterator[Finding]:
     """Find TopK of more elements than its axis has, or may have at the least length of a profile.
 
     TensorRT's builder looks at the usual and the greatest length alone; at the least one the engine fails when it runs.
     """
-    for node in _selections(subject):
+    for node in _selections(context):
         count, dim = _count(node), _axis(node)
         if count is None or dim is None:
             continue
         if isinstance(dim, int):
             if dim < count:
-                yield subject.error(node, f"TopK takes {count} elements of an axis of {dim}.", "Keep no more than there are.")
+                yield context.error(node, f"TopK takes {count} elements of an axis of {dim}.", "Keep no more than there are.")
             continue
-        shortest = min((range_of(dim, names) for names in subject.lengths()), key=lambda item: item.low)
+        shortest = min((range_of(dim, names) for names in context.lengths()), key=lambda item: item.low)
         remedy = f"Give profiles in which {dim or 'the axis'} is {count} or longer."
         if shortest.known and shortest.low < count:
-            yield subject.error(node, f"TopK takes {count} elements of an axis that may have {int(shortest.low)}.", remedy)
+            yield context.error(node, f"TopK takes {count} elements of an axis that may have {int(shortest.low)}.", remedy)
         elif not shortest.known and count > 0:
-            yield subject.warning(node, f"TopK takes {count} elements of an axis whose least length is not known.", remedy)
+            yield context.warning(node, f"TopK takes {count} elements of an axis whose least length is not known.", remedy)
 
 
-def unsorted_selections(subject: Subject) -> Iterator[Finding]:
+def unsorted_selections(context: RuleContext) -> Iterator[Finding]:
     """Find TopK that asks for no order; TensorRT documents sorted = 1 alone."""
-    for node in _selections(subject):
+    for node in _selections(context):
         if node.attribute("sorted", 1) == 0:
             reason = "TopK has sorted = 0, and TensorRT documents sorted = 1 alone."
             remedy = "Set sorted to 1."
-            yield (subject.warning if subject.tensorrt >= RUN else subject.error)(node, reason, remedy)
+            yield (context.warning if context.tensorrt >= RUN else context.error)(node, reason, remedy)
 
 
-def counted_selections(subject: Subject) -> Iterator[Finding]:
+def counted_selections(context: RuleContext) -> Iterator[Finding]:
     """Find operators that return as many elements as the data say, so that no size after them is fixed."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         if node.operator in _COUNTS_DATA:
             reason = f"How much {node.operator} returns depends on data, so no memory after it is of fixed size."
-            yield subject.error(node, reason, "Keep a fixed count with TopK and Gather, or mask with Where.")
+            yield context.error(node, reason, "Keep a fixed count with TopK and Gather, or mask with Where.")
         elif node.operator == "Where" and len(node.inputs) == 1:
             reason = "Where with one input returns as much as the data say, and ONNX has it with three alone."
-            yield subject.error(node, reason, "Keep a fixed count with TopK and Gather.")
+            yield context.error(node, reason, "Keep a fixed count with TopK and Gather.")
 
 
-def _selections(subject: Subject) -> Iterator[Node]:
-    return (node for node in subject.graph.nodes if node.operator == "TopK")
+def _selections(context: RuleContext) -> Iterator[Node]:
+    return (node for node in context.graph.nodes if node.operator == "TopK")
 
 
 def _count(node: Node) -> int | None:
@@ -178,12 +178,12 @@ def _axis(node: Node, *, result: bool = False) -> Dim | None:
     return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
 
 
-def _possibly_many(subject: Subject, node: Node) -> Iterator[Finding]:
+def _possibly_many(context: RuleContext, node: Node) -> Iterator[Finding]:
     # A count computed from lengths, Min(576, visual) for instance: the length of the result tells its bounds.
     dim = _axis(node, result=True)
     if dim is None:
         return
-    most = max((range_of(dim, names) for names in subject.lengths()), key=lambda item: item.high)
+    most = max((range_of(dim, names) for names in context.lengths()), key=lambda item: item.high)
     if LARGEST_K < most.high < float("inf"):
         reason = f"TopK may take up to {int(most.high)} elements, TensorRT at most {LARGEST_K}."
-        yield (subject.error if most.known else subject.warning)(node, reason, f"Bound the count or the profile by {LARGEST_K}.")
+        yield (context.error if most.known else context.warning)(node, reason, f"Bound the count or the profile by {LARGEST_K}.")

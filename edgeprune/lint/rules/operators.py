@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import onnx
 
-from edgeprune.lint.facts import (
+from edgeprune.lint.graph import Graph, Node, Value
+from edgeprune.lint.operator_support import (
     DOUBLES,
     IMAGES,
     INSTEAD,
@@ -28,8 +29,7 @@ from edgeprune.lint.facts import (
     Version,
     newest_opset,
 )
-from edgeprune.lint.graph import Graph, Node, Value
-from edgeprune.lint.rule import Finding, Subject
+from edgeprune.lint.rule import Finding, RuleContext
 
 _REWRITE = "Rewrite the model without it, or pick a target that has it."
 _ONNXRUNTIME_DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -38,82 +38,82 @@ _INT4_OPSET = 21
 _QUERY, _VALUE, _MASK, _PAST_KEY, _PAST_VALUE = 0, 2, 3, 4, 5
 
 
-def unreadable_shapes(subject: Subject) -> Iterator[Finding]:
+def unreadable_shapes(context: RuleContext) -> Iterator[Finding]:
     """Find a graph whose types and shapes ONNX itself cannot infer, so that the other rules see less of it."""
-    if subject.graph.unread:
-        reason = f"Types and shapes cannot be inferred: {subject.graph.unread}."
-        yield subject.warning(subject.graph.name, reason, "Check the graph with onnx.checker and export it again.")
+    if context.graph.unread:
+        reason = f"Types and shapes cannot be inferred: {context.graph.unread}."
+        yield context.warning(context.graph.name, reason, "Check the graph with onnx.checker and export it again.")
 
 
-def foreign_operators(subject: Subject) -> Iterator[Finding]:
+def foreign_operators(context: RuleContext) -> Iterator[Finding]:
     """Find operators that ONNX does not have and ONNX Runtime may not have either."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         if node.proto.domain not in _ONNXRUNTIME_DOMAINS or (node.standard and not onnx.defs.has(node.operator)):
             reason = f"{node.operator} is no operator of ONNX."
-            yield subject.warning(node, reason, "Register the library that has it with ONNX Runtime.")
+            yield context.warning(node, reason, "Register the library that has it with ONNX Runtime.")
 
 
-def newer_onnxruntime_opset(subject: Subject) -> Iterator[Finding]:
+def newer_onnxruntime_opset(context: RuleContext) -> Iterator[Finding]:
     """Find an opset that the oldest ONNX Runtime which EdgePrune takes cannot read."""
-    if subject.graph.opset > NEWEST_ONNXRUNTIME_OPSET:
-        reason = f"Opset {subject.graph.opset} is newer than {NEWEST_ONNXRUNTIME_OPSET}, which ONNX Runtime 1.20 reads."
-        yield subject.warning(
-            subject.graph.name, reason, "Install a newer onnxruntime on the device, or export with a lower opset."
+    if context.graph.opset > NEWEST_ONNXRUNTIME_OPSET:
+        reason = f"Opset {context.graph.opset} is newer than {NEWEST_ONNXRUNTIME_OPSET}, which ONNX Runtime 1.20 reads."
+        yield context.warning(
+            context.graph.name, reason, "Install a newer onnxruntime on the device, or export with a lower opset."
         )
 
 
-def unknown_operators(subject: Subject) -> Iterator[Finding]:
+def unknown_operators(context: RuleContext) -> Iterator[Finding]:
     """Find operators that the target's TensorRT does not parse."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         since = _since(node)
         if since is None:
             remedy = INSTEAD.get(node.proto.op_type, _REWRITE if node.standard else f"{_REWRITE[:-1]}, or load a plugin for it.")
-            yield subject.error(node, f"TensorRT has no {node.operator}.", remedy)
-        elif since > subject.tensorrt:
-            reason = f"TensorRT parses {node.operator} since {_dotted(since)}, the target has {_dotted(subject.tensorrt)}."
-            remedy = f"Export for {subject.target.name}, which decomposes it." if not subject.target.fused else _REWRITE
-            yield subject.error(node, reason, remedy)
+            yield context.error(node, f"TensorRT has no {node.operator}.", remedy)
+        elif since > context.tensorrt:
+            reason = f"TensorRT parses {node.operator} since {_dotted(since)}, the target has {_dotted(context.tensorrt)}."
+            remedy = f"Export for {context.target.name}, which decomposes it." if not context.target.fused else _REWRITE
+            yield context.error(node, reason, remedy)
 
 
-def newer_opset(subject: Subject) -> Iterator[Finding]:
+def newer_opset(context: RuleContext) -> Iterator[Finding]:
     """Find an opset that the target's TensorRT does not read.
 
     INT4 needs opset 21, where every TensorRT of a target takes it; without INT4, 21 is not documented for the oldest.
     """
-    graph = subject.graph
-    newest = newest_opset(subject.tensorrt)
+    graph = context.graph
+    newest = newest_opset(context.tensorrt)
     if graph.opset <= newest or (graph.opset == _INT4_OPSET and _has_int4(graph)):
         return
-    report = subject.warning if graph.opset == _INT4_OPSET else subject.error
-    reason = f"Opset {graph.opset} is newer than {newest}, the last that TensorRT {_dotted(subject.tensorrt)} is known to read."
+    report = context.warning if graph.opset == _INT4_OPSET else context.error
+    reason = f"Opset {graph.opset} is newer than {newest}, the last that TensorRT {_dotted(context.tensorrt)} is known to read."
     yield report(graph.name, reason, f"Export with opset {newest} or lower.")
 
 
-def unlisted_types(subject: Subject) -> Iterator[Finding]:
+def unlisted_types(context: RuleContext) -> Iterator[Finding]:
     """Find operators on element types that TensorRT does not take there. Types that it takes nowhere are another rule's."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         support = OPERATORS.get(node.operator)
         element = _typed(node).element
         element = "FLOAT" if element in DOUBLES else element
         if support is None or element in support.types or element not in KNOWN_TYPES - IMAGES:
             continue
         if element in support.newer:
-            if subject.tensorrt < RUN:
+            if context.tensorrt < RUN:
                 reason = f"TensorRT {_dotted(LISTED)} does not list {node.operator} on {element}; {_dotted(RUN)} takes it."
-                yield subject.warning(node, reason, _cast_advice(support))
+                yield context.warning(node, reason, _cast_advice(support))
         elif element in QUANTIZED:
-            yield from _quantized(subject, node, support, element)
+            yield from _quantized(context, node, support, element)
         else:
-            yield subject.error(node, f"TensorRT does not take {node.operator} on {element}.", _cast_advice(support))
+            yield context.error(node, f"TensorRT does not take {node.operator} on {element}.", _cast_advice(support))
 
 
-def high_ranks(subject: Subject) -> Iterator[Finding]:
+def high_ranks(context: RuleContext) -> Iterator[Finding]:
     """Find tensors of more dimensions than TensorRT has."""
-    for scope in subject.graph.scopes:
+    for scope in context.graph.scopes:
         for value in scope.values.values():
             if value.shape is not None and len(value.shape) > LARGEST_RANK:
                 reason = f"{value.name} has {len(value.shape)} dimensions, TensorRT has {LARGEST_RANK}."
-                yield subject.error(scope.producer(value.name) or value, reason, "Merge dimensions with Reshape.")
+                yield context.error(scope.producer(value.name) or value, reason, "Merge dimensions with Reshape.")
 
 
 def _has_int4(graph: Graph) -> bool:
@@ -131,16 +131,16 @@ def _typed(node: Node) -> Value:
     return node.output() if index is None else node.input(index)
 
 
-def _quantized(subject: Subject, node: Node, support: Support, element: str) -> Iterator[Finding]:
+def _quantized(context: RuleContext, node: Node, support: Support, element: str) -> Iterator[Finding]:
     remedy = "Put DequantizeLinear before the node."
     if node.operator in MOVERS:
         return
     if element == "INT8" and support.types >= INTEGERS:
-        yield subject.warning(
+        yield context.warning(
             node, f"TensorRT documents INT8 for QuantizeLinear and DequantizeLinear, not for {node.operator}.", remedy
         )
     else:
-        yield subject.error(node, f"TensorRT does not take {node.operator} on {element}.", remedy)
+        yield context.error(node, f"TensorRT does not take {node.operator} on {element}.", remedy)
 
 
 def _cast_advice(support: Support) -> str:
@@ -152,18 +152,18 @@ def _dotted(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def partial_attention(subject: Subject) -> Iterator[Finding]:
+def partial_attention(context: RuleContext) -> Iterator[Finding]:
     """Find Attention nodes that use what TensorRT leaves out; where it has no Attention at all, that is another rule's."""
-    if subject.tensorrt < OPERATORS["Attention"].since:
+    if context.tensorrt < OPERATORS["Attention"].since:
         return
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         if node.operator != "Attention":
             continue
         for reason, remedy in _refused(node):
-            yield subject.error(node, reason, remedy)
+            yield context.error(node, reason, remedy)
         if node.input(_QUERY).element == "FLOAT":
             reason = "TensorRT has few kernels for Attention on FLOAT, and refuses to build a node for which it has none."
-            yield subject.warning(node, reason, "Cast queries, keys and values to FLOAT16 or BFLOAT16.")
+            yield context.warning(node, reason, "Cast queries, keys and values to FLOAT16 or BFLOAT16.")
 
 
 def _refused(node: Node) -> Iterator[tuple[str, str]]:

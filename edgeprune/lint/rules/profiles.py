@@ -5,77 +5,77 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgeprune.lint.graph import Value
-from edgeprune.lint.rule import Finding, Profile, Shape, Subject, ranges_of
+from edgeprune.lint.rule import Finding, Profile, RuleContext, Shape, ranges_of
 from edgeprune.lint.values import range_of
 
 
-def unknown_inputs(subject: Subject) -> Iterator[Finding]:
+def unknown_inputs(context: RuleContext) -> Iterator[Finding]:
     """Find ranges for inputs that the graph does not have."""
-    names = {value.name for value in subject.graph.inputs}
-    for number, profile in _numbered(subject):
+    names = {value.name for value in context.graph.inputs}
+    for number, profile in _numbered(context):
         for name in profile:
             if name not in names:
-                yield subject.error(name, f"{number} gives a range for {name}, which is no input.", "Leave it out of the profile.")
+                yield context.error(name, f"{number} gives a range for {name}, which is no input.", "Leave it out of the profile.")
 
 
-def missing_ranges(subject: Subject) -> Iterator[Finding]:
+def missing_ranges(context: RuleContext) -> Iterator[Finding]:
     """Find inputs of dynamic shape without a range; the builder refuses them."""
-    for number, profile in _numbered(subject):
-        for value in subject.graph.inputs:
+    for number, profile in _numbered(context):
+        for value in context.graph.inputs:
             if value.name not in profile and any(isinstance(dim, str) for dim in value.shape or ()):
                 reason = f"{number} gives no range for {value.name}, whose shape is dynamic."
-                yield subject.error(value, reason, "Give its least, usual and greatest shape.")
+                yield context.error(value, reason, "Give its least, usual and greatest shape.")
 
 
-def wrong_ranks(subject: Subject) -> Iterator[Finding]:
+def wrong_ranks(context: RuleContext) -> Iterator[Finding]:
     """Find ranges with another number of dimensions than their input."""
-    for number, value, shapes in _ranges(subject):
+    for number, value, shapes in _ranges(context):
         found = sorted({len(shape) for shape in shapes} - {len(value.shape or ())})
         if found:
             reason = f"{number} gives {value.name} shapes of {found[0]} dimensions, the input has {len(value.shape or ())}."
-            yield subject.error(value, reason, "Give one length for each dimension.")
+            yield context.error(value, reason, "Give one length for each dimension.")
 
 
-def disordered_ranges(subject: Subject) -> Iterator[Finding]:
+def disordered_ranges(context: RuleContext) -> Iterator[Finding]:
     """Find ranges that are not min <= opt <= max in every dimension, or negative."""
-    for number, value, (low, usual, high) in _ranges(subject):
+    for number, value, (low, usual, high) in _ranges(context):
         for axis, (least, middle, most) in enumerate(zip(low, usual, high, strict=False)):
             if not 0 <= least <= middle <= most:
                 reason = f"{number} gives dimension {axis} of {value.name} the lengths {least}, {middle} and {most}."
-                yield subject.error(value, reason, "Give 0 <= min <= opt <= max.")
+                yield context.error(value, reason, "Give 0 <= min <= opt <= max.")
 
 
-def changed_lengths(subject: Subject) -> Iterator[Finding]:
+def changed_lengths(context: RuleContext) -> Iterator[Finding]:
     """Find ranges that change a length which the graph fixes."""
-    for number, value, shapes in _ranges(subject):
+    for number, value, shapes in _ranges(context):
         for axis, dim in enumerate(value.shape or ()):
             given = {shape[axis] for shape in shapes if axis < len(shape)}
             if isinstance(dim, int) and given - {dim}:
                 reason = (
                     f"{number} gives dimension {axis} of {value.name} the length {min(given - {dim})}, the graph fixes it to {dim}."
                 )
-                yield subject.error(value, reason, f"Give {dim} in all three shapes.")
+                yield context.error(value, reason, f"Give {dim} in all three shapes.")
 
 
-def unequal_ranges(subject: Subject) -> Iterator[Finding]:
+def unequal_ranges(context: RuleContext) -> Iterator[Finding]:
     """Find inputs that share the name of a dimension and are given different lengths, which TensorRT does not notice."""
-    for number, profile in _numbered(subject):
+    for number, profile in _numbered(context):
         first: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for value, axis, dim in _named(subject):
+        for value, axis, dim in _named(context):
             if value.name not in profile or any(axis >= len(shape) for shape in profile[value.name]):
                 continue
             lengths = tuple(shape[axis] for shape in profile[value.name])
             other, expected = first.setdefault(dim, (value.name, lengths))
             if lengths != expected:
                 reason = f"{number} gives {dim} the lengths {_words(expected)} in {other} and {_words(lengths)} in {value.name}."
-                yield subject.error(value, reason, f"Give {dim} one range in all inputs.")
+                yield context.error(value, reason, f"Give {dim} one range in all inputs.")
 
 
-def unreachable_sums(subject: Subject) -> Iterator[Finding]:
+def unreachable_sums(context: RuleContext) -> Iterator[Finding]:
     """Find inputs whose length is a sum of others' and whose range leaves out what that sum may be."""
-    for number, profile in _numbered(subject):
-        names = ranges_of(subject.graph, profile)
-        for value, axis, dim in _named(subject):
+    for number, profile in _numbered(context):
+        names = ranges_of(context.graph, profile)
+        for value, axis, dim in _named(context):
             others = {name: length for name, length in names.items() if name != dim}
             needed = range_of(dim, others)
             if dim.isidentifier() or not needed.known or dim not in names:
@@ -83,22 +83,22 @@ def unreachable_sums(subject: Subject) -> Iterator[Finding]:
             if names[dim].low > needed.low or names[dim].high < needed.high:
                 wanted, given = _words((needed.low, needed.high)), _words((names[dim].low, names[dim].high))
                 reason = f"{number} gives dimension {axis} of {value.name} lengths of {given}, but {dim} reaches {wanted}."
-                yield subject.error(value, reason, "Give it the range that the others add up to.")
+                yield context.error(value, reason, "Give it the range that the others add up to.")
 
 
-def _numbered(subject: Subject) -> Iterator[tuple[str, Profile]]:
-    return ((f"Profile {index}", profile) for index, profile in enumerate(subject.profiles))
+def _numbered(context: RuleContext) -> Iterator[tuple[str, Profile]]:
+    return ((f"Profile {index}", profile) for index, profile in enumerate(context.profiles))
 
 
-def _ranges(subject: Subject) -> Iterator[tuple[str, Value, tuple[Shape, Shape, Shape]]]:
-    for number, profile in _numbered(subject):
-        for value in subject.graph.inputs:
+def _ranges(context: RuleContext) -> Iterator[tuple[str, Value, tuple[Shape, Shape, Shape]]]:
+    for number, profile in _numbered(context):
+        for value in context.graph.inputs:
             if value.name in profile and value.shape is not None:
                 yield number, value, profile[value.name]
 
 
-def _named(subject: Subject) -> Iterator[tuple[Value, int, str]]:
-    for value in subject.graph.inputs:
+def _named(context: RuleContext) -> Iterator[tuple[Value, int, str]]:
+    for value in context.graph.inputs:
         yield from ((value, axis, dim) for axis, dim in enumerate(value.shape or ()) if isinstance(dim, str) and dim)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgeprune.lint.facts import DOUBLES, FP4, FP4_MODULES, FP8, FP8_MODULES, IMAGES, INT4_BLOCKS, KNOWN_TYPES, Version
 from edgeprune.lint.graph import Node, Scope, Value
-from edgeprune.lint.rule import Finding, Subject
+from edgeprune.lint.operator_support import DOUBLES, FP4, FP4_MODULES, FP8, FP8_MODULES, IMAGES, INT4_BLOCKS, KNOWN_TYPES, Version
+from edgeprune.lint.rule import Finding, RuleContext
 from edgeprune.lint.values import constant, is_constant
 
 # Operator -> the inputs that must be of one type; no inputs: all of them. Pow is not here, its exponent may differ.
@@ -26,53 +26,53 @@ _ZERO_POINT = 2
 _FP4_SINCE: Version = (10, 8)
 
 
-def lacking_types(subject: Subject) -> Iterator[Finding]:
+def lacking_types(context: RuleContext) -> Iterator[Finding]:
     """Find tensors of an element type that TensorRT does not have."""
-    for scope, value in _values(subject):
+    for scope, value in _values(context):
         if value.element and value.element not in KNOWN_TYPES:
             reason = f"{value.name} is of {value.element}, which TensorRT does not have."
             remedy = (
                 "Use INT4 with zero points of 0." if value.element == "UINT4" else "Cast to INT32, INT64 or FLOAT where it is made."
             )
-            yield subject.error(scope.producer(value.name) or value, reason, remedy)
+            yield context.error(scope.producer(value.name) or value, reason, remedy)
 
 
-def doubles(subject: Subject) -> Iterator[Finding]:
+def doubles(context: RuleContext) -> Iterator[Finding]:
     """Find where float64 begins: TensorRT reads it as float32 without a word."""
     reason = "TensorRT computes float64 as float32 without saying so."
-    for scope, value in _values(subject):
+    for scope, value in _values(context):
         if value.element in DOUBLES:
             node = scope.producer(value.name)
             if node is None or not any(node.input(index).element in DOUBLES for index in range(len(node.inputs))):
-                yield subject.warning(node or value, reason, "Cast to float32 yourself, or keep the values small enough for it.")
+                yield context.warning(node or value, reason, "Cast to float32 yourself, or keep the values small enough for it.")
 
 
-def inner_bytes(subject: Subject) -> Iterator[Finding]:
+def inner_bytes(context: RuleContext) -> Iterator[Finding]:
     """Find UINT8 inside a network; TensorRT has it at inputs and outputs, next to a Cast."""
-    borders = {value.name for value in subject.graph.outputs}
-    for node in subject.graph.nodes:
+    borders = {value.name for value in context.graph.outputs}
+    for node in context.graph.nodes:
         taken = [value.name for value in map(node.input, range(len(node.inputs))) if value.element in IMAGES]
         if taken and node.operator not in _TAKE_BYTES and node.operator != "QuantizeLinear":
             reason = f"{node.operator} computes on UINT8 ({taken[0]}), which TensorRT takes at inputs and outputs alone."
-            yield subject.error(node, reason, "Cast it to INT32 or FLOAT16 first.")
+            yield context.error(node, reason, "Cast it to INT32 or FLOAT16 first.")
         elif node.operator in ("Cast", "CastLike") and node.output().element in IMAGES and node.output().name not in borders:
             reason = f"{node.output().name} becomes UINT8 inside the network, which TensorRT takes at inputs and outputs alone."
-            yield subject.error(node, reason, "Cast to INT32 instead.")
+            yield context.error(node, reason, "Cast to INT32 instead.")
 
 
-def mixed_types(subject: Subject) -> Iterator[Finding]:
+def mixed_types(context: RuleContext) -> Iterator[Finding]:
     """Find nodes whose inputs must be of one type and are not; INT32 beside INT64 is the usual case."""
-    for node in subject.graph.nodes:
+    for node in context.graph.nodes:
         if node.operator in _SAME_TYPE:
             chosen = _SAME_TYPE[node.operator] or tuple(range(len(node.inputs)))
             elements = sorted({node.input(index).element for index in chosen} - {""})
             if len(elements) > 1:
                 reason = f"{node.operator} is given {' and '.join(elements)}, and takes one type."
-                yield subject.error(node, reason, f"Cast its inputs to {_widest(node, chosen)}.")
+                yield context.error(node, reason, f"Cast its inputs to {_widest(node, chosen)}.")
 
 
-def _values(subject: Subject) -> Iterator[tuple[Scope, Value]]:
-    for scope in subject.graph.scopes:
+def _values(context: RuleContext) -> Iterator[tuple[Scope, Value]]:
+    for scope in context.graph.scopes:
         yield from ((scope, value) for value in scope.values.values())
 
 
@@ -82,84 +82,84 @@ def _widest(node: Node, chosen: tuple[int, ...]) -> str:
     return next((element for element in order if element in elements), "one type")
 
 
-def zero_points(subject: Subject) -> Iterator[Finding]:
+def zero_points(context: RuleContext) -> Iterator[Finding]:
     """Find zero points that are not 0, or not known when the engine is built."""
-    for node in _pairs(subject):
+    for node in _pairs(context):
         if not node.has_input(_ZERO_POINT) or _quantized(node).element in IMAGES:
             continue
         name = node.inputs[_ZERO_POINT]
         remedy = "Quantize symmetrically and leave the zero point out."
         if not is_constant(node.scope, name):
-            yield subject.error(node, f"The zero point {name} is computed, and TensorRT takes 0 alone.", remedy)
+            yield context.error(node, f"The zero point {name} is computed, and TensorRT takes 0 alone.", remedy)
             continue
         found = constant(node.scope, name)
         if found is not None and bool((found != found.dtype.type(0)).any()):
-            yield subject.error(node, f"The zero point {name} is not 0, and TensorRT quantizes symmetrically.", remedy)
+            yield context.error(node, f"The zero point {name} is not 0, and TensorRT quantizes symmetrically.", remedy)
 
 
-def unsigned_bytes(subject: Subject) -> Iterator[Finding]:
+def unsigned_bytes(context: RuleContext) -> Iterator[Finding]:
     """Find quantization to UINT8, which TensorRT has on DLA alone."""
-    for node in _pairs(subject):
+    for node in _pairs(context):
         if _quantized(node).element in IMAGES:
-            yield subject.error(
+            yield context.error(
                 node, f"TensorRT does not take {node.operator} of UINT8.", "Quantize to INT8 with a zero point of 0."
             )
 
 
-def int4_blocks(subject: Subject) -> Iterator[Finding]:
+def int4_blocks(context: RuleContext) -> Iterator[Finding]:
     """Find INT4 that is no stored weight, or whose blocks do not fit."""
-    for node in _pairs(subject):
+    for node in _pairs(context):
         value = _quantized(node)
         if value.element != "INT4":
             continue
         if not is_constant(node.scope, node.inputs[0]):
             reason = "INT4 is computed here, and TensorRT documents it for weights alone."
-            yield subject.error(node, reason, "Store the INT4 weights as an initializer, or quantize activations to INT8.")
+            yield context.error(node, reason, "Store the INT4 weights as an initializer, or quantize activations to INT8.")
         size = int(node.attribute("block_size", 0))
         if size:
-            yield from _blocks(subject, node, value, size)
+            yield from _blocks(context, node, value, size)
 
 
-def small_floats(subject: Subject) -> Iterator[Finding]:
+def small_floats(context: RuleContext) -> Iterator[Finding]:
     """Find FP8 and FP4 for a target or a Jetson that has none."""
-    for node in _pairs(subject):
+    for node in _pairs(context):
         element = _quantized(node).element
         if element not in FP8 | FP4:
             continue
-        if element in FP4 and subject.tensorrt < _FP4_SINCE:
-            yield subject.error(node, f"TensorRT parses {element} since 10.8.", "Quantize to INT4.")
+        if element in FP4 and context.tensorrt < _FP4_SINCE:
+            yield context.error(node, f"TensorRT parses {element} since 10.8.", "Quantize to INT4.")
         able = FP4_MODULES if element in FP4 else FP8_MODULES
-        unable = [module for module in subject.modules if module not in able]
+        unable = [module for module in context.modules if module not in able]
         if unable:
-            report = subject.warning if set(subject.modules) & able else subject.error
+            report = context.warning if set(context.modules) & able else context.error
             instead = "INT4" if element in FP4 else "INT8 or INT4"
             yield report(node, f"{' and '.join(unable)} cannot compute with {element}.", f"Quantize to {instead} there.")
 
 
-def packed_borders(subject: Subject) -> Iterator[Finding]:
+def packed_borders(context: RuleContext) -> Iterator[Finding]:
     """Find inputs and outputs of the network in INT4, FP8 or FP4, which TensorRT has inside alone."""
-    for value in (*subject.graph.inputs, *subject.graph.outputs):
+    for value in (*context.graph.inputs, *context.graph.outputs):
         if value.element in FP8 | FP4 | {"INT4"}:
             reason = f"{value.name} crosses the border of the network as {value.element}, which TensorRT has inside alone."
-            yield subject.error(value, reason, "Dequantize inside the network, or make it an initializer.")
+            yield context.error(value, reason, "Dequantize inside the network, or make it an initializer.")
 
 
-def _pairs(subject: Subject) -> Iterator[Node]:
-    return (node for node in subject.graph.nodes if node.operator in ("QuantizeLinear", "DequantizeLinear"))
+def _pairs(context: RuleContext) -> Iterator[Node]:
+    return (node for node in context.graph.nodes if node.operator in ("QuantizeLinear", "DequantizeLinear"))
 
 
 def _quantized(node: Node) -> Value:
     return node.output() if node.operator == "QuantizeLinear" else node.input(0)
 
 
-def _blocks(subject: Subject, node: Node, value: Value, size: int) -> Iterator[Finding]:
+def _blocks(context: RuleContext, node: Node, value: Value, size: int) -> Iterator[Finding]:
     axis = int(node.attribute("axis", 1))
     length = value.shape[axis] if value.shape is not None and -len(value.shape) <= axis < len(value.shape) else None
     if isinstance(length, int) and length % size:
         reason = f"Blocks of {size} do not divide the {length} elements of axis {axis}."
-        yield subject.error(node, reason, "Take a block size that divides the axis, or pad the weights.")
+        yield context.error(node, reason, "Take a block size that divides the axis, or pad the weights.")
     if size not in INT4_BLOCKS:
         sizes = ", ".join(map(str, INT4_BLOCKS))
-        yield subject.error(
+        yield context.error(
             node, f"TensorRT's INT4 has blocks of {sizes}, this node has {size}.", f"Quantize in blocks of {sizes}."
         )

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from edgeprune.cli import main as edgeprune
 from edgeprune.runtime import Receipt
 from edgeprune.runtime.server import completions, jobs
-from edgeprune.runtime.server.jobs import Job
+from edgeprune.runtime.server.jobs import AnswerJob
 from edgeprune.runtime.server.service import Service
 
 _PORT: ContextVar[int] = ContextVar("port")
@@ -30,15 +30,15 @@ class Notes:
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._lock = file, threading.Lock()
-        self._ports: dict[Job, int] = {}
+        self._ports: dict[AnswerJob, int] = {}
         self._cancelled: dict[int, dict[str, Any]] = {}  # by the identity of the receipt
 
-    def begun(self, job: Job, port: int) -> None:
+    def begun(self, job: AnswerJob, port: int) -> None:
         """Remember whose job it is."""
         with self._lock:
             self._ports[job] = port
 
-    def cancelled(self, job: Job) -> None:
+    def cancelled(self, job: AnswerJob) -> None:
         """Take down that a job is to end, if its answer runs."""
         heard, receipt = time.monotonic(), job.receipt
         with self._lock:
@@ -62,7 +62,7 @@ class Notes:
 
 def watch(notes: Notes) -> None:
     """Have the server's own steps noted."""
-    answer, job_on_loop, cancel, start = completions.Completions.__call__, jobs.job_on_loop, Job.cancel, Service.start
+    answer, job_on_loop, cancel, start = completions.Completions.__call__, jobs.job_on_loop, AnswerJob.cancel, Service.start
 
     async def answered(self: Any, scope: Any, receive: Any, send: Any) -> None:
         _PORT.set((scope["client"] or ("", 0))[1])  # there is none where it has gone already
@@ -73,7 +73,7 @@ def watch(notes: Notes) -> None:
         notes.begun(made[0], _PORT.get())
         return made
 
-    def cancelled(self: Job) -> None:
+    def cancelled(self: AnswerJob) -> None:
         notes.cancelled(self)
         cancel(self)
 
@@ -83,7 +83,7 @@ def watch(notes: Notes) -> None:
 
     _put(completions.Completions, "__call__", answered)
     _put(completions, "job_on_loop", job)
-    _put(Job, "cancel", cancelled)
+    _put(AnswerJob, "cancel", cancelled)
     _put(Service, "start", began)
 
 

@@ -18,7 +18,7 @@ from edgeprune.runtime.backends.tensorrt.bindings import Driver
 _GRAIN = 256  # bytes: TensorRT wants addresses aligned to it
 
 
-class Pool:
+class MemoryPool:
     """Memory of the device in blocks that are used again; a block has the size that was asked for it first."""
 
     def __init__(self, driver: Driver) -> None:
@@ -54,7 +54,7 @@ class Pool:
 class Lease:
     """A block, given back when nothing refers to it."""
 
-    def __init__(self, pool: Pool, address: int) -> None:
+    def __init__(self, pool: MemoryPool, address: int) -> None:
         self.pool, self.address = pool, address
 
     def __del__(self) -> None:
@@ -117,12 +117,12 @@ class DeviceArray:
         return array
 
 
-def empty(pool: Pool, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+def empty(pool: MemoryPool, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
     """Return an array on the device of which nothing is set."""
     return DeviceArray(pool.lease(math.prod(shape) * dtype.itemsize), shape, dtype)
 
 
-def upload(pool: Pool, array: np.ndarray) -> DeviceArray:
+def upload(pool: MemoryPool, array: np.ndarray) -> DeviceArray:
     """Return a copy of a host array on the device."""
     array = np.ascontiguousarray(array)
     lease = pool.lease(array.nbytes)
@@ -131,7 +131,7 @@ def upload(pool: Pool, array: np.ndarray) -> DeviceArray:
     return DeviceArray(lease, array.shape, array.dtype)
 
 
-def joined(pool: Pool, arrays: Sequence[DeviceArray | np.ndarray], axis: int = 0) -> DeviceArray:
+def joined(pool: MemoryPool, arrays: Sequence[DeviceArray | np.ndarray], axis: int = 0) -> DeviceArray:
     """Return arrays one after the other along an axis that none but axes of length 1 precede."""
     parts = [part if isinstance(part, DeviceArray) else upload(pool, part) for part in arrays]
     first = parts[0]

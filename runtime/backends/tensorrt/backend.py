@@ -18,11 +18,11 @@ import numpy as np
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
 from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import EngineError
-from edgeprune.runtime.backends.interface import Interrupt, Seen, Step
-from edgeprune.runtime.backends.kv_cache import KvCache, StepInput, decoder_feeds
-from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, Pool, upload
-from edgeprune.runtime.backends.tensorrt.bindings import CudaDriver, Driver, Identity, cuda, identity, tensorrt
-from edgeprune.runtime.backends.tensorrt.profiles import TEXT, Profile, image_turn_of
+from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds
+from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, upload
+from edgeprune.runtime.backends.tensorrt.bindings import CudaDriver, DeviceIdentity, Driver, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.profiles import TEXT, ShapeProfile, image_prefill_of
 from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, usable_engines
 
 Value = DeviceArray | np.ndarray
@@ -31,7 +31,9 @@ Value = DeviceArray | np.ndarray
 class Executor:
     """One deserialized engine. `record` names its inputs and outputs, `profiles` are those that it was built with."""
 
-    def __init__(self, trt: Any, runtime: Any, plan: bytes, record: GraphRecord, profiles: Sequence[Profile], pool: Pool) -> None:
+    def __init__(
+        self, trt: Any, runtime: Any, plan: bytes, record: GraphRecord, profiles: Sequence[ShapeProfile], pool: MemoryPool
+    ) -> None:
         self._record, self._profiles, self._pool = record, profiles, pool
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -113,16 +115,16 @@ def _remedy(name: str, greatest: Sequence[int]) -> str:
     return "Ask something shorter, or build for longer turns: edgeprune build --turn N"
 
 
-class TensorRTEngine:
+class TensorRTBackend:
     """The graphs of a bundle as TensorRT engines; `close` gives their memory back.
 
     Arrays in what it returns lie on the device. Raises EngineError when an engine is missing, is of another TensorRT or GPU, or was
     not built on this device.
     """
 
-    def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: Identity) -> None:
-        self._plan, self._driver, self._pool = bundle.plan, driver, Pool(driver)
-        self._tiers, self._live = bundle.manifest.tiers, bundle.plan.live
+    def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: DeviceIdentity) -> None:
+        self._plan, self._driver, self._pool = bundle.plan, driver, MemoryPool(driver)
+        self._tiers, self._live = bundle.manifest.tiers, bundle.plan.follows_attention
         self._executors: dict[str, Executor] = {}
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         try:
@@ -137,15 +139,15 @@ class TensorRTEngine:
         except EngineError:
             self.close()
             raise
-        self._inputs, self._outputs = decoder_inputs(bundle.plan, tiers=bool(bundle.lower)), decoder_outputs(bundle.plan)
+        self._inputs, self._outputs = decoder_inputs(bundle.plan, tiers=bool(bundle.lower_tiers)), decoder_outputs(bundle.plan)
 
     def _executor(
-        self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[Profile]
+        self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[ShapeProfile]
     ) -> Executor:
         return Executor(trt, self._runtime, store.read(record), described, profiles, self._pool)
 
     @classmethod
-    def here(cls, bundle: Bundle) -> TensorRTEngine:
+    def on_this_device(cls, bundle: Bundle) -> TensorRTBackend:
         """Return the engine on this machine's GPU."""
         trt, runtime = tensorrt(), cuda()
         return cls(bundle, trt, CudaDriver(runtime), Store(bundle.path), identity(trt, runtime))
@@ -155,13 +157,15 @@ class TensorRTEngine:
         """Memory for inputs, outputs and caches; engines and their scratch memory not counted."""
         return self._pool.bytes
 
-    def see(self, patches: np.ndarray, *, whole: bool = False, interrupt: Interrupt | None = None) -> Seen:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `whole`: of all, whatever its cuts are."""
-        outputs = self._encoder(whole and bool(self._plan.vision_cuts)).run({"pixel_values": patches})
+    def encode_image(
+        self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
+    ) -> VisionOutput:
+        """Return what the vision encoder says of patches [patches, patch pixels]; `unpruned`: of all, whatever its cuts are."""
+        outputs = self._encoder(unpruned and bool(self._plan.vision_cuts)).run({"pixel_values": patches})
         self._driver.synchronize()  # so that its time is its own, and not that of the step that waits for it
         signals = {name: _array(outputs[name]) for name in SIGNALS if name in outputs}
         kept = [outputs[name].numpy() for name in kept_names(self._plan, "vision") if name in outputs]
-        return Seen(_array(outputs["visual_embeds"]), signals, tuple(kept))
+        return VisionOutput(_array(outputs["visual_embeds"]), signals, tuple(kept))
 
     def _encoder(self, unpruned: bool) -> Executor:
         if not unpruned:
@@ -175,25 +179,30 @@ class TensorRTEngine:
             self._executors[VISION_UNPRUNED] = self._open[VISION_UNPRUNED]()
         return self._executors[VISION_UNPRUNED]
 
-    def select(self, seen: Seen, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
         [K], those on the host.
         """
-        values = {"visual_embeds": seen.embeds, "prompt_embeds": prompt, "visual_order": seen.order, **seen.signals}
+        values = {
+            "visual_embeds": vision_output.embeds,
+            "prompt_embeds": prompt,
+            "visual_order": vision_output.token_indices,
+            **vision_output.signals,
+        }
         selector = self._executors[tier_selector(self._tiers[tier]) if tier else SELECTOR]
         outputs, (name,) = selector.run(values), kept_names(self._plan, "input")
         return _array(outputs["kept_embeds"]), outputs[name].numpy()
 
-    def embed(self, ids: Sequence[int]) -> np.ndarray:
+    def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Return embeddings [1, n, hidden]."""
         return _array(self._executors[EMBED].run({"ids": np.array([ids], np.int64)})["embeds"])
 
-    def step(self, tokens: StepInput, cache: KvCache, *, interrupt: Interrupt | None = None) -> Step:
+    def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run new tokens on top of a cache."""
-        profile = image_turn_of(tokens.tier) if len(tokens.order) else TEXT
+        profile = image_prefill_of(tokens.tier) if len(tokens.visual_indices) else TEXT
         return self._step(self._executors[DECODER].run(decoder_feeds(self._inputs, tokens, cache), profile))
 
-    def rate(self, split: np.ndarray, step: int) -> float:
+    def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
         outputs = self._executors[PREDICTOR].run({"attention_split": split, "step": np.array([step], np.float32)})
         return float(outputs["share"].numpy()[0])
@@ -205,11 +214,13 @@ class TensorRTEngine:
         self._pool.close()
         self._driver.close()
 
-    def _step(self, outputs: Mapping[str, DeviceArray]) -> Step:
+    def _step(self, outputs: Mapping[str, DeviceArray]) -> DecoderOutput:
         logits, *rest = (outputs[name] for name in self._outputs)
         split = _array(rest.pop()) if self._live else None
         count = 2 * self._plan.layers
-        return Step(logits.numpy()[0, 0], tuple(map(_array, rest[:count])), tuple(part.numpy() for part in rest[count:]), split)
+        return DecoderOutput(
+            logits.numpy()[0, 0], tuple(map(_array, rest[:count])), tuple(part.numpy() for part in rest[count:]), split
+        )
 
 
 def _array(array: DeviceArray) -> np.ndarray:

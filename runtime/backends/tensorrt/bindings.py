@@ -17,7 +17,7 @@ from edgeprune.errors import EngineError
 
 
 @dataclass(frozen=True)
-class Identity:
+class DeviceIdentity:
     """What an engine fits: a version of TensorRT and a GPU's compute capability, such as "8.7"."""
 
     tensorrt: str
@@ -142,7 +142,7 @@ def cuda() -> Any:
         ) from error
 
 
-def identity(trt: Any, runtime: Any) -> Identity:
+def identity(trt: Any, runtime: Any) -> DeviceIdentity:
     """Return what engines of this machine fit; `runtime` is the module that `cuda` returns."""
     name = runtime.cudaDeviceAttr
     numbers = []
@@ -151,7 +151,7 @@ def identity(trt: Any, runtime: Any) -> Identity:
         if int(error):
             raise EngineError(f"CUDA finds no GPU ({error}).", hint="See: edgeprune doctor")
         numbers.append(str(value))
-    return Identity(str(trt.__version__), ".".join(numbers))
+    return DeviceIdentity(str(trt.__version__), ".".join(numbers))
 
 
 def _missing(machine: Machine, error: ImportError) -> str:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import Bundle, files_of
-from edgeprune.bundle.signing import Trusted
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.device.memory import Memory
 from edgeprune.errors import EngineError, UsageError
-from edgeprune.runtime.backends.tensorrt.bindings import Identity, cuda, identity, tensorrt
-from edgeprune.runtime.backends.tensorrt.builder import Settings, build_engine
-from edgeprune.runtime.backends.tensorrt.profiles import Limits, Profile, profiles_of
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, build_engine
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
 from edgeprune.runtime.backends.tensorrt.store import TIMINGS, EngineRecord, Store, engine_key
 
 # Peak resident memory of TensorRT-RTX builds of decoders of 3 to 1400 MB of weights: a base, and the weights as parsed, as laid out
@@ -32,54 +32,58 @@ BASE_BYTES, COPIES = 600 << 20, 3.5
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """One engine to be had: its graph, profiles and key; `weights`: bytes of the graph; `ready`: it is there already."""
 
     graph: str
-    limits: Limits
-    profiles: tuple[Profile, ...]
+    limits: ProfileLimits
+    profiles: tuple[ShapeProfile, ...]
     weights: int
     key: str = ""
     ready: bool = False
 
-    def peak_bytes(self, settings: Settings) -> int:
+    def peak_bytes(self, settings: BuilderSettings) -> int:
         """Return the estimated peak of memory while it is built."""
         return int(BASE_BYTES + COPIES * self.weights + settings.workspace)
 
 
 @dataclass(frozen=True)
-class Done:
+class BuildResult:
     """An engine and how it came: "built", "kept" (it was there) or "taken" from another bundle."""
 
     record: EngineRecord
     how: str
 
 
-def jobs_of(
-    bundle: Bundle, limits: Limits, settings: Settings, identity: Identity | None = None, store: Store | None = None
-) -> list[Job]:
+def plan_jobs(
+    bundle: Bundle,
+    limits: ProfileLimits,
+    settings: BuilderSettings,
+    identity: DeviceIdentity | None = None,
+    store: Store | None = None,
+) -> list[BuildJob]:
     """Return the engines that a bundle needs; without an identity, none of them has a key or is ready."""
     jobs = []
-    for graph, profiles in profiles_of(bundle, limits).items():
+    for graph, profiles in shape_profiles(bundle, limits).items():
         weights = sum(record.bytes for name, record in bundle.manifest.files.items() if name in files_of(graph))
         key = "" if identity is None else engine_key(bundle, graph, identity, profiles, settings.level)
         ready = store is not None and _found(store, graph, key) is not None
-        jobs.append(Job(graph, limits, profiles, weights, key, ready))
+        jobs.append(BuildJob(graph, limits, profiles, weights, key, ready))
     return jobs
 
 
 def build_jobs(
     trt: Any,
     bundle: Bundle,
-    jobs: Sequence[Job],
-    identity: Identity,
-    settings: Settings,
+    jobs: Sequence[BuildJob],
+    identity: DeviceIdentity,
+    settings: BuilderSettings,
     store: Store,
     *,
     others: Sequence[Store] = (),
     advance: Callable[[str, str, float], None] = lambda graph, phase, done: None,
     configure: Callable[[Any], None] = lambda config: None,
-) -> list[Done]:
+) -> list[BuildResult]:
     """Build what is not there; an interruption keeps the engines that are finished.
 
     `others`: stores of other bundles, whose engines of equal key are copied. `advance` is told graph, phase and share done.
@@ -89,16 +93,16 @@ def build_jobs(
         kept = _found(store, job.graph, job.key)
         taken = None if kept else next((found for other in others if (found := _read(other, job)) is not None), None)
         if kept is not None:
-            done.append(Done(kept, "kept"))
+            done.append(BuildResult(kept, "kept"))
         elif taken is not None:
             store.add(*taken)
-            done.append(Done(taken[0], "taken"))
+            done.append(BuildResult(taken[0], "taken"))
         else:
-            done.append(Done(_build(trt, bundle, job, identity, settings, store, advance, configure), "built"))
+            done.append(BuildResult(_build(trt, bundle, job, identity, settings, store, advance, configure), "built"))
     return done
 
 
-def check_memory(jobs: Sequence[Job], settings: Settings, memory: Memory) -> None:
+def check_memory(jobs: Sequence[BuildJob], settings: BuilderSettings, memory: Memory) -> None:
     """Raise EngineError when the largest build cannot fit into what is free, swap included."""
     wanted = [job for job in jobs if not job.ready]
     if not wanted or memory.available is None:
@@ -113,7 +117,7 @@ def check_memory(jobs: Sequence[Job], settings: Settings, memory: Memory) -> Non
         )
 
 
-def trtexec_command(bundle: Bundle, job: Job, settings: Settings) -> str:
+def trtexec_command(bundle: Bundle, job: BuildJob, settings: BuilderSettings) -> str:
     """Return the `trtexec` command line that builds the same engine."""
     words = ["trtexec", f"--onnx={bundle.file(job.graph)}", f"--saveEngine={Path(job.graph).stem}.plan", "--stronglyTyped"]
     words += [f"--builderOptimizationLevel={settings.level}", f"--memPoolSize=workspace:{settings.workspace >> 20}M"]
@@ -125,16 +129,16 @@ def trtexec_command(bundle: Bundle, job: Job, settings: Settings) -> str:
     return shlex.join(words)
 
 
-def _shapes(profile: Profile, end: int) -> str:
+def _shapes(profile: ShapeProfile, end: int) -> str:
     return ",".join(f"{name}:{'x'.join(map(str, shapes[end]))}" for name, shapes in profile.items())
 
 
 def _build(
     trt: Any,
     bundle: Bundle,
-    job: Job,
-    identity: Identity,
-    settings: Settings,
+    job: BuildJob,
+    identity: DeviceIdentity,
+    settings: BuilderSettings,
     store: Store,
     advance: Callable[[str, str, float], None],
     configure: Callable[[Any], None],
@@ -157,11 +161,11 @@ def _build(
         precision=bundle.manifest.precision,
         limits=job.limits,
         level=settings.level,
-        bytes=len(built.plan),
-        sha256=hashlib.sha256(built.plan).hexdigest(),
+        bytes=len(built.serialized_engine),
+        sha256=hashlib.sha256(built.serialized_engine).hexdigest(),
         seconds=time.perf_counter() - started,
     )
-    store.add(record, built.plan)
+    store.add(record, built.serialized_engine)
     store.keep_timings(built.timings)
     return record
 
@@ -174,7 +178,7 @@ def _found(store: Store, graph: str, key: str) -> EngineRecord | None:
         return None
 
 
-def _read(store: Store, job: Job) -> tuple[EngineRecord, bytes] | None:
+def _read(store: Store, job: BuildJob) -> tuple[EngineRecord, bytes] | None:
     record = _found(store, job.graph, job.key)
     return None if record is None else (record, store.read(record))
 
@@ -184,8 +188,8 @@ class BuildRequest:
     """A bundle, how long things may get in its engines, how they are built, and whose engines may be taken."""
 
     bundle: Bundle
-    limits: Limits
-    settings: Settings
+    limits: ProfileLimits
+    settings: BuilderSettings
     reuse: tuple[Path, ...] = ()
     ignore_memory: bool = False
 
@@ -198,7 +202,7 @@ class BuildRequest:
         ignore_memory: bool = False,
         level: int = 3,
         workspace: int = 512,
-        require_signature: Trusted = (),
+        require_signature: TrustedKeys = (),
         **limits: Any,
     ) -> BuildRequest:
         """Return the request of a command line; `workspace` in MiB. Raises BundleError and UsageError.
@@ -214,12 +218,12 @@ class BuildRequest:
                 f"{bundle} was exported for {target.modules}: TensorRT does not read its graphs.",
                 hint="Export it with the --target of the JetPack on the device.",
             )
-        return cls(opened, Limits(**limits), Settings(workspace << 20, level), reuse, ignore_memory)
+        return cls(opened, ProfileLimits(**limits), BuilderSettings(workspace << 20, level), reuse, ignore_memory)
 
 
-def planned(request: BuildRequest) -> tuple[BuildRequest, list[Job]]:
+def plan_build(request: BuildRequest) -> tuple[BuildRequest, list[BuildJob]]:
     """Return a request and what it would build, with no look at the device."""
-    return request, jobs_of(request.bundle, request.limits, request.settings)
+    return request, plan_jobs(request.bundle, request.limits, request.settings)
 
 
 def build_bundle(
@@ -227,11 +231,11 @@ def build_bundle(
     advance: Callable[[str, str, float], None] = lambda graph, phase, done: None,
     *,
     trt: Any = None,
-    device: Identity | None = None,
+    device: DeviceIdentity | None = None,
     machine: Machine | None = None,
     secret: bytes | None = None,
     configure: Callable[[Any], None] = lambda config: None,
-) -> list[Done]:
+) -> list[BuildResult]:
     """Build the engines that a bundle lacks on this device.
 
     What is not given is that of this machine: TensorRT's module, what engines fit, its memory and its key. Raises EngineError.
@@ -240,8 +244,8 @@ def build_bundle(
     trt = trt or tensorrt(here)
     device = device or identity(trt, cuda())
     store = Store(request.bundle.path, secret)
-    store.tidy()
-    jobs = jobs_of(request.bundle, request.limits, request.settings, device, store)
+    store.remove_stale()
+    jobs = plan_jobs(request.bundle, request.limits, request.settings, device, store)
     others = [Store(other, secret) for other in request.reuse]
     if not request.ignore_memory:
         check_memory(jobs, request.settings, here.memory)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import EngineError
-from edgeprune.runtime.backends.tensorrt.profiles import Profile
+from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
 
-Advance = Callable[[str, float], None]  # what the builder is at, and the share of it that is done
+BuildProgress = Callable[[str, float], None]  # what the builder is at, and the share of it that is done
 _MOST_ERRORS = 3  # of a parser, that a message quotes
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuilderSettings:
     """`workspace`: bytes of scratch memory that a layer may ask for; `level`: how long the builder searches, 0 to 5."""
 
     workspace: int = 512 << 20
@@ -32,7 +32,7 @@ class Settings:
 class Built:
     """A serialized engine where the builder left it, the seconds that parsing and building took, and the builder's timing cache."""
 
-    plan: memoryview
+    serialized_engine: memoryview
     parse_seconds: float
     build_seconds: float
     timings: bytes
@@ -41,12 +41,12 @@ class Built:
 def build_engine(
     trt: Any,
     graph: Path,
-    profiles: Sequence[Profile],
-    settings: Settings | None = None,
+    profiles: Sequence[ShapeProfile],
+    settings: BuilderSettings | None = None,
     *,
     timings: bytes = b"",
     configure: Callable[[Any], None] = lambda config: None,
-    advance: Advance = lambda phase, done: None,
+    advance: BuildProgress = lambda phase, done: None,
 ) -> Built:
     """Return the engine of a graph under optimization profiles.
 
@@ -59,7 +59,7 @@ def build_engine(
     network, parser = _parsed(trt, builder, log, graph)
     parsed = time.perf_counter()
     config = builder.create_builder_config()
-    _set_up(trt, config, settings or Settings(), advance)
+    _set_up(trt, config, settings or BuilderSettings(), advance)
     configure(config)
     for profile in profiles:
         _add_profile(builder, config, network, profile)
@@ -93,7 +93,7 @@ def _refusal(error: Any) -> str:
     return f"{node}: {reason}"
 
 
-def _set_up(trt: Any, config: Any, settings: Settings, advance: Advance) -> None:
+def _set_up(trt: Any, config: Any, settings: BuilderSettings, advance: BuildProgress) -> None:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
     config.builder_optimization_level = settings.level
     monitor = getattr(trt, "IProgressMonitor", None)
@@ -101,7 +101,7 @@ def _set_up(trt: Any, config: Any, settings: Settings, advance: Advance) -> None
         config.progress_monitor = _monitor(monitor, advance)
 
 
-def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+def _add_profile(builder: Any, config: Any, network: Any, profile: ShapeProfile) -> None:
     names = {network.get_input(index).name for index in range(network.num_inputs)}
     added = builder.create_optimization_profile()
     for name, shapes in profile.items():
@@ -134,7 +134,7 @@ def _log(trt: Any) -> Any:
     return Log()
 
 
-def _monitor(base: Any, advance: Advance) -> Any:
+def _monitor(base: Any, advance: BuildProgress) -> Any:
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)

@@ -13,16 +13,16 @@ from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION
 from edgeprune.bundle.graph_io import TIER
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
-from edgeprune.plan.tiers import cache_stage
+from edgeprune.plan.tiers import cache_group
 
-IMAGE_TURN, TEXT = 0, 1  # the decoder's profiles; image turns of lower tiers follow
+IMAGE_PREFILL, TEXT = 0, 1  # the decoder's profiles; image turns of lower tiers follow
 Range = tuple[int, int, int]  # least, usual, greatest
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-Profile = Mapping[str, Shapes]  # by input
+ShapeProfile = Mapping[str, Shapes]  # by input
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProfileLimits:
     """How long things may get in the engines of a bundle.
 
     `context`: text tokens in the caches, generated ones included; `turn`: new text tokens in one forward; `images` in one
@@ -42,7 +42,7 @@ class Limits:
             )
 
 
-def profiles_of(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]]:
+def shape_profiles(bundle: Bundle, limits: ProfileLimits) -> dict[str, tuple[ShapeProfile, ...]]:
     """Return the profiles of the graphs of a bundle, by path; a graph of fixed shapes has one, without inputs.
 
     The encoder without its cuts is wanted for unpruned answers alone.
@@ -54,29 +54,29 @@ def profiles_of(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]
         EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
         **{name: ({"words": (1, min(16, limits.turn), limits.turn)},) for name in (SELECTOR, *selectors)},
         PREDICTOR: ({},),
-        DECODER: decoder_ranges((bundle.plan, *bundle.lower), limits),
+        DECODER: decoder_ranges((bundle.plan, *bundle.lower_tiers), limits),
     }
     graphs = bundle.manifest.graphs
     return {name: tuple(_profile(graphs[name].inputs, ranges) for ranges in wanted[name]) for name in wanted if name in graphs}
 
 
-def image_turn_of(tier: int) -> int:
+def image_prefill_of(tier: int) -> int:
     """Return the number of the decoder's profile for an image turn under a tier."""
-    return 1 + tier if tier else IMAGE_TURN
+    return 1 + tier if tier else IMAGE_PREFILL
 
 
-def decoder_ranges(plans: Sequence[KeepPlan], limits: Limits) -> tuple[dict[str, Range], ...]:
+def decoder_ranges(plans: Sequence[KeepPlan], limits: ProfileLimits) -> tuple[dict[str, Range], ...]:
     """Return the ranges of the decoder's profiles, in their order, for the plans of its tiers."""
-    turns = [image_turn(plans, limits, tier) for tier in range(len(plans))]
-    return (turns[0], text_and_decode(plans, limits), *turns[1:])
+    turns = [image_prefill_profile(plans, limits, tier) for tier in range(len(plans))]
+    return (turns[0], text_profile(plans, limits), *turns[1:])
 
 
-def image_turn(plans: Sequence[KeepPlan], limits: Limits, tier: int = 0) -> dict[str, Range]:
+def image_prefill_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, tier: int = 0) -> dict[str, Range]:
     """Return the ranges of a forward with an image under a tier: text before it, the image, text after it."""
     usual = min(32, limits.turn)
     ranges = {
         "prefix": (0, min(16, limits.turn), limits.turn),
-        "visual": (plans[tier].seen,) * 3,
+        "visual": (plans[tier].tokens_entering_decoder,) * 3,
         "suffix": (1, usual, limits.turn),
         "past_text": (1, 1, 1 + limits.context),
         TIER: (1 + tier,) * 3,
@@ -85,7 +85,7 @@ def image_turn(plans: Sequence[KeepPlan], limits: Limits, tier: int = 0) -> dict
     return ranges | {"text": _text(ranges)}
 
 
-def text_and_decode(plans: Sequence[KeepPlan], limits: Limits) -> dict[str, Range]:
+def text_profile(plans: Sequence[KeepPlan], limits: ProfileLimits) -> dict[str, Range]:
     """Return the ranges of a forward without an image; the usual one is a decode step."""
     whole = plans[0].geometry.tokens if limits.unpruned else 0
     most = limits.turn + whole if limits.unpruned else 0
@@ -107,7 +107,7 @@ def shapes_of(shape: tuple[int | str, ...], ranges: Mapping[str, Range]) -> Shap
     return least, usual, greatest
 
 
-def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> Profile:
+def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> ShapeProfile:
     dynamic = {name: at.shape for name, at in inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
     return {name: shapes_of(shape, ranges) for name, shape in dynamic.items()}
 
@@ -115,7 +115,7 @@ def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> Profi
 def _caches(plans: Sequence[KeepPlan]) -> dict[str, int]:
     # The lengths that the exporter named, one for each stage: layers that hold as many visual tokens share one. The first tier's
     # are the longest.
-    stages = {cache_stage(plans, layer): plans[0].stored(layer) for layer in range(plans[0].layers)}
+    stages = {cache_group(plans, layer): plans[0].tokens_cached(layer) for layer in range(plans[0].layers)}
     return {f"past_visual_{number}": stored for number, stored in enumerate(stages.values())}
 
 

@@ -25,8 +25,8 @@ from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
 from edgeprune.bundle.integrity import sha256_of
 from edgeprune.errors import EdgePruneError, EngineError
 from edgeprune.io.files import sweep, write_bytes, write_new, write_text
-from edgeprune.runtime.backends.tensorrt.bindings import Identity
-from edgeprune.runtime.backends.tensorrt.profiles import Limits, Profile, profiles_of
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
 
 FOLDER = "engines"
 RECORDS, TIMINGS = f"{FOLDER}/engines.json", f"{FOLDER}/timings.cache"
@@ -43,7 +43,7 @@ class EngineRecord:
     tensorrt: str
     capability: str
     precision: str
-    limits: Limits
+    limits: ProfileLimits
     level: int
     bytes: int
     sha256: str
@@ -55,7 +55,7 @@ class EngineRecord:
         return f"{FOLDER}/{self.key}.plan"
 
 
-def engine_key(bundle: Bundle, graph: str, identity: Identity, profiles: Sequence[Profile], level: int) -> str:
+def engine_key(bundle: Bundle, graph: str, identity: DeviceIdentity, profiles: Sequence[ShapeProfile], level: int) -> str:
     """Return the name of an engine: a hash of the graph with its weights, TensorRT, GPU, precision and profiles."""
     files = bundle.manifest.files
     weights = {name: record.sha256 for name, record in files.items() if name in files_of(graph)}
@@ -63,7 +63,9 @@ def engine_key(bundle: Bundle, graph: str, identity: Identity, profiles: Sequenc
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def usable_engines(bundle: Bundle, store: Store, identity: Identity) -> dict[str, tuple[EngineRecord, tuple[Profile, ...]]]:
+def usable_engines(
+    bundle: Bundle, store: Store, identity: DeviceIdentity
+) -> dict[str, tuple[EngineRecord, tuple[ShapeProfile, ...]]]:
     """Return the engine of every graph with its profiles; raise EngineError saying what is missing or does not fit.
 
     The encoder without its cuts need not have one: engines may be built for pruned answers alone.
@@ -75,14 +77,14 @@ def usable_engines(bundle: Bundle, store: Store, identity: Identity) -> dict[str
             continue
         if record is None:
             raise EngineError(f"There is no engine of {graph} in {bundle.path}.", hint=REBUILD)
-        built_for = Identity(record.tensorrt, record.capability)
+        built_for = DeviceIdentity(record.tensorrt, record.capability)
         if built_for != identity:
             raise EngineError(
                 f"The engine of {graph} is of TensorRT {built_for.tensorrt} for SM {built_for.capability}, "
                 f"this is {identity.tensorrt} on SM {identity.capability}.",
                 hint=REBUILD,
             )
-        profiles = profiles_of(bundle, record.limits)[graph]
+        profiles = shape_profiles(bundle, record.limits)[graph]
         if record.key != engine_key(bundle, graph, identity, profiles, record.level):
             raise EngineError(f"The engine of {graph} was built from another bundle.", hint=REBUILD)
         found[graph] = record, profiles
@@ -94,7 +96,7 @@ class Store:
 
     def __init__(self, folder: Path, secret: bytes | None = None) -> None:
         self._folder = folder
-        self._secret = device_secret() if secret is None else secret
+        self._secret = device_key() if secret is None else secret
 
     def records(self) -> tuple[EngineRecord, ...]:
         """Return what this device recorded; raise EngineError when the record is not its own or is malformed."""
@@ -103,7 +105,7 @@ class Store:
             return ()
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            records = tuple(EngineRecord(**{**record, "limits": Limits(**record["limits"])}) for record in data["engines"])
+            records = tuple(EngineRecord(**{**record, "limits": ProfileLimits(**record["limits"])}) for record in data["engines"])
             signature = str(data["signature"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"Cannot read {path}: {error!r}.", hint=REBUILD) from error
@@ -111,7 +113,7 @@ class Store:
             raise EngineError(f"The engines in {path.parent} were not built on this device.", hint=REBUILD)
         return records
 
-    def tidy(self) -> None:
+    def remove_stale(self) -> None:
         """Remove what killed builds left half-written."""
         sweep(self._folder / FOLDER)
 
@@ -177,7 +179,7 @@ class Store:
         return hmac.new(self._secret, signed, hashlib.sha256).hexdigest()
 
 
-def device_secret() -> bytes:
+def device_key() -> bytes:
     """Return this device's key, made on first use and readable by its user alone."""
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     path = Path(base) / "edgeprune" / "device.key"

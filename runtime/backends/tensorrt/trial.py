@@ -18,7 +18,7 @@ from typing import Any
 from edgeprune.device.memory import peak_rss
 from edgeprune.errors import EdgePruneError, EngineError
 from edgeprune.runtime.backends.tensorrt.builder import build_engine
-from edgeprune.runtime.backends.tensorrt.profiles import Profile
+from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
 from edgeprune.targets import Target
 
 # Orin's instruction set is that of SM 8.0, without FP8 and FP4; Thor's types are those of SM 12.0.
@@ -42,12 +42,12 @@ def can_try() -> bool:
     return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
-def stand_in(target: Target) -> str:
+def substitute_capability(target: Target) -> str:
     """Return the compute capability that graphs of a target are built for: Orin's, where the target has Orin."""
     return _STAND_INS["orin" if "Orin" in target.modules or target.modules.startswith("TensorRT") else "thor"]
 
 
-def try_build(graph: Path, name: str, profiles: Sequence[Profile], capability: str) -> Trial:
+def try_build(graph: Path, name: str, profiles: Sequence[ShapeProfile], capability: str) -> Trial:
     """Return what building a graph takes, in a process of its own."""
     request = json.dumps({"graph": str(graph), "name": name, "profiles": profiles, "capability": capability})
     command = [sys.executable, "-m", "edgeprune.runtime.backends.tensorrt.trial"]
@@ -75,7 +75,7 @@ def _main() -> None:
     except EdgePruneError as error:
         trial = Trial(name, error=str(error))
     else:
-        trial = Trial(name, built.parse_seconds, built.build_seconds, peak_rss() or 0, len(built.plan))
+        trial = Trial(name, built.parse_seconds, built.build_seconds, peak_rss() or 0, len(built.serialized_engine))
     print(json.dumps(asdict(trial)))
 
 

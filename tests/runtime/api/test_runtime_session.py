@@ -158,15 +158,15 @@ def test_a_failing_engine_leaves_the_conversation_usable(
     runtime: Runtime, tiny_image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = runtime.chat()
-    engine = runtime._model.engine
-    step, calls = engine.step, iter(range(3))
+    engine = runtime._pipeline.backend
+    step, calls = engine.forward, iter(range(3))
 
     def fail(*arguments: Any, **given: Any) -> Any:
         if next(calls) == 2:
             raise MemoryError
         return step(*arguments, **given)
 
-    monkeypatch.setattr(engine, "step", fail)
+    monkeypatch.setattr(engine, "forward", fail)
     stream = chat.ask(PROMPT, tiny_image, max_tokens=9)
     with pytest.raises(MemoryError):
         "".join(stream)

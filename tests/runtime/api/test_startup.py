@@ -12,11 +12,11 @@ import pytest
 
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle, integrity
 from edgeprune.errors import BundleError, EngineError
-from edgeprune.io.background import Background, at_once
+from edgeprune.io.background import ThreadTask, run_in_threads
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.api import loading
-from edgeprune.runtime.backends.onnxruntime import OnnxEngine, _share_arena
-from edgeprune.runtime.backends.providers import open_engine
+from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend, _share_arena
+from edgeprune.runtime.backends.providers import open_backend
 
 WEIGHTS = [f"{graph}.data" for graph in (VISION, EMBED, DECODER)]
 
@@ -33,7 +33,7 @@ def _fail(*_: Any) -> None:
 
 def test_functions_run_at_once() -> None:
     both = threading.Barrier(2)
-    assert at_once({"one": lambda: both.wait(60) * 0 + 1, "two": lambda: both.wait(60) * 0 + 2}) == {"one": 1, "two": 2}
+    assert run_in_threads({"one": lambda: both.wait(60) * 0 + 1, "two": lambda: both.wait(60) * 0 + 2}) == {"one": 1, "two": 2}
 
 
 def test_the_first_error_is_raised_when_all_have_ended() -> None:
@@ -44,7 +44,7 @@ def test_the_first_error_is_raised_when_all_have_ended() -> None:
         ended.set()
 
     with pytest.raises(EngineError, match="opened"):
-        at_once({"late": late, "failing": _fail, "failing differently": lambda: int("x")})
+        run_in_threads({"late": late, "failing": _fail, "failing differently": lambda: int("x")})
     assert ended.is_set()
 
 
@@ -64,13 +64,13 @@ def test_altered_weights_give_no_runtime(name: str, altered_bundle: Path) -> Non
 
 def test_altered_weights_are_named_though_opening_them_failed(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _alter(altered_bundle / WEIGHTS[0])
-    monkeypatch.setattr(loading, "open_engine", _fail)
+    monkeypatch.setattr(loading, "open_backend", _fail)
     with pytest.raises(BundleError, match="sha256"):
         load(altered_bundle)
 
 
 def test_an_error_of_opening_stays_when_the_weights_are_right(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "open_engine", _fail)
+    monkeypatch.setattr(loading, "open_backend", _fail)
     with pytest.raises(EngineError, match="opened"):
         load(tiny_bundle.path)
 
@@ -78,7 +78,7 @@ def test_an_error_of_opening_stays_when_the_weights_are_right(tiny_bundle: Bundl
 def test_what_is_not_weights_is_checked_before_anything_is_opened(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _alter(altered_bundle / DECODER)
     opened: list[Any] = []
-    monkeypatch.setattr(loading, "open_engine", lambda *asked: opened.append(asked))
+    monkeypatch.setattr(loading, "open_backend", lambda *asked: opened.append(asked))
     with pytest.raises(BundleError, match=rf"{DECODER} in .* sha256"):
         load(altered_bundle)
     assert not opened
@@ -88,7 +88,7 @@ def test_shorter_weights_are_found_before_anything_is_opened(altered_bundle: Pat
     path = altered_bundle / WEIGHTS[2]
     path.write_bytes(path.read_bytes()[:-1])
     opened: list[Any] = []
-    monkeypatch.setattr(loading, "open_engine", lambda *asked: opened.append(asked))
+    monkeypatch.setattr(loading, "open_backend", lambda *asked: opened.append(asked))
     with pytest.raises(BundleError, match="sha256"):
         load(altered_bundle)
     assert not opened
@@ -103,19 +103,19 @@ def test_loading_ends_with_the_check_of_the_weights(tiny_bundle: Bundle, monkeyp
         return sha256_of(path)
 
     def noted(*asked: Any) -> Any:
-        engine = open_engine(*asked)
+        engine = open_backend(*asked)
         opened.set()
         return engine
 
     monkeypatch.setattr(integrity, "sha256_of", slow)
-    monkeypatch.setattr(loading, "open_engine", noted)
+    monkeypatch.setattr(loading, "open_backend", noted)
 
     def loads() -> Runtime:
         runtime = load(tiny_bundle.path)
         loaded.set()
         return runtime
 
-    pending = Background(loads)
+    pending = ThreadTask(loads)
     assert opened.wait(60)  # with no weights checked yet
     assert not loaded.wait(0.1)
     checkable.set()
@@ -123,7 +123,7 @@ def test_loading_ends_with_the_check_of_the_weights(tiny_bundle: Bundle, monkeyp
 
 
 def test_graphs_share_memory_that_no_pattern_doubles(tiny_bundle: Bundle) -> None:
-    for engine in (OnnxEngine(tiny_bundle), OnnxEngine(tiny_bundle)):
+    for engine in (OnnxRuntimeBackend(tiny_bundle), OnnxRuntimeBackend(tiny_bundle)):
         options = engine._decoder.get_session_options()
         assert not options.enable_mem_pattern
         assert options.get_session_config_entry("session.use_env_allocators") == "1"

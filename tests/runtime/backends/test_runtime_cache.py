@@ -8,12 +8,12 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle, DecoderShape
 from edgeprune.runtime import load
-from edgeprune.runtime.backends.kv_cache import Arrays, KvCache
+from edgeprune.runtime.backends.kv_cache import KvArrays, KvCache
 
 SHAPE = DecoderShape(layers=2, kv_heads=2, head_dim=4, hidden=8, vocabulary=16, position_axes=1, context=64)
 
 
-def rows(*lengths: int, of: float = 1.0) -> Arrays:
+def rows(*lengths: int, of: float = 1.0) -> KvArrays:
     """Return what a step adds to keys and values of two layers, numbered from `of` on."""
     return tuple(np.full((length, 2, 4), of, np.float32) + np.arange(length, dtype=np.float32)[:, None, None] for length in lengths)
 
@@ -23,10 +23,10 @@ def addresses(cache: KvCache) -> list[int]:
 
 
 def test_text_is_written_behind_text_and_never_moves() -> None:
-    cache = KvCache.empty(SHAPE).reserved(20).grown(rows(5, 5, 5, 5), 5, 0)
+    cache = KvCache.empty(SHAPE).reserve(20).append(rows(5, 5, 5, 5), 5, 0)
     began = addresses(cache)
     for step in range(15):
-        cache = cache.grown(rows(1, 1, 1, 1, of=100.0 + step), 0, 1)
+        cache = cache.append(rows(1, 1, 1, 1, of=100.0 + step), 0, 1)
     assert addresses(cache) == began
     expected = [0.0, *range(1, 6), *range(100, 115)]
     assert all(array[:, 1, 2].tolist() == expected for array in cache.text)
@@ -34,31 +34,31 @@ def test_text_is_written_behind_text_and_never_moves() -> None:
 
 
 def test_text_that_was_not_announced_is_taken_in_too() -> None:
-    cache = KvCache.empty(SHAPE).reserved(2)
+    cache = KvCache.empty(SHAPE).reserve(2)
     for step in range(4):
-        cache = cache.grown(rows(1, 1, 1, 1, of=float(step)), 0, 1)
+        cache = cache.append(rows(1, 1, 1, 1, of=float(step)), 0, 1)
     assert cache.text[0][:, 0, 0].tolist() == [0, 0, 1, 2, 3]
 
 
 def test_an_image_stands_between_prefix_and_suffix() -> None:
-    cache = KvCache.empty(SHAPE).reserved(30).grown(rows(2 + 6 + 3, 2 + 6 + 3, 2 + 4 + 3, 2 + 4 + 3), 2, 3)
+    cache = KvCache.empty(SHAPE).reserve(30).append(rows(2 + 6 + 3, 2 + 6 + 3, 2 + 4 + 3, 2 + 4 + 3), 2, 3)
     assert cache.text[0][:, 0, 0].tolist() == [0, 1, 2, 9, 10, 11]
     assert cache.text[2][:, 0, 0].tolist() == [0, 1, 2, 7, 8, 9]
     assert cache.visual[0][:, 0, 0].tolist() == [0, *range(3, 9)] and len(cache.visual[2]) == 5
-    assert cache.visual_reads == 6 + 4
+    assert cache.visual_entries_read == 6 + 4
 
 
 def test_a_share_is_a_view_and_the_next_question_has_all_again() -> None:
-    cache = KvCache.empty(SHAPE).reserved(30).grown(rows(9, 9, 9, 9), 1, 0)
-    shorter = cache.shortened(0.5, 1)
+    cache = KvCache.empty(SHAPE).reserve(30).append(rows(9, 9, 9, 9), 1, 0)
+    shorter = cache.limit_visual(0.5, 1)
     assert [len(array) for array in shorter.visual] == [9, 9, 5, 5]
     assert np.shares_memory(shorter.visual[2], cache.visual[2])
-    after = shorter.grown(rows(1, 1, 1, 1), 0, 1)
-    assert [len(array) for array in after.visual] == [9, 9, 5, 5] and after.shortened(1.0, 0).visual_reads == 16
+    after = shorter.append(rows(1, 1, 1, 1), 0, 1)
+    assert [len(array) for array in after.visual] == [9, 9, 5, 5] and after.limit_visual(1.0, 0).visual_entries_read == 16
 
 
 def test_a_second_image_joins_the_first() -> None:
-    cache = KvCache.empty(SHAPE).reserved(30).grown(rows(4, 4, 4, 4), 1, 0).grown(rows(3, 3, 3, 3, of=50.0), 0, 1)
+    cache = KvCache.empty(SHAPE).reserve(30).append(rows(4, 4, 4, 4), 1, 0).append(rows(3, 3, 3, 3, of=50.0), 0, 1)
     assert cache.visual[0][:, 0, 0].tolist() == [0, 2, 3, 4, 50, 51]
     assert cache.text[0][:, 0, 0].tolist() == [0, 1, 52]
 

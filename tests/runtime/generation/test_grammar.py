@@ -89,18 +89,18 @@ def test_greedy_takes_the_likeliest_choice(tabletop: Speaker) -> None:
     sampler = Sampler(sampling, tabletop.compiler.constraint(sampling.choices, sampling.json_schema))
     said = []
     while not sampler.done:
-        said.append(sampler.pick(logits))
+        said.append(sampler.sample(logits))
     assert said == tabletop.codec.encode("purple")
 
 
 def test_an_answer_ends_only_where_it_is_complete(tabletop: Speaker) -> None:
     constraint = tabletop.compiler.constraint(choices=["red", "red cube"])
     assert constraint is not None
-    assert not {END, OTHER_END} & set(constraint.allowed(tabletop.size))
-    constraint.take(tabletop.codec.encode("red")[0])
+    assert not {END, OTHER_END} & set(constraint.allowed_ids(tabletop.size))
+    constraint.accept(tabletop.codec.encode("red")[0])
     assert not constraint.done
-    assert {END, OTHER_END} < set(constraint.allowed(tabletop.size))
-    constraint.take(END)
+    assert {END, OTHER_END} < set(constraint.allowed_ids(tabletop.size))
+    constraint.accept(END)
     assert constraint.done
 
 
@@ -108,9 +108,9 @@ def test_after_its_end_nothing_but_an_end_token_follows(tabletop: Speaker) -> No
     sampling = Sampling(choices=["yes"])
     sampler = Sampler(sampling, tabletop.compiler.constraint(sampling.choices, sampling.json_schema))
     logits = np.arange(tabletop.size, dtype=np.float32)
-    assert [sampler.pick(logits)] == tabletop.codec.encode("yes")
+    assert [sampler.sample(logits)] == tabletop.codec.encode("yes")
     assert sampler.done
-    assert sampler.pick(logits) == END
+    assert sampler.sample(logits) == END
 
 
 def test_free_answers_have_no_grammar(tabletop: Speaker) -> None:
@@ -139,10 +139,10 @@ def test_a_name_cannot_come_back_in_another_spelling(tabletop: Speaker) -> None:
         assert constraint is not None
         allowed = []
         for token in tabletop.codec.encode('{"a":1,"' + spelling + '":"x"}'):
-            allowed.append(token in constraint.allowed(tabletop.size))
+            allowed.append(token in constraint.allowed_ids(tabletop.size))
             if not allowed[-1]:
                 break
-            constraint.take(token)
+            constraint.accept(token)
         assert all(allowed) == fits, spelling
 
 
@@ -156,18 +156,18 @@ def test_words_begin_with_their_unseen_space() -> None:
     speaker = Speaker(llama_like("▁yes", "▁no"), (1,))
     constraint = speaker.compiler.constraint(choices=["yes", "no"])
     assert constraint is not None
-    assert set(speaker.codec.encode("yes")) < set(constraint.allowed(speaker.size))  # "▁yes", which such a model would say
+    assert set(speaker.codec.encode("yes")) < set(constraint.allowed_ids(speaker.size))  # "▁yes", which such a model would say
 
 
 def test_a_dead_end_is_an_error_not_a_wrong_answer() -> None:
     constraint = Speaker(bundled(), (END,)).compiler.constraint(choices=["yes"])
     assert constraint is not None
     with pytest.raises(EdgePruneError, match="No token of this model can continue"):
-        constraint.allowed(3)  # a model with fewer ids than its tokenizer
+        constraint.allowed_ids(3)  # a model with fewer ids than its tokenizer
     with pytest.raises(EdgePruneError, match="cannot take token 9"):
-        constraint.take(9)
+        constraint.accept(9)
     with pytest.raises(EdgePruneError, match="cannot go on"):
-        constraint.allowed(455)
+        constraint.allowed_ids(455)
 
 
 def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

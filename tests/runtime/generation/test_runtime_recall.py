@@ -17,14 +17,14 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, Turn, load
-from edgeprune.runtime.generation.pipeline import Recall
-from edgeprune.runtime.media.images import digest
+from edgeprune.runtime.generation.pipeline import LruCache
+from edgeprune.runtime.media.images import image_hash
 
 PROMPT, OTHER = "What colour is the cube?", "How many balls are there?"
 
 
 def test_the_one_not_asked_for_the_longest_makes_room() -> None:
-    recall = Recall(10)
+    recall = LruCache(10)
     for key in "abc":
         recall.put(key, key.upper(), 3)
     assert recall.get("a") == "A"
@@ -34,7 +34,7 @@ def test_the_one_not_asked_for_the_longest_makes_room() -> None:
 
 
 def test_a_value_may_be_replaced_and_one_that_is_too_large_is_not_kept() -> None:
-    recall = Recall(10)
+    recall = LruCache(10)
     recall.put("a", 1, 4)
     recall.put("a", 2, 6)
     recall.put("b", 3, 11)
@@ -48,8 +48,8 @@ def test_a_digest_knows_pixels_sizes_and_settings(tiny_image: Image.Image) -> No
     changed.putpixel((0, 0), (1, 2, 3))
     turned = Image.frombytes("RGB", tiny_image.size[::-1], tiny_image.tobytes())
     several = [[tiny_image], [changed], [turned], [tiny_image, tiny_image]]
-    assert len({digest(frames, "exact") for frames in several} | {digest([tiny_image], "pad")}) == 5
-    assert digest([tiny_image.copy()], "exact") == digest([tiny_image], "exact")
+    assert len({image_hash(frames, "exact") for frames in several} | {image_hash([tiny_image], "pad")}) == 5
+    assert image_hash([tiny_image.copy()], "exact") == image_hash([tiny_image], "exact")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_the_budget_is_kept(tiny_bundle: Bundle) -> None:
         reused = runtime.generate(picture, PROMPT, max_tokens=2).receipt.reused
     assert reused == ("vision",)
     assert runtime.generate(pictures[0], PROMPT, max_tokens=2).receipt.reused == ()
-    assert 0 < runtime._model.state.recall.bytes <= 5000
+    assert 0 < runtime._pipeline.state.feature_cache.bytes <= 5000
 
 
 def test_a_budget_below_zero_is_refused(tiny_bundle: Bundle) -> None:

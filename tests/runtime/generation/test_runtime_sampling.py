@@ -9,20 +9,20 @@ import pytest
 
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
-from edgeprune.runtime.text.grammar import Constraint
-from edgeprune.runtime.text.tokenizer import StopWatch
+from edgeprune.runtime.text.grammar import TokenConstraint
+from edgeprune.runtime.text.tokenizer import StopStringFilter
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
 
 def picks(count: int, **options: Any) -> list[int]:
     sampler = Sampler(Sampling(**options))
-    return [sampler.pick(LOGITS) for _ in range(count)]
+    return [sampler.sample(LOGITS) for _ in range(count)]
 
 
 def test_greedy_takes_the_highest_and_the_lowest_id_on_ties() -> None:
     assert picks(1) == [0]
-    assert Sampler(Sampling()).pick(np.array([1.0, 3.0, 3.0])) == 1
+    assert Sampler(Sampling()).sample(np.array([1.0, 3.0, 3.0])) == 1
 
 
 def test_frequencies_follow_the_probabilities() -> None:
@@ -45,7 +45,7 @@ def test_the_same_seed_repeats() -> None:
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(EdgePruneError, match="not numbers"):
-        Sampler(Sampling()).pick(np.array([0.0, np.nan]))
+        Sampler(Sampling()).sample(np.array([0.0, np.nan]))
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ class Odd:
     def done(self) -> bool:
         return len(self.taken) == 3
 
-    def allowed(self, size: int) -> np.ndarray:
+    def allowed_ids(self, size: int) -> np.ndarray:
         return np.arange(1, size, 2)
 
-    def take(self, token: int) -> None:
+    def accept(self, token: int) -> None:
         self.taken.append(token)
 
 
@@ -99,17 +99,17 @@ class Odd:
 )
 def test_a_constraint_leaves_the_best_of_what_it_allows(options: dict[str, Any], seen: set[int]) -> None:
     constraint = Odd()
-    sampler = Sampler(Sampling(**options), cast(Constraint, constraint))
+    sampler = Sampler(Sampling(**options), cast(TokenConstraint, constraint))
     assert not sampler.done
-    assert {sampler.pick(LOGITS) for _ in range(3)} <= seen
+    assert {sampler.sample(LOGITS) for _ in range(3)} <= seen
     assert sampler.done
-    assert set(constraint.taken) | {sampler.pick(LOGITS) for _ in range(200)} == seen
+    assert set(constraint.taken) | {sampler.sample(LOGITS) for _ in range(200)} == seen
     assert len(constraint.taken) == 203
 
 
 def test_a_constraint_holds_where_the_model_rules_everything_out() -> None:
-    sampler = Sampler(Sampling(), cast(Constraint, Odd()))
-    assert sampler.pick(np.array([5.0, -np.inf, 3.0, -np.inf])) == 1
+    sampler = Sampler(Sampling(), cast(TokenConstraint, Odd()))
+    assert sampler.sample(np.array([5.0, -np.inf, 3.0, -np.inf])) == 1
 
 
 def test_a_free_answer_is_never_done() -> None:
@@ -119,14 +119,14 @@ def test_a_free_answer_is_never_done() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_a_stop_string_never_leaks(size: int) -> None:
     text = "one two STOP three"
-    watch = StopWatch(["STOP", "nothing"])
+    watch = StopStringFilter(["STOP", "nothing"])
     shown = "".join(watch.push(text[i : i + size]) for i in range(0, len(text), size)) + watch.flush()
     assert shown == "one two "
     assert watch.stopped
 
 
 def test_a_beginning_of_a_stop_string_is_shown_in_the_end() -> None:
-    watch = StopWatch(["STOP"])
+    watch = StopStringFilter(["STOP"])
     assert watch.push("one ST") == "one "
     assert watch.push("ILL") == "STILL"
     assert watch.push(" STO") == " "
@@ -134,9 +134,9 @@ def test_a_beginning_of_a_stop_string_is_shown_in_the_end() -> None:
 
 
 def test_the_first_stop_string_wins() -> None:
-    watch = StopWatch(["cc", "b"])
+    watch = StopStringFilter(["cc", "b"])
     assert watch.push("abcc") == "a"
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
-    assert Sampler(Sampling(temperature=1e-320, seed=1)).pick(np.array([1.0, 3.0, 2.0], np.float32)) == 1
+    assert Sampler(Sampling(temperature=1e-320, seed=1)).sample(np.array([1.0, 3.0, 2.0], np.float32)) == 1

@@ -14,8 +14,8 @@ from edgeprune.bundle import Bundle
 from edgeprune.device.power import EnergyCounter
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, Turn, load
-from edgeprune.runtime.backends.interface import Step
-from edgeprune.runtime.backends.kv_cache import KvCache, StepInput
+from edgeprune.runtime.backends.interface import DecoderOutput
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 from edgeprune.runtime.generation.conversation import Stream
 from edgeprune.runtime.telemetry.receipt import Receipt
 
@@ -26,8 +26,8 @@ LONG = 400
 @pytest.fixture(scope="module")
 def runtime(tiny_bundle: Bundle) -> Runtime:
     """Return a model that never ends an answer by itself."""
-    model = load(tiny_bundle.path, threads=1)._model
-    return Runtime(replace(model, end_tokens=()))
+    model = load(tiny_bundle.path, threads=1)._pipeline
+    return Runtime(replace(model, eos_token_ids=()))
 
 
 def test_any_thread_may_cancel_and_the_reader_sees_an_end(runtime: Runtime, tiny_image: Image.Image) -> None:
@@ -104,9 +104,9 @@ def test_a_conversation_goes_on_after_a_cancelled_answer(runtime: Runtime, tiny_
 
 def test_prefill_and_encoder_stop_in_their_midst(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
     runtime = load(tiny_bundle.path, threads=1, cache_bytes=0)
-    engine, asked = runtime._model.engine, list[Stream]()
+    engine, asked = runtime._pipeline.backend, list[Stream]()
     chat = runtime.chat()
-    for name in ("see", "step"):
+    for name in ("encode_image", "forward"):
         original = getattr(engine, name)
 
         def cancelled(*arguments: object, original: object = original, **options: object) -> object:
@@ -126,14 +126,14 @@ def test_prefill_and_encoder_stop_in_their_midst(tiny_bundle: Bundle, tiny_image
 def test_an_answer_is_complete_before_its_deadline(
     runtime: Runtime, tiny_image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = runtime._model.engine
-    step = engine.step
+    engine = runtime._pipeline.backend
+    step = engine.forward
 
-    def slow(tokens: StepInput, cache: KvCache, **given: Any) -> Step:
+    def slow(tokens: DecoderInput, cache: KvCache, **given: Any) -> DecoderOutput:
         time.sleep(0.01)
         return step(tokens, cache, **given)
 
-    monkeypatch.setattr(engine, "step", slow)
+    monkeypatch.setattr(engine, "forward", slow)
     started = time.monotonic()
     receipt = runtime.generate(tiny_image, PROMPT, max_tokens=LONG, deadline_ms=2000).receipt
     assert time.monotonic() - started < 0.01 * LONG
@@ -238,8 +238,8 @@ def test_loading_tells_its_phases(tiny_bundle: Bundle) -> None:
     phases = list[str]()
     runtime = load(tiny_bundle.path, warm_up=True, on_phase=phases.append)
     assert (phases, runtime.phase) == (["loading", "warming", "ready"], "ready")
-    assert runtime._model.state.pace.expected_ms(0, 1, 4) is not None
-    assert len(runtime._model.state.recall) == 0
+    assert runtime._pipeline.state.latency.expected_ms(0, 1, 4) is not None
+    assert len(runtime._pipeline.state.feature_cache) == 0
 
 
 def test_stages_are_told_apart_and_in_order(runtime: Runtime, tiny_image: Image.Image) -> None:

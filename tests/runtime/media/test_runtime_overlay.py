@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.media.overlay import CACHES, MAX_SIDE, MIN_WIDTH, Board, draw_kept, kept_panels
+from edgeprune.runtime.media.overlay import CACHES, MAX_SIDE, MIN_WIDTH, TokenCanvas, draw_kept_tokens, kept_token_panels
 
 TOP, MARGIN = 84, 20  # where the panels' images begin
 RED = (200, 30, 40)
@@ -19,23 +19,23 @@ def panel(sheet: Image.Image, number: int, size: tuple[int, int] = (384, 384)) -
     return np.asarray(sheet)[TOP : TOP + size[1], left : left + size[0]].astype(int)
 
 
-def scene(width: int = 192, height: int = 192) -> Board:
-    return Board.plain(Image.new("RGB", (width, height), RED), 12, 12)
+def scene(width: int = 192, height: int = 192) -> TokenCanvas:
+    return TokenCanvas.plain(Image.new("RGB", (width, height), RED), 12, 12)
 
 
 def test_one_panel_more_than_cuts() -> None:
     kept = [("fastv @ layer 3", np.arange(72)), ("random @ layer 6", np.arange(36))]
-    assert draw_kept(scene(), kept).size == (MARGIN + 3 * (384 + MARGIN), TOP + 384 + MARGIN)
-    assert draw_kept(scene(), []).size == (384 + 2 * MARGIN, TOP + 384 + MARGIN)
+    assert draw_kept_tokens(scene(), kept).size == (MARGIN + 3 * (384 + MARGIN), TOP + 384 + MARGIN)
+    assert draw_kept_tokens(scene(), []).size == (384 + 2 * MARGIN, TOP + 384 + MARGIN)
 
 
 def test_input_panel_is_the_image() -> None:
-    assert (panel(draw_kept(scene(), [("all", np.arange(144))]), 0) == RED).all()
+    assert (panel(draw_kept_tokens(scene(), [("all", np.arange(144))]), 0) == RED).all()
 
 
 def test_kept_in_colour_and_dropped_in_dim_grey() -> None:
     kept = np.array([0, 13, 77, 143])
-    picture = panel(draw_kept(scene(), [("some", kept)]), 1)
+    picture = panel(draw_kept_tokens(scene(), [("some", kept)]), 1)
     for token in range(144):
         row, column = divmod(token, 12)
         middle = picture[32 * row + 16, 32 * column + 16]
@@ -47,7 +47,7 @@ def test_kept_in_colour_and_dropped_in_dim_grey() -> None:
 
 
 def test_outline_surrounds_the_region_not_each_token() -> None:
-    picture = panel(draw_kept(scene(), [("block", np.array([0, 1, 12, 13]))]), 1)
+    picture = panel(draw_kept_tokens(scene(), [("block", np.array([0, 1, 12, 13]))]), 1)
     line = (picture == (255, 196, 0)).all(axis=-1)
     rim = np.zeros((384, 384), bool)
     rim[:64, :64] = True
@@ -56,13 +56,13 @@ def test_outline_surrounds_the_region_not_each_token() -> None:
 
 
 def test_none_and_all_tokens() -> None:
-    sheet = draw_kept(scene(), [("none", np.array([], np.int64)), ("all", np.arange(144))])
+    sheet = draw_kept_tokens(scene(), [("none", np.array([], np.int64)), ("all", np.arange(144))])
     assert np.ptp(panel(sheet, 1), axis=-1).max() == 0
     assert (panel(sheet, 2)[2:-2, 2:-2] == RED).all()
 
 
 def test_order_and_repeats_do_not_matter() -> None:
-    assert draw_kept(scene(), [("a", np.array([5, 3, 5]))]) == draw_kept(scene(), [("a", np.array([3, 5]))])
+    assert draw_kept_tokens(scene(), [("a", np.array([5, 3, 5]))]) == draw_kept_tokens(scene(), [("a", np.array([3, 5]))])
 
 
 def test_captions_are_written_and_differ() -> None:
@@ -70,14 +70,14 @@ def test_captions_are_written_and_differ() -> None:
         left = MARGIN + number * (MIN_WIDTH + MARGIN)
         return np.asarray(sheet)[:TOP, left : left + MIN_WIDTH]
 
-    sheet = draw_kept(scene(), [("a", np.arange(3)), ("a", np.arange(4))])
+    sheet = draw_kept_tokens(scene(), [("a", np.arange(3)), ("a", np.arange(4))])
     assert caption(sheet, 1).min() < 100
     assert (caption(sheet, 1) != caption(sheet, 2)).any()
 
 
 @pytest.mark.parametrize("title", ["w" * 60, "w" * 500])
 def test_long_title_stays_in_its_panel(title: str) -> None:
-    pixels = np.asarray(draw_kept(scene(), [(title, np.arange(3)), ("b", np.arange(3))]))
+    pixels = np.asarray(draw_kept_tokens(scene(), [(title, np.arange(3)), ("b", np.arange(3))]))
     gap = MARGIN + 2 * (MIN_WIDTH + MARGIN) - MARGIN
     assert (pixels[:TOP, gap + 1 : gap + MARGIN] == pixels[0, 0]).all()
     assert pixels[:TOP, gap - 60 : gap].min() < 100
@@ -88,40 +88,40 @@ def test_long_title_stays_in_its_panel(title: str) -> None:
     [((10, 10), (384, 384)), ((500, 300), (500, 300)), ((4000, 1000), (MAX_SIDE, 256)), ((28, 1000), (29, MAX_SIDE))],
 )
 def test_size_of_a_panel(size: tuple[int, int], shown: tuple[int, int]) -> None:
-    sheet = draw_kept(scene(*size), [("a", np.arange(3))])
+    sheet = draw_kept_tokens(scene(*size), [("a", np.arange(3))])
     assert sheet.size == (MARGIN + 2 * (max(shown[0], MIN_WIDTH) + MARGIN), TOP + shown[1] + MARGIN)
     assert (panel(sheet, 0, shown) == RED).all()
 
 
 def test_image_is_not_changed() -> None:
     image = Image.new("RGB", (192, 192), RED)
-    draw_kept(Board.plain(image, 12, 12), [("a", np.arange(3))])
+    draw_kept_tokens(TokenCanvas.plain(image, 12, 12), [("a", np.arange(3))])
     assert image == Image.new("RGB", (192, 192), RED)
 
 
 @pytest.mark.parametrize("indices", [np.array([144]), np.array([-1]), np.array([0.5]), np.ones(144, bool)])
 def test_wrong_indices(indices: np.ndarray) -> None:
     with pytest.raises(UsageError, match="none of the image's 144"):
-        draw_kept(scene(), [("a", indices)])
+        draw_kept_tokens(scene(), [("a", indices)])
 
 
 def test_all_cache_cuts_are_one_panel_after_the_others() -> None:
     caches = [np.array([[0, 1, 2, 3], [0, 1, 2, 4]])] * 28
-    panels = kept_panels(scene(), [("fastv @ layer 1", np.arange(72))], caches)
+    panels = kept_token_panels(scene(), [("fastv @ layer 1", np.arange(72))], caches)
     assert [panel.title for panel in panels] == ["input, 144 tokens", "fastv @ layer 1", CACHES]
     assert panels[-1].caption == "kept 4 of 144 in a head's cache (3%)"
-    assert draw_kept(scene(), [], caches).size == (MARGIN + 2 * (384 + MARGIN), TOP + 384 + MARGIN)
+    assert draw_kept_tokens(scene(), [], caches).size == (MARGIN + 2 * (384 + MARGIN), TOP + 384 + MARGIN)
 
 
 def test_caches_of_different_lengths_are_counted_as_a_range() -> None:
     caches = [np.arange(72).reshape(1, 72), np.zeros((1, 0), np.int64)]
-    assert kept_panels(scene(), [], caches)[1].caption == "kept 0 to 72 of 144 in a head's cache (25%)"
+    assert kept_token_panels(scene(), [], caches)[1].caption == "kept 0 to 72 of 144 in a head's cache (25%)"
 
 
 def test_a_token_is_as_bright_as_the_share_of_caches_that_keep_it() -> None:
     # Of four caches (two layers, two heads): token 0 in all, 1 in two, 2 in one, the others in none.
     caches = [np.array([[0, 1], [1, 0]]), np.array([[0, 2], [0, 7]])]
-    picture = np.asarray(kept_panels(scene(), [], caches)[1].picture).astype(float)
+    picture = np.asarray(kept_token_panels(scene(), [], caches)[1].picture).astype(float)
     middles = np.stack([picture[16, 32 * token + 16] for token in (0, 1, 2, 3)])
     grey, colour = middles[3], middles[0]
     assert colour.tolist() == list(RED)
@@ -132,9 +132,9 @@ def test_a_token_is_as_bright_as_the_share_of_caches_that_keep_it() -> None:
 
 def test_the_order_of_ranks_does_not_matter_in_a_cache() -> None:
     ranked = [np.array([[5, 3, 9]])]
-    assert kept_panels(scene(), [], ranked)[1] == kept_panels(scene(), [], [np.sort(ranked[0])])[1]
+    assert kept_token_panels(scene(), [], ranked)[1] == kept_token_panels(scene(), [], [np.sort(ranked[0])])[1]
 
 
 def test_wrong_indices_of_a_cache() -> None:
     with pytest.raises(UsageError, match="none of the image's 144"):
-        kept_panels(scene(), [], [np.array([[0, 144]])])
+        kept_token_panels(scene(), [], [np.array([[0, 144]])])

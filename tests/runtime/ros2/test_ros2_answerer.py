@@ -16,7 +16,7 @@ from ros2_doubles import WAIT, FakeModel, Listener, answering, frame
 
 from edgeprune.cli import main
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.ros2.answerer import LONGEST_QUEUE, Answerer
+from edgeprune.runtime.ros2.answerer import LONGEST_QUEUE, QuestionWorker
 from edgeprune.runtime.ros2.diagnostics import ERROR, OK, WARN
 
 
@@ -86,7 +86,7 @@ def test_questions_wait_in_a_queue_that_has_an_end() -> None:
         listener.wait_for(lambda: listener.pieces == ["0:"])
         for number in range(LONGEST_QUEUE + 2):
             answerer.prompt(str(number))
-        answerer.tick()
+        answerer.publish_diagnostics()
         assert listener.values["questions refused"] == "2"
         model.gate.set()
         for number in range(1, LONGEST_QUEUE + 1):
@@ -117,12 +117,12 @@ def test_an_image_that_cannot_be_read_is_reported_until_a_good_one_comes() -> No
         bad.data = b"123"
         answerer.image(bad)
         answerer.compressed(SimpleNamespace(format="jpeg", data=b"x"))
-        answerer.tick()
+        answerer.publish_diagnostics()
         assert listener.reports[-1].level == WARN
         assert "neither JPEG nor PNG" in listener.reports[-1].message
         assert (listener.values["frames refused"], listener.values["frames received"]) == ("2", "0")
         answerer.image(frame(1))
-        answerer.tick()
+        answerer.publish_diagnostics()
         assert (listener.reports[-1].level, listener.reports[-1].message) == (OK, "ready")
 
 
@@ -133,12 +133,12 @@ def test_what_comes_while_the_model_loads_is_answered_when_it_is_there() -> None
         assert loaded.wait(WAIT)
         return model
 
-    answerer = Answerer(load, listener.outlets(), frame_timeout=WAIT)
+    answerer = QuestionWorker(load, listener.outlets(), frame_timeout=WAIT)
     answerer.start()
     for number in (1, 2):
         answerer.image(frame(number))
         answerer.prompt(str(number))
-    answerer.tick()
+    answerer.publish_diagnostics()
     assert (listener.values["phase"], listener.values["frames dropped"]) == ("loading", "1")
     loaded.set()
     values = listener.wait_for_value("answers", "1")
@@ -161,7 +161,7 @@ def test_a_model_that_cannot_be_loaded_is_a_failure(error: Exception) -> None:
         raise error
 
     failed, listener = threading.Event(), Listener()
-    answerer = Answerer(load, listener.outlets(), on_failure=failed.set)
+    answerer = QuestionWorker(load, listener.outlets(), on_failure=failed.set)
     answerer.start()
     assert failed.wait(WAIT)
     assert answerer.failure is error
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_loaded_is_a_failure(error: Exception) -> None:
 
 def test_a_tier_that_the_bundle_has_not_is_a_failure() -> None:
     failed = threading.Event()
-    answerer = Answerer(lambda on_phase: FakeModel(), Listener().outlets(), on_failure=failed.set, tier="mid")  # type: ignore[arg-type, return-value]
+    answerer = QuestionWorker(lambda on_phase: FakeModel(), Listener().outlets(), on_failure=failed.set, tier="mid")  # type: ignore[arg-type, return-value]
     answerer.start()
     assert failed.wait(WAIT)
     assert str(answerer.failure) == "The bundle has no tier 'mid'. Its tiers are: high, low."
@@ -217,4 +217,4 @@ def test_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_what_is_no_policy_is_refused() -> None:
     with pytest.raises(UsageError, match="no policy"):
-        Answerer(lambda on_phase: FakeModel(), Listener().outlets(), on_busy="never")  # type: ignore[arg-type, return-value]
+        QuestionWorker(lambda on_phase: FakeModel(), Listener().outlets(), on_busy="never")  # type: ignore[arg-type, return-value]

@@ -14,7 +14,7 @@ from PIL import Image
 from edgeprune.errors import ImageError
 from edgeprune.runtime.media.frames import NV12
 from edgeprune.runtime.media.images import read_image
-from edgeprune.runtime.ros2.images import ENCODINGS, packed_picture, raw_picture
+from edgeprune.runtime.ros2.images import ENCODINGS, decode_compressed, decode_image
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (4, 6, 3), np.uint8)
 ALPHA = np.full((4, 6, 1), 7, np.uint8)
@@ -63,7 +63,7 @@ def test_every_encoding_has_a_sample() -> None:
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8"])
 def test_colours_come_out_as_they_were(encoding: str, padding: int) -> None:
-    picture = raw_picture(raw(encoding, padding))
+    picture = decode_image(raw(encoding, padding))
     assert isinstance(picture, np.ndarray)
     assert np.array_equal(picture, PIXELS)
     assert np.array_equal(np.asarray(read_image(picture)), PIXELS)
@@ -72,13 +72,13 @@ def test_colours_come_out_as_they_were(encoding: str, padding: int) -> None:
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("encoding", ["mono8", "8UC1"])
 def test_grey_stays_grey(encoding: str, padding: int) -> None:
-    picture = raw_picture(raw(encoding, padding))
+    picture = decode_image(raw(encoding, padding))
     assert np.array_equal(np.asarray(picture), PIXELS[..., 0])
 
 
 @pytest.mark.parametrize("padding", [0, 2])
 def test_nv12_keeps_its_planes(padding: int) -> None:
-    picture = raw_picture(raw("nv12", padding))
+    picture = decode_image(raw("nv12", padding))
     assert isinstance(picture, NV12)
     assert np.array_equal(picture.luma, PIXELS[..., 0])
     assert np.array_equal(picture.chroma.reshape(2, 6), PIXELS[:2, :, 1])
@@ -88,7 +88,7 @@ def test_nv12_keeps_its_planes(padding: int) -> None:
 def test_pixels_are_not_copied_and_arrays_are_taken() -> None:
     message = raw("bgr8")
     message.data = array("B", message.data)  # what rclpy gives
-    picture = raw_picture(message)
+    picture = decode_image(message)
     assert isinstance(picture, np.ndarray)
     message.data[2] ^= 255
     assert picture[0, 0, 0] == PIXELS[0, 0, 0] ^ 255
@@ -117,13 +117,13 @@ def test_sizes_that_contradict_each_other_are_refused(changes: dict[str, Any], w
     for name, value in changes.items():
         setattr(message, name, value)
     with pytest.raises(ImageError, match=words):
-        raw_picture(message)
+        decode_image(message)
 
 
 def test_files_are_read_whatever_their_format_says() -> None:
     image = Image.fromarray(PIXELS)
-    assert np.array_equal(np.asarray(read_image(packed_picture(Packed("rgb8; png compressed", encoded(image, "PNG"))))), PIXELS)
-    packed = packed_picture(Packed("", array("B", encoded(image, "JPEG"))))
+    assert np.array_equal(np.asarray(read_image(decode_compressed(Packed("rgb8; png compressed", encoded(image, "PNG"))))), PIXELS)
+    packed = decode_compressed(Packed("", array("B", encoded(image, "JPEG"))))
     assert np.array_equal(np.asarray(read_image(packed)), np.asarray(Image.open(BytesIO(encoded(image, "JPEG")))))
 
 
@@ -139,10 +139,10 @@ def test_files_are_read_whatever_their_format_says() -> None:
 )
 def test_other_files_are_refused(data: bytes, words: str) -> None:
     with pytest.raises(ImageError, match=words):
-        packed_picture(Packed("jpeg", data))
+        decode_compressed(Packed("jpeg", data))
 
 
 def test_a_file_that_is_cut_short_is_refused_when_it_is_used() -> None:
     data = encoded(Image.fromarray(np.tile(PIXELS, (20, 20, 1))), "PNG")
     with pytest.raises(ImageError, match="It is damaged or cut short"):
-        read_image(packed_picture(Packed("png", data[: len(data) // 2])))
+        read_image(decode_compressed(Packed("png", data[: len(data) // 2])))

@@ -13,7 +13,7 @@ from PIL import Image
 from server_double import NAME, PATIENCE, Double, ask, client, data_url, figure, serving, user, wait_until
 
 from edgeprune.errors import EngineError, MissingExtraError, UsageError
-from edgeprune.runtime.server import Limits
+from edgeprune.runtime.server import ServerLimits
 
 PICTURE = data_url(Image.new("RGB", (84, 56)))
 
@@ -25,7 +25,7 @@ def double() -> Double:
 
 @pytest.fixture(scope="module")
 def url(double: Double) -> Iterator[str]:
-    with serving(double, limits=Limits(max_body_bytes=20_000, max_pixels=10_000, max_images=2)) as address:
+    with serving(double, limits=ServerLimits(max_body_bytes=20_000, max_pixels=10_000, max_images=2)) as address:
         yield address
 
 

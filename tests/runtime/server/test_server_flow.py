@@ -12,7 +12,7 @@ import pytest
 from server_double import NAME, PATIENCE, Double, ask, client, figure, serving, user, wait_until
 
 from edgeprune.errors import BundleError, UsageError
-from edgeprune.runtime.server import Limits
+from edgeprune.runtime.server import ServerLimits
 from edgeprune.runtime.server.process import Server, ServerOptions
 
 KEYS = ("key-of-a", "key-of-b")
@@ -70,7 +70,7 @@ def test_parallel_answers_run_at_once() -> None:
 
 def test_a_full_queue_and_a_greedy_client() -> None:
     double = Double(held=True)
-    with serving(double, keys=(*KEYS, "key-of-c"), limits=Limits(queue=2, per_client=2)) as url:
+    with serving(double, keys=(*KEYS, "key-of-c"), limits=ServerLimits(queue=2, per_client=2)) as url:
         with asking(url, (KEYS[0], "a0"), (KEYS[0], "a1")):
             with client(url, KEYS[0]) as greedy, pytest.raises(openai.RateLimitError, match="--per-client") as caught:
                 ask(greedy, user("a2"))

@@ -155,12 +155,12 @@ def test_options_that_are_refused(options: list[str], words: str, tiny_bundle: B
 
 def test_a_file_of_keys(tmp_path: Path) -> None:
     from edgeprune.errors import UsageError
-    from edgeprune.runtime.server.access import Keys, read_keys
+    from edgeprune.runtime.server.access import ApiKeys, read_keys
 
     file = tmp_path / "keys"
     file.write_text("# ours\none\n\n two \n")
     assert read_keys(file, "three") == ["three", "one", "two"]
-    assert Keys(["one", "two"]).client(b"bearer two", "") == "key 1"
+    assert ApiKeys(["one", "two"]).client(b"bearer two", "") == "key 1"
     for text in ("# none\n", "spaced key\n", "ключ\n"):
         file.write_text(text)
         with pytest.raises(UsageError):

@@ -7,19 +7,19 @@ import threading
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.server.errors import Limits, Refusal
+from edgeprune.runtime.server.errors import ApiError, ServerLimits
 from edgeprune.runtime.server.jobs import FairQueue
 
 
 def test_clients_are_served_in_turns() -> None:
-    queue = FairQueue[str](Limits())
+    queue = FairQueue[str](ServerLimits())
     for client, item in ("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("c", "c1"), ("b", "b2"):
         queue.push(client, item)
     assert [queue.take() for _ in range(6)] == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
 def test_a_client_that_comes_back_waits_its_turn() -> None:
-    queue = FairQueue[str](Limits())
+    queue = FairQueue[str](ServerLimits())
     queue.push("a", "a1")
     queue.push("a", "a2")
     assert queue.take() == "a1"
@@ -28,33 +28,33 @@ def test_a_client_that_comes_back_waits_its_turn() -> None:
 
 
 def test_the_queue_is_bounded() -> None:
-    queue = FairQueue[str](Limits(queue=1), parallel=2)
-    with queue.entered("a"), queue.entered("b"), queue.entered("c"):
-        with pytest.raises(Refusal, match="--queue") as caught, queue.entered("d"):
+    queue = FairQueue[str](ServerLimits(queue=1), parallel=2)
+    with queue.admit("a"), queue.admit("b"), queue.admit("c"):
+        with pytest.raises(ApiError, match="--queue") as caught, queue.admit("d"):
             pass
         assert caught.value.status == 429 and int(caught.value.headers["retry-after"]) >= 1
-    with queue.entered("d"):
+    with queue.admit("d"):
         pass
 
 
 def test_a_client_is_bounded() -> None:
-    queue = FairQueue[str](Limits(per_client=1))
-    with queue.entered("a"), queue.entered("b"):
-        with pytest.raises(Refusal, match="--per-client") as caught, queue.entered("a"):
+    queue = FairQueue[str](ServerLimits(per_client=1))
+    with queue.admit("a"), queue.admit("b"):
+        with pytest.raises(ApiError, match="--per-client") as caught, queue.admit("a"):
             pass
         assert caught.value.status == 429
 
 
 def test_retry_after_follows_recent_answers() -> None:
-    queue = FairQueue[str](Limits(queue=8), parallel=2)
+    queue = FairQueue[str](ServerLimits(queue=8), parallel=2)
     for _ in range(20):
         queue.answered(6.0)
-    with queue.entered("a"), queue.entered("b"), queue.entered("c"), queue.entered("d"):
+    with queue.admit("a"), queue.admit("b"), queue.admit("c"), queue.admit("d"):
         assert queue.retry_after == pytest.approx(12.0)
 
 
 def test_dropped_items_are_gone() -> None:
-    queue = FairQueue[str](Limits())
+    queue = FairQueue[str](ServerLimits())
     for item in "123":
         queue.push("a", item)
     assert queue.drop("a", "2") and not queue.drop("a", "2") and not queue.drop("b", "1")
@@ -62,19 +62,19 @@ def test_dropped_items_are_gone() -> None:
 
 
 def test_closing_ends_those_who_wait() -> None:
-    queue = FairQueue[str](Limits())
+    queue = FairQueue[str](ServerLimits())
     taken: list[str | None] = []
     thread = threading.Thread(target=lambda: taken.append(queue.take()))
     thread.start()
     assert queue.close() == []
     thread.join(10)
     assert taken == [None] and queue.take() is None
-    with pytest.raises(Refusal, match="shutting down"):
+    with pytest.raises(ApiError, match="shutting down"):
         queue.push("a", "late")
 
 
 def test_limits_that_make_no_sense() -> None:
-    assert Limits(queue=0).queue == 0
+    assert ServerLimits(queue=0).queue == 0
     for name in ("max_body_bytes", "max_pixels", "max_images", "per_client"):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):
-            Limits(**{name: 0})
+            ServerLimits(**{name: 0})

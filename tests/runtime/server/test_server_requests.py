@@ -11,20 +11,20 @@ import pytest
 from PIL import Image
 from server_double import data_url, user
 
-from edgeprune.runtime.server.errors import Limits, Refusal
-from edgeprune.runtime.server.request_mapping import Question, question
+from edgeprune.runtime.server.errors import ApiError, ServerLimits
+from edgeprune.runtime.server.request_mapping import AnswerRequest, answer_request
 from edgeprune.runtime.server.schema import parse
 
 RED = data_url(Image.new("RGB", (8, 6), (255, 0, 0)))
 
 
-def asked(*messages: dict[str, Any], limits: Limits | None = None, **fields: Any) -> Question:
+def asked(*messages: dict[str, Any], limits: ServerLimits | None = None, **fields: Any) -> AnswerRequest:
     body = {"model": "m", "messages": list(messages or [user("What is it?")]), **fields}
-    return question(parse(json.dumps(body).encode()), limits or Limits())
+    return answer_request(parse(json.dumps(body).encode()), limits or ServerLimits())
 
 
-def refusal(*messages: dict[str, Any], **fields: Any) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def refusal(*messages: dict[str, Any], **fields: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
         asked(*messages, **fields)
     return caught.value
 
@@ -153,18 +153,18 @@ def test_kinds_of_images(kind: str) -> None:
 
 @pytest.mark.parametrize(("limits", "option"), [({"max_pixels": 47}, "--max-pixels"), ({"max_images": 1}, "--max-images")])
 def test_limits_are_named(limits: dict[str, int], option: str) -> None:
-    found = refusal(user("What is it?", RED, RED), limits=Limits(**limits))
+    found = refusal(user("What is it?", RED, RED), limits=ServerLimits(**limits))
     assert found.status == 400 and option in found.message and str(next(iter(limits.values()))) in found.message
 
 
 def test_no_message_repeats_the_request() -> None:
     for fields in ({"stop": {"secret": 1}}, {"temperature": "secret"}, {"messages": [{"role": "user", "content": {"secret": 1}}]}):
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ApiError) as caught:
             parse(json.dumps({"model": "m", "messages": [user("secret")], **fields}).encode())
         assert "secret" not in caught.value.message
 
 
 def test_a_body_that_is_no_json() -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         parse(b"{")
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")

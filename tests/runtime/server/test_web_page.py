@@ -14,7 +14,7 @@ from PIL import Image
 from server_double import Double, serving
 
 from edgeprune.plan import Cut
-from edgeprune.runtime.server import Limits
+from edgeprune.runtime.server import ServerLimits
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402 (only where it is there)
@@ -176,7 +176,7 @@ def test_a_key_is_asked_for(browser: Browser, picture: Path) -> None:
 
 
 def test_a_refusal_is_shown(browser: Browser, picture: Path) -> None:
-    with serving(Double(), limits=Limits(max_pixels=10)) as url:
+    with serving(Double(), limits=ServerLimits(max_pixels=10)) as url:
         page = browser.new_page()
         page.goto(url)
         expect(page.locator("#model")).to_have_text("double")

@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import Split
 from edgeprune.bundle import ImageText
 from edgeprune.errors import BundleError
 from edgeprune.plan import Geometry, View
-from edgeprune.runtime.text.prompt import ImageLayout
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.prompt import ImagePlaceholders
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 LETTERS = {letter: number for number, letter in enumerate("abcdmi ?")}
 IMAGE = LETTERS["i"]
@@ -19,10 +19,10 @@ PLAIN = Geometry(28, 28, 14, 1)
 TILED = Geometry(28, 28, 14, 1, (View(0, 0, 14, 28, 1, 2), View(14, 0, 14, 28, 1, 2)))
 
 
-def layout(text: str, geometry: Geometry = PLAIN, boundary: str = "") -> ImageLayout:
+def layout(text: str, geometry: Geometry = PLAIN, boundary: str = "") -> ImagePlaceholders:
     tokenizer = Tokenizer(WordLevel(LETTERS, unk_token="?"))
     tokenizer.pre_tokenizer = Split("", "isolated")
-    return ImageLayout(ImageText("image", "<image>", text, IMAGE, boundary), geometry, TextCodec(tokenizer))
+    return ImagePlaceholders(ImageText("image", "<image>", text, IMAGE, boundary), geometry, TextTokenizer(tokenizer))
 
 
 def ids(text: str) -> list[int]:
@@ -43,9 +43,9 @@ def test_a_text_that_does_not_fit_the_views_is_refused() -> None:
 
 def test_turns_have_the_text_before_between_and_after() -> None:
     tiled = layout("aibi", TILED)
-    assert tiled.turns(ids("ddaibicc")) == [[ids("dda"), ids("b"), ids("cc")]]
-    assert tiled.turns(ids("daibicaibid")) == [[ids("da"), ids("b"), ids("ca")], [[], ids("b"), ids("d")]]
-    assert tiled.turns(ids("dd")) == []
+    assert tiled.split_at_images(ids("ddaibicc")) == [[ids("dda"), ids("b"), ids("cc")]]
+    assert tiled.split_at_images(ids("daibicaibid")) == [[ids("da"), ids("b"), ids("ca")], [[], ids("b"), ids("d")]]
+    assert tiled.split_at_images(ids("dd")) == []
 
 
 def test_images_are_counted_whole() -> None:

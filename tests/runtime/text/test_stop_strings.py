@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from edgeprune.runtime.text.tokenizer import StopWatch
+from edgeprune.runtime.text.tokenizer import StopStringFilter
 
 WORDS = ["".join(letters) for length in range(1, 8) for letters in product("ab", repeat=length)]
 STOPS = [word for word in WORDS if len(word) <= 4]
@@ -23,7 +23,7 @@ def expected(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 def check(text: str, stops: Sequence[str], size: int) -> None:
-    watch, shown = StopWatch(stops), ""
+    watch, shown = StopStringFilter(stops), ""
     for end in range(size, len(text) + size, size):
         shown += watch.push(text[end - size : end])
         assert (shown, watch.stopped) == expected(text[:end], stops), (text[:end], stops, size)
@@ -42,7 +42,7 @@ def check(text: str, stops: Sequence[str], size: int) -> None:
     ],
 )
 def test_a_match_that_begins_inside_one_that_failed(text: str, stop: str, pieces: list[str]) -> None:
-    watch = StopWatch([stop])
+    watch = StopStringFilter([stop])
     assert [watch.push(letter) for letter in text] == pieces
     assert watch.stopped
     assert watch.flush() == ""

@@ -10,20 +10,20 @@ from device_simulation import SimulatedDriver, simulated_plan, simulated_tensorr
 
 from edgeprune.bundle import Bundle
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
-from edgeprune.runtime.backends.tensorrt.bindings import Identity
-from edgeprune.runtime.backends.tensorrt.profiles import Limits, profiles_of
+from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
 from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, engine_key
 
-ORIN = Identity("10.3.0", "8.7")
+ORIN = DeviceIdentity("10.3.0", "8.7")
 SECRET = b"a device's own key, 32 bytes long"
-LIMITS = Limits(context=256, turn=96, images=2, unpruned=True)
+LIMITS = ProfileLimits(context=256, turn=96, images=2, unpruned=True)
 
 
-def prepare(bundle: Bundle, limits: Limits = LIMITS) -> Store:
+def prepare(bundle: Bundle, limits: ProfileLimits = LIMITS) -> Store:
     """Put engines of the simulated TensorRT into a bundle."""
     store = Store(bundle.path, SECRET)
-    for graph, profiles in profiles_of(bundle, limits).items():
+    for graph, profiles in shape_profiles(bundle, limits).items():
         plan = simulated_plan(bundle.file(graph), asdict(bundle.manifest.graphs[graph]), profiles)
         key = engine_key(bundle, graph, ORIN, profiles, 3)
         digest = hashlib.sha256(plan).hexdigest()
@@ -35,5 +35,5 @@ def prepare(bundle: Bundle, limits: Limits = LIMITS) -> Store:
 
 def on_device(bundle: Bundle, driver: SimulatedDriver, **changed: Any) -> Runtime:
     given: dict[str, Any] = {"store": Store(bundle.path, SECRET), "device": ORIN} | changed
-    engine = TensorRTEngine(bundle, simulated_tensorrt(driver), driver, **given)
-    return Runtime(replace(load(bundle.path)._model, engine=engine))
+    engine = TensorRTBackend(bundle, simulated_tensorrt(driver), driver, **given)
+    return Runtime(replace(load(bundle.path)._pipeline, backend=engine))

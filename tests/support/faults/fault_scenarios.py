@@ -12,17 +12,17 @@ import numpy as np
 
 from edgeprune.bundle import PLAN, Bundle
 from edgeprune.bundle.signing import SIGNATURE, make_key, sign_manifest
-from edgeprune.calibration.data.statistics import Source, Statistics, merge_files
+from edgeprune.calibration.data.statistics import Statistics, StatisticsSource, merge_files
 from edgeprune.device.machine import read_machine
 from edgeprune.runtime.backends.tensorrt import build as jobs
-from edgeprune.runtime.backends.tensorrt.bindings import Identity
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity
 from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle
-from edgeprune.runtime.backends.tensorrt.builder import Built, Settings
-from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, Built
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.backends.tensorrt.store import FOLDER, Store
 
 Step = Callable[[str], None]
-SECRET, ORIN = b"a device's own key, 32 bytes long", Identity("10.3.0", "8.7")
+SECRET, ORIN = b"a device's own key, 32 bytes long", DeviceIdentity("10.3.0", "8.7")
 
 
 class Scenario(ABC):
@@ -46,7 +46,7 @@ class Merge(Scenario):
 
     def __init__(self, tiny_folder: Path, bundle: Path) -> None:
         plan = Bundle.load(bundle).plan
-        source = Source(plan.family, plan.layers, 2, "ab" * 32, plan.geometry, "last", "mean", False)
+        source = StatisticsSource(plan.family, plan.layers, 2, "ab" * 32, plan.geometry, "last", "mean", False)
         one = Statistics.empty(source).with_sample({name: np.ones(shape) for name, shape in source.shapes().items()})
         self._parts = {"a": one, "b": one + one, "sum": one}
 
@@ -77,7 +77,7 @@ class Build(Scenario):
             return Built(memoryview(graph.name.encode() * 99), 0.0, 0.0, given["timings"] + b"timed")
 
         vars(jobs)["build_engine"] = build_engine  # this process is given up afterwards
-        request = BuildRequest(Bundle.load(folder / "bundle"), Limits(context=64, turn=32), Settings())
+        request = BuildRequest(Bundle.load(folder / "bundle"), ProfileLimits(context=64, turn=32), BuilderSettings())
         given: dict[str, Any] = {"trt": object(), "device": ORIN, "secret": SECRET, "machine": read_machine()}
         build_bundle(request, lambda graph, phase, done: step("advance"), **given)
 

@@ -17,7 +17,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.calibration import calibrate as commands
 from edgeprune.calibration.collect import run as collecting
 from edgeprune.calibration.data.statistics import Statistics
-from edgeprune.checkpoint.loading import find_model, load_model
+from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.cli import main as command_line
 from edgeprune.errors import EdgePruneError
 from edgeprune.export import exporter
@@ -28,7 +28,7 @@ class Export(Scenario):
     """An export over a former one. The graphs are not traced but written again, piece by piece."""
 
     def __init__(self, tiny_folder: Path, bundle: Path) -> None:
-        self._loaded, self._source = load_model(find_model(str(tiny_folder))), Bundle.load(bundle)
+        self._loaded, self._source = load_model(resolve_model(str(tiny_folder))), Bundle.load(bundle)
         self._step: Step = lambda event: None
         for name in ("trace_vision", "trace_embedding", "trace_decoder"):
             setattr(exporter, name, self._write)
@@ -65,7 +65,7 @@ class Calibrate(Scenario):
     """Statistics of three samples, kept after each, and a plan from them."""
 
     def __init__(self, tiny_folder: Path) -> None:
-        loaded = load_model(find_model(str(tiny_folder)))
+        loaded = load_model(resolve_model(str(tiny_folder)))
         self._folder, self._expected = tiny_folder, dict[str, str]()
         vars(collecting)["SAVE_EVERY"] = 1
         vars(commands)["load_model"] = lambda folder, **_: loaded

@@ -11,10 +11,10 @@ from onnx import numpy_helper
 
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.bundle.integrity import record_files
-from edgeprune.export.verification import Stage
+from edgeprune.export.verification import ParityStage
 
 
-def first_failure(report: list[Stage]) -> str | None:
+def first_failure(report: list[ParityStage]) -> str | None:
     return next((stage.name for stage in report if not stage.passed), None)
 
 

@@ -69,4 +69,4 @@ def attentions_of(loaded: LoadedModel, prompt: Prompt) -> tuple[torch.Tensor, ..
 
 def grown(caches: Sequence[LayerCache], step: StepOutput, before: int, after: int) -> list[LayerCache]:
     """Return caches with what a step adds to them, whose prefix and suffix have `before` and `after` tokens."""
-    return [cache.grown(rows, before, after) for cache, rows in zip(caches, step.rows, strict=True)]
+    return [cache.append(rows, before, after) for cache, rows in zip(caches, step.rows, strict=True)]

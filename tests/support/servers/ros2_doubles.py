@@ -12,8 +12,8 @@ import numpy as np
 
 from edgeprune.errors import UsageError
 from edgeprune.runtime.media.feed import Feed
-from edgeprune.runtime.ros2.answerer import Answerer, Outlets
-from edgeprune.runtime.ros2.diagnostics import Report
+from edgeprune.runtime.ros2.answerer import OutputCallbacks, QuestionWorker
+from edgeprune.runtime.ros2.diagnostics import DiagnosticReport
 from edgeprune.runtime.telemetry.receipt import Receipt, Times
 
 WAIT = 10.0
@@ -79,11 +79,11 @@ class Listener:
     def __init__(self) -> None:
         self.pieces: list[str] = []
         self.answers: list[str] = []
-        self.reports: list[Report] = []
+        self.reports: list[DiagnosticReport] = []
         self._changed = threading.Condition()
 
-    def outlets(self) -> Outlets:
-        return Outlets(*(self._collector(kept) for kept in (self.pieces, self.answers, self.reports)))
+    def outlets(self) -> OutputCallbacks:
+        return OutputCallbacks(*(self._collector(kept) for kept in (self.pieces, self.answers, self.reports)))
 
     def _collector(self, kept: list[Any]) -> Callable[[Any], None]:
         def collect(item: Any) -> None:
@@ -111,9 +111,9 @@ def frame(number: int) -> Any:
 
 
 @contextmanager
-def answering(model: Any, **options: Any) -> Iterator[tuple[Answerer, Listener]]:
+def answering(model: Any, **options: Any) -> Iterator[tuple[QuestionWorker, Listener]]:
     listener = Listener()
-    answerer = Answerer(lambda on_phase: model, listener.outlets(), **({"frame_timeout": WAIT} | options))
+    answerer = QuestionWorker(lambda on_phase: model, listener.outlets(), **({"frame_timeout": WAIT} | options))
     answerer.start()
     try:
         listener.wait_for_value("phase", "ready")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.text.grammar import GrammarCompiler
-from edgeprune.runtime.text.tokenizer import TextCodec
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.tabletop import MODEL_FOLDER
 
 END, OTHER_END = 2, 0  # of the bundled tokenizer
@@ -19,7 +19,7 @@ class Speaker:
     """A model that says nothing but noise, and its tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, ends: tuple[int, ...]) -> None:
-        self.codec, self.ends = TextCodec(tokenizer), ends
+        self.codec, self.ends = TextTokenizer(tokenizer), ends
         self.compiler = GrammarCompiler(tokenizer.to_str, ends)
         self.size = tokenizer.get_vocab_size()
         self._closing = [token for text in ('"', "}", "]") for token in self.codec.encode(text)]
@@ -35,7 +35,7 @@ class Speaker:
         for _ in range(most):
             logits = draw.standard_normal(self.size + 9).astype(np.float32)  # a model may have more ids than its tokenizer
             logits[self._closing] += 4
-            token = sampler.pick(logits)
+            token = sampler.sample(logits)
             if token in self.ends:
                 return self.codec.decode(said), True
             said.append(token)

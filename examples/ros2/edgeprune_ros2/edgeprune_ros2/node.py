@@ -13,8 +13,8 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.ros2.answerer import Answerer, OnPhase, Outlets
-from edgeprune.runtime.ros2.diagnostics import Report
+from edgeprune.runtime.ros2.answerer import OnPhase, OutputCallbacks, QuestionWorker
+from edgeprune.runtime.ros2.diagnostics import DiagnosticReport
 
 # Parameters and their defaults; "" and 0 leave the choice to the bundle.
 ANSWERING: dict[str, Any] = {"on_busy": "cancel", "frame_timeout": 2.0, "fit": "exact", "max_tokens": 128}
@@ -33,8 +33,8 @@ class AnswerNode(Node):  # type: ignore[misc]
         self._answers = self.create_publisher(String, "~/answer", DEPTH)
         self._pieces = self.create_publisher(String, "~/answer/pieces", DEPTH)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", DEPTH)
-        outlets = Outlets(self._piece, self._answer, self._report)
-        self.answerer = Answerer(self._load, outlets, **{name: value for name, value in options.items() if value})
+        outlets = OutputCallbacks(self._piece, self._answer, self._report)
+        self.answerer = QuestionWorker(self._load, outlets, **{name: value for name, value in options.items() if value})
         self.create_subscription(Image, "image", self.answerer.image, qos_profile_sensor_data)
         self.create_subscription(CompressedImage, "image/compressed", self.answerer.compressed, qos_profile_sensor_data)
         self.create_subscription(String, "~/prompt", lambda message: self.answerer.prompt(message.data), DEPTH)
@@ -47,7 +47,7 @@ class AnswerNode(Node):  # type: ignore[misc]
     def _tick(self) -> None:
         if self.answerer.failure is not None:
             raise self.answerer.failure  # ends spin
-        self.answerer.tick()
+        self.answerer.publish_diagnostics()
 
     def _piece(self, text: str) -> None:
         self._pieces.publish(String(data=text))
@@ -55,7 +55,7 @@ class AnswerNode(Node):  # type: ignore[misc]
     def _answer(self, text: str) -> None:
         self._answers.publish(String(data=text))
 
-    def _report(self, report: Report) -> None:
+    def _report(self, report: DiagnosticReport) -> None:
         values = [KeyValue(key=key, value=value) for key, value in report.values]
         name = f"{self.get_fully_qualified_name()[1:]}: answers"
         status = DiagnosticStatus(level=bytes([report.level]), name=name, message=report.message, values=values)

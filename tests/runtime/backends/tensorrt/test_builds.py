@@ -17,8 +17,8 @@ from edgeprune.lint.check import lint
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import METHODS, method_class
-from edgeprune.runtime.backends.tensorrt.profiles import Limits, decoder_ranges, shapes_of
-from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, decoder_ranges, shapes_of
+from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
 from edgeprune.targets import TARGETS, Lowering
 
 pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
@@ -32,7 +32,7 @@ FORMS = {
     "map": {"form": "map", "attention": [0.2, 0.4], "shares": [0.3, 0.6, 1.0]},
     "predictor": PREDICTOR_OPTIONS,
 }
-LIMITS = Limits(context=256, turn=64, images=2, unpruned=True)
+LIMITS = ProfileLimits(context=256, turn=64, images=2, unpruned=True)
 # TensorRT's targets that differ in nothing but their version share their graphs.
 LOWERED = ("jetpack6", "jetpack7.2")
 BUILT = [name for name, target in TARGETS.items() if target.tensorrt is not None]
@@ -82,7 +82,7 @@ def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path)
     if plan.input is not None:
         selector = trace_selector(parts, plan, key_dim, lowering, folder / "selector.onnx")
         yield SELECTOR, folder / "selector.onnx", selector
-    if plan.live:
+    if plan.follows_attention:
         yield PREDICTOR, folder / "predictor.onnx", trace_predictor(plan, lowering, folder / "predictor.onnx")
     if plan.input is None or len(plan.cuts) > 1:
         yield DECODER, folder / "decoder.onnx", trace_decoder(parts, 3, plan, lowering, folder / "decoder.onnx")
@@ -125,7 +125,7 @@ def refuse_nothing(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folde
         for target in alike:
             found = lint(path, target, [profile for profile in ranges if profile], name=name)
             assert [finding for finding in found if finding.severity == "error"] == []
-        for capability in sorted({stand_in(target) for target in alike}):
+        for capability in sorted({substitute_capability(target) for target in alike}):
             trial = try_build(path, name, ranges, capability)
             assert not trial.error, f"{name} for {capability}: {trial.error}"
             assert trial.plan_bytes > 0 and trial.peak_bytes > 0

@@ -29,13 +29,13 @@ from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends import providers
-from edgeprune.runtime.backends.providers import open_engine
-from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, Pool, joined, upload
-from edgeprune.runtime.backends.tensorrt.backend import TensorRTEngine
-from edgeprune.runtime.backends.tensorrt.bindings import Identity, cuda, identity, tensorrt
+from edgeprune.runtime.backends.providers import open_backend
+from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, joined, upload
+from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, cuda, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle
-from edgeprune.runtime.backends.tensorrt.builder import Settings
-from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.backends.tensorrt.store import Store
 
 
@@ -110,7 +110,7 @@ def test_questions_of_all_lengths_share_a_few_blocks(bundle: Bundle, tiny_image:
     held = []
     for words in range(1, 9):
         runtime.generate(tiny_image, PROMPT + " Now." * words, max_tokens=6)
-        held.append(runtime._model.engine.device_bytes)  # type: ignore[attr-defined]
+        held.append(runtime._pipeline.backend.device_bytes)  # type: ignore[attr-defined]
     assert held[-1] < 2.5 * held[0]
 
 
@@ -120,7 +120,7 @@ def test_closing_gives_everything_back(bundle: Bundle, tiny_image: Image.Image, 
     chat = runtime.chat()
     "".join(chat.ask(PROMPT, tiny_image, max_tokens=3))
     assert answer.text and driver.blocks
-    engine: Any = runtime._model.engine
+    engine: Any = runtime._pipeline.backend
     assert engine.device_bytes == sum(map(len, driver.blocks.values()))
     engine.close()
     assert not driver.blocks and driver.closed
@@ -132,7 +132,7 @@ def test_closing_gives_everything_back(bundle: Bundle, tiny_image: Image.Image, 
 def own(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
     shutil.copytree(tiny_bundle.path, tmp_path / "own")
     bundle = Bundle.load(tmp_path / "own")
-    prepare(bundle, Limits(context=40, turn=30))
+    prepare(bundle, ProfileLimits(context=40, turn=30))
     return bundle
 
 
@@ -153,7 +153,7 @@ def test_what_is_too_long_names_the_limit(own: Bundle, tiny_image: Image.Image, 
 
 def test_engines_of_elsewhere_are_refused(own: Bundle, driver: SimulatedDriver) -> None:
     with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 for SM 8\.7, this is 10\.16 on SM 11\.0.*edgeprune build"):
-        on_device(own, driver, device=Identity("10.16", "11.0"))
+        on_device(own, driver, device=DeviceIdentity("10.16", "11.0"))
     with pytest.raises(EngineError, match="were not built on this device"):
         on_device(own, driver, store=Store(own.path, b"another device's own key, 32 byte"))
     record = next(record for record in Store(own.path, SECRET).records() if record.graph == EMBED)
@@ -187,23 +187,23 @@ def test_providers_are_never_replaced(tiny_bundle: Bundle) -> None:
         load(tiny_bundle.path, provider="gpu")
     assert options.PROVIDERS == providers.PROVIDERS  # written twice, so that --help loads nothing heavy
     with pytest.raises(UsageError, match="no threads"):
-        open_engine(tiny_bundle, "tensorrt", 2)
+        open_backend(tiny_bundle, "tensorrt", 2)
 
 
 def test_a_device_is_profiled_through_its_engines(own: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(opened: Bundle) -> TensorRTEngine:
-        return TensorRTEngine(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
+    def here(opened: Bundle) -> TensorRTBackend:
+        return TensorRTBackend(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
 
-    monkeypatch.setattr(TensorRTEngine, "here", here)
+    monkeypatch.setattr(TensorRTBackend, "on_this_device", here)
     with pytest.raises(EngineError, match="edgeprune build --turn N"):
         profile(own, repeats=1, provider="tensorrt")  # the image's tokens are timed as text, of which 30 are too few
-    prepare(own, Limits(context=64, turn=64))
+    prepare(own, ProfileLimits(context=64, turn=64))
     times = profile(own, repeats=2, provider="tensorrt")
     assert len(times.prefill_ms) == 5 and times.vision_ms > 0 and ("synchronize",) in driver.calls
 
 
 def test_arrays_on_the_device_join_and_share(driver: SimulatedDriver) -> None:
-    pool = Pool(driver)
+    pool = MemoryPool(driver)
     rows = np.arange(24, dtype=np.float16).reshape(4, 2, 3)
     array = upload(pool, rows)
     view: Any = array[1:3]
@@ -218,7 +218,7 @@ def test_arrays_on_the_device_join_and_share(driver: SimulatedDriver) -> None:
 
 
 def test_blocks_are_used_again_only_when_nothing_refers_to_them(driver: SimulatedDriver) -> None:
-    pool = Pool(driver)
+    pool = MemoryPool(driver)
     first = upload(pool, np.zeros(100, np.float32))
     view = first[:10]
     address = first.address
@@ -232,15 +232,15 @@ def test_blocks_are_used_again_only_when_nothing_refers_to_them(driver: Simulate
 def test_the_selftest_compares_and_reports(
     bundle: Bundle, driver: SimulatedDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def simulated(opened: Bundle) -> TensorRTEngine:
-        return TensorRTEngine(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
+    def simulated(opened: Bundle) -> TensorRTBackend:
+        return TensorRTBackend(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
 
     stages: list[str] = []
     report = selftest(bundle, simulated, stages.append)
     assert report.passed and stages == ["reference", "engines", "memory"]
     assert {check.name for check in report.checks} == {"vision", "kept", "logits", "text", "memory", "limits"}
     assert driver.closed
-    monkeypatch.setattr(TensorRTEngine, "here", lambda opened: simulated(opened))
+    monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened: simulated(opened))
     driver.closed = False
     shown = CliRunner().invoke(main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json")])
     assert shown.exit_code == 0 and "Every check passed." in shown.output
@@ -248,14 +248,14 @@ def test_the_selftest_compares_and_reports(
 
 
 def test_the_selftest_notices_a_wrong_engine(bundle: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TensorRTEngine(bundle, simulated_tensorrt(driver), driver, Store(bundle.path, SECRET), ORIN)
-    right = engine.step
+    engine = TensorRTBackend(bundle, simulated_tensorrt(driver), driver, Store(bundle.path, SECRET), ORIN)
+    right = engine.forward
 
     def wrong(tokens: Any, cache: Any, **given: Any) -> Any:
         step = right(tokens, cache, **given)
         return replace(step, logits=step.logits * 1.1)
 
-    monkeypatch.setattr(engine, "step", wrong)
+    monkeypatch.setattr(engine, "forward", wrong)
     report = selftest(bundle, lambda opened: engine)
     assert [check.name for check in report.checks if not check.passed] == ["logits"]
 
@@ -269,5 +269,5 @@ def test_this_device_runs_what_it_builds(tiny_bundle: Bundle, tmp_path: Path) ->
         pytest.skip(f"needs a GPU with TensorRT: {error}")
     shutil.copytree(tiny_bundle.path, tmp_path / "own")
     own = Bundle.load(tmp_path / "own")
-    build_bundle(BuildRequest(own, LIMITS, Settings()), trt=trt, device=device)
+    build_bundle(BuildRequest(own, LIMITS, BuilderSettings()), trt=trt, device=device)
     assert [check for check in selftest(own).checks if not check.passed] == []

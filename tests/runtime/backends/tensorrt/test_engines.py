@@ -19,17 +19,17 @@ from edgeprune.device.memory import Memory
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import KeepPlan
-from edgeprune.runtime.backends.tensorrt.bindings import Identity, tensorrt
-from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, check_memory, jobs_of, trtexec_command
-from edgeprune.runtime.backends.tensorrt.builder import Settings
-from edgeprune.runtime.backends.tensorrt.profiles import Limits
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, tensorrt
+from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, check_memory, plan_jobs, trtexec_command
+from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.backends.tensorrt.store import RECORDS, TIMINGS, Store
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
 
-ORIN = Identity("10.3.0", "8.7")
+ORIN = DeviceIdentity("10.3.0", "8.7")
 SECRET = b"a device's own key, 32 bytes long"
-SMALL = Limits(context=64, turn=32)
+SMALL = ProfileLimits(context=64, turn=32)
 
 
 def configure(config: Any) -> None:
@@ -37,8 +37,8 @@ def configure(config: Any) -> None:
     config.set_compute_capability(trt.ComputeCapability.SM80, 0)
 
 
-def build(bundle: Bundle, limits: Limits = SMALL, **changed: Any) -> dict[str, str]:
-    request = BuildRequest(bundle, limits, Settings(), reuse=changed.pop("reuse", ()))
+def build(bundle: Bundle, limits: ProfileLimits = SMALL, **changed: Any) -> dict[str, str]:
+    request = BuildRequest(bundle, limits, BuilderSettings(), reuse=changed.pop("reuse", ()))
     given: dict[str, Any] = {"trt": trt, "device": ORIN, "secret": SECRET, "configure": configure} | changed
     return {done.record.graph: done.how for done in build_bundle(request, **given)}
 
@@ -67,22 +67,22 @@ def test_what_is_built_stays(own: Bundle) -> None:
 
 
 def test_longer_profiles_rebuild_what_they_concern(own: Bundle) -> None:
-    assert build(own, Limits(context=65, turn=32)) == {VISION: "kept", EMBED: "kept", DECODER: "built"}
+    assert build(own, ProfileLimits(context=65, turn=32)) == {VISION: "kept", EMBED: "kept", DECODER: "built"}
     assert len(list((own.path / "engines").glob("*.plan"))) == 3  # the old engine went
 
 
-@pytest.mark.parametrize("device", [Identity("10.3.1", "8.7"), Identity("10.3.0", "11.0")])
-def test_another_tensorrt_or_gpu_rebuilds(own: Bundle, device: Identity) -> None:
+@pytest.mark.parametrize("device", [DeviceIdentity("10.3.1", "8.7"), DeviceIdentity("10.3.0", "11.0")])
+def test_another_tensorrt_or_gpu_rebuilds(own: Bundle, device: DeviceIdentity) -> None:
     store = Store(own.path, SECRET)
-    assert all(job.ready for job in jobs_of(own, SMALL, Settings(), ORIN, store))
-    assert not any(job.ready for job in jobs_of(own, SMALL, Settings(), device, store))
+    assert all(job.ready for job in plan_jobs(own, SMALL, BuilderSettings(), ORIN, store))
+    assert not any(job.ready for job in plan_jobs(own, SMALL, BuilderSettings(), device, store))
 
 
 def test_a_copied_bundle_is_not_trusted(own: Bundle) -> None:
     elsewhere = Store(own.path, b"another device's own key, 32 byte")
     with pytest.raises(EngineError, match=r"were not built on this device.*edgeprune build"):
         elsewhere.records()
-    assert not any(job.ready for job in jobs_of(own, SMALL, Settings(), ORIN, elsewhere))
+    assert not any(job.ready for job in plan_jobs(own, SMALL, BuilderSettings(), ORIN, elsewhere))
 
 
 def test_a_forged_record_is_not_trusted(own: Bundle) -> None:
@@ -150,36 +150,36 @@ def test_a_graph_that_is_refused_is_named(own: Bundle) -> None:
     model.graph.output.append(onnx.helper.make_tensor_value_info("where", onnx.TensorProto.INT64, [2, None]))
     onnx.save(model, own.file(EMBED))
     with pytest.raises(EngineError, match=r"cannot parse embed_tokens.onnx: picked \(NonZero\).*edgeprune check"):
-        build(own, Limits(context=66, turn=33))
+        build(own, ProfileLimits(context=66, turn=33))
 
 
 def test_too_little_memory_is_refused_before_anything_starts(own: Bundle) -> None:
-    jobs = jobs_of(own, Limits(context=600), Settings(), ORIN, Store(own.path, SECRET))
+    jobs = plan_jobs(own, ProfileLimits(context=600), BuilderSettings(), ORIN, Store(own.path, SECRET))
     little = Memory(total=7600, available=500, swap_total=0, swap_free=0, cma_total=None, cma_free=None)
     with pytest.raises(EngineError, match=r"takes about 1\.2 GB, and 0\.5 GB are free.*--ignore-memory"):
-        check_memory(jobs, Settings(), little)
-    check_memory(jobs, Settings(), replace(little, swap_free=8000))
-    check_memory(jobs, Settings(), replace(little, available=None))
-    check_memory([replace(job, ready=True) for job in jobs], Settings(), little)
+        check_memory(jobs, BuilderSettings(), little)
+    check_memory(jobs, BuilderSettings(), replace(little, swap_free=8000))
+    check_memory(jobs, BuilderSettings(), replace(little, available=None))
+    check_memory([replace(job, ready=True) for job in jobs], BuilderSettings(), little)
 
 
 def test_trtexec_builds_the_same(own: Bundle) -> None:
-    jobs = {job.graph: job for job in jobs_of(own, SMALL, Settings(level=2))}
-    command = trtexec_command(own, jobs[DECODER], Settings(level=2))
+    jobs = {job.graph: job for job in plan_jobs(own, SMALL, BuilderSettings(level=2))}
+    command = trtexec_command(own, jobs[DECODER], BuilderSettings(level=2))
     assert "--stronglyTyped --builderOptimizationLevel=2" in command and "--fp16" not in command
     image, text = command.split("--profile=1")
     assert "--profile=0" in image and "visual_embeds:1x12x48" in image and "visual_embeds:1x0x48" in text
     assert "past_key_values.0.key:65x2x8" in text
-    assert "--profile" not in trtexec_command(own, jobs[EMBED], Settings()) and "Shapes" not in trtexec_command(
-        own, jobs[VISION], Settings()
+    assert "--profile" not in trtexec_command(own, jobs[EMBED], BuilderSettings()) and "Shapes" not in trtexec_command(
+        own, jobs[VISION], BuilderSettings()
     )
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="make no sense"):
-        Limits(context=10, turn=20)
+        ProfileLimits(context=10, turn=20)
     with pytest.raises(UsageError, match="0 images"):
-        Limits(images=0)
+        ProfileLimits(images=0)
 
 
 def test_without_tensorrt_the_remedy_is_said(tmp_path: Path) -> None:

@@ -21,8 +21,15 @@ from edgeprune.plan import Cut
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.runtime import load
-from edgeprune.runtime.backends.tensorrt.profiles import IMAGE_TURN, TEXT, decoder_ranges, image_turn_of, profiles_of, shapes_of
-from edgeprune.runtime.backends.tensorrt.trial import stand_in, try_build
+from edgeprune.runtime.backends.tensorrt.profiles import (
+    IMAGE_PREFILL,
+    TEXT,
+    decoder_ranges,
+    image_prefill_of,
+    shape_profiles,
+    shapes_of,
+)
+from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
 from edgeprune.targets import TARGETS, Lowering
 
 PROMPT = "What colour is the cube?"
@@ -64,18 +71,18 @@ def test_an_image_is_recalled_on_the_device_too(tiered: Bundle, tiny_image: Imag
 
 
 def test_each_tier_has_a_profile_of_constants(tiered: Bundle) -> None:
-    decoder = profiles_of(tiered, LIMITS)[DECODER]
+    decoder = shape_profiles(tiered, LIMITS)[DECODER]
     assert len(decoder) == 4
-    assert [image_turn_of(tier) for tier in range(3)] == [IMAGE_TURN, 2, 3]
+    assert [image_prefill_of(tier) for tier in range(3)] == [IMAGE_PREFILL, 2, 3]
     for tier, name in enumerate(KEPT):
-        profile = decoder[image_turn_of(tier)]
+        profile = decoder[image_prefill_of(tier)]
         assert profile["tier"] == ((tier + 1,),) * 3
         assert {shape[1] for shape in profile["visual_embeds"]} == {KEPT[name][0]}
     assert decoder[TEXT]["tier"] == ((1,),) * 3
 
 
 def test_the_lint_finds_no_error(tiered: Bundle) -> None:
-    given = {graph: [profile for profile in profiles if profile] for graph, profiles in profiles_of(tiered, LIMITS).items()}
+    given = {graph: [profile for profile in profiles if profile] for graph, profiles in shape_profiles(tiered, LIMITS).items()}
     assert not [finding for finding in lint_bundle(tiered, TARGETS["jetpack6"], given) if finding.severity == "error"]
 
 
@@ -90,6 +97,6 @@ def test_nvidias_builder_takes_a_decoder_with_tiers(target: str, even: LoadedMod
     record = trace_decoder(even.family.decoder(), 3, plans[0], lowering, path, plans[1:])
     dynamic = {name: at.shape for name, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
     profiles = [{name: shapes_of(shape, ranges) for name, shape in dynamic.items()} for ranges in decoder_ranges(plans, LIMITS)]
-    trial = try_build(path, DECODER, profiles, stand_in(lowering.target))
+    trial = try_build(path, DECODER, profiles, substitute_capability(lowering.target))
     assert not trial.error
     assert trial.plan_bytes > 0

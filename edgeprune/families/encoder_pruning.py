@@ -17,7 +17,7 @@ from edgeprune.registry import method_class
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLayout:
     """How the rows of an encoder lie: view after view, in each `first` rows that stand for no place (a class token), and then the
     patches, the `merged` ones of a visual token together.
     """
@@ -44,7 +44,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Living:
+class SurvivingTokens:
     """What a method is told: the indices in the image `order` [V], and the attention that each of these tokens received [V]."""
 
     order: torch.Tensor
@@ -52,11 +52,11 @@ class Living:
 
 
 @dataclass(frozen=True)
-class Pick:
+class TokenSelection:
     """The visual tokens that stay: `chosen` [K], positions among those of all views."""
 
     chosen: torch.Tensor
-    rows: Rows
+    rows: RowLayout
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows that stay of one row for each visual token."""
@@ -72,7 +72,7 @@ class Pick:
         return torch.cat([before, kept.view(self.rows.views, -1, width)], dim=1).flatten(0, 1)
 
 
-class Thinning(nn.Module):
+class EncoderPruning(nn.Module):
     """The vision cuts of one geometry, by the number of the block before which they act.
 
     `order` [V]: the index in the image of each visual token, as the encoder has them. Raises PlanError for a count that does not
@@ -99,12 +99,12 @@ class Thinning(nn.Module):
             if cut.layer >= depth:
                 raise PlanError(f"{cut} lies beyond the vision encoder's {depth} blocks.", hint=f"Give 1 to {depth - 1}.")
 
-    def pick(self, index: int, living: Living, rows: Rows) -> Pick:
+    def pick(self, index: int, living: SurvivingTokens, rows: RowLayout) -> TokenSelection:
         """Return what stays before block `index` of the tokens that are still there."""
         cut, method = self.cuts[index]
         scores = method.score(living).view(rows.views, -1)
         best = torch.topk(scores, cut.keep // rows.views, dim=1).indices
-        return Pick((_ascending(best)[0] + _starts(rows.views, scores.shape[1], best)).flatten(), rows)
+        return TokenSelection((_ascending(best)[0] + _starts(rows.views, scores.shape[1], best)).flatten(), rows)
 
 
 def _ascending(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
