@@ -1,1 +1,1 @@
-"""Files, JSON and threads for every other room. Imports errors alone."""
+"""Files, JSON, protobuf and threads for every other room. Imports errors alone."""
