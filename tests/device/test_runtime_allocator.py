@@ -18,8 +18,8 @@ from edgeprune.device import memory as allocator
 CODE = """
 import ctypes, sys, threading
 if sys.argv[1] == "steady":
-    from edgeprune.device.memory import hold_steady
-    hold_steady()
+    from edgeprune.device.memory import limit_malloc_arenas
+    limit_malloc_arenas()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
 meeting = threading.Barrier(7)
