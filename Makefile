@@ -1,6 +1,7 @@
 # make demo    export the bundled model, ask it about fresh scenes, draw what was kept
 # make test    every check and every test
 # make check   the checks alone (ruff, mypy, import contracts)
+# make coverage  the tests with a count of the lines and branches that they reach, in build/coverage
 # make fuzz    a million made-up inputs for everything that reads what others wrote; with CASES=10000 so many
 # make lock    solve locks/ again after pyproject.toml has changed; with UPGRADE=--upgrade to newer versions
 # make wheel   the wheel, the same bytes from the same sources, in dist/
@@ -18,7 +19,7 @@ TORCH := torch==2.13.0
 EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 test
 RELEASE := build/release/bin
 
-.PHONY: demo test check fuzz lock wheel runtime sbom licences clean
+.PHONY: demo test check coverage fuzz lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
@@ -27,6 +28,12 @@ demo: .venv/.demo
 # that what they share is made once.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# What subprocesses run is not counted.
+coverage: .venv/.test
+	mkdir -p build/coverage
+	OMP_NUM_THREADS=1 COVERAGE_FILE=build/coverage/data $(BIN)/pytest -n 2 --dist loadfile --cov \
+		--cov-report=term --cov-report=xml:build/coverage/coverage.xml
 
 # atheris has wheels for x86-64 alone; without it hypothesis runs all cases, which takes longer.
 CASES := 1000000
