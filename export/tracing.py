@@ -7,10 +7,7 @@ share that length. Both count a null row.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from edgeprune.bundle import GraphRecord
 from edgeprune.bundle.graph_io import SEGMENTS, SIGNALS, TIER, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.export.passes.pipeline import drop_unused_inputs, graph_record, run_passes
+from edgeprune.export.torch_exporter import quick_exporter
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows
@@ -183,8 +181,7 @@ def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
 
 def traced(graph: _Graph, opset: int) -> ir.Model:
     """Return the graph of a module as the exporter writes it: of the lowering it knows what the module and its arguments say."""
-    # What torch remembers of operators on lengths that are symbols takes longer to look up than to work out: half of the time.
-    with torch.no_grad(), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with quick_exporter():
         program = torch.onnx.export(
             graph.module,
             graph.arguments,
@@ -207,17 +204,3 @@ def _dimensions(graph: _Graph) -> dict[str, dict[int, str]]:
         flat += shape if isinstance(argument, list) else [] if argument is None else [shape]
     named = zip(graph.inputs, flat, strict=True)
     return {name: {axis: getattr(dim, "__name__", "text") for axis, dim in (shape or {}).items()} for name, shape in named}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # The exporter notes on every run that torchvision is absent and that renamed inputs share dimensions.
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,0 +1,93 @@
+"""The quick exporter against torch's own: the same computation, and the exporter's own way for whatever it does not know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from plans import PLANS
+from torch import nn
+from torch.onnx._internal.exporter import _fx_passes
+
+from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.export import tracing
+from edgeprune.export.torch_exporter import quick_exporter
+from edgeprune.export.tracing import trace_decoder
+from edgeprune.targets import PLAIN
+
+# What computes on tensors. Lengths may be computed in another way: by fewer additions, or from the shape of another tensor.
+FRESH = tracing.traced
+COMPUTING = ("Cast", "Einsum", "Gather", "GatherElements", "Gemm", "MatMul", "ReduceMax", "ReduceMean", "Softmax", "TopK", "Where")
+
+
+class Casting(nn.Module):
+    """Casts that change nothing, one that does, and a number minus a tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, 3]."""
+        y: torch.Tensor = 1 - x.to(torch.float32).to(x.device)
+        return y + (x > 0).to(x.dtype)
+
+
+class Writing(nn.Module):
+    """Writes to what it was given, which only the exporter's own decomposition undoes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, 3]."""
+        y = x.clone()
+        y[:, 0] = 7
+        return y.add_(1)
+
+
+class Unknown(nn.Module):
+    """Has an operator that ONNX lacks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, 3]."""
+        return torch.special.entr(x.abs())
+
+
+def run(module: nn.Module, x: np.ndarray, *, quick: bool) -> tuple[np.ndarray, Counter[str]]:
+    with quick_exporter() if quick else torch.no_grad():
+        program: Any = torch.onnx.export(
+            module.eval(),
+            (torch.from_numpy(x),),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            verbose=False,
+            optimize=False,
+        )
+    session = ort.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x})
+    return np.asarray(found), Counter(node.op_type for node in program.model.graph)
+
+
+@pytest.mark.parametrize("module", [Casting(), Writing(), Unknown()], ids=lambda module: type(module).__name__)
+@pytest.mark.filterwarnings("ignore")
+def test_the_result_is_torchs(module: nn.Module) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    found, operators = run(module, x, quick=True)
+    expected, theirs = run(module, x, quick=False)
+    assert np.array_equal(found, expected)
+    np.testing.assert_allclose(found, module(torch.from_numpy(x)).numpy(), rtol=1e-6)
+    assert isinstance(module, Casting) or operators == theirs
+
+
+@pytest.mark.parametrize("plan", ["everything", "input, layers"])
+def test_a_decoder_computes_the_same(plan: str, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, records = [], []
+    monkeypatch.setattr(tracing, "traced", FRESH)  # not what is kept on the disk
+    for name in ("quick", "torch"):
+        if name == "torch":
+            monkeypatch.setattr("edgeprune.export.torch_exporter._replaced", _fx_passes.decompose_with_registry)
+        records.append(trace_decoder(tiny.family.decoder(), 3, PLANS[plan], PLAIN, tmp_path / f"{name}.onnx"))
+        graph = ir.load(tmp_path / f"{name}.onnx").graph
+        counts.append({operator: sum(node.op_type == operator for node in graph) for operator in COMPUTING})
+    assert counts[0] == counts[1]
+    assert records[0] == records[1]
