@@ -1,7 +1,7 @@
 """Structured answers: token masks that restrict an answer to given choices or to JSON that matches a schema.
 
-llguidance compiles and matches the grammar; it is imported with the first structured answer. Its masks are exact: a token is allowed
-if and only if the answer can still be completed after it, and end tokens only where the answer is complete.
+llguidance compiles and matches the grammar; it is imported with the first structured answer. Its masks are exact: a token is
+allowed if and only if the answer can still be completed after it, and end tokens only where the answer is complete.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ _JSON_STYLE["json_allowed_escapes"] = '"\\bfnrt'
 _SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{many}' for many in ("{1,4}", "{1,12}", "{1,30}", "+"))]
 _JSON_MARKS = '{}[]":,-.0123456789truefalsn'
 _OWN_KEY = "x-guidance"  # llguidance options in a schema; one of them would ignore constraints that cannot be enforced
+# Positions in the generated grammar, which mean nothing to the user.
+_POSITION = re.compile(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?| 1 \| start: .*$")
+_SIMPLER = "Ask without choices and json_schema, or for something simpler."
 
 
 class TokenConstraint:
@@ -145,11 +148,6 @@ class _GrammarTokenizer:
 
     def _can_encode(self, text: str) -> bool:
         return self._tokens.decode_bytes(self._tokens.greedy_tokenize(text)) == text.encode()
-
-
-# Positions in the generated grammar, which mean nothing to the user.
-_POSITION = re.compile(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?| 1 \| start: .*$")
-_SIMPLER = "Ask without choices and json_schema, or for something simpler."
 
 
 def _choices(choices: Sequence[str]) -> tuple[str, str]:

@@ -80,22 +80,6 @@ class IncrementalDetokenizer:
         return piece
 
 
-def reject_control_tokens(text: str, tokenizer: TextTokenizer, placeholder: str) -> None:
-    """Raise UsageError when a text spells a special token or the image placeholder, which would act as control tokens."""
-    for token in sorted({*tokenizer.special, placeholder}):
-        if token in text:
-            raise UsageError(f"The prompt contains the control token {token}.", hint="Remove it from the prompt.")
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise BundleError(f"Cannot read the tokenizer {path}: {error}.", hint="Export the bundle again.") from error
-
-
 class StopStringFilter:
     """Holds back text that may begin a stop string. `stopped`: whether a stop string is complete."""
 
@@ -127,3 +111,19 @@ class StopStringFilter:
     def _overlap(self, stop: str) -> int:
         # Length of the longest suffix of the pending text that is a prefix of the stop string.
         return next((n for n in range(len(stop) - 1, 0, -1) if self._pending.endswith(stop[:n])), 0)
+
+
+def reject_control_tokens(text: str, tokenizer: TextTokenizer, placeholder: str) -> None:
+    """Raise UsageError when a text spells a special token or the image placeholder, which would act as control tokens."""
+    for token in sorted({*tokenizer.special, placeholder}):
+        if token in text:
+            raise UsageError(f"The prompt contains the control token {token}.", hint="Remove it from the prompt.")
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise BundleError(f"Cannot read the tokenizer {path}: {error}.", hint="Export the bundle again.") from error
