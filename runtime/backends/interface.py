@@ -94,8 +94,8 @@ class VisionOutput:
 class DecoderOutput:
     """Output of one forward pass of the decoder.
 
-    `logits` [vocabulary]: for the last token. `new_kv` [n, kv heads, head_dim]: rows to append to the KV cache, in the order prefix,
-    kept visual tokens, suffix. `kept`: indices for every layer and cache cut. `attention_shares` [layers, 4]: for plans whose decode
+    `logits` [vocabulary]: for the last token. `new_kv` [n, kv heads, head_dim]: rows for the KV cache, in the order prefix, kept
+    visual tokens, suffix. `kept`: indices for every layer and cache cut. `attention_shares` [layers, 4]: for plans whose decode
     cut follows attention, else None. `graph_ms`: time of the graph alone, None if it continues after the call.
     """
 
@@ -147,21 +147,21 @@ class BackendProxy:
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Forward to the wrapped backend."""
+        """Call the wrapped backend."""
         return self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
 
     def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Forward to the wrapped backend."""
+        """Call the wrapped backend."""
         return self._backend.select_tokens(vision_output, prompt, tier)
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Forward to the wrapped backend."""
+        """Call the wrapped backend."""
         return self._backend.embed_tokens(ids)
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Forward to the wrapped backend."""
+        """Call the wrapped backend."""
         return self._backend.forward(tokens, cache, cancellation=cancellation)
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
-        """Forward to the wrapped backend."""
+        """Call the wrapped backend."""
         return self._backend.predict_keep_ratio(split, step)
