@@ -88,7 +88,7 @@ class KvCache:
         return replace(self, buffers=buffers, length=length, capacity=0)
 
     def reserve(self, tokens: int) -> KvCache:
-        """Return a cache that can append `tokens` text tokens with one allocation, which is made on first use."""
+        """Return a cache that can append `tokens` text tokens with one allocation, whose memory stays untouched until use."""
         return replace(self, capacity=max(self.capacity, self.length + tokens))
 
     def append(self, rows: KvArrays, before: int, after: int) -> KvCache:
