@@ -1,4 +1,4 @@
-"""What runs on the robot: load a bundle, ask it about images. Never imports torch or transformers.
+"""The runtime: load a bundle and answer prompts about images. Never imports torch or transformers.
 
 import edgeprune.runtime
 
@@ -41,7 +41,7 @@ __all__ = [
     "load",
 ]
 
-_RENAMED = {"Terms": "RequestLimits"}  # old public names, which work for one release
+_RENAMED = {"Terms": "RequestLimits"}  # old public names, supported for one release
 
 
 def __getattr__(name: str) -> object:

@@ -1,1 +1,1 @@
-"""What users hold: the loaded model, chats and answers. Imports any runtime room below it, never server or ros2."""
+"""The user-facing API: loaded model, chats and answers. Imports any runtime package below it, never server or ros2."""

@@ -1,4 +1,4 @@
-"""Load a bundle: the runtime's front door."""
+"""Load a bundle from disk into a `Runtime`."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ def load(
 ) -> Runtime:
     """Load a bundle after checking every file against its manifest.
 
-    `provider`: what computes, one of `backends.providers.PROVIDERS`; no other is taken in its place. `threads`: of ONNX
-    Runtime. `cache_bytes`: for image embeddings and prefixes that may be asked for again, 0 for none. `max_kv_bytes`: of each
-    conversation's KV caches. `energy`: count joules, where the machine can. `warm_up`: see `Runtime.warm_up`. `on_phase` is called
-    with "loading", "warming" and "ready" as they begin. `check`: "full" reads every file, "fast" none that looks as it did when
-    this user last had all of them checked. `require_signature`: public keys as paths or PEM bytes, of which one must have signed
-    the bundle. Raises BundleError when a file is missing or altered, or the signature is not as required, EngineError when the
-    provider cannot be had here, UsageError for limits that make no sense.
+    `provider`: one of `backends.providers.PROVIDERS`; there is no fallback to another. `threads`: intra-op threads of ONNX Runtime.
+    `cache_bytes`: size of the cache of image embeddings and prefixes, 0 for none. `max_kv_bytes`: limit for the KV cache of each
+    conversation. `energy`: measure joules where the machine can. `warm_up`: see `Runtime.warm_up`. `on_phase` is called with
+    "loading", "warming" and "ready" as each phase begins. `check`: "full" reads every file; "fast" skips files that are unchanged
+    since this user's last full check. `require_signature`: public keys as paths or PEM bytes, one of which must have signed the
+    bundle. Raises BundleError when a file is missing or altered or the signature is not as required, EngineError when the provider
+    is not available here, and UsageError for invalid limits.
     """
-    tell = on_phase or (lambda phase: None)
-    RequestLimits(max_kv_bytes=max_kv_bytes)  # refuses what makes no sense
+    report_phase = on_phase or (lambda phase: None)
+    RequestLimits(max_kv_bytes=max_kv_bytes)  # raises UsageError for an invalid limit
     if cache_bytes < 0:
         raise UsageError(f"cache_bytes must be 0 or more, not {cache_bytes}.")
-    tell("loading")
-    state = SharedState(cache_bytes, _counter() if energy else None)
+    report_phase("loading")
+    state = SharedState(cache_bytes, _energy_counter() if energy else None)
     with Bundle.open_while_verifying(Path(path), check=check, require_signature=require_signature) as bundle:
-        runtime = Runtime(_model(bundle, open_backend(bundle, provider, threads), state, max_kv_bytes))
+        runtime = Runtime(_pipeline(bundle, open_backend(bundle, provider, threads), state, max_kv_bytes))
     if warm_up:
-        tell("warming")
+        report_phase("warming")
         runtime.warm_up()
-    tell("ready")
+    report_phase("ready")
     return runtime
 
 
-def _model(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes: int | None) -> Pipeline:
+def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes: int | None) -> Pipeline:
     manifest, lock = bundle.manifest, FifoLock()
     return Pipeline(
         backend=GuardedBackend(backend, lock),
@@ -82,7 +82,7 @@ def _model(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes: i
     )
 
 
-def _counter() -> EnergyReader | None:
+def _energy_counter() -> EnergyReader | None:
     from edgeprune.device.power import EnergyCounter, find_power_source
 
     source = find_power_source()

@@ -1,1 +1,1 @@
-"""One interface and what computes behind it: ONNX Runtime or TensorRT. Knows no conversation, no prompt."""
+"""Backends: one interface, implemented on ONNX Runtime and TensorRT. Independent of conversations and prompts."""

@@ -1,4 +1,4 @@
-"""What a backend was given and returned, kept, and how far the results of two backends are apart."""
+"""Record the calls of a backend, and compare the results of two backends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Pairs = Iterable[tuple[np.ndarray, np.ndarray]]  # expected and actual
 
 
 class RecordingBackend(BackendProxy):
-    """A backend that keeps what can be compared: `seen` of each image, `selected` [K] of each input cut, `steps` with their logits
-    and kept indices.
+    """A backend proxy that records comparable results.
 
-    `replayable`: keep what went in as well, so that it can be given to another backend: `patches`, `prompts` and `inputs`, of each
-    step its tokens and cache. Without it nothing is held that may lie in a device's memory.
+    `seen`: encoder output per image. `selected`: indices [K] per input cut. `steps`: logits and kept indices per forward pass.
+    `replayable`: also record the inputs for another backend: `patches`, `prompts`, and `inputs` (tokens and KV cache per forward
+    pass). Without it the recorder holds no device memory.
     """
 
     def __init__(self, backend: Backend, *, replayable: bool = True) -> None:
@@ -34,7 +34,7 @@ class RecordingBackend(BackendProxy):
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Look at patches, and keep what was seen."""
+        """Encode an image and record the output."""
         vision_output = self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
         self.patches += [patches] if self._replayable else []
         self.seen.append(
@@ -43,14 +43,14 @@ class RecordingBackend(BackendProxy):
         return vision_output
 
     def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply a plan's input cut, and keep its indices."""
+        """Apply the input cut and record its indices."""
         embeds, kept = self._backend.select_tokens(vision_output, prompt, tier)
         self.prompts += [prompt] if self._replayable else []
         self.selected.append(kept)
         return embeds, kept
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run new tokens, and keep the logits and the kept indices."""
+        """Run a forward pass and record its logits and kept indices."""
         step = self._backend.forward(tokens, cache, cancellation=cancellation)
         self.inputs += [(tokens, cache)] if self._replayable else []
         self.steps.append(DecoderOutput(step.logits, (), step.kept, None))
@@ -58,15 +58,15 @@ class RecordingBackend(BackendProxy):
 
     @property
     def kept(self) -> list[np.ndarray]:
-        """The indices that cuts kept: of the encoder, the input, layers and caches; steps without an image have none."""
+        """The non-empty kept indices of all vision, input, layer and cache cuts. Forward passes without an image have none."""
         cuts = [*(vision_output.kept for vision_output in self.seen), self.selected, *(step.kept for step in self.steps)]
         return [kept for cut in cuts for kept in cut if kept.size]
 
 
 def largest_difference(pairs: Pairs) -> float:
-    """Return the largest difference, relative to the largest magnitude that is expected in its array.
+    """Return the largest absolute difference over all pairs, relative to the largest magnitude in the expected array.
 
-    It is infinite where shapes differ or a number is not finite.
+    The result is infinite if shapes differ or an actual value is not finite.
     """
     worst = 0.0
     for expected, actual in pairs:
@@ -77,14 +77,14 @@ def largest_difference(pairs: Pairs) -> float:
 
 
 def differing_indices(pairs: Pairs) -> int:
-    """Return how many kept indices [K] or [heads, K] are in one set and not in the other.
+    """Return the number of kept indices that are in only one of the two sets. Arrays are [K] or [heads, K].
 
-    Sets are compared head by head: the order in a cache does not matter to attention.
+    Sets are compared head by head, because attention does not depend on the order in the cache.
     """
     rows = (both for pair in pairs for both in zip(*map(np.atleast_2d, pair), strict=True))
     return sum(len(np.setxor1d(*both)) for both in rows)
 
 
 def _on_host(array: Any) -> np.ndarray:
-    copied: np.ndarray = array.numpy() if hasattr(array, "numpy") else array
-    return copied
+    on_host: np.ndarray = array.numpy() if hasattr(array, "numpy") else array
+    return on_host

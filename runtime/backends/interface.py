@@ -1,6 +1,6 @@
-"""What computes, as the generation loop sees it: one interface for all backends, and a proxy for what stands in front of one.
+"""The interface of all backends, a proxy for wrapping one, and cancellation.
 
-An answer may be ended from any thread. That is heard between two steps, and inside one where the backend can stop.
+Any thread may cancel a request. Cancellation takes effect between two forward passes, or within one if the backend can stop.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ CANCELLED, DEADLINE = "cancelled", "deadline"
 
 
 class Cancelled(Exception):
-    """A computation stopped because its answer is to end. It never leaves the runtime."""
+    """Raised when a computation stops because its request was cancelled. It never leaves the runtime."""
 
 
 class CancellationToken:
-    """Whether an answer is to end, and why: `reason` is CANCELLED, DEADLINE or None. The first reason counts."""
+    """The cancellation state of a request. `reason`: CANCELLED, DEADLINE or None; the first reason wins. Thread-safe."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -31,7 +31,7 @@ class CancellationToken:
         self._lock = threading.Lock()
 
     def cancel(self, reason: str) -> None:
-        """Ask for the end."""
+        """Cancel the request and call the registered callbacks."""
         with self._lock:
             self.reason = self.reason or reason
             stops = list(self._stops)
@@ -39,17 +39,17 @@ class CancellationToken:
             stop()
 
     def raise_if_cancelled(self) -> None:
-        """Raise Cancelled if the end was asked for."""
+        """Raise Cancelled if the request was cancelled."""
         if self.reason is not None:
             raise Cancelled
 
     @contextmanager
     def on_cancel(self, stop: Callable[[], None]) -> Iterator[None]:
-        """Have `stop` called when the end is asked for while the block runs, or at once if it was before."""
+        """Call `stop` when the request is cancelled while the block runs, or at once if it already was."""
         with self._lock:
             self._stops.append(stop)
-            fired = self.reason is not None
-        if fired:
+            cancelled = self.reason is not None
+        if cancelled:
             stop()
         try:
             yield
@@ -59,7 +59,7 @@ class CancellationToken:
 
     @contextmanager
     def deadline(self, seconds: float | None) -> Iterator[None]:
-        """Fire DEADLINE when so many seconds have passed and the block still runs; None is never."""
+        """Cancel with DEADLINE if the block still runs after `seconds`; None means no deadline."""
         if seconds is None:
             yield
             return
@@ -74,8 +74,10 @@ class CancellationToken:
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """What the vision encoder says of an image: visual tokens `embeds` [1, V, hidden] and `signals` for input methods that need
-    them. `kept` of every vision cut: indices in the image [V], ascending; of the last one those of the tokens.
+    """Output of the vision encoder for one image.
+
+    `embeds` [1, V, hidden]: visual tokens. `signals`: inputs of input-cut methods that need them. `kept`: for every vision cut the
+    ascending indices [V] in the image; the last entry belongs to `embeds`.
     """
 
     embeds: np.ndarray
@@ -84,15 +86,17 @@ class VisionOutput:
 
     @property
     def token_indices(self) -> np.ndarray:
-        """Indices in the image [V] of the visual tokens."""
+        """Indices [V] of the visual tokens in the image."""
         return self.kept[-1] if self.kept else np.arange(self.embeds.shape[1])
 
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """One forward: `logits` [vocabulary] of the last token; `new_kv` [n, kv heads, head_dim] that the caches are to take in, of the
-    prefix, of the visual tokens that stay and of the suffix; `kept` of every layer and cache cut; `attention_shares` [layers, 4] of
-    a plan whose rate follows attention, else None. `graph_ms`: of the graph alone; None where it goes on after the call.
+    """Output of one forward pass of the decoder.
+
+    `logits` [vocabulary]: for the last token. `new_kv` [n, kv heads, head_dim]: rows for the KV cache, in the order prefix, kept
+    visual tokens, suffix. `kept`: indices for every layer and cache cut. `attention_shares` [layers, 4]: for plans whose decode
+    cut follows attention, else None. `graph_ms`: time of the graph alone, None if it continues after the call.
     """
 
     logits: np.ndarray
@@ -103,38 +107,39 @@ class DecoderOutput:
 
 
 class Backend(Protocol):
-    """The model as the generation loop sees it."""
+    """The graphs of a bundle, as the generation loop calls them."""
 
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `unpruned`: of all, whatever its cuts are.
+        """Run the vision encoder on patches [patches, patch pixels]. `unpruned`: ignore its vision cuts.
 
-        `cancellation`: what may end it early, with Cancelled, where the engine can stop.
+        `cancellation`: raises Cancelled early if the backend can stop.
         """
         ...
 
     def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply a plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
-        [K]. `tier`: the number of the plan.
+        """Apply the input cut of a tier, given prompt embeddings [1, M, hidden]; return embeddings [1, K, hidden] and indices [K].
+
+        `tier`: index of the plan.
         """
         ...
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Return embeddings [1, n, hidden]."""
+        """Return the embeddings [1, n, hidden] of n token ids."""
         ...
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run new tokens on top of a cache. `cancellation`: as of `encode_image`."""
+        """Run the decoder on new tokens and a KV cache. `cancellation`: as for `encode_image`."""
         ...
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
-        """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
+        """Return the keep ratio for decode step `step` from the plan's predictor. `split` [layers, 4]: attention shares."""
         ...
 
 
 class BackendProxy:
-    """A backend that hands everything on to another one. What stands in front of a backend overrides what it changes."""
+    """A backend that forwards every call to another one. Subclasses override the calls that they change."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -142,21 +147,21 @@ class BackendProxy:
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Have the backend look at patches."""
+        """Call the wrapped backend."""
         return self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
 
     def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Have the backend apply a plan's input cut."""
+        """Call the wrapped backend."""
         return self._backend.select_tokens(vision_output, prompt, tier)
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Have the backend embed tokens."""
+        """Call the wrapped backend."""
         return self._backend.embed_tokens(ids)
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Have the backend run new tokens on top of a cache."""
+        """Call the wrapped backend."""
         return self._backend.forward(tokens, cache, cancellation=cancellation)
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
-        """Have the backend's predictor say what share of visual tokens decode step `step` keeps."""
+        """Call the wrapped backend."""
         return self._backend.predict_keep_ratio(split, step)

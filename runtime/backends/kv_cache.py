@@ -1,9 +1,9 @@
-"""What a forward of the decoder reads: new tokens, and the KV cache of their conversation.
+"""The inputs of a decoder forward pass: new tokens, and the KV cache of their conversation.
 
-The cache holds text that grows, and the visual tokens of each image, of which steps may read a prefix. Keys and values lie token
-by token [rows, kv heads, head_dim], after a null row. New text is written behind the old, into room that was made for a whole
-answer: a step copies its own rows and nothing else. Visual tokens lie the highest-ranked first where a cache cut ranked them:
-keeping fewer is then a view of the same memory, and the next question may have all of them back.
+The cache stores text, which grows, apart from the visual tokens of each image. Keys and values are stored token by token
+[rows, kv heads, head_dim], after a null row. Text buffers are allocated for an entire answer, so a decode step copies only its own
+rows. If a cache cut ranked the visual tokens, the highest-ranked come first: reading fewer is then a view of the same memory, and
+the next request can read all of them again.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ KvArrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
 
 @dataclass(frozen=True)
 class TokenSegment:
-    """Consecutive tokens: `embeds` [1, n, hidden] and `positions` [axes, n]; n may be 0."""
+    """Consecutive tokens: `embeds` [1, n, hidden] and `positions` [axes, n]. n may be 0."""
 
     embeds: np.ndarray
     positions: np.ndarray
 
     def concat(self, other: TokenSegment) -> TokenSegment:
-        """Return these tokens followed by others."""
+        """Return these tokens followed by those of `other`."""
         return TokenSegment(
             np.concatenate([self.embeds, other.embeds], axis=1), np.concatenate([self.positions, other.positions], axis=1)
         )
 
     def gather(self, indices: np.ndarray, embeds: np.ndarray) -> TokenSegment:
-        """Return the tokens at some indices, with new embeddings."""
+        """Return the tokens at `indices`, with new embeddings."""
         return TokenSegment(embeds, self.positions[:, indices])
 
 
 @dataclass(frozen=True)
 class DecoderInput:
-    """The new tokens of one forward. `visual_indices` [V]: indices of the visual tokens in the image; `text_groups` [text, 3]: for
-    each text key, past and new, 1 in the column of its group (system, instruction, generated). `tier`: the number of the plan whose
-    budgets count.
+    """The new tokens of one forward pass.
+
+    `visual_indices` [V]: indices of the visual tokens in the image. `text_groups` [text, 3]: one-hot group (system, instruction,
+    generated) of each text key, past and new. `tier`: index of the plan whose keep budgets apply.
     """
 
     prefix: TokenSegment
@@ -55,10 +56,11 @@ class DecoderInput:
 
 @dataclass(frozen=True)
 class KvCache:
-    """`buffers`: of which the first `length` rows are text. `images`: for each image its arrays [1 + K, kv heads, head_dim], whole;
-    `visual`: what steps read, the images one after the other. `capacity`: rows of text for which there shall be buffers.
+    """An immutable view of the keys and values of a conversation.
 
-    Caches that grew from one another share their buffers: only the last one may grow.
+    `buffers`: text; the first `length` rows are valid. `images`: the complete arrays [1 + K, kv heads, head_dim] of each image.
+    `visual`: the rows that decode steps read, image after image. `capacity`: minimum number of text rows of the next allocation.
+    A cache and those derived from it share buffers: only the newest may grow.
     """
 
     buffers: KvArrays
@@ -69,29 +71,30 @@ class KvCache:
 
     @classmethod
     def empty(cls, shape: DecoderShape) -> KvCache:
-        """Return a cache that holds nothing."""
+        """Return an empty cache."""
         nulls = (np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type),) * (2 * shape.layers)
         return cls(nulls, 1, (), nulls)
 
     @property
     def text(self) -> KvArrays:
-        """What steps read of text [1 + T, kv heads, head_dim]: views."""
+        """The valid text rows [1 + T, kv heads, head_dim], as views."""
         return tuple(rows[: self.length] for rows in self.buffers)
 
     def copy_prefix(self, length: int) -> KvCache:
-        """Return a cache with the first `length` rows of text, in memory of its own, and the same images."""
+        """Return a cache with a copy of the first `length` text rows and the same images."""
         buffers = tuple(np.empty_like(rows, order="C", shape=(length, *rows.shape[1:])) for rows in self.buffers)
         for buffer, rows in zip(buffers, self.buffers, strict=True):
             buffer[:length] = rows[:length]
         return replace(self, buffers=buffers, length=length, capacity=0)
 
     def reserve(self, tokens: int) -> KvCache:
-        """Return the cache that takes in so many more tokens of text with one allocation. Memory is not touched before its use."""
+        """Return a cache that can append `tokens` text tokens with one allocation, whose memory stays untouched until use."""
         return replace(self, capacity=max(self.capacity, self.length + tokens))
 
     def append(self, rows: KvArrays, before: int, after: int) -> KvCache:
-        """Return the cache with the rows of a step whose prefix and suffix have `before` and `after` tokens; those between are of
-        an image. After an image all images are whole again.
+        """Return the cache with new rows appended: `before` prefix tokens, visual tokens of an image if any, `after` suffix tokens.
+
+        A new image lifts the limit of `limit_visual` on all images.
         """
         length = self.length + before + after
         buffers = self.buffers if len(self.buffers[0]) >= length else self._grow_buffers(rows, max(length, self.capacity))
@@ -102,22 +105,22 @@ class KvCache:
                 buffer[length - after : length] = new[len(new) - after :]
         cache = replace(self, buffers=buffers, length=length)
         visual = tuple(new[before : len(new) - after] for new in rows)
-        return cache._with(tuple(map(_with_null_row, visual))) if any(map(len, visual)) else cache
+        if not any(map(len, visual)):
+            return cache
+        images = (*self.images, tuple(map(_with_null_row, visual)))
+        return replace(cache, images=images, visual=_concat_images(images))
 
     def _grow_buffers(self, like: KvArrays, capacity: int) -> KvArrays:
-        # Where the rows of steps are: on a device, its memory. Few sizes, so that conversations find each other's blocks there.
+        # Allocates where the new rows are, possibly in device memory. Powers of two, so that conversations can reuse each other's
+        # blocks there.
         capacity = 1 << (capacity - 1).bit_length()
         buffers = tuple(np.empty_like(new, order="C", shape=(capacity, *new.shape[1:])) for new in like)
         for buffer, old in zip(buffers, self.text, strict=True):
             buffer[: self.length] = old
         return buffers
 
-    def _with(self, image: KvArrays) -> KvCache:
-        images = (*self.images, image)
-        return replace(self, images=images, visual=_concat_images(images) if len(images) > 1 else image)
-
     def limit_visual(self, share: float, first_layer: int) -> KvCache:
-        """Return the cache whose layers from `first_layer` on let steps read only that share of each image."""
+        """Return a cache whose layers from `first_layer` on expose only that share of each image to decode steps."""
         if not self.images:
             return self
         parts = tuple(
@@ -127,22 +130,22 @@ class KvCache:
             )
             for image in self.images
         )
-        return replace(self, visual=_concat_images(parts) if len(parts) > 1 else parts[0])
+        return replace(self, visual=_concat_images(parts))
 
     @property
     def bytes(self) -> int:
-        """Memory of all keys and values, null rows left out."""
+        """Bytes of all keys and values without null rows."""
         text = sum((self.length - 1) * (rows.nbytes // len(rows)) for rows in self.buffers)
         return text + sum(rows.nbytes - rows.nbytes // len(rows) for image in self.images for rows in image)
 
     @property
     def visual_entries_read(self) -> int:
-        """Visual tokens that a step reads, added up over the layers."""
+        """Visual tokens that a decode step reads, summed over the layers."""
         return sum(len(rows) - 1 for rows in self.visual[::2])
 
 
 def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) -> dict[str, np.ndarray]:
-    """Return what a forward feeds to a decoder whose inputs have these names, as `decoder_inputs` puts them in order."""
+    """Return the feeds of a forward pass for a decoder with these input names, in the order of `decoder_inputs`."""
     segments = (tokens.prefix, tokens.visual, tokens.suffix)
     values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.visual_indices]
     values += [np.zeros(1 + tokens.tier, np.int64)] if TIER in names else []
@@ -151,13 +154,15 @@ def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) ->
 
 
 def _with_null_row(rows: np.ndarray) -> np.ndarray:
-    found = np.empty_like(rows, order="C", shape=(1 + len(rows), *rows.shape[1:]))
-    found[:1] = np.zeros((1, *rows.shape[1:]), rows.dtype)
-    found[1:] = rows
-    return found
+    padded = np.empty_like(rows, order="C", shape=(1 + len(rows), *rows.shape[1:]))
+    padded[:1] = np.zeros((1, *rows.shape[1:]), rows.dtype)
+    padded[1:] = rows
+    return padded
 
 
 def _concat_images(images: tuple[KvArrays, ...]) -> KvArrays:
-    # One null row is enough.
+    # The result needs only one null row, that of the first image.
     first, *later = images
+    if not later:
+        return first
     return tuple(np.concatenate([head, *(rows[1:] for rows in tail)]) for head, *tail in zip(first, *later, strict=True))

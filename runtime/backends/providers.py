@@ -1,4 +1,4 @@
-"""What computes: ONNX Runtime on one of its execution providers, or TensorRT engines that were built on this device."""
+"""The table of providers: ONNX Runtime execution providers, and TensorRT engines that were built on this device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from edgeprune.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
 
 _CUDA, _TENSORRT, _OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 TENSORRT = "tensorrt"
-# ONNX Runtime gives each provider what the one before it does not take. Its TensorRT provider builds engines while it loads and
-# keeps none: a cached one would be loaded blindly.
+# ONNX Runtime assigns each node to the first provider that supports it. Its TensorRT provider builds engines at load time and has
+# no cache here, because it would load a cached engine without verification.
 ONNXRUNTIME = {"cpu": (CPU,), "cuda": (_CUDA, CPU), "ort-tensorrt": (_TENSORRT, _CUDA, CPU), "openvino": (_OPENVINO, CPU)}
 PROVIDERS = (*ONNXRUNTIME, TENSORRT)
 
 
 def open_backend(bundle: Bundle, provider: str, threads: int | None = None) -> Backend:
-    """Return a bundle's graphs on a provider of PROVIDERS.
+    """Return the backend for a bundle on a provider of PROVIDERS.
 
-    Raises EngineError when it cannot be had here, UsageError for an unknown one or threads that it does not have.
+    Raises EngineError when the provider is not available here, and UsageError for an unknown provider or unsupported `threads`.
     """
     if provider in ONNXRUNTIME:
         return OnnxRuntimeBackend(bundle, threads, providers=ONNXRUNTIME[provider])

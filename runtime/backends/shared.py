@@ -1,11 +1,10 @@
-"""What stands between conversations and the one backend that they share.
+"""Access of several conversations to one backend: a fair lock, and out-of-memory errors.
 
-Whoever came first is served first, one graph at a time. Answers that are generated at once take turns step by step: on one device
-two steps beside each other are no faster than one after the other, and each would need scratch memory of its own.
+Graphs run one at a time, in order of arrival. Concurrent answers alternate step by step: on one device two parallel steps are no
+faster than two sequential ones, and each would need its own scratch memory.
 
-Memory that runs out inside a backend is said in one line. ONNX Runtime raises types of its own for it, without a common base, and
-numpy raises Python's MemoryError. An answer that meets either ends with finish_reason "error"; its conversation and all others go
-on.
+Out-of-memory errors of a backend become an EngineError with a one-line message. ONNX Runtime's exceptions have no common base, and
+numpy raises MemoryError. The answer ends with finish_reason "error"; its conversation and all others can continue.
 """
 
 from __future__ import annotations
@@ -26,31 +25,30 @@ _HINT = "Ask with fewer images or a lower max_kv_bytes, or close other programs.
 
 
 class FifoLock:
-    """A lock that lets threads in in the order in which they came; Python's own lets in whom it likes.
+    """A reentrant lock that serves threads in order of arrival, which Python's locks do not guarantee.
 
-    Whoever has the turn may take it again. A wait ends when the answer is to end for which the thread waits: another's prefill
-    may take seconds.
+    Cancellation of a request ends its wait, because the prefill of another request can take seconds.
     """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._owner: int | None = None  # a thread's identity
+        self._owner: int | None = None  # thread id
         self._waiting: deque[_Waiter] = deque()
 
     @contextmanager
     def acquire(self, cancellation: CancellationToken | None = None) -> Iterator[None]:
-        """Wait for the turn and have it while the block runs. Raises Cancelled, without the turn, if `cancellation` comes first."""
-        me = threading.get_ident()
-        if self._owner == me:  # which no other thread could have written
+        """Hold the lock while the block runs. Raises Cancelled, without the lock, if `cancellation` comes first."""
+        thread = threading.get_ident()
+        if self._owner == thread:  # safe without the guard: no other thread writes this thread's id
             yield
             return
         with self._guard:
-            waiter = _Waiter(me)
+            waiter = _Waiter(thread)
             if self._owner is None:
-                self._owner = me
+                self._owner = thread
             else:
                 self._waiting.append(waiter)
-        if self._owner != me:
+        if self._owner != thread:
             self._wait(waiter, cancellation or CancellationToken())
         try:
             yield
@@ -59,41 +57,41 @@ class FifoLock:
 
     def _wait(self, waiter: _Waiter, cancellation: CancellationToken) -> None:
         try:
-            with cancellation.on_cancel(lambda: self._leave(waiter)):
+            with cancellation.on_cancel(lambda: self._remove(waiter)):
                 waiter.gate.acquire()
-        except BaseException:  # Ctrl-C: nobody must be given a turn that nobody takes
-            self._leave(waiter)
-            if not waiter.left:
+        except BaseException:  # KeyboardInterrupt: a lock that was already passed to this thread must be released
+            self._remove(waiter)
+            if not waiter.removed:
                 self._release()
             raise
-        if waiter.left:
+        if waiter.removed:
             raise Cancelled
 
-    def _leave(self, waiter: _Waiter) -> None:
+    def _remove(self, waiter: _Waiter) -> None:
         with self._guard:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
-                waiter.left = True
+                waiter.removed = True
                 waiter.gate.release()
 
     def _release(self) -> None:
         with self._guard:
             self._owner = None
             if self._waiting:
-                following = self._waiting.popleft()
-                self._owner = following.thread
-                following.gate.release()
+                waiter = self._waiting.popleft()
+                self._owner = waiter.thread
+                waiter.gate.release()
 
 
 class _Waiter:
-    # Of a thread in the line. `left`: its answer ended first.
+    # One waiting thread. `removed`: its request was cancelled first. `gate`: held until the thread may continue.
     def __init__(self, thread: int) -> None:
-        self.thread, self.left, self.gate = thread, False, threading.Lock()
+        self.thread, self.removed, self.gate = thread, False, threading.Lock()
         self.gate.acquire()
 
 
 class GuardedBackend(BackendProxy):
-    """A backend whose graphs run one at a time, whatever threads ask, and that raises EngineError where memory ran out."""
+    """A thread-safe backend proxy: graphs run one at a time, and out-of-memory errors become EngineError."""
 
     def __init__(self, backend: Backend, lock: FifoLock) -> None:
         super().__init__(backend)
@@ -102,27 +100,27 @@ class GuardedBackend(BackendProxy):
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Look at patches when it is this thread's turn."""
+        """Run the vision encoder under the lock."""
         with self._lock.acquire(cancellation), _out_of_memory_as_error("the vision encoder"):
             return self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
 
     def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply a plan's input cut when it is this thread's turn."""
+        """Apply the input cut under the lock."""
         with self._lock.acquire(), _out_of_memory_as_error("the selection"):
             return self._backend.select_tokens(vision_output, prompt, tier)
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Embed tokens when it is this thread's turn."""
+        """Embed tokens under the lock."""
         with self._lock.acquire(), _out_of_memory_as_error("the embedding"):
             return self._backend.embed_tokens(ids)
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run new tokens when it is this thread's turn."""
+        """Run the decoder under the lock."""
         with self._lock.acquire(cancellation), _out_of_memory_as_error("the decoder"):
             return self._backend.forward(tokens, cache, cancellation=cancellation)
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
-        """Ask the predictor when it is this thread's turn."""
+        """Run the predictor under the lock."""
         with self._lock.acquire(), _out_of_memory_as_error("the predictor"):
             return self._backend.predict_keep_ratio(split, step)
 
@@ -132,7 +130,7 @@ def _out_of_memory_as_error(part: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, MemoryError) and not any(sign in told.lower() for sign in _OUT_OF_MEMORY_MESSAGES):
+        message = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, MemoryError) and not any(text in message.lower() for text in _OUT_OF_MEMORY_MESSAGES):
             raise
-        raise EngineError(f"Memory ran out in {part}: {told or 'nothing more is known'}.", hint=_HINT) from error
+        raise EngineError(f"Memory ran out in {part}: {message or 'nothing more is known'}.", hint=_HINT) from error

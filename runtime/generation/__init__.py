@@ -1,1 +1,1 @@
-"""One conversation: prefill, decode, sampling. Never imports a particular backend, the server or ROS 2."""
+"""Conversations: prefill, decode steps and sampling. Never imports a specific backend, the server or ROS 2."""

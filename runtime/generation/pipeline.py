@@ -1,6 +1,6 @@
-"""What all conversations of a loaded bundle share.
+"""State that all conversations of a loaded bundle share: the pipeline, latency estimates, and an LRU cache.
 
-What was computed once and may be asked for again: image embeddings, selections, prefixes. Least recently used goes first.
+The cache holds image embeddings, results of input cuts and prefixes. It evicts the least recently used entry first.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ ReceiptCallback = Callable[[Receipt], None]
 
 
 class LruCache:
-    """Values by key, of at most `budget` bytes in all; the one that was not asked for the longest makes room. Thread-safe.
+    """A thread-safe cache of at most `budget` bytes that evicts the least recently used entry.
 
-    A value that is larger than the budget is not kept.
+    It does not store a value larger than the budget.
     """
 
     def __init__(self, budget: int = 0) -> None:
@@ -48,14 +48,14 @@ class LruCache:
     def get(self, key: Hashable) -> Any:
         """Return the value of a key, or None."""
         with self._lock:
-            found = self._entries.get(key)
-            if found is None:
+            entry = self._entries.get(key)
+            if entry is None:
                 return None
             self._entries.move_to_end(key)
-            return found[0]
+            return entry[0]
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
-        """Keep a value of `size` bytes, if it fits at all."""
+        """Store a value of `size` bytes unless it exceeds the budget."""
         if size > self.budget:
             return
         with self._lock:
@@ -66,23 +66,23 @@ class LruCache:
                 self.bytes -= freed
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         with self._lock:
             self._entries.clear()
             self.bytes = 0
 
 
 class EnergyReader(Protocol):
-    """Something that counts energy."""
+    """An energy counter."""
 
     @property
     def joules(self) -> float | None:
-        """Energy since it began to count, in joules; None where there is no reading."""
+        """Energy in joules since the counter started, or None without a reading."""
         ...
 
 
 class SharedState:
-    """What changes while a model is used: what can be recalled, how long answers take, how many run, who is told of their ends."""
+    """The mutable state of a loaded model: cache, latency estimate, number of running answers, and receipt callbacks."""
 
     def __init__(self, cache_bytes: int = 0, energy: EnergyReader | None = None, latency: LatencyEstimate | None = None) -> None:
         self.feature_cache, self.latency, self.energy = LruCache(cache_bytes), latency or LatencyEstimate(), energy
@@ -92,7 +92,7 @@ class SharedState:
 
     @contextmanager
     def track_answer(self, receipt: Receipt) -> Iterator[None]:
-        """Count an answer as running; at its end, whatever that is, complete its receipt and tell the watchers."""
+        """Count an answer as running; when it ends, even by an error, complete its receipt and call the watchers."""
         before = self.energy.joules if self.energy else None
         with self._lock:
             self.running += 1
@@ -109,11 +109,11 @@ class SharedState:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Everything that conversations share: the engine, the text side, the image side and the plan.
+    """Everything that conversations share: backend, tokenizer, chat template, image processing and plan.
 
-    `tiers`: names and plans of prepared budgets, the best first, where there are several; `plan` is the first.
-    `input_cut_ignores_prompt`: its input cut does not look at the question. `max_kv_bytes`: of each conversation, unless a question
-    says otherwise. `lock`: whose the engine is, where it is shared.
+    `tiers`: names and plans, highest quality first, empty for a single plan; `plan` is the first. `input_cut_ignores_prompt`: the
+    input cut does not depend on the prompt. `max_kv_bytes`: limit per conversation, unless a request overrides it. `lock`:
+    serializes access to the backend.
     """
 
     backend: Backend
@@ -134,30 +134,30 @@ class Pipeline:
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """What makes structured answers; it reads nothing before the first of them."""
+        """The compiler for structured answers; it loads the tokenizer on first use."""
         return GrammarCompiler(self.tokenizer.to_json, self.eos_token_ids)
 
     @property
     def plans(self) -> tuple[KeepPlan, ...]:
-        """The plans, the best first."""
+        """The plans of all tiers, highest quality first."""
         return tuple(plan for _, plan in self.tiers) or (self.plan,)
 
     @property
     def kv_bytes_per_token_layer(self) -> int:
-        """Bytes of the keys and values of one token in one layer."""
+        """Bytes of the key and value of one token in one layer."""
         return 2 * self.decoder.kv_heads * self.decoder.head_dim * int(np.dtype(self.decoder.cache_type).itemsize)
 
     def tier(self, name: str) -> int:
-        """Return the number of a tier; raise UsageError for one that the bundle does not have."""
+        """Return the index of a tier; raise UsageError for an unknown name."""
         return tier_number([known for known, _ in self.tiers], name)
 
     def kv_bytes_per_image(self, tier: int, *, prune: bool) -> int:
-        """Return what the KV caches hold of one image under a tier."""
+        """Return the KV cache bytes of one image under a tier, without cuts if not `prune`."""
         return self._image_bytes[tier][prune]
 
     @cached_property
     def _image_bytes(self) -> tuple[tuple[int, int], ...]:
-        # Of each tier without its cuts and with them.
-        stored = [sum(map(plan.tokens_cached, range(plan.layers))) for plan in self.plans]
-        whole = self.plan.geometry.tokens * self.plan.layers
-        return tuple((self.kv_bytes_per_token_layer * whole, self.kv_bytes_per_token_layer * tokens) for tokens in stored)
+        # (unpruned, pruned) for each tier.
+        entry_bytes, unpruned = self.kv_bytes_per_token_layer, self.plan.geometry.tokens * self.plan.layers
+        pruned = [sum(map(plan.tokens_cached, range(plan.layers))) for plan in self.plans]
+        return tuple((entry_bytes * unpruned, entry_bytes * entries) for entries in pruned)

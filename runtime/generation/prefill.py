@@ -1,7 +1,4 @@
-"""An image of a conversation, from its pixels to what enters the decoder.
-
-The prefill of a turn: which budgets it is given, what of it was computed before, and the forwards that are left.
-"""
+"""The prefill of a turn: encode its images, choose the tier, reuse cached results, and run the remaining forward passes."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ from edgeprune.runtime.text.prompt import ImagePlaceholders
 
 @dataclass
 class ImageInput:
-    """An image and the words it was shown with, which an input cut may ask for.
+    """An image and the prompt of its turn, which an input cut may depend on.
 
-    `patches`: computes them [patches, patch pixels]. `key`: a hash of its pixels and of how they are fitted, None where nothing is
-    recalled. `features`: what the vision encoder says of it, once it was asked.
+    `patches`: computes the array [patches, patch pixels]. `key`: a hash of the pixels and the fit mode, None without a cache.
+    `features`: the output of the vision encoder, None until `Prefill.encode`.
     """
 
     question: str
@@ -35,7 +32,7 @@ class ImageInput:
 
 
 class Prefill:
-    """One turn up to its first token. `tier`: whose budgets count; `max_kv_bytes`: the most bytes of caches, None for no limit."""
+    """The prefill of one turn. `tier`: index of the chosen tier. `max_kv_bytes`: limit of the KV cache, None for no limit."""
 
     def __init__(self, pipeline: Pipeline, layout: ImagePlaceholders, request: Request, *, prune: bool) -> None:
         self._pipeline, self._layout, self._request, self._prune = pipeline, layout, request, prune
@@ -45,45 +42,46 @@ class Prefill:
 
     @property
     def plan(self) -> KeepPlan:
-        """The plan of the tier."""
+        """The plan of the chosen tier."""
         return self._pipeline.plans[self.tier]
 
     def encode(self, image: ImageInput) -> None:
-        """Have the vision encoder look at an image, unless it has seen the same one. Raises Cancelled."""
+        """Run the vision encoder on an image, unless its output is cached. Raises Cancelled."""
         self._request.cancellation.raise_if_cancelled()
-        found: VisionOutput | None = self._feature_cache.get(("seen", image.key)) if image.key else None
-        if found is None:
+        output: VisionOutput | None = self._feature_cache.get(("vision", image.key)) if image.key else None
+        if output is None:
             with self._receipt.times.stage("preprocess"):
                 patches = image.patches()
             with self._receipt.times.stage("vision"), self._request.cancellation.deadline(self._request.remaining):
-                found = self._pipeline.backend.encode_image(
+                output = self._pipeline.backend.encode_image(
                     patches, unpruned=not self._prune, cancellation=self._request.cancellation
                 )
             if image.key:
-                self._feature_cache.put(("seen", image.key), found, _bytes(found.embeds, *found.signals.values(), *found.kept))
+                size = _bytes(output.embeds, *output.signals.values(), *output.kept)
+                self._feature_cache.put(("vision", image.key), output, size)
         else:
             self._receipt.reuse("vision")
-        image.features = found
+        image.features = output
 
     def choose_tier(self, held: int, images: int, text: int) -> None:
-        """Choose the tier for a turn of so many new images and text tokens, in caches that hold `held` bytes.
+        """Choose the tier for a turn with `images` new images and `text` new text tokens, on a KV cache of `held` bytes.
 
-        Raises UsageError when max_kv_bytes is too little for the turn.
+        Raises UsageError when the turn does not fit into max_kv_bytes.
         """
         base = held + text * self._pipeline.kv_bytes_per_token_layer * self._pipeline.decoder.layers
-        plans = range(len(self._pipeline.plans))
-        sizes = [base + images * self._pipeline.kv_bytes_per_image(tier, prune=self._prune) for tier in plans]
-        tiered, asked = bool(self._pipeline.tiers) and self._prune, self._request.limits.tier
-        if asked is not None:
-            self.tier, reason = self._pipeline.tier(asked), REQUESTED
+        tiers = range(len(self._pipeline.plans))
+        sizes = [base + images * self._pipeline.kv_bytes_per_image(tier, prune=self._prune) for tier in tiers]
+        tiered, requested = bool(self._pipeline.tiers) and self._prune, self._request.limits.tier
+        if requested is not None:
+            self.tier, reason = self._pipeline.tier(requested), REQUESTED
         elif tiered and images:
-            most, latency = self._request.sampler.sampling.max_tokens, self._pipeline.state.latency
+            max_tokens, latency = self._request.sampler.sampling.max_tokens, self._pipeline.state.latency
             remaining = None if self._request.remaining is None else 1e3 * self._request.remaining
             self.tier, reason = choose_tier(
-                [latency.expected_ms(tier, images, most) for tier in plans], remaining, sizes, self.max_kv_bytes
+                [latency.expected_ms(tier, images, max_tokens) for tier in tiers], remaining, sizes, self.max_kv_bytes
             )
-            for slow in range(self.tier if reason == DEADLINE else 0):
-                latency.decay(slow)
+            for skipped in range(self.tier if reason == DEADLINE else 0):
+                latency.decay(skipped)
         if tiered and images:
             self._receipt.tier, self._receipt.tier_reason = self._pipeline.tiers[self.tier][0], reason
         if self.max_kv_bytes is not None and sizes[self.tier] > self.max_kv_bytes:
@@ -93,82 +91,73 @@ class Prefill:
             )
 
     def run(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput], answer: int) -> DecoderOutput:
-        """Take in what is new of `ids`, with the images from the first that is not in the caches, and return the last forward.
+        """Append the part of `ids` that is not yet in `sequence`, with its images; return the output of the last forward pass.
 
-        `answer`: the most tokens that will follow.
+        `images`: all images of the conversation. `answer`: the maximum number of generated tokens.
         """
-        recalled = 0 if sequence.ids else self._resume(sequence, ids, images)
+        restored = 0 if sequence.ids else self._restore_prefix(sequence, ids, images)
         new = ids[len(sequence.ids) :]
         turns = self._layout.split_at_images(new)
         visual = 0 if self._prune else len(turns) * self._pipeline.plan.geometry.tokens
         sequence.reserve(len(new) + visual + answer)
-        self._receipt.text_tokens = recalled + (sum(len(part) for turn in turns for part in turn) if turns else len(new))
+        self._receipt.text_tokens = restored + (sum(len(part) for turn in turns for part in turn) if turns else len(new))
         if not turns:
             step = sequence.append_text(new, self._request.cancellation)
         for parts in turns:
             self._request.cancellation.raise_if_cancelled()
-            step = self._image(sequence, parts, ids, images)
+            step, usage = sequence.append_image(parts, self._select(images[sequence.images]), self.tier, self._request.cancellation)
+            self._record(usage)
+            self._store_prefix(sequence, ids, images, len(parts[-1]))
         sequence.ids = ids
         return step
 
-    def _image(
-        self, sequence: SequenceState, parts: list[list[int]], ids: list[int], images: Sequence[ImageInput]
-    ) -> DecoderOutput:
-        image = images[sequence.images]
-        step, account = sequence.append_image(parts, self._selected(image), self.tier, self._request.cancellation)
-        self._account(account)
-        self._store_prefix(sequence, ids, images, len(parts[-1]))
-        return step
-
-    def _selected(self, image: ImageInput) -> SelectedTokens:
-        assert image.features is not None  # every image was looked at when it was shown
-        plan, vision_output = self.plan, image.features
-        if plan.input is None or not self._prune:
+    def _select(self, image: ImageInput) -> SelectedTokens:
+        assert image.features is not None  # `encode` ran on every image of the turn
+        vision_output = image.features
+        if self.plan.input is None or not self._prune:
             return SelectedTokens(vision_output, vision_output.embeds, vision_output.token_indices)
-        key = ("selected", image.key, self.tier) if image.key and self._pipeline.input_cut_ignores_prompt else None
-        found: SelectedTokens | None = self._feature_cache.get(key) if key else None
-        if found is not None:
+        key = ("input cut", image.key, self.tier) if image.key and self._pipeline.input_cut_ignores_prompt else None
+        selected: SelectedTokens | None = self._feature_cache.get(key) if key else None
+        if selected is not None:
             self._receipt.reuse("input cut")
-            return found
+            return selected
         with self._receipt.times.stage("select"):
             prompt = self._pipeline.backend.embed_tokens(self._pipeline.tokenizer.encode(image.question))
-            found = SelectedTokens(vision_output, *self._pipeline.backend.select_tokens(vision_output, prompt, self.tier))
+            selected = SelectedTokens(vision_output, *self._pipeline.backend.select_tokens(vision_output, prompt, self.tier))
         if key:
-            self._feature_cache.put(key, found, _bytes(found.embeds, found.order))
-        return found
+            self._feature_cache.put(key, selected, _bytes(selected.embeds, selected.order))
+        return selected
 
-    def _resume(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput]) -> int:
-        # Takes the longest beginning that an earlier conversation shared, and returns how much text it has.
+    def _restore_prefix(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput]) -> int:
+        # Restores the longest cached prefix of `ids` and returns its number of text tokens.
         if not self._prefix_cacheable(images):
             return 0
         for count in range(len(images), 0, -1):
-            found: PrefixSnapshot | None = self._feature_cache.get(self._prefix_key(ids, images[:count]))
-            if found is not None:
-                for account in sequence.restore(found):
-                    self._account(account)
-                text = len(found.ids) - count * len(self._layout.spans)
+            prefix: PrefixSnapshot | None = self._feature_cache.get(self._prefix_key(ids, images[:count]))
+            if prefix is not None:
+                for usage in sequence.restore(prefix):
+                    self._record(usage)
+                text = len(prefix.ids) - count * len(self._layout.spans)
                 self._receipt.recalled_tokens = text + self._receipt.visual_tokens
                 self._receipt.reuse("prefix")
                 return text
         return 0
 
     def _store_prefix(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput], text: int) -> None:
-        shown = images[: sequence.images]
-        size = sequence.cache.bytes
-        if self._prefix_cacheable(shown) and size <= self._feature_cache.budget:
-            end = self._layout.image_ends(ids)[len(shown) - 1]
-            self._feature_cache.put(self._prefix_key(ids, shown), sequence.snapshot(ids[:end], text), size)
+        images, size = images[: sequence.images], sequence.cache.bytes
+        if self._prefix_cacheable(images) and size <= self._feature_cache.budget:
+            end = self._layout.image_ends(ids)[len(images) - 1]
+            self._feature_cache.put(self._prefix_key(ids, images), sequence.snapshot(ids[:end], text), size)
 
-    def _account(self, account: ImageUsage) -> None:
-        self._receipt.account(account)
+    def _record(self, usage: ImageUsage) -> None:
+        self._receipt.account(usage)
         why_not = "the plan has no cuts" if self._prune else "pruning was switched off"
         self._receipt.pruned, self._receipt.reason = bool(self._receipt.cuts), "" if self._receipt.cuts else why_not
 
     def _prefix_cacheable(self, images: Sequence[ImageInput]) -> bool:
-        keys = all(image.key for image in images)
         return (
-            keys
-            and bool(self._feature_cache.budget)
+            bool(self._feature_cache.budget)
+            and all(image.key for image in images)
             and prefix_cacheable(self.plan, prune=self._prune, input_cut_ignores_prompt=self._pipeline.input_cut_ignores_prompt)
         )
 
@@ -177,12 +166,12 @@ class Prefill:
         return ("prefix", tuple(ids[:end]), tuple(image.key for image in images), self.tier)
 
 
-def _bytes(*arrays: np.ndarray) -> int:
-    return sum(int(array.nbytes) for array in arrays)
-
-
 def prefix_cacheable(plan: KeepPlan, *, prune: bool, input_cut_ignores_prompt: bool) -> bool:
-    """Tell whether what the decoder keeps of an image is the same whatever is asked: no cut of the plan looks at the question."""
+    """Return whether the KV cache of an image is the same for every prompt: no cut of the plan depends on the prompt."""
     if not prune:
         return True
     return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or input_cut_ignores_prompt)
+
+
+def _bytes(*arrays: np.ndarray) -> int:
+    return sum(int(array.nbytes) for array in arrays)

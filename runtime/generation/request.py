@@ -1,4 +1,4 @@
-"""What an answer may take, and which of a bundle's prepared budgets that leaves."""
+"""Limits of a request, latency estimates, and the choice of a tier that meets the limits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from edgeprune.runtime.generation.sampling import Sampler
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 DEFAULT, REQUESTED, DEADLINE, MEMORY = "default", "asked for", "deadline", "max_kv_bytes"
-_EMA_WEIGHT = 0.3  # of the newest answer in what is expected of the next
-_DECAY = 0.98  # what is left of an expectation each time a tier is passed over for it
+_EMA_WEIGHT = 0.3  # weight of the newest answer in the moving averages
+_DECAY = 0.98  # factor on a tier's estimate each time the tier is skipped as too slow
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """`tier`: the budget to use, None for the best one that the other terms allow. `deadline_ms`: from the question to the end of
-    the answer. `max_kv_bytes`: of the conversation's KV caches.
+    """Limits of one request.
+
+    `tier`: the tier to use, None for the best that meets the other limits. `deadline_ms`: from the request to the end of the
+    answer. `max_kv_bytes`: limit of the conversation's KV cache. Raises UsageError for limits out of range.
     """
 
     tier: str | None = None
@@ -36,9 +38,9 @@ class RequestLimits:
 
 
 class LatencyEstimate:
-    """How long answers have taken lately: prefill by tier, a token, and how many tokens an answer had. Thread-safe.
+    """Moving averages of prefill time by tier (ms per image), decode time (ms per token) and tokens per answer. Thread-safe.
 
-    Averages in which every answer counts 0.3 and what was known before it the rest.
+    Exponential: the newest answer has weight 0.3.
     """
 
     def __init__(self) -> None:
@@ -47,21 +49,21 @@ class LatencyEstimate:
         self._lock = threading.Lock()
 
     def update(self, tier: int, prefill_ms: float | None, token_ms: float, tokens: int) -> None:
-        """Take in one answer; `prefill_ms` of one image with its selection, None without an image."""
+        """Record one answer. `prefill_ms`: per image with selection, None without an image. `tokens`: 0 for a truncated answer."""
         with self._lock:
             if prefill_ms is not None:
-                self._prefill_ms[tier] = _blended(self._prefill_ms.get(tier, 0.0), prefill_ms)
-            self.token_ms = _blended(self.token_ms, token_ms) if token_ms else self.token_ms
-            self.tokens = _blended(self.tokens, float(tokens)) if tokens else self.tokens
+                self._prefill_ms[tier] = _moving_average(self._prefill_ms.get(tier, 0.0), prefill_ms)
+            self.token_ms = _moving_average(self.token_ms, token_ms) if token_ms else self.token_ms
+            self.tokens = _moving_average(self.tokens, float(tokens)) if tokens else self.tokens
 
     def decay(self, tier: int) -> None:
-        """Expect a little less of a tier that was too slow: it is not measured while nobody takes it, and may have got faster."""
+        """Lower the estimate of a tier that was skipped as too slow: it may have become faster, and only use measures it."""
         with self._lock:
             if tier in self._prefill_ms:
                 self._prefill_ms[tier] *= _DECAY
 
     def expected_ms(self, tier: int, images: int, most: int) -> float | None:
-        """Return how long an answer of at most `most` tokens will take after its images were encoded; None if nobody knows."""
+        """Return the expected ms of an answer of at most `most` tokens after image encoding; None for an unmeasured tier."""
         prefill = self._prefill_ms.get(tier)
         if prefill is None:
             return None
@@ -71,27 +73,27 @@ class LatencyEstimate:
 def choose_tier(
     expected: Sequence[float | None], remaining_ms: float | None, sizes: Sequence[int], room: int | None
 ) -> tuple[int, str]:
-    """Return the first tier that is expected to be done in time and whose caches have room, and why it is not the first of all.
+    """Return the first tier that is expected to meet the deadline and whose KV cache fits into `room`, with the reason.
 
-    `sizes`: bytes of the caches under each tier. What is not known counts as too slow. Where nothing is in time it is the last, the
-    fastest; tiers without room are never taken: the caller sees to it that the last has.
+    `expected`: time in ms by tier, None (unknown) counts as too slow. `sizes`: KV cache bytes by tier. If no tier meets both, the
+    result is the last, fastest tier; the caller checks that it fits.
     """
     fits = [room is None or size <= room for size in sizes]
-    timely = [remaining_ms is None or (ms is not None and ms <= remaining_ms) for ms in expected]
+    in_time = [remaining_ms is None or (ms is not None and ms <= remaining_ms) for ms in expected]
     last = len(sizes) - 1
-    chosen = next((tier for tier in range(last) if fits[tier] and timely[tier]), last)
+    chosen = next((tier for tier in range(last) if fits[tier] and in_time[tier]), last)
     if chosen == 0:
         return 0, DEFAULT
     return chosen, DEADLINE if fits[chosen - 1] else MEMORY
 
 
-def _blended(before: float, newest: float) -> float:
-    return (1 - _EMA_WEIGHT) * before + _EMA_WEIGHT * newest if before else newest
+def _moving_average(average: float, newest: float) -> float:
+    return (1 - _EMA_WEIGHT) * average + _EMA_WEIGHT * newest if average else newest
 
 
 @dataclass(frozen=True)
 class Request:
-    """How one question is to be answered. `deadline_s`: the end of its deadline, in seconds of the monotonic clock."""
+    """One request: sampler, limits, receipt and cancellation. `started_s`: start time, in seconds of the monotonic clock."""
 
     sampler: Sampler
     limits: RequestLimits
@@ -101,10 +103,10 @@ class Request:
 
     @property
     def deadline_s(self) -> float | None:
-        """When the answer has to be complete, in seconds of the monotonic clock."""
+        """The deadline in seconds of the monotonic clock, or None."""
         return None if self.limits.deadline_ms is None else self.started_s + self.limits.deadline_ms / 1e3
 
     @property
     def remaining(self) -> float | None:
-        """Seconds until then, None without a deadline."""
+        """Seconds until the deadline, or None without one."""
         return None if self.deadline_s is None else self.deadline_s - time.monotonic()

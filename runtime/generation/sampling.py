@@ -1,4 +1,4 @@
-"""Choose the next token, and see when a stop string is complete."""
+"""Sampling options, their validation, and the sampler that chooses the next token."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate.
+    """Options of generation. Raises UsageError for values out of range.
 
-    `temperature` 0 is greedy; `top_p` in (0, 1] is the nucleus; `seed` makes sampling repeatable; `max_tokens` bounds the answer;
-    `stop` strings end it and are not part of it. A structured answer is one of `choices`, word for word, or JSON that fits
-    `json_schema`; both need the extra "structured", and `max_tokens` and `stop` may still cut it short.
+    `temperature`: 0 is greedy. `top_p`: nucleus mass in (0, 1]. `seed`: makes sampling repeatable. `max_tokens`: limit per answer.
+    `stop`: strings that end the answer and are excluded from it. A structured answer is exactly one of `choices`, or JSON that
+    matches `json_schema`; both need the extra "structured", and `max_tokens` and `stop` can still truncate the answer.
     """
 
     temperature: float = 0.0
@@ -44,23 +44,23 @@ class Sampling:
             raise UsageError(f"seed must be 0 or more, not {self.seed}.")
         if isinstance(self.stop, str) or any(not text for text in self.stop):
             raise UsageError("stop must be a list of texts that are not empty.")
-        _check_structure(self.choices, self.json_schema)
+        _check_structured(self.choices, self.json_schema)
 
     @property
     def structured(self) -> bool:
-        """Whether the answer has a form."""
+        """Whether the answer is constrained to choices or a schema."""
         return self.choices is not None or self.json_schema is not None
 
 
 class Sampler:
-    """Picks tokens for one answer. `constraint`: the grammar of a structured one, from `GrammarCompiler.constraint`."""
+    """Samples the tokens of one answer. `constraint`: from `GrammarCompiler.constraint`, None for a free answer."""
 
     def __init__(self, sampling: Sampling, constraint: TokenConstraint | None = None) -> None:
         self.sampling, self._constraint = sampling, constraint
         self._rng = np.random.default_rng(sampling.seed)
 
     def sample(self, logits: np.ndarray) -> int:
-        """Return the id of the next token for logits [vocabulary]; ties go to the lowest id."""
+        """Return the next token id for logits [vocabulary]; ties go to the lowest id. Raises EdgePruneError for NaN logits."""
         if np.isnan(logits).any():
             raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify")
         if self._constraint is None:
@@ -72,19 +72,18 @@ class Sampler:
 
     @property
     def done(self) -> bool:
-        """Whether a structured answer is complete, so that nothing but an end token can follow."""
+        """Whether a structured answer is complete, so that only an end token can follow."""
         return self._constraint is not None and self._constraint.done
 
     def _sample_token(self, logits: np.ndarray) -> int:
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        shifted = (
-            logits.astype(np.float64) - logits.max()
-        )  # before the division: a tiny temperature makes the rest infinitely small
+        # Subtract the maximum before dividing: a tiny temperature then gives -inf for all other tokens, never +inf.
+        shifted = logits.astype(np.float64) - logits.max()
         with np.errstate(over="ignore"):
             scores = shifted / self.sampling.temperature
-        # Luck goes by the token, not by its rank or the mass before it (the Gumbel trick): rounding, which differs where a prefix
-        # was recalled and swaps tokens of nearly equal probability, does not change what a seed draws.
+        # The Gumbel trick ties the noise to the token id instead of its rank. Rounding, which differs after a prefix was reused and
+        # can swap tokens of nearly equal probability, then does not change the sample of a seed.
         gumbel_noise = self._rng.gumbel(size=len(scores))
         probabilities = np.exp(scores)
         order = np.argsort(-probabilities, kind="stable")
@@ -93,7 +92,7 @@ class Sampler:
         return int(nucleus[(scores[nucleus] + gumbel_noise[nucleus]).argmax()])
 
 
-def _check_structure(choices: Sequence[str] | None, schema: Mapping[str, Any] | None) -> None:
+def _check_structured(choices: Sequence[str] | None, schema: Mapping[str, Any] | None) -> None:
     if choices is not None and schema is not None:
         raise UsageError("An answer cannot have both choices and a json_schema.", hint="Give one of them.")
     if choices is not None:
@@ -110,7 +109,7 @@ def _check_choices(choices: Sequence[str]) -> None:
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
         raise UsageError("choices must be a list of texts that are not empty.", hint='For example: ["yes", "no"].')
-    if not all(_is_text(choice) for choice in choices):
+    if not all(_is_utf8(choice) for choice in choices):
         raise UsageError("choices must be texts that UTF-8 can write.")
 
 
@@ -123,11 +122,11 @@ def _check_schema(schema: Mapping[str, Any]) -> None:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"json_schema is not JSON: {error}.") from error
-    if not _is_text(text):
+    if not _is_utf8(text):
         raise UsageError("json_schema must be text that UTF-8 can write.")
 
 
-def _is_text(text: str) -> bool:
+def _is_utf8(text: str) -> bool:
     try:
         return bool(text.encode())
     except UnicodeEncodeError:

@@ -1,15 +1,11 @@
-"""What a model has taken in of a conversation: text and images, at their positions, in its KV caches.
+"""The state of a sequence: token ids, positions, the KV cache, and the decode cut.
 
-Positions of text and image tokens, as the model was trained with them.
+Positions follow the model's training. With mRoPE (three axes: time, height, width; Qwen2-VL, section 2.1 of arXiv 2409.12191) a
+text token has the same number on all axes, an image spans its grid, and text continues after the largest number. Pruning never
+renumbers: kept tokens keep their positions and the next token follows the unpruned length.
 
-With mRoPE (three axes: time, height, width; Qwen2-VL, section 2.1 of arXiv 2409.12191) a text token has one number on all axes,
-an image spans its grid, and text goes on after the largest number used. Pruning never renumbers: kept tokens stay where they
-were and the next token comes after the unpruned length.
-
-The decode cut at work: how much of the visual cache each step of an answer reads (DyRate, arXiv 2501.14204).
-
-A share never grows within an answer: what was dropped is not missed twice. By a schedule it depends on the step alone; a live
-predictor looks at where the newest token's attention went.
+The decode cut limits the share of the visual cache that each decode step reads (DyRate, arXiv 2501.14204). By default the share
+never grows within an answer. A schedule depends on the step only; a live predictor uses the attention of the newest token.
 """
 
 from __future__ import annotations
@@ -28,19 +24,20 @@ from edgeprune.runtime.telemetry.receipt import CutReceipt, ImageUsage, Receipt
 
 SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2
 _ONE_HOT = np.eye(3, dtype=np.float32)
+_NO_ORDER, _NO_GROUPS = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)
 
 
 def text_positions(start: int, count: int, axes: int) -> np.ndarray:
-    """Return the positions [axes, count] of `count` text tokens from `start`."""
+    """Return the positions [axes, count] of `count` text tokens that begin at `start`."""
     return np.tile(np.arange(start, start + count, dtype=np.int64), (axes, 1))
 
 
 def span_positions(start: int, views: Sequence[View], axes: int) -> tuple[np.ndarray, int]:
-    """Return the positions [axes, tokens] of visual tokens without text between them, and the position of the token after them.
+    """Return the positions [axes, tokens] of a span of visual tokens, and the position of the next token.
 
-    With mRoPE the views lie over each other at their times, which are those of a video's frames. Text goes on after the largest
-    position, as it was in training; transformers 5.23 goes on after the grid alone, which is the same but for videos with more
-    steps in time than tokens along a side.
+    With mRoPE all views share the same grid and differ in time, as the frames of a video do. The next token follows the largest
+    position, as in training. transformers 5.23 continues after the grid only, which differs for videos with more time steps than
+    tokens along a side.
     """
     tokens = sum(view.tokens for view in views)
     if axes == 1:
@@ -53,14 +50,14 @@ def span_positions(start: int, views: Sequence[View], axes: int) -> tuple[np.nda
 
 
 class DecodeKeepRatio:
-    """The rate of one answer, asked before each of its decode steps."""
+    """Applies the decode cut of one answer. `keep_ratio`: the share of visual tokens that the last decode step read."""
 
     def __init__(self, backend: Backend, cut: Cut | None) -> None:
         self._backend, self._cut = backend, cut
         self._step, self.keep_ratio = 0, 1.0
 
     def apply(self, cache: KvCache, before: DecoderOutput, receipt: Receipt) -> KvCache:
-        """Return the cache for the next decode step. `before`: the step whose token it takes in."""
+        """Return the cache for the next decode step and record its share. `before`: the step that produced the input token."""
         if self._cut is None:
             return cache
         share = (
@@ -85,12 +82,15 @@ class DecodeKeepRatio:
 
 
 def cut_receipts(plan: KeepPlan, encoded: Sequence[np.ndarray], order: np.ndarray, step: DecoderOutput) -> tuple[CutReceipt, ...]:
-    """Return what each cut of the image turn did. `encoded`: what each vision cut kept; `order`: what entered the decoder."""
-    receipts, left = list[CutReceipt](), plan.geometry.tokens
-    entered = [] if plan.input is None else [(plan.input, order)]
-    for cut, kept in [*zip(plan.vision_cuts, encoded, strict=True), *entered]:
-        receipts.append(CutReceipt(str(cut), left, len(kept), kept))
-        left = len(kept)
+    """Return a receipt for each cut of one image.
+
+    `encoded`: indices kept by each vision cut. `order` [K]: indices of the tokens that enter the decoder. `step`: prefill output.
+    """
+    receipts, tokens = list[CutReceipt](), plan.geometry.tokens
+    input_cut = [] if plan.input is None else [(plan.input, order)]
+    for cut, kept in [*zip(plan.vision_cuts, encoded, strict=True), *input_cut]:
+        receipts.append(CutReceipt(str(cut), tokens, len(kept), kept))
+        tokens = len(kept)
     before = {cut: plan.tokens_at_layer(cut.layer - (cut.site == "layer")) for cut in (*plan.layer_cuts, *plan.cache_cuts)}
     for cut, kept in zip((*plan.layer_cuts, *plan.cache_cuts), step.kept, strict=True):
         receipts.append(CutReceipt(str(cut), before[cut], kept.shape[-1], kept))
@@ -99,8 +99,9 @@ def cut_receipts(plan: KeepPlan, encoded: Sequence[np.ndarray], order: np.ndarra
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """An image as it enters the decoder: `embeds` [1, K, width] of the tokens with indices `order` [K], of what was
-    `vision_output`.
+    """The visual tokens that enter the decoder.
+
+    `embeds` [1, K, width]: embeddings of the tokens with indices `order` [K]. `vision_output`: output of the vision encoder.
     """
 
     vision_output: VisionOutput
@@ -110,7 +111,7 @@ class SelectedTokens:
 
 @dataclass(frozen=True)
 class PrefixSnapshot:
-    """A conversation up to the end of an image, to be gone on from again and again."""
+    """A sequence up to the end of an image, from which any number of conversations can continue."""
 
     ids: tuple[int, ...]
     cache: KvCache
@@ -120,10 +121,10 @@ class PrefixSnapshot:
 
 
 class SequenceState:
-    """The caches and where the next token stands.
+    """The KV cache of a conversation and the position of the next token.
 
-    `ids`: what they hold, each span of an image as one; the prefill sets them. `length`: of the sequence, as if nothing had been
-    pruned. `images`: how many there are.
+    `ids`: the tokens in the cache, one per span of an image; `Prefill.run` sets them. `length`: unpruned length of the sequence.
+    `images`: number of images in the cache.
     """
 
     def __init__(self, pipeline: Pipeline, spans: tuple[tuple[View, ...], ...], *, prune: bool) -> None:
@@ -131,74 +132,75 @@ class SequenceState:
         self.ids: list[int] = []
         shape = pipeline.decoder
         self.cache = KvCache.empty(shape)
-        self._nothing = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
+        self._empty = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
         self.length = self.images = 0
         self._position = 0
-        self._accounts: tuple[ImageUsage, ...] = ()
-        self._groups = bytearray()  # of the text in the caches: SYSTEM, INSTRUCTION, GENERATED or none of them
+        self._usages: tuple[ImageUsage, ...] = ()
+        self._groups = bytearray()  # SYSTEM, INSTRUCTION or GENERATED for each text token in the cache
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens of text at once; what earlier answers could spare, the next one may need."""
+        """Reserve room for `tokens` more text tokens, and undo the decode cut of the previous answer."""
         self.cache = self.cache.limit_visual(1.0, 0).reserve(min(tokens, self._pipeline.decoder.context))
 
     def append_text(
         self, ids: Sequence[int], cancellation: CancellationToken | None = None, *, group: int = INSTRUCTION
     ) -> DecoderOutput:
-        """Take in text without an image, at least one token."""
-        nothing = self._nothing
-        return self._step(DecoderInput(nothing, nothing, self._text(ids), _NO_ORDER, _NO_GROUPS), group, cancellation)
+        """Run a forward pass over text without an image, at least one token."""
+        empty = self._empty
+        return self._step(DecoderInput(empty, empty, self._text(ids), _NO_ORDER, _NO_GROUPS), group, cancellation)
 
     def append_image(
         self, parts: Sequence[Sequence[int]], chosen: SelectedTokens, tier: int = 0, cancellation: CancellationToken | None = None
     ) -> tuple[DecoderOutput, ImageUsage]:
-        """Take in an image with the text before, between and after its spans, under the budgets of a tier.
+        """Run a forward pass over an image with the text before, between and after its spans, with the keep budgets of a tier.
 
-        Of an unpruned conversation all tokens count as text.
+        In an unpruned conversation all visual tokens are passed as text.
         """
         plan, geometry = self._pipeline.plans[tier], self._pipeline.plan.geometry
         prefix, visual = self._image_segments(parts[:-1], chosen.embeds if self._prune else chosen.vision_output.embeds)
         suffix, before = self._text(parts[-1]), self.cache.visual_entries_read
-        whole = geometry.tokens * plan.layers
+        unpruned = geometry.tokens * plan.layers
         if self._prune:
-            # Positions are those of every token until `only` takes those of the tokens that stay.
             visual = visual.gather(chosen.order, chosen.embeds)
             step = self._step(DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier), INSTRUCTION, cancellation)
             cuts = cut_receipts(plan, chosen.vision_output.kept, chosen.order, step)
-            account = ImageUsage(geometry.tokens, whole, self.cache.visual_entries_read - before, cuts)
+            usage = ImageUsage(geometry.tokens, unpruned, self.cache.visual_entries_read - before, cuts)
         else:
-            tokens = DecoderInput(prefix.concat(visual), self._nothing, suffix, _NO_ORDER, _NO_GROUPS)
+            tokens = DecoderInput(prefix.concat(visual), self._empty, suffix, _NO_ORDER, _NO_GROUPS)
             step = self._step(tokens, INSTRUCTION, cancellation)
-            account = ImageUsage(geometry.tokens, whole, whole, ())
+            usage = ImageUsage(geometry.tokens, unpruned, unpruned, ())
         self.images += 1
-        self._accounts += (account,)
-        return step, account
+        self._usages += (usage,)
+        return step, usage
 
     def append_generated(
         self, token: int, before: DecoderOutput, keep_ratio: DecodeKeepRatio | None, receipt: Receipt
     ) -> DecoderOutput:
-        """Take in a token of the answer. `before`: the step that it came from; `keep_ratio`: what the step may read of the
-        images.
+        """Run a decode step for a generated token.
+
+        `before`: the step that produced the token. `keep_ratio`: the decode cut to apply, None for none.
         """
         if keep_ratio is not None:
             self.cache = keep_ratio.apply(self.cache, before, receipt)
-        # Unpruned, visual tokens lie among the text and are all read.
+        # In an unpruned conversation visual tokens are part of the text, and every step reads all of them.
         receipt.visual_reads.append(self.cache.visual_entries_read if self._prune else receipt.visual_whole)
         step = self.append_text([token], group=GENERATED)
         self.ids.append(token)
         return step
 
     def snapshot(self, ids: Sequence[int], text: int) -> PrefixSnapshot:
-        """Return what was taken in up to the newest image, whose ids are `ids`; the last `text` tokens after it are left out."""
+        """Return the prefix that ends with the newest image. `ids`: its tokens. `text`: number of later text tokens, left out."""
         cache = self.cache.copy_prefix(self.cache.length - text)
-        return PrefixSnapshot(tuple(ids), cache, self._position - text, self.length - text, self._accounts)
+        return PrefixSnapshot(tuple(ids), cache, self._position - text, self.length - text, self._usages)
 
     def restore(self, prefix: PrefixSnapshot) -> tuple[ImageUsage, ...]:
-        """Go on from a prefix, in place of what was taken in; return what happened to its images.
+        """Replace the state by a prefix; return the usage of its images.
 
-        Its groups are not known: plans whose rate follows attention have cuts that see the question, and no prefixes.
+        Token groups are not restored: only plans whose decode cut follows attention use them, and those depend on the prompt and
+        have no prefixes.
         """
         self.cache, self._position, self.length = prefix.cache, prefix.position, prefix.length
-        self._accounts, self.images = prefix.accounts, len(prefix.accounts)
+        self._usages, self.images = prefix.accounts, len(prefix.accounts)
         self._groups, self.ids = bytearray([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
         return prefix.accounts
 
@@ -211,7 +213,7 @@ class SequenceState:
         return replace(step, new_kv=())
 
     def _image_segments(self, before: Sequence[Sequence[int]], embeds: np.ndarray) -> tuple[TokenSegment, TokenSegment]:
-        # The text before each span, and the visual tokens of all, each at its own position.
+        # Returns the text before all spans and the visual tokens of all spans, each at its own positions.
         axes = self._pipeline.decoder.position_axes
         text, spans = [], []
         for ids, views in zip(before, self._spans, strict=True):
@@ -222,16 +224,13 @@ class SequenceState:
         visual = TokenSegment(embeds, np.concatenate(spans, axis=1))
         self.length += visual.positions.shape[1] + len(ids)
         return (
-            TokenSegment(self._pipeline.backend.embed_tokens(ids), np.concatenate(text, axis=1)) if ids else self._nothing
+            TokenSegment(self._pipeline.backend.embed_tokens(ids), np.concatenate(text, axis=1)) if ids else self._empty
         ), visual
 
     def _text(self, ids: Sequence[int]) -> TokenSegment:
         if not ids:
-            return self._nothing
+            return self._empty
         positions = text_positions(self._position, len(ids), self._pipeline.decoder.position_axes)
         self._position += len(ids)
         self.length += len(ids)
         return TokenSegment(self._pipeline.backend.embed_tokens(ids), positions)
-
-
-_NO_ORDER, _NO_GROUPS = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)

@@ -1,1 +1,1 @@
-"""Prompts, tokens and grammars. Knows no model and no sampling."""
+"""Prompts, tokenization and grammars. Independent of models and sampling."""

@@ -1,7 +1,7 @@
-"""Structured answers: which tokens may come next, so that an answer is one of a few texts or JSON that fits a schema.
+"""Structured answers: token masks that restrict an answer to given choices or to JSON that matches a schema.
 
-llguidance walks the grammar; nothing of it is imported before the first structured answer. Its masks are exact: a token is allowed
-if and only if the answer can still be completed after it, and end tokens only where it is complete.
+llguidance compiles and matches the grammar; it is imported with the first structured answer. Its masks are exact: a token is
+allowed if and only if the answer can still be completed after it, and end tokens only where the answer is complete.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from edgeprune.errors import EdgePruneError, UsageError, require_extra
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_GRAMMARS = 16  # compiled ones that are kept
-# One space at most, after commas and colons: free whitespace is valid JSON, and small models can go on with it for ever. One way to
-# write a character: "\u0061" would be another name to the grammar than "a", and the same to who reads the answer.
+_GRAMMARS = 16  # size of the cache of compiled grammars
+# At most one space, after commas and colons: free whitespace is valid JSON, but small models can repeat it endlessly. Only one
+# spelling per character: the grammar takes "\u0061" and "a" for different names, while a JSON parser takes them for the same.
 _JSON_STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": False}
 _JSON_STYLE["json_allowed_escapes"] = '"\\bfnrt'
-# Sets of tokens that are allowed at a stroke inside strings; those of llguidance and one more, for strings with a maxLength.
+# Token sets whose masks llguidance precomputes for strings: its own defaults and one more, for strings with a maxLength.
 _SLICES = [r"[\x20\x0A\x0D\x09]+", *(rf'[^"\\\x00-\x1F\x7F]{many}' for many in ("{1,4}", "{1,12}", "{1,30}", "+"))]
 _JSON_MARKS = '{}[]":,-.0123456789truefalsn'
-_OWN_KEY = "x-guidance"  # options of llguidance inside a schema, one of which ignores what it cannot enforce
+_OWN_KEY = "x-guidance"  # llguidance options in a schema; one of them would ignore constraints that cannot be enforced
+# Positions in the generated grammar, which mean nothing to the user.
+_POSITION = re.compile(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?| 1 \| start: .*$")
+_SIMPLER = "Ask without choices and json_schema, or for something simpler."
 
 
 class TokenConstraint:
-    """The grammar of one answer and how far the answer has come. For one thread at a time."""
+    """The grammar of one answer and the state of its matcher. Not thread-safe."""
 
     def __init__(self, matcher: LLMatcher, end_tokens: Sequence[int]) -> None:
         self._matcher = matcher
@@ -41,7 +44,7 @@ class TokenConstraint:
 
     @property
     def done(self) -> bool:
-        """Whether the answer is complete and cannot go on: only an end token may follow, and none is needed."""
+        """Whether the answer is complete and cannot continue: only an end token may follow, and none is required."""
         return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     def allowed_ids(self, size: int) -> np.ndarray:
@@ -58,7 +61,7 @@ class TokenConstraint:
         return ids
 
     def accept(self, token: int) -> None:
-        """Take in the token that was chosen, one of `allowed_ids`."""
+        """Advance by a sampled token, one of `allowed_ids`."""
         if token in self._end_tokens:
             self._ended = True
         elif not self._matcher.consume_token(token):
@@ -66,13 +69,13 @@ class TokenConstraint:
 
 
 class GrammarCompiler:
-    """Compiles what structured answers ask for, for one model; keeps the newest grammars. Thread-safe.
+    """Compiles choices and JSON schemas to grammars for one model and caches the most recently used. Thread-safe.
 
-    `tokenizer`: returns the text of the model's tokenizer.json, asked for once. `end_tokens`: the ids that end a turn.
+    `tokenizer`: returns the contents of the model's tokenizer.json; called once. `end_tokens`: the ids that end a turn.
     """
 
     def __init__(self, tokenizer: Callable[[], str], end_tokens: Sequence[int]) -> None:
-        self._read, self._end_tokens = tokenizer, tuple(end_tokens)
+        self._read_tokenizer, self._end_tokens = tokenizer, tuple(end_tokens)
         self._vocabulary: _GrammarTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -80,17 +83,17 @@ class GrammarCompiler:
     def constraint(
         self, choices: Sequence[str] | None = None, json_schema: Mapping[str, Any] | None = None
     ) -> TokenConstraint | None:
-        """Return the grammar of a new answer, None if it is free.
+        """Return the constraint of a new answer, or None for a free one.
 
-        Raises UsageError for a schema that is not valid or asks for what cannot be enforced, and for texts that the tokenizer
-        cannot write; MissingExtraError without llguidance.
+        Raises UsageError for a schema that is invalid or cannot be enforced and for texts that the tokenizer cannot encode, and
+        MissingExtraError without llguidance.
         """
         if choices is None and json_schema is None:
             return None
         with self._lock:
             if self._vocabulary is None:
                 require_extra("structured", "llguidance")
-                self._vocabulary = _GrammarTokenizer(self._read(), self._end_tokens)
+                self._vocabulary = _GrammarTokenizer(self._read_tokenizer(), self._end_tokens)
             kind, body = _choices(choices) if choices is not None else _schema(json_schema or {})
             key = kind + body
             if key not in self._compiled:
@@ -103,14 +106,14 @@ class GrammarCompiler:
 
 
 class _GrammarTokenizer:
-    # A model's tokens as llguidance sees them.
+    # A model's vocabulary in the form of llguidance.
 
     def __init__(self, source: str, end_tokens: Sequence[int]) -> None:
         from llguidance import LLTokenizer
 
-        described = json.loads(source)
-        self._special = [token["content"] for token in described.get("added_tokens", ()) if token.get("special")]
-        self._begin = '" "? ' if any(_drops_space(step) for step in _steps(described.get("decoder"))) else ""
+        config = json.loads(source)
+        self._special = [token["content"] for token in config.get("added_tokens", ()) if token.get("special")]
+        self._leading_space = '" "? ' if any(_strips_leading_space(step) for step in _decoder_steps(config.get("decoder"))) else ""
         try:
             self._tokens: LLTokenizer = LLTokenizer(source, eos_token=list(end_tokens), slices=_SLICES)
         except ValueError as error:
@@ -120,48 +123,43 @@ class _GrammarTokenizer:
             ) from error
 
     def check(self, kind: str, texts: Sequence[str]) -> None:
-        """Raise UsageError for what the tokenizer cannot write, or would read as a control token."""
+        """Raise UsageError for text that the tokenizer cannot encode or would encode as a control token."""
         for text in texts:
             control = next((token for token in self._special if token in text), None)
             if control is not None:
                 raise UsageError(f"The {kind} contains the control token {control}.", hint="Remove it.")
-            if kind == "json_schema" or not self._writes(text):
+            if kind == "json_schema" or not self._can_encode(text):
                 marks = _JSON_MARKS if kind == "json_schema" else ""
-                missing = [character for character in dict.fromkeys(marks + text) if not self._writes(character)]
+                missing = [character for character in dict.fromkeys(marks + text) if not self._can_encode(character)]
                 if missing:
                     raise UsageError(f"The tokenizer of this model cannot write {missing[0]!r}, which the {kind} needs.")
 
     def compile(self, kind: str, body: str) -> LLMatcher:
-        """Return the matcher of a grammar at its begin."""
+        """Return the matcher of a grammar in its initial state."""
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = LLMatcher.grammar_from_lark(f"start: {self._begin}answer\nanswer: {body}")
+        grammar = LLMatcher.grammar_from_lark(f"start: {self._leading_space}answer\nanswer: {body}")
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if not matcher.is_error():
-            matcher.compute_bitmask()  # some schemas turn out to be impossible only here
+            matcher.compute_bitmask()  # only this reveals that some schemas are unsatisfiable
         if matcher.is_error():
             raise UsageError(f"The {kind} cannot be used: {_first_line(matcher.get_error())}.", hint="See docs/structured.md.")
         return matcher
 
-    def _writes(self, text: str) -> bool:
+    def _can_encode(self, text: str) -> bool:
         return self._tokens.decode_bytes(self._tokens.greedy_tokenize(text)) == text.encode()
 
 
-# Places in our own grammar, which nobody else ever saw.
-_PLACE = re.compile(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?| 1 \| start: .*$")
-_SIMPLER = "Ask without choices and json_schema, or for something simpler."
-
-
 def _choices(choices: Sequence[str]) -> tuple[str, str]:
-    # What JSON escapes in a text, the grammar's language does too.
+    # The grammar language escapes strings as JSON does.
     return "choice", " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
 
 
 def _schema(schema: Mapping[str, Any]) -> tuple[str, str]:
-    # The order of the keys is kept: it is the order of the properties in the answer.
+    # Keep the order of the keys: it is the order of the properties in the answer.
     if _OWN_KEY in schema:
         raise UsageError(f"The json_schema has the key {_OWN_KEY!r}, which is used otherwise.", hint="Remove it.")
-    if any(_counts_free_names(part) for part in _subschemas(schema)):
+    if any(_has_free_min_properties(part) for part in _subschemas(schema)):
         raise UsageError(
             "The json_schema has minProperties where the names are free: the same name could come twice.",
             hint="Name the properties, and require them.",
@@ -170,7 +168,7 @@ def _schema(schema: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
-    # Every object of a schema that is not a value of the answer.
+    # Yields every object of a schema except literal values.
     if isinstance(schema, Mapping):
         yield schema
         for key, value in schema.items():
@@ -181,23 +179,24 @@ def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
             yield from _subschemas(value)
 
 
-def _counts_free_names(part: Mapping[str, Any]) -> bool:
+def _has_free_min_properties(part: Mapping[str, Any]) -> bool:
     least, required = part.get("minProperties"), part.get("required", ())
     return isinstance(least, int) and least > max(1, len(required) if isinstance(required, (list, tuple)) else 0)
 
 
-def _steps(decoder: Any) -> Iterator[Mapping[str, Any]]:
+def _decoder_steps(decoder: Any) -> Iterator[Mapping[str, Any]]:
     if decoder:
         yield decoder
         for step in decoder.get("decoders", ()):
-            yield from _steps(step)
+            yield from _decoder_steps(step)
 
 
-def _drops_space(step: Mapping[str, Any]) -> bool:
-    # Models with such decoders begin their answers with a space that nobody sees; without it they would have to spell.
+def _strips_leading_space(step: Mapping[str, Any]) -> bool:
+    # Such models begin their answers with a space that the decoder strips. If the grammar forbade it, they would have to start
+    # with a token for a word piece.
     return step.get("type") == "Strip" and step.get("content") == " " and step.get("start", 0) > 0
 
 
 def _first_line(message: str) -> str:
-    line = _PLACE.sub("", " ".join(message.split())).rstrip(".") or "the reason is not known"
+    line = _POSITION.sub("", " ".join(message.split())).rstrip(".") or "the reason is not known"
     return line if len(line) <= 200 else line[:200] + "..."

@@ -1,4 +1,4 @@
-"""Where the visual tokens of images lie among the tokens of text."""
+"""Prompts: chat templates, and the placeholders of visual tokens among the text tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 
 class Message(TypedDict):
-    """One turn: `role` is "user", "assistant" or "system"; `content` a text or parts of type "text", "image" or "video"."""
+    """One turn. `role`: "user", "assistant" or "system". `content`: text, or parts of type "text", "image" or "video"."""
 
     role: str
     content: str | list[dict[str, str]]
@@ -28,16 +28,16 @@ class ChatTemplate:
         self._template = compile_template(source)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **special_tokens: str) -> str:
-        """Return the prompt text; raise UsageError when the template refuses the messages."""
+        """Return the prompt text; raise UsageError when the template rejects the messages."""
         from edgeprune.runtime.text.template import render_template
 
         return render_template(self._template, messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens)
 
 
 class ImagePlaceholders:
-    """The places of one bundle's images: spans of visual tokens, with the text that stands before, between and after them.
+    """The placeholders of a bundle's images: spans of visual tokens, with text before, between and after them.
 
-    `spans`: for each span of an image its views; one span of all, or one for each view.
+    `spans`: the views of each span of an image. There is one span for all views, or one per view.
     """
 
     def __init__(self, image: ImageText, geometry: Geometry, tokenizer: TextTokenizer) -> None:
@@ -51,33 +51,36 @@ class ImagePlaceholders:
 
     @property
     def kind(self) -> str:
-        """The type of an image's part in a chat message."""
+        """The type of an image part in a chat message."""
         return self._image.kind
 
     @property
     def placeholder(self) -> str:
-        """What the chat template writes for an image."""
+        """The text that the chat template writes for an image."""
         return self._image.placeholder
 
     def expand(self, prompt: str) -> str:
-        """Return a rendered prompt with the text of each image in place of its placeholder."""
-        text, mark = prompt.replace(self._image.placeholder, self._image.text), self._image.boundary
-        return re.sub(rf"{re.escape(mark)}(?=[^\s<])", f"{mark} ", text.replace(mark * 2, mark)) if mark else text
+        """Return a rendered prompt with each placeholder replaced by the text of an image."""
+        text, boundary = prompt.replace(self._image.placeholder, self._image.text), self._image.boundary
+        if not boundary:
+            return text
+        return re.sub(rf"{re.escape(boundary)}(?=[^\s<])", f"{boundary} ", text.replace(boundary * 2, boundary))
 
     def count(self, ids: Sequence[int]) -> int:
-        """Return how many whole images ids hold; -1 where a part of one is missing."""
-        images, left = divmod(list(ids).count(self._image.token), len(self.spans))
-        return -1 if left else images
+        """Return the number of images in `ids`, or -1 if a span of one is missing."""
+        images, remainder = divmod(list(ids).count(self._image.token), len(self.spans))
+        return -1 if remainder else images
 
     def image_ends(self, ids: Sequence[int]) -> list[int]:
-        """Return for each image how many ids there are up to its last."""
-        places = [place for place, token in enumerate(ids, start=1) if token == self._image.token]
-        return places[len(self.spans) - 1 :: len(self.spans)]
+        """Return for each image the number of ids up to and including its last image token."""
+        ends = [end for end, token in enumerate(ids, start=1) if token == self._image.token]
+        return ends[len(self.spans) - 1 :: len(self.spans)]
 
     def split_at_images(self, ids: Sequence[int]) -> list[list[list[int]]]:
-        """Return ids in parts, for each image: the text before it, between its spans, and after it up to the next image.
+        """Split `ids` into one list of text parts per image: before it, between its spans, and after it up to the next image.
 
-        Before an image that is not the first there is none: that text follows the one before. Without an image there is no turn.
+        The first part is empty for all images but the first, because that text follows the previous image. Without images the
+        result is empty.
         """
         parts: list[list[int]] = [[]]
         for token in ids:

@@ -1,4 +1,4 @@
-"""Compiled chat templates: Jinja in a sandbox, in the dialect of transformers. Apart, as jinja2 takes 40 ms to import."""
+"""Chat templates: sandboxed Jinja in the dialect of transformers. A separate module because jinja2 takes 40 ms to import."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from edgeprune.errors import BundleError, UsageError
 
 
 class _Generation(Extension):
-    # Templates mark with it what training counts as an answer; for a prompt it means nothing.
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+    # {% generation %} marks the tokens that count as the answer in training. It does not affect a prompt.
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -24,13 +24,13 @@ class _Generation(Extension):
 
 
 def compile_template(source: str) -> Template:
-    """Return a template with blocks trimmed and a few helpers; raise BundleError when it is broken."""
+    """Compile a template with trimmed blocks and the helpers of transformers; raise BundleError if it is invalid."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(source)
     except TemplateError as error:
@@ -38,21 +38,21 @@ def compile_template(source: str) -> Template:
 
 
 def render_template(template: Template, **values: Any) -> str:
-    """Return what a template says of some values; raise UsageError when it refuses them, BundleError when it fails."""
+    """Render a template; raise UsageError when it rejects the values, BundleError when it fails."""
     try:
         return template.render(**values)
     except TemplateError as error:
         raise BundleError(f"The chat template failed: {error}.", hint="Export the bundle again.") from error
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise UsageError(f"The chat template refuses these messages: {message}.")
 
 
-def _now(pattern: str) -> str:
+def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own tojson escapes HTML characters, which templates for models do not want.
+    # Jinja's own tojson escapes HTML characters, which model prompts must not contain.
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
