@@ -1,5 +1,6 @@
 # make demo    export the bundled model, ask it about fresh scenes, draw what was kept
-# make test    every check and every test
+# make test    the checks and the tests, in under ten minutes on two cores
+# make test-all  also what takes long: it says what
 # make check   the checks alone (ruff, mypy, import contracts)
 # make coverage  the tests with a count of the lines and branches that they reach, in build/coverage
 # make fuzz    a million made-up inputs for everything that reads what others wrote; with CASES=10000 so many
@@ -19,21 +20,27 @@ TORCH := torch==2.13.0
 EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 test
 RELEASE := build/release/bin
 
-.PHONY: demo test check coverage fuzz lock wheel runtime sbom licences clean
+.PHONY: demo test test-all check coverage fuzz lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
 
-# Two processes with one thread each take half as long as one with two: most of a test is one thread's work. Files stay together, so
-# that what they share is made once.
+# Two processes with one thread each take half as long as one with two: most of a test is one thread's work. Traces are kept in
+# build/traces, which both read (tests/support/trace_cache.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations 20
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+test-all: check
+	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, no kept traces, coverage."
+	mkdir -p build/coverage
+	EDGEPRUNE_TRACE_CACHE=off COVERAGE_FILE=build/coverage/data $(PYTEST) --all $(COVERED)
 
 # What subprocesses run is not counted.
+COVERED := --cov --cov-report=term --cov-report=xml:build/coverage/coverage.xml
 coverage: .venv/.test
 	mkdir -p build/coverage
-	OMP_NUM_THREADS=1 COVERAGE_FILE=build/coverage/data $(BIN)/pytest -n 2 --dist loadfile --cov \
-		--cov-report=term --cov-report=xml:build/coverage/coverage.xml
+	COVERAGE_FILE=build/coverage/data $(PYTEST) $(COVERED)
 
 # atheris has wheels for x86-64 alone; without it hypothesis runs all cases, which takes longer.
 CASES := 1000000

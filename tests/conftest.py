@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="Run also what takes long: slow, size and nightly.")
     parser.addoption("--precision", default="fp32", help="Of the bundles of test_true_size.py.")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes and gigabytes, unless it is asked for with `-m size` or `-m nightly`."""
-    unasked = {mark for mark in ("size", "nightly") if mark not in config.getoption("-m")}
-    left = [item for item in items if unasked & set(item.keywords)]
+    """Leave out what takes minutes or gigabytes, unless it is asked for with `--all` or by its mark."""
+    left_out = {mark for mark in ("slow", "size", "nightly") if mark not in config.getoption("-m")}
+    if config.getoption("--all"):
+        return
+    left = [item for item in items if left_out & set(item.keywords)]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
 

@@ -215,7 +215,9 @@ def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_pa
     views = geometry.layout
     base = unpruned_plan(name, len(model.family.decoder().layers), geometry)
     first = Cut("input", "uniform" if views[-1].separators else "evs", geometry.tokens - 3)
-    plan = base.with_cuts(first, Cut("layer", "fastv", geometry.tokens // 2, layer=1), Cut("cache", "plphp", 3, layer=2))
+    plan = base.with_cuts(
+        first, Cut("layer", "fastv", geometry.tokens // 2, layer=1), Cut("cache", "plphp", 3, layer=base.layers - 1)
+    )
     bundle = export_bundle(model, plan, tmp_path / "bundle")
     assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []
     runtime, frames = load(bundle.path), [picture(name, seed) for seed in range(4)]
@@ -234,7 +236,7 @@ def pruned(loaded: LoadedModel, name: str) -> KeepPlan:
     cuts = [
         Cut("input", ranked, left - 2),
         Cut("layer", "fastv", tokens // 2, layer=1),
-        Cut("cache", "plphp", tokens // 4, layer=2),
+        Cut("cache", "plphp", tokens // 4, layer=plan.layers - 1),
     ]
     return plan.with_cuts(*first, *cuts[: plan.layers])
 

@@ -18,6 +18,7 @@ from repository import TESTS
 
 from edgeprune.bundle import Bundle, is_bundle
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("merge", "build", "sign")]
 NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("export", "calibrate")]
 # Fewer steps than these would mean that faults are no longer seen where they were.
 LEAST = {"merge": 3, "build": 20, "sign": 3, "export": 20, "calibrate": 10}
@@ -41,7 +42,7 @@ def tallied(tiny_folder: Path, tiny_bundle: Bundle, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["merge", "build", "sign", *NIGHTLY])
+@pytest.mark.parametrize("name", [*SLOW, *NIGHTLY])
 def test_a_fault_at_every_step(name: str, fault: str, tallied: Callable[[str], dict[str, Any]], record_property: Any) -> None:
     tally = tallied(name)[fault]
     assert tally["wrong"] == []

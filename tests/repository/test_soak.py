@@ -41,6 +41,7 @@ def tiered(tiny: LoadedModel, base: KeepPlan, tmp_path_factory: pytest.TempPathF
     return export_bundle(tiny, Tiers(plans), tmp_path_factory.mktemp("soak") / "bundle")
 
 
+@pytest.mark.slow
 def test_ten_seconds_lose_nothing_and_cross_nothing(tiered: Bundle, tmp_path: Path) -> None:
     command = [
         sys.executable,

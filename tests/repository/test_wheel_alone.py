@@ -69,6 +69,7 @@ def whole(environment: Path, tiny_bundle: Bundle, picture: Path) -> str:
     return answers(environment, tiny_bundle, picture)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_it_answers_without_extras(environment: Path, whole: str) -> None:
     assert whole.strip()
@@ -78,6 +79,7 @@ def test_it_answers_without_extras(environment: Path, whole: str) -> None:
     assert not have & {"torch", "transformers", "onnx", "optimum.py", "safetensors", "starlette", "cyclonedds", "cryptography"}
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_trimmed_it_answers_the_same_in_less_than_150_mb(environment: Path, whole: str, tiny_bundle: Bundle, picture: Path) -> None:
     trim = tool("trim")

@@ -29,7 +29,7 @@ def config(vocabulary: int = 500, image_token: int = 456, **vision: Any) -> Inte
         "vocab_size": vocabulary,
         "hidden_size": 48,
         "intermediate_size": 56,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,

@@ -26,4 +26,4 @@ def folder(path: Path) -> Path:
         "fullatt_block_indexes": [1],
         "tokens_per_second": 2,
     }
-    return written(path, Qwen2_5_VLForConditionalGeneration, tiny_config(Qwen2_5_VLConfig, vision))
+    return written(path, Qwen2_5_VLForConditionalGeneration, tiny_config(Qwen2_5_VLConfig, vision, {"num_hidden_layers": 2}))

@@ -27,9 +27,9 @@ TURN = """\
 
 
 def folder(path: Path) -> Path:
-    """Write the model folder into `path`: 3 layers, 6 heads on 2 KV heads of 8, a tower of 3 blocks."""
+    """Write the model folder into `path`: 2 layers, 6 heads on 2 KV heads of 8, a tower of 3 blocks."""
     vision = {"depth": 3, "embed_dim": 32, "hidden_size": 48, "num_heads": 2}
-    return written(path, Qwen2VLForConditionalGeneration, tiny_config(Qwen2VLConfig, vision))
+    return written(path, Qwen2VLForConditionalGeneration, tiny_config(Qwen2VLConfig, vision, {"num_hidden_layers": 2}))
 
 
 def written(path: Path, kind: Any, config: Any) -> Path:

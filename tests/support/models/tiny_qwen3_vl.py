@@ -18,13 +18,13 @@ SIZE = (96, 160)  # 3 x 5 visual tokens
 
 
 def folder(path: Path) -> Path:
-    """Write the model folder into `path`: 4 layers, 6 heads on 2 KV heads of 16, a tower of 4 blocks with 2 planes, tied head."""
+    """Write the model folder into `path`: 3 layers, 6 heads on 2 KV heads of 16, a tower of 4 blocks with 2 planes, tied head."""
     shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
     text = {
         "vocab_size": shipped["text_config"]["vocab_size"],
         "hidden_size": 48,
         "intermediate_size": 56,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "head_dim": 16,

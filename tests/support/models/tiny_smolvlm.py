@@ -24,7 +24,7 @@ def config(vocabulary: int = 500, image_token: int = 456) -> SmolVLMConfig:
     rope = {"rope_type": "default", "rope_theta": 100000.0}
     return SmolVLMConfig(
         text_config=text
-        | {"model_type": "llama", "intermediate_size": 56, "num_hidden_layers": 3, "pad_token_id": 0}
+        | {"model_type": "llama", "intermediate_size": 56, "num_hidden_layers": 2, "pad_token_id": 0}
         | {"max_position_embeddings": 1024, "rope_parameters": rope, "tie_word_embeddings": True},
         vision_config=vision | {"image_size": 128, "patch_size": 16},
         image_token_id=image_token,
