@@ -3,7 +3,7 @@
 A method is a class instantiated for one cut and one geometry. It decides *which* tokens stay; the plan decides how many. A method
 returns a score per token at site "vision" (`score`), positions at "input" and "layer" (`select`), and a score per token and KV head
 at "cache" (`score_heads`). Methods are traced, so shapes must not depend on values. At "layer" and "cache" V may be 0 (steps
-without an image); before the decoder it never is.
+without an image), but never before the decoder.
 """
 
 from __future__ import annotations
