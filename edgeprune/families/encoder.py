@@ -3,9 +3,8 @@
 Every patch attends to all patches of its view. The layers are transformers' own, in the form that SigLIP, CLIP and Idefics share
 (norm, attention, norm, MLP). Attention is ours, so that matrices act on rows of patches; theirs adds a batch axis for the views.
 
-CLIP's and SigLIP's modules are those of transformers' models/clip/modeling_clip.py and models/siglip/modeling_siglip.py. Images have
-one size, so the embedding of an all-zero image (class token, bias, positions) is a constant. Layers after the last feature never
-run.
+The modules are those of transformers' models/clip/modeling_clip.py and models/siglip/modeling_siglip.py. Images have one size, so
+the embedding of an all-zero image (class token, bias, positions) is a constant. Layers after the last feature never run.
 """
 
 from __future__ import annotations
