@@ -51,13 +51,13 @@ class SquareSpec(PatchSpec):
         """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
         kind = plain_name(settings, _CLIP)
         require_off(settings, "use_square_size", *(() if kind == _LLAVA else ("do_pad",)))
-        whole = _resize_target(settings, kind)
-        height, width = _crop_size(settings, kind, whole)
+        target = _resize_target(settings, kind)
+        height, width = _crop_size(settings, kind, target)
         shared = patch_settings(settings, HALF if kind == _SIGLIP else CLIP)
         for side in (height, width):
             require_whole(side, shared["patch"], shared["merge"])
         squared = kind == _LLAVA and switch(settings, "do_pad", False)
-        return cls(**shared, height=height, width=width, whole=whole, squared=squared)
+        return cls(**shared, height=height, width=width, whole=target, squared=squared)
 
     def default_size(self) -> tuple[int, int] | None:
         """Return the size of the view."""
@@ -115,12 +115,12 @@ def _resize_target(settings: Mapping[str, Any], kind: str) -> tuple[int, int] | 
     raise refusal("size", size, "shortest_edge, or height and width")
 
 
-def _crop_size(settings: Mapping[str, Any], kind: str, whole: tuple[int, int] | int) -> tuple[int, int]:
+def _crop_size(settings: Mapping[str, Any], kind: str, target: tuple[int, int] | int) -> tuple[int, int]:
     if switch(settings, "do_center_crop", kind != _SIGLIP):
         crop = sides(settings, "crop_size", {} if kind == _SIGLIP else {"height": 224, "width": 224}, square=True)
         if set(crop) != {"height", "width"}:
             raise refusal("crop_size", crop, "height and width")
         return crop["height"], crop["width"]
-    if isinstance(whole, int):
-        raise refusal("size", {"shortest_edge": whole}, "height and width, since nothing is cropped")
-    return whole
+    if isinstance(target, int):
+        raise refusal("size", {"shortest_edge": target}, "height and width, since nothing is cropped")
+    return target
