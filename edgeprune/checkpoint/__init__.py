@@ -1,1 +1,1 @@
-"""A transformers model folder, checked and loaded, with weights that stay in their files. Imports no runtime and no export."""
+"""Loading of transformers model folders, with large weights left in their files. Imports neither runtime nor export."""

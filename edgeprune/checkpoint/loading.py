@@ -1,4 +1,4 @@
-"""Load a transformers folder: checked before anything heavy runs, safetensors only, in float32."""
+"""Load a transformers model folder in float32, from safetensors only; it is checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 TABLETOP = "tabletop"
 PREPROCESSOR = "preprocessor_config.json"
+_LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
 
 
 @dataclass(frozen=True)
 class ModelFolder:
     """A model folder that was checked but not loaded.
 
-    `name` is how the user called it, `trusted` whether Python code in it may run.
+    `name`: as the user gave it. `trusted`: whether Python code in the folder may run.
     """
 
     name: str
@@ -38,23 +39,23 @@ class ModelFolder:
 
     @property
     def weights(self) -> list[Path]:
-        """The safetensors files."""
+        """The safetensors files, sorted by name."""
         return sorted(self.path.glob("*.safetensors"))
 
     @property
     def bytes(self) -> int:
-        """Size of the weights on disk."""
+        """Size of the weight files in bytes."""
         return sum(path.stat().st_size for path in self.weights)
 
     def source(self) -> Source:
-        """Return the record of this model for a manifest; reads all weights once."""
+        """Return the record of this model for the manifest; hashes all weight files."""
         digest = hashlib.sha256("".join(sha256_of(path) for path in self.weights).encode())
         return Source(self.name, self.model_type, digest.hexdigest())
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory with its family, and the tokenizer that came with it."""
+    """A loaded model, its family and its tokenizer."""
 
     folder: ModelFolder
     model: Any
@@ -62,9 +63,9 @@ class LoadedModel:
     tokenizer: Any
 
     def geometry(self, size: tuple[int, int] | None, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return the geometry for images of `size` (height, width), or of the model's own default size; with `frames`, of a video.
+        """Return the geometry for images of `size` (height, width), by default the model's own; with `frames`, for a video.
 
-        Raises UsageError when there is no default, the size is not taken as it is, or the model takes no video.
+        Raises UsageError if there is no default size, the processor would change the size, or the model takes no video.
         """
         if frames > 1 and not self.family.videos:
             raise UsageError(f"Models of type {self.folder.model_type} take no video.", hint="Leave out --frames.")
@@ -72,14 +73,14 @@ class LoadedModel:
             size = self._spec(None).default_size()
         if size is None:
             raise UsageError("This model takes images of any size, but a bundle has one.", hint="Give --image-size 448x448, say.")
-        made = self._spec(size).geometry(*size, frames, fps)
-        if (made.height, made.width) != size:
-            unit = made.patch * made.merge
+        geometry = self._spec(size).geometry(*size, frames, fps)
+        if (geometry.height, geometry.width) != size:
+            unit = geometry.patch * geometry.merge
             raise UsageError(f"Image size {size[0]}x{size[1]} does not divide into {unit}-pixel visual tokens.")
-        return made
+        return geometry
 
     def settings(self, geometry: Geometry) -> dict[str, Any]:
-        """Return the image-processor settings for one geometry: every image is brought to its area."""
+        """Return the image-processor settings that bring every image to the area of one geometry."""
         return self._settings((geometry.height, geometry.width))
 
     def _settings(self, size: tuple[int, int] | None) -> dict[str, Any]:
@@ -90,28 +91,28 @@ class LoadedModel:
         return image_spec(self._settings(size))
 
     def check_plan(self, plan: KeepPlan) -> None:
-        """Raise PlanError unless the plan fits the model's family, depth and vision geometry, and its methods their sites."""
+        """Raise PlanError unless the plan fits the model's family, depth and geometry, and each method fits its site."""
         name = self.folder.name
         if plan.family != self.folder.model_type:
             raise PlanError(f"The plan was made for {plan.family}, but {name} is {self.folder.model_type}.")
         layers = len(self.family.decoder().layers)
         if plan.layers != layers:
             raise PlanError(f"The plan was made for {plan.layers} decoder layers, but {name} has {layers}.")
-        taken = plan.geometry
-        own = self.geometry((taken.height, taken.width), taken.frames, taken.fps)
-        if own != taken:
+        geometry = plan.geometry
+        own = self.geometry((geometry.height, geometry.width), geometry.frames, geometry.fps)
+        if own != geometry:
             raise PlanError(f"The plan was made for {plan.geometry}, but {name} divides that into {own}.")
         for cut in plan.cuts:
-            self._check_cut(cut, plan.geometry)
+            self._check_cut(cut, geometry)
         self._check_vision(plan)
 
     def _check_cut(self, cut: Cut, geometry: Geometry) -> None:
         reason = unsupported_reason(cut.method, cut.site, self.family)
         if reason:
             raise PlanError(f"{cut.method} cannot act at site {cut.site!r} of {self.folder.model_type}.", hint=f"It {reason}.")
-        if cut.keep == 1 and cut.site in ("layer", "cache"):  # torch.export takes min(1, length) for 1, whatever the length
+        if cut.keep == 1 and cut.site in ("layer", "cache"):  # torch.export assumes min(1, length) == 1 for every length
             raise PlanError(f"{cut} keeps a single token, which no graph can.", hint="Keep 2, or none.")
-        method_class(cut.method)(cut, geometry)  # refuses options that it does not know
+        method_class(cut.method)(cut, geometry)  # raises for unknown options
 
     def _check_vision(self, plan: KeepPlan) -> None:
         if not plan.vision_cuts:
@@ -121,10 +122,10 @@ class LoadedModel:
                 f"{plan.input} compares the same places of whole frames, and {plan.vision_cuts[-1]} leaves only some.",
                 hint="Leave one of them out.",
             )
-        self.family.vision(plan.geometry, cuts=plan.vision_cuts)  # refuses what its blocks and views cannot do
+        self.family.vision(plan.geometry, cuts=plan.vision_cuts)  # raises for cuts that its blocks or views cannot apply
 
     def decoder_shape(self) -> DecoderShape:
-        """Return the sizes of the decoder."""
+        """Return the decoder's dimensions."""
         parts = self.family.decoder()
         return DecoderShape(
             layers=len(parts.layers),
@@ -138,23 +139,23 @@ class LoadedModel:
         )
 
     def chat_template(self, image: ImageText) -> str:
-        """Return the chat template, the folder's own where it writes what stands for an image, else the family's.
+        """Return the folder's chat template, or the family's if the folder has none or its own lacks the image placeholder.
 
-        Raises UnsupportedModelError when there is none.
+        Raises UnsupportedModelError if there is no template.
         """
         template = self.tokenizer.chat_template
         legacy = self.folder.path / "chat_template.json"
         if template is None and legacy.is_file():
             template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
-        general: str | None = self.family.chat_template
-        if general is not None and (template is None or (image.placeholder in general and image.placeholder not in template)):
-            template = general
+        default: str | None = self.family.chat_template
+        if default is not None and (template is None or (image.placeholder in default and image.placeholder not in template)):
+            template = default
         if not isinstance(template, str):
             raise UnsupportedModelError(f"{self.folder.name} has no chat template.", hint="Add a chat_template.jinja to it.")
         return template
 
     def special_tokens(self) -> dict[str, str]:
-        """Return the named special tokens that chat templates use (bos_token, eos_token ...)."""
+        """Return the named special tokens that chat templates use, such as bos_token."""
         return {name: text for name, text in self.tokenizer.special_tokens_map.items() if isinstance(text, str)}
 
     def end_tokens(self) -> tuple[int, ...]:
@@ -164,9 +165,10 @@ class LoadedModel:
 
 
 def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
-    """Return the checked folder of `name`: a path, or "tabletop" for the bundled model.
+    """Return the checked model folder of `name`: a path, or "tabletop" for the bundled model.
 
-    A folder that brings code of its own is refused unless it is trusted.
+    Raises UsageError for a folder that is missing or incomplete, and UnsupportedModelError for an unknown model type, for weights
+    other than safetensors, and for Python code in the folder without `trust_remote_code`.
     """
     path = MODEL_FOLDER if name == TABLETOP else Path(name)
     if not path.is_dir():
@@ -188,9 +190,9 @@ def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
 
 
 def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
-    """Load the weights; raise UnsupportedModelError when tensors are missing, left over, quantized or of another shape.
+    """Load the weights; raise UnsupportedModelError if tensors are missing, unexpected, quantized or of another shape.
 
-    `on_disk`: large matrices stay in their files until a graph with them is written. Such a model can be exported, but not run.
+    `on_disk`: large matrices stay in their files until a graph is written. Such a model can be exported but not run.
     """
     require_extra("export", "torch", "transformers", "optimum")
     import transformers
@@ -202,9 +204,12 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
     config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=folder.trusted)
     family.check(config)
     stored = stored_tensors(folder.path)
-    kind = _class_of(folder, config)
+    model_class = _class_of(folder, config)
     try:
-        model, report = _stored_model(kind, folder.path, config, stored) if on_disk else _whole_model(kind, folder.path, config)
+        if on_disk:
+            model, report = _stored_model(model_class, folder.path, config, stored)
+        else:
+            model, report = _in_memory_model(model_class, folder.path, config)
     except (OSError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(f"Cannot load {folder.name}: {str(error).splitlines()[0]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -212,9 +217,6 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
             raise UnsupportedModelError(f"{folder.name} has {problem.replace('_', ' ')}: {sorted(report[problem])[:3]}.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
     return LoadedModel(folder, model.eval(), family(model), tokenizer)
-
-
-_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
 
 
 def _class_of(folder: ModelFolder, config: Any) -> Any:
@@ -230,22 +232,22 @@ def _class_of(folder: ModelFolder, config: Any) -> Any:
     return getattr(transformers, named)
 
 
-def _whole_model(kind: Any, path: Path, config: Any) -> tuple[Any, dict[str, Any]]:
-    model, report = kind.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True, **_OPTIONS)
+def _in_memory_model(model_class: Any, path: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    model, report = model_class.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True, **_LOAD_OPTIONS)
     return model, report
 
 
-def _stored_model(kind: Any, path: Path, config: Any, stored: list[StoredTensor]) -> tuple[Any, dict[str, Any]]:
+def _stored_model(model_class: Any, path: Path, config: Any, stored: list[StoredTensor]) -> tuple[Any, dict[str, Any]]:
     import transformers
     from transformers.core_model_loading import WeightConverter
 
     from edgeprune.checkpoint.weights import attach, state_of
 
     state = state_of(stored)
-    model, report = kind.from_pretrained(None, config=config, state_dict=state, **_OPTIONS)
-    # Names may differ between a checkpoint and its model; where matrices are split or joined, too, they are all needed now.
+    model, report = model_class.from_pretrained(None, config=config, state_dict=state, **_LOAD_OPTIONS)
+    # Tensors may be renamed on loading, but converters that split or join them need the values.
     if any(isinstance(change, WeightConverter) for change in model._weight_conversions):
-        return _whole_model(kind, path, config)
+        return _in_memory_model(model_class, path, config)
     attach(model, stored, state)
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
@@ -254,12 +256,12 @@ def _stored_model(kind: Any, path: Path, config: Any, stored: list[StoredTensor]
 
 def _processor(path: Path) -> dict[str, Any]:
     # Newer checkpoints keep the settings of all processors in one file.
-    whole = path / "processor_config.json"
-    if (path / PREPROCESSOR).is_file() or not whole.is_file():
+    combined = path / "processor_config.json"
+    if (path / PREPROCESSOR).is_file() or not combined.is_file():
         return _read_json(path, PREPROCESSOR)
-    settings = _read_json(path, whole.name).get("image_processor")
+    settings = _read_json(path, combined.name).get("image_processor")
     if not isinstance(settings, dict):
-        raise UsageError(f"{whole} has no settings of an image processor.", hint=f"Add a {PREPROCESSOR}.")
+        raise UsageError(f"{combined} has no settings of an image processor.", hint=f"Add a {PREPROCESSOR}.")
     return settings
 
 

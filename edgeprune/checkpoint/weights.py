@@ -1,7 +1,7 @@
-"""Weights that stay in their files: large matrices of a model are placeholders while it is traced, and are read when written.
+"""Weights that stay in their files: large matrices are placeholders while a model is traced, and are read when a graph is written.
 
-A placeholder is a float32 tensor with the shape of the matrix and the memory of one number, which is no number: whatever were
-computed from it would be none either, and is refused when a graph is written.
+A placeholder is a float32 tensor with the shape of the matrix and the memory of a single NaN. Anything computed from it is NaN too,
+and is refused when a graph is written.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import nn
 
 from edgeprune.errors import UnsupportedModelError
 
-LARGE = 1 << 20  # elements; the optimizer of graphs looks into constants of up to 8192
+LARGE = 1 << 20  # elements; the graph optimizer reads constants of up to 8192
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_TAKEN = (*_FLOATS, "I64", "I32", "BOOL")  # the integers are positions and masks
+_SUPPORTED = (*_FLOATS, "I64", "I32", "BOOL")  # the integers are positions and masks
 
 
 class Matrix(Protocol):
-    """A matrix of float32 numbers that is read in pieces."""
+    """A float32 matrix that can be read in slices of rows."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns: outputs and inputs of a linear layer, tokens and width of an embedding table."""
+        """Rows and columns: (outputs, inputs) of a linear layer, (tokens, width) of an embedding table."""
         ...
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return some rows [stop - start, columns]."""
+        """Return the rows from `start` to `stop` [stop - start, columns]."""
         ...
 
 
@@ -49,13 +49,13 @@ class InMemoryMatrix:
         return self.tensor.shape[0], self.tensor.shape[1]
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return some rows."""
+        """Return the rows from `start` to `stop`."""
         return self.tensor[start:stop]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: its `kind` is the format's own name of the type, such as BF16."""
+    """A tensor in a safetensors file. `kind`: the format's name of its type, such as BF16."""
 
     path: Path
     name: str
@@ -64,37 +64,37 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns, of a matrix."""
+        """Rows and columns, if the tensor is a matrix."""
         rows, columns = self.size
         return rows, columns
 
     @property
     def large(self) -> bool:
-        """Whether it is the matrix of some layer, and too large to be held for nothing."""
+        """Whether this is the weight matrix of a layer with LARGE elements or more."""
         count = self.size[0] * self.size[1] if len(self.size) == 2 else 0
         return count >= LARGE and self.kind in _FLOATS and self.name.endswith(".weight")
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return some rows in float32. The file is opened each time: what is read of an open one counts as memory."""
+        """Return the rows from `start` to `stop` in float32. Opens the file each time: pages of an open file count as memory."""
         with safe_open(self.path, framework="pt") as file:
             part: torch.Tensor = file.get_slice(self.name)[start:stop]
         return part.float()
 
     def read(self) -> torch.Tensor:
-        """Return the whole tensor in its own type."""
+        """Return the tensor in its stored type."""
         with safe_open(self.path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(self.name)
         return tensor.clone()
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """Return what the safetensors files of a model folder hold, by their headers.
+    """Return the tensors in the safetensors files of a model folder, read from the headers alone.
 
-    Raises UnsupportedModelError when a file is missing or broken, or holds a tensor of quantized numbers.
+    Raises UnsupportedModelError if a file is missing or broken, or holds a quantized tensor.
     """
     stored = [tensor for path in _files(folder) for tensor in _header(path)]
     for tensor in stored:
-        if tensor.kind not in _TAKEN:
+        if tensor.kind not in _SUPPORTED:
             raise UnsupportedModelError(
                 f"{tensor.name} in {tensor.path} is of type {tensor.kind}: this checkpoint is quantized.",
                 hint="Export the original weights; EdgePrune quantizes by itself.",
@@ -108,9 +108,9 @@ def state_of(stored: list[StoredTensor]) -> dict[str, torch.Tensor]:
 
 
 def attach(model: Any, stored: list[StoredTensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Tell the parameters of a transformers model that are placeholders of `state` what they stand for; to be found by `stored_in`.
+    """Attach stored tensors to the parameters of a transformers model that are placeholders of `state`; `stored_in` finds them.
 
-    Only linear layers and the token embedding keep them. Whatever else has one is read now, as families compute with it.
+    Only linear layers and the token embedding keep placeholders. Families compute with other parameters, which are read now.
     """
     kept = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     kept.add(id(model.get_input_embeddings().weight))
@@ -127,13 +127,13 @@ def attach(model: Any, stored: list[StoredTensor], state: Mapping[str, torch.Ten
 
 
 def stored_in(module: nn.Module) -> dict[int, StoredTensor]:
-    """Return what the placeholders among a module's parameters stand for, by the address of their memory."""
+    """Return the stored tensors of a module's placeholders, keyed by `address`."""
     found: dict[int, Any] = {address(parameter): getattr(parameter, "stored", None) for parameter in module.parameters()}
-    return {place: source for place, source in found.items() if source is not None}
+    return {key: source for key, source in found.items() if source is not None}
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Return where a tensor's memory begins: no two tensors alive share it unless they are views of one."""
+    """Return the address of a tensor's storage; live tensors share it only if they are views of one storage."""
     return tensor.untyped_storage().data_ptr()
 
 
@@ -142,10 +142,10 @@ def _placeholder(size: tuple[int, ...]) -> torch.Tensor:
 
 
 def _files(folder: Path) -> list[Path]:
-    # transformers' own order: one file, or else what the index names. Other files in the folder are not of the model.
+    # The order of transformers: the single file, or else the files in the index. Other files do not belong to the model.
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    there = {path.name: path for path in folder.glob("*.safetensors")}
+    present = {path.name: path for path in folder.glob("*.safetensors")}
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         names = sorted({str(name) for name in index["weight_map"].values()})
@@ -153,13 +153,13 @@ def _files(folder: Path) -> list[Path]:
         raise UnsupportedModelError(f"{folder} has neither model.safetensors nor {_INDEX}.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(f"Cannot read {folder / _INDEX}: {error}.") from error
-    missing = [name for name in names if name not in there]
+    missing = [name for name in names if name not in present]
     if missing:
         raise UnsupportedModelError(
             f"{folder} lacks {len(missing)} of the {len(names)} files that its index names: {missing[0]}.",
             hint="Download the whole checkpoint.",
         )
-    return [there[name] for name in names]
+    return [present[name] for name in names]
 
 
 def _header(path: Path) -> Iterator[StoredTensor]:

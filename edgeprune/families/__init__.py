@@ -1,1 +1,1 @@
-"""Model families: what EdgePrune must know of an architecture, one file each. Imports transformers' modules, no runtime."""
+"""Model families: the adapters of EdgePrune to model architectures. Imports transformers' modules, but no runtime."""

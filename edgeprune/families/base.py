@@ -1,10 +1,7 @@
-"""Plain text decoders: Llama, Mistral, Qwen2 and Qwen3, which several vision families put behind their encoders.
+"""The interface of model families, and the plain text decoders that several of them share: Llama, Mistral, Qwen2 and Qwen3.
 
-The modules are those of transformers' models/llama, models/mistral, models/qwen2 and models/qwen3. A sliding window and a dynamic
-scaling of the rotary positions change nothing until a sequence is longer than they say: they bound `context` instead of being
-refused.
-
-What a model family tells the rest of EdgePrune.
+The decoder modules are those of transformers' models/llama, models/mistral, models/qwen2 and models/qwen3. A sliding window and
+dynamic scaling of the rotary positions have no effect up to their length, so they bound `context` instead of being refused.
 """
 
 from __future__ import annotations
@@ -26,16 +23,15 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """The decoder's own modules.
+    """The modules and dimensions of a decoder.
 
-    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, and where it has them q_norm and
-    k_norm for each head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of
-    integer positions [axes, S]. `embed_tokens`: a module from ids to embeddings as they enter layer 0, scaled where the model
-    scales them.
+    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, optionally q_norm and k_norm per
+    head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions
+    [axes, S]. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any scaling.
 
-    `planes`: how many of the first layers add a feature of its own to every visual token (DeepStack): visual tokens and embeddings
-    are then (1 + planes) * hidden wide. `bidirectional`: tokens of one step all see each other (a prefix language model).
-    `context`: the longest sequence that attention was made for, in tokens.
+    `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
+    are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
+    `context`: the longest supported sequence in tokens.
     """
 
     layers: nn.ModuleList
@@ -54,11 +50,11 @@ class DecoderParts:
 
 
 class Family:
-    """One architecture: how to check a model, what its images are in the text, and where its parts are.
+    """An adapter to one architecture: checks its configuration, formats images in the text and locates its modules.
 
-    `position_axes`: 3 with mRoPE. `signals`: what its vision encoder tells beside the visual tokens, for input methods whose
-    `needs` name it; `no_signals_reason`: why it tells no more, where it does not. `no_encoder_cuts_reason`: why no token can leave
-    inside the encoder, where none can. `videos`: whether it was trained on them. `chat_template`: for model folders without one.
+    `position_axes`: 3 with mRoPE. `signals`: extra outputs of the vision encoder, for input methods that name them in `needs`;
+    `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so.
+    `videos`: whether the model was trained on videos. `chat_template`: the default for model folders without one.
     """
 
     name: ClassVar[str]
@@ -74,29 +70,30 @@ class Family:
 
     @staticmethod
     def check(config: Any) -> None:
-        """Raise UnsupportedModelError when the configuration has a twist that the family's graphs do not cover."""
+        """Raise UnsupportedModelError for a configuration that the family's graphs do not support."""
         raise NotImplementedError
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the settings for `edgeprune.processors.image_spec`: the model's image processor's own, and what it leaves to the
-        configuration; with `size` (height, width), such that images of that aspect are brought to it where any size is taken.
+        """Return the settings for `edgeprune.processors.image_spec`, from the image processor and the model's configuration.
+
+        With `size` (height, width), processors that take any size bring images of that aspect to it.
         """
         raise NotImplementedError
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return how an image, or a video, stands in the text."""
+        """Return the text that represents an image or a video in a prompt."""
         raise NotImplementedError
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return a module from patches [patches, patch pixels] to visual tokens [1, V, hidden], with planes that much wider.
+        """Return a module from patches [patches, patch pixels] to visual tokens [1, V, (1 + planes) * hidden].
 
-        Its `takes` is the shape of its patches, `blocks` how many its encoder runs. With `signals`, of a family that has them, it
-        also returns the attention each token receives [V] and its keys [V, key dim]. With `cuts`, of a family without
-        `no_encoder_cuts_reason`, all of these are of the tokens that stay, and last it returns the indices in the image [K],
-        ascending, that each of the vision cuts kept.
+        Its attributes are `takes`, the shape of its patches, and `blocks`, the number of encoder blocks that run. With `signals`
+        (if the family has them) it also returns the attention that each token receives [V] and its keys [V, key dim]. With `cuts`
+        (unless the family has a `no_encoder_cuts_reason`) all outputs cover only the kept tokens, followed by the ascending indices
+        in the image [K] that each vision cut kept.
 
-        Raises PlanError for a cut beyond the encoder's blocks, or whose count does not divide among the views.
+        Raises PlanError for a cut beyond the encoder's blocks, or if its count does not divide among the views.
         """
         raise NotImplementedError
 
@@ -106,13 +103,13 @@ class Family:
 
 
 def refuse_quantized(config: Any) -> None:
-    """Raise UnsupportedModelError for a checkpoint of quantized weights."""
+    """Raise UnsupportedModelError for a quantized checkpoint."""
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
 
 
 def text_rope(rotary: nn.Module) -> nn.Module:
-    """Return the rope of a Hugging Face text model with plain positions: integers [1, S] to cosines and sines [S, head_dim]."""
+    """Return the rope of a Hugging Face text model with 1-D positions: integers [1, S] to cosines and sines [S, head_dim]."""
     return _TextRope(rotary)
 
 
@@ -127,7 +124,7 @@ class _TextRope(nn.Module):
 
 
 def check_text(config: Any) -> None:
-    """Refuse quantized weights, other text models (mixtures of experts are), and rotary positions of two minds."""
+    """Refuse quantized weights, unsupported text models (including mixtures of experts) and longrope positions."""
     refuse_quantized(config)
     text = config.text_config
     if text.model_type not in KINDS:
@@ -140,11 +137,11 @@ def check_text(config: Any) -> None:
 
 
 def text_decoder(text: Any, lm_head: nn.Module) -> DecoderParts:
-    """Return the parts of a Hugging Face text model (without its head) and the head."""
+    """Return the decoder parts of a Hugging Face text model (without its head) and its head."""
     config = text.config
     rotary = copy.copy(text.rotary_emb)
     if rotary.rope_type == "dynamic":
-        rotary.rope_type = "default"  # within `context` the frequencies are those it starts with
+        rotary.rope_type = "default"  # within `context` the initial frequencies apply
     return DecoderParts(
         layers=text.layers,
         norm=text.norm,

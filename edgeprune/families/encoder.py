@@ -1,13 +1,10 @@
-"""CLIP's and SigLIP's vision encoders as LLaVA and its relatives use them: features of some layers, and a projector behind.
+"""Vision transformers over equal views, with the features of CLIP and SigLIP as LLaVA and related families use them.
 
-The modules are those of transformers' models/clip/modeling_clip.py and models/siglip/modeling_siglip.py, over equal views. They
-look at pictures of one size, so what an empty picture becomes (class token, bias and positions) is a constant. Layers behind the
-last feature are never run.
+Every patch attends to all patches of its view. The layers are transformers' own, in the form that SigLIP, CLIP and Idefics share
+(norm, attention, norm, MLP). Attention is ours, so that matrices act on rows of patches; theirs adds a batch axis for the views.
 
-Vision transformers over equal views: every patch attends to all patches of its view, and all matrices act on rows of patches.
-
-The layers are transformers' own, of the shape that SigLIP, CLIP and Idefics have in common (norm, attention, norm, MLP). Attention
-is ours, because theirs has the views as a batch in front of every matrix.
+The modules are those of transformers' models/clip/modeling_clip.py and models/siglip/modeling_siglip.py. Images have one size, so
+the embedding of an all-zero image (class token, bias, positions) is a constant. Layers after the last feature never run.
 """
 
 from __future__ import annotations
@@ -27,9 +24,9 @@ CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 
 
 class ViewEncoder(nn.Module):
-    """The layers, and the cuts between them: rows [views * rows of one, width] in, patches [views * patches, width] out.
+    """Encoder layers with cuts between them: rows [views * rows per view, width] to patches [views * patches, width].
 
-    `features`: after how many layers they are taken, by default after all. `signal_layer`: which one tells what it attends to.
+    `features`: how many layers run before each feature, by default all. `signal_layer`: the index of the layer that gives signals.
     """
 
     def __init__(
@@ -49,9 +46,9 @@ class ViewEncoder(nn.Module):
             thinning.check(len(layers))
 
     def forward(self, hidden: torch.Tensor) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """Return the features, and beside them the signals and what each cut kept.
+        """Return the features, and a tuple of the signals and the indices in the image [K] that each cut kept.
 
-        Signals are the attention that a visual token receives [V], and its keys [V, width]; kept are indices in the image [K].
+        Signals are the attention that each visual token receives [V] and its keys [V, width].
         """
         states, signals, kept = {0: hidden}, tuple[torch.Tensor, ...](), [] if self.thinning is None else [self.thinning.order]
         for index, layer in enumerate(self.layers):
@@ -75,7 +72,7 @@ class ViewEncoder(nn.Module):
         return hidden + layer.mlp(layer.layer_norm2(hidden)), weights, keys
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows [views * patches, width] mixed within their views, and the weights."""
+        """Return the attention within each view [views * patches, width] and its weights [views, heads, patches, patches]."""
         shape = (self.views, -1, heads, query.shape[1] // heads)
         query, key, value = (rows.view(shape).transpose(1, 2) for rows in (query, key, value))
         weights = torch.softmax((query * shape[-1] ** -0.5) @ key.transpose(2, 3), dim=-1)
@@ -83,7 +80,7 @@ class ViewEncoder(nn.Module):
 
 
 def patch_linear(convolution: nn.Conv2d) -> nn.Linear:
-    """Return a convolution whose kernel is as large as its stride as a product with patches [n, pixels], its bias left out."""
+    """Return a convolution whose kernel equals its stride as a linear layer over patches [n, pixels], without bias."""
     kernel = convolution.weight
     linear = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(kernel.flatten(1), requires_grad=False)
@@ -91,7 +88,7 @@ def patch_linear(convolution: nn.Conv2d) -> nn.Linear:
 
 
 def check_encoder(config: Any, *kinds: str) -> None:
-    """Refuse vision encoders of other kinds (their `model_type`)."""
+    """Refuse vision encoders whose `model_type` is not one of `kinds`."""
     found = config.vision_config.model_type
     if found not in kinds:
         known = " and ".join(map(repr, kinds))
@@ -101,7 +98,7 @@ def check_encoder(config: Any, *kinds: str) -> None:
 
 
 def check_selection(config: Any) -> None:
-    """Refuse a choice of features that keeps CLIP's class token, or drops one of SigLIP's patches for want of one."""
+    """Refuse a feature selection that keeps CLIP's class token, or drops the first patch of SigLIP, which has no class token."""
     selection, kind = config.vision_feature_select_strategy, config.vision_config.model_type
     if (selection == "default") != (kind == CLIP):
         what = "keeps the class token" if kind == CLIP else "drops the first patch"
@@ -109,7 +106,7 @@ def check_selection(config: Any) -> None:
 
 
 def check_grid(config: Any, rows: int, columns: int) -> None:
-    """Refuse views of other rows and columns of patches than the encoder has positions for."""
+    """Refuse views whose rows and columns of patches differ from the encoder's positions."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     if (rows, columns) != (side, side):
         raise UnsupportedModelError(
@@ -121,11 +118,10 @@ def check_grid(config: Any, rows: int, columns: int) -> None:
 class FeatureEncoder(nn.Module):
     """The encoder: patches [views * patches, 3 * P * P] to features [views * patches, layers * width], without class tokens.
 
-    `layers`: after how many layers the features are taken, counted back from all of them (-1) where below zero; of a list, those
-    of each stand side by side.
-    With `signals`, also from the layer before the last feature, but never from the encoder's last: the attention that a patch
-    receives [views * patches], from the class token, or averaged over queries where there is none; and its keys, of that width.
-    With `thinning`, patches leave on the way.
+    `layers`: how many layers run before the features, negative if counted back from the output (-1); the features of a list are
+    concatenated. With `signals`, it also returns the attention that each patch receives [views * patches], from the class token or
+    averaged over all queries if there is none, and its keys [views * patches, width]. They come from the layer before the last
+    feature, but never from the encoder's last layer. `thinning`: the cuts inside the encoder.
     """
 
     places: torch.Tensor
@@ -156,7 +152,7 @@ class FeatureEncoder(nn.Module):
         self.blocks = run
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the features of all views, and beside them the signals, if asked for, and what each cut kept."""
+        """Return the features of all views, and a tuple of the signals, if enabled, and the indices that each cut kept."""
         hidden = self.patch(pixel_values).unflatten(0, (self.views, -1)) + self.places[:, self.first :]
         if self.first:
             hidden = torch.cat([self.places[:, : self.first].expand(self.views, -1, -1), hidden], dim=1)
@@ -165,9 +161,7 @@ class FeatureEncoder(nn.Module):
 
 
 class ProjectedView(nn.Module):
-    """The encoder and a projector of its features: patches [patches, 3 * P * P] to visual tokens [1, V, hidden], and what the
-    encoder tells beside them.
-    """
+    """The encoder and projector: patches [patches, 3 * P * P] to visual tokens [1, V, hidden] and the encoder's other outputs."""
 
     def __init__(self, encoder: FeatureEncoder, projector: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -175,13 +169,13 @@ class ProjectedView(nn.Module):
         self.blocks = encoder.blocks
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image, the signals, if asked for, and what each cut kept."""
+        """Return the visual tokens of one image, the signals, if enabled, and the indices that each cut kept."""
         features, beside = self.encoder(pixel_values)
         visual = self.projector(features)[None]
         return (visual, *beside) if beside else visual
 
 
 def projected_view(config: Any, geometry: Geometry, encoder: FeatureEncoder, *projectors: nn.Module) -> ProjectedView:
-    """Return the module for an image of one view, that is one visual token for each patch."""
+    """Return the module for an image of one view, with one visual token per patch."""
     check_grid(config, geometry.rows, geometry.columns)
     return ProjectedView(encoder, nn.Sequential(*projectors))

@@ -1,6 +1,6 @@
-"""Visual tokens leave inside a vision encoder: which stay before a block, and what goes on with them.
+"""Cuts inside a vision encoder: which visual tokens stay before a block, and how its rows are reduced to them.
 
-All shapes are constants: a cut is TopK and Gather. Every view keeps as many tokens, so that views still attend in one batch.
+All shapes are constants: a cut lowers to TopK and Gather. Every view keeps equally many tokens, so views still attend in one batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from edgeprune.registry import method_class
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the rows of an encoder lie: view after view, in each `first` rows that stand for no place (a class token), and then the
-    patches, the `merged` ones of a visual token together.
+    """The layout of an encoder's rows: view after view, each with `first` rows that are no patch (a class token) and its patches.
+
+    The `merged` patches of a visual token are adjacent.
     """
 
     views: int
@@ -27,25 +28,26 @@ class RowLayout:
     merged: int = 1
 
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows that are patches [views * patches, width]."""
+        """Return the rows of patches [views * patches, width]."""
         return rows.view(self.views, -1, rows.shape[1])[:, self.first :].flatten(0, 1) if self.first else rows
 
     def means(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the mean over the patches of each visual token: [V, width] of all rows, [V] of one number for each patch."""
+        """Return the mean over the patches of each visual token: [V, width] for rows, [V] for one number per patch."""
         patches = rows if rows.ndim == 1 else self.patches(rows)
         return patches.reshape(-1, self.merged, *rows.shape[1:]).mean(dim=1) if self.merged > 1 else patches
 
     def received(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return the attention that each visual token receives [V], of weights [views, heads, rows, rows].
+        """Return the attention that each visual token receives [V], given weights [views, heads, rows, rows].
 
-        From the class token, or averaged over queries where there is none; averaged over heads and over the token's patches.
+        It comes from the class token, or is averaged over all queries if there is none. It is averaged over heads and over the
+        token's patches.
         """
         return self.means(weights[:, :, : self.first or None, self.first :].mean(dim=(1, 2)).flatten())
 
 
 @dataclass(frozen=True)
 class SurvivingTokens:
-    """What a method is told: the indices in the image `order` [V], and the attention that each of these tokens received [V]."""
+    """The view of a method: the remaining tokens' indices in the image `order` [V], and the attention that each received [V]."""
 
     order: torch.Tensor
     attention: Callable[[], torch.Tensor]
@@ -53,17 +55,17 @@ class SurvivingTokens:
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """The visual tokens that stay: `chosen` [K], positions among those of all views."""
+    """The kept visual tokens: `chosen` [K], positions among the tokens of all views."""
 
     chosen: torch.Tensor
     rows: RowLayout
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows that stay of one row for each visual token."""
+        """Return the kept rows, given one row per visual token."""
         return rows.index_select(0, self.chosen)
 
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows that stay of an encoder's rows; those that stand for no place do."""
+        """Return the kept rows, given an encoder's rows; class tokens are kept."""
         width, first = rows.shape[1], self.rows.first
         kept = self.tokens(self.rows.patches(rows).reshape(-1, self.rows.merged * width)).reshape(-1, width)
         if not first:
@@ -73,10 +75,10 @@ class TokenSelection:
 
 
 class EncoderPruning(nn.Module):
-    """The vision cuts of one geometry, by the number of the block before which they act.
+    """The vision cuts of one geometry, keyed by the block before which they act.
 
-    `order` [V]: the index in the image of each visual token, as the encoder has them. Raises PlanError for a count that does not
-    divide among the views.
+    `order` [V]: the index in the image of each visual token, in the order of the encoder. Raises PlanError for a count that does
+    not divide among the views.
     """
 
     order: torch.Tensor
@@ -94,13 +96,13 @@ class EncoderPruning(nn.Module):
         self.register_buffer("order", torch.arange(geometry.tokens), persistent=False)
 
     def check(self, depth: int) -> None:
-        """Raise PlanError for a cut beyond an encoder of so many blocks."""
+        """Raise PlanError for a cut beyond an encoder of `depth` blocks."""
         for cut, _ in self.cuts.values():
             if cut.layer >= depth:
                 raise PlanError(f"{cut} lies beyond the vision encoder's {depth} blocks.", hint=f"Give 1 to {depth - 1}.")
 
     def pick(self, index: int, living: SurvivingTokens, rows: RowLayout) -> TokenSelection:
-        """Return what stays before block `index` of the tokens that are still there."""
+        """Return the tokens that the cut before block `index` keeps of the remaining ones."""
         cut, method = self.cuts[index]
         scores = method.score(living).view(rows.views, -1)
         best = torch.topk(scores, cut.keep // rows.views, dim=1).indices
@@ -108,19 +110,19 @@ class EncoderPruning(nn.Module):
 
 
 def _ascending(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return integers [views, K] ascending in each row, and where they were; lowers to TopK."""
-    found = torch.topk(numbers, numbers.shape[1], dim=1, largest=False, sorted=True)
-    return found.values, found.indices
+    """Return integers [views, K] sorted in each row, and their previous positions; lowers to TopK."""
+    result = torch.topk(numbers, numbers.shape[1], dim=1, largest=False, sorted=True)
+    return result.values, result.indices
 
 
 def in_image_order(order: torch.Tensor, views: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return indices in the image [V], which lie view after view, ascending; and the positions [V] they had."""
-    values, places = _ascending(order.view(views, -1))
-    return values.flatten(), (places + _starts(views, values.shape[1], order)).flatten()
+    """Return the indices in the image [V], given view after view, in ascending order, and their previous positions [V]."""
+    values, positions = _ascending(order.view(views, -1))
+    return values.flatten(), (positions + _starts(views, values.shape[1], order)).flatten()
 
 
 def _starts(views: int, each: int, like: torch.Tensor) -> torch.Tensor:
-    # Where the tokens of each view begin [views, 1].
+    # The position of the first token of each view [views, 1].
     return torch.arange(views, device=like.device)[:, None] * each
 
 

@@ -1,8 +1,8 @@
-"""Idefics2: images of any shape in an encoder like SigLIP's, resampled into a few latents, a Mistral decoder.
+"""Idefics2: a SigLIP-like encoder for images of any shape, a resampler into a few latents, and a Mistral decoder.
 
-Laurençon et al., arXiv 2405.02246; the modules are those of transformers' models/idefics2/modeling_idefics2.py. Position ids by
-fractional coordinates (NaViT, arXiv 2307.06304) are constants of one geometry, and no view is padded, so the masks vanish. The text
-is that of processing_idefics2.py: neighbouring images share a mark, and a space sets the last one off from a word.
+Laurençon et al., arXiv 2405.02246; the modules are those of transformers' models/idefics2/modeling_idefics2.py. Position ids from
+fractional coordinates (NaViT, arXiv 2307.06304) are constants of one geometry. No view is padded, so no masks are needed. The text
+is that of processing_idefics2.py: adjacent images share a marker, and a space separates the last marker from a word.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FAKE, _IMAGE = "<fake_token_around_image>", "<image>"
 
 
 class Idefics2(Family):
-    """Where the parts of an Idefics2ForConditionalGeneration are."""
+    """The family of Idefics2ForConditionalGeneration."""
 
     name = "idefics2"
     signals = ()
@@ -32,14 +32,14 @@ class Idefics2(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights and text models that are no plain decoder."""
+        """Refuse quantized weights and unsupported text models."""
         check_text(config)
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings with the model's patches and latents; with `size`, such that it bounds the edges.
+        """Return the image processor's settings with the model's patches and latents; `size` limits the edges.
 
-        A limit is only ever lowered: quarters of an image are as large as the whole only where the old one still holds.
+        Limits are only lowered: beyond the old ones the quarters of an image would differ in size from the full image.
         """
         model = {"patch_size": config.vision_config.patch_size, "latents": config.perceiver_config.resampler_n_latents}
         edges = dict(processor.get("size") or {"shortest_edge": 378, "longest_edge": 980})
@@ -48,13 +48,13 @@ class Idefics2(Family):
         return {**processor, **model, "size": edges}
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the views, with one mark before each and one at the end."""
+        """Return the text of an image: one marker before each view and one at the end."""
         text = (_FAKE + _IMAGE) * len(geometry.layout) + _FAKE
         return ImageText("image", _IMAGE, text, self._model.config.image_token_id, boundary=_FAKE)
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and resampler for one layout of views."""
-        del signals, cuts  # it has neither
+        del signals, cuts  # this family supports neither
         return ResampledTower(self._model.model, geometry)
 
     def decoder(self) -> DecoderParts:
@@ -63,7 +63,7 @@ class Idefics2(Family):
 
 
 class ResampledTower(nn.Module):
-    """The encoder and resampler: patches [patches, 3 * P * P] of equal views to their latents [1, views * latents, hidden]."""
+    """The encoder and resampler: patches [patches, 3 * P * P] of equal views to latents [1, views * latents, hidden]."""
 
     places: torch.Tensor
 
@@ -73,8 +73,8 @@ class ResampledTower(nn.Module):
         self.resampler = Resampler(model.connector.perceiver_resampler, len(geometry.layout))
         self.encoder = ViewEncoder(self.tower.encoder.layers, RowLayout(len(geometry.layout)))
         self.patch = patch_linear(self.tower.embeddings.patch_embedding)
-        whole, side = geometry.layout[-1], self.tower.embeddings.patch_size  # quarters are brought to the size of the whole
-        rows, columns = whole.height // side, whole.width // side
+        overview, side = geometry.layout[-1], self.tower.embeddings.patch_size  # quarters are resized to the overview's size
+        rows, columns = overview.height // side, overview.width // side
         self.blocks = len(self.encoder.layers)
         self.takes = (len(geometry.layout) * rows * columns, self.patch.in_features)
         places = empty_picture(self.tower.embeddings, rows, columns)
@@ -88,38 +88,38 @@ class ResampledTower(nn.Module):
 
 
 def empty_picture(embeddings: Any, rows: int, columns: int) -> torch.Tensor:
-    """Return what a picture of zeros becomes, that is the bias and the position of each patch [rows * columns, width]."""
+    """Return the embedding of an all-zero image, that is the bias plus the position of each patch [rows * columns, width]."""
     side = embeddings.patch_size
     with torch.no_grad():
-        zeros, there = torch.zeros(1, 3, rows * side, columns * side), torch.ones(1, rows, columns, dtype=torch.bool)
-        places: torch.Tensor = embeddings(zeros, there)[0]
+        zeros, mask = torch.zeros(1, 3, rows * side, columns * side), torch.ones(1, rows, columns, dtype=torch.bool)
+        places: torch.Tensor = embeddings(zeros, mask)[0]
     return places
 
 
 class Resampler(nn.Module):
-    """The perceiver resampler: latents attend to a view's patches and to themselves; its matrices act on rows of tokens."""
+    """The perceiver resampler: latents attend to the patches of their view and to each other; matrices act on rows of tokens."""
 
     def __init__(self, resampler: Any, views: int) -> None:
         super().__init__()
         self.resampler, self.views = resampler, views
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
-        """Return the latents [views * latents, hidden] of views with as many patches each [views * patches, hidden]."""
+        """Return the latents [views * latents, hidden] of views with equally many patches [views * patches, hidden]."""
         views, latents = self.views, self.resampler.latents.repeat(self.views, 1)
         for layer in self.resampler.layers:
-            asking, shown = layer.input_latents_norm(latents), layer.input_context_norm(context)
-            seen = torch.cat([shown.unflatten(0, (views, -1)), asking.unflatten(0, (views, -1))], dim=1).flatten(0, 1)
-            latents = latents + _attend(layer.self_attn, asking, seen, views)
+            queries, patches = layer.input_latents_norm(latents), layer.input_context_norm(context)
+            keys = torch.cat([patches.unflatten(0, (views, -1)), queries.unflatten(0, (views, -1))], dim=1).flatten(0, 1)
+            latents = latents + _attend(layer.self_attn, queries, keys, views)
             latents = latents + layer.mlp(layer.post_attention_layernorm(latents))
         normed: torch.Tensor = self.resampler.norm(latents)
         return normed
 
 
-def _attend(attn: Any, asking: torch.Tensor, seen: torch.Tensor, views: int) -> torch.Tensor:
-    # Rows [views * latents, hidden] over rows [views * (patches + latents), hidden], each view by itself.
+def _attend(attn: Any, queries: torch.Tensor, keys: torch.Tensor, views: int) -> torch.Tensor:
+    # Queries [views * latents, hidden] attend to keys [views * (patches + latents), hidden] of their own view.
     heads, size = attn.num_key_value_heads, attn.head_dim
-    query = attn.q_proj(asking).view(views, -1, heads, attn.num_key_value_groups, size).permute(0, 2, 3, 1, 4)
-    key, value = (project(seen).view(views, -1, heads, 1, size).permute(0, 2, 3, 1, 4) for project in (attn.k_proj, attn.v_proj))
+    query = attn.q_proj(queries).view(views, -1, heads, attn.num_key_value_groups, size).permute(0, 2, 3, 1, 4)
+    key, value = (project(keys).view(views, -1, heads, 1, size).permute(0, 2, 3, 1, 4) for project in (attn.k_proj, attn.v_proj))
     weights = torch.softmax(query * attn.scaling @ key.transpose(-1, -2), dim=-1)
-    mixed: torch.Tensor = attn.o_proj((weights @ value).permute(0, 3, 1, 2, 4).reshape(asking.shape[0], -1))
+    mixed: torch.Tensor = attn.o_proj((weights @ value).permute(0, 3, 1, 2, 4).reshape(queries.shape[0], -1))
     return mixed

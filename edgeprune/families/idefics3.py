@@ -1,13 +1,12 @@
-"""Idefics3: tiles of one size in an encoder like SigLIP's, patches shuffled into the channels of fewer tokens, a Llama decoder.
+"""Idefics3 and SmolVLM: tiles of one size in a SigLIP-like encoder, pixel shuffle into fewer tokens, and a Llama decoder.
 
-Laurençon et al., arXiv 2408.12637; the modules are those of transformers' models/idefics3/modeling_idefics3.py, which are SmolVLM's
-too (Marafioti et al., arXiv 2504.05299; its first release calls itself Idefics3). A tile is full, so its position ids, made of the
-patches that are there, are a constant. The text is that of processing_idefics3.py: a tag before each tile and the whole image last.
+Idefics3: Laurençon et al., arXiv 2408.12637; the modules are those of transformers' models/idefics3/modeling_idefics3.py. A tile is
+completely filled, so its position ids are constants. The text is that of processing_idefics3.py: a tag before each tile, and the
+full image last.
 
-SmolVLM2: Idefics3 in small, with videos as whole images, each after its time in words.
-
-Marafioti et al., arXiv 2504.05299; the modules are those of transformers' models/smolvlm/modeling_smolvlm.py, which repeats
-Idefics3's. The text of a video is that of processing_smolvlm.py, which spells out the number of its frames.
+SmolVLM: Marafioti et al., arXiv 2504.05299; the first release uses the architecture Idefics3, SmolVLM2 the modules of transformers'
+models/smolvlm/modeling_smolvlm.py, which repeat Idefics3's. The frames of a video are images without tiles, each after its
+timestamp. The text of a video is that of processing_smolvlm.py, which spells out the number of frames.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout
 from edgeprune.families.idefics2 import empty_picture
 from edgeprune.plan import Cut, Geometry
 
-_FAKE, _IMAGE, _WHOLE = "<fake_token_around_image>", "<image>", "<global-img>"
+_FAKE, _IMAGE, _GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 
 _ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
@@ -42,23 +41,23 @@ _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eigh
 
 
 class Idefics3(Family):
-    """Where the parts of an Idefics3ForConditionalGeneration are."""
+    """The family of Idefics3ForConditionalGeneration."""
 
     name = "idefics3"
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights and text models that are no plain decoder."""
+        """Refuse quantized weights and unsupported text models."""
         check_text(config)
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings with the model's patches; with `size`, such that it is the longest edge's."""
+        """Return the image processor's settings with the model's patches; `size` sets the longest edge."""
         longest = {} if size is None else {"size": {"longest_edge": max(size)}}
         return {**processor, "patch_size": config.vision_config.patch_size, "merge_size": config.scale_factor, **longest}
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the tiles, each after its row and column, and the whole image."""
+        """Return the text of an image: the tiles, each after its row and column, and the full image."""
         tiles = geometry.layout[:-1]
         text, rows = "", sorted({tile.top for tile in tiles})
         for row, top in enumerate(rows, 1):
@@ -68,7 +67,7 @@ class Idefics3(Family):
         return ImageText("image", _IMAGE, text + whole_text(), self._model.config.image_token_id)
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the encoder and connector for one layout of tiles, and with `signals` what its last block but one attends to."""
+        """Return the encoder and connector for one layout of tiles; signals come from the penultimate block."""
         return TileTower(self._model.model, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
@@ -79,8 +78,8 @@ class Idefics3(Family):
 class TileTower(nn.Module):
     """The encoder and connector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
 
-    With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries,
-    and its keys [V, width], both averaged over the patches that are merged into it. Those patches lie together from the beginning.
+    With `signals`, it also returns the attention that each token receives in the penultimate block [V], averaged over heads and
+    queries, and its keys [V, width], both averaged over its merged patches. These are adjacent from the input on.
     """
 
     places: torch.Tensor
@@ -103,39 +102,39 @@ class TileTower(nn.Module):
         self.register_buffer("order", (starts + order).flatten(), persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
+        """Return the visual tokens of one image or video, the signals, and the indices that each cut kept."""
         (hidden,), beside = self.encoder(self.patch(pixel_values.index_select(0, self.order)) + self.places)
         visual: torch.Tensor = self.projection(self.tower.post_layernorm(hidden).reshape(-1, self.merged * hidden.shape[1]))[None]
         return (visual, *beside) if beside else visual
 
 
 def whole_text() -> str:
-    """Return how a whole image, or a frame, stands in the text."""
-    return f"{_FAKE}{_WHOLE}{_IMAGE}{_FAKE}"
+    """Return the text of a full image or a frame."""
+    return f"{_FAKE}{_GLOBAL}{_IMAGE}{_FAKE}"
 
 
 class SmolVLM(Idefics3):
-    """Where the parts of a SmolVLMForConditionalGeneration are."""
+    """The family of SmolVLMForConditionalGeneration."""
 
     name = "smolvlm"
     videos = True
     chat_template = DEFAULT_CHAT_TEMPLATE
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the tiles and the whole image, or the frames of a video with their times."""
+        """Return the text of an image as in Idefics3, or of a video: its frames with their timestamps."""
         image = super().image_text(geometry)
         if geometry.frames == 1:
             return image
         length = timedelta(seconds=int(geometry.frames / geometry.fps))
-        text = DEFAULT_VIDEO_INTRO.format(frame_count=_words(geometry.frames), video_duration=str(length))
+        text = DEFAULT_VIDEO_INTRO.format(frame_count=_number_words(geometry.frames), video_duration=str(length))
         for frame in range(geometry.frames):
             minutes, seconds = divmod(int(frame / geometry.fps), 60)
             text += FRAME_TIMESTAMP_MESSAGE.format(timestamp=f"{minutes:02d}:{seconds:02d}") + whole_text()
         return replace(image, kind="video", placeholder="<video>", text=text + DEFAULT_MEDIA_OUTTRO)
 
 
-def _words(number: int) -> str:
-    # A count of frames in English, as num2words spells it.
+def _number_words(number: int) -> str:
+    # English number words, in the spelling of num2words.
     if number >= 1000:
         raise UsageError(f"A SmolVLM video of {number} frames is too long.", hint="Take fewer frames of it.")
     hundreds, rest = divmod(number, 100)

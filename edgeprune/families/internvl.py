@@ -1,8 +1,7 @@
-"""InternVL3: tiles and a thumbnail in InternViT with class tokens, patches shuffled into fewer tokens, a Qwen2 decoder.
+"""InternVL3: tiles and a thumbnail in InternViT with class tokens, pixel shuffle into fewer tokens, and a Qwen2 decoder.
 
 Zhu et al., arXiv 2504.10479; the modules are those of transformers' models/internvl/modeling_internvl.py, which is for the "-hf"
-checkpoints. The table of positions is brought to the tiles' size once, with the weights. The text is that of
-processing_internvl.py.
+checkpoints. The position table is interpolated to the tile size once, as a constant. The text is that of processing_internvl.py.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ _IMAGE = "<img><IMG_CONTEXT></img>"
 
 
 class InternVL(Family):
-    """Where the parts of an InternVLForConditionalGeneration are."""
+    """The family of InternVLForConditionalGeneration."""
 
     name = "internvl"
     videos = True
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse other encoders and decoders than the usual ones, and other features than the encoder's last."""
+        """Refuse quantized weights, unsupported encoders and decoders, and features other than the encoder's last."""
         check_text(config)
         vision = config.vision_config
         if vision.model_type != "internvl_vision":
@@ -44,9 +43,9 @@ class InternVL(Family):
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings with the model's patches; with `size` of whole tiles, such that it has as many.
+        """Return the image processor's settings with the model's patches; a `size` of complete tiles sets their number.
 
-        Tiles are cut whatever the file says: so the processor of text and images together has it.
+        `crop_to_patches` is always on, as in InternVL's combined processor of text and images.
         """
         merge = int(1 / config.downsample_ratio)
         own = {**processor, "crop_to_patches": True, "patch_size": config.vision_config.patch_size[0], "merge_size": merge}
@@ -57,7 +56,7 @@ class InternVL(Family):
         return own | {"min_patches": tiles, "max_patches": tiles}
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the marks around all tiles of an image, or around each frame of a video with its number."""
+        """Return the markers around all tiles of an image, or around each numbered frame of a video."""
         token = self._model.config.image_token_id
         if geometry.frames == 1:
             return ImageText("image", "<IMG_CONTEXT>", _IMAGE, token)
@@ -65,7 +64,7 @@ class InternVL(Family):
         return ImageText("video", "<video>", frames, token)
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the encoder and projector for one layout of tiles, and with `signals` what class tokens attend to."""
+        """Return the encoder and projector for one layout of tiles; signals come from the class tokens."""
         return TileTower(self._model.model, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
@@ -76,9 +75,8 @@ class InternVL(Family):
 class TileTower(nn.Module):
     """The encoder and projector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
 
-    With `signals`, also from the last block but one: the attention that a token receives from its tile's class token [V], averaged
-    over heads, and its keys [V, width], both averaged over the patches that are merged into it. Those patches lie together from the
-    beginning.
+    With `signals`, it also returns the attention that each token receives from its tile's class token in the penultimate block [V],
+    averaged over heads, and its keys [V, width], both averaged over its merged patches. These are adjacent from the input on.
     """
 
     places: torch.Tensor
@@ -101,7 +99,7 @@ class TileTower(nn.Module):
         self.blocks = len(self.encoder.layers)
         self.takes = (self.views * rows * columns, self.patch.in_features)
         with torch.no_grad():
-            # What an empty picture becomes: the class token and its position; bias and position, each patch its own.
+            # The embedding of an all-zero image: class token plus position, then bias plus position of each patch.
             places = self.tower.embeddings(torch.zeros(1, 3, rows * patch, columns * patch))
         numbers = torch.arange(rows * columns).view(1, rows, columns, 1)
         order = model.pixel_shuffle(numbers, model.config.downsample_ratio).flatten()
@@ -110,7 +108,7 @@ class TileTower(nn.Module):
         self.register_buffer("order", (starts + order).flatten(), persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
+        """Return the visual tokens of one image or video, the signals, and the indices that each cut kept."""
         patches = self.patch(pixel_values.index_select(0, self.order)).unflatten(0, (self.views, -1)) + self.places[:, 1:]
         hidden = torch.cat([self.places[:, :1].expand(self.views, 1, -1), patches], dim=1).flatten(0, 1)
         (hidden,), beside = self.encoder(hidden)
@@ -119,7 +117,7 @@ class TileTower(nn.Module):
 
 
 class ScaledEncoder(ViewEncoder):
-    """InternViT's layers: queries and keys may be normalized, and what a layer adds is scaled by channel."""
+    """InternViT's layers: queries and keys may be normalized, and residual branches are scaled per channel."""
 
     def layer(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output of one layer, its attention weights and its keys."""

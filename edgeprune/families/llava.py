@@ -1,17 +1,14 @@
-"""LLaVA-1.5: one square view in CLIP or SigLIP, a projector of two layers, a plain text decoder.
+"""LLaVA-1.5 and ViP-LLaVA: one square view in CLIP or SigLIP, a projector of two layers, and a plain text decoder.
 
-Liu et al., arXiv 2310.03744; the modules are those of transformers' models/llava/modeling_llava.py. Of that `model_type` all
-checkpoints are covered whose encoder is CLIP (without its class token) or SigLIP (with all patches), whatever layers the features
-are of, and whose decoder is Llama (Vicuna), Mistral, Qwen2 or Qwen3: LLaVA-1.5, BakLLaVA, LLaVA-Interleave and
+LLaVA: Liu et al., arXiv 2310.03744; the modules are those of transformers' models/llava/modeling_llava.py. This family supports all
+checkpoints of the `model_type` with a CLIP encoder (without its class token) or a SigLIP encoder (with all patches), features of
+any layers, and a Llama (Vicuna), Mistral, Qwen2 or Qwen3 decoder: LLaVA-1.5, BakLLaVA, LLaVA-Interleave and
 Mantis-8B-siglip-llama3. Pixtral's encoder is refused.
 
-ViP-LLaVA: LLaVA whose projector sees CLIP's features of several layers side by side, behind a norm.
-
-Cai et al., arXiv 2312.00784; the modules are those of transformers' models/vipllava/modeling_vipllava.py. Which layers is the
-configuration's `vision_feature_layers`; the class token is always left out, so SigLIP, which has none, would lose a patch.
-
-Departure: a single layer is refused. The config.json of vip-llava-7b-hf names one (-2), which transformers once ignored and now
-believes, and then builds a projector that the weights do not fit.
+ViP-LLaVA: Cai et al., arXiv 2312.00784; the modules are those of transformers' models/vipllava/modeling_vipllava.py. The projector
+normalizes the concatenated features of several CLIP layers, the configuration's `vision_feature_layers`. It always drops the class
+token, so SigLIP, which has none, would lose a patch. Departure: a single layer is refused. The config.json of vip-llava-7b-hf names
+one (-2); older transformers ignored it, newer ones follow it and build a projector that does not fit the weights.
 """
 
 from __future__ import annotations
@@ -32,28 +29,28 @@ _IMAGE = "<image>"
 
 
 class Llava(Family):
-    """Where the parts of a LlavaForConditionalGeneration are."""
+    """The family of LlavaForConditionalGeneration."""
 
     name = "llava"
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, other encoders and decoders, and a class token among the visual tokens."""
+        """Refuse quantized weights, unsupported encoders and decoders, and a class token among the visual tokens."""
         check_text(config)
         check_encoder(config, CLIP, SIGLIP)
         check_selection(config)
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings with the model's patches; images have one size, whatever `size` says."""
+        """Return the image processor's settings with the model's patches; images have a fixed size, so `size` has no effect."""
         return {**processor, "patch_size": config.vision_config.patch_size}
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the token that stands for an image."""
+        """Return the placeholder token of an image."""
         return ImageText("image", _IMAGE, _IMAGE, self._model.config.image_token_id)
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the encoder and projector, and with `signals` what the layer before the features attends to."""
+        """Return the encoder and projector; signals come from the layer before the features."""
         model, config = self._model.model, self._model.config
         encoder = FeatureEncoder(
             model.vision_tower, 1, config.vision_feature_layer, signals=signals, thinning=EncoderPruning(cuts, geometry)
@@ -66,13 +63,13 @@ class Llava(Family):
 
 
 class VipLlava(Llava):
-    """Where the parts of a VipLlavaForConditionalGeneration are."""
+    """The family of VipLlavaForConditionalGeneration."""
 
     name = "vipllava"
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, other encoders and decoders, and features of one layer alone."""
+        """Refuse quantized weights, unsupported encoders and decoders, and features of a single layer."""
         check_text(config)
         check_encoder(config, CLIP)
         layers = config.vision_feature_layer

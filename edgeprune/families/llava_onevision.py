@@ -1,11 +1,11 @@
-"""LLaVA-OneVision: an overview and tiles in SigLIP, packed into one grid with newlines, a Qwen2 decoder; videos too.
+"""LLaVA-OneVision: an overview and tiles in SigLIP, packed into one grid with newlines, and a Qwen2 decoder; also videos.
 
-Li et al., arXiv 2408.03326; the modules are those of transformers' models/llava_onevision/modeling_llava_onevision.py. Where a
-token comes from is a constant of one geometry: tiles are put together, bars left out, the grid shrunk (of a video, every frame
-pooled) by bilinear interpolation, and newlines added, all by one gather of at most four patches a token and a weighted sum.
+Li et al., arXiv 2408.03326; the modules are those of transformers' models/llava_onevision/modeling_llava_onevision.py. Joining the
+tiles, removing padding bars, shrinking the grid by bilinear interpolation (for a video, pooling every frame) and adding newlines
+depend on the geometry alone. One gather of at most four patches per token and a weighted sum do all of it.
 
-Departure: every image has tiles; in a prompt with several, transformers' processor can be told to make overviews only. A newline
-stands for no place, so its signals are zero.
+Departure: every image has tiles; for a prompt with several images, transformers' processor has an option for overviews only. A
+newline has no place in the image, so its signals are zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edgeprune.plan import Cut, Geometry, View
 
 
 class LlavaOneVision(Family):
-    """Where the parts of a LlavaOnevisionForConditionalGeneration are."""
+    """The family of LlavaOnevisionForConditionalGeneration."""
 
     name = "llava_onevision"
     no_encoder_cuts_reason = "a token is woven of up to four patches of several tiles, which would have to stay together"
@@ -32,14 +32,14 @@ class LlavaOneVision(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, other encoders and decoders, and fewer features than patches."""
+        """Refuse quantized weights, unsupported encoders and decoders, and fewer features than patches."""
         check_text(config)
         check_encoder(config, SIGLIP)
         check_selection(config)
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings with the model's tiles; with `size`, of its resolution alone."""
+        """Return the image processor's settings with the model's tiles; `size` restricts them to its best resolution."""
         pinpoints = config.image_grid_pinpoints
         return {
             **processor,
@@ -49,13 +49,13 @@ class LlavaOneVision(Family):
         }
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the token that stands for all views of an image, or all frames of a video."""
+        """Return the placeholder token of all views of an image, or of all frames of a video."""
         kind = "video" if geometry.frames > 1 else "image"
         return ImageText(kind, f"<{kind}>", f"<{kind}>", getattr(self._model.config, f"{kind}_token_id"))
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the encoder, projector and packing, and with `signals` what its last layer but one attends to."""
-        del cuts  # it has none
+        """Return the encoder, projector and packing; signals come from the penultimate layer."""
+        del cuts  # this family supports none
         return PackedTower(self._model.model, geometry, signals=signals)
 
     def decoder(self) -> DecoderParts:
@@ -64,7 +64,10 @@ class LlavaOneVision(Family):
 
 
 class PackedTower(nn.Module):
-    """Patches of all views [patches, 3 * P * P] to visual tokens [1, V, hidden]; with `signals`, also those of each token."""
+    """The encoder, projector and packing: patches of all views [patches, 3 * P * P] to visual tokens [1, V, hidden].
+
+    With `signals`, it also returns the attention that each token receives [V] and its keys [V, width].
+    """
 
     places: torch.Tensor
     shares: torch.Tensor
@@ -84,14 +87,14 @@ class PackedTower(nn.Module):
         self.encoder = FeatureEncoder(model.vision_tower, views, model.config.vision_feature_layer, signals=signals)
         self.projector, self.newline, self.takes = model.multi_modal_projector, model.image_newline, self.encoder.takes
         self.blocks = self.encoder.blocks
-        made = [_packed(grid, view, views * side**2) for grid, view in zip(grids, geometry.layout, strict=True)]
-        places, shares = (torch.cat(parts).transpose(0, 1) for parts in zip(*made, strict=True))
+        packed = [_packed(grid, view, views * side**2) for grid, view in zip(grids, geometry.layout, strict=True)]
+        places, shares = (torch.cat(parts).transpose(0, 1) for parts in zip(*packed, strict=True))
         used = shares.any(dim=1)
         self.register_buffer("places", places[used], persistent=False)  # [1 to 4, V]
         self.register_buffer("shares", shares[used, :, None], persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video and, if asked for, the signals."""
+        """Return the visual tokens of one image or video and, if enabled, the signals."""
         features, signals = self.encoder(pixel_values)
         visual = self._pack(self.projector(features), self.newline[None])[None]
         if not signals:
@@ -106,17 +109,17 @@ class PackedTower(nn.Module):
 
 
 def _tiles(view: View, side: int, size: int) -> tuple[int, torch.Tensor]:
-    # How many views there are, and the patches of the image in its tiles: a grid of numbers, the overview's come before.
+    # The number of views, and the grid of patch numbers of the image within its tiles; the overview has the first numbers.
     top, left, rows, columns = (round(edge * side / size) for edge in (view.top, view.left, view.height, view.width))
     down, across = (rows + 2 * top) // side, (columns + 2 * left) // side
     numbers = torch.arange(down * across * side**2).view(down, across, side, side) + side**2
-    whole = numbers.transpose(1, 2).reshape(down * side, across * side)
-    return 1 + down * across, whole[top : top + rows, left : left + columns]
+    grid = numbers.transpose(1, 2).reshape(down * side, across * side)
+    return 1 + down * across, grid[top : top + rows, left : left + columns]
 
 
 def _packed(grid: torch.Tensor, view: View, newline: int) -> tuple[torch.Tensor, torch.Tensor]:
-    # For each token of the view the four numbers of a grid between which it lies, and the share of each [tokens, 4].
-    (top, bottom, down), (left, right, across) = _axis(grid.shape[0], view.rows), _axis(grid.shape[1], view.columns)
+    # For each token of the view, the four patch numbers of the grid around it and their weights, both [tokens, 4].
+    (top, bottom, down), (left, right, across) = _interpolated(grid.shape[0], view.rows), _interpolated(grid.shape[1], view.columns)
     places = torch.stack([grid[rows][:, columns] for rows in (top, bottom) for columns in (left, right)], dim=2)
     shares = torch.stack([high[:, None] * wide for high in (1 - down, down) for wide in (1 - across, across)], dim=2)
     ends = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(view.rows, view.separators, 4)
@@ -124,8 +127,8 @@ def _packed(grid: torch.Tensor, view: View, newline: int) -> tuple[torch.Tensor,
     return places.flatten(0, 1), torch.cat([shares, ends], dim=1).flatten(0, 1)
 
 
-def _axis(many: int, few: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Bilinear interpolation along one side: the neighbours of each new point, and how near the second one is.
+def _interpolated(many: int, few: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Bilinear interpolation along one side: the two neighbours of each new point, and the weight of the second.
     points = ((torch.arange(few) + 0.5) * (many / max(few, 1)) - 0.5).clamp(min=0)
     low = points.long()
     return low, (low + 1).clamp(max=max(many - 1, 0)), points - low

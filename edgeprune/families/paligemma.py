@@ -1,9 +1,9 @@
-"""PaliGemma: one square view in SigLIP, a linear projector, a Gemma decoder whose prompt sees all of itself.
+"""PaliGemma: one square view in SigLIP, a linear projector, and a Gemma decoder with a bidirectional prompt.
 
 Beyer et al., arXiv 2407.07726; the modules are those of transformers' models/paligemma/modeling_paligemma.py and models/gemma.
-The image comes first, then the mark that begins a text, the prompt and a line break, as in processing_paligemma.py; all of them
-attend to each other, and only the answer looks back. So there is one turn with one image: what came later would have to be seen
-by what came before. Token embeddings are scaled, visual tokens are not.
+The image comes first, then the bos token, the prompt and a line break, as in processing_paligemma.py. All of them attend to each
+other; only the answer is causal. A second turn would have to be visible to the first, so there is one turn with one image. Token
+embeddings are scaled, visual tokens are not.
 
 Departures: rotary positions begin at 0 instead of 1, which changes no score. PaliGemma 2 is refused: its Gemma 2 has soft caps and
 sliding windows.
@@ -40,14 +40,14 @@ _TEMPLATE = """\
 
 
 class PaliGemma(Family):
-    """Where the parts of a PaliGemmaForConditionalGeneration are."""
+    """The family of PaliGemmaForConditionalGeneration."""
 
     name = "paligemma"
     chat_template = _TEMPLATE
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, and other encoders and decoders (Gemma 2 is)."""
+        """Refuse quantized weights and unsupported encoders and decoders (including Gemma 2)."""
         refuse_quantized(config)
         check_encoder(config, SIGLIP)
         text = config.text_config.model_type
@@ -56,20 +56,20 @@ class PaliGemma(Family):
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings with the model's patches; images have one size, whatever `size` says."""
+        """Return the image processor's settings with the model's patches; images have a fixed size, so `size` has no effect."""
         return {**processor, "patch_size": config.vision_config.patch_size}
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the token that stands for an image."""
+        """Return the placeholder token of an image."""
         return ImageText("image", _IMAGE, _IMAGE, self._model.config.image_token_id)
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the encoder, its last norm and the projector, and with `signals` what its last layer but one attends to."""
+        """Return the encoder, its last norm and the projector; signals come from the penultimate layer."""
         model = self._model.model
         encoder = FeatureEncoder(model.vision_tower, 1, signals=signals, thinning=EncoderPruning(cuts, geometry))
         norm, projector = model.vision_tower.post_layernorm, model.multi_modal_projector
         return projected_view(self._model.config, geometry, encoder, norm, projector)
 
     def decoder(self) -> DecoderParts:
-        """Return the decoder's parts: the prompt sees all of itself."""
+        """Return the decoder's parts, with a bidirectional prompt."""
         return replace(text_decoder(self._model.model.language_model, self._model.lm_head), bidirectional=True)

@@ -1,9 +1,9 @@
-"""Qwen2.5-VL: Qwen2-VL's decoder, and a vision tower most of whose blocks attend within windows.
+"""Qwen2.5-VL: Qwen2-VL's decoder, and a vision tower with window attention in most blocks.
 
 Bai et al., arXiv 2502.13923; the modules are those of transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py. A bundle's image has
-one fixed grid, so the windows are constants: patches are ordered by window once, windows of equal size attend in one batch, and
-there are at most four sizes (inner ones, and those cut by the right edge, the bottom edge and the corner). Windows lie within a
-frame, and all frames of a video are cut alike.
+one fixed grid, so the windows are constants. Patches are ordered by window once, and windows of equal size attend in one batch.
+There are at most four sizes: inner windows, and those cut by the right edge, the bottom edge and the corner. Windows lie within a
+frame, and all frames of a video have the same windows.
 """
 
 from __future__ import annotations
@@ -21,25 +21,24 @@ from edgeprune.plan import Cut, Geometry
 
 
 class Qwen25VL(Qwen2VL):
-    """Where the parts of a Qwen2_5_VLForConditionalGeneration are."""
+    """The family of Qwen2_5_VLForConditionalGeneration."""
 
     name = "qwen2_5_vl"
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return Qwen2-VL's settings and how many time positions a second has."""
+        """Return Qwen2-VL's settings and the number of time positions per second."""
         return Qwen2VL.settings(config, processor, size) | {"tokens_per_second": config.vision_config.tokens_per_second}
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the vision tower for one fixed grid, and with `signals` what its last block without windows attends to."""
+        """Return the vision tower for one fixed grid; signals come from the last block without windows."""
         return WindowedTower(self._model.model.visual, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
 
 class WindowedTower(VisionTower):
-    """Qwen2-VL's tower in another order of patches, with windows in all blocks but the tower's `fullatt_block_indexes`.
+    """Qwen2-VL's tower with patches ordered by window, and windows in all blocks except the tower's `fullatt_block_indexes`.
 
-    After a cut, how many tokens a window has depends on the image: a frame then attends in one batch, whose mask hides what lies in
-    other windows.
+    After a cut the number of tokens per window depends on the image. A frame then attends in one batch, with other windows masked.
     """
 
     patches: torch.Tensor
@@ -54,18 +53,18 @@ class WindowedTower(VisionTower):
         order, self.windows = _windows(geometry, tower.window_size // (geometry.patch * geometry.merge))
         lengths = torch.tensor([length for count, length in self.windows for _ in range(count)])
         window = torch.arange(len(lengths)).repeat_interleave(lengths)[order.argsort()].repeat(self.frames)
-        self.register_buffer("window", window, persistent=False)  # of each token of the image
+        self.register_buffer("window", window, persistent=False)  # [V] the window of each token
         order = (torch.arange(self.frames)[:, None] * len(order) + order).flatten()
         thinning.order = order
-        patches = (order[:, None] * self.merged + torch.arange(self.merged)).flatten()  # those of a token lie together
+        patches = (order[:, None] * self.merged + torch.arange(self.merged)).flatten()  # patches of a token are adjacent
         self.register_buffer("patches", patches, persistent=False)
         self.register_buffer("back", order.argsort(), persistent=False)
         self.cos, self.sin = self.cos[:, patches], self.sin[:, patches]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
-        seen = super().forward(pixel_values.index_select(0, self.patches))
-        visual, *beside = (seen,) if isinstance(seen, torch.Tensor) else seen
+        """Return the visual tokens of one image or video, the signals, and the indices that each cut kept."""
+        outputs = super().forward(pixel_values.index_select(0, self.patches))
+        visual, *beside = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         signals = len(beside) - len(self.thinning.cuts)
         ordered = [in_image_order(kept, self.frames) for kept in beside[signals:]]
         back = ordered[-1][1] if ordered else self.back
@@ -84,9 +83,9 @@ class WindowedTower(VisionTower):
         parts = zip(self.windows, *(torch.split(rows, sizes, dim=1) for rows in (query, key, value)), strict=True)
         mixed, weights = list[torch.Tensor](), list[torch.Tensor]()
         for (count, length), *rows in parts:
-            apart = [part.reshape(part.shape[0] * count, length * self.merged, part.shape[2]) for part in rows]
-            weights.append(torch.softmax(apart[0] @ apart[1].transpose(1, 2), dim=-1))
-            mixed.append((weights[-1] @ apart[2]).view(rows[0].shape))
+            batched = [part.reshape(part.shape[0] * count, length * self.merged, part.shape[2]) for part in rows]
+            weights.append(torch.softmax(batched[0] @ batched[1].transpose(1, 2), dim=-1))
+            mixed.append((weights[-1] @ batched[2]).view(rows[0].shape))
         return torch.cat(mixed, dim=1), partial(_received, weights, query.shape[:2])
 
     def _mix_masked(
@@ -100,12 +99,12 @@ class WindowedTower(VisionTower):
 
 
 def _received(weights: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-    # Of windows of each size [heads * frames * windows, patches, patches]; queries in other windows give nothing.
+    # Weights are [heads * frames * windows, patches, patches] for each window size; queries in other windows count as zero.
     return torch.cat([part.sum(dim=1).view(shape[0], -1) for part in weights], dim=1) / shape[1]
 
 
 def _windows(geometry: Geometry, side: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    # The visual tokens of a frame by window, windows of equal size one after the other; and how many there are of each size.
+    # The visual tokens of a frame ordered by window, with windows sorted by size; and (count, tokens) for each size.
     rows, columns = geometry.rows, geometry.columns
     window = torch.arange(rows)[:, None] // side * columns + torch.arange(columns) // side
     members = [torch.nonzero(window.flatten() == number).flatten() for number in sorted(set(window.flatten().tolist()))]

@@ -1,7 +1,7 @@
-"""Qwen2-VL: mRoPE decoder, vision tower with 2-D rotary positions and full attention within a frame, patch merger.
+"""Qwen2-VL: a decoder with mRoPE, a vision tower with 2-D rotary positions and full attention within a frame, and a patch merger.
 
-Wang et al., arXiv 2409.12191; the modules are those of transformers' models/qwen2_vl/modeling_qwen2_vl.py. A bundle's image
-has one fixed grid, so the tower's rotary tables are constants, and so have all frames of a video, which attend in one batch.
+Wang et al., arXiv 2409.12191; the modules are those of transformers' models/qwen2_vl/modeling_qwen2_vl.py. A bundle's image has one
+fixed grid, so the tower's rotary tables are constants. All frames of a video have the same grid and attend in one batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Signal = Callable[[], torch.Tensor]
 
 
 class Qwen2VL(Family):
-    """Where the parts of a Qwen2VLForConditionalGeneration are."""
+    """The family of Qwen2VLForConditionalGeneration."""
 
     name = "qwen2_vl"
     position_axes = 3
@@ -41,17 +41,17 @@ class Qwen2VL(Family):
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings; with `size`, such that every image is brought to that area."""
+        """Return the image processor's settings; with `size`, every image is brought to that area."""
         area = {} if size is None else {"size": dict.fromkeys(("shortest_edge", "longest_edge"), size[0] * size[1])}
         return {key: value for key, value in processor.items() if not area or key not in ("min_pixels", "max_pixels")} | area
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the token that stands for an image, or for all frames of a video."""
+        """Return the placeholder token of an image, or of all frames of a video."""
         kind = "video" if geometry.frames > 1 else "image"
         return ImageText(kind, f"<|{kind}_pad|>", f"<|{kind}_pad|>", getattr(self._model.config, f"{kind}_token_id"))
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
+        """Return the vision tower for one fixed grid; signals come from the penultimate block."""
         return VisionTower(self._model.model.visual, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
@@ -76,9 +76,9 @@ class Qwen2VL(Family):
 class VisionTower(nn.Module):
     """The tower and merger over the frames of one fixed grid: patches [patches, C * T * P * P] to tokens [1, V, hidden].
 
-    With `signals`, also from the last block but one: the attention that a token receives [V], averaged over heads and queries (no
-    token stands for the class), and its keys [V, heads * head_dim], both averaged over the patches that are merged into it. Where
-    the plan has cuts in the encoder, last the indices in the image that each kept.
+    With `signals`, it also returns the attention that each token receives in the penultimate block [V], averaged over heads and
+    queries (there is no class token), and its keys [V, heads * head_dim], both averaged over its merged patches. With cuts in the
+    encoder, the last outputs are the indices in the image that each cut kept.
     """
 
     cos: torch.Tensor
@@ -89,7 +89,7 @@ class VisionTower(nn.Module):
         self.tower, self.thinning = tower, thinning
         self.blocks = len(tower.blocks)
         thinning.check(self.blocks)
-        # The kernel is as large as its stride: a convolution over one patch is a matrix product.
+        # The kernel equals its stride, so the convolution of one patch is a matrix product.
         kernel, bias = tower.patch_embed.proj.weight, tower.patch_embed.proj.bias
         self.patch = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=bias is not None, device="meta")
         self.patch.weight, self.patch.bias = nn.Parameter(kernel.flatten(1), requires_grad=False), bias
@@ -102,13 +102,15 @@ class VisionTower(nn.Module):
             self.register_buffer(name, table[None], persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video, the signals, and what each cut kept."""
+        """Return the visual tokens of one image or video, the signals, and the indices that each cut kept."""
         (last,), beside = self._encode(self.patch(pixel_values))
         merged: torch.Tensor = self.tower.merger(last)
         return (merged[None], *beside) if beside else merged[None]
 
-    def _encode(self, hidden: torch.Tensor, also: Collection[int] = ()) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        # The states after the blocks `also`, in their order, and after the last one; and the signals and what each cut kept.
+    def _encode(
+        self, hidden: torch.Tensor, state_blocks: Collection[int] = ()
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        # Returns the states after `state_blocks`, in ascending order, and after the last block; the signals and each cut's indices.
         states, kept, signals = list[torch.Tensor](), [self.thinning.order], tuple[torch.Tensor, ...]()
         tables = self.cos, self.sin
         for index, block in enumerate(self.tower.blocks):
@@ -117,7 +119,7 @@ class VisionTower(nn.Module):
                 signals = self._received(attention), self.rows.means(keys.transpose(0, 1).flatten(1))
             hidden = hidden + mixed
             hidden = hidden + block.mlp(block.norm2(hidden))
-            states += [hidden] if index in also else []
+            states += [hidden] if index in state_blocks else []
             if index + 1 in self.thinning.cuts:
                 pick = self.thinning.pick(index + 1, SurvivingTokens(kept[-1], partial(self._received, attention)), self.rows)
                 hidden, *states = map(pick.patches, (hidden, *states))
@@ -139,8 +141,8 @@ class VisionTower(nn.Module):
     def _mix(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor
     ) -> tuple[torch.Tensor, Signal]:
-        # What a block attends to: every patch of a frame to every other one [heads * frames, patches of one, head_dim]. And what
-        # each patch receives [heads * frames, patches of one], the mean over the frame's queries.
+        # Attention among all patches of a frame [heads * frames, patches per frame, head_dim], and a function for the attention
+        # that each patch receives [heads * frames, patches per frame], the mean over the frame's queries.
         weights = torch.softmax(query @ key.transpose(1, 2), dim=-1)
         return weights @ value, partial(weights.mean, dim=1)
 
@@ -150,12 +152,12 @@ class VisionTower(nn.Module):
 
 
 def patch_grid(geometry: Geometry) -> torch.Tensor:
-    """Return how many frames there are, and rows and columns of patches in each [1, 3]."""
+    """Return the number of frames and the rows and columns of patches in each [1, 3]."""
     return torch.tensor([[len(geometry.layout), geometry.height // geometry.patch, geometry.width // geometry.patch]])
 
 
 class _Rope(nn.Module):
-    # The text model's mRoPE for positions [3, S]; the Hugging Face module wants a batch axis.
+    # The text model's mRoPE for positions [3, S]; the Hugging Face module requires a batch axis.
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary

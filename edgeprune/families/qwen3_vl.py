@@ -1,10 +1,10 @@
 """Qwen3-VL: a learned position table and DeepStack in the vision tower, interleaved mRoPE and normalized heads in the decoder.
 
 Bai et al., arXiv 2511.21631; the modules are those of transformers' models/qwen3_vl/modeling_qwen3_vl.py. For one fixed grid the
-interpolated position table is a constant. DeepStack (Meng et al., arXiv 2406.04334): what mergers of their own make of some blocks'
-outputs stands beside the visual tokens, as planes that the first decoder layers add. Every frame of a video has its time before it
-in words, as in transformers 4.57, where the frames replace the markers that the chat template writes around a video; 5.23 leaves
-those around all frames.
+interpolated position table is a constant. DeepStack (Meng et al., arXiv 2406.04334): separate mergers turn the outputs of some
+blocks into planes beside the visual tokens, which the first decoder layers add. Every frame of a video follows its timestamp, as in
+transformers 4.57, where the frames replace the markers that the chat template writes around a video; 5.23 leaves these markers
+around all frames.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 class Qwen3VL(Qwen2VL):
-    """Where the parts of a Qwen3VLForConditionalGeneration are."""
+    """The family of Qwen3VLForConditionalGeneration."""
 
     name = "qwen3_vl"
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the token that stands for an image, or one for every frame of a video, each after its time."""
+        """Return the placeholder token of an image, or one per frame of a video, each after its timestamp."""
         if geometry.frames == 1:
             return super().image_text(geometry)
         config = self._model.config
@@ -42,7 +42,7 @@ class Qwen3VL(Qwen2VL):
         return ImageText("video", _VIDEO, "".join(f"<{time:.1f} seconds>{_VIDEO}" for time in times), config.video_token_id)
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the vision tower for one fixed grid, and with `signals` what its last block but one attends to."""
+        """Return the vision tower for one fixed grid; signals come from the penultimate block."""
         return DeepTower(self._model.model.visual, geometry, EncoderPruning(cuts, geometry), signals=signals)
 
     def decoder(self) -> DecoderParts:
@@ -74,7 +74,7 @@ class DeepTower(VisionTower):
         self.mergers = nn.ModuleList([*(tower.deepstack_merger_list[index] for index in order), tower.merger])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the visual tokens of one image or video with their planes, the signals, and what each cut kept."""
+        """Return the visual tokens of one image or video with their planes, the signals, and the indices that each cut kept."""
         patches = self.patch(pixel_values)
         placed = (patches.view(self.frames, *self.places.shape) + self.places).view(patches.shape)
         states, beside = self._encode(placed, self.deep)
@@ -84,9 +84,9 @@ class DeepTower(VisionTower):
 
 
 class InterleavedRope(nn.Module):
-    """The text model's mRoPE, whose frequencies take time, row and column by turns: positions [3, S] to [S, head_dim] twice.
+    """The text model's interleaved mRoPE, whose frequencies alternate between time, row and column.
 
-    What transformers writes into slices is gathered here, since TensorRT would get a dozen scatters for it.
+    It gathers what transformers writes into slices, which would become a dozen scatters for TensorRT.
     """
 
     axes: torch.Tensor
@@ -100,7 +100,7 @@ class InterleavedRope(nn.Module):
         self.register_buffer("axes", axes, persistent=False)
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines."""
+        """Return the cosines and sines, each [S, head_dim], of positions [3, S]."""
         angles = positions.index_select(0, self.axes).float().transpose(0, 1) * self.rotary.inv_freq
         both, scale = torch.cat([angles, angles], dim=1), self.rotary.attention_scaling
         return both.cos() * scale, both.sin() * scale

@@ -1,1 +1,1 @@
-"""Pruning methods: which visual tokens a cut keeps, one paper a file. How many is the plan's; imports plan and torch alone."""
+"""Pruning methods, one paper per file: they choose which visual tokens a cut keeps. Plans set how many. Imports plan and torch."""

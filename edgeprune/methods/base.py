@@ -1,15 +1,9 @@
-"""What methods see at their cuts, and what they answer.
+"""The interface of pruning methods: the views that they receive at their cuts, and helpers for ranking tokens.
 
-A method is a class made for one cut and one geometry. It says *which* tokens; how many is the plan's matter. At the site "vision"
-it answers a score for each token (`score`), at "input" and "layer" positions (`select`), at "cache" a score for each KV head
-(`score_heads`). Everything is traced, so shapes must not depend on values; at a layer or in a cache V may be 0 (steps without an
-image), before the decoder it never is.
-
-Choosing tokens that differ from those already chosen: the greedy max-min step that several input methods share.
-
-A loop of constant length over one similarity matrix [V, V]; traced, it unrolls into four cheap nodes a step (TopK, Gather, Squeeze,
-Max). With `block` > 1 the most different tokens are taken several at a time: fewer steps, and the tokens of one block may resemble
-each other.
+A method is a class instantiated for one cut and one geometry. It decides *which* tokens stay; the plan decides how many. A method
+returns a score per token at site "vision" (`score`), positions at "input" and "layer" (`select`), and a score per token and KV head
+at "cache" (`score_heads`). Methods are traced, so shapes must not depend on values. At "layer" and "cache" V may be 0 (steps
+without an image), but never before the decoder.
 """
 
 from __future__ import annotations
@@ -30,30 +24,29 @@ def _absent() -> Any:
 
 
 class EncoderView(Protocol):
-    """What is known before a block of the vision encoder, as `edgeprune.families.thinning` tells it."""
+    """The inputs of a method at a cut inside the vision encoder, given by `edgeprune.families.encoder_pruning`."""
 
     @property
     def order(self) -> torch.Tensor:
-        """Indices [V] of the living visual tokens in the image, view after view."""
+        """Indices [V] in the image of the remaining visual tokens, view after view."""
         ...
 
     @property
     def attention(self) -> Callable[[], torch.Tensor]:
-        """Return what each token received in the block before [V], averaged over heads and the token's patches.
+        """Return the attention that each token received in the previous block [V], averaged over heads and the token's patches.
 
-        From the class token, or averaged over queries where there is none.
+        It comes from the class token, or is averaged over all queries if the encoder has none.
         """
         ...
 
 
 @dataclass(frozen=True)
 class InputView:
-    """What is known before decoder layer 0.
+    """The inputs of a method before decoder layer 0.
 
-    `visual` [V, hidden]: the projected visual tokens. `prompt` [M, hidden]: the embeddings of the user's words, without the
-    chat template. From the vision encoder, for methods whose `needs` name them: `attention` [V], how much attention a token
-    receives in the last block but one, and `keys` [V, key dim] of that block. `kept` [V]: indices in the image of the tokens that
-    the vision encoder has left, where it has cuts.
+    `visual` [V, hidden]: the projected visual tokens. `prompt` [M, hidden]: embeddings of the user's text without the chat
+    template. From the encoder's penultimate block, for methods with "vision attention" in `needs`: `attention` [V] that each token
+    receives, and `keys` [V, key dim]. `kept` [V]: indices in the image of the tokens kept by cuts inside the encoder, if any.
     """
 
     visual: torch.Tensor
@@ -72,16 +65,16 @@ class InputView:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What is known at a cut inside the decoder; each signal is computed only when called.
+    """The inputs of a method at a cut inside the decoder; each signal is computed only when called.
 
-    `order` [V]: indices of the living visual tokens among the image's, ascending. H query heads, `kv_heads` KV heads, T tokens
-    of text after the image. All attention is softmaxed over every key, of the layer just run (at "cache": of the cache's own
-    layer).
+    `order` [V]: indices in the image of the remaining visual tokens, ascending. There are H query heads, `kv_heads` KV heads and T
+    text tokens after the image. Attention is normalized over all keys and comes from the layer just run (at "cache", from the
+    layer of the cache).
 
     `attention()` [H, V]: from the last token. `text_attention()` [H, T, V]: from every text token after the image.
-    `past_attention()` [H, S, K]: from every new token to the visual tokens of earlier steps. `visual_attention()` [H, V, V]:
-    from visual to visual tokens. `next_attention()` [H, V]: from the last token, as the next layer will see it. `embeds()`: the
-    embeddings ([V, hidden], [T, hidden]) with which visual tokens and text entered the decoder.
+    `past_attention()` [H, S, K]: from every new token to the cached visual tokens. `visual_attention()` [H, V, V]: among visual
+    tokens. `next_attention()` [H, V]: from the last token, by the projections of the next layer. `embeds()`: the input embeddings
+    ([V, hidden], [T, hidden]) of visual tokens and text.
     """
 
     order: torch.Tensor
@@ -95,7 +88,7 @@ class LayerView:
 
 
 class Method(Protocol):
-    """What every method has. `sites`: where it can act; `needs`: signals of the vision encoder that not every family gives."""
+    """A pruning method. `sites`: where it can act. `needs`: signals of the vision encoder that it requires."""
 
     sites: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]
@@ -104,43 +97,43 @@ class Method(Protocol):
 
 
 class Scored:
-    """A method that gives every token one number and keeps the highest."""
+    """A method that scores every token and keeps the highest scores."""
 
     needs: ClassVar[tuple[str, ...]] = ()
 
     def score(self, view: Any) -> torch.Tensor:
-        """Return one number per visual token [V]."""
+        """Return one score per visual token [V]."""
         raise NotImplementedError
 
     def select(self, view: Any, keep: int) -> torch.Tensor:
-        """Return the ascending positions [min(keep, V)] of the tokens that stay."""
+        """Return the ascending positions [min(keep, V)] of the kept tokens."""
         return keep_best(self.score(view), keep)
 
     def score_heads(self, view: LayerView) -> torch.Tensor:
-        """Return the same numbers for every KV head [kv heads, V]."""
+        """Return the same scores for every KV head [kv heads, V]."""
         return self.score(view)[None].expand(view.kv_heads, -1)
 
 
 @runtime_checkable
 class Merging(Protocol):
-    """An input method that does not only drop tokens: it also returns what the kept ones become [K, hidden]."""
+    """An input method that merges dropped tokens into the kept ones."""
 
     def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of the chosen tokens [K], the dropped ones merged into them."""
+        """Return the embeddings [K, hidden] of the chosen tokens [K], with the dropped tokens merged into them."""
         ...
 
 
 def keep_best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Return the ascending positions [min(keep, V)] of the highest scores [V].
 
-    Lowers to TopK twice: by score, then on the indices, since graphs for TensorRT have no Sort.
+    Lowers to two TopK, by score and then on the indices, since graphs for TensorRT have no Sort.
     """
     return ascending(rank(scores, keep))
 
 
 def rank(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return the positions [..., min(keep, V)] of the highest scores [..., V], the highest first."""
-    count = torch.sym_min(keep, scores.shape[-1])  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Return the positions [..., min(keep, V)] of the highest scores [..., V], in descending order of score."""
+    count = torch.sym_min(keep, scores.shape[-1])  # type: ignore[no-untyped-call]
     return torch.topk(scores, count).indices
 
 
@@ -150,20 +143,22 @@ def ascending(positions: torch.Tensor) -> torch.Tensor:
 
 
 def cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the cosine similarities [n, m] of rows [n, hidden] and [m, hidden], in float32."""
+    """Return the float32 cosine similarities [n, m] of rows [n, hidden] and [m, hidden]."""
     return _unit(left) @ _unit(right).transpose(0, 1)
 
 
 def add_most_different(
     similarity: torch.Tensor, chosen: torch.Tensor, count: int, *, block: int = 1, reduce: str = "max"
 ) -> torch.Tensor:
-    """Return the `chosen` positions [n] followed by `count` more, each the least similar to those before it.
+    """Return the `chosen` positions [n] followed by `count` more, each the least similar to those before it (greedy max-min).
 
-    `similarity` [V, V]. `reduce`: a token is as similar as to the nearest chosen one ("max"), or as to all on average ("mean").
+    `similarity` [V, V]. `reduce`: the similarity to a set is that to its nearest token ("max") or the mean over its tokens
+    ("mean"). `block`: how many tokens each step takes; tokens of one block may resemble each other. A traced loop unrolls into four
+    cheap nodes per step (TopK, Gather, Squeeze, Max).
     """
-    places = torch.arange(similarity.shape[0], device=similarity.device)
-    # Infinitely similar to itself, a chosen token never comes first again: no mask has to be carried along.
-    similarity = torch.where(places[:, None] == places[None], float("inf"), similarity)
+    positions = torch.arange(similarity.shape[0], device=similarity.device)
+    # A chosen token has infinite similarity to itself, so it is never chosen again. This saves a mask.
+    similarity = torch.where(positions[:, None] == positions[None], float("inf"), similarity)
     nearest = _reduced(similarity.index_select(0, chosen), reduce)
     picked = [chosen]
     for start in range(0, count, block):
@@ -175,7 +170,7 @@ def add_most_different(
 
 
 def _reduced(rows: torch.Tensor, reduce: str) -> torch.Tensor:
-    # The mean is kept as a sum: it orders tokens the same, since all are compared to equally many.
+    # The mean is kept as a sum: all tokens are compared to equally many, so the order is the same.
     if rows.shape[0] == 1:
         return rows[0]
     return rows.amax(dim=0) if reduce == "max" else rows.sum(dim=0)

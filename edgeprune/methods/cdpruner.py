@@ -1,12 +1,12 @@
-"""CDPruner: keep the set that is diverse and relevant to the prompt at once, by a conditional determinantal point process.
+"""CDPruner: keep a set that is both diverse and relevant to the prompt, by a conditional determinantal point process (DPP).
 
 Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS 2025, arXiv
-2506.10967. The kernel is the cosine similarity of the visual tokens, scaled on both sides by each token's relevance; the set of
+2506.10967. The kernel is the cosine similarity of the visual tokens, scaled on both sides by each token's relevance. The set of
 largest determinant is built greedily with the fast update of Chen et al. (arXiv 1709.05135).
 
-Made static: nothing had to change. Departure, as in OpenVINO GenAI: relevance is the mean cosine to the prompt in the language
-model's own embedding space, brought to [0, 1], where the paper asks CLIP's text tower (and negates). Option weight w: relevance
-counts as exp(w / (2 (1 - w)) * relevance), and not at all with w = 0. Kept tokens stay at their original positions.
+Made static: no change needed. Departure, as in OpenVINO GenAI: relevance is the mean cosine to the prompt in the language model's
+own embedding space, rescaled to [0, 1]; the paper uses CLIP's text tower (and negates). Option weight w: relevance counts as
+exp(w / (2 (1 - w)) * relevance), so w = 0 ignores it. Kept tokens keep their original positions.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class CDPruner:
 
 
 def greedy_map(kernel: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the positions [count] that a greedy search for the largest determinant picks from a kernel [V, V], in its order.
+    """Return the positions [count], in order of selection, of a greedy search for the largest determinant in a kernel [V, V].
 
-    Each step takes the token that adds most volume, and projects it out of the others' remaining volume.
+    Each step takes the token that adds the most volume and projects it out of the remaining volume of the others.
     """
-    places = torch.arange(kernel.shape[0], device=kernel.device)
+    positions = torch.arange(kernel.shape[0], device=kernel.device)
     gain = kernel.diagonal()
-    factors = torch.zeros_like(kernel[:1])  # rows of the incremental Cholesky factor, after one of zeros: no sum is empty
+    factors = torch.zeros_like(kernel[:1])  # rows of the incremental Cholesky factor; a first row of zeros avoids an empty sum
     picked = []
     for _ in range(count):
         best = torch.topk(gain, 1).indices
@@ -59,5 +59,5 @@ def greedy_map(kernel: torch.Tensor, count: int) -> torch.Tensor:
         row = kernel.index_select(0, best) - (factors.index_select(1, best) * factors).sum(dim=0, keepdim=True)
         factor = row / gain.index_select(0, best).clamp_min(_TINY).sqrt()
         factors = torch.cat([factors, factor])
-        gain = torch.where(places == best, float("-inf"), gain - factor[0].square())
+        gain = torch.where(positions == best, float("-inf"), gain - factor[0].square())
     return torch.cat(picked)

@@ -1,11 +1,11 @@
-"""DART: keep a few pivots and, for each, the tokens that least resemble it.
+"""DART: keep a few pivots and, for each pivot, the tokens least similar to it.
 
 Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, arXiv
 2502.11494, in the embedding-level form that NVIDIA's TensorRT Edge-LLM documents: pivots are the visual and prompt tokens of the
-largest L1 norm, taken from the decoder's input, and the budget is shared out among them.
+largest L1 norm in the decoder's input, and the budget is divided among them.
 
 Made static: quotas are constants that add up to the budget exactly. Reconstruction: the order of the pivots (visual ones first, by
-norm). A prompt shorter than text_pivots gives some of its words twice. Kept tokens stay at their original positions.
+norm). A prompt shorter than text_pivots contributes some tokens twice. Kept tokens keep their original positions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgeprune.plan import Cut, Geometry
 
 
 class DART:
-    """Keep pivots and what is least like them."""
+    """Keep pivots and the tokens least similar to them."""
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
@@ -33,29 +33,29 @@ class DART:
             raise PlanError(f"{cut} needs one image pivot or more, and no fewer than 0 text pivots.")
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
-        """Return the ascending positions [min(keep, V)] of pivots and their opposites."""
+        """Return the ascending positions [min(keep, V)] of the visual pivots and the least similar tokens."""
         visual = view.visual
         keep = min(keep, visual.shape[0])
         own = torch.topk(visual.float().abs().sum(dim=1), min(self._image_pivots, keep)).indices
-        pivots = torch.cat([visual.index_select(0, own), self._words(view.prompt)])
+        pivots = torch.cat([visual.index_select(0, own), self._prompt_pivots(view.prompt)])
         similarity = cosine(pivots, visual)
-        places = torch.arange(visual.shape[0], device=visual.device)
-        taken = (places[:, None] == own[None]).any(dim=1)
+        positions = torch.arange(visual.shape[0], device=visual.device)
+        taken = (positions[:, None] == own[None]).any(dim=1)
         picked = [own]
         left = keep - own.shape[0]
         for index in range(pivots.shape[0]):
-            quota = -(-left // (pivots.shape[0] - index))  # what is left, shared among the pivots left
+            quota = -(-left // (pivots.shape[0] - index))  # the remaining budget, divided among the remaining pivots
             if quota == 0:
                 break
             best = torch.topk(similarity[index] + 4.0 * taken, quota, largest=False).indices
             picked.append(best)
-            taken = taken | (places[:, None] == best[None]).any(dim=1)
+            taken = taken | (positions[:, None] == best[None]).any(dim=1)
             left -= quota
         return ascending(torch.cat(picked))
 
-    def _words(self, prompt: torch.Tensor) -> torch.Tensor:
-        # The prompt, repeated, is long enough for any number of pivots. Each repetition ranks below the one before it, so that
-        # no word is taken twice before every word is taken once.
+    def _prompt_pivots(self, prompt: torch.Tensor) -> torch.Tensor:
+        # The repeated prompt is long enough for any number of pivots. Each repetition ranks below the previous one, so that no
+        # token is taken twice before every token is taken once.
         if not self._text_pivots:
             return prompt[:0]
         norms = prompt.float().abs().sum(dim=1)

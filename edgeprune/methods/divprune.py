@@ -1,10 +1,10 @@
-"""DivPrune: keep the tokens that differ most from each other, whatever the prompt.
+"""DivPrune: keep the tokens that differ most from each other, independent of the prompt.
 
 Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175. The
-first token is the one farthest from its nearest neighbour (cosine distance); every next one is the farthest from all chosen
+first token is the farthest from its nearest neighbour (cosine distance); each further one is the farthest from all chosen ones
 (max-min).
 
-Made static: nothing had to change. Departure: kept tokens stay at their original positions. Option block: see diversity.
+Made static: no change needed. Departure: kept tokens keep their original positions. Option block: see `base.add_most_different`.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""DyRate: drop more visual tokens the further the answer has come, as the answer's attention to vision fades.
+"""DyRate: drop more visual tokens during generation, as the answer's attention to the image fades.
 
 Liang et al., "Dynamic Token Reduction during Generation for Vision Language Models", arXiv 2501.14204. A light predictor on the
-attention distribution picks the reduction rate at every step of generation.
+attention distribution picks the reduction rate at every decode step.
 
-DyRate (reconstruction): the paper's features, bins and training were not available to us. Here the predictor is one linear layer
-over the shares of attention that the newest token pays to system prompt, image, instruction and generated text in every layer,
-and the step; it picks among fixed keep shares (option form = "predictor"). Beside it stand the same rates frozen by step
-("schedule"), and, as a baseline without training, a monotone map of the image's share of attention ("map"). Rates never fall
-within an answer.
+Reconstruction: the paper's features, bins and training were not available to us. Here the predictor is one linear layer over the
+step and the newest token's shares of attention to system prompt, image, instruction and generated text in every layer. It picks
+among fixed keep ratios (option form = "predictor"). Two other forms: the same rates frozen by step ("schedule"), and a monotone
+map of the image's share of attention, a baseline without training ("map"). Reduction rates never fall within an answer.
 
-Made static: cache cuts leave each KV head's visual tokens in descending order of score, so a smaller budget is a prefix and no
-graph changes. Which tokens go first is therefore the cache cut's decision, made once, at the end of prefill.
+Made static: cache cuts leave the visual tokens of each KV head in descending order of score, so a smaller budget is a prefix and
+the graphs stay the same. The cache cut decides once, at the end of prefill, which tokens are dropped first.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ FORMS = {
 
 
 class DyRate:
-    """The rate of a decode cut. It keeps `shares` of every layer's visual cache: by step, by attention or by a linear predictor."""
+    """The rate of a decode cut: keep one of `shares` of every layer's visual cache, by step, by attention or by a predictor."""
 
     sites: ClassVar[tuple[str, ...]] = ("decode",)
     needs: ClassVar[tuple[str, ...]] = ()
@@ -61,7 +60,7 @@ class DyRate:
         return self.form != "schedule"
 
     def rate_predictor(self) -> nn.Module:
-        """Return the module from split [layers, 4] and step [1] to the share [1] that is kept."""
+        """Return the module that maps split [layers, 4] and step [1] to the kept share [1]."""
         values = self._settings
         shares = torch.tensor(values["shares"], dtype=torch.float32)
         if self.form == "map":
@@ -70,7 +69,7 @@ class DyRate:
 
 
 class Predictor(nn.Module):
-    """Linear classifier over keep shares."""
+    """A linear classifier over keep shares."""
 
     shares: torch.Tensor
 
@@ -80,13 +79,13 @@ class Predictor(nn.Module):
         self.register_buffer("shares", shares)
 
     def logits(self, split: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Return [..., bins] of split [..., layers, 4] and step [..., 1]."""
+        """Return the logits [..., bins] of split [..., layers, 4] and step [..., 1]."""
         scaled = torch.log(step + 1) / math.log(LAST_STEP + 1)
         return nn.functional.linear(torch.cat([split.flatten(-2), scaled], dim=-1), self.weight, self.bias)
 
     def forward(self, split: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Return the share [1] of the likeliest bin."""
-        # With an axis in front: TensorRT's ArgMax wants two.
+        """Return the share [1] of the most likely bin."""
+        # The added axis is for TensorRT, whose ArgMax requires two.
         return self.shares.index_select(0, self.logits(split, step)[None].argmax(dim=-1))
 
     def settings(self) -> dict[str, Any]:
@@ -96,7 +95,7 @@ class Predictor(nn.Module):
 
 
 class AttentionMap(nn.Module):
-    """Training-free: the share kept is a step function of the image's share of attention, averaged over layers."""
+    """A training-free rate: the kept share is a step function of the image's share of attention, averaged over layers."""
 
     attention: torch.Tensor
     shares: torch.Tensor
@@ -107,7 +106,7 @@ class AttentionMap(nn.Module):
         self.register_buffer("shares", shares)
 
     def forward(self, split: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Return the share [1] of the interval that the image's attention falls into."""
+        """Return the share [1] for the interval that contains the image's share of attention."""
         del step
         above = (split[:, 1].mean() >= self.attention).sum().view(1)
         return self.shares.index_select(0, above)

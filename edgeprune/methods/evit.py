@@ -1,13 +1,13 @@
-"""EViT: inside the vision encoder, keep the tokens that its class token attends to.
+"""EViT: keep the tokens that the class token attends to, inside the vision encoder.
 
 Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", ICLR 2022, arXiv
 2202.07800, section 3.2: tokens are ranked by the attention that they receive from the class token, averaged over heads, and the
-encoder goes on with the best.
+encoder continues with the highest.
 
-Made static: the kept count is the plan's constant instead of a keep rate of each layer. Departures: tokens leave between two
-blocks, where the paper lets them leave between attention and MLP of one; those that leave are not fused into a token of their own;
-nothing is trained. Whole visual tokens leave, ranked by the mean over the patches that are merged into them. Encoders without a
-class token are asked by the mean over their queries, which is a reconstruction.
+Made static: the kept count is the plan's constant instead of a keep rate per layer. Departures: tokens are dropped between two
+blocks, in the paper between attention and MLP of one block; dropped tokens are not fused into one; nothing is trained. The patches
+of a visual token are dropped together, ranked by their mean. Reconstruction: for encoders without a class token, attention is
+averaged over all queries.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ class EViT(Scored):
         cut.settings()  # the ranking has no parameters
 
     def score(self, view: EncoderView) -> torch.Tensor:
-        """Return the attention received [V]."""
+        """Return the attention that each token received [V]."""
         received: torch.Tensor = view.attention()
         return received

@@ -1,12 +1,12 @@
-"""EVS: of a video's frames after the first, keep what changed most since the frame before.
+"""EVS: keep the first frame of a video and the tokens that changed most since the previous frame.
 
 Bagrov et al., "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference", arXiv 2510.14624, in the
-form of the authors' code for vLLM (vllm/multimodal/evs.py), which compares the tokens where the paper compares pixels: one counts
-by its cosine distance to the token at the same place of the frame before. The first frame stays whole, and the budget goes to the
-highest of the whole video, however they fall on its frames.
+form of the authors' code for vLLM (vllm/multimodal/evs.py), which compares tokens where the paper compares pixels: a token's score
+is its cosine distance to the token at the same place in the previous frame. The first frame is kept completely. The rest of the
+budget goes to the highest scores of the entire video, regardless of the frame.
 
-Made static: nothing had to change. A frame is what the vision encoder makes one grid of: with Qwen's encoders, two pictures. Kept
-tokens stay at their original positions. Departure: a budget below one frame is refused, where that code raises it.
+Made static: no change needed. A frame is one grid of the vision encoder: with Qwen's encoders, two pictures. Kept tokens keep their
+original positions. Departure: a budget below one frame is refused, where that code raises it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, Scored
 from edgeprune.plan import Cut, Geometry
 
-_FIRST = 4.0  # above every cosine distance, which end at 2
+_FIRST = 4.0  # above the largest cosine distance, 2
 
 
 class EVS(Scored):
-    """Keep the first frame and what changes after it."""
+    """Keep the first frame and the tokens that change most after it."""
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     videos_only: ClassVar[bool] = True
@@ -41,7 +41,7 @@ class EVS(Scored):
         self._frames = len(frames)
 
     def score(self, view: InputView) -> torch.Tensor:
-        """Return the cosine distance [V] of each token to the one before it in time."""
+        """Return the cosine distance [V] of each token to the same place in the previous frame; the first frame scores highest."""
         frames = torch.nn.functional.normalize(view.visual.float(), dim=-1).view(self._frames, -1, view.visual.shape[1])
         changed = 1 - (frames[1:] * frames[:-1]).sum(dim=-1)
         return torch.cat([torch.full_like(changed[:1], _FIRST), changed]).flatten()

@@ -1,11 +1,11 @@
-"""FastV: drop the visual tokens that the last token hardly looks at.
+"""FastV: drop the visual tokens that receive the least attention from the last token.
 
 Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. After layer K - 1 the visual tokens are
-ranked by the attention they receive from the last prompt token, averaged over heads; layers K and later see the best only, at
+ranked by the attention they receive from the last prompt token, averaged over heads. Layers from K on get only the highest, at
 their original positions.
 
-Made static: the kept count is the plan's constant instead of round(N (1 - R)). The attention row is computed apart from the
-main attention, so that one stays fused. Departure: none in the ranking.
+Made static: the kept count is the plan's constant instead of round(N (1 - R)). The attention row is computed separately, so that
+the main attention stays fused. Departure: none in the ranking.
 """
 
 from __future__ import annotations

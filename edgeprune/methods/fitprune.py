@@ -1,10 +1,10 @@
-"""FitPrune: drop tokens that neither the text nor the other visual tokens attend to, as many as a recipe fitted offline says.
+"""FitPrune: drop tokens to which neither text nor other visual tokens attend, by a recipe fitted offline.
 
 Ye et al., "Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models", AAAI 2025, arXiv
-2409.10197. A token's score is the product of the attention it gets from text (cross) and from visual tokens (self), each the
-maximum over heads. The recipe is made by `edgeprune.calibration.collect.measure`.
+2409.10197. A token's score is the product of the attention it receives from text (cross) and from visual tokens (self), each the
+maximum over heads. The recipe sets the counts; `edgeprune.calibration.collect.measure` makes it.
 
-Made static: it is by nature. Departure: the recipe's many small deletions are gathered into a few stages between layers, where the
+Made static: the method already is. Departure: the recipe's many small deletions are grouped into a few stages between layers; the
 paper deletes inside every attention.
 """
 
@@ -28,11 +28,11 @@ class FitPrune(Scored):
         cut.settings()  # the ranking has no parameters
 
     def score(self, view: LayerView) -> torch.Tensor:
-        """Return cross times self [V]."""
+        """Return the product of cross and self attention [V]."""
         cross, within = attention_received(view)
         return cross * within
 
 
 def attention_received(view: LayerView) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the attention that each visual token gets from text, on average, and from all visual tokens: head maxima [V] each."""
+    """Return each visual token's attention from text (mean) and from visual tokens (sum) [V], both of the maxima over heads."""
     return view.text_attention().amax(dim=0).mean(dim=0), view.visual_attention().amax(dim=0).sum(dim=0)

@@ -1,18 +1,17 @@
-"""PLPHP: every layer keeps as much of its visual KV cache as it attends to vision, every head its own tokens.
+"""PLPHP: prune the visual KV cache, with a budget per layer by its attention to vision and separate tokens per head.
 
 Meng et al., "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models", arXiv 2502.14504. A
 layer's vision attention score decides its retention rate (section on layer-level allocation; see
-`edgeprune.calibration.allocate`); inside a layer each head keeps the visual tokens that the last prompt token attends to most.
+`edgeprune.calibration.allocate`). Each head of a layer keeps the visual tokens that the last prompt token attends to most.
 
-Made static: the rate of each layer is frozen from a calibration set, where the paper picks a class per input. Prefill is untouched,
-the cache shrinks. Ranks descend, so a smaller budget is a prefix of a larger one.
+Made static: the rate of each layer is frozen from a calibration set, where the paper picks a class per input. Prefill does not
+change, the cache shrinks. Tokens are in descending order of score, so a smaller budget is a prefix of a larger one.
 
-Reconstruction: the paper says nothing about grouped queries; the query heads that share a KV head are averaged (option reduce =
-"mean") or their maximum counts ("max"). Ours, off unless asked for, since the last prompt token does not know what a long answer
-will come to: rows = "text" asks every token of the instruction; rows = "peak" takes a token's highest attention from any of
-them, in turns with its highest from any visual token; spread also takes turns with an even lattice, shifted from head to head;
-prior with the order in which the answers of a calibration set attended to the places of the image (one list of all tokens for
-each KV head).
+Reconstruction: the paper does not cover GQA. Query heads that share a KV head are averaged (option reduce = "mean") or the highest
+counts ("max"). Our additions, off by default, since the last prompt token does not predict what a long answer will need:
+rows = "text" averages over every token of the instruction; rows = "peak" alternates a token's highest attention from any of them
+with its highest from any visual token; spread also alternates with an even lattice, shifted from head to head; prior alternates
+with the order in which the answers of a calibration set attended to the image (one list of all tokens per KV head).
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ class PLPHP:
         self._geometry = geometry
         if any(sorted(order) != list(range(geometry.tokens)) for order in settings["prior"]):
             raise PlanError(f"The prior of {cut} must list every visual token once for each KV head.")
-        # Sorting an order gives each token's place in it.
-        self._places = torch.tensor(settings["prior"], dtype=torch.int64).argsort(dim=-1).neg().float()
+        # The argsort of an order is each token's rank in it.
+        self._prior = torch.tensor(settings["prior"], dtype=torch.int64).argsort(dim=-1).neg().float()
 
     def score_heads(self, view: LayerView) -> torch.Tensor:
-        """Return a number per visual token and KV head [kv heads, V], the highest for the token to keep first."""
+        """Return a score per KV head and visual token [kv heads, V], the highest for the token to keep first."""
         rankings = [self._grouped(rows, view.kv_heads) for rows in self._attention(view)]
         if self._spread:
             rankings.append(self._lattice(view))
-        if len(self._places):
-            rankings.append(self._places.to(view.order.device).index_select(1, view.order))
+        if len(self._prior):
+            rankings.append(self._prior.to(view.order.device).index_select(1, view.order))
         return rankings[0] if len(rankings) == 1 else in_turns(rankings)
 
     def _attention(self, view: LayerView) -> list[torch.Tensor]:
@@ -62,7 +61,7 @@ class PLPHP:
         text = view.text_attention()  # [heads, T, V]
         if self._rows == "text":
             return [text.mean(dim=1)]
-        # A row of zeros: without an image there is no visual row to take a maximum over.
+        # Without an image there is no visual row to take the maximum over, hence the row of zeros.
         visual = torch.cat([torch.zeros_like(text[:, :1]), view.visual_attention()], dim=1)
         return [text.amax(dim=1), visual.amax(dim=1)]
 
@@ -77,19 +76,19 @@ class PLPHP:
 
 
 def in_turns(rankings: list[torch.Tensor]) -> torch.Tensor:
-    """Return scores [..., V] whose order takes from each of the rankings [..., V] its best, then its second best, and so on."""
+    """Return scores [..., V] that interleave several rankings [..., V]: the best token of each, then the second best, and so on."""
     count = rankings[0].shape[-1]
     turns = []
     for turn, scores in enumerate(rankings):
-        # The rank of each token: the inverse permutation of the order, by sorting twice.
+        # Sorting twice gives the inverse permutation, that is the rank of each token.
         order = torch.topk(scores, count).indices
-        place = torch.topk(order, count, largest=False).indices
-        turns.append(place * len(rankings) + turn)
+        rank = torch.topk(order, count, largest=False).indices
+        turns.append(rank * len(rankings) + turn)
     return -torch.stack(turns).amin(dim=0).float()
 
 
 def vision_attention_score(attention: torch.Tensor) -> torch.Tensor:
-    """Return gamma, the share of its attention that the last prompt token pays to vision, averaged over heads [heads, V] -> scalar.
+    """Return gamma [], the last prompt token's share of attention [heads, V] to visual tokens, averaged over heads.
 
     Reconstruction: the paper's formula for the score was not available to us.
     """

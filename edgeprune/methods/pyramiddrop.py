@@ -1,11 +1,11 @@
-"""PyramidDrop: drop visual tokens in stages, each time those that the last instruction token looks at least.
+"""PyramidDrop: drop visual tokens in stages, at each stage those with the least attention from the last instruction token.
 
 Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR 2025, arXiv
-2410.17247. After layers 8, 16 and 24 of 32 half of the tokens stay; the ranking is the head-mean attention of the last
-instruction token, computed with the query and key projections of the layer that comes next.
+2410.17247. Half of the tokens stay after each of layers 8, 16 and 24 of 32. The ranking is the head-mean attention of the last
+instruction token, computed with the query and key projections of the next layer.
 
-Made static: the counts are the plan's constants. Departure: tokens keep their original positions, where the paper's code
-renumbers them after each stage.
+Made static: the counts are the plan's constants. Departure: tokens keep their original positions; the paper's code renumbers them
+after each stage.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgeprune.plan import Cut, Geometry
 
 
 class PyramidDrop(Scored):
-    """Keep the tokens with the highest head-mean attention as the next layer will see it."""
+    """Keep the tokens with the highest head-mean attention in the next layer."""
 
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 

@@ -1,8 +1,8 @@
-"""Random: keep tokens drawn by lot, the baseline that many published methods do not beat.
+"""Random: keep randomly drawn tokens, the baseline that many published methods do not beat.
 
-UniPruneBench (arXiv 2511.02650) finds it stronger than most attention-based methods at high pruning. The lot is drawn once, by
-the cut's seed, and frozen into the graph: the same places are kept in every image. Later cuts with the same seed keep a subset
-of what earlier ones kept.
+UniPruneBench (arXiv 2511.02650) finds it stronger than most attention-based methods at high pruning. The ranking is drawn once from
+the cut's seed and frozen into the graph: the same places are kept in every image. Later cuts with the same seed keep a subset of
+the tokens that earlier ones kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgeprune.plan import Cut, Geometry
 
 
 class Random(Scored):
-    """Keep the tokens that come first in a seeded shuffle of the image's places."""
+    """Keep the highest ranks of a seeded permutation of the image's tokens."""
 
     sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer", "cache")
 
@@ -27,5 +27,5 @@ class Random(Scored):
         self._scores = torch.from_numpy(ranks.astype(np.float32))
 
     def score(self, view: EncoderView | InputView | LayerView) -> torch.Tensor:
-        """Return the frozen lot of each token [V]."""
+        """Return the frozen rank of each token [V]."""
         return self._scores.to(view.order.device).index_select(0, view.order)

@@ -1,11 +1,11 @@
-"""SparseVLM: let the words that resemble the picture rate the visual tokens.
+"""SparseVLM: rank visual tokens by the attention of those text tokens that resemble the image.
 
 Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025, arXiv
-2410.04417. Raters are the text tokens whose similarity to the visual tokens, softmaxed over the text, is above average; a visual
-token's score is the mean attention that the raters pay to it.
+2410.04417. Raters are the text tokens whose similarity to the visual tokens, after a softmax over the text, is above average. A
+visual token's score is its mean attention from the raters.
 
-Made static: the set of raters is a mask instead of a list, and the counts are the plan's constants (the authors' code has a
-fixed table too). Departures, as in the authors' second version: dropped tokens are not merged, and positions are kept.
+Made static: the set of raters is a mask instead of a list, and the counts are the plan's constants (the authors' code also has a
+fixed table). Departures, as in the authors' second version: dropped tokens are not merged, and tokens keep their positions.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class SparseVLM(Scored):
         cut.settings()  # the ranking has no parameters
 
     def score(self, view: LayerView) -> torch.Tensor:
-        """Return the raters' attention [V], averaged over heads and added up over raters, which ranks as their mean does."""
+        """Return the raters' attention [V], averaged over heads and summed over raters, which ranks like their mean."""
         attention = view.text_attention().mean(dim=0)  # [T, V]
         score: torch.Tensor = text_raters(*view.embeds()) @ attention
         return score
 
 
 def text_raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Return 1 for every text token that rates, else 0 [T], of embeddings [V, hidden] and [T, hidden]."""
+    """Return the mask of raters [T], 1 or 0, among `text` [T, hidden] for `visual` [V, hidden] embeddings."""
     similarity = torch.softmax(visual @ text.transpose(0, 1), dim=1).sum(dim=0)
     return (similarity > similarity.mean()).to(text.dtype)

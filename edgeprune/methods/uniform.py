@@ -1,8 +1,8 @@
-"""Uniform: keep tokens spread evenly over the image, the honest geometric baseline.
+"""Uniform: keep tokens spread evenly over the image, the geometric baseline.
 
-A stride over the raster order would keep whole columns on some grids. Here every next token is the one farthest from those
-taken so far (farthest-point order from the middle, ties in reading order), so any count is spread over both axes and smaller
-sets are subsets of larger ones. Tiles and frames are each thinned so, all alike.
+A stride over the raster order would keep entire columns on some grids. Farthest-point order is used instead: each token is the
+farthest from all earlier ones, starting at the middle, with ties in reading order. Any count is spread over both axes, and smaller
+sets are subsets of larger ones. Each tile and each frame is pruned this way, all equally.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Uniform(Scored):
     sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer", "cache")
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
-        cut.settings()  # nothing to set, nothing drawn by lot
+        cut.settings()  # the ranking has no parameters
         self._scores = torch.from_numpy(ranked([earliness(view) for view in geometry.layout]))
 
     def score(self, view: EncoderView | InputView | LayerView) -> torch.Tensor:
-        """Return how early each token comes in the order [V]."""
+        """Return the score of each token [V], higher for earlier ones."""
         return self._scores.to(view.order.device).index_select(0, view.order)
 
 
 def ranked(grids: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the numbers of all grids in a row as their ranks, from 1 up: no two are equal, so that every TopK agrees."""
+    """Return the ranks, from 1 up, of the values of all grids in sequence; they are distinct, so that every TopK agrees."""
     early = np.concatenate([grid.ravel() for grid in grids])
     scores = np.empty_like(early)
     scores[np.argsort(-early, kind="stable")] = np.arange(len(early), 0, -1)
@@ -40,9 +40,9 @@ def ranked(grids: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def earliness(view: View) -> np.ndarray:
-    """Return for each token of a view how early it comes in the order of farthest points [rows, columns], from 1 down to 0.
+    """Return a score for each token of a view [rows, columns + separators], from 1 for the first in farthest-point order towards 0.
 
-    As a share, so that views of any size are thinned alike. Separators are a column of their own.
+    Scores are relative, so that views of different sizes are pruned equally. Separators count as a column.
     """
     rows, columns = view.rows, view.columns + view.separators
     early = np.empty(rows * columns, np.float32)
@@ -51,7 +51,7 @@ def earliness(view: View) -> np.ndarray:
 
 
 def farthest_point_order(rows: int, columns: int) -> np.ndarray:
-    """Return the raster indices of a grid [rows * columns], each the farthest from all before it."""
+    """Return the raster indices of a grid [rows * columns], each the farthest from all earlier ones."""
     points = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1).astype(np.float64)
     middle = np.array([rows - 1, columns - 1]) / 2
     order = [int(np.square(points - middle).sum(axis=1).argmin())]

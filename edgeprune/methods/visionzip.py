@@ -1,12 +1,11 @@
-"""VisionZip: keep the tokens that the vision encoder itself attends to, and fold the rest into a few more.
+"""VisionZip: keep the tokens that the vision encoder attends to, and merge the rest into a few contextual ones.
 
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467. Dominant tokens
-receive the most attention in the encoder's last block but one; of the others, evenly strided ones become contextual tokens, and
-each of those left is averaged into the contextual token whose key is most similar to its own.
+receive the most attention in the encoder's penultimate block. Of the others, evenly strided ones become contextual tokens, and each
+remaining one is averaged into the contextual token with the most similar key.
 
-Made static: nothing had to change. Departures: encoders without a class token are asked by the mean over their queries; tokens
-stay in raster order at their original positions, where the paper appends the contextual ones. Option contextual: their share of
-the budget.
+Made static: no change needed. Departures: for encoders without a class token, attention is averaged over all queries; tokens keep
+raster order and original positions, where the paper appends the contextual ones. Option contextual: their share of the budget.
 """
 
 from __future__ import annotations
@@ -39,19 +38,19 @@ class VisionZip:
         return ascending(torch.cat([dominant, targets]))
 
     def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings [K, hidden] of the chosen tokens, with what resembles the contextual ones averaged in."""
+        """Return the embeddings [K, hidden] of the chosen tokens, with the dropped tokens averaged into the contextual ones."""
         assert view.keys is not None
         _, targets, others = self._parts(view, chosen.shape[0])
         if not targets.shape[0] or not others.shape[0]:
             return view.visual.index_select(0, chosen)
-        likeness = cosine(view.keys.index_select(0, others), view.keys.index_select(0, targets))
-        nearest = targets.index_select(0, likeness.argmax(dim=1))  # [others] the target of each
+        similarity = cosine(view.keys.index_select(0, others), view.keys.index_select(0, targets))
+        nearest = targets.index_select(0, similarity.argmax(dim=1))  # [others] the target of each
         joined = (chosen[:, None] == nearest[None]).to(view.visual.dtype)  # [K, others]
         total = view.visual.index_select(0, chosen) + joined @ view.visual.index_select(0, others)
         return total / (1 + joined.sum(dim=1, keepdim=True))
 
     def _parts(self, view: InputView, keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Dominant tokens, contextual targets, and the rest, which is merged.
+        # Dominant tokens, contextual targets, and the remaining tokens, which are merged.
         assert view.attention is not None
         tokens = view.visual.shape[0]
         contextual = min(int(self._contextual * keep), keep - 1)

@@ -1,9 +1,9 @@
-"""VTW: from some layer on, no visual tokens at all.
+"""VTW: drop all visual tokens from some layer on.
 
 Lin et al., "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference", AAAI 2025, arXiv
-2405.05803. The layer is found offline as the first whose withdrawal hardly changes the next-token distribution.
+2405.05803. The layer is found offline: the first one where withdrawal hardly changes the next-token distribution.
 
-Made static: it is by nature. Positions are kept.
+Made static: the method already is. Text tokens keep their positions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgeprune.plan import Cut, Geometry
 
 
 class VTW(Scored):
-    """Keep nothing."""
+    """Keep no visual token."""
 
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 
@@ -29,5 +29,5 @@ class VTW(Scored):
             raise PlanError(f"{cut} withdraws every visual token; it cannot keep {cut.keep}.", hint="Say keep = 0.")
 
     def score(self, view: LayerView) -> torch.Tensor:
-        """Return zeros [V]: where none stays, none is better."""
+        """Return zeros [V], since no token is kept."""
         return torch.zeros_like(view.order, dtype=torch.float32)

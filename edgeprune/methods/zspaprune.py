@@ -1,14 +1,14 @@
-"""ZSPAPrune: keep a core of tokens that the prompt is about, then those that differ most from what is kept.
+"""ZSPAPrune: keep a core of tokens that are relevant to the prompt, then those that differ most from the kept ones.
 
 Zhang et al., "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models", arXiv 2510.17197. The prompt's
-embeddings are averaged into one vector; the visual tokens most similar to it (cosine) form the core; the rest of the budget
-goes, one by one, to the token least similar to all that was chosen (greedy max-min).
+embeddings are averaged into one vector. The visual tokens most similar to it (cosine) form the core. The rest of the budget goes,
+one by one, to the token least similar to all chosen ones (greedy max-min).
 
-Made static: nothing had to change, the budget is a constant fraction in the paper too. Reconstruction: the paper's split between
-core and supplement, its similarity to a set and whether template tokens count were not available to us; here the core takes half
-(option core), similarity is to the nearest chosen token (reduce = "max", or "mean"), and the prompt is the user's words alone.
-Option relevance: "pooled" as published; "mean" and "max" compare with each word and average, or take the best. Option block: see
-diversity.
+Made static: no change needed, the budget is a constant fraction in the paper too. Reconstruction: the paper's split between core
+and supplement, its similarity to a set and whether template tokens count were not available to us. Here the core takes half
+(option core), similarity is to the nearest chosen token (reduce = "max", or "mean"), and the prompt is the user's text only.
+Option relevance: "pooled" as published; "mean" and "max" reduce the similarities to the single prompt tokens. Option block: see
+`base.add_most_different`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ZSPAPrune:
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of core and supplement."""
         keep = min(keep, view.visual.shape[0])
-        core = min(keep, max(1, round(self._core * keep)))  # without a core the supplement has nothing to differ from
+        core = min(keep, max(1, round(self._core * keep)))  # the supplement needs at least one token to differ from
         chosen = torch.topk(self.relevance(view), core).indices
         if core < keep:
             similarity = cosine(view.visual, view.visual)

@@ -1,4 +1,4 @@
-"""The eager, pruning-aware decoder that export traces: the family's layers, our attention, a plan's cuts. Imports no runtime."""
+"""The pruning-aware decoder, run eagerly or traced by export: a family's layers with our attention and cuts. Imports no runtime."""
 
 from edgeprune.model.cache import LayerCache
 from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput

@@ -1,11 +1,10 @@
-"""Attention over keys that lie in three places: earlier text, this step's tokens, and the visual tokens of earlier steps.
+"""Attention over three groups of keys: cached text, the tokens of this step, and cached visual tokens.
 
-The order of keys does not matter to attention, only who may see whom: the caches are read where they are.
+Attention depends on the mask, not on the order of the keys, so the caches are read in place.
 
-For CPUs, attention runs in blocks of rows. The scores of a long prompt are larger than the CPU's caches, and half of them are
-masked. Blocks keep them near, and the products of a block end with the last key that any of its rows sees. In the trace this is one
-node, which `export/passes/attention.py` expands: no trace can follow both branches, and a step of few tokens reads the caches where
-they lie.
+On CPUs attention runs in blocks of rows. The scores of a long prompt exceed the CPU's caches, and half of them are masked. The
+scores of a block fit, and its products end at the last key that any of its rows attends to. The trace contains one node for this,
+which `export/passes/attention.py` expands: a trace cannot follow both branches, and a step of few tokens reads the caches in place.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _NEVER = 1 << 50
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Keys in one row: earlier visual tokens and earlier text, without their null rows, then this step's tokens in their order.
+    """The mask of blocked attention. Keys: cached visual tokens and cached text, without null rows, then this step's tokens.
 
-    `mask` [S, keys] is added to scores; the keys of this step that a token sees end before `reach` [S].
+    `mask` [S, keys] is added to the scores. A token attends to no key of this step at or after `reach` [S].
     """
 
     mask: torch.Tensor
@@ -43,7 +42,7 @@ class BlockMask:
 
     @classmethod
     def of(cls, places: torch.Tensor, past: int) -> BlockMask:
-        """Return them for tokens at `places` [S] in the sequence, after `past` keys that all see."""
+        """Return the mask for tokens at `places` [S] in the sequence, after `past` keys that are visible to all of them."""
         visible = places[None] <= places[:, None]
         row = torch.arange(1, places.shape[0] + 1, device=places.device)
         added = torch.where(visible, 0.0, float("-inf"))
@@ -52,10 +51,10 @@ class BlockMask:
 
 
 def blocked(*inputs: torch.Tensor) -> torch.Tensor:
-    """Return, in a trace, the node of what is attended to, by INPUTS.
+    """Add the node of blocked attention to the trace and return its output [kv heads, group, S, head_dim].
 
-    `query` [kv heads, group, S, head_dim]; keys and values [n, kv heads, head_dim] of earlier text, of this step and of earlier
-    visual tokens, null rows included; `mask` [S, keys] for these in this order; and what BlockMask says.
+    `inputs` are named by INPUTS: `query` [kv heads, group, S, head_dim]; keys and values [n, kv heads, head_dim] of cached text,
+    of this step and of cached visual tokens, including null rows; `mask` [S, keys] over them in this order; BlockMask's fields.
     """
     query = inputs[0]
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{OPERATOR}", inputs, dtype=query.dtype, shape=query.shape, version=1)
@@ -63,18 +62,18 @@ def blocked(*inputs: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The tokens between two layers: prefix, visual and suffix in a row, S in all."""
+    """The S tokens between two layers: prefix, visual tokens, suffix."""
 
     hidden: torch.Tensor  # [S, hidden]
     cos: torch.Tensor  # [S, head_dim]
     sin: torch.Tensor  # [S, head_dim]
-    places: torch.Tensor  # [S] in the sequence: a token sees those of lower or equal place
-    planes: torch.Tensor | None  # [S, planes * hidden] what the first layers add, 0 for text
+    places: torch.Tensor  # [S] in the sequence: a token attends to those of lower or equal place
+    planes: torch.Tensor | None  # [S, planes * hidden] added after the first layers, 0 for text
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
 
     def keep(self, chosen: torch.Tensor) -> TokenRows:
-        """Return the tokens with only the chosen visual ones."""
+        """Return the tokens with only the visual tokens at the positions `chosen` [K]."""
         sizes = (self.sizes[0], chosen.shape[0], self.sizes[2])
         rows = [self._pick(rows, chosen) for rows in (self.hidden, self.cos, self.sin, self.places)]
         planes = None if self.planes is None else self._pick(self.planes, chosen)
@@ -85,7 +84,7 @@ class TokenRows:
         return torch.cat([before, visual.index_select(0, chosen), after])
 
     def with_hidden(self, hidden: torch.Tensor) -> TokenRows:
-        """Return the same tokens in another state."""
+        """Return the same tokens with new hidden states [S, hidden]."""
         return replace(self, hidden=hidden)
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,7 +95,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Mask:
-    """Who may see whom: `visible` [S, keys], and as what is added to scores, 0 or -inf; `in_row` for blocked attention alone."""
+    """The attention mask [S, keys]: `visible` as booleans, `added` to scores as 0 or -inf; `in_row` for blocked attention only."""
 
     visible: torch.Tensor
     added: torch.Tensor
@@ -104,9 +103,9 @@ class Mask:
 
 
 class Scores:
-    """What attention is decided by: queries [kv heads, group, S, head_dim], scaled, and the keys of each part.
+    """Attention scores of scaled queries [kv heads, group, S, head_dim] over the parts of the keys.
 
-    Computed when asked for: where a fused node attends, a cut that ranks by the last token costs one row and no more.
+    They are computed on demand: next to a fused node, a cut that ranks by the last token costs only one row.
     """
 
     def __init__(self, query: torch.Tensor, keys: Sequence[torch.Tensor], mask: Mask) -> None:
@@ -115,12 +114,12 @@ class Scores:
 
     @cached_property
     def raw(self) -> torch.Tensor:
-        """Before mask and softmax [kv heads, group, S, keys]."""
+        """The scores before mask and softmax [kv heads, group, S, keys]."""
         return self._of(self._query)
 
     @cached_property
     def weights(self) -> torch.Tensor:
-        """After them, in float32."""
+        """The attention weights, after mask and softmax, in float32 [kv heads, group, S, keys]."""
         return torch.softmax(self.raw.float() + self._mask.added, dim=-1)
 
     def last(self) -> torch.Tensor:
@@ -129,16 +128,16 @@ class Scores:
         return rows[:, :, -1].float()
 
     def _of(self, query: torch.Tensor) -> torch.Tensor:
-        # The query heads that share a KV head are folded into rows: no key is ever expanded.
+        # GQA: query heads that share a KV head are folded into rows, so no key is expanded.
         rows = query.flatten(1, 2)  # [kv heads, group * S, head_dim]
         return torch.cat([rows @ key.transpose(1, 2) for key in self._keys], dim=2).view(*query.shape[:3], -1)
 
 
 @dataclass(frozen=True)
 class AttentionOutput:
-    """One layer's attention: `output` [S, hidden] and the `rows` of this step's tokens, whose segments have `sizes`.
+    """One layer's attention: its `output` [S, hidden], this step's KV `rows` and the `sizes` of its three segments.
 
-    The parts of its `scores` are earlier text, this step, and visual tokens of earlier steps, null rows of the caches included.
+    The parts of `scores` are cached text, this step, and cached visual tokens, including the null rows of the caches.
     """
 
     output: torch.Tensor
@@ -149,7 +148,7 @@ class AttentionOutput:
     def last_row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the attention of the last token [heads, keys] to all text and to this step's visual tokens.
 
-        It sees every key but the null rows, so it needs no mask.
+        The last token attends to every key except the null rows, so it needs no mask.
         """
         past_text, step, past = torch.split(self.scores.last().flatten(0, 1), self.scores.parts, dim=1)
         sizes = [past_text.shape[1] - 1, *self.sizes, past.shape[1] - 1]
@@ -158,18 +157,18 @@ class AttentionOutput:
         return torch.cat([past_text, before, after], dim=1), visual
 
     def last_rows_of_text(self, count: int) -> torch.Tensor:
-        """Return the attention of the last tokens to all text [heads, count, keys]."""
+        """Return the attention of the last `count` tokens to all text [heads, count, keys]."""
         weights = self.scores.weights
         past_text, step, _ = torch.split(weights[:, :, weights.shape[2] - count :].flatten(0, 1), self.scores.parts, dim=2)
         before, _, after = torch.split(step, list(self.sizes), dim=2)
         return torch.cat([past_text[..., 1:], before, after], dim=2)
 
     def visual_columns(self) -> torch.Tensor:
-        """Return every token's attention to this step's visual tokens [heads, S, V]."""
+        """Return the attention of every token to this step's visual tokens [heads, S, V]."""
         return torch.split(self._part(1), list(self.sizes), dim=2)[1]
 
     def past_columns(self) -> torch.Tensor:
-        """Return every token's attention to the visual tokens of earlier steps [heads, S, K]."""
+        """Return the attention of every token to the cached visual tokens [heads, S, K]."""
         return self._part(2)[..., 1:]
 
     def _part(self, part: int) -> torch.Tensor:
@@ -181,9 +180,9 @@ def attend(
 ) -> AttentionOutput:
     """Return the attention of `hidden` [S, hidden] over the cache and itself.
 
-    `fused`: attend and rotate by one operator each (Attention and RotaryEmbedding of opset 23), for which the parts are joined.
-    Products are computed in the type of the cache, the rest in that of `hidden`. TensorRT has kernels for Attention in half
-    precision and heads of 16 or more; elsewhere it stays decomposed, or is blocked where the mask says how.
+    Products are computed in the type of the cache, the rest in that of `hidden`. `fused` uses one operator each for attention and
+    rotation (Attention and RotaryEmbedding of opset 23), over joined keys. TensorRT has kernels for Attention in half precision
+    with head_dim 16 or more; otherwise attention stays decomposed, or is blocked if the mask has `in_row`.
     """
     query, key = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
@@ -191,12 +190,12 @@ def attend(
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
     by_head = [rows.transpose(0, 1) for rows in keys]
     scores = Scores(query, by_head, mask)
-    whole = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
+    use_fused = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
         values_by_head = [rows.transpose(0, 1) for rows in values]
-        mixed = _fused(query, by_head, values_by_head, mask) if whole else _mixed(scores, query, values_by_head)
+        mixed = _fused(query, by_head, values_by_head, mask) if use_fused else _mixed(scores, query, values_by_head)
     output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
     return AttentionOutput(output, NewKv(key, value), scores, tokens.sizes)
 
@@ -222,7 +221,7 @@ def _fused(query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[t
 def rotated(
     attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: TokenRows, *, fused: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both at their positions."""
+    """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both with rotary positions."""
     length, group = hidden.shape[0], shape.heads // shape.kv_heads
     rotate = _rotate_fused if fused else _rotate
     query = _normed(attn, "q_norm", attn.q_proj(hidden).view(length, shape.heads, shape.head_dim))
@@ -232,44 +231,44 @@ def rotated(
 
 
 def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.Tensor:
-    """Return the place [S] in the sequence of tokens at `positions` [axes, S], given in the order of their segments.
+    """Return the place [S] in the sequence of the tokens at `positions` [axes, S], which are in the order of their segments.
 
-    Text between the tiles of an image stands in the prefix, so the order of the rows is not the order of the sequence; the first
-    axis of the positions is, but for the tokens of one image with mRoPE, which share a time and keep their order. Tokens that all
-    see each other have one place.
+    Text between the tiles of an image is in the prefix, so rows are not in sequence order. The first axis of the positions is.
+    With mRoPE the tokens of one image share their time and keep the order of their rows. Bidirectional tokens share one place.
     """
     row = torch.arange(positions.shape[1], device=positions.device)
     return torch.zeros_like(row) if bidirectional else positions[0] * _ROWS + row
 
 
 def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
-    """Return where new tokens may look, after caches of so many rows; what they hold is visible to all. `blocked`: attention is
-    to be.
+    """Return the mask of new tokens after caches of `past_text` and `past_visual` rows, which are visible to all except null rows.
+
+    `blocked` adds the mask of blocked attention.
     """
-    # In the order of the parts of the keys. -1: it was there before. The null rows come too late.
+    # The place of each key, in the order of the parts: -1 for cached tokens, and beyond every token for the null rows.
     null = torch.full_like(tokens.places[-1:], _NEVER)
-    text, seen = (torch.full((rows - 1,), -1, device=null.device) for rows in (past_text, past_visual))
-    column = torch.cat([null, text, tokens.places, null, seen])
+    text, visual = (torch.full((rows - 1,), -1, device=null.device) for rows in (past_text, past_visual))
+    column = torch.cat([null, text, tokens.places, null, visual])
     visible = column[None] <= tokens.places[:, None]
     in_row = BlockMask.of(tokens.places, past_text + past_visual - 2) if blocked else None
     return Mask(visible, torch.where(visible, 0.0, float("-inf")), in_row)
 
 
 def _normed(attn: Any, name: str, states: torch.Tensor) -> torch.Tensor:
-    # Some families norm the queries and keys of each head.
+    # Some families normalize the queries and keys of each head.
     norm = getattr(attn, name, None)
     return states if norm is None else norm(states)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    # Rotary embedding of [S, heads, head_dim], halves as pairs.
+    # Rotary embedding of [S, heads, head_dim], which pairs the two halves of a head.
     first, second = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 def _rotate_fused(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    # The operator takes the angles of one half: those of the other are the same.
+    # The operator takes the angles of one half; the other half has the same.
     half = cos.shape[1] // 2
     angles = cos[None, :, :half], sin[None, :, :half]
-    rows = states.flatten(1)[None]  # [1, S, heads * head_dim]: heads side by side need no transposition
+    rows = states.flatten(1)[None]  # [1, S, heads * head_dim]: this layout needs no transposition
     return torch.onnx.ops.rotary_embedding(rows, *angles, num_heads=states.shape[1]).view(states.shape)

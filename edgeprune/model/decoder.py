@@ -1,9 +1,9 @@
-"""The pruning-aware decoder: the family's own layers, our attention forward, the cuts of one plan.
+"""The pruning-aware decoder: the family's own layers, our attention, and the cuts of one plan.
 
 The same module runs eagerly (verify, eval, calibrate) and is traced (export), so there is no second implementation to keep equal.
-One forward serves the image turn, text turns and every decode step: tokens enter as three segments, and a step without an image
-simply has an empty visual one, in which case no cut removes anything. Visual embeddings passed in the prefix segment are
-treated as text: that is how one graph also runs without pruning.
+One forward serves prefill with or without an image and every decode step. Tokens enter as three segments. Without an image the
+visual segment is empty, and no cut removes anything. Visual embeddings in the prefix segment are treated as text, so the same
+graph also runs without pruning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Probe = Callable[[int, LayerView], None]
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens: `embeds` [1, n, width] (hidden, and as much for each plane) and integer `positions` [axes, n]; n may be 0."""
+    """Tokens: `embeds` [1, n, (1 + planes) * hidden] and integer `positions` [axes, n]; n may be 0."""
 
     embeds: torch.Tensor
     positions: torch.Tensor
@@ -36,12 +36,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one forward returns.
+    """The output of one forward pass.
 
-    `logits` [1, n, vocabulary] of the last token, or of all n tokens of the suffix; `rows`, one a layer, is what they
-    are to add to their caches. `kept` for each layer and cache cut of the plan, in its order: the indices in the
-    image that passed it, [K] or [kv heads, K]. `split` [layers, 4], where text groups were given: the share of the last token's
-    attention that goes to the system prompt, the image, the instruction and generated text, averaged over heads.
+    `logits` [1, n, vocabulary]: of the last token, or of all n tokens of the suffix. `rows`: the new KV rows of each layer.
+    `kept`: for each layer and cache cut, in plan order, the kept indices in the image, [K] or [kv heads, K]. `split` [layers, 4],
+    if text groups were given: the shares of the last token's attention to the system prompt, the image, the instruction and
+    generated text, averaged over heads.
     """
 
     logits: torch.Tensor
@@ -51,11 +51,10 @@ class StepOutput:
 
 
 class PrunedDecoder(nn.Module):
-    """A decoder whose visual tokens thin out as a plan says. `lower_tiers`: plans of lower tiers, of the same cuts with other
-    budgets.
+    """A decoder that prunes visual tokens by a plan. `lower_tiers`: plans with the same cuts and other budgets.
 
-    `fused`: trace attention and rotation as one operator each, which only newer readers have. The cache it is given decides in
-    which type products of attention are computed.
+    `fused` traces attention and rotation as one operator each, which only newer engines have; `blocked` traces blocked attention.
+    Attention computes its products in the type of the given caches.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class PrunedDecoder(nn.Module):
         self._budgets = {str(c): budgets(self._plans, c) for c in (*plan.layer_cuts, *plan.cache_cuts)}
 
     def empty_caches(self) -> tuple[LayerCache, ...]:
-        """Return caches that hold nothing but their null rows, one a layer."""
+        """Return one cache per layer that holds only its null rows."""
         null = next(self.parameters()).new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
         return tuple(LayerCache(null, null, null, null) for _ in self.layers)
 
@@ -97,11 +96,11 @@ class PrunedDecoder(nn.Module):
     ) -> StepOutput:
         """Run the tokens of three segments on top of the caches.
 
-        `order` [V]: the visual tokens' indices in the image, by default all of it. `tier`: a marker, 1 long for the budgets of
-        the plan, 2 for those of the first of `lower_tiers`, and so on; by default 1. `text_groups` [text, 3], one row for each text
-        key, past and new: 1 for its group (system, instruction, generated). `probe(layer, view)` is called after every layer's
-        attention. `hide`, one a layer [S, K]: added to the scores of the last K earlier visual tokens. `every_logit`: of the
-        whole suffix.
+        `order` [V]: indices of the visual tokens in the image, by default all of them. `tier`: a marker whose length selects the
+        budgets, 1 (the default) for the plan, 2 for the first of `lower_tiers`, and so on. `text_groups` [text, 3]: one-hot group
+        (system, instruction, generated) of each text key, cached and new. `probe(layer, view)` is called after the attention of
+        each layer. `hide`, one per layer [S, K]: added to the scores of the last K cached visual tokens. `every_logit`: return
+        the logits of the whole suffix.
         """
         tokens = self._join(prefix, visual, suffix, order)
         embeds = tokens.split(tokens.hidden)[1:]
@@ -148,27 +147,27 @@ class PrunedDecoder(nn.Module):
         return TokenRows(hidden, cos, sin, places, planes, order, sizes)
 
     def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
-        # DeepStack: what the encoder's earlier blocks saw is added after the first layers.
+        # DeepStack: features of the encoder's earlier blocks are added after the first layers.
         if tokens.planes is None or index >= self.shape.planes:
             return hidden
         return hidden + tokens.planes[:, index * self.shape.hidden : (index + 1) * self.shape.hidden]
 
     def _mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
-        # Layers whose visual tokens are as many now and were as many before share a mask.
-        length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan says which layers are alike
+        # Layers with equally many new and cached visual tokens share a mask.
+        length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan tells which layers have equal lengths
         stage = (tokens_at_layer(self._plans, index), length if isinstance(length, int) else cache_group(self._plans, index))
         if stage not in masks:
             masks[stage] = causal_mask(tokens, cache.key.shape[0], length, blocked=self.blocked)
         return masks[stage]
 
     def _keep(self, cut: Cut, tier: torch.Tensor | None) -> Any:
-        # A count that follows from a length is a constant to TensorRT, whose profiles fix lengths.
+        # TensorRT's profiles fix lengths, so a count derived from a length is a constant there.
         keep, *others = self._budgets[str(cut)]
         if tier is None:
             return keep
         last = keep
         for number, other in enumerate(others, start=2):
-            if other != last:  # one more or less where the marker is so long or longer
+            if other != last:  # the difference applies if the marker has this length or more
                 keep = keep + (other - last) * torch.sym_min(1, tier.shape[0] // number)  # type: ignore[no-untyped-call]
             last = other
         return keep
@@ -190,7 +189,7 @@ class PrunedDecoder(nn.Module):
         return NewKv(*(_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value)))
 
     def _view(self, tokens: TokenRows, attended: AttentionOutput | None, embeds: Any, next_layer: Any) -> LayerView:
-        assert attended is not None  # plans are checked: no layer cut stands before layer 0
+        assert attended is not None  # plans are validated: no layer cut acts before layer 0
         before, visual = tokens.sizes[:2]
 
         def next_attention() -> torch.Tensor:
@@ -211,7 +210,7 @@ class PrunedDecoder(nn.Module):
 
 
 def _pick_heads(tokens: TokenRows, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    # Of the visual rows [V, kv heads, head_dim] each head takes its own [kv heads, K]; one flat Gather, as no target lacks it.
+    # Each head keeps its own [kv heads, K] of the visual rows [V, kv heads, head_dim]. One flat Gather: every target has it.
     before, visual, after = tokens.split(rows)
     heads = rows.shape[1]
     flat = chosen.transpose(0, 1) * heads + torch.arange(heads, device=rows.device)
@@ -220,14 +219,14 @@ def _pick_heads(tokens: TokenRows, rows: torch.Tensor, chosen: torch.Tensor) -> 
 
 
 def _hide(mask: Mask, hide: torch.Tensor) -> Mask:
-    # The visual tokens of earlier steps are the last columns.
+    # Cached visual tokens are the last columns.
     before = mask.added.shape[1] - hide.shape[1]
     return Mask(mask.visible, torch.cat([mask.added[:, :before], mask.added[:, before:] + hide], dim=1))
 
 
 def _split(attended: AttentionOutput, text_groups: torch.Tensor, rows: int) -> torch.Tensor:
-    # Of the last token, or with `rows` of that many last ones.
+    # For the last token, or for the last `rows` tokens.
     text = attended.last_rows_of_text(rows) if rows else attended.last_row()[0]
     system, instruction, generated = (text @ text_groups).mean(dim=0).unbind(dim=-1)
-    # The rest goes to the image. Not summed: ONNX Runtime's ReduceSum fails where there is no visual token to sum over.
+    # The rest goes to the image. It is not summed: ONNX Runtime's ReduceSum fails over zero visual tokens.
     return torch.stack([system, 1.0 - system - instruction - generated, instruction, generated], dim=-1)

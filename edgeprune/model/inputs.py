@@ -1,9 +1,8 @@
-"""Token embeddings as wide as the visual tokens are: with planes (DeepStack), to which text adds nothing.
+"""The decoder's inputs: text embeddings, and the input cut, which selects the visual tokens that enter the decoder.
 
-The input cut: which visual tokens enter the decoder, and what they are then. A graph of its own, run for image turns only.
-
-Standing between vision encoder and decoder it sees a constant number of tokens, so that greedy selections need no care for steps
-without an image, and the decoder's prefill is shorter from layer 0 on.
+The input cut is a graph of its own that runs only for prompts with an image. It sits between vision encoder and decoder, where the
+number of tokens is constant: greedy selections need not handle steps without an image, and prefill is shorter from layer 0 on.
+Text embeddings are as wide as the visual tokens; in DeepStack planes they are zero.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from edgeprune.registry import method_class
 
 
 class TextEmbedding(nn.Module):
-    """From ids [1, n] to embeddings [1, n, (1 + planes) * hidden]."""
+    """Embed ids [1, n] as [1, n, (1 + planes) * hidden]."""
 
     def __init__(self, parts: DecoderParts) -> None:
         super().__init__()
@@ -26,7 +25,7 @@ class TextEmbedding(nn.Module):
         self.added = parts.planes * parts.hidden
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings, zero in their planes."""
+        """Return the embeddings, with zeros in the planes."""
         embeds: torch.Tensor = self.table(ids)
         return nn.functional.pad(embeds, (0, self.added)) if self.added else embeds
 
@@ -42,14 +41,14 @@ class InputSelector(nn.Module):
     def forward(
         self, visual: torch.Tensor, prompt: torch.Tensor, attention: torch.Tensor | None = None, keys: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the kept embeddings [1, K, width] and their indices [K] of visual [1, V, width] and prompt [1, M, width].
+        """Return the kept embeddings [1, K, width] and their indices [K], given `visual` [1, V, width] and `prompt` [1, M, width].
 
-        Methods see, and merge, the tokens alone; planes beside them go along with the kept ones. `attention` [V] and `keys`
-        [V, key dim] come from the vision encoder, for methods that need them.
+        Methods receive and merge the tokens without their planes; the planes of kept tokens are kept unchanged. `attention` [V]
+        and `keys` [V, key dim] come from the vision encoder, for methods that need them.
         """
-        return self._kept(visual, prompt, attention, keys, None)
+        return self._select(visual, prompt, attention, keys, None)
 
-    def _kept(
+    def _select(
         self,
         visual: torch.Tensor,
         prompt: torch.Tensor,
@@ -57,18 +56,18 @@ class InputSelector(nn.Module):
         keys: torch.Tensor | None,
         order: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        alone = visual.shape[2] == self.hidden
-        tokens, words = (visual, prompt) if alone else (visual[..., : self.hidden], prompt[..., : self.hidden])
-        view = InputView(tokens[0], words[0], attention, keys, order)
+        without_planes = visual.shape[2] == self.hidden
+        tokens, text = (visual, prompt) if without_planes else (visual[..., : self.hidden], prompt[..., : self.hidden])
+        view = InputView(tokens[0], text[0], attention, keys, order)
         chosen = self.method.select(view, self.cut.keep)
         if not isinstance(self.method, Merging):
             return visual.index_select(1, chosen), chosen
         merged = self.method.merge(view, chosen)[None]
-        return merged if alone else torch.cat([merged, visual[..., self.hidden :].index_select(1, chosen)], dim=2), chosen
+        return merged if without_planes else torch.cat([merged, visual[..., self.hidden :].index_select(1, chosen)], dim=2), chosen
 
 
 class ThinnedSelector(InputSelector):
-    """An input cut behind cuts inside the vision encoder: it sees only the tokens that those have left."""
+    """An input cut after cuts inside the vision encoder: it receives only the tokens that those kept."""
 
     def forward(  # type: ignore[override]
         self,
@@ -78,13 +77,13 @@ class ThinnedSelector(InputSelector):
         attention: torch.Tensor | None = None,
         keys: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same as InputSelector, for tokens whose indices in the image are `order` [V]; those returned are, too."""
-        embeds, chosen = self._kept(visual, prompt, attention, keys, order)
+        """Return the same as InputSelector for tokens with indices `order` [V] in the image; the returned indices [K] are too."""
+        embeds, chosen = self._select(visual, prompt, attention, keys, order)
         return embeds, order.index_select(0, chosen)
 
 
 def input_selector(plan: KeepPlan, hidden: int) -> InputSelector:
-    """Return the input cut of a plan that has one."""
+    """Return the module of a plan's input cut; the plan must have one."""
     assert plan.input is not None
     kind = ThinnedSelector if plan.vision_cuts else InputSelector
     return kind(plan.input, plan.geometry, hidden)

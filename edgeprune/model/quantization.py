@@ -1,10 +1,10 @@
-"""Weights as small integers: symmetric, zero point 0, as TensorRT takes them.
+"""Symmetric weight quantization with zero point 0, as TensorRT requires, and the eager model at the precision of a lowering.
 
-int8 has one scale for each output; int4 one for each output and block of 128 inputs (weight-only, the form that TensorRT and ONNX
-Runtime multiply directly). A scale is not the largest weight's: of a few smaller ones, the one that leaves the least squared error,
-as outliers are rare (the clipping search of Lin et al., AWQ, arXiv 2306.00978, section 3.2, without activations).
+int8 has one scale per output; int4 has one per output and block of 128 inputs (weight-only, the form that TensorRT and ONNX Runtime
+multiply directly). int4 scales are clipped: outliers are rare, so of a few scales up to that of the largest weight, the one with
+the least squared error is taken (the clipping search of Lin et al., AWQ, arXiv 2306.00978, section 3.2, without activations).
 
-The eager model with the weights and roundings of a lowering: what a bundle of that precision is compared with.
+`at_precision` gives the eager model the weights and roundings of a lowering, as the reference for a bundle of that precision.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix [out, in]: int8 `values` [out, in], of which int4 uses -7 to 7, and `scales` [out, blocks]."""
+    """A quantized matrix: int8 `values` [out, in] (-7 to 7 for int4) and `scales` [out, blocks]."""
 
     kind: str
     values: torch.Tensor
     scales: torch.Tensor
 
     def restored(self) -> torch.Tensor:
-        """Return the matrix that the integers stand for [out, in]."""
+        """Return the dequantized matrix [out, in]."""
         blocks = self.values.float().view(self.values.shape[0], self.scales.shape[1], -1)
         return (blocks * self.scales.float()[:, :, None]).flatten(1)
 
 
 def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype) -> Quantized:
-    """Return a float matrix [out, in] as "int8" or "int4".
+    """Quantize a float matrix [out, in] to `kind`, "int8" or "int4".
 
-    A matrix whose inputs do not divide into blocks of int4 is kept as int8 instead: see `kind_for`.
+    A matrix whose inputs do not divide into int4 blocks becomes int8 instead (`kind_for`).
     """
     kind = kind_for(weight.shape[1], kind)
     count = weight.shape[1] // BLOCK if kind == "int4" else 1
@@ -69,12 +69,12 @@ def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype) -> Quanti
 
 
 def kind_for(inputs: int, kind: str) -> str:
-    """Return "int8" in place of "int4" for matrices whose inputs are not a multiple of 128."""
+    """Return `kind`, but "int8" instead of "int4" if `inputs` is not a multiple of 128."""
     return "int8" if kind == "int4" and inputs % BLOCK else kind
 
 
 def dynamically_rounded(states: torch.Tensor) -> torch.Tensor:
-    """Return states as ONNX's DynamicQuantizeLinear rounds them: to 256 steps of their range, which has zero in it."""
+    """Return states rounded as by ONNX's DynamicQuantizeLinear: to 256 steps of their range, extended to include zero."""
     low, high = states.amin().clamp(max=0.0), states.amax().clamp(min=0.0)
     scale = (high - low) / 255
     zero = (-low / scale).round().clamp(0, 255)
@@ -83,10 +83,10 @@ def dynamically_rounded(states: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> Iterator[None]:
-    """Let a decoder and a vision tower compute as their graphs under a lowering do; they are as before afterwards.
+    """Make a decoder and a vision tower compute at the precision of a lowering, and restore them on exit.
 
-    Matrices are replaced by what their integers stand for; inputs and outputs of products are rounded. The cache that attention is
-    given rounds the rest.
+    Matrices are replaced by their dequantized values; inputs and outputs of products are rounded. Attention rounds to the type of
+    the cache.
     """
     modules = (("layers", parts.layers), ("head", parts.lm_head), ("vision", vision))
     with ExitStack() as changes:
@@ -104,7 +104,7 @@ def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> 
 
 @contextmanager
 def _normed(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    # The last few outputs of norms: whether a product's input is one of them.
+    # Records the last few outputs of norms, to recognize products whose input is one of them.
     outputs: list[torch.Tensor] = []
 
     def note(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -121,7 +121,7 @@ def _normed(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def _rounded(matrix: nn.Linear, normed: list[torch.Tensor]) -> Iterator[None]:
-    # As export/passes/precision.py writes it.
+    # Rounds as the graphs of export/passes/precision.py do.
     def rounded(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         rows = inputs[0]
         size = torch.ones(1) if any(rows is output for output in normed) else rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20)
@@ -136,7 +136,7 @@ def _rounded(matrix: nn.Linear, normed: list[torch.Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _lowered(module: Any, kind: str, products: torch.dtype) -> Iterator[None]:
-    # Only what is tied to nothing else may change: the parameter is replaced, not written to.
+    # The parameter is replaced, not overwritten: it may be tied to another module.
     weight, bias = module.weight, getattr(module, "bias", None)
     with torch.no_grad():
         if kind in ("int8", "int4"):

@@ -1,4 +1,4 @@
-"""Image processors: from RGB images to patches, as transformers' own make them. Imports no torch and no bundle."""
+"""Image processors from RGB images to patches, equivalent to those of transformers. Imports neither torch nor bundle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgeprune.processors.settings import refusal, variants
 __all__ = ["FITS", "ImageSpec", "fit", "image_spec", "read_image_spec"]
 
 _QWEN = variants("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
-# Only the module of the one that is asked for is imported: a runtime starts with a single bundle.
+# Modules are imported on demand: a runtime that serves one bundle needs one.
 _SPECS: dict[str, str] = {
     **dict.fromkeys(_QWEN, "qwen:GridSpec"),
     **dict.fromkeys(variants("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"), "square:SquareSpec"),
@@ -26,7 +26,7 @@ _SPECS: dict[str, str] = {
 
 
 def image_spec(settings: Mapping[str, Any]) -> ImageSpec:
-    """Return the spec that a preprocessor_config.json asks for; raise BundleError for what cannot be honoured."""
+    """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
     kind = settings.get("image_processor_type", _QWEN[0])
     if kind not in _SPECS:
         raise refusal("image_processor_type", kind, " or ".join(_SPECS))
@@ -36,5 +36,5 @@ def image_spec(settings: Mapping[str, Any]) -> ImageSpec:
 
 
 def read_image_spec(path: Path) -> ImageSpec:
-    """Do as `image_spec`, with the settings that a preprocessor_config.json holds."""
+    """Return the `image_spec` of the preprocessor_config.json at `path`."""
     return image_spec(json.loads(path.read_text(encoding="utf-8")))

@@ -1,7 +1,4 @@
-"""What all image processors have in common: from pictures to the patches that a vision encoder takes.
-
-Bring an image to the geometry of a bundle.
-"""
+"""The interface of image processors, their shared conversion of views to patches, and `fit`, which adapts an image to a bundle."""
 
 from __future__ import annotations
 
@@ -22,56 +19,56 @@ HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FITS = ("exact", "stretch", "pad")
 
 _GREY = (128, 128, 128)
-_MAX_ASPECT = 200  # the longer side by the shorter
+_MAX_ASPECT = 200  # the longer side divided by the shorter
 
 
 class ImageSpec(Protocol):
-    """How a model wants its images. Everything agrees with the processor in transformers that the settings name."""
+    """The preprocessing of a model's images. Results agree with the transformers processor that the settings name."""
 
     @property
     def resample(self) -> int:
-        """Pillow's number of the filter."""
+        """Pillow's number of the resampling filter."""
         ...
 
     @property
     def spatial(self) -> bool:
-        """Whether a visual token stands for a place in the image."""
+        """Whether every visual token corresponds to a place in the image."""
         ...
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ImageSpec:
-        """Return the spec of a preprocessor_config.json; raise BundleError for what this runtime cannot honour."""
+        """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
         ...
 
     def default_size(self) -> tuple[int, int] | None:
-        """Return the one size (height, width) that images have where none is asked for; None where any would do."""
+        """Return the default image size (height, width) in pixels, or None if the processor has none."""
         ...
 
     def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return what an image of this size in pixels becomes, or a video of such frames; raise ImageError for one not taken.
+        """Return the geometry of an image of this size in pixels, or of a video of such frames at `fps`.
 
-        Images of other sizes that become the same views are taken as well.
+        Images of other sizes may have the same views. Raises ImageError for an unsupported size or video.
         """
         ...
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
-        """Return the picture that the boxes of the views lie in, of an image or of one of a video's frames."""
+        """Return the resized image or video frame whose pixels the boxes of the views refer to."""
         ...
 
     def patches(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        """Return float32 patches [patches, patch pixels] of the frames of a video, or of one image, which are RGB.
+        """Return float32 patches [patches, patch pixels] of one RGB image, or of the RGB frames of a video.
 
-        View after view, and within one in the order that the family's vision module takes. The pixels of a patch are in the order
-        of the encoder's convolution: channel, (time,) row, column.
+        Patches are ordered by view, then as the family's vision module expects. The pixels of a patch are in the order of the
+        encoder's convolution: channel, (time,) row, column.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchSpec:
-    """What the processors share whose views are cut into patches in reading order.
+    """The base of processors that cut views into patches in reading order.
 
-    `patch`: pixels a side of a patch, `merge`: patches a side of a visual token; `mean` and `std` are per channel.
+    `patch`: side of a patch in pixels. `merge`: side of a visual token in patches. `mean` and `std`: per channel.
     """
 
     patch: int
@@ -83,32 +80,32 @@ class PatchSpec:
     spatial: bool = True
 
     def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
-        """Return an RGB image of this size; raise ImageError for one of another mode."""
+        """Return an RGB image resized to this size; raise ImageError for one of another mode."""
         return require_rgb(image).resize((width, height), Image.Resampling(self.resample))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns of visual tokens in a view; pixels that fill no patch are left out."""
+        """Return the rows and columns of visual tokens in a view; pixels beyond the last full patch are dropped."""
         return height // self.patch // self.merge, width // self.patch // self.merge
 
     def view(self, top: int, left: int, height: int, width: int, time: int = 0) -> View:
-        """Return the view of a box that the encoder sees in its own size."""
+        """Return the view of a box that the encoder takes without resizing."""
         return View(top, left, height, width, *self.grid(height, width), time=time)
 
     def tiled(self, rows: int, columns: int, height: int, width: int) -> list[View]:
-        """Return the views of a grid of tiles of this size, row by row, and last of all of it; one tile is all of it."""
-        every = View(0, 0, rows * height, columns * width, *self.grid(height, width))
+        """Return the views of a grid of tiles of this size, row by row, and the overview last; a single tile has no other view."""
+        overview = View(0, 0, rows * height, columns * width, *self.grid(height, width))
         tiles = [self.view(row * height, column * width, height, width) for row in range(rows) for column in range(columns)]
-        return [*tiles, every] if len(tiles) > 1 else [every]
+        return [*tiles, overview] if len(tiles) > 1 else [overview]
 
     def arranged(self, height: int, width: int, views: Sequence[View], frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return the geometry of these views."""
+        """Return the geometry of these views, without `views` if they equal the default layout."""
         plain = Geometry(height, width, self.patch, self.merge)
         if frames == 1 and plain.layout == tuple(views):
             return plain
         return Geometry(height, width, self.patch, self.merge, tuple(views), frames, fps if frames > 1 else 0.0)
 
     def cut(self, views: Sequence[np.ndarray]) -> np.ndarray:
-        """Return float32 patches [patches, 3 * patch * patch] of uint8 views [height, width, 3] of one size."""
+        """Return float32 patches [patches, 3 * patch * patch] of equally large uint8 views [height, width, 3]."""
         side = self.patch
         rows, columns = views[0].shape[0] // side, views[0].shape[1] // side
         table = levels(self.rescale_factor, self.mean, self.std)
@@ -121,7 +118,7 @@ class PatchSpec:
 
 
 def pieces(pixels: np.ndarray, height: int, width: int) -> list[np.ndarray]:
-    """Return the tiles of this size, row by row, that an image [rows * height, columns * width, 3] consists of."""
+    """Return the tiles of this size, row by row, of an image [rows * height, columns * width, 3]."""
     tops, lefts = range(0, pixels.shape[0], height), range(0, pixels.shape[1], width)
     return [pixels[top : top + height, left : left + width] for top in tops for left in lefts]
 
@@ -129,9 +126,9 @@ def pieces(pixels: np.ndarray, height: int, width: int) -> list[np.ndarray]:
 def patch_settings(
     settings: Mapping[str, Any], colours: tuple[Triple, Triple], default: Image.Resampling = Image.Resampling.BICUBIC
 ) -> dict[str, Any]:
-    """Return the fields of a PatchSpec; `colours` are the mean and the deviation where the settings have none.
+    """Return the fields of a PatchSpec; `colours` are the default mean and standard deviation.
 
-    The settings have `patch_size`, and `merge_size` unless it is 1: the family takes them from the model's configuration.
+    The settings must have `patch_size`, and `merge_size` unless it is 1. Families add both from the model's configuration.
     """
     require_on(settings, "do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
     return {
@@ -145,7 +142,7 @@ def patch_settings(
 
 
 def require_whole(side: int, patch: int, merge: int) -> None:
-    """Raise BundleError unless a side of a view is whole visual tokens, but for pixels that fill no patch."""
+    """Raise BundleError unless the full patches along a side of a view divide into visual tokens."""
     if side < patch:
         raise refusal("patch_size", patch, f"at most the size of a view ({side})")
     if side // patch % merge:
@@ -159,7 +156,7 @@ def require_pixels(height: int, width: int) -> None:
 
 
 def require_aspect(height: int, width: int) -> None:
-    """Raise ImageError for an image that is too oblong."""
+    """Raise ImageError for an aspect ratio above the limit."""
     if max(height, width) > _MAX_ASPECT * min(height, width):
         raise ImageError(f"A {width}x{height} image is too oblong: the limit is {_MAX_ASPECT}:1.", hint="Crop it or pad it.")
 
@@ -172,15 +169,15 @@ def require_rgb(image: Image.Image) -> Image.Image:
 
 
 def refuse_video(frames: int) -> None:
-    """Raise ImageError for a video, where a processor takes none."""
+    """Raise ImageError for a video, for processors that take only images."""
     if frames != 1:
         raise ImageError(f"This model's image processor takes one image, not {frames} frames.", hint="Leave out --frames.")
 
 
 def levels(rescale_factor: float, mean: Triple, std: Triple) -> np.ndarray:
-    """Return the normalized values of the 256 pixel levels [3, 256], float32: looking up is faster than arithmetic on every pixel.
+    """Return the float32 table of normalized pixel levels [3, 256]; a lookup is faster than arithmetic on every pixel.
 
-    Rescaled in float64 and rounded to float32, then normalized in that, as transformers' Pillow processors do.
+    As in transformers' Pillow processors, levels are rescaled in float64, rounded to float32 and normalized in float32.
     """
     scaled = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
     means, deviations = (np.array(channels, np.float32)[:, None] for channels in (mean, std))
@@ -189,17 +186,18 @@ def levels(rescale_factor: float, mean: Triple, std: Triple) -> np.ndarray:
 
 
 def fit(image: Image.Image, geometry: Geometry, how: str, spec: ImageSpec) -> Image.Image:
-    """Return an RGB image that becomes the views of `geometry`; of a video, a frame of it.
+    """Return an RGB image or video frame adapted to the views of `geometry`.
 
-    `how`: "exact" returns the image itself when it becomes those views and raises ImageError otherwise, "stretch" resizes it
-    without regard to its aspect, "pad" keeps the aspect and fills up with grey bars.
+    `how`: "exact" returns the image unchanged if it has these views and raises ImageError otherwise; "stretch" resizes it to the
+    size and ignores its aspect; "pad" keeps the aspect and adds grey bars. Raises BundleError if the processor never produces
+    `geometry`, and UsageError for an unknown `how`.
     """
     if how not in FITS:
         raise UsageError(f"Unknown fit {how!r}.", hint=f"Fits are: {', '.join(FITS)}.")
-    made = spec.geometry(geometry.height, geometry.width, geometry.frames, geometry.fps)
-    if made != geometry:
+    expected = spec.geometry(geometry.height, geometry.width, geometry.frames, geometry.fps)
+    if expected != geometry:
         raise BundleError(
-            f"The bundle takes {geometry}, which its image processor never makes: of such an image, that makes {made}.",
+            f"The bundle takes {geometry}, which its image processor never makes: of such an image, that makes {expected}.",
             hint="Export the bundle again for a size that it does make.",
         )
     size, resample = (geometry.width, geometry.height), Image.Resampling(spec.resample)

@@ -1,20 +1,16 @@
-"""Idefics3's image processor, and SmolVLM's: tiles of one size row by row, and the whole image last.
+"""The image processors of Idefics2, Idefics3 and SmolVLM, bit-identical to those of transformers.
 
-Bit for bit what transformers does in models/idefics3/image_processing_pil_idefics3.py and in SmolVLM's copy: the image is brought
-to its longest edge, from there to whole tiles, and from there to the overview; each step rounds to whole levels. Without
-splitting, or where one tile is all, the overview is the only view.
+Idefics2 (models/idefics2/image_processing_pil_idefics2.py): the image at its own aspect within limits, preceded by its quarters if
+splitting is on. Quarters are cropped first. Each view is then resized separately, down to the longest edge and up to the shortest.
+A perceiver turns every view into the same number of visual tokens, which have no place in the image. The encoder takes every view
+in the size of the last view's box, in full patches. Departure: upstream pads views of different sizes with zeros and masks these in
+attention; the graphs have no mask, so such images are refused.
 
-A frame of a video is an image without splitting, as in models/smolvlm/video_processing_smolvlm.py, where `size` goes before
-`video_sampling`. Departure: that one resizes with torchvision, this one with Pillow.
-
-Idefics2's image processor: the image in its own aspect within limits, and with splitting its four quarters before it.
-
-Bit for bit what transformers does in models/idefics2/image_processing_pil_idefics2.py: quarters are cut out first, then each view
-is resized on its own, down to the longest edge and then up to the shortest. A perceiver makes the same number of visual tokens of
-every view, which stand for no place. The encoder sees every view in the size of the last one's box, in whole patches.
-
-Departure: where the views come out in different sizes, upstream fills them up with zeros and masks those in attention. The graphs
-have no mask, so such images are refused.
+Idefics3 and SmolVLM (models/idefics3/image_processing_pil_idefics3.py and SmolVLM's copy): tiles of one size row by row, and the
+overview last. The image is resized to the longest edge, then to a multiple of the tile, then to the overview; each step rounds to
+integer levels. Without splitting, or with a single tile, the overview is the only view. A video frame is processed like an image
+without splitting, as in models/smolvlm/video_processing_smolvlm.py, where `size` takes precedence over `video_sampling`. Departure:
+upstream resizes frames with torchvision, this module with Pillow.
 """
 
 from __future__ import annotations
@@ -47,7 +43,7 @@ _IDEFICS3, _SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
 
 @dataclass(frozen=True, kw_only=True)
 class Idefics2Spec(PatchSpec):
-    """`shortest` and `longest` edge in pixels, or a `fixed` size (height, width); `latents`: visual tokens of a view."""
+    """Idefics2: `shortest` and `longest` edge in pixels, or a `fixed` size (height, width); `latents`: visual tokens per view."""
 
     shortest: int
     longest: int
@@ -58,9 +54,9 @@ class Idefics2Spec(PatchSpec):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Idefics2Spec:
-        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour.
+        """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones.
 
-        The settings also have `latents`, those of the model's perceiver.
+        The settings also have `latents`, from the configuration of the model's perceiver.
         """
         require_on(settings, "do_pad")
         size = sides(
@@ -85,62 +81,62 @@ class Idefics2Spec(PatchSpec):
         )
 
     def default_size(self) -> tuple[int, int] | None:
-        """Return the size of every view where it is fixed."""
+        """Return the fixed size of every view, if there is one."""
         return self.fixed
 
     def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return the quarters of an image, if it is split, and the whole of it."""
+        """Return the geometry of an image: its quarters, if it is split, and the overview."""
         refuse_video(frames)
-        rows, columns = self._whole(height, width)
-        whole = View(0, 0, rows, columns, 1, self.latents)
+        rows, columns = self._view_size(height, width)
+        overview = View(0, 0, rows, columns, 1, self.latents)
         if not self.splits:
-            return self.arranged(height, width, [whole])
+            return self.arranged(height, width, [overview])
         tops, lefts = (0, rows // 2, rows), (0, columns // 2, columns)
         quarters = [
             View(tops[row], lefts[column], tops[row + 1] - tops[row], lefts[column + 1] - lefts[column], 1, self.latents)
             for row in (0, 1)
             for column in (0, 1)
         ]
-        return self.arranged(height, width, [*quarters, whole])
+        return self.arranged(height, width, [*quarters, overview])
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
-        """Return the whole image as the encoder sees it."""
-        return self.resized(image, *self._whole(image.height, image.width))
+        """Return the image resized to the overview."""
+        return self.resized(image, *self._view_size(image.height, image.width))
 
     def patches(self, frames: Sequence[Image.Image]) -> np.ndarray:
         """Return float32 patches [patches of all views, 3 * patch * patch]."""
         refuse_video(len(frames))
         image = require_rgb(frames[0])
-        size = self._whole(image.height, image.width)
+        size = self._view_size(image.height, image.width)
         middle, bottom = image.width // 2, image.height // 2
         boxes = [(0, 0, middle, bottom), (middle, 0, image.width, bottom)]
         boxes += [(left, bottom, right, image.height) for left, _, right, _ in boxes]
         views = [*(image.crop(box) for box in boxes), image] if self.splits else [image]
         return self.cut([np.asarray(self.resized(view, *size)) for view in views])
 
-    def _whole(self, height: int, width: int) -> tuple[int, int]:
-        # The size of every view; refused where they differ.
+    def _view_size(self, height: int, width: int) -> tuple[int, int]:
+        # The common size of all views; raises ImageError if sizes differ.
         require_pixels(height, width)
         size = self._scaled(height, width)
-        if self.splits and not self._alike(height, width):
-            near = self._near(height, width)
+        if self.splits and not self._equal_sizes(height, width):
+            near = self._nearby_size(height, width)
             raise ImageError(
                 f"The quarters of a {width}x{height} image become other sizes than the whole, which is not supported.",
                 hint=f"A near size that works is {near[1]}x{near[0]}: take that for the bundle, and stretch images to it.",
             )
         return size
 
-    def _alike(self, height: int, width: int) -> bool:
+    def _equal_sizes(self, height: int, width: int) -> bool:
         if min(height, width) < 2:
             return False
         rows, columns = {height // 2, -(-height // 2)}, {width // 2, -(-width // 2)}
         return {self._scaled(row, column) for row in rows for column in columns} == {self._scaled(height, width)}
 
-    def _near(self, height: int, width: int) -> tuple[int, int]:
-        # Of even size and twice as long as the longest edge, quarters and the whole are scaled down to it alike.
+    def _nearby_size(self, height: int, width: int) -> tuple[int, int]:
+        # If the sides are even and the longer one is twice the longest edge, quarters and overview are scaled to equal sizes.
         scale = max(1.0, 2 * self.longest / max(height, width))
         shape = 2 * round(height * scale / 2), 2 * round(width * scale / 2)
-        while not self._alike(*shape):
+        while not self._equal_sizes(*shape):
             shape = shape[0] + 2, shape[1] + 2
         return shape
 
@@ -157,7 +153,7 @@ class Idefics2Spec(PatchSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Idefics3Spec(PatchSpec):
-    """`longest`: to what the longest edge is brought first; `tile`: the sides of a tile, both in pixels."""
+    """Idefics3 and SmolVLM: `longest`: length of the longest edge before tiling; `tile`: side of a tile, both in pixels."""
 
     longest: int
     tile: int
@@ -166,21 +162,21 @@ class Idefics3Spec(PatchSpec):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Idefics3Spec:
-        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour."""
+        """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
         require_on(settings, "do_pad")
         shared = patch_settings(settings, HALF, Image.Resampling.LANCZOS)
-        longest, tile = _longest(settings, "size", 4 * 364), _longest(settings, "max_image_size", 364)
+        longest, tile = _longest_edge(settings, "size", 4 * 364), _longest_edge(settings, "max_image_size", 364)
         require_whole(tile, shared["patch"], shared["merge"])
         splits = switch(settings, "do_image_splitting", True)
         videos = plain_name(settings, _IDEFICS3) == _SMOLVLM
         return cls(**shared, longest=longest, tile=tile, splits=splits, videos=videos)
 
     def default_size(self) -> tuple[int, int] | None:
-        """Return the size of a tile where there is only one."""
+        """Return the size of a tile if images never have more than one."""
         return None if self.splits and min(self.longest, MAX_EDGE) > self.tile else (self.tile, self.tile)
 
     def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return the tiles of an image and its overview, or the frames of a video."""
+        """Return the geometry of an image's tiles and overview, or of a video's frames."""
         if not self.videos:
             refuse_video(frames)
         require_pixels(height, width)
@@ -190,7 +186,7 @@ class Idefics3Spec(PatchSpec):
         return self.arranged(height, width, self.tiled(*self._tiles(height, width), self.tile, self.tile))
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
-        """Return the image brought to whole tiles; of a video, the frame brought to one."""
+        """Return the image resized to a multiple of the tile, or a video frame resized to one tile."""
         require_pixels(image.height, image.width)
         rows, columns = self._tiles(image.height, image.width) if frames == 1 else (1, 1)
         first = self.resized(image, *self._scaled(image.height, image.width))
@@ -201,33 +197,33 @@ class Idefics3Spec(PatchSpec):
         if not self.videos:
             refuse_video(len(frames))
         canvases = [self.canvas(frame, len(frames)) for frame in frames]
-        whole = [np.asarray(self.resized(canvas, self.tile, self.tile)) for canvas in canvases]
+        overviews = [np.asarray(self.resized(canvas, self.tile, self.tile)) for canvas in canvases]
         tiles = pieces(np.asarray(canvases[0]), self.tile, self.tile)
-        return self.cut([*tiles, *whole] if len(tiles) > 1 else whole)
+        return self.cut([*tiles, *overviews] if len(tiles) > 1 else overviews)
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
-        # To the longest edge, the other one to an even number, and then below the limit of all.
-        height, width = _longer_to(self.longest, height, width, even=True)
-        return _longer_to(MAX_EDGE, height, width) if max(height, width) > MAX_EDGE else (height, width)
+        # Scale to the longest edge, the other edge to an even number, and then to the global limit.
+        height, width = _scaled_to(self.longest, height, width, even=True)
+        return _scaled_to(MAX_EDGE, height, width) if max(height, width) > MAX_EDGE else (height, width)
 
     def _tiles(self, height: int, width: int) -> tuple[int, int]:
         if not self.splits:
             return 1, 1
         height, width = self._scaled(height, width)
         longer = math.ceil(max(height, width) / self.tile) * self.tile
-        height, width = _longer_to(longer, height, width)
+        height, width = _scaled_to(longer, height, width)
         return math.ceil(height / self.tile), math.ceil(width / self.tile)
 
 
-def _longer_to(longer: int, height: int, width: int, *, even: bool = False) -> tuple[int, int]:
-    # In the very order of the roundings upstream.
+def _scaled_to(longer: int, height: int, width: int, *, even: bool = False) -> tuple[int, int]:
+    # The order of the roundings is that of upstream.
     aspect = width / height
     other = int(longer / aspect) if width >= height else int(longer * aspect)
     other = max(1, other + other % 2 if even else other)
     return (other, longer) if width >= height else (longer, other)
 
 
-def _longest(settings: Mapping[str, Any], key: str, default: int) -> int:
+def _longest_edge(settings: Mapping[str, Any], key: str, default: int) -> int:
     size = sides(settings, key, {"longest_edge": default}, square=True)
     if set(size) != {"longest_edge"}:
         raise refusal(key, size, "longest_edge")

@@ -1,10 +1,10 @@
-"""Qwen2-VL's image processor, and its successors': any size, brought to whole visual tokens.
+"""The image processor of Qwen2-VL and its successors: images of any size, resized to a multiple of the visual token.
 
-Bit for bit what transformers does in models/qwen2_vl/image_processing_pil_qwen2_vl.py: the choice of the size, Pillow's resize on
-uint8, rescaling in float64 rounded to float32, normalization in float32, and the patch order. Defaults of keys that a
-preprocessor_config.json leaves out are that class's own. In a video, `temporal_patch_size` frames make one patch in time, and the
-last frame is repeated to fill one up, as in models/qwen2_vl/video_processing_qwen2_vl.py. Departure: that one resizes with
-torchvision, this one with Pillow.
+It is bit-identical to transformers' models/qwen2_vl/image_processing_pil_qwen2_vl.py: choice of the size, Pillow's resize on uint8,
+rescaling in float64 rounded to float32, normalization in float32, and patch order. Keys missing from preprocessor_config.json have
+that class's defaults. In a video, `temporal_patch_size` frames make one patch in time, and the last frame is repeated to complete
+the last patch, as in models/qwen2_vl/video_processing_qwen2_vl.py. Departure: upstream resizes frames with torchvision, this module
+with Pillow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgeprune.processors.settings import Triple, positive, refusal, require_on,
 
 @dataclass(frozen=True)
 class GridSpec:
-    """`mean` and `std` are per channel. `tokens_per_second`: of time positions in a video; 0: frames are counted."""
+    """Qwen2-VL: `mean` and `std` per channel. `tokens_per_second`: time positions per second of a video, or 0 to count frames."""
 
     patch_size: int
     merge_size: int
@@ -41,7 +41,7 @@ class GridSpec:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> GridSpec:
-        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour."""
+        """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
         require_on(settings, "do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
         min_pixels, max_pixels = _area_limits(settings)
         return cls(
@@ -54,11 +54,11 @@ class GridSpec:
             std=triple(settings, "image_std", CLIP[1]),
             rescale_factor=rescale_factor(settings),
             resample=resample(settings),
-            tokens_per_second=_rate(settings),
+            tokens_per_second=_tokens_per_second(settings),
         )
 
     def default_size(self) -> tuple[int, int] | None:
-        """Return the square of the smallest area where that is the only one."""
+        """Return a square if the settings allow only one area and it is a square of visual tokens, else None."""
         side = math.isqrt(self.min_pixels)
         only = (
             self.min_pixels == self.max_pixels
@@ -68,7 +68,7 @@ class GridSpec:
         return (side, side) if only else None
 
     def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return what an image of this size becomes, or a video of such frames."""
+        """Return the geometry of an image of this size, or of a video of such frames."""
         rows, columns = (count * self.patch_size for count in self.grid(height, width))
         plain = Geometry(rows, columns, self.patch_size, self.merge_size)
         if frames == 1:
@@ -78,16 +78,16 @@ class GridSpec:
         return Geometry(rows, columns, self.patch_size, self.merge_size, tuple(views), frames, fps)
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
-        """Return the image resized to whole visual tokens."""
+        """Return the image resized to a multiple of the visual token."""
         rows, columns = self.grid(image.height, image.width)
         return require_rgb(image).resize((columns * self.patch_size, rows * self.patch_size), Image.Resampling(self.resample))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the patch grid (rows, columns) of an image of this size; raise ImageError when it is too oblong."""
+        """Return the patch grid (rows, columns) of an image of this size; raise ImageError if it is empty or too oblong."""
         require_pixels(height, width)
         require_aspect(height, width)
         unit = self.patch_size * self.merge_size
-        # round() sends halves to the even neighbour; upstream counts on it.
+        # round() rounds halves to even, as upstream does.
         rows, columns = round(height / unit), round(width / unit)
         if rows * columns * unit**2 > self.max_pixels:
             shrink = math.sqrt(height * width / self.max_pixels)
@@ -101,16 +101,16 @@ class GridSpec:
     def patches(self, frames: Sequence[Image.Image]) -> np.ndarray:
         """Return float32 patches [time * rows * columns, 3 * temporal * patch * patch] of an image, or of a video's frames.
 
-        The patches of one visual token (merge x merge) stand together; tokens are in reading order.
+        The patches of one visual token (merge x merge) are adjacent; tokens are in reading order.
         """
         repeats = self.temporal_patch_size
         if len(frames) == 1:
-            return self._of_time([frames[0]])  # the frames of a still image are equal
-        whole = [*frames, *[frames[-1]] * (-len(frames) % repeats)]
-        return np.concatenate([self._of_time(whole[begin : begin + repeats]) for begin in range(0, len(whole), repeats)])
+            return self._time_step([frames[0]])
+        padded = [*frames, *[frames[-1]] * (-len(frames) % repeats)]
+        return np.concatenate([self._time_step(padded[begin : begin + repeats]) for begin in range(0, len(padded), repeats)])
 
     def _times(self, steps: int, fps: float) -> list[int]:
-        # Temporal positions: steps are counted, or their seconds are, in float32 and rounded down as Qwen2.5-VL's model does.
+        # Temporal positions: step numbers, or scaled seconds in float32 and rounded down, as in Qwen2.5-VL's model.
         if not self.tokens_per_second:
             return list(range(steps))
         if fps <= 0:
@@ -121,8 +121,8 @@ class GridSpec:
         times: list[int] = (np.arange(steps, dtype=np.float32) * interval).astype(np.int64).tolist()
         return times
 
-    def _of_time(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        # The patches of one step in time; of a single frame, repeated.
+    def _time_step(self, frames: Sequence[Image.Image]) -> np.ndarray:
+        # The patches of one step in time; a single frame is repeated.
         patch, merge, repeats = self.patch_size, self.merge_size, self.temporal_patch_size
         rows, columns = (count // merge for count in self.grid(frames[0].height, frames[0].width))
         values = np.empty((rows, columns, merge, merge, 3, repeats, patch, patch), np.float32)
@@ -137,7 +137,7 @@ class GridSpec:
 
 
 def _area_limits(config: Mapping[str, Any]) -> tuple[int, int]:
-    # Top-level min_pixels and max_pixels win over "size", which files of older releases spell in two ways.
+    # Top-level min_pixels and max_pixels take precedence over "size", for which older releases use two spellings.
     size = config.get("size") or {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     if not isinstance(size, Mapping):
         raise refusal("size", size, "an object with shortest_edge and longest_edge")
@@ -150,7 +150,7 @@ def _area_limits(config: Mapping[str, Any]) -> tuple[int, int]:
     return smallest, largest
 
 
-def _rate(config: Mapping[str, Any]) -> float:
+def _tokens_per_second(config: Mapping[str, Any]) -> float:
     value = config.get("tokens_per_second", 0.0)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise refusal("tokens_per_second", value, "a number, zero or above")

@@ -1,4 +1,4 @@
-"""Read the settings of an image processor (preprocessor_config.json), and refuse what cannot be honoured."""
+"""Read and validate the settings of an image processor (preprocessor_config.json). Unsupported values raise BundleError."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Triple = tuple[float, float, float]
 
 
 def require_on(config: Mapping[str, Any], *keys: str) -> None:
-    """Raise BundleError for a step that is switched off; a key that is left out is on."""
+    """Raise BundleError for a step that is switched off; a missing key means on."""
     for key in keys:
         if config.get(key) not in (None, True):
             raise refusal(key, config[key], "true")
 
 
 def require_off(config: Mapping[str, Any], *keys: str) -> None:
-    """Raise BundleError for a step that is switched on; a key that is left out is off."""
+    """Raise BundleError for a step that is switched on; a missing key means off."""
     for key in keys:
         if config.get(key) not in (None, False):
             raise refusal(key, config[key], "false")
 
 
 def switch(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Return whether a step is on."""
+    """Return a boolean setting."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
@@ -37,7 +37,7 @@ def switch(config: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def sides(config: Mapping[str, Any], key: str, default: Mapping[str, int], *, square: bool) -> dict[str, int]:
-    """Return a size by the names of its sides, in pixels. One number is a `square` or shortest_edge, two are height and width."""
+    """Return the named sides of a size in pixels. One number is a `square` or shortest_edge, two are height and width."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -53,17 +53,17 @@ def sides(config: Mapping[str, Any], key: str, default: Mapping[str, int], *, sq
 
 
 def variants(*names: str) -> tuple[str, ...]:
-    """Return the names that a processor class has in transformers, whatever does its arithmetic."""
+    """Return the class names of processors in transformers, with the suffixes of all implementations."""
     return tuple(f"{name}{suffix}" for name in names for suffix in ("", "Fast", "Pil"))
 
 
 def plain_name(config: Mapping[str, Any], default: str) -> str:
-    """Return the name of the processor class without the suffix of a variant."""
+    """Return the name of the processor class without the suffix of an implementation."""
     return str(config.get("image_processor_type", default)).removesuffix("Fast").removesuffix("Pil")
 
 
 def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Return a whole number above zero."""
+    """Return a positive integer setting."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -72,7 +72,7 @@ def positive(config: Mapping[str, Any], key: str, default: int | None = None) ->
 
 
 def triple(config: Mapping[str, Any], key: str, default: Triple) -> Triple:
-    """Return one number for each channel; image_std above zero."""
+    """Return one number per channel; image_std must be above zero."""
     value = config.get(key)
     value = default if value is None else value
     values = [value] * 3 if _is_number(value) else value
@@ -84,7 +84,7 @@ def triple(config: Mapping[str, Any], key: str, default: Triple) -> Triple:
 
 
 def rescale_factor(config: Mapping[str, Any]) -> float:
-    """Return what pixel levels are multiplied by."""
+    """Return the factor for pixel levels, by default 1 / 255."""
     value = config.get("rescale_factor")
     value = 1 / 255 if value is None else value
     if not _is_number(value) or value <= 0:
@@ -93,7 +93,7 @@ def rescale_factor(config: Mapping[str, Any]) -> float:
 
 
 def resample(config: Mapping[str, Any], default: int = int(Image.Resampling.BICUBIC)) -> int:
-    """Return Pillow's number of the filter."""
+    """Return Pillow's number of the resampling filter."""
     value = config.get("resample")
     value = default if value is None else value
     known = {int(filter_) for filter_ in Image.Resampling}
@@ -103,7 +103,7 @@ def resample(config: Mapping[str, Any], default: int = int(Image.Resampling.BICU
 
 
 def refusal(key: str, value: object, wanted: str) -> BundleError:
-    """Return the error of a setting that cannot be honoured."""
+    """Return the error for an unsupported setting."""
     message = f"The image processor's {key} is {value!r}, but must be {wanted}."
     return BundleError(message, hint="Check preprocessor_config.json.")
 

@@ -1,9 +1,9 @@
-"""One view of one size, whatever the image: the image processors of CLIP, SigLIP and LLaVA.
+"""The image processors of CLIP, SigLIP and LLaVA, which make one view of a fixed size.
 
-Bit for bit what transformers does in models/clip/image_processing_pil_clip.py (the shorter edge is brought to a length, the middle
-is cut out), models/siglip/image_processing_pil_siglip.py (the image is stretched) and models/llava/image_processing_pil_llava.py
-(as CLIP's, and the image may be made a square before, with bars of the mean colour). Where the middle is larger than the image,
-the rest is black. Departure: images so thin that they would become huge on the way are refused.
+They are bit-identical to those of transformers: models/clip/image_processing_pil_clip.py (resize of the shorter edge, center crop),
+models/siglip/image_processing_pil_siglip.py (stretch) and models/llava/image_processing_pil_llava.py (as CLIP, optionally after
+padding to a square with bars of the mean colour). A crop larger than the image is filled with black. Departure: very oblong images,
+whose intermediate size would be huge, are refused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from edgeprune.processors.base import (
 )
 from edgeprune.processors.settings import plain_name, refusal, require_off, sides, switch
 
-MAX_SIDE = 16384  # of a square with bars
+MAX_SIDE = 16384  # of the padded square, in pixels
 _CLIP, _SIGLIP, _LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquareSpec(PatchSpec):
-    """`height` and `width` of the view, the middle of the image once it is stretched to `whole` (height, width) or, if that is a
-    number, its shorter edge brought to that length. `squared`: it gets bars before.
+    """CLIP, SigLIP and LLaVA: the view is a center crop of `height` x `width` pixels from the resized image.
+
+    `whole`: the size (height, width) to stretch the image to, or the length of its shorter edge. `squared`: pad to a square first.
     """
 
     height: int
@@ -47,34 +48,34 @@ class SquareSpec(PatchSpec):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> SquareSpec:
-        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour."""
+        """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
         kind = plain_name(settings, _CLIP)
         require_off(settings, "use_square_size", *(() if kind == _LLAVA else ("do_pad",)))
-        whole = _whole(settings, kind)
-        height, width = _middle(settings, kind, whole)
+        target = _resize_target(settings, kind)
+        height, width = _crop_size(settings, kind, target)
         shared = patch_settings(settings, HALF if kind == _SIGLIP else CLIP)
         for side in (height, width):
             require_whole(side, shared["patch"], shared["merge"])
         squared = kind == _LLAVA and switch(settings, "do_pad", False)
-        return cls(**shared, height=height, width=width, whole=whole, squared=squared)
+        return cls(**shared, height=height, width=width, whole=target, squared=squared)
 
     def default_size(self) -> tuple[int, int] | None:
         """Return the size of the view."""
         return self.height, self.width
 
     def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return the one view that images of all sizes have."""
+        """Return the geometry of the single view, the same for all images."""
         refuse_video(frames)
         self._require_size(height, width)
         return self.arranged(height, width, [self.view(0, 0, self.height, self.width)])
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
-        """Return what the encoder sees."""
+        """Return the view as an image."""
         self._require_size(image.height, image.width)
-        whole = self._with_bars(require_rgb(image)) if self.squared else image
-        resized = self.resized(whole, *self._resized_size(whole))
+        padded = self._with_bars(require_rgb(image)) if self.squared else image
+        resized = self.resized(padded, *self._resized_size(padded))
         top, left = (resized.height - self.height) // 2, (resized.width - self.width) // 2
-        return resized.crop((left, top, left + self.width, top + self.height))  # outside of the image it is black
+        return resized.crop((left, top, left + self.width, top + self.height))  # Pillow fills with black outside the image
 
     def patches(self, frames: Sequence[Image.Image]) -> np.ndarray:
         """Return float32 patches [rows * columns, 3 * patch * patch] of an image."""
@@ -104,7 +105,7 @@ class SquareSpec(PatchSpec):
         return square
 
 
-def _whole(settings: Mapping[str, Any], kind: str) -> tuple[int, int] | int:
+def _resize_target(settings: Mapping[str, Any], kind: str) -> tuple[int, int] | int:
     default = {"height": 224, "width": 224} if kind == _SIGLIP else {"shortest_edge": 224}
     size = sides(settings, "size", default, square=switch(settings, "default_to_square", False))
     if set(size) == {"height", "width"}:
@@ -114,12 +115,12 @@ def _whole(settings: Mapping[str, Any], kind: str) -> tuple[int, int] | int:
     raise refusal("size", size, "shortest_edge, or height and width")
 
 
-def _middle(settings: Mapping[str, Any], kind: str, whole: tuple[int, int] | int) -> tuple[int, int]:
+def _crop_size(settings: Mapping[str, Any], kind: str, target: tuple[int, int] | int) -> tuple[int, int]:
     if switch(settings, "do_center_crop", kind != _SIGLIP):
         crop = sides(settings, "crop_size", {} if kind == _SIGLIP else {"height": 224, "width": 224}, square=True)
         if set(crop) != {"height", "width"}:
             raise refusal("crop_size", crop, "height and width")
         return crop["height"], crop["width"]
-    if isinstance(whole, int):
-        raise refusal("size", {"shortest_edge": whole}, "height and width, since nothing is cropped")
-    return whole
+    if isinstance(target, int):
+        raise refusal("size", {"shortest_edge": target}, "height and width, since nothing is cropped")
+    return target

@@ -1,22 +1,19 @@
-"""LLaVA-OneVision's image processor: an overview first, and tiles of the image at the best of some resolutions.
+"""The tiling image processors of GotOcr2, which InternVL3 uses, and LLaVA-OneVision, bit-identical to those of transformers.
 
-Bit for bit what transformers does in models/llava_onevision/image_processing_pil_llava_onevision.py: of the pinpoints the one that
-keeps most of the image and wastes least, the image resized into it with its aspect, and black bars. The encoder sees the overview
-and then the tiles, row by row. The visual tokens are fewer (LlavaOnevisionModel.pack_image_features): after those of the overview,
-one grid of all tiles without the rows or columns of the bars, shrunk where there are more than so many tiles' worth of tokens
-(`vision_aspect_ratio`), with a newline after every row. The two views have one box: what of the picture is not bars.
+GotOcr2 (models/got_ocr2/image_processing_pil_got_ocr2.py): the grid of tiles nearest to the image's aspect, and an overview last.
+The image is stretched to the grid, and separately to the overview; a grid of one tile has no overview. Of equally near grids the
+larger one is taken if the image has more than half its pixels. InternVL always enables `crop_to_patches`: its family sets it. A
+video frame is stretched to one tile, as in models/internvl/video_processing_internvl.py.
 
-Of a video, every frame is stretched to an overview, whose tokens are halved along each side, and one newline ends them all
-(get_video_features). Departure: the video processor resizes with torchvision, this one with Pillow.
+LLaVA-OneVision (models/llava_onevision/image_processing_pil_llava_onevision.py): an overview first, and tiles of the image at the
+best of several resolutions (pinpoints), the one that keeps most of the image and wastes least. The image is resized to it with its
+aspect and black bars. The encoder takes the overview and then the tiles, row by row. There are fewer visual tokens than patches
+(LlavaOnevisionModel.pack_image_features): after the overview's, one grid of all tiles without the rows or columns of the bars, with
+a newline after every row. The grid is shrunk if its tokens exceed the number of tiles in `vision_aspect_ratio`. Both views have the
+same box, the picture without bars. Video frames are stretched to overviews, whose tokens are halved along each side, and one
+newline ends the video (get_video_features).
 
-GotOcr2's image processor, which InternVL3 uses: the grid of tiles nearest to the image's aspect, and an overview last.
-
-Bit for bit what transformers does in models/got_ocr2/image_processing_pil_got_ocr2.py: the image is stretched to the grid, and on
-its own to the overview; a grid of one tile has none. Of equally near grids the larger one wins while the image has more than half
-its pixels. InternVL's processor switches `crop_to_patches` on, whatever preprocessor_config.json says: its family does.
-
-A frame of a video is stretched to one tile, as in models/internvl/video_processing_internvl.py. Departure: that one resizes with
-torchvision, this one with Pillow.
+Departure: upstream resizes video frames with torchvision, this module with Pillow.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ _SIDES = range(384, 2305, 384)
 
 @dataclass(frozen=True, kw_only=True)
 class TileSpec(PatchSpec):
-    """`height` and `width` of a tile in pixels; there are at least `fewest` and at most `most` of them."""
+    """GotOcr2: `height` and `width` of a tile in pixels; an image has at least `fewest` and at most `most` tiles."""
 
     height: int
     width: int
@@ -49,7 +46,7 @@ class TileSpec(PatchSpec):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> TileSpec:
-        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour."""
+        """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
         size = sides(settings, "size", {"height": 384, "width": 384}, square=switch(settings, "default_to_square", True))
         if set(size) != {"height", "width"}:
             raise refusal("size", size, "height and width")
@@ -64,11 +61,11 @@ class TileSpec(PatchSpec):
         return cls(**shared, height=size["height"], width=size["width"], fewest=fewest, most=most)
 
     def default_size(self) -> tuple[int, int] | None:
-        """Return the size of a tile where there is only one."""
+        """Return the size of a tile if images never have more than one."""
         return (self.height, self.width) if self.most == 1 else None
 
     def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return the tiles of an image and its overview, or the frames of a video."""
+        """Return the geometry of an image's tiles and overview, or of a video's frames."""
         require_pixels(height, width)
         if frames > 1:
             views = [self.view(0, 0, self.height, self.width, time) for time in range(frames)]
@@ -76,7 +73,7 @@ class TileSpec(PatchSpec):
         return self.arranged(height, width, self.tiled(*self._tiles(height, width), self.height, self.width))
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
-        """Return the image stretched to its tiles; of a video, the frame stretched to one."""
+        """Return the image stretched to its grid of tiles, or a video frame stretched to one tile."""
         require_pixels(image.height, image.width)
         rows, columns = self._tiles(image.height, image.width) if frames == 1 else (1, 1)
         return self.resized(image, rows * self.height, columns * self.width)
@@ -93,13 +90,13 @@ class TileSpec(PatchSpec):
         best, nearest = (1, 1), float("inf")
         for rows, columns in self._grids():
             distance = abs(width / height - columns / rows)
-            roomy = height * width > 0.5 * self.height * self.width * columns * rows
-            if distance < nearest or (distance == nearest and roomy):
+            large = height * width > 0.5 * self.height * self.width * columns * rows
+            if distance < nearest or (distance == nearest and large):
                 best, nearest = (rows, columns), distance
         return best
 
     def _grids(self) -> list[tuple[int, int]]:
-        # Fewest tiles first, and of as many the narrowest: ties are broken in this order.
+        # Ties are broken in this order: fewest tiles first, then fewest columns.
         counts = range(1, self.most + 1)
         grids = [(rows, columns) for columns in counts for rows in counts if self.fewest <= rows * columns <= self.most]
         return sorted(grids, key=lambda grid: grid[0] * grid[1])
@@ -107,7 +104,10 @@ class TileSpec(PatchSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class AnyResSpec(PatchSpec):
-    """`side` of the overview and of a tile, in pixels; `pinpoints`: resolutions (height, width); `most`: tiles' worth of tokens."""
+    """LLaVA-OneVision: `side` of the overview and of a tile in pixels; `pinpoints`: resolutions (height, width).
+
+    `most`: the limit of the packed grid, in tiles.
+    """
 
     side: int
     pinpoints: tuple[tuple[int, int], ...]
@@ -115,7 +115,7 @@ class AnyResSpec(PatchSpec):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> AnyResSpec:
-        """Return the spec in a preprocessor_config.json; raise BundleError for what this runtime cannot honour.
+        """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones.
 
         The settings also have the `vision_aspect_ratio` of the model's configuration.
         """
@@ -127,14 +127,14 @@ class AnyResSpec(PatchSpec):
         if shared["merge"] != 1:
             raise refusal("merge_size", shared["merge"], "1")
         require_whole(side, shared["patch"], 1)
-        return cls(**shared, side=side, pinpoints=_pinpoints(settings, side), most=_most(settings))
+        return cls(**shared, side=side, pinpoints=_pinpoints(settings, side), most=_max_tiles(settings))
 
     def default_size(self) -> tuple[int, int] | None:
-        """Return None: any size would do."""
+        """Return None: there is no default."""
         return None
 
     def geometry(self, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Geometry:
-        """Return the tokens of an image's overview and of all its tiles, or those of a video's frames."""
+        """Return the geometry of an image's overview and packed tiles, or of a video's frames."""
         require_pixels(height, width)
         rows, columns = self.grid(self.side, self.side)
         if frames == 1:
@@ -146,7 +146,7 @@ class AnyResSpec(PatchSpec):
         return self.arranged(height, width, [*views, newline], frames, fps)
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
-        """Return the image with bars at its best resolution; of a video, the frame as an overview."""
+        """Return the image with bars at its best resolution, or a video frame stretched to an overview."""
         require_pixels(image.height, image.width)
         if frames > 1:
             return self.resized(image, self.side, self.side)
@@ -156,9 +156,9 @@ class AnyResSpec(PatchSpec):
             inner = min(math.ceil(image.height * across), height), width
         else:
             inner = height, min(math.ceil(image.width * down), width)
-        whole = Image.new("RGB", (width, height))
-        whole.paste(self.resized(image, *inner), ((width - inner[1]) // 2, (height - inner[0]) // 2))
-        return whole
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(self.resized(image, *inner), ((width - inner[1]) // 2, (height - inner[0]) // 2))
+        return canvas
 
     def patches(self, frames: Sequence[Image.Image]) -> np.ndarray:
         """Return float32 patches [patches of the overview and of each tile, or of each frame, 3 * patch * patch]."""
@@ -177,7 +177,7 @@ class AnyResSpec(PatchSpec):
         return best
 
     def _packed(self, height: int, width: int) -> View:
-        # The grid of all tiles without bars; its box is of whole tokens, so that it follows from them alone.
+        # The grid of all tiles without bars. Its box covers full tokens, so that it depends on the grid alone.
         across = self.side // self.patch
         total = [resolved // self.side * across for resolved in self._best(height, width)]
         rows, columns = total
@@ -185,7 +185,7 @@ class AnyResSpec(PatchSpec):
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
             columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-        top, left = ((all_ - some) // 2 * self.side / across for all_, some in zip(total, (rows, columns), strict=True))
+        top, left = ((full - kept) // 2 * self.side / across for full, kept in zip(total, (rows, columns), strict=True))
         box = round(top), round(left), round(rows * self.side / across), round(columns * self.side / across)
         ratio = math.sqrt(rows * columns / (self.most * across**2))
         if ratio > 1.1:
@@ -214,7 +214,7 @@ def _pinpoints(settings: Mapping[str, Any], side: int) -> tuple[tuple[int, int],
     return tuple((height, width) for height, width in value)
 
 
-def _most(settings: Mapping[str, Any]) -> int:
+def _max_tiles(settings: Mapping[str, Any]) -> int:
     value = settings.get("vision_aspect_ratio")
     found = re.fullmatch(r"anyres_max_(\d+)", value) if isinstance(value, str) else None
     if found is None or int(found[1]) < 1:

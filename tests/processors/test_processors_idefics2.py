@@ -87,7 +87,7 @@ def test_split_images_are_taken_where_views_are_of_one_size() -> None:
 @pytest.mark.parametrize("size", [(100, 90), (60, 240), (241, 171), (480, 641), (1, 300)])
 def test_the_size_named_instead_works(size: tuple[int, int]) -> None:
     spec, _ = pair(KIND, ADDED, do_image_splitting=True, **SMALL)
-    near = spec._near(*size)  # type: ignore[attr-defined]
+    near = spec._nearby_size(*size)  # type: ignore[attr-defined]
     made = spec.geometry(*near)
     assert len(made.layout) == 5
     assert fit(noise(*size), made, "stretch", spec).size == near[::-1]
