@@ -1,8 +1,7 @@
-"""The tables of what EdgePrune knows. Adding a method or a family is one file and one line here.
+"""The tables of methods and families, and which method acts at which site of which family.
 
-Nothing is imported until it is asked for, so that listing costs nothing and the runtime stays free of torch.
-
-Which method acts at which site of which family, and why not elsewhere.
+A new method or family is one file and one line here. Nothing is imported before it is needed: listing is fast, and the runtime
+stays free of torch.
 """
 
 from __future__ import annotations
