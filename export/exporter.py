@@ -1,6 +1,6 @@
-"""The export stage: a model folder and a plan go in, a bundle comes out, whole or not at all.
+"""The export stage: from a model folder and a plan to a bundle, complete or not at all.
 
-Two graphs that read one file of weights: what both have is on disk once.
+Two graphs that share weights read one file of them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""FitPrune's recipe: how many tokens each layer may delete while the attention that remains stays near the unpruned.
+"""What one sample adds to the statistics: attention, the loss of the answer with fewer visual tokens, and FitPrune's counts.
 
-Ye et al., "Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models", AAAI 2025, arXiv
-2409.10197. For a tolerance alpha every layer sorts the living tokens by the attention they get from text (cross) and from visual
-tokens (self), finds for each the longest run of the least attended whose loss leaves (1 - alpha) of the unpruned sum, and
-deletes what is in both runs. The tolerance is found by bisection against a budget; here all tolerances are counted at once, so
-that samples add up.
-
-What one sample adds to the statistics: its attention, and what the answer would have lost with fewer visual tokens.
+FitPrune: Ye et al., "Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models", AAAI
+2025, arXiv 2409.10197. For a tolerance alpha, every layer sorts the surviving tokens by the attention that they get from text
+(cross) and from visual tokens (self). For each order it finds the longest run of the least attended tokens whose loss leaves (1 -
+alpha) of the unpruned sum, and deletes the tokens that are in both runs. The paper finds the tolerance by bisection against a
+budget. Here all tolerances are counted in one pass, so that the counts of samples add up.
 """
 
 from __future__ import annotations

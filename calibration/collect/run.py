@@ -1,7 +1,4 @@
-"""The pass over the calibration samples: resumable, in shards, with memory that does not grow.
-
-Spread the pass over samples on a Ray cluster: one task a shard, the statistics added here.
-"""
+"""One pass over the calibration samples: resumable, in shards, with constant memory. On a Ray cluster, one task for each shard."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
-"""LightCompress's token-reduction settings (YAML) as keep plans.
+"""LightCompress's token-reduction settings (YAML) as keep plans, and the plan file that a user names, of either kind.
 
-LightCompress (ModelTC, formerly llmc) prunes in eager PyTorch. A configuration names one method and its numbers, under `sparse`,
-`token_reduction` or `special`; the whole file is read, or any of these blocks alone. Numbers mean what LightCompress's code does
-with them, see `lightcompress_methods`. The sections about its own model, data and output are not read, but
-for `base.seed`; everything else that a plan cannot hold is refused by name.
-
-Make a keep plan from what a user says: a method, keep ratios and the layers where they begin.
+LightCompress (ModelTC, formerly llmc) prunes in eager PyTorch. A configuration names one method and its numbers under `sparse`,
+`token_reduction` or `special`; the whole file or one of these blocks is accepted. Numbers mean what LightCompress's code does
+with them (see `lightcompress_methods`). Of the sections about its own model, data and output only `base.seed` is read. Anything
+else that a plan cannot hold is refused by name.
 """
 
 from __future__ import annotations

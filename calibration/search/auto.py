@@ -1,6 +1,6 @@
 """`--method auto`: from a goal to a plan, with the Pareto curve of everything that was tried.
 
-The last stage of a search: a rate for the decode steps, behind the plan that was found.
+The last stage fits a keep ratio for the decode steps behind the plan that was found.
 """
 
 from __future__ import annotations

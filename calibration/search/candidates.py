@@ -1,9 +1,7 @@
-"""What a search tries first: every method alone, in its variants.
+"""The candidates of a search: every method alone, in its variants, and then cuts at several sites that cost together as much.
 
-What a search tries next: cuts at several sites, which cost together what one method alone does.
-
-What one site leaves, the next one sees: before an input cut may stand a cut inside the vision encoder or a smaller image, behind
-it cuts between layers, and behind all of them cuts of the caches.
+A composition follows the data: a cut inside the vision encoder or a smaller image comes before an input cut, then cuts between
+layers, then cuts of the KV caches.
 """
 
 from __future__ import annotations

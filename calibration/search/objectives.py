@@ -1,8 +1,8 @@
-"""What a plan costs: shares of the decoder's visual work and of its cache, and milliseconds on a device, encoder and all.
+"""Cost and agreement of a plan: the two objectives of a search.
 
-The encoder is no part of the shares: where it is most of the work, no cut behind it could reach a quarter of both.
-
-How well a plan's answers agree with the unpruned model's, on samples without known answers.
+Cost is a share of the decoder's visual work and of its KV cache, or milliseconds on a device, encoder included. The encoder is
+not part of the shares: where it is most of the work, no cut behind it could reach a quarter of both. Agreement compares a plan's
+answers with those of the unpruned model, on samples without known answers.
 """
 
 from __future__ import annotations

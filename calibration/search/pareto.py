@@ -1,7 +1,4 @@
-"""What a search may spend, and the largest plan of a kind within it.
-
-What plans cost and how well they answer: the points that a search measured, and the best of them at every cost.
-"""
+"""The budget of a search, the largest plan of a kind within it, and the Pareto front of the plans that were measured."""
 
 from __future__ import annotations
 

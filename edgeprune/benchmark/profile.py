@@ -1,11 +1,8 @@
-"""Graphs of one matrix product, written byte by byte: the onnx package is not among the runtime's dependencies.
+"""Measure this machine: peak arithmetic and memory bandwidth, and the times of a bundle's parts.
 
-Numbers of the fields as in onnx.proto; `edgeprune.device.onnx_file` reads what is written here.
-
-What this machine reaches at most: matrix products in each arithmetic, and reading memory.
-
-Products run in ONNX Runtime, whose kernels a bundle's graphs use too; memory is read by numpy, a piece for each thread. The best of
-several runs counts: a peak is what nothing disturbed.
+Matrix products run in ONNX Runtime, whose kernels a bundle's graphs use too; numpy reads memory, one piece for each thread. The
+best of several runs counts. The graphs of one matrix product are written as protobuf bytes, because the onnx package is no
+dependency of the runtime; field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What a benchmark says of each contender, made from the receipts of its rounds.
+"""The results of each variant, made from the receipts of its rounds, beside the roofline (Williams et al. 2009).
 
-Measured times beside the least that the machine's peaks allow (Williams et al. 2009).
-
-A stage is at least as long as its operations at the peak of the arithmetic that its weights are stored for, and as its bytes at the
-bandwidth. Weights of 8 and fewer bits are held against int8 products, also where a graph unpacks them first: that is what it
-forgoes. Left out: preprocessing, a selection before the decoder, and what activations move.
+A stage takes at least the time of its operations at the peak of the arithmetic that its weights are stored for, and the time of
+its bytes at the memory bandwidth. Weights of 8 and fewer bits are compared with int8 products even where a graph unpacks them
+first, because that is what the graph forgoes. Not counted: preprocessing, a selection before the decoder, and the traffic of
+activations.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Decode steps at given context lengths.
+"""Decode time over the context length, and time to first token over the number of visual tokens.
 
-A context is reached honestly: the image is asked about with a question of as many text tokens (one word again and again), which go
-through the prefill of each contender, its cuts included. The steps after it are timed a few at a time, the contenders in turns.
-
-How the first token grows with the visual tokens that enter the decoder: the same graphs, evenly chosen tokens, no cuts.
+A context is filled by a real prefill: a question of as many text tokens (one word repeated) goes through each variant, its cuts
+included. The steps after it are timed a few at a time, the variants in turns. The sweep over visual tokens runs the same graphs
+with evenly chosen tokens and no cuts.
 """
 
 from __future__ import annotations

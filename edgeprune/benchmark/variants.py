@@ -1,11 +1,12 @@
-"""Who is compared in a benchmark: the bundle itself, the same without pruning, chosen without looking, and other bundles.
+"""The variants that a benchmark compares, and the prompts that they answer.
 
-"random" and "uniform" enter as many visual tokens as make the same work in prefill, K, the mean over the layers of those that the
-plan leaves alive, rounded. They pass every layer, at their original positions, and the graphs are those of the bundle: what is
-measured is whether a plan's time is more than that of its number of tokens. Which tokens they are changes no time, so that
-"uniform" takes every n-th of the sequence, not the farthest points of the method of that name.
+Variants are the bundle itself, the same bundle without pruning, with tokens chosen without looking at the image, and other
+bundles.
 
-What every contender of a benchmark is asked.
+"random" and "uniform" enter K visual tokens, where K makes the same prefill work as the plan: the mean, over the layers, of the
+tokens that the plan leaves there, rounded. They pass every layer at their original positions, in the graphs of the bundle. The
+comparison shows whether a plan takes more time than its number of tokens does. The choice of tokens changes no time, so "uniform"
+takes every n-th token of the sequence, not the farthest points of the method of that name.
 """
 
 from __future__ import annotations

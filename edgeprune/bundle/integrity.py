@@ -1,17 +1,14 @@
-"""Whether the files of a folder are those that were put there: sizes and sha256, and none of them outside.
+"""Check that the files of a bundle are those of its manifest: sizes, sha256, and nothing outside the folder.
 
-What a bundle's files looked like when they were last checked in full, so that a load that asks to be fast need not read them.
+Verification cache: a record of what the files looked like when they were last checked in full, so that `--check fast` need not
+read them. It lies in the user's cache folder, never in the bundle, because whoever writes a bundle must not vouch for it. A
+record holds for one folder and one manifest, and only while sizes, modification times, inodes and inode change times are the
+same. The inode change time moves even when somebody sets back the modification time of an altered file. A malformed record counts
+as none.
 
-A stamp is a small file in the user's cache folder, never in the bundle: whoever writes a bundle must not be able to vouch for it.
-It holds for one folder and one manifest, and for files whose sizes, times and inodes are as they were. The times at which their
-inodes changed are among them: these move when somebody sets back the time of an altered file. Whatever is odd about a stamp makes
-it none.
-
-Which files a graph reads its weights from: the `location` of every tensor with external data, found without the onnx package.
-
-ONNX Runtime and TensorRT open whatever path stands there. A graph is a tree of protobuf messages, of which only the branches that
-can hold a tensor are walked, and of those only the ones with the word "location" in them: the key that is looked for cannot stand
-anywhere else. Sizes and offsets inside the files, and what the graph computes, are not looked at.
+External data: ONNX Runtime and TensorRT open whatever path a tensor's `location` names, so every location must be a file of the
+manifest. The graph is read without the onnx package. Only the protobuf branches that can hold a tensor are walked, and of those
+only the ones that contain the word "location". Sizes and offsets inside the files are not checked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What would make a machine slow, short of memory or hard to set up, although it can run bundles.
-
-What EdgePrune can do on a machine, what stands in the way, and the command that removes it.
-"""
+"""What EdgePrune can do on a machine, what prevents it, the command that fixes it, and warnings about a slow or small setup."""
 
 from __future__ import annotations
 

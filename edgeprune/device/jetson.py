@@ -1,11 +1,10 @@
-"""What Jetson modules can do at most: arithmetic, memory bandwidth, memory.
+"""Jetson modules: peak arithmetic, memory bandwidth and memory, and what a board says of itself.
 
-Peak arithmetic is not listed but computed, SMs times clock times `_PER_CLOCK`; the products agree with the GPU's TOPS of the data
-sheets (20, 33 dense INT8 for Orin Nano; 30, 38 for Orin NX; 85 for AGX Orin; 1035, 600 dense FP4 for T5000, T4000).
+Peak arithmetic is computed as SMs times clock times `_PER_CLOCK`. The products agree with the GPU's TOPS of the data sheets (20,
+33 dense INT8 for Orin Nano; 30, 38 for Orin NX; 85 for AGX Orin; 1035, 600 dense FP4 for T5000, T4000).
 
-What a Jetson says of itself: module, L4T release, JetPack, power mode, clocks. Pure functions of text.
-
-The table: NVIDIA's JetPack release notes. A parser returns None for what is absent or of a form that it does not know.
+Module, L4T release, JetPack, power mode and clocks are parsed by pure functions of text. The table of releases is that of
+NVIDIA's JetPack release notes. A parser returns None for text that is absent or of an unknown form.
 """
 
 from __future__ import annotations

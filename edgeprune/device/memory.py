@@ -1,11 +1,9 @@
-"""Memory: what /proc/meminfo says of the machine, and the peak of this process.
+"""Memory of the machine (/proc/meminfo), the peak of this process, and malloc settings for long-running processes.
 
-Have the C library's allocator give memory back, for processes that answer for weeks.
-
-glibc makes up to eight heaps for each core, and takes ever larger pieces from them instead of from the system once such a piece has
-been freed (mallopt(3), M_MMAP_THRESHOLD). Where several threads take and free images and caches of all sizes, what is free lies
-between what is not, and further threads bring heaps of their own: the resident memory rises for a long time. With two heaps, and
-everything large from the system and back to it at once, it is level after some minutes; docs/soak.md has the figures.
+glibc makes up to eight heaps for each core, and takes ever larger pieces from them instead of from the system once such a piece
+has been freed (mallopt(3), M_MMAP_THRESHOLD). Where several threads allocate images and caches of many sizes, the heaps fragment
+and resident memory rises for a long time. With two heaps, and large pieces taken from the system and given back at once, it is
+level after some minutes; docs/soak.md has the figures.
 """
 
 from __future__ import annotations

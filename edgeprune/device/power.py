@@ -1,10 +1,10 @@
-"""Lines of tegrastats: memory, GPU load, temperatures and power, in the forms of JetPack 5, 6 and 7 and those before.
+"""Power and energy: the INA sensors of a Jetson or the output of tegrastats, and a counter that integrates power over time.
 
-Power and energy: the INA sensors of a Jetson, or tegrastats, and a counter that integrates what they say over time.
+The parser reads memory, GPU load, temperatures and power from the tegrastats lines of JetPack 5, 6, 7 and earlier.
 
-A module with one input rail is read there. AGX Orin has none: its total is the sum of the rails that are fed side by side, of
-which VIN_SYS_5V0 is only one. Thor's developer kit measures its whole input, carrier board included, as VIN, which INA3221 does
-not see.
+A module with one input rail is read there. AGX Orin has no such rail: its total is the sum of the rails that are fed side by
+side, of which VIN_SYS_5V0 is only one. Thor's developer kit measures its whole input, carrier board included, as VIN, which
+INA3221 does not see.
 """
 
 from __future__ import annotations

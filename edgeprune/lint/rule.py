@@ -1,7 +1,4 @@
-"""What the lint says: one Finding for each thing that a target refuses or changes silently.
-
-What a rule is given, and what a rule is.
-"""
+"""What a rule of the lint is given, and what it returns: a Finding for each thing that a target refuses or changes silently."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a bundle answered, and where it looked: made from the indices that the bundle itself returned.
-
-What a report is made of: opened, and checked to belong together before anything is asked or drawn.
-"""
+"""The inputs of a report: open them, check that they belong together, ask the bundle, and collect the indices that it kept."""
 
 from __future__ import annotations
 

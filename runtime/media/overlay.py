@@ -1,6 +1,6 @@
-"""The picture that visual tokens are drawn on: an image, its tiles and their overview, or the frames of a video, side by side.
+"""Draw which visual tokens each cut kept, beside the input image: one panel for each cut, and one for all KV caches. Needs Pillow.
 
-Draw which visual tokens each cut kept: one panel a cut, one for all KV caches, beside the input image. Needs Pillow only.
+The canvas is the image, its tiles and their overview, or the frames of a video, side by side.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""The ROS 2 messages that this node speaks, as DDS types, and a reader of CDR, the bytes of a DDS message.
+"""The ROS 2 messages of this node as DDS types, and a reader of CDR, the serialization of DDS messages.
 
-Names and fields are those that the rmw layers of ROS put on the wire.
-
-builtin_interfaces/Time, std_msgs/Header and String, sensor_msgs/Image and CompressedImage, diagnostic_msgs/DiagnosticArray with its
-parts, their fields in the order of ROS's .msg files (rcl_interfaces, common_interfaces). ROS writes plain CDR (XCDR1), whose
-alignment is never above 4 for these. cyclonedds reads the annotations as objects, so they are not postponed in this file.
+Names and fields are those that the rmw layers of ROS put on the wire: builtin_interfaces/Time, std_msgs/Header and String,
+sensor_msgs/Image and CompressedImage, diagnostic_msgs/DiagnosticArray with its parts, in the field order of ROS's .msg files
+(rcl_interfaces, common_interfaces). ROS writes plain CDR (XCDR1), whose alignment is never above 4 for these. cyclonedds reads
+the annotations as objects, so this file does not postpone them.
 """
 
 import struct

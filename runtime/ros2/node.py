@@ -1,6 +1,6 @@
-"""ROS names: a node's full name, its topics, what they are called on DDS, and the domain.
+"""The node on DDS: its readers, its writers, and the thread that takes incoming messages. Also the rules of ROS names.
 
-The node on DDS: its readers, its writers, and the thread that takes what comes in.
+The rules cover a node's full name, its topics, their names on DDS, and the domain.
 """
 
 from __future__ import annotations

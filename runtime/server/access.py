@@ -1,8 +1,6 @@
-"""Who may ask: bearer keys, and what a request is known by in the queue.
+"""Access control: bearer keys, the client identity used by the queue, CORS, request counts and the access log.
 
-What every request passes: who asks, what browsers may do with the response, counting, and the log.
-
-A line of the log has the method, the path, the status and the time: no body, no query, no key, no address.
+A log line has the method, the path, the status and the time. It has no body, query, key or address.
 """
 
 from __future__ import annotations

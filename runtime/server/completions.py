@@ -1,7 +1,4 @@
-"""Reading a request's body, within its bounds.
-
-POST /v1/chat/completions: from the request to the answer, whole or as a stream of events.
-"""
+"""POST /v1/chat/completions: read the body within its limits, answer whole or as a stream of events."""
 
 from __future__ import annotations
 

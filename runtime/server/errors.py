@@ -1,7 +1,4 @@
-"""What a client is told when it gets no answer: OpenAI's error shape, and the status that goes with it.
-
-How much a server takes in. Every refusal names the limit by the option that sets it.
-"""
+"""Errors in OpenAI's shape with their HTTP status, and the limits of a server. An error names the option that sets its limit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One request as a worker thread answers it, told to the event loop piece by piece.
+"""Jobs and their queue: a worker thread answers one request and sends its pieces to the event loop.
 
-The line of requests: bounded, and fair to clients. Each client has a line of its own; they are served in turns.
+The queue is bounded. Each client has a queue of its own, and clients are served round-robin.
 """
 
 from __future__ import annotations

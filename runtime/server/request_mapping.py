@@ -1,6 +1,6 @@
-"""Images of a request: data URLs only. Nothing is ever fetched.
+"""From a request to a runtime call: earlier turns, the question with its images, and sampling options.
 
-From a request to what the runtime is asked: earlier turns, the question with its images, and how to answer.
+Images are data URLs. The server never fetches anything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which visual tokens each cut kept, as a page can draw them: grids over the picture, and a share for each token.
-
-The bodies of answers, in OpenAI's shapes, with the receipt beside them.
-"""
+"""Response bodies in OpenAI's shapes, with the receipt, and the kept tokens of each cut as grids that the web page draws."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The model behind the server: loaded in a thread, asked by worker threads, and let go when the server stops.
-
-The server's own figures beside those of the answers, for Prometheus.
-"""
+"""The model behind the server: loaded in a thread, used by worker threads, released at shutdown; and the Prometheus metrics."""
 
 from __future__ import annotations
 

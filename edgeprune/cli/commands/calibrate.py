@@ -1,7 +1,4 @@
-"""Commands that learn budgets: calibrate, merge, profile.
-
-The command that draws a page: report.
-"""
+"""Commands that learn keep budgets and show them: calibrate, merge, profile, report."""
 
 from __future__ import annotations
 

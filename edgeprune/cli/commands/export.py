@@ -1,7 +1,4 @@
-"""Commands that make and check bundles: export, verify.
-
-Commands about signatures: keygen, sign.
-"""
+"""Commands that make, check and sign bundles: export, verify, keygen, sign."""
 
 from __future__ import annotations
 

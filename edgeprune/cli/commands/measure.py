@@ -1,9 +1,4 @@
-"""The command that measures answers on this machine: bench.
-
-The command that computes what an answer would cost on a module: estimate.
-
-The command about this machine: doctor.
-"""
+"""Commands that measure or estimate: bench, estimate, doctor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Command that answers over HTTP: serve.
-
-The command that answers over ROS 2: ros2.
-"""
+"""Commands that serve answers: serve (HTTP) and ros2."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rules on how an operator is used: inputs that must be constants, outputs and attributes that TensorRT refuses.
+"""Rules on arguments: inputs that must be constants, and outputs and attributes that TensorRT refuses.
 
-Rules on the selection of tokens: how many TopK may take, and that the number does not depend on data.
+For token selection: how many elements TopK may take, and that the number does not depend on data.
 """
 
 from __future__ import annotations

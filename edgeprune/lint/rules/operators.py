@@ -1,6 +1,6 @@
-"""Rules on operators: whether a TensorRT parses them at all, in this opset, on these types and ranks.
+"""Rules on operators: whether a TensorRT parses them in this opset, on these types and ranks.
 
-Rules on the Attention operator of opset 23, of which TensorRT parses a part since 10.14.
+The Attention operator of opset 23 has rules of its own: TensorRT parses a part of it since 10.14.
 """
 
 from __future__ import annotations

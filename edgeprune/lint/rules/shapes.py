@@ -1,6 +1,6 @@
-"""The rule that no shape depends on data: TensorRT computes shapes from lengths, before the data are there.
+"""Rules on shapes: no shape may depend on data, because TensorRT computes shapes from lengths before it has the data.
 
-Rules on If and Loop, whose bodies TensorRT builds with fixed shapes.
+The bodies of If and Loop must have fixed shapes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rules on element types: those that TensorRT lacks, changes silently, or has at the borders of a network alone.
+"""Rules on element types: those that TensorRT lacks, changes silently, or accepts only at the inputs and outputs of a network.
 
-Rules on QuantizeLinear and DequantizeLinear: TensorRT has symmetric INT8, INT4 weights in blocks, FP8 and FP4.
+For QuantizeLinear and DequantizeLinear: TensorRT has symmetric INT8, INT4 weights in blocks, FP8 and FP4.
 """
 
 from __future__ import annotations

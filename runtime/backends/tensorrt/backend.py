@@ -1,10 +1,9 @@
-"""Run one engine: a context for each optimization profile, inputs by address, outputs into leased memory.
+"""The backend interface on TensorRT engines.
 
-A bundle's engines on the device, behind the interface of the generation loop.
-
-Only token ids, positions and pixels go to the device, and only logits, kept indices and shares come back; embeddings, caches and
-the attention split stay there. A step's keys and values are copied behind those that are there. There is no CUDA graph of the
-decode step: its text caches are one longer every time.
+An engine runs with one context for each optimization profile, with inputs by address and outputs in leased memory. Only token
+ids, positions and pixels go to the device. Only logits, kept indices and keep ratios come back. Embeddings, KV caches and
+attention shares stay on the device, and the keys and values of a step are copied behind the earlier ones. The decode step has no
+CUDA graph, because its text caches grow by one at every step.
 """
 
 from __future__ import annotations

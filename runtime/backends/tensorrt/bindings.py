@@ -1,6 +1,6 @@
-"""The few things asked of CUDA, behind an interface that tests replace by a memory they can look into.
+"""TensorRT and CUDA of this machine, or the remedy where they are missing.
 
-TensorRT and CUDA of this machine, or what to do where they are missing.
+CUDA is called through a small interface, which tests replace by memory that they can inspect.
 """
 
 from __future__ import annotations

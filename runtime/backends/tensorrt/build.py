@@ -1,9 +1,7 @@
-"""Build the engines of a bundle: what is to be done, whether it fits into memory, and doing it.
+"""`edgeprune build`: plan the builds of a bundle, check that they fit into memory, and build.
 
-What is there already for this TensorRT, GPU, precision and these profiles is kept; of another bundle, such as one with other
-budgets, engines of equal graphs are taken over.
-
-What `edgeprune build` does, from its options to the engines in the bundle.
+An engine that exists for the same TensorRT, GPU, precision and profiles is kept. Engines of equal graphs are taken over from
+another bundle, such as one with other budgets.
 """
 
 from __future__ import annotations
