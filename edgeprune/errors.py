@@ -16,6 +16,8 @@ Anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from collections.abc import Mapping
 
 _LONGEST = 900  # characters of a message, and of a hint
 
@@ -87,6 +89,17 @@ def require_extra(extra: str, *packages: str) -> None:
     missing = [package for package in packages if not _is_installed(package)]
     if missing:
         raise MissingExtraError(f"{', '.join(missing)} not installed.", hint=f'Install with: pip install "edgeprune[{extra}]"')
+
+
+def renamed(owner: str, name: str, names: Mapping[str, str]) -> str:
+    """Return the new name of an attribute of `owner` and warn: old public names work for one release.
+
+    Raises AttributeError for a name that is not in `names`, as an attribute that never was.
+    """
+    if name not in names:
+        raise AttributeError(f"{owner} has no attribute {name!r}")
+    warnings.warn(f"{owner}.{name} is now {owner}.{names[name]}.", DeprecationWarning, stacklevel=3)
+    return names[name]
 
 
 def _is_installed(package: str) -> bool:

@@ -10,8 +10,7 @@ print(answer.text, answer.receipt.times.ttft_ms)
 if __name__ != "edgeprune.runtime":
     raise ImportError("Import edgeprune.runtime: runtime/ is a folder of the package edgeprune, which links to it.")
 
-import warnings
-
+from edgeprune.errors import renamed as _renamed
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Answer, Chat, Runtime
 from edgeprune.runtime.generation.conversation import Stream, Turn
@@ -45,7 +44,4 @@ _RENAMED = {"Terms": "RequestLimits"}  # old public names, supported for one rel
 
 
 def __getattr__(name: str) -> object:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"edgeprune.runtime.{name} is now edgeprune.runtime.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+    return globals()[_renamed(__name__, name, _RENAMED)]

@@ -24,11 +24,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.bundle.integrity import FileRecord, VerificationCache, check_locations, check_sha256, check_size
 from edgeprune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from edgeprune.bundle.signing import TrustedKeys, check_signature
-from edgeprune.errors import BundleError, UsageError
+from edgeprune.errors import BundleError, UsageError, renamed
 from edgeprune.io.background import ThreadTask
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers, tier_number
@@ -50,6 +51,11 @@ class Bundle:
     manifest: Manifest
     plan: KeepPlan
     lower_tiers: tuple[KeepPlan, ...] = ()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self, renamed("Bundle", name, {"lower": "lower_tiers"}))  # works for one release
 
     @property
     def tiers(self) -> tuple[tuple[str, KeepPlan], ...]:

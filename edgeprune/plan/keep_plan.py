@@ -10,15 +10,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import PlanError
+from edgeprune.errors import PlanError, renamed
 from edgeprune.io.files import write_text
 from edgeprune.io.typed_json import from_json, read_json
 from edgeprune.plan.geometry import MAX_LAYERS, Geometry
 
 SCHEMA_VERSION = 2
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
+
+_RENAMED = {  # old public names, which work for one release
+    "live": "follows_attention",
+    "encoded": "tokens_from_encoder",
+    "seen": "tokens_entering_decoder",
+    "alive": "tokens_at_layer",
+    "stored": "tokens_cached",
+    "cache_stage": "cache_group",
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,11 @@ class KeepPlan:
                 raise PlanError(f"{cut} lies beyond the model's {self.layers} layers (0 to {self.layers - 1}).")
         self._check_counts()
         self._check_decode()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self, renamed("KeepPlan", name, _RENAMED))
 
     def _check_counts(self) -> None:
         alive = self.geometry.tokens

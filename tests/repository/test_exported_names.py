@@ -7,11 +7,16 @@ another name, stays for a release under its old name with a warning, and CHANGEL
 from __future__ import annotations
 import __future__
 
+import copy
 import importlib
 import inspect
 from types import ModuleType
+from typing import Any
 
 import pytest
+from tiny_models import TINY_GEOMETRY
+
+from edgeprune.plan.presets import unpruned_plan
 
 # In the order that ruff wants of __all__: constants, classes, functions.
 TABLE = {
@@ -29,7 +34,7 @@ TABLE = {
     """,
     "edgeprune.errors": """
         BundleError EdgePruneError EngineError ImageError MissingExtraError PlanError UnsupportedModelError UsageError
-        VerificationError one_line require_extra
+        VerificationError one_line renamed require_extra
     """,
 }
 RENAMED = {"edgeprune.runtime.Terms": "RequestLimits", "edgeprune.runtime.server.Limits": "ServerLimits"}  # for one release
@@ -60,6 +65,15 @@ def test_an_old_name_works_and_says_the_new_one(old: str) -> None:
     assert value is getattr(importlib.import_module(module), RENAMED[old])
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         importlib.import_module(module).Nothing  # noqa: B018
+
+
+def test_an_old_attribute_works_and_says_the_new_one() -> None:
+    plan: Any = unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY)
+    with pytest.warns(DeprecationWarning, match=r"KeepPlan.alive is now KeepPlan.tokens_at_layer"):
+        assert plan.alive(1) == 12
+    with pytest.raises(AttributeError, match="KeepPlan has no attribute 'nothing'"):
+        plan.nothing  # noqa: B018
+    assert copy.deepcopy(plan) == plan
 
 
 @pytest.mark.parametrize("name", TABLE)
