@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
 
 _LONGEST = 900  # characters of a message, and of a hint
 
@@ -91,7 +90,7 @@ def require_extra(extra: str, *packages: str) -> None:
         raise MissingExtraError(f"{', '.join(missing)} not installed.", hint=f'Install with: pip install "edgeprune[{extra}]"')
 
 
-def renamed(owner: str, name: str, names: Mapping[str, str]) -> str:
+def renamed(owner: str, name: str, names: dict[str, str]) -> str:
     """Return the new name of an attribute of `owner` and warn: old public names work for one release.
 
     Raises AttributeError for a name that is not in `names`, as an attribute that never was.
