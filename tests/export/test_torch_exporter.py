@@ -79,7 +79,7 @@ def test_the_result_is_torchs(module: nn.Module) -> None:
     assert isinstance(module, Casting) or operators == theirs
 
 
-@pytest.mark.parametrize("plan", ["everything", "input, layers"])
+@pytest.mark.parametrize("plan", [pytest.param("everything", marks=pytest.mark.slow), "input, layers"])
 def test_a_decoder_computes_the_same(plan: str, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, records = [], []
     monkeypatch.setattr(tracing, "traced", FRESH)  # not what is kept on the disk
