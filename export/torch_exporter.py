@@ -29,6 +29,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 _aten = torch.ops.aten
 _CASTS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout)
 _ASSERTIONS = (_aten._assert_scalar.default, _aten._assert_tensor_metadata.default)
+_ONNX = ("onnx", "onnx_symbolic")  # operators that are written as they are
 _REPLACED = {*_CASTS, *_ASSERTIONS, _aten.rsub.Scalar}
 _decompose = _fx_passes.decompose_with_registry
 _from_torchlib = functools.cache(ONNXRegistry.from_torchlib)
@@ -82,7 +83,7 @@ def _is_simple(node: Node, known: set[Any]) -> bool:
         return not isinstance(target, torch._ops.HigherOrderOperator)
     if target is _aten.rsub.Scalar and len(node.args) > 2:
         return False
-    return (target in known or target in _REPLACED or target.namespace == "onnx") and not target._schema.is_mutable
+    return (target in known or target in _REPLACED or target.namespace in _ONNX) and not target._schema.is_mutable
 
 
 def _is_output(node: Node) -> bool:

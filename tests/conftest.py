@@ -55,6 +55,16 @@ def kept_traces() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_traces(kept_traces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace everything anew: for tests that break the code on purpose, which the key of a trace cannot know."""
+    import trace_cache
+
+    from edgeprune.export import tracing
+
+    monkeypatch.setattr(tracing, "traced", trace_cache.FRESH)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _kept_traces(request: pytest.FixtureRequest) -> None:
     if "torch" in sys.modules:  # some test may trace; pure tests run without torch

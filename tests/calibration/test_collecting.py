@@ -83,6 +83,7 @@ def test_shards_add_up_to_the_whole(tiny: LoadedModel, samples: list[Sample], wh
     assert same(parts[2] + parts[0] + parts[1], whole)
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_gives_the_same(tiny_folder: Path, samples: list[Sample], whole: Statistics, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     found = collect_on_ray(resolve_model(str(tiny_folder)), samples, REQUEST, tmp_path / "s", "local", lambda done: None)

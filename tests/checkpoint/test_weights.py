@@ -51,7 +51,12 @@ def digests(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("target", "precision"),
-    [("onnxruntime", "fp32"), ("jetpack6", "fp16"), ("jetpack7.2", "int8"), ("jetpack7.2", "int4")],
+    [
+        ("onnxruntime", "fp32"),
+        pytest.param("jetpack6", "fp16", marks=pytest.mark.slow),
+        pytest.param("jetpack7.2", "int8", marks=pytest.mark.slow),
+        ("jetpack7.2", "int4"),
+    ],
 )
 def test_graphs_are_the_same_either_way(even: LoadedModel, target: str, precision: str, tmp_path: Path) -> None:
     # PyramidDrop multiplies by the next layer's matrices a second time.

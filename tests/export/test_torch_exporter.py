@@ -16,13 +16,11 @@ from torch import nn
 from torch.onnx._internal.exporter import _fx_passes
 
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.export import tracing
 from edgeprune.export.torch_exporter import quick_exporter
 from edgeprune.export.tracing import trace_decoder
 from edgeprune.targets import PLAIN
 
 # What computes on tensors. Lengths may be computed in another way: by fewer additions, or from the shape of another tensor.
-FRESH = tracing.traced
 COMPUTING = ("Cast", "Einsum", "Gather", "GatherElements", "Gemm", "MatMul", "ReduceMax", "ReduceMean", "Softmax", "TopK", "Where")
 
 
@@ -79,10 +77,10 @@ def test_the_result_is_torchs(module: nn.Module) -> None:
     assert isinstance(module, Casting) or operators == theirs
 
 
+@pytest.mark.usefixtures("fresh_traces")
 @pytest.mark.parametrize("plan", [pytest.param("everything", marks=pytest.mark.slow), "input, layers"])
 def test_a_decoder_computes_the_same(plan: str, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, records = [], []
-    monkeypatch.setattr(tracing, "traced", FRESH)  # not what is kept on the disk
     for name in ("quick", "torch"):
         if name == "torch":
             monkeypatch.setattr("edgeprune.export.torch_exporter._replaced", _fx_passes.decompose_with_registry)

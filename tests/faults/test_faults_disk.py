@@ -63,7 +63,7 @@ def export(model: Path, plan: KeepPlan, folder: Path) -> tuple[object, ...]:
     return ("export", model, "-o", folder / "bundle", "--plan", folder / "plan.json", "--force")
 
 
-@pytest.mark.parametrize("size", [100, 20_000, 60_000])
+@pytest.mark.parametrize("size", [pytest.param(100, marks=pytest.mark.slow), 20_000, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_an_export_that_may_write_no_larger_file(size: int, tiny_folder: Path, tiny_plan: KeepPlan, altered_bundle: Path) -> None:
     altered_bundle = altered_bundle.rename(altered_bundle.with_name("bundle"))
     words = export(tiny_folder, tiny_plan, altered_bundle.parent)

@@ -91,6 +91,7 @@ def test_tokens_that_all_see_each_other_do_so_in_every_block(even: LoadedModel, 
     assert pair.difference((10, 100, 20, 0, 0)) < 1e-4
 
 
+@pytest.mark.usefixtures("fresh_traces")
 def test_a_block_that_ends_too_early_is_seen(even: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = BlockMask.of
     monkeypatch.setattr(BlockMask, "of", lambda *given: replace(whole(*given), reach=(whole(*given).reach - 1).clamp(min=1)))

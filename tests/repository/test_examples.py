@@ -39,6 +39,7 @@ def test_the_demo_asks_and_draws(tmp_path: Path) -> None:
     assert Bundle.load(tmp_path / "tabletop.bundle").plan.tokens_at_layer(7) == 36
 
 
+@pytest.mark.slow
 def test_training_runs_and_resumes(tmp_path: Path) -> None:
     command = ("examples/train_tabletop/train.py", tmp_path, "--rows", 2, "--threads", 1, "--scenes", 16)
     run(*command, "--minutes", 0.02, "--tower-minutes", 0.01)
@@ -47,6 +48,7 @@ def test_training_runs_and_resumes(tmp_path: Path) -> None:
     assert load_model(resolve_model(str(tmp_path))).geometry(None).tokens == 144
 
 
+@pytest.mark.slow
 def test_sizes_are_measured_and_memory_stays_flat(tmp_path: Path) -> None:
     # In a small process: a child's peak memory is not below what its parent had.
     output = run(

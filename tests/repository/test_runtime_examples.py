@@ -146,6 +146,7 @@ def test_serving(bundle: Path, scenes: Path) -> None:
     assert 'edgeprune_answers_total{finish_reason="cancelled"' in output
 
 
+@pytest.mark.slow
 def test_own_data_is_calibrated_and_measured(tiny_folder: Path, tmp_path: Path) -> None:
     other = ("--model", tiny_folder, "--image-size", "84x112", "--fit", "stretch")
     output = run("own_data/own_data.py", tmp_path / "own", "--scenes", 1, "--limit", 2, *other)

@@ -44,6 +44,7 @@ _PACKAGES = ("torch", "onnxscript", "onnx_ir", "onnx", "transformers", "sympy")
 _KNOWN = {"edgeprune", "numpy", *_PACKAGES, *sys.stdlib_module_names}  # whose classes a key knows by their names
 _COUNTERS = ("_value_counter", "_node_counter")  # of the names that the passes give to what they add
 Traced = Callable[[Any, int], ir.Model]
+FRESH = tracing.traced  # for tests that break the code on purpose, which the key of a trace cannot know
 
 
 class Unknown(Exception):
