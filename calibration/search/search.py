@@ -127,13 +127,13 @@ class Search:
             yield from (make for blocks in placements for cut in (None, *cuts[:1]) for make in composer.caches(cut, blocks))
 
     def _affordable(self, recipes: Iterable[Recipe], budget: Budget) -> Iterator[Candidate]:
-        found: list[KeepPlan] = []
+        plans: list[KeepPlan] = []
         for group, make in recipes:
             try:
                 plan = budget.plan(make, self._ttft_ms)
                 self.agreement.check(plan)
             except PlanError:
                 continue  # the method cannot be that cheap, or the model does not support it
-            if (plan.cuts or plan.geometry != self.unpruned.geometry) and plan not in found:
-                found.append(plan)
+            if (plan.cuts or plan.geometry != self.unpruned.geometry) and plan not in plans:
+                plans.append(plan)
                 yield group, plan

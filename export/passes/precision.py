@@ -69,14 +69,14 @@ def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
     # A layer that the exporter writes in another form would silently keep its weights in float32.
     if lowering.precision == "fp32":
         return
-    left = [
+    remaining = [
         value.name
         for node in graph
         if node.op_type in ("Gemm", "MatMul", "Conv")
         for value in node.inputs
         if value is not None and value.const_value is not None and str(value.name).endswith(".weight")
     ]
-    assert not left, f"not lowered to {lowering.precision}: {left}"
+    assert not remaining, f"not lowered to {lowering.precision}: {remaining}"
 
 
 def _lower_linear(
