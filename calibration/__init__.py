@@ -1,4 +1,4 @@
-"""From samples to keep budgets: read samples, measure a model over them, make plans. Imports no export, report or benchmark."""
+"""Calibration: read samples, measure a model over them, derive keep plans. Imports no export, report or benchmark."""
 
 if __name__ != "edgeprune.calibration":
     raise ImportError("Import edgeprune.calibration: calibration/ is a folder of the package edgeprune, which links to it.")

@@ -1,4 +1,4 @@
-"""What `edgeprune calibrate` does, from its options to the files that it writes."""
+"""The `edgeprune calibrate` command: options, the calibration run and its output files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 
 AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
-_SETTINGS = {  # which options a method takes
+_SETTINGS = {  # the options of each method
     "evit": ("layer",),
     "fastv": ("layer",),
     "fitprune": ("stages",),
@@ -40,16 +40,16 @@ _SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "target_reads
 
 
 class Progress(ProgressReporter, Protocol):
-    """Where the user sees what is going on."""
+    """A progress reporter that also shows status messages."""
 
     def say(self, what: str) -> None:
-        """Say it."""
+        """Show a status message."""
         ...
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """The command's options by name; None where the user said nothing."""
+    """The command's options by name; None for options that were not given."""
 
     model: str
     data: Path
@@ -91,11 +91,11 @@ class CalibrateOptions:
     curve: Path | None
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return those of some options that the user gave."""
+        """Return the options among `names` that the user gave."""
         return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
 
     def check(self) -> None:
-        """Raise UsageError when options do not belong together."""
+        """Raise UsageError for options that do not belong together."""
         if self.method is None:
             if self.statistics is None:
                 raise UsageError(
@@ -127,7 +127,7 @@ class CalibrateOptions:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What came out: a plan with its costs, or statistics alone."""
+    """A plan with its costs, or the path of statistics without a plan. `flops`, `kv`: shares of the unpruned model's cost."""
 
     statistics: Path | None
     samples: int
@@ -141,7 +141,7 @@ class CalibrationResult:
 
 
 def run_calibrate(options: CalibrateOptions, progress: Progress) -> CalibrationResult:
-    """Make what the options ask for."""
+    """Collect statistics, or make and save a plan, as the options specify."""
     options.check()
     samples = draw_samples(read_samples(options.data, need_answers=False), options.limit, options.seed)
     folder = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
@@ -161,7 +161,7 @@ def run_calibrate(options: CalibrateOptions, progress: Progress) -> CalibrationR
     )
     path = options.statistics or options.output.with_suffix(".statistics.safetensors")  # type: ignore[union-attr]  # checked
     if options.method == AUTO:
-        return _auto(options, loaded, samples, request, path, unpruned, progress)
+        return _search_plan(options, loaded, samples, request, path, unpruned, progress)
     statistics = partial(load_or_collect, loaded, samples, request, path, progress, options.ray_address)
     if options.method is None:
         return CalibrationResult(path, statistics().samples)
@@ -170,7 +170,7 @@ def run_calibrate(options: CalibrateOptions, progress: Progress) -> CalibrationR
     plan = _allocate(options, base, statistics, partial(fit_decode_rate, loaded, samples, request, progress))
     loaded.check_plan(plan)
     classes = _classes(options, statistics)
-    return _written(
+    return _save_plan(
         options, loaded, plan, CalibrationResult(path if path.is_file() else None, len(samples), classes=tuple(classes))
     )
 
@@ -184,8 +184,8 @@ def _allocate(
         rate = DecodeRateOptions(
             keep, settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed
         )
-        found = None if base.cache_cuts else statistics()
-        return fit_rate(base, rate, found.prior() if found is not None and options.prior else None)
+        collected = None if base.cache_cuts else statistics()
+        return fit_rate(base, rate, collected.prior() if collected is not None and options.prior else None)
     return plan_for_budget(method, keep, base, statistics() if method in STATISTICAL else None, **settings)
 
 
@@ -196,7 +196,7 @@ def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) ->
     return classify(statistics(), keep, options.delta if options.delta is not None else min(keep, 1 - keep) / 2)
 
 
-def _auto(
+def _search_plan(
     options: CalibrateOptions,
     loaded: LoadedModel,
     samples: list[Sample],
@@ -205,11 +205,11 @@ def _auto(
     unpruned: KeepPlan,
     progress: Progress,
 ) -> CalibrationResult:
-    # Every second sample is held out: plans are judged on others than those that the statistics come from.
+    # Every second sample is held out: statistics and scores must not come from the same samples.
     drop = 0.01 if options.max_drop is None else options.max_drop
     goal = Goal(drop, options.target_flops, options.target_kv, options.target_ttft, options.target_reads)
     times = _times(options, loaded, unpruned)
-    check_goal(goal, loaded, unpruned, times, len(samples[1::2]))  # an unreachable target is told before anything is measured
+    check_goal(goal, loaded, unpruned, times, len(samples[1::2]))  # fail before anything is measured
     progress.say("answering without pruning")
     held_out = Agreement(loaded, unpruned, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device)
     statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
@@ -222,7 +222,7 @@ def _auto(
         raise
     if options.curve is not None:
         curve.save(options.curve)
-    return _written(options, loaded, plan, CalibrationResult(path, len(samples), curve=curve, times=times))
+    return _save_plan(options, loaded, plan, CalibrationResult(path, len(samples), curve=curve, times=times))
 
 
 def _times(options: CalibrateOptions, loaded: LoadedModel, unpruned: KeepPlan) -> DeviceProfile | None:
@@ -236,7 +236,7 @@ def _times(options: CalibrateOptions, loaded: LoadedModel, unpruned: KeepPlan) -
     return None if options.device_name is None else roofline_times(loaded, unpruned.geometry, options.device_name)
 
 
-def _written(options: CalibrateOptions, loaded: LoadedModel, plan: KeepPlan, result: CalibrationResult) -> CalibrationResult:
+def _save_plan(options: CalibrateOptions, loaded: LoadedModel, plan: KeepPlan, result: CalibrationResult) -> CalibrationResult:
     assert options.output is not None
     plan.save(options.output)
     parts = loaded.family.decoder()

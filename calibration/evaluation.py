@@ -1,4 +1,4 @@
-"""Measure a model over samples: accuracy pruned and unpruned side by side, and how often the two agree."""
+"""Evaluate a model over samples: accuracy of pruned and unpruned answers, and their agreement."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PRUNED, UNPRUNED = "pruned", "unpruned"
 
 @dataclass
 class KindScore:
-    """The answers to one kind of question: `right` of `of` points, and how many of the `total` answers equal the unpruned one.
+    """Totals for one kind of prompt: `right` of `of` points by variant; `agreed` of `total` pruned answers equal the unpruned ones.
 
-    `visual_reads`: the share of visual KV entries that the pruned answers' decode steps read, added up.
+    `visual_reads`: the share of visual KV entries that decode steps read, summed over the pruned answers.
     """
 
     total: int = 0
@@ -28,19 +28,20 @@ class KindScore:
     visual_reads: float = 0.0
 
     def accuracy(self, variant: str) -> float:
-        """Return the share of points that PRUNED or UNPRUNED answers got."""
+        """Return the share of points that a variant (PRUNED or UNPRUNED) scored."""
         return self.right[variant] / self.of[variant] if self.of[variant] else 0.0
 
     @property
     def agreement(self) -> float:
-        """The share of pruned answers that equal the unpruned ones, word for word."""
+        """The share of pruned answers that equal the unpruned ones exactly."""
         return self.agreed / self.total if self.total else 0.0
 
 
 @dataclass
 class Cost:
-    """What the answers of one variant cost: time to first token and per token in ms, and KV bytes when each answer ended;
-    `visual_kv`: share held.
+    """Costs of the answers of one variant: TTFT and time per token in ms, and KV cache bytes at the end of each answer.
+
+    `visual_kv`: the share of visual KV entries that was held.
     """
 
     ttft_ms: list[float] = field(default_factory=list)
@@ -49,7 +50,7 @@ class Cost:
     visual_kv: list[float] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
-        """Count one answer."""
+        """Add the costs of one answer."""
         self.ttft_ms.append(receipt.times.ttft_ms)
         self.ms_per_token += receipt.times.decode_ms
         self.kv_bytes.append(receipt.kv_bytes)
@@ -67,14 +68,14 @@ class Cost:
 
 @dataclass
 class EvalReport:
-    """Scores per kind of question, and the cost of both variants. Without a pruning plan only UNPRUNED is filled."""
+    """Scores per kind of prompt, and the costs of both variants. Without cuts in the plan, only UNPRUNED has values."""
 
     pruned: bool
     kinds: dict[str, KindScore] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=lambda: {PRUNED: Cost(), UNPRUNED: Cost()})
 
     def rows(self) -> dict[str, KindScore]:
-        """Return the kinds in the order seen, then the total over short answers (descriptions count facts, so they stay apart)."""
+        """Return the kinds in order of appearance, then the total over short answers, without descriptions, which count facts."""
         total = KindScore()
         for kind, entry in self.kinds.items():
             if kind == SHORT:
@@ -107,7 +108,7 @@ def evaluate(
     tier: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> EvalReport:
-    """Ask every sample greedily, with and without the runtime's plan, or that of a tier, and score the answers."""
+    """Answer every sample with greedy decoding, pruned (under `tier` if given) and unpruned, and score the answers."""
     report = EvalReport(pruned=bool(runtime.plan.cuts))
     for done, sample in enumerate(samples, start=1):
         entry = report.kinds.setdefault(sample.kind or "question", KindScore())

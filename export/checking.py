@@ -1,4 +1,4 @@
-"""Check every graph of a bundle for a target: the lint, and where TensorRT-RTX is installed, real builds."""
+"""Check every graph of a bundle for a target: lint, and trial builds if TensorRT-RTX is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgeprune.targets import Target
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found: `findings` of the lint, and `trials`, None where no builder is installed or the target has none."""
+    """Lint `findings` and trial builds; `trials` is None if no builder is installed or the target has none."""
 
     target: Target
     findings: tuple[Finding, ...]
@@ -23,7 +23,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the target would take every graph, as far as was tried."""
+        """Whether there are no lint errors and no failed trial builds."""
         return not any(finding.severity == "error" for finding in self.findings) and not any(
             trial.error for trial in self.trials or ()
         )
@@ -32,17 +32,16 @@ class CheckReport:
 def check_bundle(
     bundle: Bundle, target: Target, limits: ProfileLimits | None = None, *, progress: Callable[[str], None] = lambda graph: None
 ) -> CheckReport:
-    """Return what `target` would say of a bundle's graphs under the optimization profiles of `limits`.
+    """Check a bundle's graphs for `target` under the optimization profiles of `limits`.
 
-    Weights of a precision that the bundle was not exported with are not tried. Raises BundleError and UsageError.
+    Only the precision that the bundle was exported with is checked. Raises BundleError and UsageError.
     """
     profiles = shape_profiles(bundle, limits or ProfileLimits())
-    tried: list[Trial] | None = [] if target.tensorrt is not None and can_try() else None
+    trials: list[Trial] | None = [] if target.tensorrt is not None and can_try() else None
     findings: list[Finding] = []
     for name, ranges in profiles.items():
         progress(name)
-        given = [profile for profile in ranges if profile]
-        findings += lint(bundle.file(name), target, given, name=name)
-        if tried is not None:
-            tried.append(try_build(bundle.file(name), name, ranges, substitute_capability(target)))
-    return CheckReport(target, tuple(findings), None if tried is None else tuple(tried))
+        findings += lint(bundle.file(name), target, [profile for profile in ranges if profile], name=name)
+        if trials is not None:
+            trials.append(try_build(bundle.file(name), name, ranges, substitute_capability(target)))
+    return CheckReport(target, tuple(findings), None if trials is None else tuple(trials))

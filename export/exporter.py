@@ -1,7 +1,4 @@
-"""The export stage: from a model folder and a plan to a bundle, complete or not at all.
-
-Two graphs that share weights read one file of them.
-"""
+"""Export a model under a keep plan to a bundle, atomically. Graphs with common weights share one weights file."""
 
 from __future__ import annotations
 
@@ -46,10 +43,9 @@ from edgeprune.targets import PLAIN, Lowering
 
 STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
-_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # of a weight, with its share of the scales and of the graph
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
 Progress = Callable[[str], None]
-
-Key = tuple[str, tuple[int, ...], bytes]
+WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
 
 
 def export_bundle(
@@ -61,26 +57,27 @@ def export_bundle(
     force: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Bundle:
-    """Trace a model under a plan, or several, lower it and write the bundle; `progress` is called with each of STAGES as it begins.
+    """Trace a model under a plan or several tiers, lower it and write the bundle.
 
-    Raises PlanError when the plan was made for another model, UsageError when `output` exists and `force` is not given.
+    `progress` is called with each of STAGES as it begins. Raises PlanError if the plan was made for another model, UsageError if
+    `output` exists without `force`, and EdgePruneError if the disk is too small.
     """
     tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
     (_, first), *others = tiers.items()
-    lower = dict(others)
-    for each in tiers.values():
-        loaded.check_plan(each)
+    lower_tiers = dict(others)
+    for tier in tiers.values():
+        loaded.check_plan(tier)
     with new_folder(output, force=force) as folder:
         _check_space(loaded, lowering, folder)
-        graphs = _write_graphs(loaded, first, lower, lowering, folder, progress)
+        graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)
         progress("processor")
         _write_processor(loaded, first, folder)
         first.save(folder / PLAN)
-        for name in lower:
+        for name in lower_tiers:
             (folder / tier_plan(name)).parent.mkdir(exist_ok=True)
-            lower[name].save(folder / tier_plan(name))
+            lower_tiers[name].save(folder / tier_plan(name))
         progress("manifest")
-        replace(_manifest(loaded, first, lowering, graphs, folder), tiers=tuple(tiers) if lower else ()).save(folder)
+        replace(_manifest(loaded, first, lowering, graphs, folder), tiers=tuple(tiers) if lower_tiers else ()).save(folder)
     return Bundle.load(output)
 
 
@@ -101,8 +98,8 @@ def _write_graphs(
     if plan.input is not None:
         keys = graphs[VISION].outputs.get("vision_keys")
         key_dim = int(keys.shape[1]) if keys else 0
-        for path, each in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
-            graphs[path] = trace_selector(parts, each, key_dim, lowering, folder / path)
+        for path, tier in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
+            graphs[path] = trace_selector(parts, tier, key_dim, lowering, folder / path)
     if plan.follows_attention:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress("decoder")
@@ -113,7 +110,7 @@ def _write_graphs(
 
 def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
     (folder / TOKENIZER).parent.mkdir()
-    # Not its own `save`, which has no OSError for a full disk.
+    # The tokenizer's own `save` does not raise OSError on a full disk.
     (folder / TOKENIZER).write_text(loaded.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / SPECIAL_TOKENS).write_text(json.dumps(loaded.special_tokens(), indent=2) + "\n", encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(loaded.chat_template(loaded.family.image_text(plan.geometry)), encoding="utf-8")
@@ -146,42 +143,43 @@ def _check_space(loaded: LoadedModel, lowering: Lowering, folder: Path) -> None:
 
 
 def _bytes(loaded: LoadedModel, lowering: Lowering) -> int:
-    # Of the weights as they are written: a head that is tied to the embedding table is a matrix of its own then.
+    # The size of the weights as written: a head tied to the embedding table is stored as a separate matrix.
     decoder = loaded.family.decoder()
     parts = {"layers": decoder.layers, "head": decoder.lm_head, "embedding": decoder.embed_tokens}
     weights: dict[str, list[Any]] = {part: list(module.parameters()) for part, module in parts.items()}
-    others = {id(weight) for part in weights.values() for weight in part}
-    weights["vision"] = [weight for weight in loaded.model.parameters() if id(weight) not in others]
-    return sum(int(weight.numel() * _BYTES[lowering.weights_of(part)]) for part, several in weights.items() for weight in several)
+    counted = {id(weight) for part in weights.values() for weight in part}
+    weights["vision"] = [weight for weight in loaded.model.parameters() if id(weight) not in counted]
+    return sum(int(weight.numel() * _BYTES[lowering.weights_of(part)]) for part, group in weights.items() for weight in group)
 
 
 def share_weights(path: Path, other: Path) -> None:
-    """Let a graph read its weights from the file of `other`, which lies beside it; what that one lacks goes into the graph itself.
+    """Make the graph at `path` read its weights from the weights file of the graph `other` in the same folder.
 
-    The graph's own file of weights goes. Weights are the same where type, shape and bytes are.
+    Weights match if type, shape and bytes are equal. Weights without a match are stored in the graph itself. The graph's own
+    weights file is deleted.
     """
-    found = {_key(tensor): tensor for _, tensor in _external(ir.load(other))}
-    model, own = ir.load(path), set[Path]()
-    for value, tensor in _external(model):
-        own.add(Path(tensor.path))
-        same = found.get(_key(tensor))
+    available = {_weight_key(tensor): tensor for _, tensor in _external_weights(ir.load(other))}
+    model, own_files = ir.load(path), set[Path]()
+    for value, tensor in _external_weights(model):
+        own_files.add(Path(tensor.path))
+        match = available.get(_weight_key(tensor))
         name = str(value.name)
-        if same is None:
+        if match is None:
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=tensor.shape, name=name)
         else:
             value.const_value = ir.ExternalTensor(
-                same.location, same.offset, same.length, same.dtype, shape=same.shape, name=name, base_dir=same.base_dir
+                match.location, match.offset, match.length, match.dtype, shape=match.shape, name=name, base_dir=match.base_dir
             )
     ir.save(model, path)
-    for file in own:
+    for file in own_files:
         file.unlink()
 
 
-def _external(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
+def _external_weights(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             yield value, value.const_value
 
 
-def _key(tensor: ir.ExternalTensor) -> Key:
+def _weight_key(tensor: ir.ExternalTensor) -> WeightKey:
     return str(tensor.dtype), tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()

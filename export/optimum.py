@@ -1,4 +1,4 @@
-"""EdgePrune's families in optimum: importing this module registers them with `TasksManager` as the exporter "edgeprune"."""
+"""Integration with optimum: importing this module registers all families with `TasksManager` for the exporter "edgeprune"."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ EXPORTER = "edgeprune"
 
 
 class EdgePruneConfig(ExporterConfig):  # type: ignore[misc]  # optimum is untyped
-    """What optimum asks of a model and a task that can be exported; raises UnsupportedModelError for a model that cannot.
+    """Optimum's export configuration of a model; raises UnsupportedModelError for an unsupported model.
 
-    A bundle's image size is a constant of its plan, so that only the text has an axis.
+    The image size is a constant of the plan, so only the text has a dynamic axis.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
@@ -37,7 +37,7 @@ class EdgePruneConfig(ExporterConfig):  # type: ignore[misc]  # optimum is untyp
 
 
 def register_families() -> None:
-    """Tell TasksManager every family of the registry; what it knows already stays."""
+    """Register every family with TasksManager; existing registrations are kept."""
     register = TasksManager.create_register(EXPORTER)
     for model_type in FAMILIES:
         register(model_type, TASK, library_name="transformers")(EdgePruneConfig)

@@ -1,8 +1,8 @@
 """Trace the graphs of a bundle with `torch.onnx.export(dynamo=True)`.
 
-No shape depends on data: lengths of the segments and caches are dynamic dimensions, the kept counts are constants bounded by
-the length of the visual segment. All layers share the length of their text caches; layers whose visual caches hold as many tokens
-share that length. Both count a null row.
+No shape depends on data: lengths of segments and caches are dynamic dimensions; keep budgets are constants bounded by the length
+of the visual segment. All layers share the length of their text caches. Layers whose visual caches hold the same number of tokens
+share that length. Both lengths include a null row.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 def trace_vision(family: Family, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
     """Write the vision encoder of one geometry: pixel_values [patches, patch pixels] -> visual_embeds [1, V, width].
 
-    Where the plan's input cut needs them, also what the encoder attends to: vision_attention [V], vision_keys [V, key dim]. Where
-    the plan has cuts in the encoder, V is what they leave, and kept.0, kept.1 ... are what each of them kept.
+    If the plan's input cut needs them, further outputs are vision_attention [V] and vision_keys [V, key dim]. If the plan has cuts
+    in the encoder, V is the number of tokens after them, and kept.0, kept.1 ... are the token indices that each cut keeps.
     """
     signals = wants_signals(plan)
     outputs = ["visual_embeds", *(SIGNALS if signals else ()), *kept_names(plan, "vision")]
@@ -45,16 +45,16 @@ def trace_vision(family: Family, plan: KeepPlan, lowering: Lowering, path: Path)
 
 
 def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: Lowering, path: Path) -> GraphRecord:
-    """Write the input cut: visual tokens and prompt embeddings -> kept_embeds [1, K, width], kept.N [K], N its place in the plan.
+    """Write the input cut: visual_embeds, prompt_embeds -> kept_embeds [1, K, width], kept.N [K], where N is the cut's index.
 
-    Where the encoder has cuts, also visual_order [V], indices in the image. `key_dim`: of the vision encoder's keys, where it gives
-    any.
+    If the encoder has cuts, visual_order [V], the image indices, is an input too. `key_dim`: width of the vision encoder's keys, 0
+    if it outputs none.
     """
     tokens = plan.tokens_from_encoder
-    words = torch.export.Dim("words", min=1, max=MAX_LENGTH)
+    prompt_length = torch.export.Dim("words", min=1, max=MAX_LENGTH)
     generator = torch.Generator().manual_seed(0)
     arguments = [torch.randn(1, n, (1 + parts.planes) * parts.hidden, generator=generator) for n in (tokens, 5)]
-    names, shapes = ["visual_embeds", "prompt_embeds"], [None, {1: words}]
+    names, shapes = ["visual_embeds", "prompt_embeds"], [None, {1: prompt_length}]
     if plan.vision_cuts:
         arguments.append(torch.arange(tokens))
         names, shapes = [*names, "visual_order"], [*shapes, None]
@@ -67,15 +67,15 @@ def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: 
 
 
 def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
-    """Write the rate of a live decode cut: attention_split [layers, 4], step [1] -> share [1]."""
+    """Write the keep-ratio predictor of a decode cut: attention_split [layers, 4], step [1] -> share [1]."""
     assert plan.decode is not None
-    rater = method_class(plan.decode.method)(plan.decode, plan.geometry).rate_predictor()
+    predictor = method_class(plan.decode.method)(plan.decode, plan.geometry).rate_predictor()
     arguments = torch.full((plan.layers, 4), 0.25), torch.ones(1)
-    return _trace(_Graph(rater, arguments, None, ["attention_split", "step"], ["share"]), lowering, path)
+    return _trace(_Graph(predictor, arguments, None, ["attention_split", "step"], ["share"]), lowering, path)
 
 
 def wants_signals(plan: KeepPlan) -> bool:
-    """Tell whether the plan's input cut asks the vision encoder for more than the visual tokens."""
+    """Return whether the plan's input cut needs outputs of the vision encoder other than the visual tokens."""
     return plan.input is not None and bool(method_class(plan.input.method).needs)
 
 
@@ -89,10 +89,7 @@ def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path) -> Grap
 def trace_decoder(
     parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path, lower_tiers: Sequence[KeepPlan] = ()
 ) -> GraphRecord:
-    """Write the decoder under a plan; names and shapes of its inputs and outputs are those of `edgeprune.bundle.graph_io`.
-
-    `lower_tiers`: plans of lower tiers.
-    """
+    """Write the decoder under a plan and its `lower_tiers`; see `edgeprune.bundle.graph_io` for inputs and outputs."""
     options = {"fused": lowering.target.fused, "blocked": lowering.target.blocked}
     decoder = PrunedDecoder(parts, plan, lower_tiers=lower_tiers, **options).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
@@ -115,7 +112,7 @@ def trace_decoder(
 
 
 class _FlatDecoder(nn.Module):
-    # The decoder with tensors only in its signature, in the order of the graph's inputs and outputs.
+    # The decoder with a flat tensor signature, in the order of the graph's inputs and outputs.
     def __init__(self, decoder: PrunedDecoder) -> None:
         super().__init__()
         self.decoder = decoder
@@ -146,7 +143,7 @@ class _FlatDecoder(nn.Module):
 
 
 def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
-    # All examples differ in length, so that no length is taken for another.
+    # All example lengths differ, so that the exporter does not identify independent dimensions.
     text = torch.export.Dim("past_text", min=1, max=MAX_LENGTH)
     stages: dict[Any, Any] = {}
     layers = plans[0].layers
@@ -162,7 +159,7 @@ def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.
 
 @dataclass(frozen=True)
 class _Graph:
-    # What is traced: a module, example arguments and their dynamic shapes, names, and the part of the model whose matrices it has.
+    # A module to trace, with example arguments, their dynamic shapes, input and output names, and the part of the model.
     module: nn.Module
     arguments: tuple[Any, ...]
     shapes: Any
@@ -180,7 +177,7 @@ def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
 
 
 def traced(graph: _Graph, opset: int) -> ir.Model:
-    """Return the graph of a module as the exporter writes it: of the lowering it knows what the module and its arguments say."""
+    """Return the exporter's graph of a module, before any pass. It depends only on the module, its arguments and the opset."""
     with quick_exporter():
         program = torch.onnx.export(
             graph.module,
@@ -198,7 +195,7 @@ def traced(graph: _Graph, opset: int) -> ir.Model:
 
 
 def _dimensions(graph: _Graph) -> dict[str, dict[int, str]]:
-    # The names of the dynamic axes of every input. Where the exporter finds the length by itself, it is all the text there is.
+    # The names of the dynamic axes of every input. Axes with an automatic dimension hold all text tokens.
     flat: list[Any] = []
     for argument, shape in zip(graph.arguments, graph.shapes or (None,) * len(graph.arguments), strict=True):
         flat += shape if isinstance(argument, list) else [] if argument is None else [shape]

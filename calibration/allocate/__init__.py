@@ -1,1 +1,1 @@
-"""From a budget and statistics to one plan. Imports nothing of search."""
+"""Derive one plan from a budget and statistics. Imports nothing from search."""

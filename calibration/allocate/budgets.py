@@ -1,4 +1,4 @@
-"""From statistics to budgets: how many visual tokens each layer keeps."""
+"""Derive from statistics how many visual tokens each layer keeps (PLPHP, FitPrune, VTW, least-cost allocation)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from edgeprune.plan import Cut, KeepPlan, keep_count
 from edgeprune.plan.presets import ranked_plan
 
 ATTENTIVE, BALANCED, INDIFFERENT = "attentive", "balanced", "indifferent"
-VTW_LIMIT = 0.003  # nats; the threshold below which VTW calls a withdrawal harmless
-_FINE = 200  # steps into which the allocator divides one layer's cache
+VTW_LIMIT = 0.003  # nats; VTW's threshold below which a withdrawal is harmless
+_GRID_STEPS = 200  # resolution of the least-cost allocator, per layer
 
 
 @dataclass(frozen=True)
 class LayerClass:
-    """PLPHP's verdict on one layer: its class, the share kept, the mean score, and the share of samples that would have got this
-    class.
+    """PLPHP's classification of one layer.
+
+    `name`: the class. `share`: keep ratio of the layer's cache. `gamma`: mean vision attention score. `stability`: the share of
+    samples whose own score gives the same class.
     """
 
     layer: int
@@ -33,7 +35,7 @@ class LayerClass:
 def classify(statistics: Statistics, share: float, delta: float, quantiles: tuple[float, float] = (0.25, 0.75)) -> list[LayerClass]:
     """Return PLPHP's class of every layer: vision-attentive layers keep share + delta, vision-indifferent ones share - delta.
 
-    Reconstruction: the thresholds are quantiles over the layers of the mean score, since the paper's values were not available.
+    Reconstruction: the paper's thresholds were not available, so quantiles of the mean score over the layers replace them.
     """
     histogram = statistics.mean("gamma")
     centres = (np.arange(GAMMA_BINS) + 0.5) / GAMMA_BINS
@@ -50,32 +52,32 @@ def classify(statistics: Statistics, share: float, delta: float, quantiles: tupl
 
 
 def plphp_plan(statistics: Statistics, base: KeepPlan, shares: Sequence[float], *, prior: bool = False) -> KeepPlan:
-    """Return `base` with a PLPHP cut of every layer's cache that keeps these shares of what is alive there.
+    """Return `base` with a PLPHP cut of every layer's cache; `shares` are keep ratios of the tokens that reach each layer.
 
-    `prior`: rank also by where the calibration set's answers looked.
+    `prior`: also rank by the positions that the calibration set's answers attended to.
     """
     counts = [int(base.tokens_at_layer(layer) * share + 1e-9) for layer, share in enumerate(shares)]
     return ranked_plan(base, counts, statistics.prior() if prior else None, **statistics.source.ranking)
 
 
 def least_cost_shares(statistics: Statistics, share: float) -> list[float]:
-    """Return the share of each layer's visual cache that adds up to `share` of all and costs the least.
+    """Return the keep ratio of each layer's visual cache that minimizes the cost, with a mean of at most `share`.
 
-    The cost of a layer is the KL divergence that its cut alone caused, made monotone and interpolated between the measured
-    shares; the costs of several layers are taken to add up. Solved exactly by dynamic programming over the layers.
+    The cost of a layer is the KL divergence (nats) caused by its cut alone, made monotone and interpolated between the measured
+    ratios. The costs of layers are assumed to add up. Solved exactly by dynamic programming over the layers.
     """
     measured = np.concatenate([statistics.mean("cache_kl"), np.zeros((statistics.source.layers, 1))], axis=1)
     monotone = np.maximum.accumulate(measured[:, ::-1], axis=1)[:, ::-1]
-    grid = np.linspace(0.0, 1.0, _FINE + 1)
+    grid = np.linspace(0.0, 1.0, _GRID_STEPS + 1)
     costs = np.stack([np.interp(grid, [*SHARES, 1.0], row) for row in monotone])
-    # Among equal costs, the even split: a tiny convex charge for taking much from one layer.
+    # A tiny convex penalty breaks ties in favour of an even split.
     costs += 1e-6 * (1 - grid) ** 2
-    budget = int(share * _FINE * len(costs) + 1e-9)
+    budget = int(share * _GRID_STEPS * len(costs) + 1e-9)
     return [float(grid[units]) for units in _knapsack(costs, budget)]
 
 
 def _knapsack(costs: np.ndarray, budget: int) -> list[int]:
-    # best[b]: the least cost of the layers so far with b units; the choice of every layer is remembered.
+    # best[b]: the least cost of the layers so far with b units; taken[layer, b]: the choice that reaches it.
     layers, choices = costs.shape
     best = np.full(budget + 1, np.inf)
     best[0] = 0.0
@@ -86,52 +88,53 @@ def _knapsack(costs: np.ndarray, budget: int) -> list[int]:
             options[units, units:] = best[: budget + 1 - units] + costs[layer, units]
         taken[layer] = options.argmin(axis=0)
         best = options.min(axis=0)
-    left, result = int(best.argmin()), []
+    remaining, result = int(best.argmin()), []
     for layer in reversed(range(layers)):
-        result.append(int(taken[layer, left]))
-        left -= result[-1]
+        result.append(int(taken[layer, remaining]))
+        remaining -= result[-1]
     return result[::-1]
 
 
 def fitprune_plan(statistics: Statistics, base: KeepPlan, share: float, stages: int = 4) -> KeepPlan:
-    """Return `base` with FitPrune's recipe whose mean share of living tokens over the layers is `share`, in few stages.
+    """Return `base` with FitPrune's recipe at a mean keep ratio of `share` over the layers, with at most `stages` cuts.
 
-    The recipe deletes a few tokens in every layer; deletions are gathered at stage boundaries, so that a graph has few cuts.
+    The recipe deletes a few tokens in every layer. Deletions are grouped at stage boundaries so that the graph has few cuts.
+    Raises PlanError if no tolerance reaches `share`.
     """
-    for recipe in statistics.mean("fitprune"):  # from the strictest tolerance to the loosest
-        plan = _staged(base, recipe, stages)
+    for recipe in statistics.mean("fitprune"):  # from the lowest tolerance to the highest
+        plan = _group_into_stages(base, recipe, stages)
         if sum(map(plan.tokens_at_layer, range(base.layers))) <= share * base.geometry.tokens * base.layers:
             return plan
     raise PlanError(f"FitPrune cannot reach {share:.0%}: layer 0 sees every token.", hint="Ask for more, or cut at the input.")
 
 
-def _staged(base: KeepPlan, recipe: np.ndarray, stages: int) -> KeepPlan:
-    # A stage keeps the mean of its layers, so that the total stays near what the recipe says.
-    boundaries = _boundaries(recipe, stages)
+def _group_into_stages(base: KeepPlan, recipe: np.ndarray, stages: int) -> KeepPlan:
+    # Stages begin at the layers before which the recipe drops the most tokens. A stage keeps the mean over its layers, so that
+    # the total stays near the recipe's.
+    dropped = recipe[:-1] - recipe[1:]
+    boundaries = sorted(1 + int(index) for index in np.argsort(-dropped, kind="stable")[: min(stages, len(dropped))])
     ends = [*boundaries[1:], base.layers]
     kept = [max(1, int(recipe[a:b].mean())) for a, b in zip(boundaries, ends, strict=True)]
     return base.with_cuts(*(Cut("layer", "fitprune", keep, layer) for keep, layer in zip(kept, boundaries, strict=True)))
 
 
-def _boundaries(recipe: np.ndarray, stages: int) -> list[int]:
-    # The layers before which the most tokens leave.
-    leaving = recipe[:-1] - recipe[1:]
-    return sorted(1 + int(index) for index in np.argsort(-leaving, kind="stable")[: min(stages, len(leaving))])
-
-
 def vtw_plan(statistics: Statistics, base: KeepPlan, share: float | None = None, limit: float = VTW_LIMIT) -> KeepPlan:
-    """Return `base` with every visual token withdrawn before one layer: at `share` of the layers, or the first that is harmless."""
+    """Return `base` with all visual tokens withdrawn before one layer.
+
+    The layer is at `share` of the depth or, without `share`, the first from which on every withdrawal costs less than `limit` nats.
+    Raises PlanError if there is no such layer.
+    """
     if share is not None:
         layer = max(1, round(share * base.layers))
     else:
         harmless = statistics.mean("withdrawn_kl") < limit
-        later = [layer for layer in range(1, base.layers) if harmless[layer:].all()]
-        if not later:
+        layers = [layer for layer in range(1, base.layers) if harmless[layer:].all()]
+        if not layers:
             raise PlanError(f"Withdrawing visual tokens costs more than {limit} nats before every layer.", hint="Ask for --keep.")
-        layer = later[0]
+        layer = layers[0]
     return base.with_cuts(Cut("layer", "vtw", 0, layer)) if layer < base.layers else base
 
 
 def with_counts(base: KeepPlan, share: float) -> int:
-    """Return how many of the plan's visual tokens a share keeps."""
+    """Return the keep budget of a keep ratio: a number of the plan's visual tokens."""
     return keep_count(base.geometry.tokens, share)

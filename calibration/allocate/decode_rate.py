@@ -1,8 +1,8 @@
-"""DyRate's rates at work on recorded answers: what a rate costs, and forms of it that need no training.
+"""DyRate policies on recorded answers: the cost of a policy, and forms of it that need no training (arXiv 2501.14204).
 
-A policy says, for each decode step of an episode, the share of the visual cache that the step may read. In the paper's way
-shares never grow within an answer; since the runtime keeps the whole cache, they may also follow the need up and down. Every
-form is brought to the same budget, the mean share over all steps, so that they can be compared.
+A policy gives, for each decode step of an episode, the share of the visual cache that the step may read. In the paper, shares
+never grow within an answer. The runtime keeps the whole cache, so they may also grow again. All forms are fitted to the same
+budget, the mean share over all steps, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from edgeprune.calibration.replay.episodes import Recorder, Recording, divergenc
 from edgeprune.errors import UsageError
 from edgeprune.plan import keep_count_up
 
-SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)  # what a live rate picks from (reconstruction)
-_INTERVALS = 8  # of the attention map
+SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)  # choices of the predictor, in descending order (reconstruction)
+_INTERVALS = 8  # attention intervals of the map form
 
 
 @dataclass(frozen=True)
 class RecordedAnswer:
-    """A recorded answer: the unpruned `logits` [T, vocabulary], and the split [layers, 4] before its first step."""
+    """A recorded answer: the unpruned `logits` [T, vocabulary] and the attention shares [layers, 4] before its first step."""
 
     episode: Recording
     logits: torch.Tensor
@@ -33,20 +33,21 @@ class RecordedAnswer:
 
 
 class PolicyReplay:
-    """Plays recorded answers again under a policy. The rate acts on the caches of `layer` and all later ones; `monotone`: it never
-    grows.
+    """Replays recorded answers under a policy.
+
+    The policy acts on the caches of `layer` and all later layers. `monotone`: shares never grow within an answer.
     """
 
     def __init__(self, recorder: Recorder, layer: int, *, monotone: bool = True) -> None:
         self._recorder, self.layer, self.monotone = recorder, layer, monotone
 
     def monotone_ratios(self, shares: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Return the shares [T] that steps read whose rate asked for these."""
-        asked = np.asarray(shares)
-        return np.minimum.accumulate(asked) if self.monotone else asked
+        """Return the effective shares [T] of the steps for requested `shares` [T]."""
+        requested = np.asarray(shares)
+        return np.minimum.accumulate(requested) if self.monotone else requested
 
     def record(self, samples: Sequence[Sample], fit: str, shortest: int, progress: Callable[[int], None]) -> list[RecordedAnswer]:
-        """Answer the samples and return those answers that take at least `shortest` steps; raise UsageError when there is none."""
+        """Answer the samples and return the answers with at least `shortest` decode steps; raise UsageError if there are none."""
         answers = []
         for done, sample in enumerate(samples, start=1):
             recording = self._recorder.record(sample, fit)
@@ -63,44 +64,45 @@ class PolicyReplay:
     def replay_weights(
         self, answer: RecordedAnswer, picked: torch.Tensor, shares: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits [T, vocabulary] and what a predictor sees before each step [T, layers, 4].
+        """Return logits [T, vocabulary] and the attention shares before each step [T, layers, 4], the predictor's input.
 
-        `picked` [T, n]: how much each step goes for each of n `shares`; a 1 and zeros, unless a gradient is wanted.
+        `picked` [T, n]: the weight of each of the n `shares` at each step; one-hot unless gradients are needed.
         """
         counts = [cache.visual_key.shape[0] - 1 for cache in answer.episode.caches]
-        hidden = {count: self._hidden(picked, shares, count) for count in set(counts)}
-        hide = [hidden[count] * float(layer >= self.layer) for layer, count in enumerate(counts)]
+        biases = {count: self._mask_bias(picked, shares, count) for count in set(counts)}
+        hide = [biases[count] * float(layer >= self.layer) for layer, count in enumerate(counts)]
         output = self._recorder.run(answer.episode, hide=hide, text_groups=answer.episode.groups)
         assert output.split is not None
         return output.logits[0], torch.cat([answer.first_attention_shares[None], output.split[:-1]])
 
     def replay_ratios(self, answer: RecordedAnswer, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do as `replay_weights`, with one share for each step."""
+        """Like `replay_weights`, with one share per step."""
         return self.replay_weights(answer, torch.eye(len(shares), device=answer.logits.device), shares)
 
-    def _hidden(self, picked: torch.Tensor, shares: Sequence[float], count: int) -> torch.Tensor:
+    def _mask_bias(self, picked: torch.Tensor, shares: Sequence[float], count: int) -> torch.Tensor:
         rank = torch.arange(count, device=picked.device)
         kept = picked @ torch.stack([(rank < keep_count_up(count, share)).float() for share in shares])
-        if self.monotone:  # dropped once is dropped for the rest of the answer
+        if self.monotone:  # a dropped token stays dropped for the rest of the answer
             kept = torch.cumprod(kept, dim=0)
-        return (kept - 1.0) * 30.0  # linear, so that a gradient can ask what dropping a kept token would cost
+        return (kept - 1.0) * 30.0  # linear, so that the gradient of a kept token reflects the cost of dropping it
 
     @torch.no_grad()
     def settle_policy(self, answer: RecordedAnswer, rate: Callable[[torch.Tensor], Sequence[float]]) -> tuple[np.ndarray, float]:
-        """Return the shares [T] that a rate ends up with, and the KL divergence in nats summed over the answer.
+        """Return the shares [T] of a policy and the KL divergence in nats summed over the answer.
 
-        `rate` maps what it sees [T, layers, 4] to shares. What it sees depends on what it dropped: three rounds settle that.
+        `rate` maps attention shares [T, layers, 4] to cache shares. Its input depends on what it dropped, so the replay is iterated
+        three times.
         """
         shares = np.ones(answer.episode.steps)
         for _ in range(3):
-            _, seen = self.replay_ratios(answer, shares.tolist())
-            shares = self.monotone_ratios(rate(seen))
+            _, attention_shares = self.replay_ratios(answer, shares.tolist())
+            shares = self.monotone_ratios(rate(attention_shares))
         logits, _ = self.replay_ratios(answer, shares.tolist())
         return shares, float(divergence(answer.logits, logits).sum())
 
     @torch.no_grad()
     def constant_costs(self, answer: RecordedAnswer) -> np.ndarray:
-        """Return the KL divergence [len(SHARES), T] at each step when every step reads the same share."""
+        """Return the KL divergence in nats [len(SHARES), T] at each step when every step reads the same share."""
         costs = []
         for share in SHARES:
             logits, _ = self.replay_ratios(answer, [share] * answer.episode.steps)
@@ -109,12 +111,12 @@ class PolicyReplay:
 
 
 def mean_share(shares: Sequence[np.ndarray]) -> float:
-    """Return the mean over all steps of all answers."""
+    """Return the mean share over all steps of all answers."""
     return float(np.concatenate(shares).mean())
 
 
 def fit_budget(spend: Callable[[float], float], budget: float, low: float, high: float) -> float:
-    """Return the argument in [low, high] at which a growing `spend` comes nearest to the budget without passing it."""
+    """Bisect for the largest argument in [low, high] at which the increasing function `spend` does not exceed the budget."""
     for _ in range(14):
         middle = (low + high) / 2
         low, high = (middle, high) if spend(middle) <= budget else (low, middle)
@@ -122,7 +124,7 @@ def fit_budget(spend: Callable[[float], float], budget: float, low: float, high:
 
 
 def schedule_form(replay: PolicyReplay, shares: Sequence[np.ndarray], budget: float) -> dict[str, Any]:
-    """Return the options of a fixed schedule: the mean share of a policy at every step, brought to the budget."""
+    """Return the options of a fixed schedule: the mean share of a policy at every step, scaled to the budget."""
     longest = max(len(row) for row in shares)
     by_step = [np.mean([row[step] for row in shares if len(row) > step]) for step in range(longest)]
     curve = replay.monotone_ratios(by_step)
@@ -138,13 +140,13 @@ def schedule_form(replay: PolicyReplay, shares: Sequence[np.ndarray], budget: fl
 
 
 def map_form(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float) -> dict[str, Any]:
-    """Return the options of the training-free map: the image's share of attention in intervals, each with the share it needs.
+    """Return the options of the training-free map from intervals of attention to the image to cache shares.
 
-    A step needs the smallest share from which on its divergence stays under a limit; the limit is what meets the budget.
+    A step needs the smallest share from which on its divergence stays below a limit. The limit is chosen to meet the budget.
     """
     costs = [replay.constant_costs(answer) for answer in answers]
-    seen = [replay.replay_ratios(answer, [1.0] * answer.episode.steps)[1] for answer in answers]
-    attention = np.concatenate([rows[:, :, 1].mean(dim=1).detach().cpu().numpy() for rows in seen])
+    unpruned = [replay.replay_ratios(answer, [1.0] * answer.episode.steps)[1] for answer in answers]
+    attention = np.concatenate([rows[:, :, 1].mean(dim=1).detach().cpu().numpy() for rows in unpruned])
     edges = np.quantile(attention, np.arange(1, _INTERVALS) / _INTERVALS)
     interval = np.searchsorted(edges, attention, side="right")
 
@@ -155,26 +157,26 @@ def map_form(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: fl
 
     def spend(exponent: float) -> float:
         shares = shares_at(10.0**-exponent)
-        return mean_share([replay.settle_policy(answer, lambda rows: _mapped(rows, edges, shares))[0] for answer in answers])
+        return mean_share([replay.settle_policy(answer, lambda rows: _map_shares(rows, edges, shares))[0] for answer in answers])
 
     exponent = fit_budget(spend, budget, -2.0, 6.0)
     return {"form": "map", "attention": np.round(edges, 5).tolist(), "shares": shares_at(10.0**-exponent).tolist()}
 
 
-def _mapped(seen: torch.Tensor, edges: np.ndarray, shares: np.ndarray) -> list[float]:
-    attention = seen[:, :, 1].mean(dim=1).cpu().numpy()
+def _map_shares(attention_shares: torch.Tensor, edges: np.ndarray, shares: np.ndarray) -> list[float]:
+    attention = attention_shares[:, :, 1].mean(dim=1).cpu().numpy()
     return [float(share) for share in shares[np.searchsorted(edges, attention, side="right")]]
 
 
 def _needed(costs: np.ndarray, limit: float) -> np.ndarray:
-    # SHARES fall, so a step may go on as long as every larger share was fine as well.
-    fine = np.logical_and.accumulate(costs <= limit, axis=0).sum(axis=0)
-    needed: np.ndarray = np.asarray(SHARES)[np.maximum(fine - 1, 0)]
+    # SHARES descend: count the leading shares whose cost stays within the limit.
+    within = np.logical_and.accumulate(costs <= limit, axis=0).sum(axis=0)
+    needed: np.ndarray = np.asarray(SHARES)[np.maximum(within - 1, 0)]
     return needed
 
 
 def _isotonic(values: np.ndarray) -> np.ndarray:
-    # Pool adjacent violators: the nearest sequence that never falls.
+    # Pool adjacent violators: the nearest non-decreasing sequence.
     blocks: list[tuple[float, int]] = []
     for value in values:
         blocks.append((float(value), 1))

@@ -1,9 +1,9 @@
-"""Train DyRate's predictor with the model frozen, and freeze its rates into a schedule (arXiv 2501.14204; reconstruction).
+"""Train DyRate's predictor with the model frozen, and derive a fixed schedule from it (arXiv 2501.14204; reconstruction).
 
-At every decode step a linear classifier over attention shares picks how much of the visual cache the step may read. The choice
-is drawn with straight-through Gumbel noise; the loss is the KL divergence from the unpruned model's next-token distributions,
-which needs no labels, plus a charge for missing the budget. Before that it starts from the classifier that is best if every step
-stood alone: the expected divergence of its choices, measured once for every share at every step.
+At every decode step, a linear classifier over attention shares picks the share of the visual cache that the step may read. The
+choice is sampled with straight-through Gumbel noise. The loss is the KL divergence from the unpruned model's next-token
+distributions, which needs no labels, plus a penalty for missing the budget. A warm start first fits the classifier as if steps
+were independent: it minimizes the expected divergence of its choices, measured once for every share at every step.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ from edgeprune.plan.presets import ranked_plan
 
 EPOCHS = 2
 WARM_STEPS = 400
-LEARNING_RATE = 0.03, 0.005  # of the start and of the training
+LEARNING_RATE = 0.03, 0.005  # of the warm start and of training
 TEMPERATURE = (2.0, 0.5)  # of the Gumbel noise, first and last
-CHARGE = 20.0  # nats for missing the budget by the whole cache, squared
+BUDGET_PENALTY = 20.0  # nats per squared deviation of the mean share from the budget
 FORMS = ("predictor", "schedule", "map")
-LONG_ENOUGH = 4  # decode steps; shorter answers have nothing to learn from
+MIN_STEPS = 4  # decode steps; shorter answers are skipped
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class DecodeRateOptions:
-    """How a rate is made: the `share` of the visual cache that steps read on average, the form, the first layer whose cache
-    shrinks, and whether the share may grow again.
+    """Options of a DyRate cut.
+
+    `share`: mean share of the visual cache that decode steps read. `form`: one of FORMS. `layer`: the first layer whose cache is
+    limited. `monotone`: the share never grows within an answer. Raises UsageError for an unknown form.
     """
 
     share: float
@@ -72,13 +74,13 @@ def fit_decode_rate(
 ) -> KeepPlan:
     """Return `base` with a DyRate cut, fitted to the model's answers to the samples.
 
-    Caches that `base` does not rank yet are ranked, whole, as the request says, with `priors` or none. Raises UsageError where
-    answers are too short to learn a rate from.
+    If `base` has no cache cuts, all its caches are ranked without dropping tokens, by the ranking of `request` and optional
+    `priors`. Raises UsageError if all answers are too short to learn from.
     """
     if not base.cache_cuts:
         base = ranked_plan(base, None, priors, **source_of(loaded, request).ranking)
     replay = PolicyReplay(Recorder(loaded, base, request.max_tokens, request.device), rate.layer, monotone=rate.monotone)
-    answers = replay.record(samples, request.fit, LONG_ENOUGH, progress.count("answers", len(samples)))
+    answers = replay.record(samples, request.fit, MIN_STEPS, progress.count("answers", len(samples)))
     trained = progress.count("training", EPOCHS * len(answers))
     options = dyrate_options(replay, answers, rate.share, rate.form, rate.seed, trained)
     return base.with_cuts(Cut("decode", "dyrate", 0, rate.layer, options=options))
@@ -87,19 +89,19 @@ def fit_decode_rate(
 def dyrate_options(
     replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float, form: str, seed: int, progress: Progress
 ) -> dict[str, Any]:
-    """Return the options of a decode cut of one of FORMS whose steps read `budget` of the visual cache on average."""
+    """Return the options of a decode cut in one of FORMS whose steps read a mean share `budget` of the visual cache."""
     if form == "map":
         return {**map_form(replay, answers, budget), "monotone": replay.monotone}
     predictor = train(replay, answers, budget, seed, progress)
-    predictor = _brought_to_budget(replay, answers, predictor, budget)
+    predictor = _fit_bias(replay, answers, predictor, budget)
     if form == "predictor":
         return {**predictor.settings(), "monotone": replay.monotone}
-    followed = [replay.settle_policy(answer, rate_of(predictor))[0] for answer in answers]
-    return {**schedule_form(replay, followed, budget), "monotone": replay.monotone}
+    shares = [replay.settle_policy(answer, rate_of(predictor))[0] for answer in answers]
+    return {**schedule_form(replay, shares, budget), "monotone": replay.monotone}
 
 
 def train(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float, seed: int, progress: Progress) -> Predictor:
-    """Return a predictor trained on the answers, in an order and with noise drawn by the seed."""
+    """Return a predictor trained on the answers; `seed` determines their order and the Gumbel noise."""
     generator = torch.Generator().manual_seed(seed)
     layers, shares = answers[0].first_attention_shares.shape[0], torch.tensor(SHARES)
     predictor = Predictor(torch.zeros(len(SHARES), layers * 4 + 1), torch.zeros(len(SHARES)), shares)
@@ -126,53 +128,53 @@ def _loss(
     temperature: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    with torch.no_grad():  # what the predictor will see depends on what it drops now
+    with torch.no_grad():  # the predictor's inputs depend on its earlier choices
         shares, _ = replay.settle_policy(answer, rate_of(predictor))
-        _, seen = replay.replay_ratios(answer, shares.tolist())
-    logits = predictor.logits(seen, _steps(len(seen)))
+        _, attention_shares = replay.replay_ratios(answer, shares.tolist())
+    logits = predictor.logits(attention_shares, _steps(len(attention_shares)))
     noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6)))
     soft = torch.softmax((logits + noise) / temperature, dim=-1)
     hard = torch.nn.functional.one_hot(soft.argmax(dim=-1), len(SHARES)).float()
-    picked = hard + soft - soft.detach()  # forward the choice, backward the softmax
+    picked = hard + soft - soft.detach()  # straight-through: one-hot in the forward pass, softmax in the backward pass
     pruned, _ = replay.replay_weights(answer, picked, SHARES)
     kept = picked @ predictor.shares
     kept = torch.cummin(kept, dim=0).values if replay.monotone else kept
-    missed = kept.mean() - budget
-    return divergence(answer.logits, pruned).mean().float() + CHARGE * missed.square()
+    deviation = kept.mean() - budget
+    return divergence(answer.logits, pruned).mean().float() + BUDGET_PENALTY * deviation.square()
 
 
 def _warm_start(replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float) -> None:
     costs = torch.cat([torch.from_numpy(replay.constant_costs(answer)).float() for answer in answers], dim=1).T  # [steps, bins]
-    seen = [replay.replay_ratios(answer, [budget] * answer.episode.steps)[1].detach() for answer in answers]
-    rows, steps = torch.cat(seen), torch.cat([_steps(len(part)) for part in seen])
+    attention_shares = [replay.replay_ratios(answer, [budget] * answer.episode.steps)[1].detach() for answer in answers]
+    rows, steps = torch.cat(attention_shares), torch.cat([_steps(len(part)) for part in attention_shares])
     optimizer = torch.optim.Adam(predictor.parameters(), lr=LEARNING_RATE[0])
     for _ in range(WARM_STEPS):
-        chances = torch.softmax(predictor.logits(rows, steps), dim=-1)
-        missed = (chances @ predictor.shares).mean() - budget
-        loss = (chances * costs).sum(dim=-1).mean() + CHARGE * missed.square()
+        probabilities = torch.softmax(predictor.logits(rows, steps), dim=-1)
+        deviation = (probabilities @ predictor.shares).mean() - budget
+        loss = (probabilities * costs).sum(dim=-1).mean() + BUDGET_PENALTY * deviation.square()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
 def rate_of(predictor: Predictor) -> Callable[[torch.Tensor], Sequence[float]]:
-    """Return the rate that picks the likeliest bin at every step."""
+    """Return the policy that picks the most likely share at every step."""
 
-    def rate(seen: torch.Tensor) -> list[float]:
-        best = predictor.logits(seen, _steps(len(seen))).argmax(dim=-1)
+    def rate(attention_shares: torch.Tensor) -> list[float]:
+        best = predictor.logits(attention_shares, _steps(len(attention_shares))).argmax(dim=-1)
         return [float(share) for share in predictor.shares[best]]
 
     return rate
 
 
-def _brought_to_budget(replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float) -> Predictor:
-    # The charge only steers: a bias that favours large shares, or small ones, meets the budget.
-    def shifted(favour: float) -> Predictor:
-        bias = predictor.bias.detach() + favour * predictor.shares
+def _fit_bias(replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float) -> Predictor:
+    # The penalty only steers towards the budget. A bias that favours large or small shares corrects the rest.
+    def shifted(offset: float) -> Predictor:
+        bias = predictor.bias.detach() + offset * predictor.shares
         return Predictor(predictor.weight.detach(), bias, predictor.shares)
 
-    def spend(favour: float) -> float:
-        return mean_share([replay.settle_policy(answer, rate_of(shifted(favour)))[0] for answer in answers])
+    def spend(offset: float) -> float:
+        return mean_share([replay.settle_policy(answer, rate_of(shifted(offset)))[0] for answer in answers])
 
     return shifted(fit_budget(spend, budget, -60.0, 60.0))
 

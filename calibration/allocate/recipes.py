@@ -1,8 +1,8 @@
 """Plans of every method at a given cost, so that methods can be compared at equal cost.
 
-The cost of a plan is its mean share of living visual tokens over the decoder's layers: the share of the visual tokens' work in
-prefill, up to the small part of attention that grows with the square. Cache and decode methods leave prefill alone; their share
-is of the visual cache, held or read.
+The cost of a plan is its mean keep ratio over the decoder's layers. This is the share of the visual tokens' work in prefill,
+except for the small quadratic part of attention. Cache and decode methods do not change prefill; their cost is the share of the
+visual cache that is held (cache) or read (decode).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ RESIZE = "resize"
 ALLOCATORS = ("classes", "least-cost", "even")
 # SparseVLM's published table for 192 of 576 tokens: cuts before layers 2, 6 and 15 of 32.
 _SPARSEVLM = {2 / 32: 300 / 576, 6 / 32: 200 / 576, 15 / 32: 110 / 576}
-_PYRAMID = (0.25, 0.5, 0.75)  # PyramidDrop cuts after layers 8, 16 and 24 of 32
+_PYRAMID = (0.25, 0.5, 0.75)  # relative depth; PyramidDrop cuts after layers 8, 16 and 24 of 32
 
 
 def method_names() -> list[str]:
-    """Return every method that `plan_for_budget` knows: the registered ones but DyRate, which is trained, and the smaller image."""
+    """Return the methods of `plan_for_budget`: all registered ones except DyRate, which is trained, plus RESIZE."""
     return sorted({*METHODS, RESIZE} - {"dyrate"})
 
 
 def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
-    """Return `base` with a method's cuts at a cost of `share` of what `base` has.
+    """Return `base` with a method's cuts, at `share` of the cost of `base`.
 
-    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; `allocate`, `delta`, `prior` of PLPHP; `stages` of
-    FitPrune; others become options of the cut. Raises PlanError when the method cannot be that cheap.
+    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; `allocate`, `delta` and `prior` of PLPHP; `stages` of
+    FitPrune; all others become options of the cut. Raises PlanError if the method cannot reach this cost.
     """
     check_keep_ratio(share)
     if method in STATISTICAL:
@@ -55,16 +55,16 @@ def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Stati
         "sparsevlm": _sparsevlm,
     }
     if method in INPUT:
-        return _by_baseline_or_input(method, share, base, settings)
+        return _input_or_baseline(method, share, base, settings)
     if method not in recipes:
         raise UsageError(f"Unknown method {method!r}.", hint=f"Methods are: auto, dyrate, {', '.join(method_names())}.")
     return recipes[method](method, share, base, **settings)
 
 
 def resized(geometry: Geometry, share: float) -> Geometry:
-    """Return a smaller image of the same aspect whose visual tokens come nearest to that share.
+    """Return the geometry of a smaller image of the same aspect ratio with about `share` of the visual tokens.
 
-    Raises PlanError for an image in several views, whose tokens do not follow its size.
+    Raises PlanError for an image in several views, because its token count does not depend on its size.
     """
     if geometry.views:
         raise PlanError("An image that is cut into views has as many visual tokens at any size.", hint="Use another baseline.")
@@ -73,11 +73,11 @@ def resized(geometry: Geometry, share: float) -> Geometry:
     return Geometry(rows * unit, columns * unit, geometry.patch, geometry.merge)
 
 
-def _by_baseline_or_input(method: str, share: float, base: KeepPlan, settings: dict[str, Any]) -> KeepPlan:
+def _input_or_baseline(method: str, share: float, base: KeepPlan, settings: dict[str, Any]) -> KeepPlan:
     site, options = settings.get("site", "input"), {name: value for name, value in settings.items() if name != "site"}
     if site == "input":
         cut = Cut("input", method, keep_count(base.tokens_entering_decoder, share), options=options)
-        method_class(method)(cut, base.geometry)  # refuses what it is not made for, such as images where it takes videos
+        method_class(method)(cut, base.geometry)  # raises for an unsupported geometry, such as images for a video method
         return base.with_cuts(cut)
     counts = [keep_count(base.tokens_at_layer(layer), share) for layer in range(base.layers)]
     return base.with_cuts(*(Cut(site, method, count, layer, options=options) for layer, count in enumerate(counts)))
@@ -92,23 +92,23 @@ def _from_statistics(method: str, share: float, base: KeepPlan, statistics: Stat
 
 
 def plphp_shares(statistics: Statistics, share: float, settings: dict[str, Any]) -> list[float]:
-    """Return the share of its cache that each layer keeps, by the allocator that the settings name."""
+    """Return the keep ratio of each layer's cache, by the allocator that `settings` names (one of ALLOCATORS)."""
     allocate = settings.get("allocate", ALLOCATORS[0])
     if allocate == "even":
         return [share] * statistics.source.layers
     if allocate == "least-cost":
         return least_cost_shares(statistics, share)
     delta = float(settings.get("delta", min(share, 1 - share) / 2))
-    return [verdict.share for verdict in classify(statistics, share, delta)]
+    return [layer.share for layer in classify(statistics, share, delta)]
 
 
 def _one_cut(method: str, share: float, base: KeepPlan, layer: int = DEFAULT_LAYER) -> KeepPlan:
     if not 0 < layer < base.layers:
         raise PlanError(f"{method} cannot cut before layer {layer} of {base.layers}.")
-    left = (share * base.layers - layer) / (base.layers - layer)
-    if left <= 0:
+    ratio = (share * base.layers - layer) / (base.layers - layer)
+    if ratio <= 0:
         raise PlanError(f"{method} before layer {layer} cannot reach {share:.0%}: {layer} layers see every token.")
-    return base.with_cuts(Cut("layer", method, keep_count(base.tokens_at_layer(layer - 1), left), layer))
+    return base.with_cuts(Cut("layer", method, keep_count(base.tokens_at_layer(layer - 1), ratio), layer))
 
 
 def _encoder_cut(method: str, share: float, base: KeepPlan, layer: int | None = None) -> KeepPlan:
@@ -119,22 +119,22 @@ def _encoder_cut(method: str, share: float, base: KeepPlan, layer: int | None = 
 
 def _pyramid(method: str, share: float, base: KeepPlan) -> KeepPlan:
     def kept(stage: int) -> Callable[[float], float]:
-        return lambda ratio: ratio**stage  # every stage keeps the same part of the one before
+        return lambda ratio: ratio**stage  # every stage keeps the same share of the stage before it
 
     return _staircase(method, share, base, {place: kept(stage) for stage, place in enumerate(_PYRAMID, start=1)})
 
 
 def _sparsevlm(method: str, share: float, base: KeepPlan) -> KeepPlan:
     def kept(published: float) -> Callable[[float], float]:
-        # From the published ratio down to nothing, and up to everything, by one number.
+        # Interpolates from 0 (ratio 0) over the published keep ratio (0.5) to 1 (ratio 1).
         return lambda ratio: published * 2 * ratio if ratio < 0.5 else published + (1 - published) * (2 * ratio - 1)
 
     return _staircase(method, share, base, {place: kept(published) for place, published in _SPARSEVLM.items()})
 
 
 def _staircase(method: str, share: float, base: KeepPlan, steps: dict[float, Callable[[float], float]]) -> KeepPlan:
-    # The largest ratio whose plan costs no more than the share.
-    def at(ratio: float) -> KeepPlan:
+    # Bisects for the largest ratio whose plan costs at most `share`.
+    def plan_at(ratio: float) -> KeepPlan:
         cuts = {max(1, round(place * base.layers)): step(ratio) for place, step in steps.items()}
         return base.with_cuts(
             *(
@@ -144,11 +144,14 @@ def _staircase(method: str, share: float, base: KeepPlan, steps: dict[float, Cal
             )
         )
 
-    whole = base.tokens_entering_decoder * base.layers
+    def affordable(ratio: float) -> bool:
+        budget = share * base.tokens_entering_decoder * base.layers
+        return sum(map(plan_at(ratio).tokens_at_layer, range(base.layers))) <= budget
+
     low, high = 0.0, 1.0
-    if sum(map(at(low).tokens_at_layer, range(base.layers))) > share * whole:
+    if not affordable(low):
         raise PlanError(f"{method} cannot reach {share:.0%}: its first layers see every token.", hint="Cut at the input as well.")
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(map(at(middle).tokens_at_layer, range(base.layers))) <= share * whole else (low, middle)
-    return at(low)
+        low, high = (middle, high) if affordable(middle) else (low, middle)
+    return plan_at(low)

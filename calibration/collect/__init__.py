@@ -1,1 +1,1 @@
-"""One pass over the samples, giving statistics. Imports nothing of allocate or search."""
+"""Collect statistics in one pass over the samples. Imports nothing from allocate or search."""

@@ -1,4 +1,4 @@
-"""One pass over the calibration samples: resumable, in shards, with constant memory. On a Ray cluster, one task for each shard."""
+"""Collect statistics over the calibration samples: resumable, sharded, in constant memory; on a Ray cluster, one task per shard."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from edgeprune.io.files import move
 from edgeprune.plan import Geometry
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
 
-SAVE_EVERY = 10  # samples, at most, that an interruption loses
-Progress = Callable[[int], None]
-
+SAVE_EVERY = 10  # samples between checkpoints
 LOCAL = "local"
-SHARDS_EACH = 4  # per CPU of the cluster: small enough that a slow machine does not hold up the rest
+SHARDS_PER_CPU = 4  # small shards, so that a slow machine does not delay the others
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """How to collect. `shard` (i, n): every n-th sample from the i-th on, counted from 1. `rows`, `reduce`, `spread`: how
-    caches are ranked.
+    """Options of the collection.
+
+    `shard` (i, n): every n-th sample starting with the i-th, counted from 1. `rows`, `reduce`, `spread`: the ranking of caches (see
+    `edgeprune.methods.plphp`). Raises UsageError for an invalid shard or device.
     """
 
     geometry: Geometry
@@ -56,10 +57,10 @@ class CollectOptions:
 
 
 class ProgressReporter(Protocol):
-    """Where long work says how far it is: `count` begins something and returns the function that is told how much of it is done."""
+    """Shows the progress of long operations."""
 
     def count(self, what: str, total: int) -> Callable[[int], None]:
-        """Begin."""
+        """Start a progress bar over `total` items and return the function that sets the number of finished items."""
         ...
 
 
@@ -71,23 +72,23 @@ def load_or_collect(
     progress: ProgressReporter,
     ray_address: str | None = None,
 ) -> Statistics:
-    """Return the statistics at a path when they are of this model and request, or newly collected ones, written there.
+    """Return the statistics in the file `path`; if it does not exist, collect and write them.
 
-    `ray_address`: of a cluster to collect them on. Raises UsageError when those at the path are others.
+    `ray_address`: address of a cluster to collect on. Raises UsageError if the file belongs to another model or request.
     """
     if path.is_file():
-        found = Statistics.load(path)
-        found.check(source_of(loaded, request))
-        return found
+        statistics = Statistics.load(path)
+        statistics.check(source_of(loaded, request))
+        return statistics
     index, count = request.shard
-    done = progress.count("samples", len(samples[index - 1 :: count]))
+    report = progress.count("samples", len(samples[index - 1 :: count]))
     if ray_address is not None:
-        return collect_on_ray(loaded.folder, samples, request, path, ray_address, done)
-    return collect(loaded, samples, request, path, done)
+        return collect_on_ray(loaded.folder, samples, request, path, ray_address, report)
+    return collect(loaded, samples, request, path, report)
 
 
 def source_of(loaded: LoadedModel, request: CollectOptions) -> StatisticsSource:
-    """Return what statistics of a model under a request belong to."""
+    """Return the source that statistics of this model and request record."""
     shape = loaded.decoder_shape()
     weights = loaded.folder.source().weights_sha256
     return StatisticsSource(
@@ -107,21 +108,21 @@ def collect(
 ) -> Statistics:
     """Measure the shard's samples, write the statistics to `output` and return them.
 
-    An interrupted pass leaves a file beside `output` from which the same request goes on where it stopped, with the same result.
-    `progress` is called with the number of samples done.
+    An interrupted run leaves a partial file next to `output`. The same request resumes from it with the same result. `progress` is
+    called with the number of finished samples. Raises UsageError if the shard is empty.
     """
     index, count = request.shard
-    mine = list(samples)[index - 1 :: count]
-    if not mine:
+    shard = list(samples)[index - 1 :: count]
+    if not shard:
         raise UsageError(f"Shard {index}/{count} of {len(samples)} samples is empty.", hint="Ask for fewer shards.")
     source = source_of(loaded, request)
-    partial = output.with_name(f".{output.name}.{_digest(source, mine, request)}.partial")
+    partial = output.with_name(f".{output.name}.{_digest(source, shard, request)}.partial")
     statistics = Statistics.load(partial) if partial.is_file() else Statistics.empty(source)
     base = unpruned_plan(source.family, source.layers, request.geometry)
     recorder = Recorder(loaded, ranked_plan(base, **source.ranking), request.max_tokens, request.device)
     meter = SampleMeter(loaded, base, source, recorder)
     try:
-        for sample in mine[statistics.samples :]:
+        for sample in shard[statistics.samples :]:
             progress(statistics.samples)
             statistics = statistics.with_sample(meter.measure(recorder.record(sample, request.fit)))
             if statistics.samples % SAVE_EVERY == 0:
@@ -136,7 +137,7 @@ def collect(
 
 
 def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """Return `limit` samples drawn by a seed, in their order in the file; all of them without a limit."""
+    """Return `limit` samples drawn at random by `seed`, in file order; all samples without a limit."""
     if limit is None or limit >= len(samples):
         return list(samples)
     drawn = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
@@ -144,7 +145,7 @@ def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> lis
 
 
 def _digest(source: StatisticsSource, samples: Sequence[Sample], request: CollectOptions) -> str:
-    # Another request must not go on from this one's file.
+    # Part of the partial file's name, so that another request does not resume from it.
     content = [asdict(source), asdict(request), [(str(sample.image), sample.prompt) for sample in samples]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
@@ -157,9 +158,9 @@ def collect_on_ray(
     address: str,
     progress: Callable[[int], None],
 ) -> Statistics:
-    """Do as `collect`, on the cluster at `address` ("local" starts one here); every machine must see the model and the images.
+    """Like `collect`, on the Ray cluster at `address`; "local" starts one on this machine.
 
-    Raises EdgePruneError when the cluster cannot be reached.
+    Every machine of the cluster needs access to the model and the images. Raises EdgePruneError if the cluster is unreachable.
     """
     require_extra("ray", "ray")
     import ray
@@ -171,7 +172,7 @@ def collect_on_ray(
             f"Cannot reach the Ray cluster at {address}: {error}.", hint="Use --ray local to start one here."
         ) from error
     try:
-        count = min(len(samples), max(1, int(ray.cluster_resources().get("CPU", 1))) * SHARDS_EACH)
+        count = min(len(samples), max(1, int(ray.cluster_resources().get("CPU", 1))) * SHARDS_PER_CPU)
         task = ray.remote(max_retries=3)(collect_shard)
         pending = [task.remote(model, list(samples), replace(request, shard=(i, count))) for i in range(1, count + 1)]
         total: Statistics | None = None
@@ -188,6 +189,6 @@ def collect_on_ray(
 
 
 def collect_shard(model: ModelFolder, samples: list[Sample], request: CollectOptions) -> Statistics:
-    """Return the statistics of one shard; what runs on a machine of the cluster."""
+    """Return the statistics of one shard. Runs as a Ray task."""
     with tempfile.TemporaryDirectory() as folder:
         return collect(load_model(model), samples, request, Path(folder) / "shard.safetensors")

@@ -1,1 +1,1 @@
-"""Samples and the statistics gathered over them. Torch-free; imports no other room of calibration."""
+"""Samples and the statistics collected over them. Torch-free; imports no other package of calibration."""

@@ -1,4 +1,4 @@
-"""The data format that users bring: JSON lines of image, prompt, answer and (optional) kind, and the scoring of answers."""
+"""Samples in JSON Lines format (image, prompt, answer and optional kind), and the scoring of answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgeprune.tabletop.questions import DESCRIBE, parse_description
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image, with the answer that counts as right."""
+    """One prompt about one image, with the reference answer."""
 
     image: Path
     prompt: str
@@ -24,9 +24,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """`correct` of `total` points: one for a short answer, one for each stated fact of a description.
+    """`correct` of `total` points: one point for a short answer, one per stated fact for a description.
 
-    `recall` is the share of the true facts that were stated (for a short answer, 1 or 0).
+    `recall`: the share of true facts that were stated; 1 or 0 for a short answer.
     """
 
     correct: float
@@ -35,34 +35,34 @@ class Score:
 
 
 def read_samples(path: Path, limit: int | None = None, *, need_answers: bool = True) -> list[Sample]:
-    """Return the samples of a JSONL file; image paths are relative to it. Raise UsageError naming the line at fault.
+    """Return the samples of a JSONL file; image paths are relative to the file. Raise UsageError that names the invalid line.
 
-    Without `need_answers` a sample may lack one: calibration compares with the unpruned model.
+    Without `need_answers`, answers are optional: calibration compares with the unpruned model instead.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other ends of lines
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at other line separators inside texts
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read samples {path}: {error}.") from error
     if limit is not None and limit < 1:
         raise UsageError(f"The limit must be 1 or more samples, not {limit}.")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    samples = [_sample(path, number, line, need_answers) for number, line in numbered[:limit]]
+    samples = [_parse_sample(path, number, line, need_answers) for number, line in numbered[:limit]]
     if not samples:
         raise UsageError(f"{path} has no samples.", hint='A line is {"image": ..., "prompt": ..., "answer": ..., "kind": ...}.')
     return samples
 
 
 def score(sample: Sample, text: str) -> Score:
-    """Return the points of an answer: descriptions fact by fact, everything else by exact match without case and punctuation."""
+    """Score an answer: descriptions fact by fact, all others by exact match, ignoring case, spaces and final punctuation."""
     if sample.kind == DESCRIBE:
         stated, true = parse_description(text), parse_description(sample.answer)
-        right = len(stated & true)
-        return Score(right, max(len(stated), 1), right / max(len(true), 1))
-    same = float(_normal(text) == _normal(sample.answer))
-    return Score(same, 1.0, same)
+        correct = len(stated & true)
+        return Score(correct, max(len(stated), 1), correct / max(len(true), 1))
+    match = float(_normalize(text) == _normalize(sample.answer))
+    return Score(match, 1.0, match)
 
 
-def _sample(path: Path, number: int, line: str, need_answers: bool) -> Sample:
+def _parse_sample(path: Path, number: int, line: str, need_answers: bool) -> Sample:
     where = f"{path}:{number}"
     try:
         data: Any = json.loads(line)
@@ -86,9 +86,9 @@ def _sample(path: Path, number: int, line: str, need_answers: bool) -> Sample:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # no file can have such a name
+    except OSError:  # an invalid file name
         return False
 
 
-def _normal(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".!")

@@ -1,1 +1,1 @@
-"""Plans of other tools, read as keep plans. Torch-free; imports no other room of calibration."""
+"""Read pruning settings of other tools as keep plans. Torch-free; imports no other package of calibration."""

@@ -1,15 +1,15 @@
-"""What the settings of LightCompress's methods mean in a keep plan.
+"""The keep plans that LightCompress's methods and settings correspond to.
 
-N is the number of visual tokens; layers count from 0, as they do here. Read from llmc/compression/token_reduction in April 2026:
+N is the number of visual tokens. Layers count from 0 in both tools. Read from llmc/compression/token_reduction in April 2026:
 
-FastV, RandomPrune      before layer `pruning_loc`, round(N (1 - `rate`)) tokens stay; RandomPrune says `prune_ratio`
-PyramidDrop             before layer `layer_list[i]`, int(N `image_token_ratio_list[i]`) stay: a share kept, of all tokens
-SparseVLM               after layer `pruning_loc`, so before the next one; how many is looked up in a table, see `_stages`
-DivPrune                at the input, round(N (1 - `reduction_ratio`)) stay
-VisionZip               at the input, `dominant` and `contextual` tokens, or shares of N, stay
+FastV, RandomPrune      keep round(N (1 - `rate`)) tokens before layer `pruning_loc`; RandomPrune's ratio is `prune_ratio`
+PyramidDrop             keep int(N `image_token_ratio_list[i]`) tokens before layer `layer_list[i]`: a keep ratio of all tokens
+SparseVLM               cut after layer `pruning_loc`, that is before the next; counts come from a table, see `_sparsevlm_counts`
+DivPrune                keep round(N (1 - `reduction_ratio`)) tokens at the input
+VisionZip               keep `dominant` plus `contextual` tokens, or shares of N, at the input
 
-Two departures are the methods' own: lots are drawn once instead of for every image, and kept tokens stay at their positions, where
-PyramidDrop's are renumbered.
+Two departures come from our methods: random tokens are drawn once instead of per image, and kept tokens retain their positions,
+where LightCompress renumbers those of PyramidDrop.
 """
 
 from __future__ import annotations
@@ -33,23 +33,26 @@ NO_EQUAL = {
     "ToMe": "it merges tokens inside the vision encoder",
     "VisPruner": "it ranks by the class token of a CLIP encoder; nearest is --method visionzip",
 }
-# SparseVLM: tokens left after layers 2, 6 and 15, by how many are meant to be retained; and the share left after a single layer, by
-# the retained share of 2880 tokens, which is how LightCompress names its rows.
-_PLACES = [2, 6, 15]
-_STAGES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
-_SHARES = {960: 0.3333, 640: 0.2222, 320: 0.1111, 160: 0.0555}
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 2
+# SparseVLM: tokens kept after layers 2, 6 and 15 by the nominal number of retained tokens, and the keep ratio after a single layer
+# by the retained number of 2880 tokens, LightCompress's row keys.
+_SPARSEVLM_LAYERS = [2, 6, 15]
+_SPARSEVLM_COUNTS = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+_SPARSEVLM_RATIOS = {960: 0.3333, 640: 0.2222, 320: 0.1111, 160: 0.0555}
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxlevel = 2
 
 
 def format_value(value: Any) -> str:
-    """Return a value of the file as an error line can hold it."""
-    return _SHORT.repr(value)
+    """Return a value of the file, shortened for an error message."""
+    return _SHORT_REPR.repr(value)
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """A method's settings as they stand in the file, the visual tokens and layers of the model that is meant, and the seed."""
+    """A method's settings from the file, the seed, and the number of visual tokens and layers of the model.
+
+    The accessors raise PlanError for missing or invalid settings.
+    """
 
     method: str
     settings: Mapping[str, Any]
@@ -58,31 +61,31 @@ class MethodSettings:
     seed: int
 
     def value(self, name: str) -> Any:
-        """Return a setting; raise PlanError when it is missing."""
+        """Return a required setting."""
         if name not in self.settings:
             raise PlanError(f"{self.method} needs the setting {name!r}.")
         return self.settings[name]
 
     def share(self, name: str) -> float:
-        """Return a setting that is a share strictly between 0 and 1."""
+        """Return a number strictly between 0 and 1."""
         return _share(self.value(name), name)
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return a setting that is true or false."""
+        """Return a Boolean setting."""
         value = self.settings.get(name, default)
         if not isinstance(value, bool):
             raise PlanError(f"{name} must be true or false, not {format_value(value)}.")
         return value
 
     def several(self, name: str) -> list[Any]:
-        """Return a setting that is a list with something in it."""
+        """Return a non-empty list."""
         value = self.value(name)
         if not isinstance(value, list) or not value:
             raise PlanError(f"{name} must be a list, not {format_value(value)}.")
         return value
 
     def place(self, value: Any, name: str, *, after: bool = False) -> int:
-        """Return the layer before which to cut, of one that LightCompress cuts before, or `after`."""
+        """Return the layer before which to cut, given the layer that LightCompress cuts before, or `after`."""
         if not isinstance(value, int) or isinstance(value, bool):
             raise PlanError(f"{name} must be the number of a layer, not {format_value(value)}.")
         first, last = (0, self.layers - 2) if after else (1, self.layers - 1)
@@ -93,7 +96,7 @@ class MethodSettings:
         return value + after
 
     def left(self, count: int) -> int:
-        """Return the tokens that stay; raise PlanError when there are none."""
+        """Return a keep budget; raise PlanError if it is below 1."""
         if count < 1:
             raise PlanError(f"these numbers keep none of the image's {self.tokens} visual tokens.", hint="Remove a smaller share.")
         return count
@@ -137,34 +140,34 @@ def _sparsevlm(block: MethodSettings) -> tuple[Cut, ...]:
         raise PlanError("merge_flag: dropped tokens are not merged here.", hint="Say merge_flag: False to drop them.")
     if not block.flag("prune_flag", True):
         raise PlanError("prune_flag: False has no equal here.", hint="Leave it out.")
-    layers = block.several("pruning_loc") if "pruning_loc" in block.settings else _PLACES
+    layers = block.several("pruning_loc") if "pruning_loc" in block.settings else _SPARSEVLM_LAYERS
     places = [block.place(layer, "pruning_loc", after=True) for layer in layers]
     alive, cuts = block.tokens, list[Cut]()
-    for count, place in zip(_stages(block, layers), places, strict=True):
-        alive = block.left(min(count, alive - 1))  # one at least is dropped
+    for count, place in zip(_sparsevlm_counts(block, layers), places, strict=True):
+        alive = block.left(min(count, alive - 1))  # every cut drops at least one token
         cuts.append(Cut("layer", "sparsevlm", alive, place))
     return tuple(cuts)
 
 
-def _stages(block: MethodSettings, layers: list[Any]) -> tuple[int, ...]:
-    # Absolute counts where 192, 128 or 64 tokens are to be retained, whatever N is; for a single layer also shares of N.
-    retained, row = _retained(block)
-    if layers == _PLACES and retained in _STAGES:
-        return _STAGES[retained]
-    if len(layers) == 1 and retained in _STAGES:
+def _sparsevlm_counts(block: MethodSettings, layers: list[Any]) -> tuple[int, ...]:
+    # Absolute counts for 192, 128 or 64 retained tokens, regardless of N; for a single layer also keep ratios of N.
+    retained, row = _retained_tokens(block)
+    if layers == _SPARSEVLM_LAYERS and retained in _SPARSEVLM_COUNTS:
+        return _SPARSEVLM_COUNTS[retained]
+    if len(layers) == 1 and retained in _SPARSEVLM_COUNTS:
         return (retained,)
-    if len(layers) == 1 and row in _SHARES:
-        return (round(_SHARES[row] * block.tokens),)
-    if layers != _PLACES and len(layers) != 1:
+    if len(layers) == 1 and row in _SPARSEVLM_RATIOS:
+        return (round(_SPARSEVLM_RATIOS[row] * block.tokens),)
+    if layers != _SPARSEVLM_LAYERS and len(layers) != 1:
         raise PlanError("SparseVLM's numbers exist for the pruning_loc [2, 6, 15] or for one layer.")
-    ratios = "" if layers == _PLACES else ", or for a reduction_ratio of 0.6667, 0.7778, 0.8889 or 0.9444"
+    ratios = "" if layers == _SPARSEVLM_LAYERS else ", or for a reduction_ratio of 0.6667, 0.7778, 0.8889 or 0.9444"
     raise PlanError(
         f"SparseVLM's numbers exist for 192, 128 or 64 retained tokens{ratios}; this retains {retained} of {block.tokens}.",
         hint="Use another reduction_ratio, another image size, or a single layer.",
     )
 
 
-def _retained(block: MethodSettings) -> tuple[int, int | None]:
+def _retained_tokens(block: MethodSettings) -> tuple[int, int | None]:
     if "retained_tokens" not in block.settings:
         kept = 1 - block.share("reduction_ratio")
         return round(block.tokens * kept), round(2880 * kept)
@@ -183,7 +186,7 @@ def _divprune(block: MethodSettings) -> tuple[Cut, ...]:
 def _visionzip(block: MethodSettings) -> tuple[Cut, ...]:
     if block.flag("merge_only", False):
         raise PlanError("merge_only has no equal here.", hint="Leave it out.")
-    dominant, contextual = (_tokens(block, name) for name in ("dominant", "contextual"))
+    dominant, contextual = (_visionzip_count(block, name) for name in ("dominant", "contextual"))
     counted = {isinstance(block.value(name), int) for name in ("dominant", "contextual")}
     if len(counted) > 1:
         raise PlanError("dominant and contextual must be two counts of tokens, or two shares.")
@@ -196,8 +199,8 @@ def _visionzip(block: MethodSettings) -> tuple[Cut, ...]:
     return (Cut("input", "visionzip", keep, options={"contextual": share}),)
 
 
-def _tokens(block: MethodSettings, name: str) -> int:
-    # LLaVA's blocks count tokens, Qwen's give shares of N, of which the contextual one is at least a token.
+def _visionzip_count(block: MethodSettings, name: str) -> int:
+    # LLaVA's blocks give counts, Qwen's give shares of N. A contextual share keeps at least one token.
     value = block.value(name)
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
@@ -209,7 +212,7 @@ def _tokens(block: MethodSettings, name: str) -> int:
 
 @dataclass(frozen=True)
 class Reader:
-    """How one method's block becomes cuts: the settings it may have, and the `part` of the model that it is said of."""
+    """Converts one method's settings to cuts. `names`: the valid settings. `part`: the part of the model that they apply to."""
 
     cuts: Callable[[MethodSettings], tuple[Cut, ...]]
     names: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""The torch model behind the runtime's interface, and recorded episodes. Imports nothing of collect, allocate or search."""
+"""The PyTorch reference behind the runtime's interface, and recorded answers. Imports nothing from collect, allocate or search."""

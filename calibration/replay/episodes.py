@@ -1,4 +1,4 @@
-"""One sample as the unpruned model lives it: the prefill, the answer it gives, and the caches in between, ready to be replayed."""
+"""Record the unpruned model's answer to a sample (prefill, KV caches, answer tokens) and replay it with changed caches."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from edgeprune.runtime.media.images import read_image
 
 @dataclass(frozen=True)
 class Recording:
-    """`prefill`: what went into the image turn. `caches`: what it left, visual tokens ranked. `answer`: every token of the
-    answer but the last, which no step took in; `groups` [text, 3] of all text up to its end.
+    """A recorded answer.
+
+    `prefill`: the decoder's input at prefill. `caches`: the KV caches after it, visual tokens in rank order. `answer`: all answer
+    tokens except the last, which is never a decoder input. `groups` [text, 3]: the text groups of prompt and answer.
     """
 
     prefill: DecoderInput
@@ -33,40 +35,38 @@ class Recording:
 
     @property
     def steps(self) -> int:
-        """Decode steps of the answer."""
+        """The number of decode steps of the answer."""
         return self.answer.embeds.shape[1]
 
 
 class Recorder:
-    """Records samples and replays their answers on a model whose caches are ranked, but whole (`ranked_plan`)."""
+    """Records and replays answers on a model whose visual caches are ranked but not cut (`ranked_plan`)."""
 
     def __init__(self, loaded: LoadedModel, plan: KeepPlan, max_tokens: int, device: str) -> None:
         self.plan = plan
         self._pipeline = reference_model(loaded, self.plan, device)
         self._max_tokens, self._device = max_tokens, device
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
-        loaded.model.requires_grad_(False)  # what is trained on episodes is never the model
+        loaded.model.requires_grad_(False)  # the model itself is never trained
 
     def record(self, sample: Sample, fit: str) -> Recording:
-        """Answer one sample greedily and return what happened. An answer of one token has no steps."""
+        """Record the greedy answer to one sample. An answer of one token has no decode steps."""
         recorder = RecordingBackend(self._pipeline.backend)
         conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
         for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=self._max_tokens)):
             pass
         (prefill, _), *steps = recorder.inputs
-        after = steps[0][1] if steps else conversation.cache
-        caches = tuple(caches_of([self._tensor(rows) for rows in (*after.text, *after.visual)]))
-        taken = [tokens.suffix for tokens, _ in steps]
-        embeds = [self._tensor(part.embeds) for part in taken] or [self._tensor(prefill.suffix.embeds[:, :0])]
-        where = [self._tensor(part.positions) for part in taken] or [self._tensor(prefill.suffix.positions[:, :0])]
+        cache = steps[0][1] if steps else conversation.cache
+        caches = tuple(caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)]))
+        inputs = [tokens.suffix for tokens, _ in steps]
+        embeds = [self._tensor(part.embeds) for part in inputs] or [self._tensor(prefill.suffix.embeds[:, :0])]
+        positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(prefill.suffix.positions[:, :0])]
         groups = self._tensor(steps[-1][0].text_groups if steps else prefill.text_groups)
-        return Recording(prefill, caches, Segment(torch.cat(embeds, dim=1), torch.cat(where, dim=1)), groups)
+        return Recording(prefill, caches, Segment(torch.cat(embeds, dim=1), torch.cat(positions, dim=1)), groups)
 
     @torch.no_grad()
     def teacher_forced_logits(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
-        """Return the logits [len(ids) + 1, vocabulary] with which the model would have given an answer, before each token and at
-        the end.
-        """
+        """Return the logits [len(ids) + 1, vocabulary] for the given answer tokens: before each token and after the last."""
         recorder = RecordingBackend(self._pipeline.backend)
         conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
         for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=1)):
@@ -75,20 +75,20 @@ class Recorder:
         first = self._tensor(recorder.steps[0].logits)[None]
         if not ids:
             return first
-        where = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)
-        answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), where)
+        positions = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)
+        answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), positions)
         caches = tuple(caches_of([self._tensor(rows) for rows in (*conversation.cache.text, *conversation.cache.visual)]))
-        retold = self.replay(Recording(tokens, caches, answer, self._tensor(tokens.text_groups)))
-        return torch.cat([first, retold.logits[0]])
+        replayed = self.replay(Recording(tokens, caches, answer, self._tensor(tokens.text_groups)))
+        return torch.cat([first, replayed.logits[0]])
 
     def segments(self, recording: Recording) -> tuple[Segment, Segment, Segment]:
-        """Return the prefill of an episode for a decoder."""
+        """Return the prefill's prefix, visual and suffix segments."""
         tokens = recording.prefill
         return tuple(self._segment(part) for part in (tokens.prefix, tokens.visual, tokens.suffix))  # type: ignore[return-value]
 
     @torch.no_grad()
     def first_attention_shares(self, recording: Recording) -> torch.Tensor:
-        """Return the attention split [layers, 4] of the last prompt token."""
+        """Return the attention shares [layers, 4] of the last prompt token."""
         groups = self._tensor(recording.prefill.text_groups)
         order = self._tensor(recording.prefill.visual_indices)
         output = self.decoder(*self.segments(recording), self.decoder.empty_caches(), order, text_groups=groups)
@@ -97,15 +97,13 @@ class Recorder:
 
     @torch.no_grad()
     def replay(self, recording: Recording, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
-        """Run the whole answer in one forward, on the caches of the prefill or others, and return every token's logits."""
+        """Run the answer in one forward pass on the prefill's caches, or on `caches`, and return the logits of every token."""
         return self.run(recording, caches, **options)
 
     def run(self, recording: Recording, caches: tuple[LayerCache, ...] | None = None, **options: object) -> StepOutput:
-        """Do as `replay`, with gradients."""
-        nothing = Segment(recording.answer.embeds[:, :0], recording.answer.positions[:, :0])
-        output: StepOutput = self.decoder(
-            nothing, nothing, recording.answer, caches or recording.caches, every_logit=True, **options
-        )
+        """Like `replay`, with gradients."""
+        empty = Segment(recording.answer.embeds[:, :0], recording.answer.positions[:, :0])
+        output: StepOutput = self.decoder(empty, empty, recording.answer, caches or recording.caches, every_logit=True, **options)
         return output
 
     def _segment(self, tokens: TokenSegment) -> Segment:
@@ -116,7 +114,7 @@ class Recorder:
 
 
 def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: float) -> tuple[LayerCache, ...]:
-    """Return caches of which some layers keep only a share of their visual tokens, the first in rank."""
+    """Return the caches with only the top-ranked `share` of visual tokens in the given layers."""
     changed = list(caches)
     for layer in layers:
         cache = caches[layer]
@@ -126,6 +124,6 @@ def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: f
 
 
 def divergence(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
-    """Return the KL divergence in nats [n] of logits [n, vocabulary] from the expected ones."""
+    """Return the KL divergence in nats [n] of the actual from the expected logits [n, vocabulary]."""
     reference = torch.log_softmax(expected.double(), dim=-1)
     return (reference.exp() * (reference - torch.log_softmax(actual.double(), dim=-1))).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""The eager reference: the same generation loop as the runtime, on PyTorch instead of ONNX Runtime."""
+"""The eager reference: the runtime's generation loop on a PyTorch backend instead of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from edgeprune.targets import Lowering
 
 
 class TorchBackend:
-    """The family's modules, the input cut and the pruned decoder, run eagerly."""
+    """Runs the family's vision encoder, the input cut and the pruned decoder eagerly on `device`."""
 
     def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> None:
         loaded.model.to(device)
@@ -35,7 +35,7 @@ class TorchBackend:
         signals = plan.input is not None and bool(method_class(plan.input.method).needs)
         self._plan, self._family = plan, loaded.family
         self._vision = loaded.family.vision(plan.geometry, signals=signals, cuts=plan.vision_cuts).eval().to(device)
-        self._unpruned: torch.nn.Module | None = None  # only an unpruned answer needs it
+        self._unpruned: torch.nn.Module | None = None  # built on first use
         self._signals = SIGNALS if signals else ()
         self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
@@ -47,27 +47,25 @@ class TorchBackend:
         )
 
     def lowered(self, lowering: Lowering) -> AbstractContextManager[None]:
-        """Compute with the weights and roundings of a lowering, for as long as the context lasts."""
+        """Return a context in which the backend computes with the weights and rounding of a lowering."""
         return at_precision(self._parts, self._vision, lowering)
 
     @torch.no_grad()
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `unpruned`: of all, whatever its cuts are."""
+        """Encode patches [patches, patch pixels]; `unpruned`: without the cuts in the vision encoder."""
         vision, names = self._vision, self._signals
         if unpruned and self._plan.vision_cuts:
             self._unpruned = self._unpruned or self._family.vision(self._plan.geometry).eval().to(self._device)
             vision, names = self._unpruned, ()
-        seen = vision(self._tensor(patches))
-        visual, *beside = map(_array, seen if isinstance(seen, tuple) else (seen,))
-        return VisionOutput(visual, dict(zip(names, beside, strict=False)), tuple(beside[len(names) :]))
+        outputs = vision(self._tensor(patches))
+        embeds, *others = map(_array, outputs if isinstance(outputs, tuple) else (outputs,))
+        return VisionOutput(embeds, dict(zip(names, others, strict=False)), tuple(others[len(names) :]))
 
     @torch.no_grad()
     def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
-        [K].
-        """
+        """Apply the plan's input cut with prompt embeddings [1, M, hidden]; return kept embeddings [1, K, hidden], indices [K]."""
         assert self._selector is not None
         order = [vision_output.token_indices] if self._plan.vision_cuts else []
         others = [self._tensor(values) for values in (*order, *vision_output.signals.values())]
@@ -76,12 +74,12 @@ class TorchBackend:
 
     @torch.no_grad()
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Return embeddings [1, n, hidden]."""
+        """Return the embeddings [1, n, hidden] of token ids."""
         return _array(self._embed(torch.tensor([list(ids)], device=self._device)))
 
     @torch.no_grad()
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run new tokens on top of a cache."""
+        """Run the decoder over new tokens and a KV cache."""
         segments = [
             Segment(self._tensor(part.embeds), self._tensor(part.positions))
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
@@ -98,7 +96,7 @@ class TorchBackend:
 
     @torch.no_grad()
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
-        """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
+        """Return the predictor's keep ratio for decode step `step`; `split` [layers, 4]: attention shares."""
         assert self._rate_predictor is not None
         return float(self._rate_predictor(self._tensor(split), torch.tensor([float(step)], device=self._device))[0])
 
@@ -107,7 +105,7 @@ class TorchBackend:
 
 
 def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Pipeline:
-    """Return the model behind the runtime's interface; wrap it in `edgeprune.runtime.Runtime` to ask it questions."""
+    """Return a pipeline on the PyTorch model; wrap it in `edgeprune.runtime.Runtime` to generate answers."""
     loaded.check_plan(plan)
     image = loaded.family.image_text(plan.geometry)
     return Pipeline(

@@ -1,1 +1,1 @@
-"""From many plans to the best. Only calibrate imports it; it imports nothing above allocate."""
+"""Search for the best plan. Only `calibrate` imports this package; it imports nothing above allocate."""

@@ -1,6 +1,6 @@
-"""`--method auto`: from a goal to a plan, with the Pareto curve of everything that was tried.
+"""`--method auto`: find a plan that meets a goal, with the Pareto curve of all measured plans.
 
-The last stage fits a keep ratio for the decode steps behind the plan that was found.
+An optional last stage fits a DyRate cut for the decode steps to the plan that was found.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.plan import Cut, KeepPlan
 
-SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # tried in turn when the goal names no cost
-LEAST = 20  # samples on which a plan can be judged at all
-FitRate = Callable[[KeepPlan, DecodeRateOptions], KeepPlan]  # fits a rate for the decode steps of a plan
+SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # cost shares that are searched in turn if the goal has no target
+MIN_SAMPLES = 20  # held-out samples that a search needs
+FitRate = Callable[[KeepPlan, DecodeRateOptions], KeepPlan]  # adds a fitted DyRate cut to a plan
 
 
 def decode_rate_points(
     found: Point, reads: float, fit_rate: FitRate, held_out: Agreement, progress: Callable[[str], None]
 ) -> list[Point]:
-    """Return the plan found with DyRate behind it in each of its forms, the best first.
+    """Return the plan found plus a DyRate cut in each of its forms, best score first.
 
-    Steps read `reads` of the visual tokens that the plan leaves in the caches, on the average of the answers that `fit_rate` learns
-    from. Prefill and what is held stay as they are, so that the other costs are those of `found`. Raises what `fit_rate` raises.
+    `reads`: the mean share of cached visual tokens that decode steps read, over the answers that `fit_rate` learns from. Prefill
+    and cache size do not change, so the other costs are those of `found`. Raises the errors of `fit_rate`.
     """
     points = []
     for form in FORMS:
@@ -44,9 +44,11 @@ def decode_rate_points(
 
 @dataclass(frozen=True)
 class Goal:
-    """What a plan must reach. `max_drop`: the share of agreement with the unpruned model that may be lost. At most one cost:
-    `flops` or `kv` as a share of the unpruned, or `ttft_ms`. And `reads`: the share of what the caches hold of the image that
-    decode steps read.
+    """The goal of a search: the allowed loss of agreement and at most one cost target.
+
+    `max_drop`: the loss of agreement with the unpruned model that is allowed, 0 to 1. Target: `flops` or `kv` as a share of the
+    unpruned cost, or `ttft_ms`. `reads`: the share of cached visual tokens that decode steps read. Raises UsageError for
+    contradictory or invalid values.
     """
 
     max_drop: float
@@ -66,12 +68,12 @@ class Goal:
             raise UsageError("A target is a share of the unpruned cost, at most 1.", hint="For example: --target-flops 0.25")
 
     def allows(self, point: Point) -> bool:
-        """Return whether a plan agrees well enough."""
+        """Return whether a plan's loss of agreement is within `max_drop`."""
         return point.score >= 1.0 - self.max_drop - 1e-9
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """What to search at: the target, or where there is none shares of the decoder's work, one after another."""
+        """The budgets to search in turn: the target, or without a target SHARES of the decoder's visual work."""
         for axis, most in (("flops", self.flops), ("kv", self.kv), ("ttft_ms", self.ttft_ms)):
             if most is not None:
                 return (Budget(axis, most),)
@@ -79,7 +81,7 @@ class Goal:
 
 
 class DropExceededError(EdgePruneError):
-    """No plan at the target's cost stays within the drop. `curve` is what was measured."""
+    """No plan at the target's cost stays within the allowed drop. `curve`: the measured plans."""
 
     def __init__(self, message: str, curve: Curve, *, hint: str) -> None:
         super().__init__(message, hint=hint)
@@ -96,10 +98,10 @@ def find_plan(
     times: DeviceProfile | None,
     progress: Callable[[str], None],
 ) -> tuple[KeepPlan, Curve]:
-    """Return the cheapest plan found that meets the goal, and the curve of all that were measured on every held-out sample.
+    """Return the cheapest plan found that meets the goal, and the curve of all plans measured on every held-out sample.
 
-    Raises EdgePruneError at once when a latency cannot be reached by pruning at all, and DropExceededError when no plan at the
-    target's cost agrees well enough.
+    Raises EdgePruneError before the search if pruning cannot reach the target latency, and DropExceededError if no plan at the
+    target's cost stays within the allowed drop.
     """
     check_goal(goal, loaded, unpruned, times, len(held_out))
     blocks = prunable_encoder_blocks(loaded, unpruned)
@@ -111,7 +113,7 @@ def find_plan(
         found = search.at(budget)
         if not goal.allows(found):
             if best is None:
-                raise _exceeded(goal, found, str(budget), Curve(axis, tuple(search.points)))
+                raise _drop_exceeded(goal, found, str(budget), Curve(axis, tuple(search.points)))
             break
         best = found
     assert best is not None
@@ -121,11 +123,11 @@ def find_plan(
     decoded = decode_rate_points(best, goal.reads, fit_rate, held_out, progress)
     curve = replace(curve, points=(*curve.points, *decoded), chosen=len(curve.points))
     if not goal.allows(decoded[0]):
-        raise _exceeded(goal, decoded[0], f"{goal.reads:.0%} of the reads", replace(curve, chosen=None))
+        raise _drop_exceeded(goal, decoded[0], f"{goal.reads:.0%} of the reads", replace(curve, chosen=None))
     return decoded[0].plan, curve
 
 
-def _exceeded(goal: Goal, best: Point, cost: str, curve: Curve) -> DropExceededError:
+def _drop_exceeded(goal: Goal, best: Point, cost: str, curve: Curve) -> DropExceededError:
     return DropExceededError(
         f"The best plan at {cost} loses {1 - best.score:.1%} of agreement ({best.name}), more than {goal.max_drop:.1%}.",
         curve,
@@ -134,7 +136,7 @@ def _exceeded(goal: Goal, best: Point, cost: str, curve: Curve) -> DropExceededE
 
 
 def check_goal(goal: Goal, loaded: LoadedModel, unpruned: KeepPlan, times: DeviceProfile | None, samples: int) -> None:
-    """Raise EdgePruneError when a latency is out of reach for pruning, UsageError when `samples` are too few to judge plans by."""
+    """Raise EdgePruneError if pruning cannot reach the target latency, UsageError if there are too few `samples`."""
     if goal.ttft_ms is not None:
         if times is None:
             raise UsageError(
@@ -142,12 +144,14 @@ def check_goal(goal: Goal, loaded: LoadedModel, unpruned: KeepPlan, times: Devic
                 hint="Give --device orin-nano, say, or --times FILE (edgeprune profile).",
             )
         _check_reachable(goal.ttft_ms, times, unpruned, prunable_encoder_blocks(loaded, unpruned))
-    if samples < LEAST:
-        raise UsageError(f"A search needs {LEAST} samples to judge plans by, beside those for the statistics; there are {samples}.")
+    if samples < MIN_SAMPLES:
+        raise UsageError(
+            f"A search needs {MIN_SAMPLES} samples to judge plans by, beside those for the statistics; there are {samples}."
+        )
 
 
 def prunable_encoder_blocks(loaded: LoadedModel, unpruned: KeepPlan) -> int:
-    """Return how many blocks a vision encoder has inside which tokens can leave, 0 for one that all must pass."""
+    """Return the number of blocks of the vision encoder, 0 if the encoder does not support cuts."""
     if loaded.family.no_encoder_cuts_reason:
         return 0
     tower: Any = loaded.family.vision(unpruned.geometry)
@@ -155,13 +159,13 @@ def prunable_encoder_blocks(loaded: LoadedModel, unpruned: KeepPlan) -> int:
 
 
 def _check_reachable(target: float, times: DeviceProfile, unpruned: KeepPlan, blocks: int) -> None:
-    # At best all tokens but one of each view leave at the first block where the search lets them, and the last one at the decoder.
+    # Lower bound: one token per view remains after the first block where the search cuts, and none enters the decoder.
     first = encoder_blocks(blocks)[:1]
-    thinned = unpruned.with_cuts(*(Cut("vision", ENCODER, len(unpruned.geometry.layout), block) for block in first))
-    whole_ms, least = predicted_ttft(times, unpruned), encoder_ms(times, thinned, max(blocks, 1)) + times.prefill_ms[0]
-    if target <= least:
+    smallest = unpruned.with_cuts(*(Cut("vision", ENCODER, len(unpruned.geometry.layout), block) for block in first))
+    unpruned_ms, least_ms = predicted_ttft(times, unpruned), encoder_ms(times, smallest, max(blocks, 1)) + times.prefill_ms[0]
+    if target <= least_ms:
         raise EdgePruneError(
-            f"{target:g} ms cannot be reached: pruning cannot pass {whole_ms / least:.1f}x here, to {least:.1f} ms "
-            f"({times.how}, {times.device}); the vision encoder is {times.vision_ms / whole_ms:.0%} of {whole_ms:.1f} ms.",
+            f"{target:g} ms cannot be reached: pruning cannot pass {unpruned_ms / least_ms:.1f}x here, to {least_ms:.1f} ms "
+            f"({times.how}, {times.device}); the vision encoder is {times.vision_ms / unpruned_ms:.0%} of {unpruned_ms:.1f} ms.",
             hint="Try a smaller --image-size.",
         )

@@ -1,8 +1,8 @@
 """Cost and agreement of a plan: the two objectives of a search.
 
-Cost is a share of the decoder's visual work and of its KV cache, or milliseconds on a device, encoder included. The encoder is
-not part of the shares: where it is most of the work, no cut behind it could reach a quarter of both. Agreement compares a plan's
-answers with those of the unpruned model, on samples without known answers.
+Cost is a share of the decoder's visual work or of its visual KV cache, or the TTFT in ms on a device, including the vision encoder.
+The shares exclude the encoder: if it dominates the work, no later cut could reach a quarter of the total. Agreement compares the
+answers under a plan with those of the unpruned model, so samples need no reference answers.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from edgeprune.families.base import DecoderParts
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime import Runtime
 
-_REACHED = 0.5, 0.7  # of the peak: compute and bandwidth, middle of what engines usually reach
+_EFFICIENCY = 0.5, 0.7  # of peak compute and bandwidth; the middle of what engines usually reach
 
 
 @dataclass(frozen=True)
 class RooflineTimes(DeviceProfile):
-    """Times of a device's peak numbers. `vision_least_ms`: the vision encoder's weights are read for however few tokens."""
+    """Times computed from a device's peak figures. `vision_least_ms`: time to read the vision encoder's weights, a lower bound."""
 
     vision_least_ms: float = 0.0
 
 
 def visual_flops(parts: DecoderParts, plan: KeepPlan) -> float:
-    """Return the operations that visual tokens cause in prefill under a plan, over the layers.
+    """Return the operations that visual tokens cause in prefill under a plan, summed over the layers.
 
-    Every living token passes the layer's matrices (2 operations a weight) and attends to those before it.
+    Every visual token of a layer passes through its matrices (2 operations per weight) and attends to all tokens before it.
     """
     total = 0.0
-    attention = 2.0 * parts.heads * parts.head_dim  # per pair of tokens: two products, half of the pairs
+    attention = 2.0 * parts.heads * parts.head_dim  # per pair of tokens: two products, causal (half of the pairs)
     for index, layer in enumerate(parts.layers):
         weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
         alive = plan.tokens_at_layer(index)
@@ -49,20 +49,20 @@ def visual_flops(parts: DecoderParts, plan: KeepPlan) -> float:
 
 
 def flops_share(parts: DecoderParts, plan: KeepPlan, unpruned: KeepPlan) -> float:
-    """Return the plan's visual operations in prefill as a share of the unpruned plan's; the vision encoder's are no part of it."""
+    """Return the plan's visual operations in prefill as a share of the unpruned plan's, without the vision encoder."""
     return visual_flops(parts, plan) / visual_flops(parts, unpruned)
 
 
 def kv_share(plan: KeepPlan, unpruned: KeepPlan) -> float:
-    """Return the visual cache that the plan holds after prefill as a share of the unpruned plan's."""
+    """Return the plan's visual KV cache after prefill as a share of the unpruned plan's."""
     return sum(map(plan.tokens_cached, range(plan.layers))) / sum(map(unpruned.tokens_cached, range(unpruned.layers)))
 
 
 def predicted_ttft(times: DeviceProfile, plan: KeepPlan, blocks: int = 1) -> float:
-    """Return the milliseconds to the first token: the vision encoder for the plan's image, and a prefill layer by layer.
+    """Return the predicted TTFT in ms: the vision encoder for the plan's image, plus prefill interpolated per layer.
 
-    Every one of the encoder's `blocks` is taken to cost in proportion to the tokens that it sees, and all together no less than
-    their weights take where that is known; the selection itself, a few per cent, is left out.
+    The cost of each of the encoder's `blocks` is assumed proportional to its tokens, with `vision_least_ms` as the lower bound of
+    their sum if known. Token selection, a few per cent, is not included.
     """
     known = np.linspace(0, times.tokens, PARTS + 1)
     prefill = [float(np.interp(plan.tokens_at_layer(layer), known, times.prefill_ms)) for layer in range(plan.layers)]
@@ -70,15 +70,15 @@ def predicted_ttft(times: DeviceProfile, plan: KeepPlan, blocks: int = 1) -> flo
 
 
 def encoder_ms(times: DeviceProfile, plan: KeepPlan, blocks: int) -> float:
-    """Return the milliseconds that the vision encoder's `blocks` take together under a plan, as `predicted_ttft` counts them."""
-    seen = sum(map(plan.encoding, range(blocks))) / (blocks * times.tokens)
-    return max(times.vision_ms * seen, times.vision_least_ms if isinstance(times, RooflineTimes) else 0.0)
+    """Return the predicted time in ms of the vision encoder's `blocks` under a plan (see `predicted_ttft`)."""
+    share = sum(map(plan.encoding, range(blocks))) / (blocks * times.tokens)
+    return max(times.vision_ms * share, times.vision_least_ms if isinstance(times, RooflineTimes) else 0.0)
 
 
 def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> RooflineTimes:
-    """Return what the roofline of a module allows in FP16: the larger of operations over compute and bytes over bandwidth.
+    """Return the FP16 roofline times of a device: the larger of operations over compute and bytes over bandwidth.
 
-    `device` is a name of edgeprune.device.modules; raises UsageError for another.
+    `device`: a module name of `edgeprune.device.jetson`. Raises UsageError for an unknown name.
     """
     module = module_named(device)
     parts = loaded.family.decoder()
@@ -96,13 +96,13 @@ def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> Roof
 
 
 def _milliseconds(module: Module, operations: float, part: torch.nn.Module) -> float:
-    compute, bandwidth = _REACHED
+    compute, bandwidth = _EFFICIENCY
     size = 2.0 * sum(parameter.numel() for parameter in part.parameters())
     return 1e3 * max(operations / (module.tflops() * 1e12 * compute), size / (module.bandwidth * 1e9 * bandwidth))
 
 
 class Agreement:
-    """Scores plans against the answers of the unpruned model, which are asked for once."""
+    """Scores plans against the answers of the unpruned model, which are generated once."""
 
     def __init__(
         self, loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], *, max_tokens: int, fit: str, device: str
@@ -116,32 +116,32 @@ class Agreement:
         return len(self._samples)
 
     def check(self, plan: KeepPlan) -> None:
-        """Raise PlanError when the model cannot be asked under a plan."""
+        """Raise PlanError if the model does not support a plan."""
         self._loaded.check_plan(plan)
 
     def score(self, plan: KeepPlan, count: int) -> float:
-        """Return the mean score over the first `count` samples: 1 for an equal answer, for a description the share of facts."""
+        """Return the mean score over the first `count` samples: 1 for an equal answer, the share of facts for a description."""
         samples = self._samples[:count]
         points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples), strict=True)]
         return sum(min(point.correct / point.total, point.recall) for point in points) / len(points)
 
     def divergences(self, plans: Sequence[KeepPlan]) -> list[float]:
-        """Return for each plan how far it is from the unpruned model when retelling its answers: KL divergence in nats, mean
-        over samples.
+        """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.
 
-        Finer than agreement: it tells apart plans that answer a few samples alike.
+        This distinguishes plans that agree equally well on few samples.
         """
-        whole, *pruned = (Recorder(self._loaded, plan, 1, self._device) for plan in (self._unpruned, *plans))
+        reference, *pruned = (Recorder(self._loaded, plan, 1, self._device) for plan in (self._unpruned, *plans))
         tokenizer = reference_model(self._loaded, self._unpruned, self._device).tokenizer
         totals = [0.0] * len(pruned)
         for sample in self._samples:
             ids = tokenizer.encode(sample.answer)
-            expected = whole.teacher_forced_logits(sample, ids, self._fit)
+            expected = reference.teacher_forced_logits(sample, ids, self._fit)
             for index, recorder in enumerate(pruned):
                 totals[index] += float(divergence(expected, recorder.teacher_forced_logits(sample, ids, self._fit)).sum())
         return [total / len(self._samples) for total in totals]
 
     def _answers(self, plan: KeepPlan, samples: Sequence[Sample]) -> list[str]:
         runtime = Runtime(reference_model(self._loaded, plan, self._device))
-        ask = [(sample.image, sample.prompt) for sample in samples]
-        return [runtime.generate(*question, fit=self._fit, max_tokens=self._max_tokens).text for question in ask]
+        return [
+            runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text for sample in samples
+        ]

@@ -1,4 +1,4 @@
-"""The budget of a search, the largest plan of a kind within it, and the Pareto front of the plans that were measured."""
+"""Budgets of a search, and the Pareto curve of the measured plans."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from edgeprune.errors import PlanError, UsageError
 from edgeprune.io.files import write_text
 from edgeprune.plan import KeepPlan
 
-PlanFactory = Callable[[float], KeepPlan]  # from the share of the unpruned cost, in (0, 1], to a plan of a kind
-_HALVINGS = 14  # of the shares between nothing and everything: finer than one token of ten thousand
-
 SCHEMA_VERSION = 1
+PlanFactory = Callable[[float], KeepPlan]  # maps a share of the unpruned cost, in (0, 1], to a plan
+_BISECTIONS = 14  # resolves one token in ten thousand
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a plan may cost: along "flops" or "kv" a share of the unpruned, along "ttft_ms" milliseconds."""
+    """The maximum cost of a plan. `axis` "flops" or "kv": a share of the unpruned cost; "ttft_ms": milliseconds."""
 
     axis: str
     most: float
@@ -29,20 +28,20 @@ class Budget:
         return f"{self.most:.1f} ms to the first token" if self.axis == "ttft_ms" else f"{self.most:.0%} of the {self.axis}"
 
     def plan(self, make: PlanFactory, ttft_ms: Callable[[KeepPlan], float]) -> KeepPlan:
-        """Return the largest plan of a kind within the budget; raise PlanError when every plan of it costs more.
+        """Return the largest plan of the factory `make` within the budget; raise PlanError if all its plans cost more.
 
-        Along "flops" and "kv" it is the one at the budget's share. Milliseconds are no share: what a plan gains depends on where
-        its tokens leave, so the share is searched for, and `ttft_ms` says what a plan takes.
+        On the axes "flops" and "kv" this is the plan at the budget's share. On "ttft_ms" the time saved depends on where tokens are
+        dropped, so the share is found by bisection, with `ttft_ms` predicting the time of a plan.
         """
         if self.axis != "ttft_ms":
             return make(self.most)
         best: KeepPlan | None = None
         low, high, share = 0.0, 1.0, 1.0
-        for _ in range(_HALVINGS):
+        for _ in range(_BISECTIONS):
             try:
                 plan = make(share)
                 within = ttft_ms(plan) <= self.most
-            except PlanError:  # methods refuse what is too cheap for them
+            except PlanError:  # the method cannot be that cheap
                 within = True
             else:
                 best = plan if within else best
@@ -55,9 +54,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Point:
-    """One measured plan. `group`: the method, or "composed". Costs are shares of the unpruned model's: `flops` of the decoder's
-    visual work in prefill, `kv` of the visual cache after it; `ttft_ms` where times are known. `score`: agreement with the
-    unpruned answers, 0 to 1, over `samples` samples.
+    """One measured plan.
+
+    `group`: the method, or "composed". `flops`, `kv`: shares of the unpruned decoder's visual work in prefill and of its visual KV
+    cache after it. `ttft_ms`: if times are known. `score`: agreement with the unpruned answers, 0 to 1, over `samples` samples.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Point:
     ttft_ms: float | None = None
 
     def cost(self, axis: str) -> float:
-        """Return the cost along "flops", "kv" or "ttft_ms"."""
+        """Return the cost on the axis "flops", "kv" or "ttft_ms"."""
         value = {"flops": self.flops, "kv": self.kv, "ttft_ms": self.ttft_ms}[axis]
         assert value is not None
         return value
@@ -78,25 +78,25 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """All points of a search along one `axis` of cost, and which of them was `chosen`, if any."""
+    """All points of a search, its cost `axis`, and the index of the `chosen` point, if any."""
 
     axis: str
     points: tuple[Point, ...]
     chosen: int | None = None
 
     def front(self) -> list[Point]:
-        """Return the points that no cheaper or equally cheap one beats, the cheapest first."""
+        """Return the Pareto-optimal points, cheapest first."""
         return pareto_front(self.points, self.axis)
 
     def save(self, path: Path) -> None:
-        """Write the curve as JSON, whole or not at all."""
+        """Write the curve as JSON atomically."""
         points = [{**asdict(point), "plan": point.plan.to_dict()} for point in self.points]
         data = {"schema_version": SCHEMA_VERSION, "axis": self.axis, "chosen": self.chosen, "points": points}
         write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Curve:
-        """Read a curve; raise UsageError when the file is none."""
+        """Read a curve; raise UsageError if the file is unreadable, malformed or of another schema version."""
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
             if data["schema_version"] != SCHEMA_VERSION:
@@ -108,7 +108,7 @@ class Curve:
 
 
 def pareto_front(points: Sequence[Point], axis: str) -> list[Point]:
-    """Return the points that no cheaper or equally cheap one beats, the cheapest first."""
+    """Return the Pareto-optimal points by cost and score, cheapest first."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.cost(axis), -point.score)):
         if not front or point.score > front[-1].score:

@@ -1,9 +1,9 @@
-"""Search for the cheapest plan that still answers like the unpruned model: methods, layers, budgets, compositions, image size.
+"""Search for the plan of a given cost that agrees best with the unpruned model: methods, layers, budgets, compositions, image size.
 
-At one cost, candidates race: all are scored on a few samples, the better half on twice as many, until few are left. Single
-methods start; the best of those at the input and inside the vision encoder are then composed with one another and with cuts
-further in, at the same total cost, and race against them. What a cut inside the encoder saves there counts where the cost is a
-time; the shares of work and of cache are the decoder's.
+Candidates of the same cost go through successive halving: all are scored on a few samples, the better half on twice as many, and
+so on. Single methods come first. The best input and encoder methods are then composed with each other and with later cuts at the
+same total cost, and compete in a second round. Savings inside the vision encoder count only if the cost is a time: the shares of
+work and of cache cover the decoder alone.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from edgeprune.families.base import DecoderParts
 from edgeprune.plan import KeepPlan
 
 FIRST_ROUND = 24  # samples
-ALIKE, FINALISTS = 0.01, 8  # agreement that a few samples cannot tell apart, and how many such plans are looked at closely
-PARTNERS = 3  # input methods that go on into compositions
-PLACES = 2  # inside the vision encoder, of the cuts that stand first in compositions
+SCORE_TOLERANCE = 0.01  # difference in agreement that few samples cannot resolve
+FINALISTS = 8  # plans within the tolerance that are compared by divergence
+PARTNERS = 3  # input methods that enter compositions
+ENCODER_PARTNERS = 2  # placements of vision cuts that enter compositions
 Candidate = tuple[str, KeepPlan]  # group and plan
 
 
 @dataclass
 class Search:
-    """One search: what is known of the model and what was measured so far. `points`: every plan that reached a last round.
+    """One search and its measurements so far. `points`: every plan that was scored on all samples.
 
-    `blocks`: of a vision encoder whose tokens can leave; without them no cut inside it is tried.
+    `blocks`: number of blocks of a vision encoder that supports cuts, 0 for no cuts inside it.
     """
 
     parts: DecoderParts
@@ -55,16 +56,16 @@ class Search:
         self.points: list[Point] = []
 
     def at(self, budget: Budget) -> Point:
-        """Return the best plan found within a budget; raise PlanError when there is none."""
+        """Return the best plan found within a budget; raise PlanError if there is none."""
         composer = CandidateComposer(self.unpruned, self.statistics)
-        first = list(single_method_candidates(self.unpruned, self.statistics, self.blocks))
+        single = list(single_method_candidates(self.unpruned, self.statistics, self.blocks))
         if budget.axis == "kv":
-            first += [("plphp", make) for make in composer.caches()]
-        ranked = self.successive_halving(list(self._affordable(first, budget)))
+            single += [("plphp", make) for make in composer.caches()]
+        ranked = self.successive_halving(list(self._affordable(single, budget)))
         composed = [("composed", make) for make in self._compositions(composer, ranked, budget.axis)]
         finalists = [
             *ranked,
-            *self.successive_halving([found for found in self._affordable(composed, budget) if not is_noop(found[1])]),
+            *self.successive_halving([item for item in self._affordable(composed, budget) if not is_noop(item[1])]),
         ]
         finalists = [point for point in finalists if point.cost(budget.axis) <= budget.most + 1e-6]
         if not finalists:
@@ -72,26 +73,26 @@ class Search:
         return self._closest(finalists)
 
     def _closest(self, finalists: list[Point]) -> Point:
-        # Among those that agree about as well, which a few samples cannot tell apart, the simplest: what is composed to fit them
-        # best may fit nothing else. Then the one whose distributions are nearest.
+        # Few samples cannot distinguish plans of similar agreement. Among them, the fewest cuts win, since a composition may
+        # overfit the samples; then the lowest divergence wins.
         best = max(finalists, key=lambda point: (point.samples, point.score))
-        level = [point for point in finalists if point.samples == best.samples and point.score >= best.score - ALIKE]
-        fewest = min(len(point.plan.cuts) for point in level)
-        level = sorted((point for point in level if len(point.plan.cuts) == fewest), key=lambda point: -point.score)[:FINALISTS]
-        self.progress(f"retelling, {len(level)} plans")
-        distances = self.agreement.divergences([point.plan for point in level])
-        return level[distances.index(min(distances))]
+        tied = [point for point in finalists if point.samples == best.samples and point.score >= best.score - SCORE_TOLERANCE]
+        fewest = min(len(point.plan.cuts) for point in tied)
+        tied = sorted((point for point in tied if len(point.plan.cuts) == fewest), key=lambda point: -point.score)[:FINALISTS]
+        self.progress(f"retelling, {len(tied)} plans")
+        divergences = self.agreement.divergences([point.plan for point in tied])
+        return tied[divergences.index(min(divergences))]
 
     def successive_halving(self, candidates: list[Candidate]) -> list[Point]:
-        """Return the candidates measured, the best first; the last ones left, one of every method, are scored on every sample."""
-        count, running = min(FIRST_ROUND, len(self.agreement)), candidates
+        """Return the candidates of the last round, scored on all samples, best first; the best of every group stays to the end."""
+        count, remaining = min(FIRST_ROUND, len(self.agreement)), candidates
         while True:
-            points = sorted((self._measure(*candidate, count) for candidate in running), key=lambda point: -point.score)
+            points = sorted((self._measure(*candidate, count) for candidate in remaining), key=lambda point: -point.score)
             if count == len(self.agreement):
                 break
             half = points[: max(PARTNERS, len(points) // 2)]
-            best = {point.group: point for point in reversed(points)}  # of every method, so that the curve shows them all
-            running = [(point.group, point.plan) for point in (*half, *(p for p in best.values() if p not in half))]
+            best = {point.group: point for point in reversed(points)}  # the curve shows every group
+            remaining = [(point.group, point.plan) for point in (*half, *(p for p in best.values() if p not in half))]
             count = min(2 * count, len(self.agreement))
         self.points += points
         return points
@@ -113,25 +114,26 @@ class Search:
         partners = [point.plan.input for point in ranked if point.plan.input is not None and point.group not in BASELINES]
         for cut in partners[:PARTNERS]:
             yield from composer.inward(cut)
-        # Where no input method is within the budget alone, one may be behind an encoder's cut.
+        # If no input method meets the budget alone, one may meet it after a cut inside the encoder.
         cuts = partners[:PARTNERS] or input_cuts()
-        places = [tuple(cut.layer for cut in point.plan.vision_cuts) for point in ranked if point.group == ENCODER][:PLACES]
-        for blocks in places:
+        encoder_points = [point for point in ranked if point.group == ENCODER][:ENCODER_PARTNERS]
+        placements = [tuple(cut.layer for cut in point.plan.vision_cuts) for point in encoder_points]
+        for blocks in placements:
             yield from composer.encoder_first(blocks, cuts)
-        if places:
-            yield from composer.encoder_inward(places[0], cuts[0])
+        if placements:
+            yield from composer.encoder_inward(placements[0], cuts[0])
         if axis == "kv":
             yield from (make for cut in cuts for make in composer.caches(cut))
-            yield from (make for blocks in places for cut in (None, *cuts[:1]) for make in composer.caches(cut, blocks))
+            yield from (make for blocks in placements for cut in (None, *cuts[:1]) for make in composer.caches(cut, blocks))
 
     def _affordable(self, recipes: Iterable[Recipe], budget: Budget) -> Iterator[Candidate]:
-        found: list[KeepPlan] = []
+        plans: list[KeepPlan] = []
         for group, make in recipes:
             try:
                 plan = budget.plan(make, self._ttft_ms)
                 self.agreement.check(plan)
             except PlanError:
-                continue  # this method cannot be that cheap, or not of this model
-            if (plan.cuts or plan.geometry != self.unpruned.geometry) and plan not in found:
-                found.append(plan)
+                continue  # the method cannot be that cheap, or the model does not support it
+            if (plan.cuts or plan.geometry != self.unpruned.geometry) and plan not in plans:
+                plans.append(plan)
                 yield group, plan

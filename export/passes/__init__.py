@@ -1,1 +1,1 @@
-"""Passes over one traced graph: fusion, precision, attention, stored weights. Know no bundle folder."""
+"""Passes over one traced graph: fusion, precision, attention, stored weights. Independent of the bundle folder."""

@@ -1,12 +1,12 @@
-"""Attention for CPUs: expand the BlockedAttention nodes of a decoder, and split the attention of an encoder by heads.
+"""Attention for CPUs: expand the decoder's BlockedAttention nodes, and tile the vision encoder's attention by heads.
 
-A BlockedAttention node becomes an If whose branches attend in one piece, or row block by row block. Measured with ONNX Runtime
-1.31 on one AVX512 core, 769 tokens, 14 heads on 2 of 64 (ms a layer): parts joined at the scores 49, keys joined 39, Attention-23
-29, GroupQueryAttention 28, eight blocks 31, eight blocks that end with the last visible key 17.
+A BlockedAttention node becomes an If with two branches: attention in one piece, or in blocks of query rows. Measured with ONNX
+Runtime 1.31 on one AVX512 core, 769 tokens, GQA with 14 query and 2 KV heads of size 64 (ms per layer): concatenated scores 49,
+concatenated keys 39, Attention-23 29, GroupQueryAttention 28, eight blocks 31, eight blocks up to the last visible key 17.
 
-The scores of an encoder with 2,916 patches and 16 heads are 544 MB, twice. Pieces that fit the CPU's cache need not go to memory.
-Measured with ONNX Runtime 1.31 on two cores, 16 heads of 80 (ms a layer): whole 299, six blocks of rows 277, four times four
-heads 250, head by head 241.
+The scores of an encoder with 2,916 patches and 16 heads take 544 MB, twice. Tiles that fit the CPU's cache avoid main memory.
+Measured with ONNX Runtime 1.31 on two cores, 16 heads of size 80 (ms per layer): untiled 299, six row blocks 277, four tiles of
+four heads 250, one head per tile 241.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.model.attention import DOMAIN, INPUTS, OPERATOR
 
 BLOCKS = 8
-PLACES = ("past_text_", "", "past_visual_")  # of keys and values, as their names begin
-SHORT = 64  # steps of fewer tokens attend in one piece: their scores are small, and the caches are read where they are
-
-_PIECE = 16 << 20  # bytes of scores at once, as far as whole heads go
-_HEAD = 64 << 20  # bytes of scores of one head, of which there are then blocks of rows
-_FLOAT = 4
+KV_PREFIXES = ("past_text_", "", "past_visual_")  # name prefixes of keys and values
+MIN_BLOCKED_LENGTH = 64  # shorter steps attend in one piece: their scores are small, and caches are read without a copy
+_PIECE = 16 << 20  # bytes of scores per tile of whole heads
+_HEAD = 64 << 20  # bytes of scores of one head above which it is split into row blocks
+_FLOAT = 4  # bytes
 
 
 def expand_blocked(graph: ir.Graph) -> None:
-    """Replace every BlockedAttention by what ONNX has."""
+    """Replace every BlockedAttention node by standard ONNX operators."""
     constants: dict[tuple[int, ...], ir.Value] = {}
     for node in list(graph):
         if (node.domain, node.op_type) != (DOMAIN, OPERATOR):
             continue
         inputs = {name: value for name, value in zip(INPUTS, node.inputs, strict=True) if value is not None}
         tape, output = Tape(), node.outputs[0]
-        whole = _Branch(f"{node.name}_whole", graph, constants)
+        single = _Branch(f"{node.name}_whole", graph, constants)
         blocks = _Branch(f"{node.name}_blocks", graph, constants)
         length = tape.op("Shape", [inputs["query"]], {"start": 2, "end": 3})
-        short = tape.op("Less", [length, whole.constant(SHORT)])
+        short = tape.op("Less", [length, single.constant(MIN_BLOCKED_LENGTH)])
         branches = {
-            "then_branch": whole.graph(whole.attend(inputs), output),
-            "else_branch": blocks.graph(_in_blocks(blocks, inputs), output),
+            "then_branch": single.graph(single.attend(inputs), output),
+            "else_branch": blocks.graph(_attend_in_blocks(blocks, inputs), output),
         }
         value = tape.op("If", [short], branches)
         replace_nodes(graph, node, [node], tape, {output: value})
 
 
 class _Branch:
-    # A subgraph being written. Its names begin with its own, as those of the graph around it are visible inside.
+    # Builds the subgraph of one branch. Value names carry its prefix, because names of the outer graph are visible inside.
     def __init__(self, name: str, graph: ir.Graph, constants: dict[tuple[int, ...], ir.Value]) -> None:
         self._name, self._graph, self._constants = name, graph, constants
         self._tape = Tape()
@@ -86,17 +85,17 @@ class _Branch:
         return ir.Graph([], [result], nodes=list(self._tape.nodes), name=self._name)
 
     def attend(self, inputs: dict[str, ir.Value]) -> ir.Value:
-        # As attention._mixed: parts of keys apart, their scores in one row. No key is expanded or copied.
+        # Like attention._mixed: separate key segments with concatenated scores. No key is expanded or copied.
         query = inputs["query"]
         assert query.shape is not None
-        heads, group, width = (_known(query.shape[axis]) for axis in (0, 1, 3))
+        heads, group, width = (_static(query.shape[axis]) for axis in (0, 1, 3))
         rows = self.op("Reshape", query, self.constant(heads, -1, width))
-        keys, values = ([inputs[f"{place}{kind}"] for place in PLACES] for kind in ("key", "value"))
+        keys, values = ([inputs[f"{prefix}{kind}"] for prefix in KV_PREFIXES] for kind in ("key", "value"))
         joined = self.op("Concat", *(self.op("MatMul", rows, self.op("Transpose", key, perm=[1, 2, 0])) for key in keys), axis=2)
         shape = self.op("Concat", self.constant(heads, group), self.op("Shape", inputs["mask"]), axis=0)
         scores = self.op("Add", self.op("Reshape", joined, shape), inputs["mask"])
         weights = self.op("Reshape", self.op("Softmax", scores, axis=-1), self.op("Shape", joined))
-        # Not of the transposed keys: those are part of the products, and would have to be written for their shape.
+        # Lengths come from the untransposed keys: a Shape of the transposes would prevent their fusion into the products.
         lengths = self.op("Concat", *(self.op("Shape", key, start=0, end=1) for key in keys), axis=0)
         parts = self.op_multi("Split", 3, weights, lengths, axis=2)
         mixed = [
@@ -105,17 +104,17 @@ class _Branch:
         return self.op("Reshape", self.op("Add", self.op("Add", mixed[0], mixed[1]), mixed[2]), self.op("Shape", query))
 
 
-def _known(size: object) -> int:
+def _static(size: object) -> int:
     assert isinstance(size, int)
     return size
 
 
-def _in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
+def _attend_in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
     query, mask, reach = (inputs[name] for name in ("query", "mask_in_row", "reach"))
-    # Keys [kv heads, 1, head_dim, n] and values [kv heads, 1, n, head_dim] in one row; every head of a group meets the same.
+    # Concatenated keys [KV heads, 1, head_dim, n] and values [KV heads, 1, n, head_dim], broadcast over the heads of a group.
     one = branch.constant(1)
-    keys = branch.op("Unsqueeze", branch.op("Transpose", _row_of(branch, inputs, "key"), perm=[1, 2, 0]), one)
-    values = branch.op("Unsqueeze", branch.op("Transpose", _row_of(branch, inputs, "value"), perm=[1, 0, 2]), one)
+    keys = branch.op("Unsqueeze", branch.op("Transpose", _concat_tokens(branch, inputs, "key"), perm=[1, 2, 0]), one)
+    values = branch.op("Unsqueeze", branch.op("Transpose", _concat_tokens(branch, inputs, "value"), perm=[1, 0, 2]), one)
     length = branch.op("Shape", query, start=2, end=3)
     past = branch.op("Sub", branch.op("Shape", mask, start=1, end=2), length)
     edges = [
@@ -123,53 +122,55 @@ def _in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
     ]
     mixed, zero = [], branch.constant(0)
     for start, end in pairwise(edges):
-        seen = branch.op("Add", past, branch.op("ReduceMax", branch.slice(reach, start, end, 0), keepdims=1))
-        scores = branch.op("MatMul", branch.slice(query, start, end, 2), branch.slice(keys, zero, seen, 3))
-        added = branch.slice(branch.slice(mask, start, end, 0), zero, seen, 1)
-        weights = branch.op("Softmax", branch.op("Add", scores, added), axis=-1)
-        mixed.append(branch.op("MatMul", weights, branch.slice(values, zero, seen, 2)))
+        visible = branch.op("Add", past, branch.op("ReduceMax", branch.slice(reach, start, end, 0), keepdims=1))
+        scores = branch.op("MatMul", branch.slice(query, start, end, 2), branch.slice(keys, zero, visible, 3))
+        bias = branch.slice(branch.slice(mask, start, end, 0), zero, visible, 1)
+        weights = branch.op("Softmax", branch.op("Add", scores, bias), axis=-1)
+        mixed.append(branch.op("MatMul", weights, branch.slice(values, zero, visible, 2)))
     return branch.op("Concat", *mixed, axis=2)
 
 
-def _row_of(branch: _Branch, inputs: dict[str, ir.Value], kind: str) -> ir.Value:
-    # Earlier visual tokens and earlier text without their null rows, and this step's tokens [n, kv heads, head_dim].
-    earlier = [
-        branch.slice(inputs[f"{place}{kind}"], branch.constant(1), branch.constant(1 << 40), 0)
-        for place in ("past_visual_", "past_text_")
+def _concat_tokens(branch: _Branch, inputs: dict[str, ir.Value], kind: str) -> ir.Value:
+    # Cached visual tokens and cached text without their null rows, then this step's tokens [n, KV heads, head_dim].
+    cached = [
+        branch.slice(inputs[f"{prefix}{kind}"], branch.constant(1), branch.constant(1 << 40), 0)
+        for prefix in ("past_visual_", "past_text_")
     ]
-    return branch.op("Concat", *earlier, inputs[kind], axis=0)
+    return branch.op("Concat", *cached, inputs[kind], axis=0)
 
 
 def tile_encoder_attention(graph: ir.Graph) -> None:
-    """Replace MatMul, Softmax and MatMul of large scores by as many of each as bring those to 16 MB, or one head."""
+    """Split MatMul, Softmax and MatMul into tiles of at most 16 MB of scores or one head, and heads above 64 MB into row blocks."""
     for node in list(graph):
         if node.op_type != "Softmax":
             continue
         scores, weights = node.inputs[0], node.outputs[0]
         assert scores is not None
-        first, last = scores.producer(), _only(weights)
+        first, last = scores.producer(), _only_consumer(weights)
         if first is None or last is None or (first.op_type, last.op_type) != ("MatMul", "MatMul") or last.inputs[0] is not weights:
             continue
         shape = [size for size in scores.shape or () if isinstance(size, int)]
-        if _only(scores) is not node or scores.shape is None or len(shape) < len(scores.shape):
+        if _only_consumer(scores) is not node or scores.shape is None or len(shape) < len(scores.shape):
             continue
         heads = next((axis for axis, size in enumerate(shape[:-2]) if size > 1), 0)
         pieces = min(shape[heads], math.ceil(_FLOAT * math.prod(shape) / _PIECE))
         blocks = math.ceil(_FLOAT * math.prod(shape) / pieces / _HEAD)
         if pieces * blocks > 1:
-            _Tiling(graph, (first, node, last)).write(heads, _parts(shape[heads], pieces), _parts(shape[-2], blocks))
+            _TiledAttention(graph, (first, node, last)).write(
+                heads, _split_sizes(shape[heads], pieces), _split_sizes(shape[-2], blocks)
+            )
 
 
-def _only(value: ir.Value) -> ir.Node | None:
-    users = value.consumers()
-    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+def _only_consumer(value: ir.Value) -> ir.Node | None:
+    consumers = value.consumers()
+    return consumers[0] if len(consumers) == 1 and not value.is_graph_output() else None
 
 
-def _parts(count: int, parts: int) -> list[int]:
+def _split_sizes(count: int, parts: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(count), parts)]
 
 
-class _Tiling:
+class _TiledAttention:
     def __init__(self, graph: ir.Graph, nodes: tuple[ir.Node, ir.Node, ir.Node]) -> None:
         self._graph, self._nodes, self._tape = graph, nodes, Tape()
 
@@ -189,7 +190,7 @@ class _Tiling:
         replace_nodes(self._graph, last, [last, softmax, first], self._tape, {output: joined})
 
     def _keys(self, keys: ir.Value, axis: int, sizes: list[int]) -> list[ir.Value]:
-        # A transposition stays beside its product, which takes it in.
+        # Split before the transpose, so that each transpose stays next to its product and fuses with it.
         producer = keys.producer()
         perm = list(producer.attributes["perm"].as_ints()) if producer is not None and producer.op_type == "Transpose" else []
         if producer is None or not perm or producer.inputs[0] is None:

@@ -1,8 +1,8 @@
 """Fusions: onnxscript's optimizer, one product for query, key and value, and the RotaryEmbedding operator of opset 23.
 
-The optimizer runs without its rule that makes Split of two Slices: that rule compares every node with all others, which is half
-the time of a 24-layer decoder. One product instead of three starts a CPU's threads once. RotaryEmbedding passes over the states
-twice instead of six times.
+The optimizer runs without its rule that fuses two Slices into a Split: it compares every node with all others, which takes half
+the time of a 24-layer decoder. One product instead of three starts a CPU's threads once. RotaryEmbedding makes two passes over
+the states instead of six.
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import LazyInitializer, matrix_of
 
 _RULES = tuple(rule for rule in _DEFAULT_REWRITE_RULES if rule is not slice_split_rule)
-_LARGEST_INPUT, _LARGEST_OUTPUT = 8192, 512 * 512  # elements of what is computed beforehand
-
-_PARTS = ("q_proj", "k_proj", "v_proj")
+_MAX_INPUT, _MAX_OUTPUT = 8192, 512 * 512  # elements; size limits of constant folding
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def optimize(model: ir.Model) -> None:
-    """Fold constants, rewrite, and remove what is unused or there twice."""
-    folding = FoldConstantsPass(shape_inference=True, input_size_limit=_LARGEST_INPUT, output_size_limit=_LARGEST_OUTPUT)
+    """Fold constants, apply rewrite rules, and remove unused and duplicate nodes."""
+    folding = FoldConstantsPass(shape_inference=True, input_size_limit=_MAX_INPUT, output_size_limit=_MAX_OUTPUT)
     functions = RemoveUnusedFunctionsPass()  # type: ignore[no-untyped-call]
     Sequential(
         InlinePass(),
@@ -66,29 +65,29 @@ def fuse_rotation(graph: ir.Graph) -> None:
     """Replace x * cos + concat(-second half, first half) * sin by RotaryEmbedding, for x [heads, patches, head_dim]."""
     halves: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
-        if node.op_type == "Concat" and (found := _rotation(node)) is not None:
-            _fuse(graph, *found, halves)
+        if node.op_type == "Concat" and (match := _match_rotation(node)) is not None:
+            _replace_rotation(graph, *match, halves)
 
 
-def _rotation(concat: ir.Node) -> tuple[ir.Node, ir.Value, ir.Value, ir.Value] | None:
-    # The last node, x, and the tables of cosines and sines.
-    turned, first = concat.inputs[0], concat.inputs[1]
-    negated = turned.producer() if turned is not None else None
-    if len(concat.inputs) != 2 or first is None or negated is None or negated.op_type != "Neg":
+def _match_rotation(concat: ir.Node) -> tuple[ir.Node, ir.Value, ir.Value, ir.Value] | None:
+    # Returns the last node, x, and the cosine and sine tables.
+    negated, first = concat.inputs[0], concat.inputs[1]
+    negation = negated.producer() if negated is not None else None
+    if len(concat.inputs) != 2 or first is None or negation is None or negation.op_type != "Neg":
         return None
-    x, product = _halved(first, negated.inputs[0]), _only(concat.outputs[0], "Mul")
-    added = _only(product.outputs[0], "Add") if product is not None else None
-    if x is None or product is None or added is None:
+    x, sin_product = _source_of_halves(first, negation.inputs[0]), _only_consumer(concat.outputs[0], "Mul")
+    add = _only_consumer(sin_product.outputs[0], "Add") if sin_product is not None else None
+    if x is None or sin_product is None or add is None:
         return None
-    other = next((value.producer() for value in added.inputs if value is not None and value is not product.outputs[0]), None)
-    if other is None or other.op_type != "Mul" or x not in other.inputs:
+    cos_product = next((v.producer() for v in add.inputs if v is not None and v is not sin_product.outputs[0]), None)
+    if cos_product is None or cos_product.op_type != "Mul" or x not in cos_product.inputs:
         return None
-    cos, sin = _beside(other, x), _beside(product, concat.outputs[0])
-    return (added, x, cos, sin) if cos is not None and sin is not None else None
+    cos, sin = _other_input(cos_product, x), _other_input(sin_product, concat.outputs[0])
+    return (add, x, cos, sin) if cos is not None and sin is not None else None
 
 
-def _halved(first: ir.Value, second: ir.Value | None) -> ir.Value | None:
-    # Of what [heads, patches, head_dim] they are the halves.
+def _source_of_halves(first: ir.Value, second: ir.Value | None) -> ir.Value | None:
+    # The value [heads, patches, head_dim] of which both are the halves, if any.
     nodes = [half.producer() if half is not None else None for half in (first, second)]
     if nodes[0] is None or nodes[1] is None or {node.op_type for node in nodes if node is not None} != {"Slice"}:
         return None
@@ -102,37 +101,39 @@ def _number(value: ir.Value | None) -> int | None:
     return None if value is None or value.const_value is None else int(value.const_value.numpy()[0])
 
 
-def _only(value: ir.Value, kind: str) -> ir.Node | None:
-    users = value.consumers()
-    return users[0] if len(users) == 1 and users[0].op_type == kind else None
+def _only_consumer(value: ir.Value, kind: str) -> ir.Node | None:
+    consumers = value.consumers()
+    return consumers[0] if len(consumers) == 1 and consumers[0].op_type == kind else None
 
 
-def _beside(node: ir.Node, value: ir.Value) -> ir.Value | None:
+def _other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return next((other for other in node.inputs if other is not value), None)
 
 
-def _fuse(graph: ir.Graph, added: ir.Node, x: ir.Value, cos: ir.Value, sin: ir.Value, halves: dict[ir.Value, ir.Value]) -> None:
+def _replace_rotation(
+    graph: ir.Graph, add: ir.Node, x: ir.Value, cos: ir.Value, sin: ir.Value, halves: dict[ir.Value, ir.Value]
+) -> None:
     assert x.shape is not None
     patches, width = (int(str(size)) for size in list(x.shape)[1:])
-    tape, output = Tape(), added.outputs[0]
+    tape, output = Tape(), add.outputs[0]
 
     def constant(name: str, *numbers: int) -> ir.Value:
-        return tape.initializer(ir.tensor(np.array(numbers, np.int64), name=f"{added.name}.{name}"))
+        return tape.initializer(ir.tensor(np.array(numbers, np.int64), name=f"{add.name}.{name}"))
 
-    for which, table in (("cos", cos), ("sin", sin)):
-        if table not in halves:  # the operator takes the angles of one half: those of the other are the same
-            rows = tape.op("Reshape", [table, constant(f"{which}_shape", 1, patches, width)])
-            ends = [constant(f"{which}_{word}", number) for word, number in (("start", 0), ("end", width // 2), ("axis", 2))]
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table not in halves:  # the operator takes the angles of one half; the other half has the same angles
+            rows = tape.op("Reshape", [table, constant(f"{name}_shape", 1, patches, width)])
+            ends = [constant(f"{name}_{end}", number) for end, number in (("start", 0), ("end", width // 2), ("axis", 2))]
             halves[table] = tape.op("Slice", [rows, *ends])
     batch = constant("batch", 0)
-    turned = tape.op("RotaryEmbedding", [tape.op("Unsqueeze", [x, batch]), halves[cos], halves[sin]])
-    # Tables with a batch in front give their products one.
-    value = tape.op("Squeeze", [turned, batch]) if output.shape is not None and len(output.shape) == 3 else turned
-    replace_nodes(graph, added, [added], tape, {output: value})
+    rotated = tape.op("RotaryEmbedding", [tape.op("Unsqueeze", [x, batch]), halves[cos], halves[sin]])
+    # Tables with a batch axis give the traced product a batch axis too.
+    value = tape.op("Squeeze", [rotated, batch]) if output.shape is not None and len(output.shape) == 3 else rotated
+    replace_nodes(graph, add, [add], tape, {output: value})
 
 
 def fuse_qkv(graph: ir.Graph) -> None:
-    """Replace three Gemm nodes by one and a Split wherever they are a layer's projections of one state."""
+    """Replace a layer's three Gemm nodes for query, key and value of one state by one Gemm and a Split."""
     groups: dict[tuple[ir.Value, str], dict[str, ir.Node]] = {}
     for node in graph:
         if node.op_type == "Gemm" and (name := str(node.inputs[1].name if node.inputs[1] else "")).endswith(".weight"):
@@ -140,13 +141,13 @@ def fuse_qkv(graph: ir.Graph) -> None:
             assert node.inputs[0] is not None
             groups.setdefault((node.inputs[0], layer), {})[part] = node
     for (state, layer), nodes in groups.items():
-        if set(_PARTS) <= set(nodes):
-            _join(graph, state, layer, [nodes[part] for part in _PARTS])
+        if set(_PROJECTIONS) <= set(nodes):
+            _join_gemms(graph, state, layer, [nodes[name] for name in _PROJECTIONS])
 
 
 @dataclass(frozen=True)
-class _Stacked:
-    # Matrices of as many columns, one below the other.
+class _StackedMatrix:
+    # Matrices with the same number of columns, stacked vertically.
     parts: tuple[Matrix, ...]
 
     @property
@@ -164,12 +165,12 @@ class _Stacked:
         return torch.cat(pieces)
 
 
-def _join(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir.Node]) -> None:
+def _join_gemms(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir.Node]) -> None:
     weights, biases = zip(*((node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None) for node in nodes), strict=True)
     matrices = tuple(matrix_of(weight) for weight in weights)
     sizes = [matrix.shape[0] for matrix in matrices]
     tape = Tape()
-    inputs = [state, tape.initializer(LazyInitializer(_Stacked(matrices), f"{layer}.qkv_proj.weight"))]
+    inputs = [state, tape.initializer(LazyInitializer(_StackedMatrix(matrices), f"{layer}.qkv_proj.weight"))]
     if any(biases):
         rows = [np.zeros(size, np.float32) if bias is None else _numbers(bias) for bias, size in zip(biases, sizes, strict=True)]
         inputs.append(tape.initializer(ir.tensor(np.concatenate(rows), name=f"{layer}.qkv_proj.bias")))

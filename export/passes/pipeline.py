@@ -1,4 +1,4 @@
-"""Passes over traced graphs: dimension names, fused norms, the precision of matrix products and weights."""
+"""The pass pipeline over a traced graph: stored weights, optimization, dimension names, fusions, precision."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def run_passes(
     part: str,
     stored: Mapping[int, StoredTensor],
 ) -> ir.Model:
-    """Return a traced graph as it is written: `dimensions` names the dynamic axes of inputs, `part` whose
-    matrices they are: "layers" (the decoder), "vision", "embedding" or "" for a graph that stays as it is. `stored`: what
-    placeholders among its weights stand for, which is read when the graph is saved.
+    """Apply all passes of a lowering to a traced graph and return the result.
+
+    `dimensions`: names of the dynamic axes of inputs. `part`: the part of the model, "layers" (the decoder), "vision", "embedding",
+    or "" for a graph whose precision does not change. `stored`: the stored tensors behind placeholder weights, by address; they are
+    read when the graph is saved.
     """
     _use_stored_weights(model.graph, stored)
     optimize(model)
     expand_blocked(model.graph)
-    # The exporter notes the source line of every node, with paths of the machine that exports.
+    # The exporter records the source line of every node, including paths of the exporting machine.
     ClearMetadataAndDocStringPass()(model)
     _name_dimensions(model.graph, dimensions)
     if lowering.target.fused:
@@ -53,16 +55,16 @@ def run_passes(
 
 
 def drop_unused_inputs(graph: ir.Graph) -> None:
-    """Remove the inputs that no node reads: what a graph does not ask for, the runtime need not compute.
+    """Remove the inputs that no node reads, so that the runtime need not compute them.
 
-    A selector without the prompt chooses the same whatever is asked, so that its choice can be recalled.
+    The result of a selector without the prompt as input does not depend on the prompt, so the runtime can cache it.
     """
     for value in [value for value in graph.inputs if not value.uses() and value not in graph.outputs]:
         graph.inputs.remove(value)
 
 
 def graph_record(graph: ir.Graph) -> GraphRecord:
-    """Return the inputs and outputs of a graph."""
+    """Return the names, types and shapes of a graph's inputs and outputs."""
     return GraphRecord(*({str(value.name): _tensor(value) for value in side} for side in (graph.inputs, graph.outputs)))
 
 
@@ -81,12 +83,12 @@ def _use_stored_weights(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> 
             assert tensor.shape == source.size and not any(tensor.stride())
             value.const_value = LazyInitializer(source, str(value.name))
         elif tensor.is_floating_point() and tensor.isnan().any():
-            # A family that computes with a large matrix gets this, as placeholders are no numbers.
+            # Placeholders are NaN, so a family that computes with a large matrix ends here too.
             raise UnsupportedModelError(f"Some of the numbers that {value.name} becomes are none: the weights are broken.")
 
 
 def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]]) -> None:
-    # The exporter calls them s31 where two inputs share one; an engine's profile wants to know which is which.
+    # The exporter names shared dimensions s31 and the like; an engine's optimization profile needs meaningful names.
     renamed: dict[str, str] = {}
     for value in graph.inputs:
         for axis, name in dimensions.get(value.name or "", {}).items():

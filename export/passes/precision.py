@@ -1,11 +1,12 @@
-"""Products of integers: what meets int8 weights is rounded to 8 bits where the graph runs, by its own range (dynamic quantization).
+"""Lower matrix products and weights to a precision, with dynamic quantization to 8 bits of the activations that meet int8 weights.
 
 CPUs multiply int8 several times faster than float32: 3.5 times for 769 rows by 896 x 4864 on one AVX512-VNNI core (ONNX
-Runtime 1.31, DynamicQuantizeMatMul; MatMulNBits with 8 bits 1.7 times). The operators are ONNX's own, of which ONNX Runtime makes
-that node.
+Runtime 1.31, DynamicQuantizeMatMul; MatMulNBits with 8 bits 1.7 times). The graph has standard ONNX operators, which ONNX Runtime
+fuses into that node.
 
-One range serves all rows. Behind a norm they are alike; elsewhere single tokens may be a thousand times larger than the rest (Sun
-et al., Massive Activations in Large Language Models, arXiv 2402.17762), so every row is scaled to 1 first, and its products back.
+All rows share one quantization range. After a norm, rows have similar magnitudes. Elsewhere single tokens may be a thousand times
+larger than the rest (Sun et al., Massive Activations in Large Language Models, arXiv 2402.17762), so every row is first divided by
+its largest magnitude, and its products are scaled back.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import IntegerMatrix, as_fp16, matrix_of
 from edgeprune.targets import Lowering
 
-Known = dict[ir.Value, ir.Value]  # what was lowered already, and to what
+Lowered = dict[ir.Value, ir.Value]  # maps traced values to their lowered versions
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
-
 _NORMS = ("RMSNormalization", "LayerNormalization")
-_SMALLEST = 1e-20  # a row of zeros is divided by this
+_MIN_SCALE = 1e-20  # divisor of rows of zeros
 
 
 def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
-    """Give the embedding table of a graph the precision of a lowering; what is looked up stays float32."""
+    """Lower the precision of a graph's embedding table; the embeddings stay float32."""
     kind = lowering.weights_of("embedding")
     if kind == "fp32":
         return
@@ -35,7 +35,7 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
     tape, (table, ids) = Tape(), gather.inputs
     assert table is not None
     if kind == "fp16":
-        rows = tape.op("Gather", [_halved(tape, table, {}), ids])
+        rows = tape.op("Gather", [_as_fp16(tape, table, {}), ids])
         replace_nodes(graph, gather, [gather], tape, {gather.outputs[0]: tape.op("Cast", [rows], {"to": ir.DataType.FLOAT})})
         return
     integers, scales = _parts(tape, table, IntegerMatrix(matrix_of(table), kind, torch.float32, table=True))
@@ -46,15 +46,15 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
 
 
 def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
-    """Give every matrix product of a graph the precision of a lowering; `part`: whose matrices they are, "layers" or "vision"."""
-    known: Known = {}
-    integers = DynamicQuantizer()
+    """Lower the precision of every matrix product of a graph. `part`: the part of the model, "layers" or "vision"."""
+    known: Lowered = {}
+    quantizer = DynamicQuantizer()
     half = lowering.products == "float16"
     for node in list(graph):
-        # The decoder's own products of activations are of the type of its cache already.
+        # The decoder's products of activations already have the type of its KV cache.
         if node.op_type == "Gemm" and lowering.precision != "fp32":
             tape = Tape()
-            product = _linear(tape, node, lowering, part, known, integers)
+            product = _lower_linear(tape, node, lowering, part, known, quantizer)
         elif node.op_type == "MatMul" and part == "vision" and half:
             tape = Tape()
             product = tape.op("MatMul", [_cast(tape, value, known) for value in node.inputs])
@@ -66,46 +66,48 @@ def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
 
 
 def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
-    # A layer that the exporter writes otherwise would keep its weights in float32, and nobody would notice.
+    # A layer that the exporter writes in another form would silently keep its weights in float32.
     if lowering.precision == "fp32":
         return
-    left = [
+    remaining = [
         value.name
         for node in graph
         if node.op_type in ("Gemm", "MatMul", "Conv")
         for value in node.inputs
         if value is not None and value.const_value is not None and str(value.name).endswith(".weight")
     ]
-    assert not left, f"not lowered to {lowering.precision}: {left}"
+    assert not remaining, f"not lowered to {lowering.precision}: {remaining}"
 
 
-def _linear(tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Known, integers: DynamicQuantizer) -> ir.Value:
+def _lower_linear(
+    tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Lowered, quantizer: DynamicQuantizer
+) -> ir.Value:
     # The exporter writes a linear layer as Gemm with the weight [out, in].
     state, weight, *bias = node.inputs
     assert weight is not None and weight.const_value is not None
     half = lowering.products == "float16"
     kind = lowering.weights_of("head" if "lm_head" in str(weight.name) else part)
     state = _cast(tape, state, known) if half else state
-    added = [_halved(tape, value, known) if half else value for value in bias]
+    bias = [_as_fp16(tape, value, known) if half else value for value in bias]
     if kind == "fp16":
-        return tape.op("Gemm", [state, _halved(tape, weight, known), *added], {"transB": 1})
+        return tape.op("Gemm", [state, _as_fp16(tape, weight, known), *bias], {"transB": 1})
     if lowering.rounds(kind):
         assert state is not None
         matrix = IntegerMatrix(matrix_of(weight), kind, _TYPES[lowering.products])
         if matrix.kind == "int8":
-            return integers.product(tape, state, *_parts(tape, weight, matrix), *(added or [None]))
-    product = tape.op("MatMul", [state, _matrix(tape, weight, kind, _TYPES[lowering.products], known)])
-    return tape.op("Add", [product, *added]) if added else product
+            return quantizer.product(tape, state, *_parts(tape, weight, matrix), *(bias or [None]))
+    product = tape.op("MatMul", [state, _dequantized(tape, weight, kind, _TYPES[lowering.products], known)])
+    return tape.op("Add", [product, *bias]) if bias else product
 
 
-def _matrix(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype, known: Known) -> ir.Value:
-    # [in, out], as MatMul wants it: a transposition after the DequantizeLinear would hide the pattern that readers look for.
+def _dequantized(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype, known: Lowered) -> ir.Value:
+    # [in, out], as MatMul needs it: a Transpose after the DequantizeLinear would hide the pattern that engines match.
     matrix = IntegerMatrix(matrix_of(weight), kind, products)
     if weight not in known:
         known[weight] = tape.op("DequantizeLinear", _parts(tape, weight, matrix), matrix.attributes)
         return known[weight]
-    # A cut that asks the next layer's query and key multiplies by them once more. The numbers are the same, but they are written
-    # out: NVIDIA's builder dies of quantized weights that two products share (TensorRT-RTX 1.7.1, fusing them).
+    # A cut that ranks by the next layer's query and key uses their weights a second time. The second copy is stored dequantized,
+    # because NVIDIA's builder crashes while fusing two products with shared quantized weights (TensorRT-RTX 1.7.1).
     if known[weight].producer() is not None:
         known[weight] = tape.initializer(matrix.restored(f"{weight.name}.restored"))
     return known[weight]
@@ -116,14 +118,14 @@ def _parts(tape: Tape, weight: ir.Value, matrix: IntegerMatrix) -> list[ir.Value
     return [tape.initializer(integers), tape.initializer(scales)]
 
 
-def _cast(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
+def _cast(tape: Tape, value: ir.Value | None, known: Lowered) -> ir.Value:
     assert value is not None
     if value not in known:
         known[value] = tape.op("Cast", [value], {"to": ir.DataType.FLOAT16})
     return known[value]
 
 
-def _halved(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
+def _as_fp16(tape: Tape, value: ir.Value | None, known: Lowered) -> ir.Value:
     assert value is not None
     if value not in known:
         known[value] = tape.initializer(as_fp16(value, f"{value.name}.fp16"))
@@ -131,30 +133,30 @@ def _halved(tape: Tape, value: ir.Value | None, known: Known) -> ir.Value:
 
 
 class DynamicQuantizer:
-    """The products of one graph: states that several matrices meet are rounded once."""
+    """Writes the int8 products of one graph; a state that several matrices multiply is quantized once."""
 
     def __init__(self) -> None:
-        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]] = {}
+        self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]] = {}
 
     def product(self, tape: Tape, state: ir.Value, integers: ir.Value, scales: ir.Value, bias: ir.Value | None) -> ir.Value:
-        """Return the product of `state` [..., in] and a matrix: `integers` [in, out] times `scales` [out]; with `bias` [out]."""
-        if state not in self._rounded:
-            self._rounded[state] = _rounded(tape, state)
-        rows, scale, zero, size = self._rounded[state]
-        whole = tape.op("Cast", [tape.op("MatMulInteger", [rows, integers, zero])], {"to": ir.DataType.FLOAT})
-        product = tape.op("Mul", [whole, tape.op("Mul", [scale, scales])])
-        product = product if size is None else tape.op("Mul", [product, size])
+        """Return `state` [..., in] times the matrix `integers` [in, out] times `scales` [out], plus `bias` [out]."""
+        if state not in self._quantized:
+            self._quantized[state] = _quantize(tape, state)
+        rows, scale, zero_point, row_scale = self._quantized[state]
+        sums = tape.op("Cast", [tape.op("MatMulInteger", [rows, integers, zero_point])], {"to": ir.DataType.FLOAT})
+        product = tape.op("Mul", [sums, tape.op("Mul", [scale, scales])])
+        product = product if row_scale is None else tape.op("Mul", [product, row_scale])
         return product if bias is None else tape.op("Add", [product, bias])
 
 
-def _rounded(tape: Tape, state: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
-    producer, size = state.producer(), None
+def _quantize(tape: Tape, state: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
+    producer, row_scale = state.producer(), None
     if producer is None or producer.op_type not in _NORMS:
         last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{state.name}.last_axis"))
-        least = tape.initializer(ir.tensor(np.array(_SMALLEST, np.float32), name=f"{state.name}.least"))
-        # The largest magnitude of each row; Abs would write it all down first, which takes twice as long.
+        minimum = tape.initializer(ir.tensor(np.array(_MIN_SCALE, np.float32), name=f"{state.name}.least"))
+        # The largest magnitude of each row. Abs would first write a full copy, which takes twice as long.
         high, low = (tape.op(kind, [state, last], {"keepdims": 1}) for kind in ("ReduceMax", "ReduceMin"))
-        size = tape.op("Max", [high, tape.op("Neg", [low]), least])
-        state = tape.op("Div", [state, size])
-    rows, scale, zero = tape.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)
-    return rows, scale, zero, size
+        row_scale = tape.op("Max", [high, tape.op("Neg", [low]), minimum])
+        state = tape.op("Div", [state, row_scale])
+    rows, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)
+    return rows, scale, zero_point, row_scale

@@ -1,4 +1,4 @@
-"""Nodes of a graph in place of others."""
+"""Replace nodes of a graph."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from onnx_ir.tape import Tape
 
 
 def replace_nodes(graph: ir.Graph, at: ir.Node, nodes: Sequence[ir.Node], tape: Tape, values: Mapping[ir.Value, ir.Value]) -> None:
-    """Put what a tape recorded where a node stands, and remove `nodes`.
+    """Insert the nodes of a tape at the position of the node `at`, and remove `nodes`.
 
-    `values`: of what these returned, what it becomes, which takes over name, type and shape.
+    `values`: maps outputs of the removed nodes to their replacements, which take over name, type and shape.
     """
     for old, new in values.items():
         new.type, new.shape = old.type, old.shape

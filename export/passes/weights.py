@@ -1,4 +1,4 @@
-"""Matrices as initializers that are computed when a graph is written, piece by piece, one matrix at a time."""
+"""Lazy initializers: matrices that are converted piece by piece while a graph is written, so that only one is in memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
 from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
 
-_PIECE = 1 << 20  # numbers that are converted at once: those that fit the cache are several times faster
+_PIECE = 1 << 20  # elements converted at once; pieces that fit the CPU cache are several times faster
 _TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}
 
 
 class LazyInitializer(ir.LazyTensor):
-    """All numbers of a `matrix` as they are, or in half precision."""
+    """An initializer with the elements of a `matrix` in float32 or float16."""
 
     def __init__(self, matrix: Matrix, name: str, kind: torch.dtype = torch.float32) -> None:
         super().__init__(lambda: ir.tensor(np.concatenate(list(self._pieces()))), _TYPES[kind], ir.Shape(matrix.shape), name=name)
@@ -26,7 +26,7 @@ class LazyInitializer(ir.LazyTensor):
         self._kind = kind
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the numbers to a file."""
+        """Write the elements to a file, piece by piece."""
         for piece in self._pieces():
             file.write(piece.data)
 
@@ -43,7 +43,7 @@ def matrix_of(value: ir.Value) -> Matrix:
 
 
 def as_fp16(value: ir.Value, name: str) -> ir.TensorProtocol:
-    """Return an initializer in half precision."""
+    """Return an initializer converted to float16."""
     constant = value.const_value
     assert constant is not None
     if isinstance(constant, LazyInitializer):
@@ -52,9 +52,10 @@ def as_fp16(value: ir.Value, name: str) -> ir.TensorProtocol:
 
 
 class IntegerMatrix:
-    """A matrix as the initializers of a DequantizeLinear, both transposed [in, out] as MatMul wants it, but a table of int8.
+    """A quantized matrix as the initializers of a DequantizeLinear, transposed to [in, out] as MatMul needs it.
 
-    They come from one computation: it is done when the integers are written, and kept are the scales until they are, too.
+    An int8 embedding table (`table`) is not transposed. Integers and scales come from one computation, which runs when the integers
+    are written; the scales are held until they are written too.
     """
 
     def __init__(self, matrix: Matrix, kind: str, products: torch.dtype, *, table: bool = False) -> None:
@@ -65,32 +66,32 @@ class IntegerMatrix:
 
     @property
     def attributes(self) -> dict[str, int]:
-        """Those of the DequantizeLinear."""
+        """The attributes of the DequantizeLinear."""
         return {"axis": 0, "block_size": BLOCK} if self.kind == "int4" else {"axis": 1}
 
     def integers(self, name: str) -> ir.TensorProtocol:
-        """Return the integers [in, out], of a table [out, in]."""
+        """Return the integers [in, out]; [out, in] for a table."""
         kind = ir.DataType.INT4 if self.kind == "int4" else ir.DataType.INT8
-        return ir.LazyTensor(self._integers, kind, ir.Shape(self._matrix.shape[:: 1 if self._table else -1]), name=name)
+        return ir.LazyTensor(self._quantize, kind, ir.Shape(self._matrix.shape[:: 1 if self._table else -1]), name=name)
 
     def scales(self, name: str) -> ir.TensorProtocol:
-        """Return the scales: of int4 [blocks, out], of int8 [out]."""
+        """Return the scales: [blocks, out] for int4, [out] for int8."""
         outputs = self._matrix.shape[0]
         shape = (self._blocks, outputs) if self.kind == "int4" else (outputs,)
         return ir.LazyTensor(self._take_scales, _TYPES[self._products], ir.Shape(shape), name=name)
 
     def restored(self, name: str) -> ir.TensorProtocol:
-        """Return the matrix that the integers stand for [in, out]."""
+        """Return the dequantized matrix [in, out]."""
         shape = ir.Shape(self._matrix.shape[::-1])
-        return ir.LazyTensor(self._restored, _TYPES[self._products], shape, name=name)
+        return ir.LazyTensor(self._dequantize, _TYPES[self._products], shape, name=name)
 
-    def _integers(self) -> ir.TensorProtocol:
+    def _quantize(self) -> ir.TensorProtocol:
         outputs, inputs = self._matrix.shape
         integers = (
             torch.empty(outputs, inputs, dtype=torch.int8) if self._table else torch.empty(inputs, outputs, dtype=torch.int8).T
         )
         scales = torch.empty(self._blocks, outputs, dtype=self._products)
-        for start, piece in self._quantized():
+        for start, piece in self._quantized_pieces():
             integers[start : start + len(piece.values)] = piece.values
             scales[:, start : start + len(piece.values)] = piece.scales.T
         self._scales = scales.numpy()
@@ -99,19 +100,19 @@ class IntegerMatrix:
 
     def _take_scales(self) -> ir.TensorProtocol:
         if self._scales is None:
-            self._integers()
+            self._quantize()
         assert self._scales is not None
         scales, self._scales = self._scales, None
         return ir.tensor(scales if self.kind == "int4" else scales[0])
 
-    def _restored(self) -> ir.TensorProtocol:
+    def _dequantize(self) -> ir.TensorProtocol:
         outputs, inputs = self._matrix.shape
-        whole = torch.empty(inputs, outputs, dtype=self._products)
-        for start, piece in self._quantized():
-            whole[:, start : start + len(piece.values)] = piece.restored().T
-        return ir.tensor(whole.numpy())
+        result = torch.empty(inputs, outputs, dtype=self._products)
+        for start, piece in self._quantized_pieces():
+            result[:, start : start + len(piece.values)] = piece.restored().T
+        return ir.tensor(result.numpy())
 
-    def _quantized(self) -> Iterator[tuple[int, Quantized]]:
+    def _quantized_pieces(self) -> Iterator[tuple[int, Quantized]]:
         start = 0
         for rows in _pieces(self._matrix):
             yield start, quantize(rows, self.kind, self._products)

@@ -18,7 +18,7 @@ from edgeprune.calibration.allocate.decode_rate import (
     mean_share,
     schedule_form,
 )
-from edgeprune.calibration.allocate.dyrate import _brought_to_budget, dyrate_options, rate_of, train
+from edgeprune.calibration.allocate.dyrate import _fit_bias, dyrate_options, rate_of, train
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel
@@ -125,7 +125,7 @@ def test_the_bias_meets_the_budget(tiny: LoadedModel, answers: list[RecordedAnsw
     greedy = Predictor(torch.zeros(len(SHARES), 13), torch.zeros(len(SHARES)), torch.tensor(SHARES))
     spent = []
     for budget in (0.3, 0.8):
-        fitted = _brought_to_budget(theatre(tiny), answers, greedy, budget)
+        fitted = _fit_bias(theatre(tiny), answers, greedy, budget)
         spent.append(mean_share([theatre(tiny).settle_policy(answer, rate_of(fitted))[0] for answer in answers]))
     assert spent[0] <= 0.3 + 1e-6 and spent[1] <= 0.8 + 1e-6
 

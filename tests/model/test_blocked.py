@@ -100,4 +100,4 @@ def test_a_block_that_ends_too_early_is_seen(even: LoadedModel, tmp_path: Path, 
 
 def test_both_ways_are_taken(pair: Pair) -> None:
     steps = [sum(lengths[:3]) for lengths in LENGTHS.values()]
-    assert min(steps) < blocked.SHORT < max(steps)
+    assert min(steps) < blocked.MIN_BLOCKED_LENGTH < max(steps)
