@@ -1,1 +1,1 @@
-"""TensorRT engines: building them, trusting them, running them. Imports nothing of the runtime but the backend interface."""
+"""Build, authenticate and run TensorRT engines. Of the runtime, this package imports only the backend interface."""

@@ -1,7 +1,7 @@
-"""Arrays on the device that pass through the generation loop as NumPy's do.
+"""Device arrays that the generation loop uses like NumPy arrays, and the memory pool behind them.
 
-The loop looks at shapes, takes prefixes, joins and writes rows; it never looks inside. Memory is leased from a pool and goes back
-when the last array on it is forgotten.
+The loop only reads shapes, slices prefixes, concatenates and writes rows. It never reads values. Each array holds a lease on a
+block of the pool. The block returns to the pool when its last array is garbage-collected.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from edgeprune.runtime.backends.tensorrt.bindings import Driver
 
-_GRAIN = 256  # bytes: TensorRT wants addresses aligned to it
+_ALIGNMENT = 256  # bytes; TensorRT requires it of tensor addresses
 
 
 class MemoryPool:
-    """Memory of the device in blocks that are used again; a block has the size that was asked for it first."""
+    """A pool of reusable device memory blocks. A block keeps the size of its first lease."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -27,32 +27,32 @@ class MemoryPool:
         self._all: dict[int, int] = {}
 
     def lease(self, size: int) -> Lease:
-        """Return a block of at least `size` bytes; the same sizes find each other's blocks again."""
-        size = max(-(-size // _GRAIN), 1) * _GRAIN
-        waiting = self._free.setdefault(size, [])
-        address = waiting.pop() if waiting else self.driver.allocate(size)
+        """Return a block of at least `size` bytes, a free block of the same rounded size if there is one."""
+        size = max(-(-size // _ALIGNMENT), 1) * _ALIGNMENT
+        free = self._free.setdefault(size, [])
+        address = free.pop() if free else self.driver.allocate(size)
         self._all[address] = size
         return Lease(self, address)
 
     def give_back(self, address: int) -> None:
-        """Take a block back; what the stream still does with it comes before whatever uses it next."""
+        """Return a block to the pool. Stream order ensures that pending work on it finishes before it is used again."""
         if address in self._all:
             self._free[self._all[address]].append(address)
 
     @property
     def bytes(self) -> int:
-        """Memory that the pool holds."""
+        """Bytes that the pool has allocated, leased or free."""
         return sum(self._all.values())
 
     def close(self) -> None:
-        """Free every block; arrays that are still around may no longer be used."""
+        """Free every block. Remaining arrays become invalid."""
         for address in self._all:
             self.driver.free(address)
         self._all, self._free = {}, {}
 
 
 class Lease:
-    """A block, given back when nothing refers to it."""
+    """A block of the pool, returned when the lease is garbage-collected."""
 
     def __init__(self, pool: MemoryPool, address: int) -> None:
         self.pool, self.address = pool, address
@@ -63,7 +63,7 @@ class Lease:
 
 @dataclass(frozen=True, eq=False)
 class DeviceArray:
-    """A contiguous array on the device: shape, NumPy type, and where it begins in its block."""
+    """A contiguous array on the device. `offset`: bytes from the start of its block."""
 
     lease: Lease
     shape: tuple[int, ...]
@@ -72,19 +72,19 @@ class DeviceArray:
 
     @property
     def address(self) -> int:
-        """Where it lies."""
+        """The device address of the first element."""
         return self.lease.address + self.offset
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """The size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> DeviceArray:
-        """Return consecutive rows: a view, nothing is copied."""
+        """Return a view of consecutive rows."""
         start, stop, step = rows.indices(len(self))
         assert step == 1
         row = self.nbytes // len(self) if len(self) else 0
@@ -100,7 +100,7 @@ class DeviceArray:
             self.lease.pool.driver.upload(target.address, np.ascontiguousarray(value))
 
     def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
-        """Join and make room on the device where NumPy would (NumPy's protocol of NEP 18); nothing else is done to these arrays."""
+        """Implement np.concatenate and np.empty_like on the device (NumPy's NEP 18). Other functions are not implemented."""
         del types
         pool = self.lease.pool
         if function is np.concatenate:
@@ -110,7 +110,7 @@ class DeviceArray:
         return NotImplemented
 
     def numpy(self) -> np.ndarray:
-        """Return a copy on the host, waiting for it."""
+        """Return a host copy. Blocks until the copy is complete."""
         array = np.empty(self.shape, self.dtype)
         if array.nbytes:
             self.lease.pool.driver.download(array, self.address)
@@ -118,12 +118,12 @@ class DeviceArray:
 
 
 def empty(pool: MemoryPool, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
-    """Return an array on the device of which nothing is set."""
+    """Return an uninitialized array on the device."""
     return DeviceArray(pool.lease(math.prod(shape) * dtype.itemsize), shape, dtype)
 
 
 def upload(pool: MemoryPool, array: np.ndarray) -> DeviceArray:
-    """Return a copy of a host array on the device."""
+    """Copy a host array to the device and return it."""
     array = np.ascontiguousarray(array)
     lease = pool.lease(array.nbytes)
     if array.nbytes:
@@ -132,7 +132,7 @@ def upload(pool: MemoryPool, array: np.ndarray) -> DeviceArray:
 
 
 def joined(pool: MemoryPool, arrays: Sequence[DeviceArray | np.ndarray], axis: int = 0) -> DeviceArray:
-    """Return arrays one after the other along an axis that none but axes of length 1 precede."""
+    """Concatenate arrays along an axis. All axes before it must have length 1. Host arrays are uploaded first."""
     parts = [part if isinstance(part, DeviceArray) else upload(pool, part) for part in arrays]
     first = parts[0]
     assert all(length == 1 for length in first.shape[:axis])

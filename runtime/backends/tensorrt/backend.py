@@ -1,9 +1,9 @@
 """The backend interface on TensorRT engines.
 
-An engine runs with one context for each optimization profile, with inputs by address and outputs in leased memory. Only token
-ids, positions and pixels go to the device. Only logits, kept indices and keep ratios come back. Embeddings, KV caches and
-attention shares stay on the device, and the keys and values of a step are copied behind the earlier ones. The decode step has no
-CUDA graph, because its text caches grow by one at every step.
+Each engine has one execution context per optimization profile. Inputs are bound by address, outputs to pooled memory. Only token
+ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back. Embeddings, KV caches
+and attention shares stay on the device, and the keys and values of a step are appended there. The decode step has no CUDA graph,
+because its text caches grow by one at every step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Value = DeviceArray | np.ndarray
 
 
 class Executor:
-    """One deserialized engine. `record` names its inputs and outputs, `profiles` are those that it was built with."""
+    """One deserialized engine. `record` describes its inputs and outputs. `profiles` are those it was built with, in order."""
 
     def __init__(
         self, trt: Any, runtime: Any, plan: bytes, record: GraphRecord, profiles: Sequence[ShapeProfile], pool: MemoryPool
@@ -44,16 +44,16 @@ class Executor:
         self._capacity = [self._capacities(number) for number in range(len(profiles))]
 
     def run(self, values: Mapping[str, Value], profile: int = 0) -> dict[str, DeviceArray]:
-        """Return the outputs by name; they are complete when the stream has come so far.
+        """Enqueue one run and return the outputs by name. They are valid once the stream has reached this point.
 
         Raises EngineError when a shape lies outside the profile.
         """
-        context, held = self._contexts[profile], []
+        context, arrays = self._contexts[profile], []
         for name in self._inputs:
             value = values[name]
             self._check_range(name, value.shape, profile)
             array = value if isinstance(value, DeviceArray) else upload(self._pool, value.astype(self._type(name), copy=False))
-            held.append(array)  # its memory must not be leased again before the engine has read it
+            arrays.append(array)  # keeps the lease until the run is enqueued
             if not context.set_input_shape(name, array.shape) or not context.set_tensor_address(name, array.address):
                 raise EngineError(
                     f"TensorRT refuses {name} of shape {array.shape}.", hint="Build the engines again: edgeprune build"
@@ -64,7 +64,7 @@ class Executor:
         return outputs
 
     def close(self) -> None:
-        """Destroy the contexts, and the engine after them."""
+        """Destroy the contexts, then the engine."""
         self._contexts.clear()
         self._engine = None
 
@@ -77,11 +77,11 @@ class Executor:
         return context
 
     def _capacities(self, number: int) -> dict[str, int]:
-        # What outputs may need at most under one profile, so that a cache which grows stays in its block.
+        # Bytes of each output at the profile's maximum shapes, so that a growing cache reuses blocks of one size.
         context = self._contexts[number]
-        for name, (_, _, greatest) in self._profiles[number].items():
+        for name, (_, _, maximum) in self._profiles[number].items():
             if name in self._inputs:
-                context.set_input_shape(name, greatest)
+                context.set_input_shape(name, maximum)
         return {name: self._bytes(name, context.get_tensor_shape(name)) for name in self._outputs}
 
     def _output(self, context: Any, name: str, profile: int) -> DeviceArray:
@@ -91,10 +91,10 @@ class Executor:
         return DeviceArray(lease, shape, self._type(name))
 
     def _check_range(self, name: str, shape: Sequence[int], profile: int) -> None:
-        least, _, greatest = self._profiles[profile].get(name, (shape, shape, shape))
-        if not all(low <= length <= high for low, length, high in zip(least, shape, greatest, strict=True)):
+        minimum, _, maximum = self._profiles[profile].get(name, (shape, shape, shape))
+        if not all(low <= length <= high for low, length, high in zip(minimum, shape, maximum, strict=True)):
             raise EngineError(
-                f"{name} has shape {tuple(shape)}, the engine was built for {least} to {greatest}.", hint=_remedy(name, greatest)
+                f"{name} has shape {tuple(shape)}, the engine was built for {minimum} to {maximum}.", hint=_remedy(name, maximum)
             )
 
     def _type(self, name: str) -> np.dtype:
@@ -104,26 +104,26 @@ class Executor:
         return int(np.prod(tuple(shape), dtype=np.int64)) * self._type(name).itemsize
 
 
-def _remedy(name: str, greatest: Sequence[int]) -> str:
+def _remedy(name: str, maximum: Sequence[int]) -> str:
     if name.startswith("visual_past"):
         return "Ask about fewer images, or build for more: edgeprune build --images N"
     if name.startswith("past_"):
         return "Begin a new conversation, or build for a longer one: edgeprune build --context N"
-    if name.startswith("prefix") and 0 in greatest:
+    if name.startswith("prefix") and 0 in maximum:
         return "Build engines that can answer without pruning: edgeprune build --unpruned"
     return "Ask something shorter, or build for longer turns: edgeprune build --turn N"
 
 
 class TensorRTBackend:
-    """The graphs of a bundle as TensorRT engines; `close` gives their memory back.
+    """The graphs of a bundle as TensorRT engines. `close` frees their memory.
 
-    Arrays in what it returns lie on the device. Raises EngineError when an engine is missing, is of another TensorRT or GPU, or was
-    not built on this device.
+    Returned embeddings, keys, values, signals and attention splits are device arrays; logits and indices are host arrays.
+    Raises EngineError when an engine is missing, is for another TensorRT version or GPU, or was not built on this device.
     """
 
     def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: DeviceIdentity) -> None:
         self._plan, self._driver, self._pool = bundle.plan, driver, MemoryPool(driver)
-        self._tiers, self._live = bundle.manifest.tiers, bundle.plan.follows_attention
+        self._tiers, self._has_attention_split = bundle.manifest.tiers, bundle.plan.follows_attention
         self._executors: dict[str, Executor] = {}
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         try:
@@ -133,7 +133,7 @@ class TensorRTBackend:
                 for graph, (record, profiles) in engines.items()
             }
             for graph in engines:
-                if graph != VISION_UNPRUNED:  # only an unpruned answer needs it
+                if graph != VISION_UNPRUNED:  # loaded with the first unpruned answer
                     self._executors[graph] = self._open[graph]()
         except EngineError:
             self.close()
@@ -147,21 +147,21 @@ class TensorRTBackend:
 
     @classmethod
     def on_this_device(cls, bundle: Bundle) -> TensorRTBackend:
-        """Return the engine on this machine's GPU."""
+        """Return the backend on this machine's GPU."""
         trt, runtime = tensorrt(), cuda()
         return cls(bundle, trt, CudaDriver(runtime), Store(bundle.path), identity(trt, runtime))
 
     @property
     def device_bytes(self) -> int:
-        """Memory for inputs, outputs and caches; engines and their scratch memory not counted."""
+        """Bytes of inputs, outputs and caches, without the engines and their scratch memory."""
         return self._pool.bytes
 
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Return what the vision encoder says of patches [patches, patch pixels]; `unpruned`: of all, whatever its cuts are."""
+        """Encode patches [patches, patch pixels]. `unpruned` skips the cuts inside the vision encoder."""
         outputs = self._encoder(unpruned and bool(self._plan.vision_cuts)).run({"pixel_values": patches})
-        self._driver.synchronize()  # so that its time is its own, and not that of the step that waits for it
+        self._driver.synchronize()  # otherwise its time would be measured with the next step
         signals = {name: _array(outputs[name]) for name in SIGNALS if name in outputs}
         kept = [outputs[name].numpy() for name in kept_names(self._plan, "vision") if name in outputs]
         return VisionOutput(_array(outputs["visual_embeds"]), signals, tuple(kept))
@@ -179,8 +179,9 @@ class TensorRTBackend:
         return self._executors[VISION_UNPRUNED]
 
     def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply the plan's input cut, given the embeddings of the prompt [1, M, hidden]: return embeddings [1, K, hidden], indices
-        [K], those on the host.
+        """Apply the input cut of a tier's plan.
+
+        `prompt`: text embeddings [1, M, hidden]. Returns embeddings [1, K, hidden] on the device and indices [K] on the host.
         """
         values = {
             "visual_embeds": vision_output.embeds,
@@ -193,21 +194,21 @@ class TensorRTBackend:
         return _array(outputs["kept_embeds"]), outputs[name].numpy()
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Return embeddings [1, n, hidden]."""
+        """Return the embeddings [1, n, hidden] of n token ids."""
         return _array(self._executors[EMBED].run({"ids": np.array([ids], np.int64)})["embeds"])
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run new tokens on top of a cache."""
+        """Run the decoder on new tokens, given the KV cache of the earlier ones."""
         profile = image_prefill_of(tokens.tier) if len(tokens.visual_indices) else TEXT
         return self._step(self._executors[DECODER].run(decoder_feeds(self._inputs, tokens, cache), profile))
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
-        """Return the share of visual tokens that the plan's predictor keeps for decode step `step`, given the attention split."""
+        """Return the keep ratio that the plan's predictor gives for decode step `step`, from the attention split."""
         outputs = self._executors[PREDICTOR].run({"attention_split": split, "step": np.array([step], np.float32)})
         return float(outputs["share"].numpy()[0])
 
     def close(self) -> None:
-        """Destroy the engines, then free the memory, then give the stream back."""
+        """Destroy the engines, then free the memory, then destroy the stream."""
         for executor in self._executors.values():
             executor.close()
         self._pool.close()
@@ -215,7 +216,7 @@ class TensorRTBackend:
 
     def _step(self, outputs: Mapping[str, DeviceArray]) -> DecoderOutput:
         logits, *rest = (outputs[name] for name in self._outputs)
-        split = _array(rest.pop()) if self._live else None
+        split = _array(rest.pop()) if self._has_attention_split else None
         count = 2 * self._plan.layers
         return DecoderOutput(
             logits.numpy()[0, 0], tuple(map(_array, rest[:count])), tuple(part.numpy() for part in rest[count:]), split
@@ -223,5 +224,5 @@ class TensorRTBackend:
 
 
 def _array(array: DeviceArray) -> np.ndarray:
-    # The loop passes these on, joins them, takes prefixes and writes rows, which is all they can do.
+    # The interface is typed for NumPy. The generation loop uses only what DeviceArray implements.
     return cast("np.ndarray", array)

@@ -1,6 +1,6 @@
-"""TensorRT and CUDA of this machine, or the remedy where they are missing.
+"""Import TensorRT and CUDA, or raise an error with the remedy where they are missing.
 
-CUDA is called through a small interface, which tests replace by memory that they can inspect.
+CUDA is called through a small interface, `Driver`, so that tests can replace it with host memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from edgeprune.errors import EngineError
 
 @dataclass(frozen=True)
 class DeviceIdentity:
-    """What an engine fits: a version of TensorRT and a GPU's compute capability, such as "8.7"."""
+    """What an engine is specific to: the TensorRT version and the GPU's compute capability, such as "8.7"."""
 
     tensorrt: str
     capability: str
 
 
 class Driver(Protocol):
-    """One stream, and memory on the device; addresses are integers, sizes bytes. Everything happens in the order of the calls."""
+    """One CUDA stream and device memory. Addresses are integers, sizes are in bytes. Operations run in call order."""
 
     @property
     def stream(self) -> int:
@@ -33,11 +33,11 @@ class Driver(Protocol):
         ...
 
     def allocate(self, size: int) -> int:
-        """Return the address of new memory."""
+        """Allocate device memory and return its address."""
         ...
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free device memory."""
         ...
 
     def upload(self, address: int, array: np.ndarray) -> None:
@@ -45,33 +45,30 @@ class Driver(Protocol):
         ...
 
     def download(self, array: np.ndarray, address: int) -> None:
-        """Copy from the device into a contiguous array, and wait for it."""
+        """Copy from the device into a contiguous array and wait for the copy."""
         ...
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Copy on the device."""
+        """Copy `size` bytes on the device."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for everything that was asked so far."""
+        """Wait for all pending operations."""
         ...
 
     def close(self) -> None:
-        """Wait for the stream and give it back."""
+        """Wait for the stream and destroy it."""
         ...
 
 
 class CudaDriver:
-    """CUDA through `cuda.bindings.runtime`; raises EngineError with CUDA's own name for what went wrong."""
+    """A driver on `cuda.bindings.runtime`. Every method raises EngineError with CUDA's error name when a call fails."""
 
     def __init__(self, runtime: Any) -> None:
         self._cuda = runtime
         kinds = runtime.cudaMemcpyKind
-        self._in, self._out, self._on = (
-            kinds.cudaMemcpyHostToDevice,
-            kinds.cudaMemcpyDeviceToHost,
-            kinds.cudaMemcpyDeviceToDevice,
-        )
+        self._to_device, self._to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self._on_device = kinds.cudaMemcpyDeviceToDevice
         self._stream = self._call(runtime.cudaStreamCreate)
 
     @property
@@ -80,32 +77,32 @@ class CudaDriver:
         return int(self._stream)
 
     def allocate(self, size: int) -> int:
-        """Return the address of new memory."""
+        """Allocate device memory and return its address."""
         return int(self._call(self._cuda.cudaMalloc, size))
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free device memory."""
         self._call(self._cuda.cudaFree, address)
 
     def upload(self, address: int, array: np.ndarray) -> None:
-        """Copy a contiguous array to the device; pageable memory is read before the call returns."""
-        self._call(self._cuda.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, self._in, self._stream)
+        """Copy a contiguous array to the device. CUDA reads pageable memory before the call returns."""
+        self._call(self._cuda.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, self._to_device, self._stream)
 
     def download(self, array: np.ndarray, address: int) -> None:
-        """Copy from the device into a contiguous array, and wait for it."""
-        self._call(self._cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, self._out, self._stream)
+        """Copy from the device into a contiguous array and wait for the copy."""
+        self._call(self._cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, self._to_host, self._stream)
         self._call(self._cuda.cudaStreamSynchronize, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Copy on the device."""
-        self._call(self._cuda.cudaMemcpyAsync, target, source, size, self._on, self._stream)
+        """Copy `size` bytes on the device."""
+        self._call(self._cuda.cudaMemcpyAsync, target, source, size, self._on_device, self._stream)
 
     def synchronize(self) -> None:
-        """Wait for everything that was asked so far."""
+        """Wait for all pending operations."""
         self._call(self._cuda.cudaStreamSynchronize, self._stream)
 
     def close(self) -> None:
-        """Wait for the stream and give it back."""
+        """Wait for the stream and destroy it."""
         self.synchronize()
         self._call(self._cuda.cudaStreamDestroy, self._stream)
 
@@ -120,7 +117,7 @@ class CudaDriver:
 
 
 def tensorrt(machine: Machine | None = None) -> Any:
-    """Return TensorRT's Python module; raise EngineError saying how to get it on this JetPack."""
+    """Import and return TensorRT. Raises EngineError with the remedy for this JetPack when it is missing or too old."""
     try:
         trt = importlib.import_module("tensorrt")
     except ImportError as error:
@@ -133,7 +130,7 @@ def tensorrt(machine: Machine | None = None) -> Any:
 
 
 def cuda() -> Any:
-    """Return the CUDA runtime's Python module; raise EngineError saying how to get it."""
+    """Import and return the CUDA runtime's Python module. Raises EngineError with the install command when it is missing."""
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -143,10 +140,10 @@ def cuda() -> Any:
 
 
 def identity(trt: Any, runtime: Any) -> DeviceIdentity:
-    """Return what engines of this machine fit; `runtime` is the module that `cuda` returns."""
-    name = runtime.cudaDeviceAttr
+    """Return the identity of this machine's GPU and TensorRT. `runtime` is the module that `cuda` returns."""
+    attributes = runtime.cudaDeviceAttr
     numbers = []
-    for attribute in (name.cudaDevAttrComputeCapabilityMajor, name.cudaDevAttrComputeCapabilityMinor):
+    for attribute in (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor):
         error, value = runtime.cudaDeviceGetAttribute(attribute, 0)
         if int(error):
             raise EngineError(f"CUDA finds no GPU ({error}).", hint="See: edgeprune doctor")
@@ -155,7 +152,7 @@ def identity(trt: Any, runtime: Any) -> DeviceIdentity:
 
 
 def _missing(machine: Machine, error: ImportError) -> str:
-    # The doctor's own words: what blocks the build on this machine, and the command.
+    # The reason and remedy that `edgeprune doctor` reports.
     blocked = next((each for each in diagnose(machine).abilities if each.name == "build TensorRT engines" and not each.able), None)
     if blocked is None:
         return f"{error}. See: edgeprune doctor"

@@ -1,7 +1,7 @@
-"""`edgeprune build`: plan the builds of a bundle, check that they fit into memory, and build.
+"""Plan, check and run the engine builds of a bundle (`edgeprune build`).
 
-An engine that exists for the same TensorRT, GPU, precision and profiles is kept. Engines of equal graphs are taken over from
-another bundle, such as one with other budgets.
+An existing engine for the same TensorRT version, GPU, precision and profiles is kept. An engine of an equal graph is copied from
+another bundle, such as one with other keep budgets.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, build_e
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
 from edgeprune.runtime.backends.tensorrt.store import TIMINGS, EngineRecord, Store, engine_key
 
-# Peak resident memory of TensorRT-RTX builds of decoders of 3 to 1400 MB of weights: a base, and the weights as parsed, as laid out
-# for kernels, and as serialized (docs/tensorrt.md).
+# Peak resident memory of TensorRT-RTX builds, fitted to decoders with 3 to 1400 MB of weights (docs/tensorrt.md): a constant, and
+# copies of the weights (parsed, laid out for kernels, serialized).
 BASE_BYTES, COPIES = 600 << 20, 3.5
 
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One engine to be had: its graph, profiles and key; `weights`: bytes of the graph; `ready`: it is there already."""
+    """One engine that the bundle needs. `weights`: bytes of the graph. `ready`: the engine exists already."""
 
     graph: str
     limits: ProfileLimits
@@ -41,13 +41,13 @@ class BuildJob:
     ready: bool = False
 
     def peak_bytes(self, settings: BuilderSettings) -> int:
-        """Return the estimated peak of memory while it is built."""
+        """Return the estimated peak memory of the build in bytes."""
         return int(BASE_BYTES + COPIES * self.weights + settings.workspace)
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """An engine and how it came: "built", "kept" (it was there) or "taken" from another bundle."""
+    """An engine and its origin: "built", "kept" (it existed) or "taken" (copied from another bundle)."""
 
     record: EngineRecord
     how: str
@@ -60,7 +60,7 @@ def plan_jobs(
     identity: DeviceIdentity | None = None,
     store: Store | None = None,
 ) -> list[BuildJob]:
-    """Return the engines that a bundle needs; without an identity, none of them has a key or is ready."""
+    """Return the engines that a bundle needs. Without an identity the jobs have no key; without a store none is ready."""
     jobs = []
     for graph, profiles in shape_profiles(bundle, limits).items():
         weights = sum(record.bytes for name, record in bundle.manifest.files.items() if name in files_of(graph))
@@ -82,30 +82,30 @@ def build_jobs(
     advance: Callable[[str, str, float], None] = lambda graph, phase, done: None,
     configure: Callable[[Any], None] = lambda config: None,
 ) -> list[BuildResult]:
-    """Build what is not there; an interruption keeps the engines that are finished.
+    """Build the engines that do not exist. Finished engines survive an interruption.
 
-    `others`: stores of other bundles, whose engines of equal key are copied. `advance` is told graph, phase and share done.
+    `others`: stores of other bundles to copy engines with equal keys from. `advance`: called with graph, phase and fraction done.
     """
-    done = []
+    results = []
     for job in jobs:
         kept = _found(store, job.graph, job.key)
         taken = None if kept else next((found for other in others if (found := _read(other, job)) is not None), None)
         if kept is not None:
-            done.append(BuildResult(kept, "kept"))
+            results.append(BuildResult(kept, "kept"))
         elif taken is not None:
             store.add(*taken)
-            done.append(BuildResult(taken[0], "taken"))
+            results.append(BuildResult(taken[0], "taken"))
         else:
-            done.append(BuildResult(_build(trt, bundle, job, identity, settings, store, advance, configure), "built"))
-    return done
+            results.append(BuildResult(_build(trt, bundle, job, identity, settings, store, advance, configure), "built"))
+    return results
 
 
 def check_memory(jobs: Sequence[BuildJob], settings: BuilderSettings, memory: Memory) -> None:
-    """Raise EngineError when the largest build cannot fit into what is free, swap included."""
-    wanted = [job for job in jobs if not job.ready]
-    if not wanted or memory.available is None:
+    """Raise EngineError when the largest build does not fit into available memory and swap."""
+    pending = [job for job in jobs if not job.ready]
+    if not pending or memory.available is None:
         return
-    largest = max(wanted, key=lambda job: job.weights)
+    largest = max(pending, key=lambda job: job.weights)
     needed, free = largest.peak_bytes(settings), (memory.available + (memory.swap_free or 0)) << 20
     if needed > free:
         raise EngineError(
@@ -169,7 +169,7 @@ def _build(
 
 
 def _found(store: Store, graph: str, key: str) -> EngineRecord | None:
-    # A record of another device is no reason to stop a build: it is what the build replaces.
+    # A record that this device did not sign must not stop the build that will replace it.
     try:
         return store.find(graph, key)
     except EngineError:
@@ -183,7 +183,7 @@ def _read(store: Store, job: BuildJob) -> tuple[EngineRecord, bytes] | None:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """A bundle, how long things may get in its engines, how they are built, and whose engines may be taken."""
+    """The arguments of one build. `reuse`: other bundles whose engines may be copied. `ignore_memory`: skip the memory check."""
 
     bundle: Bundle
     limits: ProfileLimits
@@ -203,9 +203,9 @@ class BuildRequest:
         require_signature: TrustedKeys = (),
         **limits: Any,
     ) -> BuildRequest:
-        """Return the request of a command line; `workspace` in MiB. Raises BundleError and UsageError.
+        """Load the bundle and return its request. `workspace` is in MiB. Raises BundleError and UsageError.
 
-        `require_signature`: public keys, of which one must have signed the bundle.
+        `require_signature`: trusted public keys. One of them must have signed the bundle.
         """
         for other in reuse:
             Bundle.load(other)
@@ -220,7 +220,7 @@ class BuildRequest:
 
 
 def plan_build(request: BuildRequest) -> tuple[BuildRequest, list[BuildJob]]:
-    """Return a request and what it would build, with no look at the device."""
+    """Return a request and its jobs without querying the device."""
     return request, plan_jobs(request.bundle, request.limits, request.settings)
 
 
@@ -234,19 +234,19 @@ def build_bundle(
     secret: bytes | None = None,
     configure: Callable[[Any], None] = lambda config: None,
 ) -> list[BuildResult]:
-    """Build the engines that a bundle lacks on this device.
+    """Build the missing engines of a bundle. Raises EngineError.
 
-    What is not given is that of this machine: TensorRT's module, what engines fit, its memory and its key. Raises EngineError.
+    `trt`, `device`, `machine` and `secret` default to those of this machine.
     """
-    here = machine or read_machine()
-    trt = trt or tensorrt(here)
+    machine = machine or read_machine()
+    trt = trt or tensorrt(machine)
     device = device or identity(trt, cuda())
     store = Store(request.bundle.path, secret)
     store.remove_stale()
     jobs = plan_jobs(request.bundle, request.limits, request.settings, device, store)
     others = [Store(other, secret) for other in request.reuse]
     if not request.ignore_memory:
-        check_memory(jobs, request.settings, here.memory)
+        check_memory(jobs, request.settings, machine.memory)
     return build_jobs(
         trt, request.bundle, jobs, device, request.settings, store, others=others, advance=advance, configure=configure
     )

@@ -1,7 +1,7 @@
 """Build one engine from one graph, with the Python API that TensorRT 10.3 to 11.4 and TensorRT-RTX share.
 
-Networks are strongly typed: precision lies in the graph, and no precision flag exists in 11. What only some versions have is asked
-for by name and left out elsewhere.
+Networks are strongly typed: the graph sets the precision, and TensorRT 11 has no precision flags. Features that only some versions
+have are looked up by name and skipped where they are missing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
 
-BuildProgress = Callable[[str, float], None]  # what the builder is at, and the share of it that is done
-_MOST_ERRORS = 3  # of a parser, that a message quotes
+BuildProgress = Callable[[str, float], None]  # phase name, fraction done
+_MAX_ERRORS = 3  # parser errors quoted in a message
 
 
 @dataclass(frozen=True)
 class BuilderSettings:
-    """`workspace`: bytes of scratch memory that a layer may ask for; `level`: how long the builder searches, 0 to 5."""
+    """`workspace`: scratch memory limit in bytes. `level`: TensorRT's builder optimization level, 0 to 5."""
 
     workspace: int = 512 << 20
     level: int = 3
@@ -30,7 +30,7 @@ class BuilderSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine where the builder left it, the seconds that parsing and building took, and the builder's timing cache."""
+    """A serialized engine in the builder's own memory, with the times of parsing and building and the updated timing cache."""
 
     serialized_engine: memoryview
     parse_seconds: float
@@ -48,10 +48,10 @@ def build_engine(
     configure: Callable[[Any], None] = lambda config: None,
     advance: BuildProgress = lambda phase, done: None,
 ) -> Built:
-    """Return the engine of a graph under optimization profiles.
+    """Build the engine of an ONNX graph for some optimization profiles.
 
-    `trt`: TensorRT's module; `timings`: a timing cache of an earlier build, ignored when it is of another device; `configure` may
-    set more on the builder's configuration. Raises EngineError with the node and the reason when the graph is refused.
+    `trt`: the TensorRT module. `timings`: timing cache of an earlier build, ignored when it is from another device. `configure` may
+    change the builder configuration. Raises EngineError with the node and the reason when TensorRT rejects the graph.
     """
     log = _log(trt)
     builder = trt.Builder(log)
@@ -67,18 +67,18 @@ def build_engine(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"TensorRT cannot build {graph.name}: {log.first_error}", hint="See: edgeprune check")
-    del parser  # the network reads the weights that the parser mapped
+    del parser  # not earlier: the network refers to weights that the parser has mapped
     serialized = bytes(cache.serialize()) if cache is not None else b""
     return Built(memoryview(plan).cast("B"), parsed - started, time.perf_counter() - parsed, serialized)
 
 
 def _parsed(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
-    # 11 accepts the flag and ignores it: every network is strongly typed there.
+    # TensorRT 11 accepts this flag and ignores it, because all its networks are strongly typed.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    # From the file, so that external weights are mapped and not read.
+    # Parsing from a file maps external weights instead of reading them.
     if not parser.parse_from_file(str(graph)):
-        errors = [_refusal(parser.get_error(index)) for index in range(min(parser.num_errors, _MOST_ERRORS))]
+        errors = [_refusal(parser.get_error(index)) for index in range(min(parser.num_errors, _MAX_ERRORS))]
         raise EngineError(
             f"TensorRT cannot parse {graph.name}: {'; '.join(errors) or log.first_error}", hint="See: edgeprune check"
         )
@@ -86,7 +86,7 @@ def _parsed(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
 
 
 def _refusal(error: Any) -> str:
-    # What follows the first line is the builder's own trace; without a GPU it ends in a CUDA error that explains nothing.
+    # Later lines are the parser's internal trace, which without a GPU ends in an unrelated CUDA error.
     lines = [line.strip() for line in str(error.desc()).splitlines() if line.strip()]
     reason = next((line for line in lines if not line.startswith(("Invalid Node", "In node"))), "no reason given")
     node = f"{getattr(error, 'node_name', str)()} ({getattr(error, 'node_operator', str)()})"
@@ -105,7 +105,7 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: ShapeProfile)
     names = {network.get_input(index).name for index in range(network.num_inputs)}
     added = builder.create_optimization_profile()
     for name, shapes in profile.items():
-        if name in names:  # a parser may drop an input that nothing reads
+        if name in names:  # the parser may remove an unused input
             added.set_shape(name, *shapes)
     if profile:
         config.add_optimization_profile(added)
@@ -113,9 +113,9 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: ShapeProfile)
 
 def _timing_cache(config: Any, timings: bytes) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX measures nothing, and says so
+        warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX has no timing cache and warns about it
         cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
-        if cache is not None and not config.set_timing_cache(cache, False):  # not of this device or version
+        if cache is not None and not config.set_timing_cache(cache, False):  # from another device or version
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, False)
     return cache

@@ -1,7 +1,8 @@
-"""Optimization profiles: for which lengths an engine is built.
+"""Optimization profiles: the shape ranges for which engines are built.
 
-A decoder has two. The image turn has a visual segment of one fixed length, so that every kept count is a constant; text turns and
-decode steps have none. Lengths are named as the graph's dimensions are, which the manifest records.
+A decoder has one profile for prefill with an image in each tier, and one for text prefill and decode steps. The visual segment has
+a fixed length with an image and length 0 without, so that every keep budget is a constant. Ranges are keyed by the names of the
+graph's dynamic dimensions, as recorded in the manifest.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import cache_group
 
-IMAGE_PREFILL, TEXT = 0, 1  # the decoder's profiles; image turns of lower tiers follow
-Range = tuple[int, int, int]  # least, usual, greatest
+IMAGE_PREFILL, TEXT = 0, 1  # indices of the decoder's profiles; image prefills of lower tiers follow
+Range = tuple[int, int, int]  # minimum, optimum, maximum
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-ShapeProfile = Mapping[str, Shapes]  # by input
+ShapeProfile = Mapping[str, Shapes]  # by input name
 
 
 @dataclass(frozen=True)
 class ProfileLimits:
-    """How long things may get in the engines of a bundle.
+    """The maximum lengths that the engines of a bundle support.
 
-    `context`: text tokens in the caches, generated ones included; `turn`: new text tokens in one forward; `images` in one
-    conversation; `unpruned`: answers with pruning switched off too, whose image lies among the text.
+    `context`: text tokens in the KV caches, generated ones included. `turn`: new text tokens in one forward pass. `images`: images
+    in one conversation. `unpruned`: also support unpruned answers, whose visual tokens are run as text.
     """
 
     context: int = 2048
@@ -43,12 +44,12 @@ class ProfileLimits:
 
 
 def shape_profiles(bundle: Bundle, limits: ProfileLimits) -> dict[str, tuple[ShapeProfile, ...]]:
-    """Return the profiles of the graphs of a bundle, by path; a graph of fixed shapes has one, without inputs.
+    """Return the profiles of each graph of a bundle, by graph path. A graph of fixed shapes has one empty profile.
 
-    The encoder without its cuts is wanted for unpruned answers alone.
+    The vision encoder without cuts is included only with `limits.unpruned`.
     """
     selectors = map(tier_selector, bundle.manifest.tiers[1:])
-    wanted: dict[str, tuple[Mapping[str, Range], ...]] = {
+    ranges: dict[str, tuple[Mapping[str, Range], ...]] = {
         VISION: ({},),
         **({VISION_UNPRUNED: ({},)} if limits.unpruned else {}),
         EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
@@ -57,27 +58,26 @@ def shape_profiles(bundle: Bundle, limits: ProfileLimits) -> dict[str, tuple[Sha
         DECODER: decoder_ranges((bundle.plan, *bundle.lower_tiers), limits),
     }
     graphs = bundle.manifest.graphs
-    return {name: tuple(_profile(graphs[name].inputs, ranges) for ranges in wanted[name]) for name in wanted if name in graphs}
+    return {name: tuple(_profile(graphs[name].inputs, each) for each in ranges[name]) for name in ranges if name in graphs}
 
 
 def image_prefill_of(tier: int) -> int:
-    """Return the number of the decoder's profile for an image turn under a tier."""
+    """Return the index of the decoder's profile for a prefill with an image under a tier."""
     return 1 + tier if tier else IMAGE_PREFILL
 
 
 def decoder_ranges(plans: Sequence[KeepPlan], limits: ProfileLimits) -> tuple[dict[str, Range], ...]:
-    """Return the ranges of the decoder's profiles, in their order, for the plans of its tiers."""
+    """Return the ranges of each decoder profile in order. `plans`: the plans of all tiers."""
     turns = [image_prefill_profile(plans, limits, tier) for tier in range(len(plans))]
     return (turns[0], text_profile(plans, limits), *turns[1:])
 
 
 def image_prefill_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, tier: int = 0) -> dict[str, Range]:
-    """Return the ranges of a forward with an image under a tier: text before it, the image, text after it."""
-    usual = min(32, limits.turn)
+    """Return the ranges of a prefill with an image under a tier: text, visual tokens, text."""
     ranges = {
         "prefix": (0, min(16, limits.turn), limits.turn),
         "visual": (plans[tier].tokens_entering_decoder,) * 3,
-        "suffix": (1, usual, limits.turn),
+        "suffix": (1, min(32, limits.turn), limits.turn),
         "past_text": (1, 1, 1 + limits.context),
         TIER: (1 + tier,) * 3,
     }
@@ -86,25 +86,24 @@ def image_prefill_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, tier
 
 
 def text_profile(plans: Sequence[KeepPlan], limits: ProfileLimits) -> dict[str, Range]:
-    """Return the ranges of a forward without an image; the usual one is a decode step."""
-    whole = plans[0].geometry.tokens if limits.unpruned else 0
-    most = limits.turn + whole if limits.unpruned else 0
-    context = limits.context + whole * limits.images
+    """Return the ranges of a forward pass without an image. The optimum is a decode step."""
+    image_tokens = plans[0].geometry.tokens if limits.unpruned else 0
+    context = limits.context + image_tokens * limits.images
     ranges = {
-        "prefix": (0, 0, most),
+        "prefix": (0, 0, limits.turn + image_tokens if limits.unpruned else 0),
         "visual": (0, 0, 0),
         "suffix": (1, 1, limits.turn),
         "past_text": (1, 1 + context // 4, 1 + context),
-        TIER: (1, 1, 1),  # nothing is cut
+        TIER: (1, 1, 1),  # no cut applies
     }
     ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plans).items()}
     return ranges | {"text": _text(ranges)}
 
 
 def shapes_of(shape: tuple[int | str, ...], ranges: Mapping[str, Range]) -> Shapes:
-    """Return the least, usual and greatest shape of an input whose dynamic lengths have ranges."""
-    least, usual, greatest = (tuple(axis if isinstance(axis, int) else ranges[axis][end] for axis in shape) for end in range(3))
-    return least, usual, greatest
+    """Return the minimum, optimum and maximum shape of an input. `ranges`: by the name of a dynamic dimension."""
+    minimum, optimum, maximum = (tuple(axis if isinstance(axis, int) else ranges[axis][end] for axis in shape) for end in range(3))
+    return minimum, optimum, maximum
 
 
 def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> ShapeProfile:
@@ -113,13 +112,13 @@ def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> Shape
 
 
 def _caches(plans: Sequence[KeepPlan]) -> dict[str, int]:
-    # The lengths that the exporter named, one for each stage: layers that hold as many visual tokens share one. The first tier's
-    # are the longest.
+    # Cached visual tokens by dimension name. Layers whose caches have equal lengths share a dimension. The first tier has the
+    # longest caches.
     stages = {cache_group(plans, layer): plans[0].tokens_cached(layer) for layer in range(plans[0].layers)}
     return {f"past_visual_{number}": stored for number, stored in enumerate(stages.values())}
 
 
 def _text(ranges: Mapping[str, Range]) -> Range:
-    # All text, past and new, without the null row of its cache.
-    least, usual, greatest = (sum(ranges[name][end] for name in ("past_text", "prefix", "suffix")) - 1 for end in range(3))
-    return least, usual, greatest
+    # All text, past and new, without the null row of the text cache.
+    minimum, optimum, maximum = (sum(ranges[name][end] for name in ("past_text", "prefix", "suffix")) - 1 for end in range(3))
+    return minimum, optimum, maximum

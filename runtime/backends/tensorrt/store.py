@@ -1,12 +1,12 @@
-"""The engines of a bundle, and which of them may be loaded.
+"""Store the engines of a bundle, and decide which of them may be loaded.
 
-A plan file is code: it runs with the rights of whoever deserializes it. So an engine is loaded only when this device recorded it
-when it built it. The record lies beside the engines, signed with a key that never leaves the device; a bundle that was copied here
-with engines in it, or whose record was written by somebody else, is built again.
+A serialized engine is code that runs with the rights of the process that loads it. Therefore only engines that this device built
+are loaded. Their records are stored beside them and signed with a key that never leaves the device. Engines that arrive with a
+copied bundle, or whose records somebody else wrote, must be rebuilt.
 
 engines/engines.json    the records and their signature
-engines/KEY.plan        one engine, named by what it was made from
-engines/timings.cache   what the builder measured, for the next build
+engines/KEY.plan        one engine, named by the hash of its inputs
+engines/timings.cache   the builder's timing cache, for the next build
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One engine that this device built: of which `graph`, its key, for how long things, and what the file must be."""
+    """One engine that this device built: what it was built from and for, and the size and hash of its file."""
 
     graph: str
     key: str
@@ -56,21 +56,21 @@ class EngineRecord:
 
 
 def engine_key(bundle: Bundle, graph: str, identity: DeviceIdentity, profiles: Sequence[ShapeProfile], level: int) -> str:
-    """Return the name of an engine: a hash of the graph with its weights, TensorRT, GPU, precision and profiles."""
+    """Return the key of an engine: a hash of graph, weights, TensorRT version, GPU, precision, profiles and builder level."""
     files = bundle.manifest.files
     weights = {name: record.sha256 for name, record in files.items() if name in files_of(graph)}
-    made_from = [weights, asdict(identity), bundle.manifest.precision, list(profiles), level]
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+    inputs = [weights, asdict(identity), bundle.manifest.precision, list(profiles), level]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def usable_engines(
     bundle: Bundle, store: Store, identity: DeviceIdentity
 ) -> dict[str, tuple[EngineRecord, tuple[ShapeProfile, ...]]]:
-    """Return the engine of every graph with its profiles; raise EngineError saying what is missing or does not fit.
+    """Return the engine of every graph with its profiles. Raises EngineError for one that is missing or does not fit.
 
-    The encoder without its cuts need not have one: engines may be built for pruned answers alone.
+    The vision encoder without cuts may be missing, because engines can be built for pruned answers only.
     """
-    records, found = {record.graph: record for record in store.records()}, {}
+    records, usable = {record.graph: record for record in store.records()}, {}
     for graph in bundle.manifest.graphs:
         record = records.get(graph)
         if record is None and graph == VISION_UNPRUNED:
@@ -87,19 +87,19 @@ def usable_engines(
         profiles = shape_profiles(bundle, record.limits)[graph]
         if record.key != engine_key(bundle, graph, identity, profiles, record.level):
             raise EngineError(f"The engine of {graph} was built from another bundle.", hint=REBUILD)
-        found[graph] = record, profiles
-    return found
+        usable[graph] = record, profiles
+    return usable
 
 
 class Store:
-    """The engines of one bundle. `secret`: this device's key; without it, that of the user's data folder."""
+    """The engines of one bundle. `secret`: this device's key, by default the one in the user's data folder."""
 
     def __init__(self, folder: Path, secret: bytes | None = None) -> None:
         self._folder = folder
         self._secret = device_key() if secret is None else secret
 
     def records(self) -> tuple[EngineRecord, ...]:
-        """Return what this device recorded; raise EngineError when the record is not its own or is malformed."""
+        """Return the records. Raises EngineError when they are malformed or not signed by this device."""
         path = self._folder / RECORDS
         if not path.is_file():
             return ()
@@ -114,35 +114,35 @@ class Store:
         return records
 
     def remove_stale(self) -> None:
-        """Remove what killed builds left half-written."""
+        """Remove temporary files of interrupted builds."""
         sweep(self._folder / FOLDER)
 
     def find(self, graph: str, key: str) -> EngineRecord | None:
-        """Return the record of an engine whose file is as it was built; None where there is none or its file is another."""
+        """Return the record of an engine, or None when it has no record or its file has changed."""
         record = next((record for record in self.records() if (record.graph, record.key) == (graph, key)), None)
-        return record if record is not None and self._whole(record) else None
+        return record if record is not None and self._is_intact(record) else None
 
     def read(self, record: EngineRecord) -> bytes:
-        """Return a recorded engine; raise EngineError when the file is missing, cut short or another."""
+        """Read a recorded engine. Raises EngineError when its file is missing or has changed."""
         path = self._folder / record.file
         try:
             plan = path.read_bytes()
         except OSError as error:
             raise EngineError(f"Cannot read {path}: {error.strerror}.", hint=REBUILD) from error
-        # Of the bytes that will be deserialized, not of the file a moment earlier.
+        # Hash the bytes that will be deserialized: the file could change between a check and the read.
         if not hmac.compare_digest(hashlib.sha256(plan).hexdigest(), record.sha256):
             raise EngineError(f"{path} is not the engine that was built here.", hint=REBUILD)
         return plan
 
     def add(self, record: EngineRecord, plan: bytes | memoryview) -> None:
-        """Write an engine and its record; engines that are no longer on record go."""
+        """Write an engine and its record, and delete engines without a record."""
         self._make_folder()
         write_bytes(self._folder / record.file, plan)
         try:
-            known = [other for other in self.records() if other.graph != record.graph]
+            others = [other for other in self.records() if other.graph != record.graph]
         except EngineError:
-            known = []
-        records = tuple(sorted((*known, record), key=lambda each: each.graph))
+            others = []
+        records = tuple(sorted((*others, record), key=lambda each: each.graph))
         self._sign(records)
         for path in (self._folder / FOLDER).glob("*.plan"):
             if not any(path == self._folder / each.file for each in records):
@@ -150,7 +150,7 @@ class Store:
 
     @property
     def timings(self) -> bytes:
-        """The builder's timing cache, empty when there is none."""
+        """The builder's timing cache, empty when none is stored."""
         path = self._folder / TIMINGS
         return path.read_bytes() if path.is_file() else b""
 
@@ -166,7 +166,7 @@ class Store:
         except OSError as error:
             raise EdgePruneError(f"Cannot write {self._folder / FOLDER}: {error.strerror}.") from error
 
-    def _whole(self, record: EngineRecord) -> bool:
+    def _is_intact(self, record: EngineRecord) -> bool:
         path = self._folder / record.file
         return path.is_file() and path.stat().st_size == record.bytes and sha256_of(path) == record.sha256
 
@@ -180,13 +180,13 @@ class Store:
 
 
 def device_key() -> bytes:
-    """Return this device's key, made on first use and readable by its user alone."""
+    """Return this device's key. It is created on first use and readable only by its user."""
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     path = Path(base) / "edgeprune" / "device.key"
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):  # another process made it meanwhile
+            with suppress(FileExistsError):  # another process has just created it
                 write_new(path, secrets.token_bytes(_KEY_BYTES), private=True)
         secret = path.read_bytes()
     except (OSError, EdgePruneError) as error:

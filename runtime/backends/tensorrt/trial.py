@@ -1,7 +1,7 @@
-"""Try to build a graph with TensorRT-RTX, NVIDIA's own parser and builder, which need no GPU for it.
+"""Try to build a graph with the parser and builder of TensorRT-RTX, which need no GPU.
 
-Each build is a process of its own: its peak memory is the build's, and a builder that dies takes nothing with it. The result is a
-check, not an engine for a Jetson: TensorRT-RTX does not know Orin (8.7) or Thor (11.0), so their nearest relatives stand in.
+Each build runs in its own process, so that its peak memory can be measured and a crash is contained. The result is a check, not an
+engine for a Jetson: TensorRT-RTX supports neither Orin (8.7) nor Thor (11.0), so the nearest capabilities are used instead.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from edgeprune.runtime.backends.tensorrt.builder import build_engine
 from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
 from edgeprune.targets import Target
 
-# Orin's instruction set is that of SM 8.0, without FP8 and FP4; Thor's types are those of SM 12.0.
-_STAND_INS = {"orin": "SM80", "thor": "SM120"}
+# Orin has the instruction set of SM 8.0, without FP8 and FP4. Thor has the data types of SM 12.0.
+_SUBSTITUTES = {"orin": "SM80", "thor": "SM120"}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One graph's build: what it took, or why it was refused (`error`)."""
+    """The result of one trial build: times, memory and size, or the `error`."""
 
     graph: str
     parse_seconds: float = 0.0
@@ -43,19 +43,19 @@ def can_try() -> bool:
 
 
 def substitute_capability(target: Target) -> str:
-    """Return the compute capability that graphs of a target are built for: Orin's, where the target has Orin."""
-    return _STAND_INS["orin" if "Orin" in target.modules or target.modules.startswith("TensorRT") else "thor"]
+    """Return the compute capability to build a target's graphs for: that of Orin if the target includes Orin, else of Thor."""
+    return _SUBSTITUTES["orin" if "Orin" in target.modules or target.modules.startswith("TensorRT") else "thor"]
 
 
 def try_build(graph: Path, name: str, profiles: Sequence[ShapeProfile], capability: str) -> Trial:
-    """Return what building a graph takes, in a process of its own."""
+    """Build a graph in a separate process and return the result."""
     request = json.dumps({"graph": str(graph), "name": name, "profiles": profiles, "capability": capability})
     command = [sys.executable, "-m", "edgeprune.runtime.backends.tensorrt.trial"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"the builder died with status {done.returncode}"]
+    result = subprocess.run(command, input=request, capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"the builder died with status {result.returncode}"]
         return Trial(name, error=lines[-1])
-    return Trial(**json.loads(done.stdout.splitlines()[-1]))
+    return Trial(**json.loads(result.stdout.splitlines()[-1]))
 
 
 def _main() -> None:
