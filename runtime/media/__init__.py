@@ -1,1 +1,1 @@
-"""Images, camera frames, and pictures of kept tokens. Imports nothing else of the runtime."""
+"""Read images and camera frames, and draw kept tokens. Imports nothing else of the runtime."""

@@ -1,7 +1,7 @@
-"""The latest frame wins: a camera puts frames in as they come, a question takes the newest.
+"""Buffer camera frames so that each question gets the newest ones.
 
-A feed holds what its next shot needs and nothing else: one frame, or for a video the newest frames at the spacing of the video.
-Everything older is dropped and counted.
+A feed holds only the frames that its next shot may need: one frame, or for a video the newest frames at the video's spacing. Older
+frames are dropped and counted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from edgeprune.runtime.media.frames import NV12, dlpack_array
 from edgeprune.runtime.media.images import ImageSource
 
 Clock = Callable[[], float]
-_PARTS = 4  # of the spacing between two frames of a video: how finely older frames are kept
+_FRAMES_PER_SPACING = 4  # frames held for each interval between two frames of a window
 
 
 class FeedError(EdgePruneError):
-    """A feed that gives no frame."""
+    """The feed cannot return a frame."""
 
 
 class FeedTimeout(FeedError):
-    """No new frame came in time."""
+    """No new frame arrived before the timeout."""
 
 
 class FeedClosed(FeedError):
@@ -39,10 +39,10 @@ class FeedClosed(FeedError):
 
 @dataclass(frozen=True)
 class Shot:
-    """What a question is asked about: `frames`, oldest first, and when each was captured, in seconds of the feed's clock.
+    """The frames of one question, oldest first. `times`: when each was captured, in seconds of the feed's clock.
 
-    `dropped`: frames since the shot before that no shot has shown and none will. `skewed`: the camera said that the newest frame
-    was captured after it came, so `captured` is when it came.
+    `dropped`: frames dropped since the previous shot without being in any shot. `skewed`: the camera's timestamp of the newest
+    frame was in the future, so `captured` is the arrival time.
     """
 
     frames: tuple[ImageSource, ...]
@@ -58,12 +58,12 @@ class Shot:
 
     @property
     def age_ms(self) -> float:
-        """How long ago that was, now and never below 0."""
+        """The current age of the newest frame in milliseconds, at least 0."""
         return max(0.0, 1e3 * (self.clock() - self.captured))
 
     @property
     def picture(self) -> ImageSource | list[ImageSource]:
-        """What `stream` and `ask` take as an image: the frame, or of a video the list of its frames."""
+        """The image argument for `stream` and `ask`: the frame, or the list of a video's frames."""
         return self.frames[0] if len(self.frames) == 1 else list(self.frames)
 
 
@@ -72,18 +72,18 @@ class _BufferedFrame:
     frame: ImageSource
     captured: float
     skewed: bool
-    number: int  # 1 for the first frame that ever came
-    shown: bool = False
+    number: int  # arrival number, from 1
+    used: bool = False  # part of a shot
 
 
 class Feed:
-    """Takes frames from any number of threads and gives the newest to any number of others; each is given as new only once.
+    """A thread-safe buffer from cameras to questions. Each frame is returned as the newest only once.
 
-    `window`: frames of one shot. `fps`: how many of them a second of video has; None or 0 takes them as they come. For a bundle:
-    `Feed(window=model.plan.geometry.frames, fps=model.plan.geometry.fps)`. `clock`: seconds, and it never goes back.
+    `window`: frames of one shot. `fps`: frame rate of the window; with None or 0 consecutive frames are used. For a bundle:
+    `Feed(window=model.plan.geometry.frames, fps=model.plan.geometry.fps)`. `clock`: a monotonic clock in seconds.
 
-    Frames of a window lie 1 / fps apart, to within an eighth of that and half the camera's own interval; a camera slower than `fps`
-    gives its newest frames, at its own spacing (`Shot.times`). At most four frames are held for each of a window.
+    Frames of a window are 1 / fps apart, with an error of at most an eighth of that plus half the camera's interval. A camera
+    slower than `fps` gives its newest frames at its own spacing (`Shot.times`). At most four frames are held per frame of a window.
     """
 
     def __init__(self, window: int = 1, fps: float | None = None, *, clock: Clock = time.monotonic) -> None:
@@ -93,20 +93,20 @@ class Feed:
             raise UsageError(f"fps must be 0 or more, not {fps}.")
         self._window, self._clock = window, clock
         self._spacing = 1 / fps if fps and window > 1 else 0.0
-        self._held: deque[_BufferedFrame] = deque()  # oldest first
+        self._buffer: deque[_BufferedFrame] = deque()  # oldest first
         self._changed = threading.Condition()
         self._received = self._dropped = 0
-        self._taken = self._dropped_then = 0  # number of the last frame that was taken as new, and what had been dropped by then
+        self._taken = self._dropped_before = 0  # number of the newest frame taken, and the frames dropped up to then
         self._closed = False
 
     @property
     def received(self) -> int:
-        """Frames that ever came."""
+        """Frames received so far."""
         return self._received
 
     @property
     def dropped(self) -> int:
-        """Frames that came and that no shot has shown nor will."""
+        """Frames dropped so far without being in any shot."""
         return self._dropped
 
     @property
@@ -115,12 +115,11 @@ class Feed:
         return self._closed
 
     def put(self, frame: ImageSource, captured: float | None = None, *, copy: bool = False) -> bool:
-        """Take in the newest frame, without ever waiting for who takes it; return False if the feed is closed.
+        """Add the newest frame without waiting for consumers. Returns False if the feed is closed.
 
-        `captured`: when it was, in seconds of the feed's clock, now if not given. It is not believed where it lies in the future,
-        see `Shot.skewed`; where it goes back by more than the spacing a new window begins. The frame is kept as it is, by
-        reference, until newer ones replace it, also while an answer about it is being prepared: pass `copy=True` where the camera
-        writes the next frame into the same memory.
+        `captured`: capture time in seconds of the feed's clock, by default now. A time in the future is replaced by now (see
+        `Shot.skewed`). A time that goes back by more than the spacing starts a new window. The frame is kept by reference until
+        newer ones replace it, and while its answer is being prepared. Pass `copy=True` if the camera reuses its memory.
         """
         if captured is not None and not math.isfinite(captured):
             raise UsageError(f"captured must be seconds of the feed's clock, not {captured}.")
@@ -131,18 +130,18 @@ class Feed:
             now = self._clock()
             self._received += 1
             skewed = captured is not None and captured > now
-            when = now if captured is None or skewed else captured
-            gone = self._evict(when)
-            self._held.append(_BufferedFrame(frame, when, skewed, self._received))
-            gone += self._expire()
-            self._dropped += sum(not held.shown for held in gone)
+            timestamp = now if captured is None or skewed else captured
+            removed = self._evict(timestamp)
+            self._buffer.append(_BufferedFrame(frame, timestamp, skewed, self._received))
+            removed += self._expire()
+            self._dropped += sum(not buffered.used for buffered in removed)
             self._changed.notify_all()
-        return True  # and what is gone is freed only here, outside the lock
+        return True  # removed frames are freed here, outside the lock
 
     def take(self, timeout: float | None = None, *, fresh: bool = True) -> Shot:
-        """Return the newest frame, or window of frames, as soon as there is one newer than the last that was taken.
+        """Wait for a frame newer than the last one taken, and return the newest frame or window.
 
-        `timeout`: seconds, None to wait for ever. `fresh=False` takes the same again. Raises FeedTimeout and FeedClosed.
+        `timeout`: seconds, None to wait forever. `fresh=False` may return the same frames again. Raises FeedTimeout and FeedClosed.
         """
         with self._changed:
             ready = self._changed.wait_for(lambda: self._closed or self._is_ready(fresh=fresh), timeout)
@@ -153,12 +152,12 @@ class Feed:
             return self._take_window()
 
     def close(self) -> None:
-        """Let go of all frames and end the waiting of others, who get FeedClosed."""
+        """Release all frames. Waiting calls of `take` raise FeedClosed."""
         with self._changed:
             self._closed = True
-            gone = list(self._held)
-            self._held.clear()
-            self._dropped += sum(not held.shown for held in gone)
+            removed = list(self._buffer)
+            self._buffer.clear()
+            self._dropped += sum(not buffered.used for buffered in removed)
             self._changed.notify_all()
 
     def __enter__(self) -> Feed:
@@ -168,7 +167,7 @@ class Feed:
         self.close()
 
     def __iter__(self) -> Iterator[Shot]:
-        """Yield fresh shots, waiting for each, until the feed is closed."""
+        """Yield fresh shots until the feed is closed."""
         while True:
             try:
                 shot = self.take()
@@ -177,48 +176,48 @@ class Feed:
             yield shot
 
     def _evict(self, captured: float) -> list[_BufferedFrame]:
-        # What the next frame replaces: all of it when time goes back, the newest when it is too close to its neighbour to be kept.
-        if self._spacing and self._held and captured < self._held[-1].captured - self._spacing:
-            gone = list(self._held)
-            self._held.clear()
-            return gone
-        close = self._spacing / _PARTS
-        if len(self._held) > 1 and self._held[-1].captured - self._held[-2].captured < close:
-            return [self._held.pop()]
+        # Remove what the next frame replaces: everything if time goes back, or the newest frame if it follows the last too closely.
+        if self._spacing and self._buffer and captured < self._buffer[-1].captured - self._spacing:
+            removed = list(self._buffer)
+            self._buffer.clear()
+            return removed
+        min_spacing = self._spacing / _FRAMES_PER_SPACING
+        if len(self._buffer) > 1 and self._buffer[-1].captured - self._buffer[-2].captured < min_spacing:
+            return [self._buffer.pop()]
         return []
 
     def _expire(self) -> list[_BufferedFrame]:
-        # A frame before the window's begin may stand closer to it than the next one, so one of those is kept.
-        begin = self._held[-1].captured - (self._window - 1) * self._spacing
-        gone = []
-        while len(self._held) > self._window and self._held[1].captured <= begin:
-            gone.append(self._held.popleft())
-        return gone
+        # Keep one frame before the start of the window: it may be closer to the start than the next one.
+        start = self._buffer[-1].captured - (self._window - 1) * self._spacing
+        removed = []
+        while len(self._buffer) > self._window and self._buffer[1].captured <= start:
+            removed.append(self._buffer.popleft())
+        return removed
 
     def _is_ready(self, *, fresh: bool) -> bool:
-        if len(self._held) < self._window or (fresh and self._held[-1].number <= self._taken):
+        if len(self._buffer) < self._window or (fresh and self._buffer[-1].number <= self._taken):
             return False
-        wanted = (self._window - 1 - 0.5 / _PARTS) * self._spacing
-        return self._held[-1].captured - self._held[0].captured >= wanted
+        min_span = (self._window - 1 - 0.5 / _FRAMES_PER_SPACING) * self._spacing
+        return self._buffer[-1].captured - self._buffer[0].captured >= min_span
 
     def _take_window(self) -> Shot:
-        chosen = self._chosen()
-        for held in chosen:
-            held.shown = True
+        chosen = self._choose_frames()
+        for buffered in chosen:
+            buffered.used = True
         self._taken = chosen[-1].number
-        dropped, self._dropped_then = self._dropped - self._dropped_then, self._dropped
-        frames, times = tuple(held.frame for held in chosen), tuple(held.captured for held in chosen)
+        dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped
+        frames, times = tuple(buffered.frame for buffered in chosen), tuple(buffered.captured for buffered in chosen)
         return Shot(frames, times, dropped, chosen[-1].skewed, self._clock)
 
-    def _chosen(self) -> list[_BufferedFrame]:
-        # From the newest backwards, each time the frame closest to where one belongs that leaves enough for the rest.
-        held, at = list(self._held), len(self._held) - 1
-        chosen = [held[at]]
+    def _choose_frames(self) -> list[_BufferedFrame]:
+        # From newest to oldest, choose the frame closest to each target time, but leave enough frames for the rest of the window.
+        buffer, index = list(self._buffer), len(self._buffer) - 1
+        chosen = [buffer[index]]
         for back in range(1, self._window):
-            wanted = held[-1].captured - back * self._spacing
-            others = range(at - 1, self._window - back - 2, -1)
-            at = min(others, key=lambda index: abs(held[index].captured - wanted))
-            chosen.append(held[at])
+            target = buffer[-1].captured - back * self._spacing
+            candidates = range(index - 1, self._window - back - 2, -1)
+            index = min(candidates, key=lambda candidate: abs(buffer[candidate].captured - target))
+            chosen.append(buffer[index])
         return chosen[::-1]
 
     def _missing(self, timeout: float | None) -> str:

@@ -1,7 +1,7 @@
-"""Frames as cameras and other libraries give them: NV12 buffers, and tensors through DLPack.
+"""Read NV12 camera buffers, and tensors of other libraries through DLPack.
 
-NV12 is what most camera drivers and video decoders give: brightness for every pixel, then colour for every 2 x 2 pixels. Nothing is
-copied until pixels are asked for: a frame is two views of the caller's buffer.
+NV12 is the format of most camera drivers and video decoders: a luma plane with one value per pixel, then a chroma plane with one
+(Cb, Cr) pair per 2 x 2 pixels. A frame consists of two views of the caller's buffer. Only `to_rgb` and `copy` copy data.
 """
 
 from __future__ import annotations
@@ -12,48 +12,47 @@ import numpy as np
 
 from edgeprune.errors import ImageError
 
-# Weights of red and blue in the brightness: ITU-R BT.601-7, section 2.5.1, and BT.709-6, section 3.2.
+# Weights of red and blue in luma: ITU-R BT.601-7, section 2.5.1, and BT.709-6, section 3.2.
 MATRICES = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
-_BLOCK = 72  # rows converted at once: what they need stays in the second-level cache
+_BLOCK = 72  # rows converted at once, so that the working set fits the L2 cache
 _CPU, _CUDA_HOST = 1, 3  # DLDeviceType of dlpack.h
 _DEVICES = {2: "CUDA", 13: "CUDA", 8: "Metal", 10: "ROCm"}
 
 
 class DLPack(Protocol):
-    """An array of any library that speaks DLPack."""
+    """An array of any library that supports DLPack."""
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the capsule."""
+        """Return the DLPack capsule."""
         ...
 
     def __dlpack_device__(self) -> tuple[Any, Any]:
-        """Return the kind of device and its number."""
+        """Return the device type and the device index."""
         ...
 
 
 class NV12:
     """An NV12 frame: `luma` uint8 [height, width] and `chroma` uint8 [height / 2, width / 2, 2], views of the given buffer.
 
-    `data`: bytes-like or uint8, flat, or [3 / 2 height, stride] with the chroma rows below the others. `stride`: bytes from one row
-    to the next, of both planes; width if not given. Planes that lie apart: `NV12.from_planes`. `matrix`: one of MATRICES, bt601 for
-    most cameras below 720 lines, bt709 for most above. `full_range`: brightness 0..255, not 16..235. Raises ImageError where size
-    and data contradict each other.
+    `data`: bytes-like or uint8, flat, or [3 / 2 height, stride] with the chroma rows last. `stride`: bytes per row of both planes,
+    by default `width`. For separate planes use `NV12.from_planes`. `matrix`: one of MATRICES; most cameras use bt601 below 720
+    lines and bt709 above. `full_range`: luma is 0..255 instead of 16..235. Raises ImageError when size and data do not match.
     """
 
     def __init__(
         self, data: Any, width: int, height: int, *, stride: int | None = None, matrix: str = "bt601", full_range: bool = False
     ) -> None:
         _check_sides(width, height)
-        rows = _rows(data, width, height, stride)
+        rows = _packed_rows(data, width, height, stride)
         self.luma = rows[:height]
         self.chroma = rows[height:].reshape(height // 2, width // 2, 2)
-        self.matrix, self.full_range = _known(matrix), full_range
+        self.matrix, self.full_range = _check_matrix(matrix), full_range
 
     @classmethod
     def from_planes(cls, luma: np.ndarray, chroma: np.ndarray, *, matrix: str = "bt601", full_range: bool = False) -> NV12:
-        """Return the frame of two planes: uint8 [height, width], and [height / 2, width] or [height / 2, width / 2, 2].
+        """Return a frame of two uint8 planes: [height, width], and [height / 2, width] or [height / 2, width / 2, 2].
 
-        Of padded rows give the part with the pixels, `plane[:height, :width]`.
+        Slice off row padding first: `plane[:height, :width]`. Raises ImageError when the planes do not match.
         """
         if luma.dtype != np.uint8 or chroma.dtype != np.uint8:
             raise ImageError(
@@ -69,56 +68,56 @@ class NV12:
             )
         frame = cls.__new__(cls)
         frame.luma, frame.chroma = luma, chroma.reshape(height // 2, width // 2, 2)
-        frame.matrix, frame.full_range = _known(matrix), full_range
+        frame.matrix, frame.full_range = _check_matrix(matrix), full_range
         return frame
 
     @property
     def width(self) -> int:
-        """Pixels in a row."""
+        """The width in pixels."""
         return int(self.luma.shape[1])
 
     @property
     def height(self) -> int:
-        """Rows."""
+        """The height in pixels."""
         return int(self.luma.shape[0])
 
     def copy(self) -> NV12:
-        """Return the frame in a buffer of its own."""
+        """Return a copy with its own memory."""
         return NV12.from_planes(self.luma.copy(), self.chroma.copy(), matrix=self.matrix, full_range=self.full_range)
 
     def to_rgb(self) -> np.ndarray:
-        """Return uint8 [height, width, 3]: every value rounded to the nearest, the colour of 2 x 2 pixels the same for all four."""
+        """Convert to uint8 RGB [height, width, 3]. Values are rounded to nearest; chroma is upsampled by repetition."""
         rgb = np.empty((self.height, self.width, 3), np.uint8)
         gain, black = (1.0, 0.0) if self.full_range else (255 / 219, 16.0)
         colours = _colour_weights(self.matrix, 1.0 if self.full_range else 255 / 224)
         for top in range(0, self.height, _BLOCK):
             block = rgb[top : top + _BLOCK]
-            light = self.luma[top : top + _BLOCK].astype(np.float32)
-            light *= np.float32(gain)
-            light += np.float32(0.5 - black * gain)  # half more, as the conversion to integers cuts off
-            pairs = light.reshape(len(light) // 2, 2, self.width)
+            luma = self.luma[top : top + _BLOCK].astype(np.float32)
+            luma *= np.float32(gain)
+            luma += np.float32(0.5 - black * gain)  # 0.5, because the conversion to integers truncates
+            pairs = luma.reshape(len(luma) // 2, 2, self.width)
             chroma = self.chroma[top // 2 : (top + _BLOCK) // 2].astype(np.float32) - np.float32(128)
             for channel, (blue, red) in enumerate(colours):
                 shift = chroma[..., 0] * np.float32(blue) + chroma[..., 1] * np.float32(red)
                 value = pairs + shift.repeat(2, axis=1)[:, None]
                 np.clip(value, 0, 255, out=value)
-                block[..., channel] = value.reshape(light.shape)
+                block[..., channel] = value.reshape(luma.shape)
         return rgb
 
 
 def is_dlpack(source: object) -> TypeGuard[DLPack]:
-    """Tell whether something can be read by `dlpack_array`."""
+    """Tell whether an object supports DLPack."""
     return hasattr(source, "__dlpack__") and hasattr(source, "__dlpack_device__")
 
 
 def dlpack_array(source: DLPack) -> np.ndarray:
-    """Return the array of another library as one of numpy, on the same memory; raise ImageError if that is not the CPU's."""
+    """Return another library's array as a NumPy view. Raises ImageError when its memory is not on the CPU."""
     try:
         device = int(source.__dlpack_device__()[0])
         if device in (_CPU, _CUDA_HOST):
             array: np.ndarray = np.from_dlpack(source)
             return array
-    except Exception as error:  # every library has its own
+    except Exception as error:  # each library raises its own types
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
         raise ImageError(f"Cannot read the given {_name(source)}: {reason}.", hint="Give a plain uint8 array.") from error
     where = _DEVICES.get(device, f"device type {device}")
@@ -129,7 +128,7 @@ def _name(source: object) -> str:
     return f"{type(source).__module__.partition('.')[0]} {type(source).__name__}"
 
 
-def _known(matrix: str) -> str:
+def _check_matrix(matrix: str) -> str:
     if matrix not in MATRICES:
         raise ImageError(f"There is no colour matrix {matrix!r}.", hint=f"Known are: {', '.join(MATRICES)}.")
     return matrix
@@ -142,17 +141,22 @@ def _check_sides(width: int, height: int) -> None:
         )
 
 
-def _rows(data: Any, width: int, height: int, stride: int | None) -> np.ndarray:
-    # uint8 [3 / 2 height, width], on the memory of the data.
+def _packed_rows(data: Any, width: int, height: int, stride: int | None) -> np.ndarray:
+    # Both planes as a view uint8 [3 / 2 height, width].
+    count = height * 3 // 2
     if isinstance(data, np.ndarray) and data.ndim == 2:
-        return _flat_rows_of(data, width, height, stride)
-    flat = _bytes_of(data)
-    count, step = height * 3 // 2, width if stride is None else stride
+        if data.dtype != np.uint8 or data.shape[0] != count or data.shape[1] < width or stride not in (None, data.strides[0]):
+            raise ImageError(
+                f"An NV12 frame of {width}x{height} is uint8 [{count}, {width} or more], not {data.dtype} {list(data.shape)}.",
+                hint="Give planes that lie apart to NV12.from_planes.",
+            )
+        return data[:, :width]
+    flat, step = _flat_bytes(data), width if stride is None else stride
     if step < width:
         raise ImageError(
             f"Rows of {width} pixels cannot be {step} bytes apart.", hint="Give the stride in bytes, padding included."
         )
-    needed = step * (count - 1) + width  # drivers may leave out the padding of the last row
+    needed = step * (count - 1) + width  # drivers may omit the padding of the last row
     if flat.size < needed:
         size = f"An NV12 frame of {width}x{height} with {step} bytes a row"
         raise ImageError(f"{size} needs {needed} bytes, not {flat.size}.", hint="Check width, height and stride.")
@@ -160,17 +164,7 @@ def _rows(data: Any, width: int, height: int, stride: int | None) -> np.ndarray:
     return rows
 
 
-def _flat_rows_of(data: np.ndarray, width: int, height: int, stride: int | None) -> np.ndarray:
-    wanted = height * 3 // 2
-    if data.dtype != np.uint8 or data.shape[0] != wanted or data.shape[1] < width or stride not in (None, data.strides[0]):
-        raise ImageError(
-            f"An NV12 frame of {width}x{height} is uint8 [{wanted}, {width} or more], not {data.dtype} {list(data.shape)}.",
-            hint="Give planes that lie apart to NV12.from_planes.",
-        )
-    return data[:, :width]
-
-
-def _bytes_of(data: Any) -> np.ndarray:
+def _flat_bytes(data: Any) -> np.ndarray:
     if isinstance(data, np.ndarray) and (data.ndim != 1 or data.dtype != np.uint8 or not data.flags.c_contiguous):
         raise ImageError(f"NV12 data must be flat uint8, not {data.dtype} {list(data.shape)}.", hint="Give the camera's bytes.")
     try:
@@ -180,7 +174,7 @@ def _bytes_of(data: Any) -> np.ndarray:
 
 
 def _colour_weights(matrix: str, gain: float) -> tuple[tuple[float, float], ...]:
-    # What red, green and blue take of (Cb, Cr).
+    # Weights of (Cb, Cr) in red, green and blue.
     red, blue = MATRICES[matrix]
     green = 1 - red - blue
     cb, cr = 2 * (1 - blue) * gain, 2 * (1 - red) * gain

@@ -1,10 +1,10 @@
-"""Read images: every source becomes an upright RGB image, or one clear error.
+"""Read an image from any source as upright RGB, or raise ImageError.
 
-Pixels agree with transformers, source by source: a path is read as image_utils.load_image does and then as the Qwen2-VL
-processor does (image_processing_backends.PilBackend.process_image, image_transforms.convert_to_rgb); a Pillow image or an
-array goes straight to the second step. One difference shows: load_image drops the alpha channel of a file, the processor
-lays an image in memory on white. Departures: EXIF rotation is applied to Pillow images too, and only the formats below are
-opened (an EPS is a program, an ICO may hold an image larger than its header says).
+Pixels equal those of transformers. A path is read as image_utils.load_image reads it, and then as the Qwen2-VL processor does
+(image_processing_backends.PilBackend.process_image, image_transforms.convert_to_rgb). A Pillow image or an array takes only the
+second step. Therefore alpha is dropped from files, as in load_image, while images in memory are composited on white, as in the
+processor. Departures: EXIF rotation is also applied to Pillow images, and only the formats below are opened (an EPS is a program,
+an ICO may contain an image larger than its header states).
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | NV12 | DLPack
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """Return the image as upright RGB; raise ImageError when it cannot be read or is not safe to read.
+    """Return the image as upright RGB. Raises ImageError when it cannot be read or is not safe to read.
 
-    Arrays are uint8: [height, width, 3], [height, width, 4], [height, width, 1] or [height, width]; so are those of other libraries
-    (DLPack), which must be in the CPU's memory. The result shares no memory with the source: pixels are copied once, as Pillow
-    keeps four bytes of each.
+    Arrays are uint8 [height, width], or [height, width, channels] with 1, 3 or 4 channels. Arrays of other libraries (DLPack) must
+    be in CPU memory. The result shares no memory with the source: Pillow stores four bytes per pixel, so pixels are copied once.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -51,7 +50,7 @@ def _from_file(path: str) -> Image.Image:
     if not os.path.isfile(path):
         raise _no_file(path)
     with warnings.catch_warnings():
-        # They would stand beside our one line. Only Pillow's: the filters are the whole process's, other threads' too.
+        # An ImageError reports the problem. Filter only Pillow's warnings, because filters apply to all threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with _open(path) as image:
             return _decode(image, path, from_file=True)
@@ -70,22 +69,22 @@ def _no_file(path: str) -> ImageError:
 
 def _open(path: str) -> Image.Image:
     try:
-        return Image.open(path, formats=FORMATS)  # reads the header only
+        return Image.open(path, formats=FORMATS)  # reads only the header
     except Image.DecompressionBombError as error:
         raise _too_large(path) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{path} is not an image of a known format.", hint=f"Known are: {', '.join(FORMATS)}.") from error
     except PermissionError as error:
         raise ImageError(f"Not allowed to read {path}.", hint="Change its permissions.") from error
-    except Exception as error:  # on damaged data, Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise many types on damaged data
         raise _damaged(path, error) from error
 
 
 def _decode(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
     _check_size(image.size, name)
     try:
-        upright = ImageOps.exif_transpose(image)  # a copy in any case
-        return _rgb(_opaque(_rgb(upright) if from_file else upright))
+        upright = ImageOps.exif_transpose(image)  # always a copy
+        return _rgb(_on_white(_rgb(upright) if from_file else upright))
     except Exception as error:
         raise _damaged(name, error) from error
 
@@ -94,8 +93,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    # A colour key ("transparency") survives the step to RGB, unlike an alpha channel.
+def _on_white(image: Image.Image) -> Image.Image:
+    # A colour key (info["transparency"]) survives the conversion to RGB, unlike an alpha channel.
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -111,7 +110,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     _check_size((pixels.shape[1], pixels.shape[0]), f"the array of shape {pixels.shape}")
     if pixels.ndim == 2 or pixels.shape[2] == 1:
         return Image.fromarray(pixels.reshape(pixels.shape[:2])).convert("RGB")
-    return Image.fromarray(_on_white(pixels) if pixels.shape[2] == 4 else np.ascontiguousarray(pixels))
+    return Image.fromarray(_array_on_white(pixels) if pixels.shape[2] == 4 else np.ascontiguousarray(pixels))
 
 
 def _shape_hint(pixels: np.ndarray) -> str:
@@ -122,8 +121,8 @@ def _shape_hint(pixels: np.ndarray) -> str:
     return "Give [height, width], or [height, width, channels] with 1, 3 or 4 channels."
 
 
-def _on_white(pixels: np.ndarray) -> np.ndarray:
-    # Exact rounding of colour * alpha + white * (1 - alpha): no sum exceeds 255 * 255 + 127, and 255 is odd, so no ties.
+def _array_on_white(pixels: np.ndarray) -> np.ndarray:
+    # Exact rounding of colour * alpha + white * (1 - alpha). Sums fit uint16 (at most 255 * 255 + 127). 255 is odd: no ties occur.
     colour, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:].astype(np.uint16)
     return ((colour * alpha + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)
 
@@ -146,8 +145,8 @@ def _damaged(name: str, error: Exception) -> ImageError:
 
 
 def image_hash(frames: Sequence[Image.Image], *others: object) -> bytes:
-    """Return a hash of the pixels of frames, their sizes, and whatever else decides what becomes of them."""
-    found = blake2b(repr((*(frame.size for frame in frames), *others)).encode(), digest_size=16)
+    """Return a 16-byte hash of the frames' pixels and sizes and of `others`, which also determine the result."""
+    digest = blake2b(repr((*(frame.size for frame in frames), *others)).encode(), digest_size=16)
     for frame in frames:
-        found.update(frame.tobytes())
-    return found.digest()
+        digest.update(frame.tobytes())
+    return digest.digest()

@@ -1,6 +1,6 @@
-"""Draw which visual tokens each cut kept, beside the input image: one panel for each cut, and one for all KV caches. Needs Pillow.
+"""Draw which visual tokens each cut kept: the input image, one panel per cut, and one panel for all KV caches.
 
-The canvas is the image, its tiles and their overview, or the frames of a video, side by side.
+The canvas shows the image, its tiles and their overview, or the frames of a video, side by side.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from edgeprune.errors import UsageError
 from edgeprune.plan import View
 
-MIN_WIDTH = 384  # of a sheet; smaller images are enlarged to it
-MAX_SIDE = 1024  # of the image in a sheet; larger images are reduced to it
-
-_GAP = 8
-_PAPER = (250, 250, 248)
-
+MIN_WIDTH = 384  # pixels; smaller images are enlarged to this width
+MAX_SIDE = 1024  # pixels; larger images are reduced to this longer side
 CACHES = "KV caches"  # title of the panel of all cache cuts
 
-_MARGIN = 20
-_CAPTION = 64  # height of the two text lines over a panel
-_OVERLAY_PAPER, _INK, _FAINT, _LINE = (250, 250, 248), (28, 30, 34), (110, 114, 122), (255, 196, 0)
+_GAP, _MARGIN = 8, 20
+_CAPTION = 64  # height of the two text lines above a panel
+_BACKGROUND, _INK, _FAINT, _LINE = (250, 250, 248), (28, 30, 34), (110, 114, 122), (255, 196, 0)
 _TITLE_SIZE, _COUNT_SIZE, _SMALLEST_SIZE = 22, 18, 11
 _LINE_WIDTH = 2
-_DIM, _LIFT = 0.28, 22.0  # a dropped pixel is its luminance, dimmed and lifted off black
+_DIM, _LIFT = 0.28, 22.0  # grey of a dropped pixel: _DIM * luminance + _LIFT
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -37,32 +33,32 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class TokenCanvas:
-    """A `picture`, and where on it the tokens of each view lie: boxes in its pixels."""
+    """A picture to draw on. `views`: the token grids, with their boxes in pixels of the picture."""
 
     picture: Image.Image
     views: tuple[View, ...]
 
     @classmethod
     def plain(cls, image: Image.Image, rows: int, columns: int) -> TokenCanvas:
-        """Return the board of one image that is one grid of tokens."""
+        """Return the canvas of one image with one token grid."""
         return cls.of([image], image.size, (View(0, 0, image.height, image.width, rows, columns),))
 
     @classmethod
     def of(cls, frames: Sequence[Image.Image], size: tuple[int, int], views: Sequence[View]) -> TokenCanvas:
-        """Return the board of an image, or of a video's frames, whose views' boxes lie in pictures of `size` (width, height).
+        """Return the canvas of an image or of a video's frames. The boxes of `views` refer to pictures of `size` (width, height).
 
-        Views whose boxes overlap go onto sheets of their own, from left to right.
+        Overlapping views are drawn on separate copies of the picture, from left to right.
         """
         sheets = _group_views(views)
         pictures = [_scaled(frames[number * len(frames) // len(sheets)].convert("RGB")) for number in range(len(sheets))]
         width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
-        whole = Image.new("RGB", (width, max(picture.height for picture in pictures)), _PAPER)
+        joined = Image.new("RGB", (width, max(picture.height for picture in pictures)), _BACKGROUND)
         placed, left = [], 0
         for picture, sheet in zip(pictures, sheets, strict=True):
-            whole.paste(picture, (left, 0))
-            placed += [_placed(view, picture.width / size[0], picture.height / size[1], left) for view in sheet]
+            joined.paste(picture, (left, 0))
+            placed += [_place_view(view, picture.width / size[0], picture.height / size[1], left) for view in sheet]
             left += picture.width + _GAP
-        return cls(whole, tuple(placed))
+        return cls(joined, tuple(placed))
 
     @property
     def tokens(self) -> int:
@@ -71,11 +67,11 @@ class TokenCanvas:
 
     @property
     def shape(self) -> str:
-        """The tokens in words."""
+        """The token grid as text, such as "16 x 16" or "5 views"."""
         return f"{self.views[0].rows} x {self.views[0].columns}" if len(self.views) == 1 else f"{len(self.views)} views"
 
     def upsample(self, values: np.ndarray) -> np.ndarray:
-        """Return for every pixel the value of its token [V]; 0 where there is none. Separators have no place."""
+        """Map token values [V] to pixels [height, width]. Pixels without a token are 0. Values of separator tokens are skipped."""
         pixels = np.zeros((self.picture.height, self.picture.width), values.dtype)
         begin = 0
         for view in self.views:
@@ -108,9 +104,9 @@ def _scaled(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _placed(view: View, across: float, down: float, left: int) -> View:
-    ys = [round(down * edge) for edge in (view.top, view.top + view.height)]
-    xs = [left + round(across * edge) for edge in (view.left, view.left + view.width)]
+def _place_view(view: View, x_scale: float, y_scale: float, left: int) -> View:
+    ys = [round(y_scale * edge) for edge in (view.top, view.top + view.height)]
+    xs = [left + round(x_scale * edge) for edge in (view.left, view.left + view.width)]
     return View(ys[0], xs[0], ys[1] - ys[0], xs[1] - xs[0], view.rows, view.columns, view.separators, view.time)
 
 
@@ -120,7 +116,7 @@ def _edges(start: int, length: int, cells: int) -> np.ndarray:
 
 
 class Panel(NamedTuple):
-    """One picture with its two lines of text."""
+    """One picture with its title and caption."""
 
     title: str
     caption: str
@@ -128,17 +124,17 @@ class Panel(NamedTuple):
 
 
 def draw_kept_tokens(canvas: TokenCanvas, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()) -> Image.Image:
-    """Return the panels of `kept_token_panels` side by side."""
+    """Draw the panels of `kept_token_panels` side by side."""
     return join_panels(kept_token_panels(canvas, kept, caches))
 
 
 def kept_token_panels(
     canvas: TokenCanvas, kept: Sequence[tuple[str, np.ndarray]], caches: Sequence[np.ndarray] = ()
 ) -> list[Panel]:
-    """Return the input and, for each cut (title, kept indices), a picture with what it kept in full colour.
+    """Return a panel of the input, and one for each cut (title, kept indices) that shows its kept tokens in full colour.
 
-    `caches`: what each cut of a KV cache kept [heads, tokens]; in the one panel of them all a token is as bright as its share of
-    the heads' caches. Raises UsageError for an index that is no token of the board.
+    `caches`: kept indices [heads, tokens] of each cache cut. They share one panel, in which the brightness of a token is the share
+    of KV heads that keep it. Raises UsageError for an index outside the canvas's tokens.
     """
     panels = [Panel(f"input, {canvas.tokens} tokens", canvas.shape, canvas.picture)]
     for title, indices in kept:
@@ -168,7 +164,7 @@ def _mask(title: str, indices: np.ndarray, canvas: TokenCanvas) -> np.ndarray:
 
 
 def _highlight(canvas: TokenCanvas, share: np.ndarray) -> Image.Image:
-    # From dim grey at share 0 to full colour at share 1.
+    # Blend from dim grey (share 0) to full colour (share 1).
     weight = canvas.upsample(share.astype(np.float32))[..., None]
     pixels = np.asarray(canvas.picture, np.float32)
     grey = _DIM * (pixels @ _LUMA)[..., None] + _LIFT
@@ -182,32 +178,32 @@ def _outline(image: Image.Image, inside: np.ndarray) -> Image.Image:
 
 
 def _interior(inside: np.ndarray) -> np.ndarray:
-    # Pixels with no dropped pixel, and no rim of the image, within the outline's width.
+    # Pixels that are farther than the outline's width from dropped pixels and the image border.
     padded = Image.fromarray(np.pad(inside, _LINE_WIDTH).astype(np.uint8))
     eroded = np.asarray(padded.filter(ImageFilter.MinFilter(2 * _LINE_WIDTH + 1)), dtype=bool)
     return eroded[_LINE_WIDTH:-_LINE_WIDTH, _LINE_WIDTH:-_LINE_WIDTH]
 
 
 def join_panels(panels: Sequence[Panel]) -> Image.Image:
-    """Return panels of one size side by side, each under its text."""
+    """Draw panels of equal size side by side, each below its title and caption."""
     width, height = max(MIN_WIDTH, panels[0][2].width), panels[0][2].height
     step = width + _MARGIN
-    sheet = Image.new("RGB", (_MARGIN + step * len(panels), height + _CAPTION + 2 * _MARGIN), _OVERLAY_PAPER)
+    sheet = Image.new("RGB", (_MARGIN + step * len(panels), height + _CAPTION + 2 * _MARGIN), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
     for number, (title, caption, picture) in enumerate(panels):
         left = _MARGIN + number * step
         for y, text, size, ink in ((13, title, _TITLE_SIZE, _INK), (41, caption, _COUNT_SIZE, _FAINT)):
-            fitted, font = _fitted(pen, text, width, size)
+            fitted, font = _fit_text(pen, text, width, size)
             pen.text((left, _MARGIN + y), fitted, fill=ink, font=font, anchor="lm")
         sheet.paste(picture, (left, _MARGIN + _CAPTION))
     return sheet
 
 
-def _fitted(pen: ImageDraw.ImageDraw, text: str, room: int, size: int) -> tuple[str, Font]:
-    # Smaller letters first, then fewer.
-    while size > _SMALLEST_SIZE and pen.textlength(text, _font(size)) > room:
+def _fit_text(pen: ImageDraw.ImageDraw, text: str, width: int, size: int) -> tuple[str, Font]:
+    # Reduce the font size first, then shorten the text.
+    while size > _SMALLEST_SIZE and pen.textlength(text, _font(size)) > width:
         size -= 1
-    while len(text) > 1 and pen.textlength(text, _font(size)) > room:
+    while len(text) > 1 and pen.textlength(text, _font(size)) > width:
         text = text[:-2] + "…"
     return text, _font(size)
 

@@ -1,1 +1,1 @@
-"""What is recorded of an answer: receipt, metrics, spans. Imports nothing else of the runtime."""
+"""Record answers: receipts, Prometheus metrics, OpenTelemetry spans. Imports nothing else of the runtime."""

@@ -1,4 +1,4 @@
-"""What answers cost, for Prometheus."""
+"""Prometheus metrics of answers, in seconds and bytes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _TOKEN_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class Metrics:
-    """Counters and histograms of answers: `model.watch(metrics.observe)`. Seconds and bytes, as Prometheus wants them.
+    """Counters and histograms of answers. Attach them with `model.watch(metrics.observe)`.
 
-    `registry`: where they are registered, by default one of their own.
+    `registry`: by default a new one.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -46,7 +46,7 @@ class Metrics:
         self._cache = Gauge("edgeprune_kv_cache_bytes", "KV caches of the newest answer when it ended.", registry=registry)
 
     def observe(self, receipt: Receipt) -> None:
-        """Take in an answer that has ended."""
+        """Record a finished answer."""
         times = receipt.times
         self._answers.labels(receipt.finish_reason, receipt.tier or "").inc()
         if receipt.generated_tokens:
@@ -57,8 +57,8 @@ class Metrics:
                 self._stages.labels(stage).observe(milliseconds / 1e3)
         for step in times.decode_ms:
             self._token.observe(step / 1e3)
-        counted = {"text": receipt.text_tokens, "visual": receipt.visual_tokens, "generated": receipt.generated_tokens}
-        for kind, count in counted.items():
+        tokens = {"text": receipt.text_tokens, "visual": receipt.visual_tokens, "generated": receipt.generated_tokens}
+        for kind, count in tokens.items():
             self._tokens.labels(kind).inc(count)
         self._entries.labels("whole").inc(receipt.visual_whole)
         self._entries.labels("kept").inc(receipt.visual_stored)
@@ -70,5 +70,5 @@ class Metrics:
             self._age.observe(receipt.frame_age_ms / 1e3)
 
     def render(self) -> tuple[bytes, str]:
-        """Return what a scrape gets, and its content type."""
+        """Return the exposition text for a scrape, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -1,4 +1,4 @@
-"""What every answer carries: what was pruned where, how long each stage took, and why generation ended."""
+"""The receipt of an answer: the cuts that were applied, the time of each stage, and why generation ended."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class CutReceipt:
-    """One cut as it happened: visual tokens before and after, and which (`kept`, indices in the image: [after], of a cache [heads,
-    after]).
-    """
+    """One applied cut: visual tokens before and after. `kept`: token indices in the image [after], for a cache [heads, after]."""
 
     cut: str
     before: int
@@ -25,9 +23,7 @@ class CutReceipt:
 
 @dataclass(frozen=True)
 class ImageCuts:
-    """The cuts of one image, or video: those that took tokens from all that follows, and those of KV `caches`, which are shown as
-    one.
-    """
+    """The cuts of one image or video: `tokens` act on all later layers, `caches` only on KV caches (drawn as one)."""
 
     tokens: tuple[CutReceipt, ...]
     caches: tuple[CutReceipt, ...]
@@ -35,7 +31,7 @@ class ImageCuts:
 
 @dataclass(frozen=True)
 class StageSpan:
-    """When a stage began and ended, in nanoseconds of the system's clock."""
+    """Start and end of a stage in nanoseconds of the system clock."""
 
     name: str
     began_ns: int
@@ -44,8 +40,8 @@ class StageSpan:
 
 @dataclass
 class Times:
-    """Milliseconds of each stage; `decode_ms` has one entry for every decode step, picking the token included, and `graph_ms`
-    what the decoder's graph alone took of it, where the engine says so. `stages`: the same as they happened, decoding as one.
+    """Milliseconds of each stage. `decode_ms`: one entry per decode step, sampling included. `graph_ms`: the part of each step in
+    the decoder graph, if the backend reports it. `stages`: spans in order of their end, with all decode steps as one.
     """
 
     preprocess_ms: float = 0.0
@@ -55,43 +51,43 @@ class Times:
     decode_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
     stages: list[StageSpan] = field(default_factory=list)
-    _nested_s: float = 0.0  # seconds of the stages inside the one that runs
+    _nested_s: float = 0.0  # seconds spent in stages inside the current one
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`_ms, that of stages inside it left out."""
+        """Add the duration of the block to `name`_ms, without the stages nested in it."""
         outer, self._nested_s = self._nested_s, 0.0
         began_ns, started = time.time_ns(), time.perf_counter()
         try:
             yield
         finally:
-            took = time.perf_counter() - started
+            elapsed = time.perf_counter() - started
             before: float = getattr(self, f"{name}_ms")
-            setattr(self, f"{name}_ms", before + 1e3 * (took - self._nested_s))
-            self._nested_s = outer + took
-            self.stages.append(StageSpan(name, began_ns, began_ns + int(1e9 * took)))
+            setattr(self, f"{name}_ms", before + 1e3 * (elapsed - self._nested_s))
+            self._nested_s = outer + elapsed
+            self.stages.append(StageSpan(name, began_ns, began_ns + int(1e9 * elapsed)))
 
     @property
     def ttft_ms(self) -> float:
-        """Time to first token: preprocessing, vision encoder, the input cut, and prefill with the selection inside."""
+        """Time to first token: preprocessing, vision encoder, input cut, and prefill with its layer cuts."""
         return self.preprocess_ms + self.vision_ms + self.select_ms + self.prefill_ms
 
     @property
     def ms_per_token(self) -> float:
-        """Median of the decode steps; 0 when there was none."""
+        """Median decode step time; 0 without decode steps."""
         return float(np.median(self.decode_ms)) if self.decode_ms else 0.0
 
     @property
     def overhead(self) -> float | None:
-        """What a decode step takes beside its graph, as a share of the graph's time; the median, None where it is not known."""
+        """Median decode time outside the graph, as a share of the graph's time; None if the graph's time is not known."""
         pairs = zip(self.decode_ms, self.graph_ms, strict=True) if self.graph_ms else ()
-        shares = [whole / graph - 1 for whole, graph in pairs]
+        shares = [step / graph - 1 for step, graph in pairs]
         return float(np.median(shares)) if shares else None
 
 
 @dataclass(frozen=True)
 class ImageUsage:
-    """What happened to one image: its visual tokens, the KV entries it would have unpruned (`whole`) and has, its cuts."""
+    """The accounting of one image: visual tokens, KV entries without pruning (`whole`) and after prefill (`stored`), and cuts."""
 
     tokens: int
     whole: int
@@ -101,23 +97,22 @@ class ImageUsage:
 
 @dataclass
 class Receipt:
-    """The account of one answer.
+    """The record of one answer.
 
-    `pruned` tells whether the plan was applied, and `reason` why not. `finish_reason`: "end" (the model ended its turn), "stop" (a
-    stop string), "length" (max_tokens), "deadline" (another token would have come too late), "kv_limit" (max_kv_bytes),
-    "cancelled", "error" or "running".
+    `pruned`: whether the plan was applied; `reason`: why not. `finish_reason`: "end" (the model ended its turn), "stop" (a stop
+    string), "length" (max_tokens), "deadline" (the next token would have been too late), "kv_limit" (max_kv_bytes), "cancelled",
+    "error" or "running".
 
-    `text_tokens` and `visual_tokens`: of the prompt, as far as the conversation did not hold it; `recalled_tokens`: those of
-    them that another conversation had taken in.
+    `text_tokens`, `visual_tokens`: tokens of the prompt that were new to the conversation. `recalled_tokens`: those of them whose
+    prefill was reused from another conversation.
 
-    `tier`: of a bundle with several plans the one that was used, and `tier_reason` why: "default", "asked for", "deadline" or
-    "max_kv_bytes". `reused`: what had been computed for an earlier question: "vision", "input cut", "prefix". `captured`: when the
-    newest frame was, in seconds of the monotonic clock, if that is known; `frame_age_ms`: how old it was when the first token came;
-    `frames_dropped`: those that came since the last question and were not looked at. `energy_j`: of the whole machine.
+    `tier`: the tier that was used, None for a bundle with one plan. `tier_reason`: "default", "asked for", "deadline" or
+    "max_kv_bytes". `reused`: results reused from an earlier question: "vision", "input cut", "prefix". `captured`: capture time of
+    the newest frame in seconds of the monotonic clock, if known. `frame_age_ms`: its age at the first token. `frames_dropped`:
+    frames that arrived since the last question and were in no shot. `energy_j`: energy of the whole machine.
 
-    Visual KV entries are counted over the layers, one for each token in one layer: `visual_whole` without pruning,
-    `visual_stored` after prefill, `visual_reads` at each decode step. `decode_shares`: the share of its visual cache that the
-    decode cut left each step.
+    Visual KV entries are summed over the layers, one per token and layer: `visual_whole` without pruning, `visual_stored` after
+    prefill, `visual_reads` per decode step. `decode_shares`: the keep ratio of the decode cut at each step.
     """
 
     pruned: bool
@@ -144,32 +139,32 @@ class Receipt:
     energy_j: float | None = None
 
     def account(self, image: ImageUsage) -> None:
-        """Add what happened to an image."""
+        """Add the accounting of one image."""
         self.visual_tokens += image.tokens
         self.visual_whole += image.whole
         self.visual_stored += image.stored
         self.cuts += image.cuts
 
     def cuts_by_image(self, images: int) -> tuple[ImageCuts, ...]:
-        """Return the cuts of each of the answer's images: what was recorded one image after the other."""
-        each = len(self.cuts) // images if images else 0
-        return tuple(_by_kind(self.cuts[each * number : each * (number + 1)]) for number in range(images))
+        """Return the cuts of each image. `cuts` holds them image after image, the same number for each."""
+        count = len(self.cuts) // images if images else 0
+        return tuple(_by_kind(self.cuts[count * number : count * (number + 1)]) for number in range(images))
 
     def reuse(self, what: str) -> None:
-        """Note that something was not computed again."""
+        """Record that a result was reused. See `reused` for the names."""
         if what not in self.reused:
             self.reused += (what,)
 
     @property
     def visual_kv_share(self) -> float:
-        """Visual KV entries held after prefill, as a share of the unpruned; 1 for a turn without an image."""
+        """Visual KV entries after prefill as a share of those without pruning; 1 for a turn without an image."""
         return self.visual_stored / self.visual_whole if self.visual_whole else 1.0
 
     @property
     def visual_read_share(self) -> float:
-        """Visual KV entries that the decode steps read, as a share of the unpruned; 1 where there was nothing to read."""
-        whole = self.visual_whole * len(self.visual_reads)
-        return sum(self.visual_reads) / whole if whole else 1.0
+        """Visual KV entries read by decode steps as a share of those without pruning; 1 when there are none to read."""
+        unpruned = self.visual_whole * len(self.visual_reads)
+        return sum(self.visual_reads) / unpruned if unpruned else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the receipt as JSON data."""
@@ -206,5 +201,5 @@ class Receipt:
 
 
 def _by_kind(cuts: Sequence[CutReceipt]) -> ImageCuts:
-    # What a cache's cut kept has an axis for the heads.
+    # Indices kept by a cache cut have an additional axis for the KV heads.
     return ImageCuts(*(tuple(cut for cut in cuts if np.ndim(cut.kept) == axes) for axes in (1, 2)))

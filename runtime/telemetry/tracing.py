@@ -1,4 +1,4 @@
-"""A span for each answer and for each of its stages, for OpenTelemetry."""
+"""OpenTelemetry spans of each answer and its stages."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class Spans:
-    """Tells a tracer of answers: `model.watch(Spans(tracer))`.
+    """Writes spans to a tracer. Attach it with `model.watch(Spans(tracer))`.
 
-    Spans are written when an answer has ended, with the times at which things happened. Their parent is the span that is current
-    where the answer was read, such as one around the handling of a frame.
+    Spans are written when an answer has ended, with the original times. Their parent is the span that is current where the answer
+    was consumed, such as a span around the handling of a frame.
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
     def __call__(self, receipt: Receipt) -> None:
-        """Write the spans of an answer that has ended; of one that was refused before anything ran there are none."""
+        """Write the spans of a finished answer. An answer that failed before its first stage has none."""
         stages = receipt.times.stages
         if not stages:
             return
@@ -31,16 +31,16 @@ class Spans:
         answer.set_attributes(_attributes(receipt))
         if receipt.finish_reason == "error":
             answer.set_status(Status(StatusCode.ERROR))
-        within = set_span_in_context(answer)
+        context = set_span_in_context(answer)
         for stage in stages:
-            span = self._tracer.start_span(f"edgeprune.{stage.name}", context=within, start_time=stage.began_ns)
+            span = self._tracer.start_span(f"edgeprune.{stage.name}", context=context, start_time=stage.began_ns)
             span.end(end_time=stage.ended_ns)
         answer.end(end_time=max(stage.ended_ns for stage in stages))
 
 
 def _attributes(receipt: Receipt) -> dict[str, str | int | float | bool | tuple[str, ...]]:
-    # Names as OpenTelemetry's conventions for generative models have them, where they have any.
-    known: dict[str, str | int | float | bool | tuple[str, ...] | None] = {
+    # Names follow OpenTelemetry's semantic conventions for generative AI where they define one.
+    attributes: dict[str, str | int | float | bool | tuple[str, ...] | None] = {
         "gen_ai.usage.input_tokens": receipt.text_tokens + receipt.visual_tokens,
         "gen_ai.usage.output_tokens": receipt.generated_tokens,
         "gen_ai.response.finish_reasons": (receipt.finish_reason,),
@@ -55,4 +55,4 @@ def _attributes(receipt: Receipt) -> dict[str, str | int | float | bool | tuple[
         "edgeprune.frame_age_ms": receipt.frame_age_ms,
         "edgeprune.energy_j": receipt.energy_j,
     }
-    return {name: value for name, value in known.items() if value is not None}
+    return {name: value for name, value in attributes.items() if value is not None}

@@ -31,7 +31,7 @@ def test_frames_of_a_window_lie_apart_as_asked(rate: float, window: int, fps: fl
     for number in range(int(3 * window * rate / fps)):
         at = number / rate + jitter.uniform(0, 0.05 / rate)
         feed.put("x", at)
-        most = max(most, len(feed._held))
+        most = max(most, len(feed._buffer))
         try:
             shot = feed.take(0)
         except FeedTimeout:
