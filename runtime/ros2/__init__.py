@@ -1,1 +1,1 @@
-"""A ROS 2 node over DDS, without an installed ROS: images and prompts in, answers and diagnostics out. Takes the runtime's face."""
+"""A ROS 2 node on DDS, which needs no ROS: images and prompts in, answers and diagnostics out. Uses the runtime's public API."""

@@ -1,7 +1,7 @@
-"""The node without its transport: frames and questions in from any thread, pieces, answers and reports out.
+"""The node without its transport. It takes frames and questions from any thread, and emits pieces, answers and reports.
 
-The DDS node (node.py) and a node of rclpy give it their messages and publish what comes out. One thread of its own loads the model
-and answers, one question after the other, each about the newest frame and without memory of the one before.
+The DDS node (node.py) or an rclpy node passes messages in and publishes the output. A worker thread loads the model and answers
+one question at a time. Each question is about the newest frame and starts a new conversation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ OnPhase = Callable[[str], None]
 
 @dataclass(frozen=True)
 class OutputCallbacks:
-    """What the transport does with what comes out. Called from the answering thread, `report` from that of `tick` too.
+    """Callbacks of the transport. They are called from the worker thread, `report` also from that of `publish_diagnostics`.
 
-    `piece`: the next piece of an answer, "" after its last. `answer`: a whole answer. `report`: the state of things.
+    `piece`: the next piece of an answer, "" after its last one. `answer`: a complete answer. `report`: the node's diagnostics.
     """
 
     piece: Callable[[str], None]
@@ -40,10 +40,10 @@ class OutputCallbacks:
 class QuestionWorker:
     """Answers questions about the newest frame.
 
-    `on_busy`: what a question does that comes while another is waiting or being answered: "cancel" ends those, "queue" waits its
-    turn, "refuse" drops the new one. `frame_timeout`: seconds to wait for a frame that is newer than the one asked about last.
-    `asking`: keywords of Runtime.ask_latest (fit, tier, deadline_ms, max_tokens, ...). An error in a question goes into the report,
-    and the node goes on; where loading fails or a bug shows, `failure` is set, `on_failure` called, and nothing more is answered.
+    `on_busy`: policy for a question that arrives while another is waiting or being answered: "cancel" cancels the older ones,
+    "queue" queues the new one, "refuse" drops it. `frame_timeout`: seconds to wait for a frame newer than the last one used.
+    `asking`: keyword arguments of Runtime.ask_latest (fit, tier, deadline_ms, max_tokens, ...). An error in one question is
+    reported and the worker continues. If loading fails or a bug occurs, it sets `failure`, calls `on_failure` and stops.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class QuestionWorker:
         self._statistics = NodeStatistics()
         self._phase = "loading"
         self._feed: Feed | None = None
-        self._early: tuple[Any, float] | None = None  # the newest frame that came before there was a feed, and when
+        self._early: tuple[Any, float] | None = None  # the newest frame received before the feed exists, and its arrival time
         self._stream: Stream | None = None
         self._busy = self._cancelled = self._closed = False
         self._waiting: deque[str] = deque()
@@ -72,23 +72,23 @@ class QuestionWorker:
         self._thread = threading.Thread(target=self._run, name="edgeprune-answerer", daemon=True)
 
     def start(self) -> None:
-        """Begin to load the model."""
+        """Start the worker thread, which loads the model first."""
         self._thread.start()
 
     def image(self, message: ImageMessage) -> None:
-        """Take a sensor_msgs/Image. One that cannot be read is reported."""
-        self._take(decode_image, message)
+        """Add a sensor_msgs/Image. A message that cannot be decoded is reported."""
+        self._add_frame(decode_image, message)
 
     def compressed(self, message: CompressedImageMessage) -> None:
-        """Take a sensor_msgs/CompressedImage. One that cannot be read is reported."""
-        self._take(decode_compressed, message)
+        """Add a sensor_msgs/CompressedImage. A message that cannot be decoded is reported."""
+        self._add_frame(decode_compressed, message)
 
     def report_error(self, kind: str, error: str) -> None:
-        """Report a "frame" or a "question" that the transport itself could not read."""
+        """Report a message that the transport could not read. `kind`: "frame" or "question"."""
         self._statistics.trouble(kind, "frames refused" if kind == "frame" else "questions failed", error)
 
     def prompt(self, text: str) -> None:
-        """Take a question."""
+        """Add a question. See `on_busy` for what happens while another is waiting or being answered."""
         self._statistics.add("questions")
         with self._wake:
             busy = self._busy or self._phase != "ready" or bool(self._waiting)
@@ -101,14 +101,14 @@ class QuestionWorker:
             self._wake.notify()
 
     def publish_diagnostics(self) -> None:
-        """Publish a report; once a second is what /diagnostics expects."""
+        """Publish a report. /diagnostics expects one per second."""
         with self._wake:
             phase = "busy" if self._busy else self._phase
         dropped = 0 if self._feed is None else self._feed.dropped
         self._outputs.report(self._statistics.report(phase, dropped))
 
     def close(self, timeout: float = 5.0) -> None:
-        """End what is being answered and wait until the thread has ended, or for so many seconds: loading cannot be interrupted."""
+        """Cancel the current answer and wait for the worker, at most `timeout` seconds, because loading cannot be interrupted."""
         with self._wake:
             self._closed = True
             self._drop_older()
@@ -126,25 +126,25 @@ class QuestionWorker:
         if self._stream is not None:
             self._stream.cancel()
 
-    def _take(self, read: Callable[[Any], Any], message: ImageMessage | CompressedImageMessage) -> None:
+    def _add_frame(self, decode: Callable[[Any], Any], message: ImageMessage | CompressedImageMessage) -> None:
         try:
-            picture = read(message)
+            picture = decode(message)
         except ImageError as error:
             self.report_error("frame", str(error))
             return
         with self._wake:
-            feed, came = self._feed, time.monotonic()
+            feed, arrived = self._feed, time.monotonic()
             self._statistics.frame(dropped=self._early is not None)
-            if feed is None:  # the model still loads
-                self._early = (picture, came)
+            if feed is None:  # the model is still loading
+                self._early = (picture, arrived)
                 return
-        feed.put(picture, came)
+        feed.put(picture, arrived)
 
     def _run(self) -> None:
         try:
-            model = self._load(self._enter)
+            model = self._load(self._set_phase)
             if (tier := self._asking.get("tier")) is not None:
-                tier_number(model.tiers, tier)  # refuses one that is not there: at the first question it would be too late
+                tier_number(model.tiers, tier)  # raises for an unknown tier now instead of at the first question
             geometry = model.plan.geometry
             video = model.kind == "video"
             with self._wake:
@@ -154,23 +154,23 @@ class QuestionWorker:
                 self._early = None
                 self._phase = "ready"
             self.publish_diagnostics()
-            while (question := self._next()) is not None:
+            while (question := self._next_question()) is not None:
                 self._answer(model, self._feed, question)
                 with self._wake:
                     self._busy = self._cancelled = False
                     self._stream = None
                 self.publish_diagnostics()
-        except Exception as error:  # whoever runs the node raises it
+        except Exception as error:  # raised again by the caller that runs the node
             self.failure = error
             self._on_failure()
 
-    def _enter(self, phase: str) -> None:
-        if phase != "ready":  # the feed comes first
+    def _set_phase(self, phase: str) -> None:
+        if phase != "ready":  # the worker is ready only once it has a feed
             with self._wake:
                 self._phase = phase
             self.publish_diagnostics()
 
-    def _next(self) -> str | None:
+    def _next_question(self) -> str | None:
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._waiting)
             if self._closed:
@@ -180,30 +180,30 @@ class QuestionWorker:
 
     def _answer(self, model: Runtime, feed: Feed, question: str) -> None:
         try:
-            stream = self._begin(model, feed, question)
+            stream = self._start_stream(model, feed, question)
             for piece in stream:
                 if piece:
                     self._outputs.piece(piece)
         except FeedClosed:
             pass  # the node is stopping
         except EdgePruneError as error:
-            self._statistics.trouble("question", "questions failed", _told(error))
+            self._statistics.trouble("question", "questions failed", _message(error))
         else:
             self._statistics.ended(stream.receipt)
             if stream.receipt.finish_reason != "cancelled":
                 self._outputs.answer(stream.text)
         self._outputs.piece("")
 
-    def _begin(self, model: Runtime, feed: Feed, question: str) -> Stream:
+    def _start_stream(self, model: Runtime, feed: Feed, question: str) -> Stream:
         stream = model.ask_latest(feed, question, **self._asking)
         with self._wake:
             self._stream = stream
-            if self._cancelled:  # before there was a stream to cancel
+            if self._cancelled:  # cancelled before the stream existed
                 stream.cancel()
         return stream
 
 
-def _told(error: EdgePruneError) -> str:
+def _message(error: EdgePruneError) -> str:
     if isinstance(error, FeedTimeout):
         return f"{error.message} Are images published on a topic that this node hears?"
     return str(error)

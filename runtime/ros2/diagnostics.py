@@ -1,4 +1,4 @@
-"""What the node has seen and done, as the values of a diagnostics message."""
+"""Statistics of the node, reported as a diagnostics message."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from edgeprune.runtime.telemetry.receipt import Receipt
 
-OK, WARN, ERROR = 0, 1, 2  # of diagnostic_msgs/DiagnosticStatus
+OK, WARN, ERROR = 0, 1, 2  # levels of diagnostic_msgs/DiagnosticStatus
 
 
 @dataclass(frozen=True)
 class DiagnosticReport:
-    """One diagnostic_msgs/DiagnosticStatus: its level, one line, and values by name."""
+    """The content of one diagnostic_msgs/DiagnosticStatus: level, one line of text, and named values."""
 
     level: int
     message: str
@@ -21,7 +21,7 @@ class DiagnosticReport:
 
 
 class NodeStatistics:
-    """Counts and the figures of the last answer. Any thread may add to it."""
+    """Counters, and the figures of the last answer. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,50 +29,50 @@ class NodeStatistics:
         self._counts |= dict.fromkeys(("questions", "answers", "questions cancelled", "questions refused", "questions failed"), 0)
         self._last: dict[str, str] = {}  # figures of the last answer
         self._arrived: float | None = None
-        self._trouble = {"frame": "", "question": ""}  # what is wrong now
-        self._error = ""
+        self._current_errors = {"frame": "", "question": ""}  # "" when there is none
+        self._last_error = ""
 
     def add(self, name: str) -> None:
-        """Count one more of what `name` says."""
+        """Increment the counter `name`."""
         with self._lock:
             self._counts[name] += 1
 
     def frame(self, dropped: bool) -> None:
-        """Count a frame that can be read; `dropped`: it replaces one before there is a feed to count that."""
+        """Count a decoded frame. `dropped`: it replaces a frame that arrived before the feed existed."""
         with self._lock:
             self._counts["frames received"] += 1
             self._counts["frames dropped"] += dropped
             self._arrived = time.monotonic()
-            self._trouble["frame"] = ""
+            self._current_errors["frame"] = ""
 
     def trouble(self, kind: str, count: str, error: str) -> None:
-        """Note what went wrong with a "frame" or a "question". It is the state of things until the next good one."""
+        """Record an error and increment the counter `count`. `kind`: "frame" or "question"; the next good one clears the error."""
         with self._lock:
             self._counts[count] += 1
-            self._trouble[kind] = self._error = error
+            self._current_errors[kind] = self._last_error = error
 
     def refuse(self) -> None:
-        """Count a question that is not answered because others are."""
+        """Count a question that was refused because of older ones."""
         with self._lock:
             self._counts["questions refused"] += 1
-            self._error = "A question was refused: another is waiting or being answered."
+            self._last_error = "A question was refused: another is waiting or being answered."
 
     def ended(self, receipt: Receipt) -> None:
-        """Note the figures of an answer that has ended, whatever its end."""
+        """Record the figures of a finished or cancelled answer."""
         with self._lock:
-            self._trouble["question"] = ""
+            self._current_errors["question"] = ""
             self._counts["questions cancelled" if receipt.finish_reason == "cancelled" else "answers"] += 1
             self._last = _figures(receipt)
 
     def report(self, phase: str, dropped: int) -> DiagnosticReport:
-        """Return the state of things as a report. `phase`: what the node is doing; `dropped`: frames that its feed has dropped."""
+        """Return the current report. `phase`: what the node is doing. `dropped`: frames dropped by its feed."""
         with self._lock:
-            level = ERROR if self._trouble["question"] else WARN if self._trouble["frame"] else OK
+            level = ERROR if self._current_errors["question"] else WARN if self._current_errors["frame"] else OK
             counts = self._counts | {"frames dropped": self._counts["frames dropped"] + dropped}
             values = {"phase": phase} | {name: str(count) for name, count in counts.items()}
             values["newest frame came ms ago"] = "" if self._arrived is None else _ms(1e3 * (time.monotonic() - self._arrived))
-            values |= self._last | {"last error": self._error}
-            message = self._trouble["question"] or self._trouble["frame"] or phase
+            values |= self._last | {"last error": self._last_error}
+            message = self._current_errors["question"] or self._current_errors["frame"] or phase
             return DiagnosticReport(level, message, tuple(values.items()))
 
 
@@ -86,7 +86,7 @@ def _figures(receipt: Receipt) -> dict[str, str]:
         "ms per token": _ms(receipt.times.ms_per_token),
         "generated tokens": str(receipt.generated_tokens),
         "visual tokens": str(receipt.visual_tokens),
-        "kept tokens": f"{kept:.1f}",  # the mean over the layers
+        "kept tokens": f"{kept:.1f}",  # mean over the decoder layers
     }
 
 

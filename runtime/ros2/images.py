@@ -1,7 +1,7 @@
-"""Image messages of ROS as pictures. No DDS and no rclpy here: both kinds of message have these fields.
+"""Decode ROS image messages, of DDS or rclpy: both have the same fields.
 
-sensor_msgs/Image: encoding, height, width, step (bytes of a row with its padding), data. sensor_msgs/CompressedImage: format, data.
-Pixels are not copied: the picture is a view on the message's data, which must stay as it is.
+sensor_msgs/Image: encoding, height, width, step (bytes per row, padding included), data. sensor_msgs/CompressedImage: format, data.
+Raw pixels are not copied. The picture is a view of the message's data, which must not change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgeprune.errors import ImageError
 from edgeprune.runtime.media.frames import NV12
 from edgeprune.runtime.media.images import MAX_PIXELS
 
-# The channels of the picture, as places among those of the message. Alpha is left out: a camera has none.
+# Channels of the message, and the indices of red, green and blue. Alpha is dropped, because cameras do not use it.
 _CHANNELS = {"rgb8": (3, (0, 1, 2)), "bgr8": (3, (2, 1, 0)), "rgba8": (4, (0, 1, 2)), "bgra8": (4, (2, 1, 0))}
 _GREY = ("mono8", "8UC1")
 ENCODINGS = (*_CHANNELS, *_GREY, "nv12")
@@ -27,26 +27,26 @@ Picture = np.ndarray | NV12 | Image.Image
 
 
 class ImageMessage(Protocol):
-    """A sensor_msgs/Image, of whatever library."""
+    """A sensor_msgs/Image of any library."""
 
     encoding: str
     height: int
     width: int
     step: int
-    data: Any  # anything with a buffer of bytes
+    data: Any  # supports the buffer protocol
 
 
 class CompressedImageMessage(Protocol):
-    """A sensor_msgs/CompressedImage, of whatever library."""
+    """A sensor_msgs/CompressedImage of any library."""
 
     format: str
     data: Any
 
 
 def decode_image(message: ImageMessage) -> np.ndarray | NV12:
-    """Return the picture of a sensor_msgs/Image: uint8 [height, width, 3], grey [height, width], or NV12.
+    """Return the picture of a sensor_msgs/Image: uint8 RGB [height, width, 3], grey [height, width], or NV12.
 
-    Raises ImageError for an encoding that is not among ENCODINGS and for sizes that contradict each other.
+    Raises ImageError for an encoding outside ENCODINGS and for inconsistent sizes.
     """
     encoding, height, width, step = message.encoding, int(message.height), int(message.width), int(message.step)
     if encoding not in ENCODINGS:
@@ -67,9 +67,9 @@ def decode_image(message: ImageMessage) -> np.ndarray | NV12:
 
 
 def decode_compressed(message: CompressedImageMessage) -> Image.Image:
-    """Return the picture of a sensor_msgs/CompressedImage, JPEG or PNG. Only its header is read here, the rest when it is used.
+    """Return the picture of a sensor_msgs/CompressedImage, JPEG or PNG. Only the header is read here; pixels are decoded on use.
 
-    The data says what it is; `format` is not trusted. Raises ImageError for anything else.
+    The codec is detected from the data, not from `format`. Raises ImageError for anything else.
     """
     data = bytes(message.data)
     with warnings.catch_warnings():
@@ -77,9 +77,9 @@ def decode_compressed(message: CompressedImageMessage) -> Image.Image:
         try:
             picture = Image.open(BytesIO(data), formats=CODECS)
         except UnidentifiedImageError as error:
-            shown = f"format {message.format[:40]!r}, {len(data)} bytes"
-            raise ImageError(f"A compressed image ({shown}) is neither JPEG nor PNG.", hint="Depth images are not read.") from error
-        except Exception as error:  # on damaged data, Pillow's decoders raise nearly anything
+            about = f"format {message.format[:40]!r}, {len(data)} bytes"
+            raise ImageError(f"A compressed image ({about}) is neither JPEG nor PNG.", hint="Depth images are not read.") from error
+        except Exception as error:  # Pillow's decoders raise many types on damaged data
             raise ImageError(f"A compressed image cannot be read: {error}.", hint="It is damaged, or too large.") from error
     if picture.width * picture.height > MAX_PIXELS:
         raise ImageError(f"A compressed image has more than {MAX_PIXELS // 10**6} megapixels.", hint="Scale it down first.")
@@ -87,13 +87,13 @@ def decode_compressed(message: CompressedImageMessage) -> Image.Image:
 
 
 def _rows(data: Any, name: str, rows: int, used: int, step: int) -> np.ndarray:
-    # uint8 [rows, used]: the padding behind each row is cut off.
+    # A view uint8 [rows, used] without the row padding.
     if step < used:
         raise ImageError(f"{name} has rows of {used} bytes, but its step is {step}.", hint="Set step to the bytes of a row.")
     octets = np.frombuffer(data, np.uint8)
     if len(octets) != rows * step:
-        wanted = f"{rows} rows of {step} bytes are {rows * step}"
-        raise ImageError(f"{name} has {len(octets)} bytes of data, but {wanted}.", hint="Send all rows, padding included.")
+        expected = f"{rows} rows of {step} bytes are {rows * step}"
+        raise ImageError(f"{name} has {len(octets)} bytes of data, but {expected}.", hint="Send all rows, padding included.")
     return octets.reshape(rows, step)[:, :used]
 
 

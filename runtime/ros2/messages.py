@@ -1,9 +1,10 @@
-"""The ROS 2 messages of this node as DDS types, and a reader of CDR, the serialization of DDS messages.
+"""The node's ROS 2 messages as DDS types, and a reader for CDR, the serialization format of DDS.
 
-Names and fields are those that the rmw layers of ROS put on the wire: builtin_interfaces/Time, std_msgs/Header and String,
-sensor_msgs/Image and CompressedImage, diagnostic_msgs/DiagnosticArray with its parts, in the field order of ROS's .msg files
-(rcl_interfaces, common_interfaces). ROS writes plain CDR (XCDR1), whose alignment is never above 4 for these. cyclonedds reads
-the annotations as objects, so this file does not postpone them.
+Type names and fields are those that ROS's rmw layers use on the wire, in the field order of ROS's .msg files (rcl_interfaces,
+common_interfaces): builtin_interfaces/Time, std_msgs/Header and String, sensor_msgs/Image and CompressedImage,
+diagnostic_msgs/DiagnosticArray and its parts. ROS writes plain CDR (XCDR1), which aligns these types to at most 4 bytes.
+
+This file has no `from __future__ import annotations`, because cyclonedds needs the annotations as objects.
 """
 
 import struct
@@ -16,45 +17,45 @@ from cyclonedds.idl.types import byte, int32, sequence, uint8, uint32
 
 
 class CdrReader:
-    """Reads what a message holds in the order of its fields. Raises ValueError where the bytes end too early."""
+    """Reads the fields of a CDR message in order. Raises ValueError when the message is too short."""
 
     def __init__(self, message: bytes) -> None:
         if len(message) < 4:
             raise ValueError(f"A message of {len(message)} bytes has no CDR header.")
         self._order = "<" if message[1] & 1 else ">"
-        self._body = memoryview(message)[4:]  # alignment counts from behind the header
-        self._at = 0
+        self._body = memoryview(message)[4:]  # alignment is relative to the end of the header
+        self._offset = 0
 
     def uint8(self) -> int:
         """Return an octet."""
         return self._take(1)[0]
 
     def int32(self) -> int:
-        """Return a signed number of 4 bytes."""
+        """Return a signed 4-byte integer."""
         return self._number("i")
 
     def uint32(self) -> int:
-        """Return an unsigned number of 4 bytes."""
+        """Return an unsigned 4-byte integer."""
         return self._number("I")
 
     def string(self) -> str:
-        """Return a text; what is no UTF-8 in it becomes a replacement character."""
+        """Return a string. Invalid UTF-8 becomes replacement characters."""
         return bytes(self.octets()).removesuffix(b"\0").decode("utf-8", "replace")
 
     def octets(self) -> memoryview:
-        """Return a view on a counted run of bytes."""
+        """Return a view of a byte sequence with a length prefix."""
         return self._take(self.uint32())
 
     def _number(self, kind: str) -> int:
-        self._at += -self._at % 4
+        self._offset += -self._offset % 4
         value: int = struct.unpack(self._order + kind, self._take(4))[0]
         return value
 
     def _take(self, count: int) -> memoryview:
-        part = self._body[self._at : self._at + count]
+        part = self._body[self._offset : self._offset + count]
         if len(part) < count:
             raise ValueError(f"A message ends {count - len(part)} bytes too early.")
-        self._at += count
+        self._offset += count
         return part
 
 
@@ -72,7 +73,7 @@ class Time(IdlStruct, typename="builtin_interfaces.msg.dds_.Time_"):  # type: ig
 @final
 @autoid("sequential")
 class Header(IdlStruct, typename="std_msgs.msg.dds_.Header_"):  # type: ignore[call-arg, misc]
-    """When, and in which frame of reference."""
+    """Time stamp and coordinate frame."""
 
     stamp: Time = field(default_factory=Time)
     frame_id: str = ""
@@ -82,7 +83,7 @@ class Header(IdlStruct, typename="std_msgs.msg.dds_.Header_"):  # type: ignore[c
 @final
 @autoid("sequential")
 class String(IdlStruct, typename="std_msgs.msg.dds_.String_"):  # type: ignore[call-arg, misc]
-    """A text."""
+    """A string."""
 
     data: str = ""
 
@@ -91,7 +92,7 @@ class String(IdlStruct, typename="std_msgs.msg.dds_.String_"):  # type: ignore[c
 @final
 @autoid("sequential")
 class Image(IdlStruct, typename="sensor_msgs.msg.dds_.Image_"):  # type: ignore[call-arg, misc]
-    """Pixels, row by row; `data` is anything with a buffer of bytes."""
+    """Raw pixels, row by row. `data` supports the buffer protocol."""
 
     header: Header = field(default_factory=Header)
     height: uint32 = 0
@@ -107,7 +108,7 @@ class Image(IdlStruct, typename="sensor_msgs.msg.dds_.Image_"):  # type: ignore[
 
     @classmethod
     def deserialize(cls, data: bytes, *_: Any, **options: Any) -> "Image":
-        """Return the message that CDR bytes hold; its data is a view on them."""
+        """Parse CDR bytes. The message's data is a view of them."""
         read = CdrReader(data)
         header = _header(read)
         return cls(header, read.uint32(), read.uint32(), read.string(), read.uint8(), read.uint32(), read.octets())
@@ -117,7 +118,7 @@ class Image(IdlStruct, typename="sensor_msgs.msg.dds_.Image_"):  # type: ignore[
 @final
 @autoid("sequential")
 class CompressedImage(IdlStruct, typename="sensor_msgs.msg.dds_.CompressedImage_"):  # type: ignore[call-arg, misc]
-    """The content of an image file; `data` is anything with a buffer of bytes."""
+    """The content of an image file. `data` supports the buffer protocol."""
 
     header: Header = field(default_factory=Header)
     format: str = ""
@@ -129,7 +130,7 @@ class CompressedImage(IdlStruct, typename="sensor_msgs.msg.dds_.CompressedImage_
 
     @classmethod
     def deserialize(cls, data: bytes, *_: Any, **options: Any) -> "CompressedImage":
-        """Return the message that CDR bytes hold; its data is a view on them."""
+        """Parse CDR bytes. The message's data is a view of them."""
         read = CdrReader(data)
         return cls(_header(read), read.string(), read.octets())
 
@@ -138,7 +139,7 @@ class CompressedImage(IdlStruct, typename="sensor_msgs.msg.dds_.CompressedImage_
 @final
 @autoid("sequential")
 class KeyValue(IdlStruct, typename="diagnostic_msgs.msg.dds_.KeyValue_"):  # type: ignore[call-arg, misc]
-    """One value and what it is called."""
+    """One named value."""
 
     key: str = ""
     value: str = ""
@@ -148,7 +149,7 @@ class KeyValue(IdlStruct, typename="diagnostic_msgs.msg.dds_.KeyValue_"):  # typ
 @final
 @autoid("sequential")
 class DiagnosticStatus(IdlStruct, typename="diagnostic_msgs.msg.dds_.DiagnosticStatus_"):  # type: ignore[call-arg, misc]
-    """How one component does. `level`: 0 is fine, 1 a warning, 2 an error, 3 stale."""
+    """The status of one component. `level`: 0 is OK, 1 a warning, 2 an error, 3 stale."""
 
     level: byte = 0
     name: str = ""
@@ -161,7 +162,7 @@ class DiagnosticStatus(IdlStruct, typename="diagnostic_msgs.msg.dds_.DiagnosticS
 @final
 @autoid("sequential")
 class DiagnosticArray(IdlStruct, typename="diagnostic_msgs.msg.dds_.DiagnosticArray_"):  # type: ignore[call-arg, misc]
-    """How some components do."""
+    """The status of several components."""
 
     header: Header = field(default_factory=Header)
     status: sequence[DiagnosticStatus] = field(default_factory=list)
@@ -172,7 +173,7 @@ def _header(read: CdrReader) -> "Header":
 
 
 def _with_octets(message: Any, octets: Any, *arguments: Any, **options: Any) -> bytes:
-    # cyclonedds makes a list of ints of uint8[], seconds for a camera's image; `data` is the last field and goes as it is.
+    # cyclonedds converts uint8[] to a list of ints, which takes seconds for a camera image. `data` is the last field: append it.
     empty: bytes = IdlStruct.serialize(replace(message, data=b""), *arguments, **options)
     order = "<" if empty[1] & 1 else ">"
     return b"".join((empty[:-4], struct.pack(order + "I", len(octets)), octets))

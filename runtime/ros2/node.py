@@ -1,7 +1,4 @@
-"""The node on DDS: its readers, its writers, and the thread that takes incoming messages. Also the rules of ROS names.
-
-The rules cover a node's full name, its topics, their names on DDS, and the domain.
-"""
+"""The DDS node: readers, writers and the thread that receives messages, and the rules for ROS names and domains."""
 
 from __future__ import annotations
 
@@ -33,18 +30,18 @@ from edgeprune.runtime.ros2.messages import (
     Time,
 )
 
-_TOKEN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-LARGEST_DOMAIN = 232  # the last whose ports are below 65536
+LARGEST_DOMAIN = 232  # the last domain whose ports are below 65536
+TICK = 1.0  # seconds between reports
+AT_ONCE = 8  # messages taken from one reader before the others are read
 
-_PLAIN = Policy.DataRepresentation(use_cdrv0_representation=True)  # older ROS releases read no XCDR2
-# As ROS's sensor data profile; texts as its default, with room for the pieces of an answer.
+_TOKEN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN = Policy.DataRepresentation(use_cdrv0_representation=True)  # older ROS releases cannot read XCDR2
+_UNREAD = ViewState.Any | SampleState.NotRead | InstanceState.Any
+# ROS's sensor data profile for images. ROS's default profile for strings, with a longer history for the pieces of an answer.
 SENSOR = Qos(Policy.Reliability.BestEffort, Policy.Durability.Volatile, Policy.History.KeepLast(5), _PLAIN)
 TEXT = Qos(
     Policy.Reliability.Reliable(duration(milliseconds=100)), Policy.Durability.Volatile, Policy.History.KeepLast(100), _PLAIN
 )
-_UNREAD = ViewState.Any | SampleState.NotRead | InstanceState.Any
-TICK = 1.0  # seconds between reports
-AT_ONCE = 8  # messages taken from a reader before the others have their turn
 
 
 @dataclass(frozen=True)
@@ -55,18 +52,18 @@ class NodeName:
 
     @classmethod
     def parse(cls, text: str) -> NodeName:
-        """Return the name of "edgeprune" (in the root namespace) or "/robot/edgeprune"; raise UsageError for anything else."""
+        """Parse "edgeprune" (in the root namespace) or "/robot/edgeprune". Raises UsageError for an invalid name."""
         full = "/" + text.removeprefix("/")
         _check(full, text, "node name", hint="For example: edgeprune, or /robot/edgeprune.")
         return cls(full)
 
     @property
     def namespace(self) -> str:
-        """The part before the last slash; "" is the root."""
+        """The part before the last slash; "" for the root namespace."""
         return self.full.rpartition("/")[0]
 
     def topic(self, name: str) -> str:
-        """Return the absolute name of a topic: of "/name" itself, "name" in the namespace, "~/name" below the node."""
+        """Return an absolute topic name: "/name" is absolute, "name" relative to the namespace, "~/name" relative to the node."""
         absolute = self.full + name[1:] if name.startswith("~") else name
         if not absolute.startswith("/"):
             absolute = f"{self.namespace}/{name}"
@@ -75,12 +72,12 @@ class NodeName:
 
 
 def dds_topic(name: str) -> str:
-    """Return what DDS calls the ROS topic of an absolute name: "/image" is "rt/image"."""
+    """Return the DDS name of an absolute ROS topic: "/image" is "rt/image"."""
     return f"rt{name}"
 
 
 def domain_id(asked: int | None, environment: Mapping[str, str] | None = None) -> int:
-    """Return the DDS domain: what was asked for, or ROS_DOMAIN_ID, or 0. Raises UsageError for what is no domain."""
+    """Return the DDS domain: `asked`, else ROS_DOMAIN_ID, else 0. Raises UsageError for an invalid domain."""
     text = str(asked) if asked is not None else (os.environ if environment is None else environment).get("ROS_DOMAIN_ID", "")
     if not text.strip():
         return 0
@@ -97,7 +94,7 @@ def _check(absolute: str, given: str, what: str, hint: str) -> None:
 
 @dataclass(frozen=True)
 class Topics:
-    """Absolute ROS names; None for an input that is not wanted."""
+    """Absolute topic names. None disables an input."""
 
     image: str | None
     compressed: str | None
@@ -106,15 +103,16 @@ class Topics:
 
     @property
     def pieces(self) -> str:
-        """Where the pieces of answers go."""
+        """The topic for pieces of answers."""
         return f"{self.answer}/pieces"
 
 
 @dataclass(frozen=True)
 class InputCallbacks:
-    """What is done with what comes in, called from the node's thread.
+    """Callbacks for incoming messages, called from the node's thread.
 
-    `report_error`: with "frame" or "question" and an error, for what could not be read. `publish_diagnostics`: each second.
+    `report_error`: called with "frame" or "question" and the error when a message cannot be read. `publish_diagnostics`: called
+    once per second.
     """
 
     image: Callable[[Any], None]
@@ -125,7 +123,7 @@ class InputCallbacks:
 
 
 class Node:
-    """A participant with the topics of one node. `piece`, `answer` and `report` publish, from any thread."""
+    """A DDS participant with the topics of one node. `piece`, `answer` and `report` may be called from any thread."""
 
     def __init__(self, name: NodeName, topics: Topics, domain: int) -> None:
         self._name, self._topics = name, topics
@@ -142,14 +140,14 @@ class Node:
         self._thread: threading.Thread | None = None
 
     def listen(self, inputs: InputCallbacks) -> None:
-        """Subscribe, and hand over what comes until `close`."""
+        """Subscribe, and pass incoming messages to the callbacks until `close`."""
         topics = self._topics
         sources = [self._source(topics.prompt, String, TEXT, lambda message: inputs.prompt(message.data))]
         if topics.image is not None:
             sources.append(self._source(topics.image, Image, SENSOR, inputs.image))
         if topics.compressed is not None:
             sources.append(self._source(topics.compressed, CompressedImage, SENSOR, inputs.compressed))
-        self._thread = threading.Thread(target=self._take, args=(sources, inputs), name="edgeprune-dds")
+        self._thread = threading.Thread(target=self._receive, args=(sources, inputs), name="edgeprune-dds")
         self._thread.start()
 
     def piece(self, text: str) -> None:
@@ -157,7 +155,7 @@ class Node:
         _write(self._pieces, String(text))
 
     def answer(self, text: str) -> None:
-        """Publish a whole answer."""
+        """Publish a complete answer."""
         _write(self._answers, String(text))
 
     def report(self, report: DiagnosticReport) -> None:
@@ -168,11 +166,11 @@ class Node:
         _write(self._diagnostics, DiagnosticArray(Header(Time(seconds, nanoseconds)), [status]))
 
     def close(self) -> None:
-        """Stop listening and leave the domain; nothing may be published any more."""
+        """Stop listening and leave the domain. Nothing may be published afterwards."""
         if self._thread is not None:
             self._stop.set(True)
             self._thread.join()
-        # In this order: DDS deletes what belongs to an entity together with it, and Python's objects would do it again.
+        # Delete children first: DDS deletes an entity's children with it, and their Python objects would delete them again.
         del self._answers, self._pieces, self._diagnostics, self._stop, self._participant, self._domain
 
     def _writer(self, topic: str, kind: Any) -> Any:
@@ -182,19 +180,19 @@ class Node:
         reader = DataReader(self._participant, Topic(self._participant, dds_topic(topic), kind), qos=qos)
         return _Source("question" if kind is String else "frame", topic, reader, handle)
 
-    def _take(self, sources: list[_Source], inputs: InputCallbacks) -> None:
-        waiting, due = WaitSet(self._participant), time.monotonic()
+    def _receive(self, sources: list[_Source], inputs: InputCallbacks) -> None:
+        wait_set, due = WaitSet(self._participant), time.monotonic()
         conditions = [ReadCondition(source.reader, _UNREAD) for source in sources]
         for condition in (*conditions, self._stop):
-            waiting.attach(condition)
+            wait_set.attach(condition)
         while not self._stop.read():
             if time.monotonic() >= due:
                 inputs.publish_diagnostics()
                 due = time.monotonic() + TICK
-            waiting.wait(duration(seconds=max(0.0, due - time.monotonic())))
-            # Questions are taken first and handled last: whatever image came before one is there when it is asked.
-            taken = [source.take(inputs.report_error) for source in sources]
-            for source, messages in reversed([*zip(sources, taken, strict=True)]):
+            wait_set.wait(duration(seconds=max(0.0, due - time.monotonic())))
+            # Read questions first and handle them last, so that each question sees all images that arrived before it.
+            batches = [source.take(inputs.report_error) for source in sources]
+            for source, messages in reversed([*zip(sources, batches, strict=True)]):
                 for message in messages:
                     source.handle(message)
 
@@ -209,14 +207,14 @@ class _Source:
     def take(self, report_error: Callable[[str, str], None]) -> list[Any]:
         try:
             messages = self.reader.take(AT_ONCE)
-        except Exception as error:  # what others send decides what is raised here; the node lives on
+        except Exception as error:  # invalid messages raise many types and must not stop the node
             report_error(self.kind, f"A message on {self.topic} cannot be read: {error}.")
             return []
-        return [message for message in messages if message.sample_info.valid_data]  # the others say that a writer has left
+        return [message for message in messages if message.sample_info.valid_data]  # invalid samples signal that a writer left
 
 
 def _configuration() -> str:
-    # The environment's stands behind ours and overrides it. A camera's image is more than the usual buffer of a socket holds.
+    # Camera images exceed the default socket buffer. The environment's configuration comes last and overrides ours.
     ours = "<CycloneDDS><Domain><Internal><SocketReceiveBufferSize max='32MB'/></Internal></Domain></CycloneDDS>"
     return ",".join(filter(None, (ours, os.environ.get("CYCLONEDDS_URI"))))
 
@@ -225,5 +223,5 @@ def _write(writer: Any, message: Any) -> None:
     try:
         writer.write(message)
     except DDSException as error:
-        if error.code != DDSException.DDS_RETCODE_TIMEOUT:  # a subscriber that does not keep up loses pieces, not the node its time
+        if error.code != DDSException.DDS_RETCODE_TIMEOUT:  # a slow subscriber loses messages and does not block the node
             raise

@@ -1,4 +1,4 @@
-"""Run the DDS node until it is asked to stop."""
+"""Run the DDS node until a signal stops it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def serve(
     announce: Callable[[str], None] = lambda line: None,
     **answering: Any,
 ) -> None:
-    """Answer questions over DDS until SIGINT or SIGTERM. Call it from the main thread.
+    """Answer questions over DDS until SIGINT or SIGTERM. Must be called from the main thread.
 
-    Topics are ROS names. With neither of the image topics given, "image" and "image/compressed" are heard; with one, only that.
-    `check` and `require_signature` as of `load`. `answering`: keywords of QuestionWorker. `announce`: called with lines about what
-    is going on. Raises what loading the bundle raises.
+    Topics are ROS names. Without an image topic, the node subscribes to "image" and "image/compressed"; otherwise only to those
+    given. `check` and `require_signature`: as in `load`. `answering`: keyword arguments of QuestionWorker. `announce`: called with
+    status lines. Raises the errors of `load`.
     """
     name = NodeName.parse(node)
     topics = _topics(name, image_topic, compressed_topic, prompt_topic, answer_topic)

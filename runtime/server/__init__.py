@@ -1,11 +1,10 @@
-"""Answers over HTTP for clients of OpenAI's API, and a page for the browser. Needs the extra [serve]; takes the runtime's face."""
+"""Serve answers over HTTP in the format of OpenAI's API, and a web page. Needs the extra [serve]. Uses the runtime's public API."""
 
 from edgeprune.errors import renamed as _renamed
 from edgeprune.runtime.server.errors import ServerLimits
 from edgeprune.runtime.server.process import ServerOptions, serve
 
 __all__ = ["ServerLimits", "ServerOptions", "serve"]
-
 
 _RENAMED = {"Limits": "ServerLimits"}  # old public names, which work for one release
 

@@ -1,6 +1,6 @@
-"""Access control: bearer keys, the client identity used by the queue, CORS, request counts and the access log.
+"""Access control: bearer keys, client identities for the queue, security headers, request counts and the access log.
 
-A log line has the method, the path, the status and the time. It has no body, query, key or address.
+A log line contains method, path, status and duration. It never contains a body, query, key or address.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.runtime.server.errors import ApiError, api_error_of, internal
 from edgeprune.runtime.server.service import ServerMetrics
 
-VARIABLE = "EDGEPRUNE_API_KEY"
-
-CLIENT = "edgeprune.client"  # in a request's scope: the client's name
-_WATCHED = ("/health", "/metrics")  # asked every few seconds by machines: not worth a line
+VARIABLE = "EDGEPRUNE_API_KEY"  # environment variable
+CLIENT = "edgeprune.client"  # key of the client's name in a request's scope
+_POLLED = ("/health", "/metrics")  # polled every few seconds, therefore logged at debug level
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self' blob:; connect-src 'self'; "
@@ -45,7 +44,7 @@ _log = logging.getLogger("edgeprune.server")
 
 
 class ApiKeys:
-    """The keys that are accepted; with none, everyone is. Only their digests are held."""
+    """The accepted keys. Without keys every client is accepted. Only digests are stored."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
@@ -54,21 +53,21 @@ class ApiKeys:
         return bool(self._digests)
 
     def client(self, authorization: bytes | None, address: str) -> str:
-        """Return the client's name: its key's number, or its address where there are no keys; raise ApiError (401)."""
+        """Return the client's name: the number of its key, or its address if no keys are set. Raises ApiError (401)."""
         if not self._digests:
             return address
         scheme, _, key = (authorization or b"").partition(b" ")
         given = _digest(key.strip())
-        # All are compared, each in constant time: how long it takes says nothing of which one was nearly right.
-        found = [number for number, digest in enumerate(self._digests) if hmac.compare_digest(digest, given)]
-        if scheme.lower() != b"bearer" or not found:
+        # Compare with every key in constant time, so that timing reveals nothing.
+        matches = [number for number, digest in enumerate(self._digests) if hmac.compare_digest(digest, given)]
+        if scheme.lower() != b"bearer" or not matches:
             message = "The key is missing or wrong: send 'Authorization: Bearer KEY'."
             raise ApiError(401, "invalid_api_key", message)
-        return f"key {found[0]}"
+        return f"key {matches[0]}"
 
 
 def read_keys(file: Path | None, environment: str | None) -> list[str]:
-    """Return the keys in a file, one a line ('#' begins a comment), and the one of the environment; raise UsageError."""
+    """Return the key from the environment and those of a file (one per line, '#' starts a comment). Raises UsageError."""
     keys = [] if environment is None else [environment.strip()]
     if file is not None:
         try:
@@ -76,10 +75,10 @@ def read_keys(file: Path | None, environment: str | None) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise UsageError(f"Cannot read the keys in {file}: {reason}.") from error
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
+        file_keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not file_keys:
             raise UsageError(f"{file} has no keys.", hint="Write one key a line.")
-        keys += found
+        keys += file_keys
     for key in keys:
         if not key or not key.isascii() or any(letter.isspace() for letter in key):
             raise UsageError("A key is empty, or has letters outside ASCII or spaces in it.", hint="Such as: openssl rand -hex 24")
@@ -87,7 +86,7 @@ def read_keys(file: Path | None, environment: str | None) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches a host."""
+    """Tell whether a host can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -95,7 +94,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, keys: ApiKeys, no_auth: bool) -> None:
-    """Raise UsageError for a server that others can reach without a key, unless that was asked for."""
+    """Raise UsageError for a server that other machines can reach without a key, unless `no_auth` is set."""
     if no_auth and keys:
         raise UsageError("--no-auth contradicts the keys that are given.", hint=f"Unset {VARIABLE} and --api-key-file, or it.")
     if not (keys or no_auth or is_loopback(host)):
@@ -110,10 +109,10 @@ def _digest(key: bytes) -> bytes:
 
 
 class AccessMiddleware:
-    """The outermost layer of the server. `public`: paths that need no key; `paths`: all that there are.
+    """The outermost layer of the server. `paths`: all paths. `public`: paths that need no key.
 
-    `local`: take requests only for this machine's own names. Without keys it is all that stands between a page of another origin,
-    whose name was made to point here, and the model.
+    `local`: accept only requests whose Host header names this machine. Without keys, this is the only protection against DNS
+    rebinding, in which a page of another origin reaches the model through a name that resolves to this machine.
     """
 
     def __init__(
@@ -130,29 +129,29 @@ class AccessMiddleware:
         self._paths, self._public, self._local = paths, public, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let one request through, or say why not."""
-        began, status = time.monotonic(), 0
+        """Pass one request to the application, or send an error response."""
+        started, status = time.monotonic(), 0
 
-        async def watched(message: Message) -> None:
+        async def send_recorded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        scope["app"] = self  # so that the router raises what it does not find, instead of answering in its own words
+        scope["app"] = self  # makes Starlette's router raise for unknown paths instead of sending its own response
         try:
             scope[CLIENT] = self._client(scope)
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, send_recorded)
         except Exception as error:
-            refusal = _told(error)
+            refusal = _as_api_error(error)
             self._server_metrics.rejected(refusal.reason)
             if status == 0:
-                await error_response(refusal)(scope, receive, watched)
-        path, method = self._named(scope)
+                await error_response(refusal)(scope, receive, send_recorded)
+        path, method = self._labels(scope)
         self._server_metrics.request(method, path, status)
-        level = logging.DEBUG if path in _WATCHED else logging.INFO
-        _log.log(level, "%s %s %d %.0f ms", method, path, status, 1e3 * (time.monotonic() - began))
+        level = logging.DEBUG if path in _POLLED else logging.INFO
+        _log.log(level, "%s %s %d %.0f ms", method, path, status, 1e3 * (time.monotonic() - started))
 
     def _client(self, scope: Scope) -> str:
         headers = Headers(scope=scope)
@@ -165,18 +164,18 @@ class AccessMiddleware:
             return str(address)
         return self._keys.client(headers.get("authorization", "").encode("latin-1"), str(address))
 
-    def _named(self, scope: Scope) -> tuple[str, str]:
+    def _labels(self, scope: Scope) -> tuple[str, str]:
         path, method = scope["path"], scope["method"]
         path = "/v1/models" if path.startswith("/v1/models/") else path
         return (path if path in self._paths else "other"), (method if method in _METHODS else "other")
 
 
 def error_response(refusal: ApiError) -> Response:
-    """Return the response that says why there is no answer."""
+    """Return the HTTP response of an error."""
     return Response(json.dumps(refusal.body), refusal.status, refusal.headers, "application/json")
 
 
-def _told(error: Exception) -> ApiError:
+def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EdgePruneError):
@@ -184,6 +183,6 @@ def _told(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         missing = error.status_code == 404
         return ApiError(error.status_code, "not_found" if missing else "not_allowed", f"{error.detail} on this path.")
-    # Its message may hold part of a request.
+    # Log the traceback without the message, which may contain part of a request.
     _log.error("%s in a request:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     return internal()

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's, those that machines watch, and the page."""
+"""The server's routes: OpenAI's API, health and metrics, and the web page."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _FILES = {
 
 
 def application(service: Service, keys: ApiKeys, *, local: bool) -> ASGIApp:
-    """Return the server as an ASGI application; `local`: it answers to this machine's own names only.
+    """Return the server as an ASGI application. `local`: accept only requests whose Host header names this machine.
 
-    The page and /health need no key: neither says anything of the model.
+    The page and /health need no key, because they reveal nothing about the model.
     """
     registry = CollectorRegistry()
     metrics, server_metrics = Metrics(registry), ServerMetrics(service, registry)
     service.observe(metrics.observe)
-    watched = _StatusRoutes(service, metrics)
+    status = _StatusRoutes(service, metrics)
     routes = [
         Route("/v1/chat/completions", Completions(service, server_metrics), methods=["POST"]),
-        Route("/v1/models", watched.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", watched.model, methods=["GET"]),
-        Route("/health", watched.health, methods=["GET"]),
-        Route("/metrics", watched.metrics, methods=["GET"]),
+        Route("/v1/models", status.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", status.model, methods=["GET"]),
+        Route("/health", status.health, methods=["GET"]),
+        Route("/metrics", status.metrics, methods=["GET"]),
         *(Route(path, _File(*file), methods=["GET"]) for path, file in _FILES.items()),
     ]
     paths = [route.path for route in routes]
@@ -51,7 +51,7 @@ def application(service: Service, keys: ApiKeys, *, local: bool) -> ASGIApp:
 
 
 class _StatusRoutes:
-    # What tells of the model and the server.
+    # Routes that report on the model and the server.
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self._service, self._metrics = service, metrics
 
@@ -59,9 +59,9 @@ class _StatusRoutes:
         return JSONResponse({"object": "list", "data": [model_card(self._service.model())]})
 
     async def model(self, request: Request) -> Response:
-        model, asked = self._service.model(), request.path_params["name"]
-        if asked != model.name:
-            raise ApiError(404, "model_not_found", f"There is no model {asked!r} here, only {model.name!r}.", param="model")
+        model, name = self._service.model(), request.path_params["name"]
+        if name != model.name:
+            raise ApiError(404, "model_not_found", f"There is no model {name!r} here, only {model.name!r}.", param="model")
         return JSONResponse(model_card(model))
 
     async def health(self, request: Request) -> Response:
@@ -75,7 +75,7 @@ class _StatusRoutes:
 
 
 class _File:
-    # One of the page's files, read once.
+    # A file of the web page, read once.
     def __init__(self, name: str, kind: str) -> None:
         self._content, self._kind = (_WEB / name).read_bytes(), kind
 

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: read the body within its limits, answer whole or as a stream of events."""
+"""POST /v1/chat/completions: read the body within the limits, and answer in one response or as server-sent events."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ from edgeprune.runtime.server.responses import Completion, event
 from edgeprune.runtime.server.schema import parse
 from edgeprune.runtime.server.service import ServerMetrics, Service
 
-_UPLOAD_S = 60.0  # in which a body must be there: it holds a place in the queue
-_DRAIN_S = 2.0  # spent on reading what is refused, so that the client hears why and not that its connection was reset
-
+_UPLOAD_S = 60.0  # time limit for a body, because it occupies a place in the queue
+_DRAIN_S = 2.0  # time spent reading a rejected body, so that the client gets the error instead of a connection reset
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 async def read_body(headers: Headers, receive: Receive, most: int) -> bytes:
-    """Return the body of a request of at most `most` bytes of JSON; raise ApiError (400, 408, 413, 415)."""
+    """Return the JSON body of a request, at most `most` bytes. Raises ApiError (400, 408, 413, 415)."""
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        # A page of another origin can send anything else without asking the browser's leave.
+        # Browsers send other content types across origins without a CORS preflight.
         raise ApiError(415, "unsupported_media_type", "The body must be JSON: send 'Content-Type: application/json'.")
     declared = headers.get("content-length", "")
     try:
         if not declared.isdecimal() or int(declared) <= most:
-            return await asyncio.wait_for(_joined(receive, most), _UPLOAD_S)
+            return await asyncio.wait_for(_receive_body(receive, most), _UPLOAD_S)
     except asyncio.TimeoutError as error:
         raise ApiError(408, "upload_timeout", f"The body was not there within {_UPLOAD_S:g} seconds.") from error
     except _TooLarge:
@@ -47,7 +46,7 @@ class _TooLarge(Exception):
     pass
 
 
-async def _joined(receive: Receive, most: int) -> bytes:
+async def _receive_body(receive: Receive, most: int) -> bytes:
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -68,7 +67,7 @@ async def _drain(receive: Receive) -> None:
 
 
 class Completions:
-    """The endpoint. A client that goes away ends its answer within a decode step, streamed or not."""
+    """The endpoint. When a client disconnects, its answer is cancelled within a decode step, streamed or not."""
 
     def __init__(self, service: Service, server_metrics: ServerMetrics) -> None:
         self._service, self._server_metrics = service, server_metrics
@@ -78,25 +77,25 @@ class Completions:
         model, client = self._service.model(), scope[CLIENT]
         with self._service.queue.admit(client):
             body = await read_body(Headers(scope=scope), receive, self._service.limits.max_body_bytes)
-            asked = await asyncio.to_thread(_question, body, model, self._service.limits)
-            job, events = job_on_loop(asked, self._service.fit)
-            watch = asyncio.create_task(self._watch(receive, client, job))
+            request = await asyncio.to_thread(_validated_request, body, model, self._service.limits)
+            job, events = job_on_loop(request, self._service.fit)
+            watch = asyncio.create_task(self._cancel_on_disconnect(receive, client, job))
             try:
                 self._service.queue.push(client, job)
                 pieces = _pieces(events)
                 first = await anext(pieces, "")
                 self._server_metrics.queued.observe(job.queued_ms / 1e3)
                 completion = Completion(job, model)
-                if asked.stream:
+                if request.stream:
                     await _stream(completion, first, pieces, send)
                 else:
-                    words = first + "".join([piece async for piece in pieces])
-                    await JSONResponse(completion.body(words))(scope, receive, send)
+                    text = first + "".join([piece async for piece in pieces])
+                    await JSONResponse(completion.body(text))(scope, receive, send)
             finally:
                 watch.cancel()
-                job.cancel()  # nothing to one that has ended
+                job.cancel()  # no effect on a finished job
 
-    async def _watch(self, receive: Receive, client: str, job: AnswerJob) -> None:
+    async def _cancel_on_disconnect(self, receive: Receive, client: str, job: AnswerJob) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         if self._service.queue.drop(client, job):
@@ -104,24 +103,24 @@ class Completions:
         job.cancel()
 
 
-def _question(body: bytes, model: Runtime, limits: ServerLimits) -> AnswerRequest:
-    # All that can be refused is, before it stands in line for nothing.
+def _validated_request(body: bytes, model: Runtime, limits: ServerLimits) -> AnswerRequest:
+    # Validate everything before the request enters the queue.
     request = parse(body)
     if request.model not in (None, model.name):
         raise ApiError(404, "model_not_found", f"There is no model {request.model!r} here, only {model.name!r}.", param="model")
     if request.tier is not None and request.tier not in model.tiers:
         has = f"Its tiers are: {', '.join(model.tiers)}." if model.tiers else "It has one plan and no tiers."
         raise ApiError(400, "invalid_value", f"The model has no tier {request.tier!r}. {has}", param="tier")
-    asked = answer_request(request, limits)
-    Sampling(**asked.sampling)
-    return asked
+    answerable = answer_request(request, limits)
+    Sampling(**answerable.sampling)  # raises for invalid options
+    return answerable
 
 
 async def _pieces(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
-    while not isinstance(happened := await events.get(), DoneEvent):
-        if isinstance(happened, ErrorEvent):
-            raise happened.refusal
-        yield happened.text
+    while not isinstance(received := await events.get(), DoneEvent):
+        if isinstance(received, ErrorEvent):
+            raise received.refusal
+        yield received.text
 
 
 async def _stream(completion: Completion, first: str, pieces: AsyncIterator[str], send: Send) -> None:
@@ -134,7 +133,7 @@ async def _stream(completion: Completion, first: str, pieces: AsyncIterator[str]
         await put(event(completion.text_chunk(first)) if first else b"")
         async for text in pieces:
             await put(event(completion.text_chunk(text)) if text else b"")
-    except ApiError as refusal:  # the status is sent; OpenAI's clients look for an error among the events
+    except ApiError as refusal:  # the status is already sent, and OpenAI's clients accept an error as an event
         await put(event(refusal.body), more=False)
         return
     await put(b"".join(map(event, completion.last_chunks())) + b"data: [DONE]\n\n", more=False)

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape with their HTTP status, and the limits of a server. An error names the option that sets its limit."""
+"""Errors in OpenAI's format with their HTTP status, and the limits of a server. An error names the option that sets its limit."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from edgeprune.errors import EdgePruneError, MissingExtraError, UsageError, one_line
 
-_SOON_S = 5.0  # after which to try again what is not there now
+_RETRY_S = 5.0  # Retry-After of temporary errors
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """The bounds of requests.
+    """The limits of requests.
 
-    `max_body_bytes`: of one request's body. `max_pixels`: of one image. `max_images`: of one request, its history included.
-    `queue`: requests that may wait besides those that are answered. `per_client`: requests of one client that may be open at once,
-    waiting or answered.
+    `max_body_bytes`: size of one body. `max_pixels`: pixels of one image. `max_images`: images of one request, history included.
+    `queue`: requests that may wait in addition to those being answered. `per_client`: open requests of one client, waiting or being
+    answered.
     """
 
     max_body_bytes: int = 32 << 20
@@ -35,9 +35,9 @@ class ServerLimits:
 
 
 class ApiError(Exception):
-    """A request that gets no answer: the HTTP `status`, a `code` for programs, and the `param` of the request that is wrong.
+    """A rejected or failed request: the HTTP `status`, a machine-readable `code`, and the invalid parameter `param`.
 
-    `reason`: the word under which it is counted. `retry_after`: seconds after which to ask again, None for never.
+    `reason`: label in the metrics, by default `code`. `retry_after`: seconds until a retry makes sense, None for never.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that go with it."""
+        """The headers of the error response."""
         headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
@@ -72,12 +72,12 @@ class ApiError(Exception):
 def limit_exceeded(
     option: str, status: int, message: str, *, param: str | None = None, retry_after: float | None = None
 ) -> ApiError:
-    """Return the refusal of a request that is over the limit which `option` sets."""
+    """Return the error of a request that exceeds the limit set by `option`."""
     return ApiError(status, option.lstrip("-").replace("-", "_"), f"{message} ({option}).", param=param, retry_after=retry_after)
 
 
 def api_error_of(error: EdgePruneError) -> ApiError:
-    """Return what a client is told of an error of the runtime: its own mistake is 400, ours is 500."""
+    """Convert an error of the runtime: 400 for invalid requests, 501 for a missing extra, 500 otherwise."""
     if isinstance(error, UsageError):
         return ApiError(400, "invalid_request", str(error))
     if isinstance(error, MissingExtraError):
@@ -86,20 +86,20 @@ def api_error_of(error: EdgePruneError) -> ApiError:
 
 
 def not_ready(phase: str) -> ApiError:
-    """Return what a client is told while there is no model yet."""
-    return ApiError(503, "not_ready", f"The model is not ready yet: it is {phase}.", retry_after=_SOON_S)
+    """Return the error for requests that arrive before the model is loaded."""
+    return ApiError(503, "not_ready", f"The model is not ready yet: it is {phase}.", retry_after=_RETRY_S)
 
 
 def shutting_down() -> ApiError:
-    """Return what a client is told once the server is to end."""
-    return ApiError(503, "shutting_down", "The server is shutting down.", retry_after=_SOON_S)
+    """Return the error for requests during shutdown."""
+    return ApiError(503, "shutting_down", "The server is shutting down.", retry_after=_RETRY_S)
 
 
 def disconnected() -> ApiError:
-    """Return what nobody will read: the client went away. The status is nginx's."""
+    """Return the error of a request whose client disconnected. Only metrics and logs see it. Status 499 follows nginx."""
     return ApiError(499, "disconnected", "The client went away.")
 
 
 def internal() -> ApiError:
-    """Return what a client is told of a bug; what happened stands in the log."""
+    """Return the error of an unexpected exception. Details are only in the log."""
     return ApiError(500, "internal_error", "The server failed on this request; its log says where.")

@@ -1,6 +1,6 @@
-"""Jobs and their queue: a worker thread answers one request and sends its pieces to the event loop.
+"""Jobs and their queue. A worker thread answers one request at a time and sends pieces of text to the event loop.
 
-The queue is bounded. Each client has a queue of its own, and clients are served round-robin.
+The queue is bounded. Each client has its own queue, and clients are served round-robin.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from edgeprune.runtime.server.request_mapping import AnswerRequest
 _log = logging.getLogger("edgeprune.server")
 
 T = TypeVar("T")
-_RECENT = 16  # answers whose times say how long the next will take
-_UNKNOWN_S = 1.0  # what an answer is taken to last while none has ended
+_RECENT = 16  # answers whose mean time estimates the next one
+_DEFAULT_ANSWER_S = 1.0  # estimate before the first answer has ended
 
 
 @dataclass(frozen=True)
 class TextEvent:
-    """The next words; the first piece says that the answer has begun."""
+    """The next piece of text. The first one marks the start of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class DoneEvent:
-    """The answer is whole."""
+    """The answer is complete."""
 
 
 @dataclass(frozen=True)
 class ErrorEvent:
-    """There is no answer, or no more of it."""
+    """The request failed before or during its answer."""
 
     refusal: ApiError
 
@@ -52,9 +52,9 @@ Event = TextEvent | DoneEvent | ErrorEvent
 
 
 class AnswerJob:
-    """A question on its way: `events` in the order in which they happen; after DoneEvent or ErrorEvent there are none.
+    """One request in the queue or in a worker. DoneEvent or ErrorEvent is its last event.
 
-    `emit` brings an event to whoever waits. `queued_ms`: how long it stood in line; `receipt`: from the first piece on.
+    `emit`: called with each event, from the worker thread. `queued_ms`: time in the queue. `receipt`: set before the first piece.
     """
 
     def __init__(self, request: AnswerRequest, fit: str, emit: Callable[[Event], None]) -> None:
@@ -67,7 +67,7 @@ class AnswerJob:
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """End the answer within a decode step, or before it begins."""
+        """Cancel the answer within a decode step, or before it starts."""
         with self._lock:
             self._cancelled = True
             stream = self._stream
@@ -75,11 +75,11 @@ class AnswerJob:
             stream.cancel()
 
     def reject(self, refusal: ApiError) -> None:
-        """Say that it will not be answered."""
+        """Fail the job without answering it."""
         self._emit(ErrorEvent(refusal))
 
     def run(self, model: Runtime) -> None:
-        """Answer, whatever happens."""
+        """Answer the request. Errors become events; nothing is raised."""
         self.queued_ms = 1e3 * (time.monotonic() - self._arrived)
         try:
             self._answer(model)
@@ -87,16 +87,18 @@ class AnswerJob:
             self._emit(ErrorEvent(refusal))
         except EdgePruneError as error:
             self._emit(ErrorEvent(api_error_of(error)))
-        except Exception as error:  # a bug must not end the worker; its message may hold a prompt, so it is not written down
+        except Exception as error:  # a bug must not end the worker; the message may contain a prompt, so it is not logged
             _log.error("%s while answering:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             self._emit(ErrorEvent(internal()))
         else:
             self._emit(DoneEvent())
 
     def _answer(self, model: Runtime) -> None:
-        asked = self._in_time()
-        chat = model.chat(prune=asked.prune, fit=self._fit, history=asked.history)
-        stream = chat.ask(asked.prompt, asked.images or None, tier=asked.tier, deadline_ms=asked.deadline_ms, **asked.sampling)
+        request = self._with_remaining_deadline()
+        chat = model.chat(prune=request.prune, fit=self._fit, history=request.history)
+        stream = chat.ask(
+            request.prompt, request.images or None, tier=request.tier, deadline_ms=request.deadline_ms, **request.sampling
+        )
         self.receipt = stream.receipt
         with self._lock:
             self._stream = stream
@@ -106,46 +108,46 @@ class AnswerJob:
         for text in stream:
             self._emit(TextEvent(text))
 
-    def _in_time(self) -> AnswerRequest:
-        # The clock of a deadline began when the request came, not when its turn came.
-        asked = self.request
-        if asked.deadline_ms is None:
-            return asked
-        left = asked.deadline_ms - self.queued_ms
-        if left <= 0:
-            message = f"deadline_ms ({asked.deadline_ms:g}) passed while the request waited its turn."
+    def _with_remaining_deadline(self) -> AnswerRequest:
+        # A deadline counts from the arrival of the request, so the time in the queue is subtracted.
+        request = self.request
+        if request.deadline_ms is None:
+            return request
+        remaining = request.deadline_ms - self.queued_ms
+        if remaining <= 0:
+            message = f"deadline_ms ({request.deadline_ms:g}) passed while the request waited its turn."
             raise ApiError(503, "deadline_passed", message, param="deadline_ms", retry_after=self.queued_ms / 1e3)
-        return replace(asked, deadline_ms=left)
+        return replace(request, deadline_ms=remaining)
 
 
 def job_on_loop(request: AnswerRequest, fit: str) -> tuple[AnswerJob, asyncio.Queue[Event]]:
-    """Return a job, and the queue of the running event loop in which its events arrive."""
+    """Return a job and the asyncio queue that receives its events on the running event loop."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
     def emit(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed and nothing awaits the event
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     return AnswerJob(request, fit, emit), events
 
 
 class FairQueue(Generic[T]):
-    """A bounded line in front of `parallel` workers; any thread may call anything.
+    """A thread-safe bounded queue in front of `parallel` workers.
 
-    A request enters before its body is read, so that bodies in memory are bounded too, and leaves when it is answered.
+    A request is admitted before its body is read, which also bounds the bodies in memory. It is counted until it is answered.
     """
 
     def __init__(self, limits: ServerLimits, parallel: int = 1) -> None:
         self._limits, self._parallel = limits, parallel
         self._changed = threading.Condition()
-        self._lines: dict[str, deque[T]] = {}  # the client whose turn it is comes first; no line is empty
+        self._queues: dict[str, deque[T]] = {}  # by client, the next one to serve first; never empty
         self._open: Counter[str] = Counter()
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._closed = False
 
     @contextmanager
     def admit(self, client: str) -> Iterator[None]:
-        """Hold a place for the block; raise ApiError (429) when there is none, with the seconds after which there may be one."""
+        """Reserve a place for the duration of the block. Raises ApiError (429) with an estimated `retry_after` if none is free."""
         with self._changed:
             self._check_room(client)
             self._open[client] += 1
@@ -154,74 +156,74 @@ class FairQueue(Generic[T]):
         finally:
             with self._changed:
                 self._open[client] -= 1
-                self._open += Counter()  # forgets those that have none
+                self._open += Counter()  # removes clients with a count of 0
 
     def _check_room(self, client: str) -> None:
-        total, wait = self._open.total(), self._wait()
+        total, wait = self._open.total(), self._estimated_wait()
         if self._open[client] >= self._limits.per_client:
             message = f"This client has {self._open[client]} requests open, as many as are allowed"
             raise limit_exceeded("--per-client", 429, message, retry_after=wait)
         if total >= self._limits.queue + self._parallel:
             raise limit_exceeded("--queue", 429, f"The queue is full: {total} requests are open", retry_after=wait)
 
-    def _wait(self) -> float:
-        usual = sum(self._recent) / len(self._recent) if self._recent else _UNKNOWN_S
-        return usual * max(1.0, self._open.total() / self._parallel)
+    def _estimated_wait(self) -> float:
+        mean = sum(self._recent) / len(self._recent) if self._recent else _DEFAULT_ANSWER_S
+        return mean * max(1.0, self._open.total() / self._parallel)
 
     @property
     def retry_after(self) -> float:
-        """Seconds until all that is open now may be answered."""
+        """Estimated seconds until all open requests are answered."""
         with self._changed:
-            return self._wait()
+            return self._estimated_wait()
 
     @property
     def waiting(self) -> int:
-        """Requests in line."""
+        """The number of waiting requests."""
         with self._changed:
-            return sum(map(len, self._lines.values()))
+            return sum(map(len, self._queues.values()))
 
     def push(self, client: str, item: T) -> None:
-        """Put a request at the end of its client's line; raise ApiError (503) after `close`."""
+        """Append a request to its client's queue. Raises ApiError (503) after `close`."""
         with self._changed:
             if self._closed:
                 raise shutting_down()
-            self._lines.setdefault(client, deque()).append(item)
+            self._queues.setdefault(client, deque()).append(item)
             self._changed.notify()
 
     def drop(self, client: str, item: T) -> bool:
-        """Take a request out of line; tell whether it was still there."""
+        """Remove a waiting request. Returns whether it was still waiting."""
         with self._changed:
-            line = self._lines.get(client, deque())
-            if item not in line:
+            queue = self._queues.get(client, deque())
+            if item not in queue:
                 return False
-            line.remove(item)
-            if not line:
-                del self._lines[client]
+            queue.remove(item)
+            if not queue:
+                del self._queues[client]
             return True
 
     def take(self) -> T | None:
-        """Return the next request, waiting for one; None after `close`. The client goes behind the others."""
+        """Wait for the next request and return it, or None after `close`. Its client is served last from then on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._closed)
+            self._changed.wait_for(lambda: self._queues or self._closed)
             if self._closed:
                 return None
-            client = next(iter(self._lines))
-            line = self._lines.pop(client)
-            item = line.popleft()
-            if line:
-                self._lines[client] = line
+            client = next(iter(self._queues))
+            queue = self._queues.pop(client)
+            item = queue.popleft()
+            if queue:
+                self._queues[client] = queue
             return item
 
     def answered(self, seconds: float) -> None:
-        """Note how long an answer took."""
+        """Record how long an answer took."""
         with self._changed:
             self._recent.append(seconds)
 
     def close(self) -> list[T]:
-        """Serve nobody any more; return who was in line."""
+        """Close the queue and return the requests that were waiting."""
         with self._changed:
             self._closed = True
-            left = [item for line in self._lines.values() for item in line]
-            self._lines.clear()
+            remaining = [item for queue in self._queues.values() for item in queue]
+            self._queues.clear()
             self._changed.notify_all()
-            return left
+            return remaining

@@ -1,4 +1,4 @@
-"""The process: it listens while the model still loads, and ends in good order."""
+"""The server process. It listens while the model loads, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from edgeprune.runtime.server.application import application
 from edgeprune.runtime.server.errors import ServerLimits
 from edgeprune.runtime.server.service import Service
 
-_CANCEL_GRACE_S = 5.0  # after cancelling, until connections are cut
+_CANCEL_GRACE_S = 5.0  # between cancellation and closing the connections
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where a server listens, whom it answers, and how.
+    """The options of a server.
 
-    `keys`: bearer keys; without one, `no_auth` must be said for a host that other machines reach. `parallel`: answers at once, step
-    by step in turns. `grace`: seconds that answers have to end when the server stops. `fit`: as `Runtime.generate` takes it.
+    `keys`: bearer keys; without keys, a host that other machines can reach needs `no_auth`. `parallel`: answers at a time, whose
+    steps alternate. `grace`: seconds that running answers have to finish at shutdown. `fit`: as in `Runtime.generate`.
     """
 
     keys: Sequence[str] = ()
@@ -51,19 +51,20 @@ def serve(
     announce: Callable[[str], None] = lambda url: None,
     **opening: Any,
 ) -> None:
-    """Answer requests about a bundle until SIGTERM or SIGINT; call `announce` with the address when it listens.
+    """Serve a bundle until SIGTERM or SIGINT.
 
-    `opening`: as `load` takes it. Raises UsageError for what cannot be listened on, and what `load` raises.
+    `announce`: called with the URL once the server listens. `opening`: keyword arguments of `load`. Raises UsageError when it
+    cannot listen on the address, and the errors of `load`.
     """
 
-    def opens(on_phase: Callable[[str], None]) -> Runtime:
+    def open_model(on_phase: Callable[[str], None]) -> Runtime:
         return load(bundle, on_phase=on_phase, warm_up=True, **opening)
 
-    Server(opens, options or ServerOptions(), announce).run()
+    Server(open_model, options or ServerOptions(), announce).run()
 
 
 class Server:
-    """A server whose socket is open; `open_model` returns the model and is given what to call with each phase."""
+    """A server with an open socket. `open_model`: loads the model and reports each phase to the given callback."""
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Server:
         check_exposure(options.host, keys, options.no_auth)
         self._service = Service(open_model, options.limits, parallel=options.parallel, fit=options.fit, failed=self._fail)
         self._failure: Exception | None = None
-        self._socket = _bound(options.host, options.port)
+        self._socket = _listening_socket(options.host, options.port)
         config = uvicorn.Config(
             application(self._service, keys, local=is_loopback(options.host) and not (keys or options.no_auth)),
             loop="asyncio",
@@ -83,7 +84,7 @@ class Server:
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="warning",  # its own line of a request would have the query and the address
+            log_level="warning",  # uvicorn's own request lines contain the query and the address
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=max(1, round(options.grace + _CANCEL_GRACE_S)),
@@ -92,12 +93,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL of the server."""
         host, port = self._socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def run(self) -> None:
-        """Answer until `stop`, SIGTERM or SIGINT; raise what the loading of the model raised."""
+        """Serve until `stop`, SIGTERM or SIGINT. Raises the error of a failed model load."""
         self._service.start()
         self._loop.run(sockets=[self._socket])
         self._service.join(_CANCEL_GRACE_S)
@@ -105,7 +106,7 @@ class Server:
             raise self._failure
 
     def stop(self) -> None:
-        """End, from any thread, in the good order of a signal."""
+        """Shut down gracefully, as after a signal. May be called from any thread."""
         self._loop.should_exit = True
 
     def _fail(self, error: Exception) -> None:
@@ -114,10 +115,10 @@ class Server:
 
 
 class _Loop(uvicorn.Server):
-    # uvicorn's, with our own ending: it would end by the signal itself, whatever was finished.
-    def __init__(self, config: uvicorn.Config, service: Service, grace: float, listens: Callable[[], None]) -> None:
+    # uvicorn.Server with our own shutdown. uvicorn raises the signal again after shutdown, which would end the process by it.
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._grace, self._listens = service, grace, listens
+        self._service, self._grace, self._on_listening = service, grace, on_listening
         self._running: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -126,13 +127,13 @@ class _Loop(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._listens()
+        self._on_listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.stop()
-        late = asyncio.get_running_loop().call_later(self._grace, self._service.cancel)
+        timer = asyncio.get_running_loop().call_later(self._grace, self._service.cancel)
         await super().shutdown(sockets)
-        late.cancel()
+        timer.cancel()
         self._service.cancel()
 
     @contextlib.contextmanager
@@ -148,13 +149,13 @@ class _Loop(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # The second signal is impatient.
+        # A second signal cancels the running answers at once.
         if self.should_exit and self._running is not None:
             self._running.call_soon_threadsafe(self._service.cancel)
         self.should_exit = True
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _listening_socket(host: str, port: int) -> socket.socket:
     name = host.strip("[]")
     try:
         family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]

@@ -1,6 +1,6 @@
-"""From a request to a runtime call: earlier turns, the question with its images, and sampling options.
+"""Convert a request to a runtime call: earlier turns, the question with its images, and sampling options.
 
-Images are data URLs. The server never fetches anything.
+Images must be data URLs. The server never downloads anything.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from edgeprune.runtime.server.errors import ApiError, ServerLimits, limit_exceed
 from edgeprune.runtime.server.schema import ChatRequest, ImagePart, Message, SchemaFormat, TextPart
 
 _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "image/webp": "WEBP"}
-
 _ANY_OBJECT = {"type": "object"}
 
 
 def decode_image_url(url: str, max_pixels: int, param: str) -> Image.Image:
-    """Return the upright RGB image in a data URL of base64.
+    """Return the upright RGB image of a base64 data URL.
 
-    `param`: the URL's place in the request, for the message. Raises ApiError (400) for anything but a whole PNG, JPEG or WebP image
-    of at most `max_pixels` pixels.
+    `param`: the URL's place in the request, for error messages. Raises ApiError (400) for anything but a complete PNG, JPEG or WebP
+    image of at most `max_pixels` pixels.
     """
-    data, kind = _data(url, param)
+    data, kind = _decode_base64(url, param)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            with Image.open(io.BytesIO(data), formats=[kind]) as image:  # reads the header only
-                _check_size(image, max_pixels, param)
+            with Image.open(io.BytesIO(data), formats=[kind]) as image:  # reads only the header
+                width, height = image.size
+                if width * height > max_pixels:
+                    message = f"The image is {width}x{height}, more than the {max_pixels} pixels allowed"
+                    raise limit_exceeded("--max-pixels", 400, message, param=param)
                 return read_image(image)
     except Image.DecompressionBombError as error:
         raise limit_exceeded(
@@ -47,11 +49,12 @@ def decode_image_url(url: str, max_pixels: int, param: str) -> Image.Image:
         raise
     except ImageError as error:
         raise _invalid("The image cannot be used: it is damaged, cut short or too large.", param) from error
-    except Exception as error:  # on damaged data, Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise many types on damaged data
         raise _invalid(f"The image is not a readable {kind} file.", param) from error
 
 
-def _data(url: str, param: str) -> tuple[bytes, str]:
+def _decode_base64(url: str, param: str) -> tuple[bytes, str]:
+    # The bytes of an image, and its Pillow format.
     head, comma, body = url.partition(",")
     if not head.lower().startswith("data:") or not comma:
         raise _invalid("Nothing is downloaded here: give the image as a data URL (data:image/png;base64,...).", param)
@@ -66,20 +69,13 @@ def _data(url: str, param: str) -> tuple[bytes, str]:
         raise _invalid("The image's base64 is broken.", param) from error
 
 
-def _check_size(image: Image.Image, max_pixels: int, param: str) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        message = f"The image is {width}x{height}, more than the {max_pixels} pixels allowed"
-        raise limit_exceeded("--max-pixels", 400, message, param=param)
-
-
 def _invalid(message: str, param: str) -> ApiError:
     return ApiError(400, "invalid_image", message, param=param)
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """What `Runtime.chat` and `Chat.ask` are called with. `kept`: tell which visual tokens stayed."""
+    """The arguments of `Runtime.chat` and `Chat.ask`. `kept`: include the kept token indices in the response."""
 
     prompt: str
     images: tuple[Image.Image, ...] = ()
@@ -94,7 +90,7 @@ class AnswerRequest:
 
 
 def answer_request(request: ChatRequest, limits: ServerLimits) -> AnswerRequest:
-    """Return what a request asks, its images decoded; raise ApiError (400) for images that are too many, too large or broken."""
+    """Convert a request and decode its images. Raises ApiError (400) for too many, too large or broken images, or no question."""
     count = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
     if count > limits.max_images:
         raise limit_exceeded(
@@ -125,7 +121,7 @@ def _text(message: Message) -> str:
 
 
 def _images(message: Message, param: str, limits: ServerLimits) -> tuple[Image.Image, ...]:
-    # They stand before the message's text, however the two are mixed: so does the runtime render them.
+    # In order. The runtime renders all images of a message before its text.
     places = [(f"{param}.content[{number}].image_url.url", part) for number, part in enumerate(message.content)]
     return tuple(
         decode_image_url(part.image_url.url, limits.max_pixels, place) for place, part in places if isinstance(part, ImagePart)
@@ -133,10 +129,9 @@ def _images(message: Message, param: str, limits: ServerLimits) -> tuple[Image.I
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:
-    # What was not said is left to the runtime.
-    longest = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    asked = {
-        "max_tokens": longest,
+    # Missing options keep the runtime's defaults.
+    options = {
+        "max_tokens": request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed,
@@ -144,11 +139,11 @@ def _sampling(request: ChatRequest) -> dict[str, Any]:
         "choices": request.guided_choice,
         "json_schema": _schema(request),
     }
-    return {name: value for name, value in asked.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _schema(request: ChatRequest) -> Mapping[str, Any] | None:
-    form = request.response_format
-    if form is None or form.type == "text":
+    response_format = request.response_format
+    if response_format is None or response_format.type == "text":
         return None
-    return form.json_schema.schema_ if isinstance(form, SchemaFormat) else _ANY_OBJECT
+    return response_format.json_schema.schema_ if isinstance(response_format, SchemaFormat) else _ANY_OBJECT

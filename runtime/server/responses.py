@@ -1,4 +1,4 @@
-"""Response bodies in OpenAI's shapes, with the receipt, and the kept tokens of each cut as grids that the web page draws."""
+"""Response bodies in OpenAI's format with the receipt, and the kept tokens of each cut as grids for the web page."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from edgeprune.runtime.media.overlay import CACHES
 from edgeprune.runtime.server.jobs import AnswerJob
 from edgeprune.runtime.telemetry.receipt import ImageCuts
 
-_STOPPED = ("end", "stop")  # everything else cut the answer short, which OpenAI's clients know as "length"
+_STOPPED = ("end", "stop")  # reported as OpenAI's "stop"; all other reasons as "length"
 
 
 def kept_token_maps(plan: KeepPlan, receipt: Receipt) -> list[dict[str, Any]]:
-    """Return for each image of an answer, or for its video, the views of the prepared picture and what the cuts kept of them.
+    """Return the views of each image (or of the video) after preprocessing, and the tokens that each cut kept.
 
-    A cut's `shares`: for each visual token 1 where it was kept and 0 where not; of KV caches the share of the heads' caches that
-    hold it. Nothing where nothing was cut.
+    `shares` of a cut: 1 for a kept visual token and 0 for a dropped one; for KV caches the share of KV heads that keep the token.
+    Returns an empty list if no cut was applied.
     """
     tokens = plan.geometry.tokens
     count = receipt.visual_tokens // tokens
     if not count or not receipt.cuts:
         return []
-    return [_board(plan) | {"cuts": _cuts(cuts, tokens)} for cuts in receipt.cuts_by_image(count)]
+    return [_canvas(plan) | {"cuts": _cuts(cuts, tokens)} for cuts in receipt.cuts_by_image(count)]
 
 
-def _board(plan: KeepPlan) -> dict[str, Any]:
+def _canvas(plan: KeepPlan) -> dict[str, Any]:
     views = plan.geometry.layout
     names = ("top", "left", "height", "width", "rows", "columns", "separators", "time")
     return {
@@ -43,28 +43,28 @@ def _board(plan: KeepPlan) -> dict[str, Any]:
 
 
 def _cuts(cuts: ImageCuts, tokens: int) -> list[dict[str, Any]]:
-    drawn = [_drawn(cut.cut, cut.before, cut.after, _share([cut.kept], tokens)) for cut in cuts.tokens]
+    maps = [_map(cut.cut, cut.before, cut.after, _shares([cut.kept], tokens)) for cut in cuts.tokens]
     if cuts.caches:
         heads = [head for cut in cuts.caches for head in cut.kept]
         after = round(float(np.mean([cut.after for cut in cuts.caches])))
-        drawn.append(_drawn(CACHES, max(cut.before for cut in cuts.caches), after, _share(heads, tokens)))
-    return drawn
+        maps.append(_map(CACHES, max(cut.before for cut in cuts.caches), after, _shares(heads, tokens)))
+    return maps
 
 
-def _drawn(name: str, before: int, after: int, shares: np.ndarray) -> dict[str, Any]:
+def _map(name: str, before: int, after: int, shares: np.ndarray) -> dict[str, Any]:
     return {"cut": name, "before": before, "after": after, "shares": [round(float(share), 3) for share in shares]}
 
 
-def _share(kept: Sequence[np.ndarray], tokens: int) -> np.ndarray:
-    # [tokens]: of how many of the lists a token is part.
-    held = np.zeros(tokens)
+def _shares(kept: Sequence[np.ndarray], tokens: int) -> np.ndarray:
+    # [tokens]: the share of the index lists that contain each token.
+    counts = np.zeros(tokens)
     for indices in kept:
-        held[np.asarray(indices, np.int64).reshape(-1)] += 1
-    return held / len(kept)
+        counts[np.asarray(indices, np.int64).reshape(-1)] += 1
+    return counts / len(kept)
 
 
 class Completion:
-    """One answer on its way out: the same id and time in every part of it."""
+    """The response of one answer. All its chunks have the same id and creation time."""
 
     def __init__(self, job: AnswerJob, model: Runtime) -> None:
         self._job, self._model = job, model
@@ -79,16 +79,16 @@ class Completion:
         return body | {"edgeprune": self._account()}
 
     def first_chunk(self) -> dict[str, Any]:
-        """Return the chunk that opens a stream: the role, and what is known of the times by then."""
-        begun = {"queue_ms": self._job.queued_ms, "times_ms": self._receipt.to_dict()["times_ms"]}
-        return self._chunk({"role": "assistant", "content": ""}) | {"edgeprune": begun}
+        """Return the first chunk of a stream: the role, and the times measured so far."""
+        timing = {"queue_ms": self._job.queued_ms, "times_ms": self._receipt.to_dict()["times_ms"]}
+        return self._chunk({"role": "assistant", "content": ""}) | {"edgeprune": timing}
 
     def text_chunk(self, text: str) -> dict[str, Any]:
-        """Return the chunk of the next words."""
+        """Return the chunk of a piece of text."""
         return self._chunk({"content": text})
 
     def last_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks that end a stream: the finish reason, and the usage where asked for; the last has the receipt."""
+        """Return the final chunks of a stream: the finish reason, and the usage if requested. The last one has the receipt."""
         receipt = self._receipt
         chunks = [self._chunk({}, finish_reason(receipt))]
         if self._job.request.include_usage:
@@ -99,7 +99,7 @@ class Completion:
     @property
     def _receipt(self) -> Receipt:
         receipt = self._job.receipt
-        assert receipt is not None  # there is one from the first piece on
+        assert receipt is not None  # set before the first piece
         return receipt
 
     def _chunk(self, delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
@@ -116,13 +116,14 @@ class Completion:
 
 
 def finish_reason(receipt: Receipt) -> str:
-    """Return OpenAI's word: "stop" where the model or a stop text ended the answer, "length" where anything cut it short."""
+    """Return OpenAI's finish reason: "stop" if the model or a stop string ended the answer, else "length"."""
     return "stop" if receipt.finish_reason in _STOPPED else "length"
 
 
 def usage(receipt: Receipt) -> dict[str, Any]:
-    """Return the tokens of an answer, all visual tokens of the prompt counted. `visual_tokens.after`: the mean over the decoder's
-    layers of those held after prefill.
+    """Return the token counts of an answer. Prompt tokens include all visual tokens before pruning.
+
+    `visual_tokens.after`: visual tokens cached after prefill, as a mean over the decoder layers.
     """
     prompt, answer = receipt.text_tokens + receipt.visual_tokens, receipt.generated_tokens
     after = round(receipt.visual_tokens * receipt.visual_kv_share)
@@ -141,13 +142,13 @@ def usage(receipt: Receipt) -> dict[str, Any]:
 
 
 def without_kept(receipt: Receipt) -> dict[str, Any]:
-    """Return a receipt as JSON data, without the long lists of which tokens were kept."""
+    """Return a receipt as JSON data without the lists of kept token indices."""
     data = receipt.to_dict()
     return data | {"cuts": [{name: value for name, value in cut.items() if name != "kept"} for cut in data["cuts"]]}
 
 
 def model_card(model: Runtime) -> dict[str, Any]:
-    """Return what /v1/models says of the model, with what a client must know to ask it about pictures."""
+    """Return the model's entry in /v1/models, with its image geometry and cuts."""
     plan, geometry = model.plan, model.plan.geometry
     size = {"height": geometry.height, "width": geometry.width, "visual_tokens": geometry.tokens}
     about = {

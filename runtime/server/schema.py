@@ -1,4 +1,4 @@
-"""The body of a chat completion, checked by pydantic: what is not known here is refused, never passed over."""
+"""The request body of a chat completion, validated by pydantic. Unknown fields are rejected."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from edgeprune.runtime.server.errors import ApiError
 
+# Discriminator values, which pydantic inserts into error locations.
+_KINDS = ("system", "developer", "user", "assistant", "text", "image_url", "json_object", "json_schema")
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class TextPart(_Strict):
-    """Words of a message."""
+    """Text of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(_Strict):
-    """An image as a data URL. `detail` chooses nothing here: the bundle's plan is the budget, or `tier`."""
+    """An image as a data URL. `detail` has no effect, because the bundle's plan or `tier` sets the keep budget."""
 
     url: str
     detail: Literal["auto"] | None = None
@@ -43,7 +46,7 @@ Mixed = Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type
 
 
 class SystemMessage(_Strict):
-    """What the model is told before the conversation; "developer" is OpenAI's newer word for it."""
+    """The system prompt. "developer" is OpenAI's newer name for this role."""
 
     role: Literal["system", "developer"]
     content: Text
@@ -51,7 +54,7 @@ class SystemMessage(_Strict):
 
 
 class UserMessage(_Strict):
-    """A question, with images."""
+    """A question, optionally with images."""
 
     role: Literal["user"]
     content: Mixed
@@ -75,14 +78,14 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 
 
 class StreamOptions(_Strict):
-    """What a stream carries besides the answer."""
+    """Options of a streamed response."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class NamedSchema(_Strict):
-    """A JSON schema that the answer is to follow; it always does, whatever `strict` says."""
+    """A JSON schema for the answer. It is always enforced, regardless of `strict`."""
 
     name: str
     description: str | None = None
@@ -91,20 +94,20 @@ class NamedSchema(_Strict):
 
 
 class PlainFormat(_Strict):
-    """Text without a form, or any JSON object."""
+    """Free text, or any JSON object."""
 
     type: Literal["text", "json_object"]
 
 
 class SchemaFormat(_Strict):
-    """JSON of a given form."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
 class _Neutral(_Strict):
-    # What would change the answer and is not done here: only the value that changes nothing is taken.
+    # Unsupported fields of OpenAI. Only values without effect are accepted.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
@@ -126,10 +129,10 @@ class _Neutral(_Strict):
 
 
 class ChatRequest(_Neutral):
-    """A chat completion's request: OpenAI's fields, and after `stop` those of EdgePrune.
+    """The request of a chat completion: OpenAI's fields, then those of EdgePrune from `tier` on.
 
-    `deadline_ms`: milliseconds from the arrival of the request after which the answer ends. `guided_choice`: the texts of which
-    one is to be the answer. `kept`: have the visual tokens that each cut kept in the response.
+    `deadline_ms`: milliseconds from the arrival of the request to the end of the answer. `guided_choice`: the answer is one of
+    these texts. `kept`: include the visual tokens that each cut kept in the response.
     """
 
     model: str | None = None
@@ -169,11 +172,8 @@ class ChatRequest(_Neutral):
         return self
 
 
-_KINDS = ("system", "developer", "user", "assistant", "text", "image_url", "json_object", "json_schema")  # that choose a model
-
-
 def parse(body: bytes) -> ChatRequest:
-    """Return the request in a body; raise ApiError (400), naming the parameter, when it is none that can be answered."""
+    """Parse and validate a body. Raises ApiError (400) with the invalid parameter."""
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -181,22 +181,22 @@ def parse(body: bytes) -> ChatRequest:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    # The first mistake. Its input is not repeated: it may be a prompt, and messages get into logs.
+    # Report the first error without its input: the input may be a prompt, and messages are logged.
     first = error.errors(include_input=False, include_url=False)[0]
     param = _place(first["loc"])
     if first["type"] == "json_invalid":
         return ApiError(400, "invalid_json", f"The body is not JSON: {first['msg']}.")
     if first["type"] == "extra_forbidden":
         return ApiError(400, "unknown_parameter", f"Unknown parameter: '{param}'.", param=param)
-    said = first["msg"].removeprefix("Value error, ")
+    reason = first["msg"].removeprefix("Value error, ")
     if first["loc"] and first["loc"][0] in _Neutral.model_fields:
-        message = f"'{param}' is not supported: leave it out, or at the value that changes nothing ({said})."
+        message = f"'{param}' is not supported: leave it out, or at the value that changes nothing ({reason})."
         return ApiError(400, "unsupported_parameter", message, param=param)
-    return ApiError(400, "invalid_value", f"'{param}': {said}." if param else f"{said}.", param=param)
+    return ApiError(400, "invalid_value", f"'{param}': {reason}." if param else f"{reason}.", param=param)
 
 
 def _place(loc: tuple[int | str, ...]) -> str | None:
-    # messages[0].content[1].image_url.url; pydantic puts the chosen kind behind an index, and that of a format behind its name.
+    # Such as messages[0].content[1].image_url.url. pydantic inserts the chosen kind after an index and after "response_format".
     text, before = "", None
     for part in loc:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""The model behind the server: loaded in a thread, used by worker threads, released at shutdown; and the Prometheus metrics."""
+"""The server's model: loaded in a thread, used by worker threads, released at shutdown. Also the server's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from edgeprune.runtime.server.errors import ServerLimits, not_ready, shutting_do
 from edgeprune.runtime.server.jobs import AnswerJob, FairQueue
 
 READY = ("ready", "busy")
-
-_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # histogram buckets of the time in the queue
 
 
 class Service:
-    """One model, `parallel` workers, and the line in front of them.
+    """One model, `parallel` worker threads, and their queue.
 
-    `open_model`: returns the model and is given what to call with each phase. `failed`: called with what went wrong in it.
+    `open_model`: loads the model and reports each phase to the given callback. `failed`: called with the error if that fails.
     """
 
     def __init__(
@@ -45,17 +44,17 @@ class Service:
         self._lock = threading.Lock()
 
     def observe(self, observer: Callable[[Receipt], None]) -> None:
-        """Have `observer` called with the receipt of every answer; to be said before `start`."""
+        """Call `observer` with the receipt of every answer. Must be called before `start`."""
         self._observers.append(observer)
 
     def start(self) -> None:
-        """Load the model in a thread of its own, and have it asked from then on."""
-        threading.Thread(target=self._begin, name="loading", daemon=True).start()
+        """Load the model in a thread, then start the workers."""
+        threading.Thread(target=self._load, name="loading", daemon=True).start()
 
-    def _begin(self) -> None:
+    def _load(self) -> None:
         try:
-            model = self._open_model(self._note)
-        except Exception as error:  # it ends the server, whatever it is
+            model = self._open_model(self._set_phase)
+        except Exception as error:  # any failure to load ends the server
             self._failed(error)
             return
         for observer in self._observers:
@@ -65,8 +64,8 @@ class Service:
             self._workers.append(threading.Thread(target=self._work, args=(model,), name=f"answering-{number}", daemon=True))
             self._workers[-1].start()
 
-    def _note(self, phase: str) -> None:
-        self._phase = phase if phase not in READY else self._phase  # ready is when workers are there
+    def _set_phase(self, phase: str) -> None:
+        self._phase = phase if phase not in READY else self._phase  # the service is ready only once it has workers
 
     @property
     def phase(self) -> str:
@@ -78,7 +77,7 @@ class Service:
         return "busy" if self._running else "ready"
 
     def model(self) -> Runtime:
-        """Return the model; raise ApiError (503) while there is none and after `stop`."""
+        """Return the model. Raises ApiError (503) before it is loaded and after `stop`."""
         if self.stopping:
             raise shutting_down()
         if self._model is None:
@@ -86,31 +85,31 @@ class Service:
         return self._model
 
     def stop(self) -> None:
-        """Take no more requests, and refuse those in line; what is being answered goes on."""
+        """Accept no more requests and reject the waiting ones. Running answers continue."""
         self.stopping = True
         for job in self.queue.close():
             job.reject(shutting_down())
 
     def cancel(self) -> None:
-        """End every answer within a decode step."""
+        """Cancel every running answer within a decode step."""
         with self._lock:
             running = list(self._running)
         for job in running:
             job.cancel()
 
     def join(self, seconds: float) -> None:
-        """Wait after `stop` until the workers have ended, each at most so long."""
+        """Wait for the workers to end after `stop`, at most `seconds` for each."""
         for worker in self._workers:
             worker.join(seconds)
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
+        """The number of requests being answered."""
         return len(self._running)
 
     def _work(self, model: Runtime) -> None:
         while (job := self.queue.take()) is not None:
-            began = time.monotonic()
+            started = time.monotonic()
             with self._lock:
                 self._running.add(job)
             try:
@@ -118,24 +117,24 @@ class Service:
             finally:
                 with self._lock:
                     self._running.discard(job)
-                self.queue.answered(time.monotonic() - began)
+                self.queue.answered(time.monotonic() - started)
 
 
 class ServerMetrics:
-    """Counts requests; queue length and readiness are asked of the service when somebody looks."""
+    """Counters of requests, and gauges that read the service at each scrape."""
 
     def __init__(self, service: Service, registry: CollectorRegistry) -> None:
-        given: dict[str, Any] = {"registry": registry}
-        self._requests = Counter("edgeprune_http_requests", "Requests by status.", ["method", "path", "status"], **given)
-        self._rejected = Counter("edgeprune_rejected", "Requests that got no answer, by reason.", ["reason"], **given)
-        self.queued = Histogram("edgeprune_queue_seconds", "Time in line before an answer began.", buckets=_SECONDS, **given)
-        Gauge("edgeprune_queue_length", "Requests in line.", **given).set_function(lambda: service.queue.waiting)
-        Gauge("edgeprune_running", "Requests that are being answered.", **given).set_function(lambda: service.running)
+        options: dict[str, Any] = {"registry": registry}
+        self._requests = Counter("edgeprune_http_requests", "Requests by status.", ["method", "path", "status"], **options)
+        self._rejected = Counter("edgeprune_rejected", "Requests that got no answer, by reason.", ["reason"], **options)
+        self.queued = Histogram("edgeprune_queue_seconds", "Time in line before an answer began.", buckets=_SECONDS, **options)
+        Gauge("edgeprune_queue_length", "Requests in line.", **options).set_function(lambda: service.queue.waiting)
+        Gauge("edgeprune_running", "Requests that are being answered.", **options).set_function(lambda: service.running)
 
     def request(self, method: str, path: str, status: int) -> None:
-        """Count a request. `path` and `method` must be among the server's own: names from outside would grow without bound."""
+        """Count a request. `path` and `method` must come from the server's own lists, because client input has unbounded values."""
         self._requests.labels(method, path, str(status)).inc()
 
     def rejected(self, reason: str) -> None:
-        """Count a request that got no answer."""
+        """Count a rejected or failed request."""
         self._rejected.labels(reason).inc()
