@@ -61,9 +61,9 @@ class NV12:
         height, width = luma.shape if luma.ndim == 2 else (0, 0)
         _check_sides(width, height)
         if chroma.shape not in ((height // 2, width), (height // 2, width // 2, 2)):
-            wanted = f"[{height // 2}, {width}] or [{height // 2}, {width // 2}, 2]"
+            expected = f"[{height // 2}, {width}] or [{height // 2}, {width // 2}, 2]"
             raise ImageError(
-                f"Beside a luma plane [{height}, {width}] the chroma plane must be {wanted}, not {list(chroma.shape)}.",
+                f"Beside a luma plane [{height}, {width}] the chroma plane must be {expected}, not {list(chroma.shape)}.",
                 hint="Cut off the padding of both: plane[:height, :width].",
             )
         frame = cls.__new__(cls)

@@ -57,14 +57,14 @@ def _from_file(path: str) -> Image.Image:
 
 
 def _no_file(path: str) -> ImageError:
-    shown = path if len(path) <= 200 else path[:200] + "..."
+    short = path if len(path) <= 200 else path[:200] + "..."
     if path.startswith(("http://", "https://", "data:")):
-        return ImageError(f"{shown} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
+        return ImageError(f"{short} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
     if os.path.isdir(path):
-        return ImageError(f"{shown} is a folder.", hint="Give one image file.")
+        return ImageError(f"{short} is a folder.", hint="Give one image file.")
     if os.path.exists(path):
-        return ImageError(f"{shown} is not a regular file.", hint="Copy its data into a file and give that.")
-    return ImageError(f"There is no image {shown!r}.", hint="Check the path.")
+        return ImageError(f"{short} is not a regular file.", hint="Copy its data into a file and give that.")
+    return ImageError(f"There is no image {short!r}.", hint="Check the path.")
 
 
 def _open(path: str) -> Image.Image:

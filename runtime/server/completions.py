@@ -46,7 +46,7 @@ class _TooLarge(Exception):
     pass
 
 
-async def _receive_body(receive: Receive, most: int) -> bytes:
+async def _receive_body(receive: Receive, max_bytes: int) -> bytes:
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -54,7 +54,7 @@ async def _receive_body(receive: Receive, most: int) -> bytes:
             raise disconnected()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > most:
+        if len(body) > max_bytes:
             raise _TooLarge
     return bytes(body)
 

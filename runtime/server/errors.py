@@ -29,9 +29,9 @@ class ServerLimits:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            least = 0 if each.name == "queue" else 1
-            if getattr(self, each.name) < least:
-                raise UsageError(f"--{each.name.replace('_', '-')} must be {least} or more, not {getattr(self, each.name)}.")
+            minimum = 0 if each.name == "queue" else 1
+            if getattr(self, each.name) < minimum:
+                raise UsageError(f"--{each.name.replace('_', '-')} must be {minimum} or more, not {getattr(self, each.name)}.")
 
 
 class ApiError(Exception):

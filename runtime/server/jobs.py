@@ -54,7 +54,7 @@ Event = TextEvent | DoneEvent | ErrorEvent
 class AnswerJob:
     """One request in the queue or in a worker. DoneEvent or ErrorEvent is its last event.
 
-    `emit`: called with each event, from the worker thread. `queued_ms`: time in the queue. `receipt`: set before the first piece.
+    `emit`: called with each event, from any thread. `queued_ms`: time in the queue. `receipt`: set before the first piece.
     """
 
     def __init__(self, request: AnswerRequest, fit: str, emit: Callable[[Event], None]) -> None:

@@ -117,14 +117,14 @@ def check_memory(jobs: Sequence[BuildJob], settings: BuilderSettings, memory: Me
 
 def trtexec_command(bundle: Bundle, job: BuildJob, settings: BuilderSettings) -> str:
     """Return the `trtexec` command line that builds the same engine."""
-    words = ["trtexec", f"--onnx={bundle.file(job.graph)}", f"--saveEngine={Path(job.graph).stem}.plan", "--stronglyTyped"]
-    words += [f"--builderOptimizationLevel={settings.level}", f"--memPoolSize=workspace:{settings.workspace >> 20}M"]
-    words += [f"--timingCacheFile={bundle.path / TIMINGS}", "--skipInference"]
+    command = ["trtexec", f"--onnx={bundle.file(job.graph)}", f"--saveEngine={Path(job.graph).stem}.plan", "--stronglyTyped"]
+    command += [f"--builderOptimizationLevel={settings.level}", f"--memPoolSize=workspace:{settings.workspace >> 20}M"]
+    command += [f"--timingCacheFile={bundle.path / TIMINGS}", "--skipInference"]
     for number, profile in enumerate(job.profiles):
         if profile:
-            words += [f"--profile={number}"] if len(job.profiles) > 1 else []
-            words += [f"--{end}Shapes={_shapes(profile, index)}" for index, end in enumerate(("min", "opt", "max"))]
-    return shlex.join(words)
+            command += [f"--profile={number}"] if len(job.profiles) > 1 else []
+            command += [f"--{end}Shapes={_shapes(profile, index)}" for index, end in enumerate(("min", "opt", "max"))]
+    return shlex.join(command)
 
 
 def _shapes(profile: ShapeProfile, end: int) -> str:
