@@ -28,8 +28,10 @@ demo: .venv/.demo
 # Two processes with one thread each take half as long as one with two: most of a test is one thread's work. Traces are kept in
 # build/traces, which both read (tests/support/trace_cache.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations 20
-test: check
-	$(PYTEST)
+# The checks run beside the tests: mypy is one process.
+test: .venv/.test
+	@$(MAKE) --no-print-directory check & checks=$$!; $(PYTEST); tests=$$?; \
+		wait $$checks || { echo "make check failed: see above, or run it alone"; exit 1; }; exit $$tests
 
 test-all: check
 	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, no kept traces, coverage."

@@ -79,7 +79,8 @@ def test_the_result_is_torchs(module: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("fresh_traces")
-@pytest.mark.parametrize("plan", [pytest.param("everything", marks=pytest.mark.slow), "input, layers"])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["everything", "input, layers"])
 def test_a_decoder_computes_the_same(plan: str, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, records = [], []
     for name in ("quick", "torch"):

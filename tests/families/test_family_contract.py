@@ -40,6 +40,10 @@ from edgeprune.targets import TARGETS, Lowering
 WORDS = 16
 PROMPTS = ("What colour is the cube?", "And the ball?")
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
+TWINS = ("smolvlm", "vipllava")  # of idefics3 and llava: the same encoders and decoders
+once_for_twins = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in sorted(FAMILIES)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +211,7 @@ def test_videos_equal_transformers(name: str, model: LoadedModel) -> None:
     Asked(reference).check(PROMPTS[0], frames, said_by_transformers(model, reference, messages, [], clip))
 
 
-@families
+@once_for_twins
 def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
     if not model.family.videos:
         pytest.skip("the family takes no video")
@@ -270,8 +274,8 @@ def test_a_pruned_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Pa
         assert "no place" in str(error) and not model.family.signals
 
 
-@families
-@pytest.mark.parametrize("target", ["jetpack6", "jetpack7.2"])
+@once_for_twins
+@pytest.mark.parametrize("target", [pytest.param("jetpack6", marks=pytest.mark.slow), "jetpack7.2"])
 def test_its_graphs_are_built(name: str, target: str, model: LoadedModel, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     lowering, plan = Lowering(TARGETS[target], "fp16"), pruned(model, name)
@@ -283,7 +287,7 @@ def test_its_graphs_are_built(name: str, target: str, model: LoadedModel, tmp_pa
     assert try_build(tmp_path / "vision.onnx", "vision", [{}], substitute_capability(lowering.target)).error == ""
 
 
-@families
+@once_for_twins
 def test_its_graphs_for_cpus_are_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
     bundle = export_bundle(model, pruned(model, name), tmp_path / "bundle", lowering=Lowering(TARGETS["cpu"], "int8"))
     assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []

@@ -72,6 +72,7 @@ def test_an_export_that_may_write_no_larger_file(size: int, tiny_folder: Path, t
     assert {path.name for path in altered_bundle.parent.iterdir()} == {"bundle", "plan.json"}
 
 
+@pytest.mark.slow
 def test_a_calibration_that_may_write_no_larger_file(tiny_folder: Path, tiny_image: Image.Image, tmp_path: Path) -> None:
     tiny_image.save(tmp_path / "scene.png")
     (tmp_path / "samples.jsonl").write_text(json.dumps({"image": "scene.png", "prompt": "What is it?"}))

@@ -291,7 +291,7 @@ def test_engines_for_pruned_answers_leave_the_whole_encoder_out(bundle: Bundle) 
         runtime.generate(shown, PROMPT, max_tokens=2, prune=False)
 
 
-@pytest.mark.parametrize(("weight", "stage"), [("blocks.0.attn.qkv.bias", "vision kept"), ("merger.mlp.2.bias", "vision")])
+@pytest.mark.parametrize(("weight", "stage"), [("blocks.0.attn.qkv.weight", "vision kept"), ("merger.mlp.2.bias", "vision")])
 def test_a_broken_encoder_is_named(weight: str, stage: str, models: Any, bundle: Bundle, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(bundle.path, copy)

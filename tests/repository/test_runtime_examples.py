@@ -157,6 +157,7 @@ def test_own_data_is_calibrated_and_measured(tiny_folder: Path, tmp_path: Path) 
     assert "answer" not in (tmp_path / "own" / "calibration.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_preparing_for_a_jetson(tiny_folder: Path, tmp_path: Path) -> None:
     pruned = ("--image-size", "84x112", "--method", "uniform", "--keep", "0.5", "--layer", "1")
     output = run("jetson/prepare.py", tiny_folder, tmp_path / "out", *pruned)

@@ -86,7 +86,8 @@ def test_the_lint_finds_no_error(tiered: Bundle) -> None:
     assert not [finding for finding in lint_bundle(tiered, TARGETS["jetpack6"], given) if finding.severity == "error"]
 
 
-@pytest.mark.parametrize("target", [pytest.param("jetpack6", marks=pytest.mark.slow), "jetpack7.2"])
+@pytest.mark.parametrize("target", ["jetpack6", "jetpack7.2"])
+@pytest.mark.slow
 def test_nvidias_builder_takes_a_decoder_with_tiers(target: str, even: LoadedModel, tmp_path: Path) -> None:
     lowering = Lowering(TARGETS[target], "fp16")
     base = unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY)
