@@ -1,4 +1,4 @@
-"""Commands that serve answers: serve (HTTP) and ros2."""
+"""Commands that serve a bundle: serve (HTTP) and ros2."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     server = ServerOptions(**{each.name: options.pop(each.name) for each in fields(ServerOptions)})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("edgeprune.server").setLevel(logging.INFO)
-    listen(bundle, server, announce=_say, **options)
+    listen(bundle, server, announce=_announce, **options)
 
 
-def _say(url: str) -> None:
+def _announce(url: str) -> None:
     click.echo(f"Listening on {url} (the page, and OpenAI's API under /v1); the model is loading.")
 
 

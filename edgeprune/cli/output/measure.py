@@ -1,4 +1,4 @@
-"""How measurements and diagnoses look: tables, or JSON."""
+"""Print benchmarks and diagnoses as tables or JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Row = list[str]
 
 
 def show_benchmark(result: Benchmark, as_json: bool) -> None:
-    """Print what was measured and on what: a column for each contender, with its ratio to the baseline."""
+    """Print a benchmark and its machine: a column per variant, with ratios to the baseline."""
     if as_json:
         show_json(result.to_dict())
         return
@@ -44,14 +44,14 @@ def show_benchmark(result: Benchmark, as_json: bool) -> None:
 
 
 def show_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
-    """Print what the machine is, what can be done on it, what stands in the way, and what would spoil it."""
+    """Print a machine's facts, features with remedies, and warnings."""
     if as_json:
         show_json(diagnosis.to_dict())
         return
     machine = diagnosis.machine
     if not machine.is_jetson:
         click.echo("This machine is no Jetson. What can be done here is listed all the same.\n")
-    show_facts(_facts(machine), as_json=False)
+    show_facts(_machine_facts(machine), as_json=False)
     click.echo()
     for ability in diagnosis.abilities:
         click.echo(f"{'yes' if ability.able else 'no':4}{ability.name}: {ability.reason}")
@@ -69,7 +69,7 @@ def _header(result: Benchmark) -> str:
     parts = [
         machine.name,
         *(jetson if machine.is_jetson else []),
-        f"clocks {_pinned(machine)}",
+        f"clocks {_clock_state(machine)}",
         f"TensorRT {machine.tensorrt or 'none'}",
         f"provider {request.provider}",
         f"threads {request.threads or 'by default'}",
@@ -80,11 +80,11 @@ def _header(result: Benchmark) -> str:
 
 def _cost_rows(result: Benchmark) -> list[Row]:
     rows = []
-    for name, words in _COSTS.items():
+    for name, label in _COSTS.items():
         if name not in result.variants[0].costs:
             continue
-        cells = (f"{each.costs[name].p50:.2f}{_beside(result, each, each.ratios.get(name))}" for each in result.variants)
-        rows.append([words, *cells])
+        cells = (f"{each.costs[name].p50:.2f}{_format_ratio(result, each, each.ratios.get(name))}" for each in result.variants)
+        rows.append([label, *cells])
         if name in _TAILS:
             rows.append(["  p95", *(f"{each.costs[name].p95:.2f}" for each in result.variants)])
         if name == "ms_per_token":
@@ -102,12 +102,12 @@ def _context_rows(result: Benchmark) -> list[Row]:
     for index, context in enumerate(result.request.contexts):
         at = [(each, each.contexts[index]) for each in result.variants]
         rows.append(
-            [f"  at {context} keys", *(f"{one.ms_per_token.p50:.2f}{_beside(result, each, one.ratio)}" for each, one in at)]
+            [f"  at {context} keys", *(f"{one.ms_per_token.p50:.2f}{_format_ratio(result, each, one.ratio)}" for each, one in at)]
         )
     return rows
 
 
-def _beside(result: Benchmark, figures: VariantResult, ratio: float | None) -> str:
+def _format_ratio(result: Benchmark, figures: VariantResult, ratio: float | None) -> str:
     return "" if ratio is None or figures.name == result.request.baseline else f" ({ratio:.2f}x)"
 
 
@@ -115,7 +115,7 @@ def _size_rows(result: Benchmark) -> list[Row]:
     found = result.variants
     caches = [(each, each.costs["kv_bytes"].p50 / 1024) for each in found]
     return [
-        ["KV cache KiB", *(f"{size:.0f}{_beside(result, each, each.ratios['kv_bytes'])}" for each, size in caches)],
+        ["KV cache KiB", *(f"{size:.0f}{_format_ratio(result, each, each.ratios['kv_bytes'])}" for each, size in caches)],
         ["visual tokens", *(f"{each.visual_tokens:.1f}".removesuffix(".0") for each in found)],
         ["tokens generated", *(str(each.generated) for each in found)],
     ]
@@ -183,10 +183,10 @@ def _show_notes(result: Benchmark) -> None:
     click.echo(
         "import to peak RSS: of a process of its own; peak RSS while it answers, in brackets over the bytes of weights and KV cache"
     )
-    click.echo(_peaks(result))
+    click.echo(_peaks_note(result))
 
 
-def _peaks(result: Benchmark) -> str:
+def _peaks_note(result: Benchmark) -> str:
     peaks = result.peaks
     if peaks is None:
         return f"roofline: no peaks known for provider {result.request.provider}; give --device-report"
@@ -199,14 +199,14 @@ def _peaks(result: Benchmark) -> str:
     )
 
 
-def _facts(machine: Machine) -> dict[str, object]:
+def _machine_facts(machine: Machine) -> dict[str, object]:
     memory = machine.memory
     jetson = {
         "module": machine.module or "unknown",
         "JetPack": machine.jetpack.name if machine.jetpack else "unknown",
         "L4T": machine.to_dict()["l4t"] or "unknown",
         "power mode": machine.mode,
-        "clocks": _pinned(machine),
+        "clocks": _clock_state(machine),
     }
     return {
         "device": machine.name,
@@ -219,7 +219,7 @@ def _facts(machine: Machine) -> dict[str, object]:
     }
 
 
-def _pinned(machine: Machine) -> str:
+def _clock_state(machine: Machine) -> str:
     return {True: "pinned", False: "not pinned", None: "unknown"}[machine.clocks_pinned]
 
 
