@@ -56,8 +56,9 @@ class ContextPoint:
 class Startup:
     """A new process from import to its second answer, both answers without cached images; milliseconds and bytes.
 
-    `read_ms`: only reading the bundle's files from the page cache, as in `load_ms`. `loading_rss_bytes`: peak resident set
-    until loading ends. `peak_rss_bytes`: peak while answering (with loading if the kernel cannot reset it). None if unknown.
+    `read_ms`: reading the bundle's files from the page cache without loading them, to compare with `load_ms`. `loading_rss_bytes`:
+    peak resident set until loading ends. `peak_rss_bytes`: peak while answering (with loading if the kernel cannot reset it). None
+    if unknown.
     """
 
     import_ms: float

@@ -124,11 +124,11 @@ class Benchmark:
         }
         options["image"] = None if self.request.image is None else str(self.request.image)
         names = ("visual_tokens", "equal_work_tokens", "power_source", "power_rails", "peaks_from")
-        found = {name: getattr(self, name) for name in names}
+        results = {name: getattr(self, name) for name in names}
         peaks = None if self.peaks is None else asdict(self.peaks)
         compared = {figures.name: {**asdict(figures), "rss_ratio": figures.rss_ratio} for figures in self.variants}
-        growth = {"growth": [asdict(at) for at in self.growth], "line": None if self.line is None else asdict(self.line)}
-        return {"machine": self.machine.to_dict(), **options, **found, "peaks": peaks, "contenders": compared, **growth}
+        growth = {"growth": [asdict(point) for point in self.growth], "line": None if self.line is None else asdict(self.line)}
+        return {"machine": self.machine.to_dict(), **options, **results, "peaks": peaks, "contenders": compared, **growth}
 
 
 def benchmark(
@@ -209,27 +209,29 @@ class Measurement:
             request.bundle, request.compare, request.image, threads=request.threads, provider=request.provider
         )
         self.plan = self.compared[0].runtime.plan
-        self._samples = {each.name: RoundSamples() for each in self.compared}
+        self._samples = {variant.name: RoundSamples() for variant in self.compared}
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Run the warm-up and all counted rounds."""
         for number in range(-WARM_UP, self._request.repeats):
-            for each in self.compared[:: -1 if number % 2 else 1]:
-                self._measure(each, self._samples[each.name] if number >= 0 else RoundSamples())
+            for variant in self.compared[:: -1 if number % 2 else 1]:
+                self._measure(variant, self._samples[variant.name] if number >= 0 else RoundSamples())
             if number >= 0:
                 progress(number + 1)
 
     def figures(self, at: Mapping[str, tuple[ContextPoint, ...]], peaks: Peaks | None) -> list[VariantResult]:
         """Return the results of all variants, with rooflines if peaks are given."""
-        sizes = {each.path: sizes_of(each.path) for each in self.compared} if peaks else {}
-        found = [self._figures(each, at[each.name]) for each in self.compared]
+        sizes = {variant.path: sizes_of(variant.path) for variant in self.compared} if peaks else {}
+        results = [self._figures(variant, at[variant.name]) for variant in self.compared]
         if peaks is None:
-            return found
-        return [with_roofline(one, each, sizes[each.path], peaks) for one, each in zip(found, self.compared, strict=True)]
+            return results
+        return [
+            with_roofline(one, variant, sizes[variant.path], peaks) for one, variant in zip(results, self.compared, strict=True)
+        ]
 
     def release_models(self) -> list[tuple[Path, str]]:
         """Unload all variants, so that weights are not in memory twice during startup runs; return their paths and kinds."""
-        kinds = [(each.path, each.name if each.name in BUILTIN else PRUNED) for each in self.compared]
+        kinds = [(variant.path, variant.name if variant.name in BUILTIN else PRUNED) for variant in self.compared]
         self.compared.clear()
         return kinds
 
@@ -262,8 +264,8 @@ class Measurement:
 
 
 def _with_startup(
-    found: Sequence[VariantResult], kinds: Sequence[tuple[Path, str]], request: BenchmarkOptions, startup: Callable[..., Startup]
+    results: Sequence[VariantResult], kinds: Sequence[tuple[Path, str]], request: BenchmarkOptions, startup: Callable[..., Startup]
 ) -> tuple[VariantResult, ...]:
     threads, provider = request.threads, request.provider
     starts = [startup(path, kind, request.question, request.image, threads=threads, provider=provider) for path, kind in kinds]
-    return tuple(replace(each, startup=start) for each, start in zip(found, starts, strict=True))
+    return tuple(replace(variant, startup=start) for variant, start in zip(results, starts, strict=True))

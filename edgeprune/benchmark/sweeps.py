@@ -31,12 +31,12 @@ def sweep_contexts(
     Raises UsageError, before any timing, for a context that is too short for a question or too long for a model.
     """
     steps = STEPS * (rounds + 1) + 1
-    template_tokens = {each.name: _template_tokens(each, question) for each in compared} if contexts else {}
+    template_tokens = {variant.name: _template_tokens(variant, question) for variant in compared} if contexts else {}
     for context in contexts:
-        for each in compared:
-            _check_context(each, context, template_tokens[each.name], steps)
+        for variant in compared:
+            _check_context(variant, context, template_tokens[variant.name], steps)
     by_context = [_measure_context(compared, question, context, template_tokens, rounds) for context in contexts]
-    return {each.name: tuple(found[each.name] for found in by_context) for each in compared}
+    return {variant.name: tuple(found[variant.name] for found in by_context) for variant in compared}
 
 
 def filler(tokenizer: TextTokenizer, tokens: int) -> str:
@@ -45,25 +45,26 @@ def filler(tokenizer: TextTokenizer, tokens: int) -> str:
     return word * max(1, round(tokens * 64 / len(tokenizer.encode(word * 64))))
 
 
-def _template_tokens(each: Variant, question: BenchmarkPrompt) -> int:
+def _template_tokens(variant: Variant, question: BenchmarkPrompt) -> int:
     # Number of text tokens that the chat template adds to a question.
-    text = filler(each.tokenizer, _SHORT_TOKENS)
-    stream = _ask(each, question, text, 1)
+    text = filler(variant.tokenizer, _SHORT_TOKENS)
+    stream = _ask(variant, question, text, 1)
     next(stream)
     stream.close()
-    return stream.receipt.text_tokens - len(each.tokenizer.encode(text))
+    return stream.receipt.text_tokens - len(variant.tokenizer.encode(text))
 
 
-def _check_context(each: Variant, context: int, template_tokens: int, steps: int) -> None:
+def _check_context(variant: Variant, context: int, template_tokens: int, steps: int) -> None:
     if context <= template_tokens:
         raise UsageError(
-            f"A question to {each.name} has more than {template_tokens} text tokens, not {context}.",
+            f"A question to {variant.name} has more than {template_tokens} text tokens, not {context}.",
             hint="Ask for a longer context.",
         )
-    needed = context + each.runtime.plan.geometry.tokens + steps
-    if needed > each.max_context:
+    needed = context + variant.runtime.plan.geometry.tokens + steps
+    if needed > variant.max_context:
         raise UsageError(
-            f"{context} text tokens, the image and {steps} timed steps are {needed} tokens; {each.name} takes {each.max_context}.",
+            f"{context} text tokens, the image and {steps} timed steps are {needed} tokens; "
+            f"{variant.name} takes {variant.max_context}.",
             hint="Ask for a shorter context, or for fewer repeats.",
         )
 
@@ -72,11 +73,12 @@ def _measure_context(
     compared: Sequence[Variant], question: BenchmarkPrompt, context: int, template_tokens: Mapping[str, int], rounds: int
 ) -> dict[str, ContextPoint]:
     streams = {}
-    for each in compared:
-        text = filler(each.tokenizer, context - template_tokens[each.name])
-        streams[each.name] = _ask(each, question, text, STEPS * (rounds + 1) + 2)  # one more than used, so that no stream ends
-        next(streams[each.name])  # prefill and the first token
-    samples: dict[str, list[float]] = {each.name: [] for each in compared}
+    for variant in compared:
+        text = filler(variant.tokenizer, context - template_tokens[variant.name])
+        # One token more than used, so that no stream ends.
+        streams[variant.name] = _ask(variant, question, text, STEPS * (rounds + 1) + 2)
+        next(streams[variant.name])  # prefill and the first token
+    samples: dict[str, list[float]] = {variant.name: [] for variant in compared}
     for number in range(-1, rounds):  # the first round warms up
         for name, stream in list(streams.items())[:: -1 if number % 2 else 1]:
             for _ in range(STEPS):
@@ -92,8 +94,8 @@ def _measure_context(
     return found
 
 
-def _ask(each: Variant, question: BenchmarkPrompt, text: str, tokens: int) -> Stream:
-    return replace(question, prompt=text, tokens=tokens).stream(each)
+def _ask(variant: Variant, question: BenchmarkPrompt, text: str, tokens: int) -> Stream:
+    return replace(question, prompt=text, tokens=tokens).stream(variant)
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ def sweep_kept_tokens(own: Variant, question: BenchmarkPrompt, counts: Sequence[
     samples: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     text_tokens = 0
     for number in range(-1, rounds):  # the first round warms up
-        for count, each in list(zip(counts, variants, strict=True))[:: -1 if number % 2 else 1]:
-            receipt = first.answer(each)
+        for count, variant in list(zip(counts, variants, strict=True))[:: -1 if number % 2 else 1]:
+            receipt = first.answer(variant)
             text_tokens = receipt.text_tokens
             if number >= 0:
                 samples[count].append((receipt.times.ttft_ms, receipt.times.prefill_ms))
@@ -145,6 +147,6 @@ def line_through(grown: Sequence[KeptPoint]) -> LinearFit | None:
     """Return the line with the least squared relative error to the prefill times; None for fewer than three points."""
     if len(grown) < 3:
         return None
-    tokens, times = np.array([at.tokens for at in grown], float), np.array([at.prefill_ms.p50 for at in grown])
+    tokens, times = np.array([point.tokens for point in grown], float), np.array([point.prefill_ms.p50 for point in grown])
     slope, start = np.polyfit(tokens, times, 1, w=1 / times)
     return LinearFit(float(slope), float(start), float(np.abs(times / (slope * tokens + start) - 1).max()))

@@ -121,7 +121,9 @@ class VerificationCache:
         """
         if self._metadata is None or self._read_metadata() != self._metadata:
             return
-        newest = max((at for metadata in self._metadata.values() for at in (metadata["mtime_ns"], metadata["ctime_ns"])), default=0)
+        newest = max(
+            (time_ns for metadata in self._metadata.values() for time_ns in (metadata["mtime_ns"], metadata["ctime_ns"])), default=0
+        )
         if newest + _SETTLED_NS > time.time_ns():
             return
         try:
@@ -137,22 +139,22 @@ class VerificationCache:
             return None
         return {
             name: {
-                "bytes": at.st_size,
-                "mtime_ns": at.st_mtime_ns,
-                "ctime_ns": at.st_ctime_ns,
-                "inode": at.st_ino,
-                "device": at.st_dev,
+                "bytes": stat.st_size,
+                "mtime_ns": stat.st_mtime_ns,
+                "ctime_ns": stat.st_ctime_ns,
+                "inode": stat.st_ino,
+                "device": stat.st_dev,
             }
-            for name, at in found.items()
+            for name, stat in found.items()
         }
 
     def _is_own(self) -> bool:
         # The record belongs to this user, and no other user can write it.
         try:
-            at = self._path.lstat()
+            stat = self._path.lstat()
         except OSError:
             return False
-        return not hasattr(os, "geteuid") or (at.st_uid == os.geteuid() and not at.st_mode & 0o022)
+        return not hasattr(os, "geteuid") or (stat.st_uid == os.geteuid() and not stat.st_mode & 0o022)
 
 
 def cache_folder() -> Path:

@@ -185,7 +185,10 @@ def _decoder(data: Any) -> DecoderShape:
 
 def _graph(record: Any) -> GraphRecord:
     tensors = (
-        {_text(name): Tensor(_text(at["type"]), tuple(map(_axis, _list(at["shape"])))) for name, at in record[side].items()}
+        {
+            _text(name): Tensor(_text(tensor["type"]), tuple(map(_axis, _list(tensor["shape"]))))
+            for name, tensor in record[side].items()
+        }
         for side in ("inputs", "outputs")
     )
     return GraphRecord(*tensors)

@@ -51,14 +51,14 @@ class Signature:
             data = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
             if data.pop("schema_version") != _SCHEMA:
                 raise BundleError(f"{folder} has a signature of another schema.", hint="Sign it again with this version.")
-            found = cls(**data)
-            for value in asdict(found).values():
+            signature = cls(**data)
+            for value in asdict(signature).values():
                 bytes.fromhex(value)
         except FileNotFoundError as error:
             raise BundleError(f"{folder} is not signed: it has no {SIGNATURE}.", hint=_SIGN_HINT) from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BundleError(f"{folder / SIGNATURE} is malformed: {error!r}.", hint="Sign the bundle again.") from error
-        return found
+        return signature
 
 
 def make_key(path: Path) -> tuple[Path, str]:
@@ -112,19 +112,19 @@ def check_signature(folder: Path, manifest: bytes, trusted: TrustedKeys) -> str:
     from cryptography.exceptions import InvalidSignature
 
     keys = {key_id(key): key for key in map(_public_key, trusted)}
-    found, digest = Signature.load(folder), hashlib.sha256(manifest).hexdigest()
-    if found.key not in keys:
-        wanted = ", ".join(key[:16] for key in keys)
-        raise BundleError(f"{folder} is signed with the key {found.key[:16]}, which is none of those required ({wanted}).")
-    if found.manifest_sha256 != digest:
+    signature, digest = Signature.load(folder), hashlib.sha256(manifest).hexdigest()
+    if signature.key not in keys:
+        trusted_ids = ", ".join(key[:16] for key in keys)
+        raise BundleError(f"{folder} is signed with the key {signature.key[:16]}, which is none of those required ({trusted_ids}).")
+    if signature.manifest_sha256 != digest:
         raise BundleError(f"The manifest of {folder} was changed after it had been signed.", hint=_SIGN_HINT)
     try:
-        keys[found.key].verify(bytes.fromhex(found.signature), signed_text(digest))
+        keys[signature.key].verify(bytes.fromhex(signature.signature), signed_text(digest))
     except InvalidSignature as error:
         raise BundleError(
             f"The signature of {folder} is wrong: it was not made with the key that it names.", hint=_SIGN_HINT
         ) from error
-    return found.key
+    return signature.key
 
 
 def signed_text(manifest_sha256: str) -> bytes:
@@ -157,14 +157,14 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def _public_key(given: str | os.PathLike[str] | bytes) -> Ed25519PublicKey:
+def _public_key(source: str | os.PathLike[str] | bytes) -> Ed25519PublicKey:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    name = "The key" if isinstance(given, bytes) else str(os.fspath(given))
+    name = "The key" if isinstance(source, bytes) else str(os.fspath(source))
     try:
-        key: Any = load_pem_public_key(given if isinstance(given, bytes) else Path(given).read_bytes())
+        key: Any = load_pem_public_key(source if isinstance(source, bytes) else Path(source).read_bytes())
     except OSError as error:
         raise UsageError(f"Cannot read the key {name}: {error.strerror}.") from error
     except (ValueError, UnsupportedAlgorithm) as error:

@@ -58,7 +58,7 @@ def command_line(given: Mapping[str, Any]) -> list[str]:
             arguments += [name] if value else []
         else:
             values = value if isinstance(value, list) else [] if value is None else [value]
-            arguments += [f"{name}={each}" for each in values]
+            arguments += [f"{name}={item}" for item in values]
     return arguments
 
 

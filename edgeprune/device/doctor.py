@@ -196,12 +196,12 @@ def _tensorrt_blocked(name: str, machine: Machine) -> DeviceFeature | None:
 
 
 def _binding_missing(name: str, machine: Machine) -> DeviceFeature:
-    wanted = machine.jetpack.python if machine.jetpack else machine.software.version
-    python = f"python{dotted(wanted)}"
+    needed_python = machine.jetpack.python if machine.jetpack else machine.software.version
+    python = f"python{dotted(needed_python)}"
     venv = f"{python} -m venv --system-site-packages VENV"
     install = "" if BINDING in machine.debs else f"sudo apt install {BINDING}"
-    if machine.software.version != wanted:
-        reason = f"TensorRT's Python package is for Python {dotted(wanted)}, this is {dotted(machine.software.version)}"
+    if machine.software.version != needed_python:
+        reason = f"TensorRT's Python package is for Python {dotted(needed_python)}, this is {dotted(machine.software.version)}"
         return DeviceFeature(name, False, reason, " && ".join(filter(None, (install, venv))))
     if install:
         remedy = f"{install} && {venv}" if machine.software.isolated else install

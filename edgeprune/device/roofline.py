@@ -171,10 +171,10 @@ def prefill_operations(work: Workload) -> Operations:
     """Return the decoder's operations of prefill, with the visual tokens that each layer has."""
     decoder = work.decoder
     tokens = [alive + work.text_tokens for alive in work.alive]
-    each = decoder.parameters / decoder.layers
+    per_layer = decoder.parameters / decoder.layers
     causal = 2.0 * decoder.attention_width  # two products for each pair of tokens, half of the pairs
     # The output head runs on the last token only.
-    return Operations(2.0 * decoder.head + sum(2.0 * each * n for n in tokens), sum(causal * n * n for n in tokens))
+    return Operations(2.0 * decoder.head + sum(2.0 * per_layer * n for n in tokens), sum(causal * n * n for n in tokens))
 
 
 def _vision(work: Workload, module: Module) -> Stage:

@@ -58,13 +58,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name} must be a list, not {reprlib.repr(value)}")
-        return tuple(_convert(get_args(hint)[0], each, f"{name}[{number}]") for number, each in enumerate(value))
+        return tuple(_convert(get_args(hint)[0], item, f"{name}[{number}]") for number, item in enumerate(value))
     if origin in (Union, types.UnionType):
         return _convert_union(get_args(hint), value, name)
     if origin is not None:
         return {
-            _convert(str, key, f"a name in {name}"): _convert(get_args(hint)[1], each, name)
-            for key, each in _members(value, name).items()
+            _convert(str, key, f"a name in {name}"): _convert(get_args(hint)[1], item, name)
+            for key, item in _members(value, name).items()
         }
     if hint is Any:
         _check_any(value, name, _MAX_DEPTH)
@@ -86,13 +86,13 @@ def _convert_union(hints: tuple[Any, ...], value: Any, name: str) -> Any:
 
 def _convert_object(kind: Any, data: Mapping[str, Any], name: str) -> Any:
     known = _declared_fields(kind)
-    unknown = next((each for each in data if each not in known), None)
+    unknown = next((field for field in data if field not in known), None)
     if unknown is not None:
         raise ValueError(f"{name} has the unknown field {reprlib.repr(unknown)}")
-    missing = next((each for each, (_, needed) in known.items() if needed and each not in data), None)
+    missing = next((field for field, (_, needed) in known.items() if needed and field not in data), None)
     if missing is not None:
         raise ValueError(f"{name} lacks {missing!r}")
-    return kind(**{each: _convert(known[each][0], value, f"{name}.{each}") for each, value in data.items()})
+    return kind(**{field: _convert(known[field][0], value, f"{name}.{field}") for field, value in data.items()})
 
 
 def _members(value: Any, name: str) -> Mapping[str, Any]:
@@ -111,8 +111,8 @@ def _check_any(value: Any, name: str, depth: int) -> None:
     if inner is None:
         _convert(type(value) if type(value) in _PLAIN else str, value, name)
         return
-    for each in inner:
-        _check_any(each, name, depth - 1)
+    for item in inner:
+        _check_any(item, name, depth - 1)
 
 
 def _is_finite(value: float) -> bool:
@@ -123,4 +123,6 @@ def _is_finite(value: float) -> bool:
 def _declared_fields(kind: Any) -> dict[str, tuple[Any, bool]]:
     # Type of each field and whether it is required.
     hints = get_type_hints(kind)
-    return {each.name: (hints[each.name], each.default is MISSING and each.default_factory is MISSING) for each in fields(kind)}
+    return {
+        field.name: (hints[field.name], field.default is MISSING and field.default_factory is MISSING) for field in fields(kind)
+    }

@@ -99,12 +99,14 @@ def lint_bundle(
     Raises UsageError for profiles of a graph that the bundle does not have, and the errors of `lint`.
     """
     graphs = [name for name in bundle.manifest.files if name.endswith(".onnx")]
-    given = profiles_by_graph or {}
-    for name in given:
+    by_graph = profiles_by_graph or {}
+    for name in by_graph:
         if name not in graphs:
             raise UsageError(f"There is no graph {name!r} in {bundle.path}.", hint=f"It has: {', '.join(graphs)}.")
     return [
-        finding for name in graphs for finding in lint(bundle.file(name), target, given.get(name, ()), modules=modules, name=name)
+        finding
+        for name in graphs
+        for finding in lint(bundle.file(name), target, by_graph.get(name, ()), modules=modules, name=name)
     ]
 
 

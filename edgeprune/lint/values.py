@@ -111,11 +111,11 @@ def is_constant(scope: Scope, name: str) -> bool:
     visited: set[str] = set()
     pending = [(scope, name)]
     while pending:
-        at, item = pending.pop()
-        if item in visited or at.is_stored(item):
+        current, item = pending.pop()
+        if item in visited or current.is_stored(item):
             continue
         visited.add(item)
-        node = at.producer(item)
+        node = current.producer(item)
         if node is None or any(True for _ in node.bodies()) or (not node.inputs and node.operator != "Constant"):
             return False
         if node.operator in ("Shape", "Size"):

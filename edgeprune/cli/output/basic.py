@@ -175,7 +175,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
         facts |= {"target": manifest.target, "precision": manifest.precision}
-        plans = {"plan": plan.to_dict(), "tiers": {name: each.to_dict() for name, each in bundle.tiers}}
+        plans = {"plan": plan.to_dict(), "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers}}
         show_json({**facts, **plans, "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files})
         return
     facts = {
@@ -186,9 +186,9 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     show_facts(facts, as_json=False)
-    for name, each in bundle.tiers:
+    for name, tier_plan in bundle.tiers:
         click.echo(f"\n{'tier':14} {name}")
-        _show_cuts(each)
+        _show_cuts(tier_plan)
     if not bundle.tiers:
         _show_cuts(plan)
 

@@ -91,9 +91,12 @@ def _group_inputs(profile: ShapeProfile) -> Iterator[tuple[str, Shapes]]:
 def show_engines(bundle: Path, done: Sequence[BuildResult], as_json: bool) -> None:
     """Print the bundle's engines and how each was obtained."""
     if as_json:
-        show_json({"bundle": str(bundle), "engines": [{**asdict(each.record), "how": each.how} for each in done]})
+        show_json({"bundle": str(bundle), "engines": [{**asdict(result.record), "how": result.how} for result in done]})
         return
-    rows = [[each.record.graph, each.how, f"{each.record.seconds:.1f} s", f"{each.record.bytes / 1e6:.1f} MB"] for each in done]
+    rows = [
+        [result.record.graph, result.how, f"{result.record.seconds:.1f} s", f"{result.record.bytes / 1e6:.1f} MB"]
+        for result in done
+    ]
     show_table(["graph", "engine", "built in", "size"], rows, as_json=False)
     click.echo(f'\nNext:\n  edgeprune selftest {bundle}\n  edgeprune run {bundle} --provider tensorrt --image IMAGE --prompt "..."')
 
@@ -155,6 +158,8 @@ def show_selftest(report: SelfTest, as_json: bool) -> None:
     show_table(["check", "compared", "worst", "allowed", "passed"], rows, as_json=False)
     names = list(next(iter(report.times.values())))
     show_table(
-        ["ms", *names], [[how, *(f"{each[name]:.1f}" for name in names)] for how, each in report.times.items()], as_json=False
+        ["ms", *names],
+        [[backend, *(f"{times[name]:.1f}" for name in names)] for backend, times in report.times.items()],
+        as_json=False,
     )
     click.echo("\nEvery check passed." if report.passed else "\nThe engines do not compute what the graphs say.")

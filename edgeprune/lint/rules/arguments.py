@@ -105,11 +105,11 @@ def odd_einsum(context: RuleContext) -> Iterator[Finding]:
 def refused_attributes(context: RuleContext) -> Iterator[Finding]:
     """Find attribute values that TensorRT does not accept."""
     for node in context.graph.nodes:
-        for name, taken in _ATTRIBUTES.get(node.operator, {}).items():
-            value = node.attribute(name, taken[0])
-            if any(item not in taken for item in (value if isinstance(value, list) else [value])):
+        for name, accepted in _ATTRIBUTES.get(node.operator, {}).items():
+            value = node.attribute(name, accepted[0])
+            if any(item not in accepted for item in (value if isinstance(value, list) else [value])):
                 reason = f"TensorRT does not take {node.operator} with {name} = {value}."
-                yield context.error(node, reason, f"Set {name} to {' or '.join(map(str, taken))}.")
+                yield context.error(node, reason, f"Set {name} to {' or '.join(map(str, accepted))}.")
 
 
 def many_selected(context: RuleContext) -> Iterator[Finding]:

@@ -49,11 +49,9 @@ def changed_lengths(context: RuleContext) -> Iterator[Finding]:
     """Find ranges that differ from a fixed dimension of the graph."""
     for number, value, shapes in _ranges(context):
         for axis, dim in enumerate(value.shape or ()):
-            given = {shape[axis] for shape in shapes if axis < len(shape)}
-            if isinstance(dim, int) and given - {dim}:
-                reason = (
-                    f"{number} gives dimension {axis} of {value.name} the length {min(given - {dim})}, the graph fixes it to {dim}."
-                )
+            lengths = {shape[axis] for shape in shapes if axis < len(shape)}
+            if isinstance(dim, int) and lengths - {dim}:
+                reason = f"{number} gives dimension {axis} of {value.name} the length {min(lengths - {dim})}, the graph fixes it to {dim}."
                 yield context.error(value, reason, f"Give {dim} in all three shapes.")
 
 
@@ -81,8 +79,8 @@ def unreachable_sums(context: RuleContext) -> Iterator[Finding]:
             if dim.isidentifier() or not needed.known or dim not in names:
                 continue
             if names[dim].low > needed.low or names[dim].high < needed.high:
-                wanted, given = _span((needed.low, needed.high)), _span((names[dim].low, names[dim].high))
-                reason = f"{number} gives dimension {axis} of {value.name} lengths of {given}, but {dim} reaches {wanted}."
+                reachable, lengths = _span((needed.low, needed.high)), _span((names[dim].low, names[dim].high))
+                reason = f"{number} gives dimension {axis} of {value.name} lengths of {lengths}, but {dim} reaches {reachable}."
                 yield context.error(value, reason, "Give it the range that the others add up to.")
 
 

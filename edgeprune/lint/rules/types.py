@@ -51,9 +51,9 @@ def inner_bytes(context: RuleContext) -> Iterator[Finding]:
     """Find UINT8 inside a network. TensorRT supports it only at inputs and outputs, next to a Cast."""
     borders = {value.name for value in context.graph.outputs}
     for node in context.graph.nodes:
-        taken = [value.name for value in map(node.input, range(len(node.inputs))) if value.element in IMAGES]
-        if taken and node.operator not in _UINT8_OPERATORS and node.operator != "QuantizeLinear":
-            reason = f"{node.operator} computes on UINT8 ({taken[0]}), which TensorRT takes at inputs and outputs alone."
+        uint8_inputs = [value.name for value in map(node.input, range(len(node.inputs))) if value.element in IMAGES]
+        if uint8_inputs and node.operator not in _UINT8_OPERATORS and node.operator != "QuantizeLinear":
+            reason = f"{node.operator} computes on UINT8 ({uint8_inputs[0]}), which TensorRT takes at inputs and outputs alone."
             yield context.error(node, reason, "Cast it to INT32 or FLOAT16 first.")
         elif node.operator in ("Cast", "CastLike") and node.output().element in IMAGES and node.output().name not in borders:
             reason = f"{node.output().name} becomes UINT8 inside the network, which TensorRT takes at inputs and outputs alone."
