@@ -49,9 +49,9 @@ def changed_lengths(context: RuleContext) -> Iterator[Finding]:
     """Find ranges that differ from a fixed dimension of the graph."""
     for number, value, shapes in _ranges(context):
         for axis, dim in enumerate(value.shape or ()):
-            lengths = {shape[axis] for shape in shapes if axis < len(shape)}
-            if isinstance(dim, int) and lengths - {dim}:
-                reason = f"{number} gives dimension {axis} of {value.name} the length {min(lengths - {dim})}, the graph fixes it to {dim}."
+            others = {shape[axis] for shape in shapes if axis < len(shape)} - {dim}
+            if isinstance(dim, int) and others:
+                reason = f"{number} gives dimension {axis} of {value.name} the length {min(others)}, the graph fixes it to {dim}."
                 yield context.error(value, reason, f"Give {dim} in all three shapes.")
 
 
