@@ -81,6 +81,37 @@ class Variant:
         return self.runtime._pipeline.decoder.context
 
 
+@dataclass(frozen=True)
+class BenchmarkPrompt:
+    """A prompt, the answer's length in `tokens`, and `fit`: how to handle an image of another aspect ratio than the bundle's."""
+
+    prompt: str
+    tokens: int
+    fit: str
+
+    def stream(self, asked: Variant) -> Stream:
+        """Stream the answer of a variant in a new conversation, of exactly `tokens` tokens."""
+        return asked.runtime.stream(asked.picture, self.prompt, prune=asked.prune, fit=self.fit, max_tokens=self.tokens)
+
+    def answer(self, asked: Variant) -> Receipt:
+        """Run the answer and return its receipt."""
+        stream = self.stream(asked)
+        "".join(stream)
+        return stream.receipt
+
+    def ask_twice(self, asked: Variant) -> tuple[Receipt, Receipt]:
+        """Ask the question in a new conversation, then again without the image; return both receipts. Only prefill runs.
+
+        The answers are empty, so that the conversation's text is tokenized identically and its KV caches are reused.
+        """
+        chat = asked.prefill_only.chat(prune=asked.prune, fit=self.fit)
+        first = chat.ask(self.prompt, asked.picture)
+        "".join(first)
+        second = chat.ask(self.prompt)
+        "".join(second)
+        return first.receipt, second.receipt
+
+
 def load_variants(
     path: Path,
     compare: Sequence[str] = (UNPRUNED,),
@@ -105,6 +136,20 @@ def load_variants(
     return found
 
 
+def check_names(compare: Sequence[str], provider: str = "cpu") -> None:
+    """Raise UsageError for a variant that cannot be compared."""
+    for index, name in enumerate(compare):
+        if name in compare[:index] or name == PRUNED:
+            raise UsageError(f"{name} is compared twice.", hint="Name each once.")
+        if name in CONTENT_FREE and provider == TENSORRT:
+            raise UsageError(
+                f"{name} cannot run on TensorRT engines, whose visual tokens stay on the device.",
+                hint=f"Export a bundle with --method {name}, build it, and give its path.",
+            )
+        if name not in BUILTIN:
+            _check_bundle(name)
+
+
 def bundle_variant(name: str, path: Path, runtime: Runtime, image: Path | None = None) -> Variant:
     """Return the variant of a bundle with its own plan."""
     plan = runtime.plan
@@ -126,20 +171,6 @@ def content_free_variant(own: Variant, name: str, keep: int) -> Variant:
     total = plan.geometry.tokens
     pipeline = replace(pipeline, backend=FixedSelectionBackend(pipeline.backend, chosen_tokens(name, total, keep), total))
     return replace(own, name=name, runtime=Runtime(pipeline), prune=False, alive=(keep,) * plan.layers)
-
-
-def check_names(compare: Sequence[str], provider: str = "cpu") -> None:
-    """Raise UsageError for a variant that cannot be compared."""
-    for index, name in enumerate(compare):
-        if name in compare[:index] or name == PRUNED:
-            raise UsageError(f"{name} is compared twice.", hint="Name each once.")
-        if name in CONTENT_FREE and provider == TENSORRT:
-            raise UsageError(
-                f"{name} cannot run on TensorRT engines, whose visual tokens stay on the device.",
-                hint=f"Export a bundle with --method {name}, build it, and give its path.",
-            )
-        if name not in BUILTIN:
-            _check_bundle(name)
 
 
 def equal_work_tokens(plan: KeepPlan) -> int:
@@ -196,34 +227,3 @@ def _check_bundle(name: str) -> None:
             hint="Export one with --image-size, and give its path: --compare small.bundle",
         )
     raise UsageError(f"Cannot compare with {name!r}.", hint=f"Name {', '.join(BUILTIN)}, or the path of another bundle.")
-
-
-@dataclass(frozen=True)
-class BenchmarkPrompt:
-    """A prompt, the answer's length in `tokens`, and `fit`: how to handle an image of another aspect ratio than the bundle's."""
-
-    prompt: str
-    tokens: int
-    fit: str
-
-    def stream(self, asked: Variant) -> Stream:
-        """Stream the answer of a variant in a new conversation, of exactly `tokens` tokens."""
-        return asked.runtime.stream(asked.picture, self.prompt, prune=asked.prune, fit=self.fit, max_tokens=self.tokens)
-
-    def answer(self, asked: Variant) -> Receipt:
-        """Run the answer and return its receipt."""
-        stream = self.stream(asked)
-        "".join(stream)
-        return stream.receipt
-
-    def ask_twice(self, asked: Variant) -> tuple[Receipt, Receipt]:
-        """Ask the question in a new conversation, then again without the image; return both receipts. Only prefill runs.
-
-        The answers are empty, so that the conversation's text is tokenized identically and its KV caches are reused.
-        """
-        chat = asked.prefill_only.chat(prune=asked.prune, fit=self.fit)
-        first = chat.ask(self.prompt, asked.picture)
-        "".join(first)
-        second = chat.ask(self.prompt)
-        "".join(second)
-        return first.receipt, second.receipt

@@ -148,12 +148,6 @@ def parse_clocks(text: str | None) -> bool | None:
     return all(low == high for low, high in found) if found else None
 
 
-def _speed_rank(name: str) -> tuple[int, int]:
-    watts = re.search(r"(\d{1,4})W", name.upper())
-    unlimited = 2 if name.upper() == "MAXN_SUPER" else 1 if name.upper().startswith("MAXN") else 0
-    return unlimited, int(watts[1]) if watts else 0
-
-
 @dataclass(frozen=True)
 class Module:
     """A module in one power mode: `clock` of the GPU in GHz, memory `bandwidth` in GB/s, `ram` in GiB.
@@ -209,3 +203,9 @@ def module_named(name: str) -> Module:
     if name not in MODULES:
         raise UsageError(f"Unknown device {name!r}.", hint=f"Known: {', '.join(MODULES)}; or measure yours: edgeprune profile")
     return MODULES[name]
+
+
+def _speed_rank(name: str) -> tuple[int, int]:
+    watts = re.search(r"(\d{1,4})W", name.upper())
+    unlimited = 2 if name.upper() == "MAXN_SUPER" else 1 if name.upper().startswith("MAXN") else 0
+    return unlimited, int(watts[1]) if watts else 0

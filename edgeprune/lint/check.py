@@ -12,20 +12,15 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
 from edgeprune.lint.graph import load_graph
 from edgeprune.lint.rule import Finding, Profile, Rule, RuleContext
-from edgeprune.lint.rules import arguments, operators, profiles, shapes
-from edgeprune.lint.rules import arguments as selection
-from edgeprune.lint.rules import operators as attention
-from edgeprune.lint.rules import shapes as control
-from edgeprune.lint.rules import types as numbers
-from edgeprune.lint.rules import types as quantization
+from edgeprune.lint.rules import arguments, operators, profiles, shapes, types
 from edgeprune.targets import Target
 
 MODULES = ("Orin", "Thor")
 
 ONNX_RULES: tuple[Rule, ...] = (  # violations of ONNX itself, for every target
     operators.unreadable_shapes,
-    numbers.mixed_types,
-    selection.short_axes,
+    types.mixed_types,
+    arguments.short_axes,
 )
 ONNXRUNTIME_RULES: tuple[Rule, ...] = (
     operators.foreign_operators,
@@ -43,22 +38,22 @@ TENSORRT_RULES: tuple[Rule, ...] = (
     arguments.training_dropout,
     arguments.odd_einsum,
     arguments.refused_attributes,
-    attention.partial_attention,
-    control.uneven_branches,
-    control.growing_loops,
-    control.open_loops,
-    selection.many_selected,
-    selection.unsorted_selections,
-    selection.counted_selections,
+    operators.partial_attention,
+    shapes.uneven_branches,
+    shapes.growing_loops,
+    shapes.open_loops,
+    arguments.many_selected,
+    arguments.unsorted_selections,
+    arguments.counted_selections,
     shapes.shapes_from_data,
-    numbers.lacking_types,
-    numbers.doubles,
-    numbers.inner_bytes,
-    quantization.zero_points,
-    quantization.unsigned_bytes,
-    quantization.int4_blocks,
-    quantization.small_floats,
-    quantization.packed_borders,
+    types.lacking_types,
+    types.doubles,
+    types.inner_bytes,
+    types.zero_points,
+    types.unsigned_bytes,
+    types.int4_blocks,
+    types.small_floats,
+    types.packed_borders,
     profiles.unknown_inputs,
     profiles.missing_ranges,
     profiles.wrong_ranks,

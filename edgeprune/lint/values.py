@@ -19,6 +19,7 @@ from edgeprune.lint.graph import Dim, read_tensor
 
 if TYPE_CHECKING:
     from edgeprune.lint.graph import Node, Scope
+
 _LITERALS = ("value_int", "value_ints", "value_float", "value_floats")
 
 

@@ -51,6 +51,49 @@ class AnswerSet:
     shared: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """The user's options. `target`: a plan or a bundle."""
+
+    target: Path
+    statistics: Path | None = None
+    curve: Path | None = None
+    image: Path | None = None
+    prompts: tuple[str, ...] = ()
+    fit: str = "exact"
+    max_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """The loaded inputs of a report; None for those that the user did not give."""
+
+    name: str
+    plan: KeepPlan
+    bundle: Bundle | None = None
+    statistics: Statistics | None = None
+    curve: Curve | None = None
+    interview: AnswerSet | None = None
+
+
+def load_inputs(request: ReportOptions) -> ReportInputs:
+    """Load all inputs and ask the questions; raise UsageError if inputs are of different models or do not belong together."""
+    _check_questions(request)
+    bundle = Bundle.load(request.target) if request.target.is_dir() else None
+    plan = KeepPlan.load(request.target) if bundle is None else bundle.plan
+    statistics = None if request.statistics is None else _open_statistics(request.statistics, plan, bundle)
+    curve = None if request.curve is None else _open_curve(request.curve, plan)
+    answers = None
+    if request.image is not None:
+        if bundle is None:
+            raise UsageError(
+                f"--image asks a bundle, and {request.target} is a plan.", hint="Export it: edgeprune export --plan PLAN"
+            )
+        runtime = load(bundle.path)
+        answers = collect_answers(runtime, request.image, request.prompts, fit=request.fit, max_tokens=request.max_tokens)
+    return ReportInputs(request.target.name or str(request.target), plan, bundle, statistics, curve, answers)
+
+
 def collect_answers(
     runtime: Runtime, image: ImageSource, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128
 ) -> AnswerSet:
@@ -123,49 +166,6 @@ def _shared_lines(receipts: Sequence[Receipt]) -> tuple[str, ...]:
 def _mean_overlap(first: np.ndarray, second: np.ndarray) -> float:
     rows = zip(np.atleast_2d(first), np.atleast_2d(second), strict=True)
     return float(np.mean([len(np.intersect1d(a, b)) for a, b in rows]))
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """The user's options. `target`: a plan or a bundle."""
-
-    target: Path
-    statistics: Path | None = None
-    curve: Path | None = None
-    image: Path | None = None
-    prompts: tuple[str, ...] = ()
-    fit: str = "exact"
-    max_tokens: int = 128
-
-
-@dataclass(frozen=True)
-class ReportInputs:
-    """The loaded inputs of a report; None for those that the user did not give."""
-
-    name: str
-    plan: KeepPlan
-    bundle: Bundle | None = None
-    statistics: Statistics | None = None
-    curve: Curve | None = None
-    interview: AnswerSet | None = None
-
-
-def load_inputs(request: ReportOptions) -> ReportInputs:
-    """Load all inputs and ask the questions; raise UsageError if inputs are of different models or do not belong together."""
-    _check_questions(request)
-    bundle = Bundle.load(request.target) if request.target.is_dir() else None
-    plan = KeepPlan.load(request.target) if bundle is None else bundle.plan
-    statistics = None if request.statistics is None else _open_statistics(request.statistics, plan, bundle)
-    curve = None if request.curve is None else _open_curve(request.curve, plan)
-    answers = None
-    if request.image is not None:
-        if bundle is None:
-            raise UsageError(
-                f"--image asks a bundle, and {request.target} is a plan.", hint="Export it: edgeprune export --plan PLAN"
-            )
-        runtime = load(bundle.path)
-        answers = collect_answers(runtime, request.image, request.prompts, fit=request.fit, max_tokens=request.max_tokens)
-    return ReportInputs(request.target.name or str(request.target), plan, bundle, statistics, curve, answers)
 
 
 def _check_questions(request: ReportOptions) -> None:

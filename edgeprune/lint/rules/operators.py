@@ -116,6 +116,20 @@ def high_ranks(context: RuleContext) -> Iterator[Finding]:
                 yield context.error(scope.producer(value.name) or value, reason, "Merge dimensions with Reshape.")
 
 
+def partial_attention(context: RuleContext) -> Iterator[Finding]:
+    """Find Attention nodes with features that TensorRT lacks. `unknown_operators` handles versions without Attention."""
+    if context.tensorrt < OPERATORS["Attention"].since:
+        return
+    for node in context.graph.nodes:
+        if node.operator != "Attention":
+            continue
+        for reason, remedy in _refused_features(node):
+            yield context.error(node, reason, remedy)
+        if node.input(_QUERY).element == "FLOAT":
+            reason = "TensorRT has few kernels for Attention on FLOAT, and refuses to build a node for which it has none."
+            yield context.warning(node, reason, "Cast queries, keys and values to FLOAT16 or BFLOAT16.")
+
+
 def _has_int4(graph: Graph) -> bool:
     return any(value.element == "INT4" for scope in graph.scopes for value in scope.values.values())
 
@@ -150,20 +164,6 @@ def _cast_advice(support: Support) -> str:
 
 def _dotted(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def partial_attention(context: RuleContext) -> Iterator[Finding]:
-    """Find Attention nodes with features that TensorRT lacks. `unknown_operators` handles versions without Attention."""
-    if context.tensorrt < OPERATORS["Attention"].since:
-        return
-    for node in context.graph.nodes:
-        if node.operator != "Attention":
-            continue
-        for reason, remedy in _refused_features(node):
-            yield context.error(node, reason, remedy)
-        if node.input(_QUERY).element == "FLOAT":
-            reason = "TensorRT has few kernels for Attention on FLOAT, and refuses to build a node for which it has none."
-            yield context.warning(node, reason, "Cast queries, keys and values to FLOAT16 or BFLOAT16.")
 
 
 def _refused_features(node: Node) -> Iterator[tuple[str, str]]:

@@ -41,37 +41,6 @@ def shapes_from_data(context: RuleContext) -> Iterator[Finding]:
             yield from _check_source(context, node, value)
 
 
-def _check_source(context: RuleContext, node: Node, value: Value) -> Iterator[Finding]:
-    remedy = "Compute it from Shape, or make it a constant."
-    if value.element in FLOATS | LOGICAL or (value.element in INTEGERS and len(value.shape or ()) > 1):
-        reason = f"The shape of the result depends on the values of {value.name}."
-        yield context.error(node, reason, remedy)
-    elif value.element in INTEGERS:
-        reason = f"The shape of the result is taken from the values of the input {value.name}."
-        yield context.warning(node, reason, f"{remedy[:-1]}; else set its values in every profile (set_shape_input).")
-
-
-def _origins(node: Node, index: int) -> list[Value]:
-    # Graph inputs whose values, not lengths, reach an input of the node. Loop bodies are not entered.
-    if not node.has_input(index):
-        return []
-    found: list[Value] = []
-    visited: set[str] = set()
-    pending = [(node.scope, node.inputs[index])]
-    while pending:
-        scope, name = pending.pop()
-        if name in visited or scope.is_stored(name):
-            continue
-        visited.add(name)
-        source = scope.producer(name)
-        if source is None:
-            owner = scope.owner(name)
-            found += [owner.value(name)] if owner and owner.outer is None else []
-        elif source.operator not in _LENGTHS_ONLY and not any(True for _ in source.bodies()):
-            pending += [(source.scope, item) for item in source.inputs if item]
-    return found
-
-
 def uneven_branches(context: RuleContext) -> Iterator[Finding]:
     """Find If nodes with a run-time condition whose branches return tensors of different ranks."""
     for node in context.graph.nodes:
@@ -105,6 +74,37 @@ def open_loops(context: RuleContext) -> Iterator[Finding]:
         if node.operator == "Loop" and len(node.outputs) > len(node.inputs) - 2 and not node.has_input(0):
             reason = "The loop stacks outputs without a trip limit, so their length is unknown to TensorRT."
             yield context.error(node, reason, "Give the loop its greatest trip count.")
+
+
+def _check_source(context: RuleContext, node: Node, value: Value) -> Iterator[Finding]:
+    remedy = "Compute it from Shape, or make it a constant."
+    if value.element in FLOATS | LOGICAL or (value.element in INTEGERS and len(value.shape or ()) > 1):
+        reason = f"The shape of the result depends on the values of {value.name}."
+        yield context.error(node, reason, remedy)
+    elif value.element in INTEGERS:
+        reason = f"The shape of the result is taken from the values of the input {value.name}."
+        yield context.warning(node, reason, f"{remedy[:-1]}; else set its values in every profile (set_shape_input).")
+
+
+def _origins(node: Node, index: int) -> list[Value]:
+    # Graph inputs whose values, not lengths, reach an input of the node. Loop bodies are not entered.
+    if not node.has_input(index):
+        return []
+    found: list[Value] = []
+    visited: set[str] = set()
+    pending = [(node.scope, node.inputs[index])]
+    while pending:
+        scope, name = pending.pop()
+        if name in visited or scope.is_stored(name):
+            continue
+        visited.add(name)
+        source = scope.producer(name)
+        if source is None:
+            owner = scope.owner(name)
+            found += [owner.value(name)] if owner and owner.outer is None else []
+        elif source.operator not in _LENGTHS_ONLY and not any(True for _ in source.bodies()):
+            pending += [(source.scope, item) for item in source.inputs if item]
+    return found
 
 
 def _carried(node: Node) -> range:

@@ -71,17 +71,6 @@ def mixed_types(context: RuleContext) -> Iterator[Finding]:
                 yield context.error(node, reason, f"Cast its inputs to {_widest(node, chosen)}.")
 
 
-def _values(context: RuleContext) -> Iterator[tuple[Scope, Value]]:
-    for scope in context.graph.scopes:
-        yield from ((scope, value) for value in scope.values.values())
-
-
-def _widest(node: Node, chosen: tuple[int, ...]) -> str:
-    elements = {node.input(index).element for index in chosen}
-    order = ("INT64", "INT32", "FLOAT16", "BFLOAT16", "FLOAT")
-    return next((element for element in order if element in elements), "one type")
-
-
 def zero_points(context: RuleContext) -> Iterator[Finding]:
     """Find zero points that are not 0 or are computed at run time."""
     for node in _quantize_nodes(context):
@@ -163,3 +152,14 @@ def _check_blocks(context: RuleContext, node: Node, value: Value, size: int) -> 
         yield context.error(
             node, f"TensorRT's INT4 has blocks of {sizes}, this node has {size}.", f"Quantize in blocks of {sizes}."
         )
+
+
+def _values(context: RuleContext) -> Iterator[tuple[Scope, Value]]:
+    for scope in context.graph.scopes:
+        yield from ((scope, value) for value in scope.values.values())
+
+
+def _widest(node: Node, chosen: tuple[int, ...]) -> str:
+    elements = {node.input(index).element for index in chosen}
+    order = ("INT64", "INT32", "FLOAT16", "BFLOAT16", "FLOAT")
+    return next((element for element in order if element in elements), "one type")
