@@ -1,16 +1,14 @@
-"""Everything EdgePrune raises on purpose.
+"""Exceptions that EdgePrune raises deliberately. Any other exception that escapes is a bug and keeps its traceback.
 
-    EdgePruneError                 a request that cannot be met; the message says what, where and the remedy (exit code 1)
-    ├── UsageError                 the request itself is wrong: an option, a path, a value (exit code 2)
-    │   ├── ImageError             an image that cannot be read or is not safe to read
-    │   └── PlanError              a keep plan that is malformed or was made for something else
-    ├── UnsupportedModelError      a model folder that EdgePrune cannot take, and what it can
-    ├── BundleError                a bundle with a missing, altered or too new part
-    ├── EngineError                a TensorRT engine that cannot be built, is not trusted or cannot run what is asked
-    ├── VerificationError          a bundle that does not agree with its reference
-    └── MissingExtraError          a Python package that the command needs is not installed (exit code 3)
-
-Anything else that escapes is a bug and keeps its traceback.
+EdgePruneError                 a request that cannot be met; the message says what, where and the remedy (exit code 1)
+├── UsageError                 the request itself is wrong: an option, a path, a value (exit code 2)
+│   ├── ImageError             an image that cannot be read or is not safe to read
+│   └── PlanError              a keep plan that is malformed or was made for something else
+├── UnsupportedModelError      a model folder that EdgePrune does not support; the message names what it supports
+├── BundleError                a bundle with a missing, altered or too new part
+├── EngineError                a TensorRT engine that cannot be built, is not trusted or cannot run the request
+├── VerificationError          a bundle that does not agree with its reference
+└── MissingExtraError          a Python package that the command needs is not installed (exit code 3)
 """
 
 from __future__ import annotations
@@ -18,11 +16,11 @@ from __future__ import annotations
 import importlib.util
 import warnings
 
-_LONGEST = 900  # characters of a message, and of a hint
+_MAX_CHARS = 900  # of a message or a hint
 
 
 class EdgePruneError(Exception):
-    """A request that cannot be met: `message`, and `hint`, the remedy, one sentence each."""
+    """A request that cannot be met. `message` and `hint` (the remedy) are one sentence each."""
 
     exit_code = 1
 
@@ -46,7 +44,7 @@ class PlanError(UsageError):
 
 
 class UnsupportedModelError(EdgePruneError):
-    """A model folder that EdgePrune cannot take."""
+    """A model folder that EdgePrune does not support."""
 
 
 class BundleError(EdgePruneError):
@@ -54,7 +52,7 @@ class BundleError(EdgePruneError):
 
 
 class EngineError(EdgePruneError):
-    """A TensorRT engine that cannot be built, is not trusted, or cannot run what is asked."""
+    """A TensorRT engine that cannot be built, is not trusted, or cannot run the request."""
 
 
 class VerificationError(EdgePruneError):
@@ -68,19 +66,15 @@ class MissingExtraError(EdgePruneError):
 
 
 def one_line(text: str) -> str:
-    """Return a text as terminals and logs can hold it: one line of what can be seen, its middle left out where it is long.
+    """Return a text as one line of printable characters, with the middle of a long text omitted.
 
-    Names and values that others wrote stand in messages; they must not move a cursor, fake a line of a log or fill a disk.
+    Messages contain untrusted names and values. They must not move the cursor, forge log lines or fill a disk.
     """
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST - 300]} ... {text[-290:]}"
+    if len(text) > _MAX_CHARS:
+        text = f"{text[: _MAX_CHARS - 300]} ... {text[-290:]}"
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() else " " if each.isspace() else _escaped(each) for each in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
 
 
 def require_extra(extra: str, *packages: str) -> None:
@@ -91,9 +85,9 @@ def require_extra(extra: str, *packages: str) -> None:
 
 
 def renamed(owner: str, name: str, names: dict[str, str]) -> str:
-    """Return the new name of an attribute of `owner` and warn: old public names work for one release.
+    """Return the new name of a renamed attribute of `owner` and warn. Old public names work for one release.
 
-    Raises AttributeError for a name that is not in `names`, as an attribute that never was.
+    Raises AttributeError for a name that is not in `names`.
     """
     if name not in names:
         raise AttributeError(f"{owner} has no attribute {name!r}")
@@ -107,7 +101,7 @@ def _is_installed(package: str) -> bool:
         return spec is not None
     from importlib.metadata import PackageNotFoundError, version  # slow to import
 
-    try:  # a namespace says nothing: our own wheel has a file in optimum's
+    try:  # a namespace package is no proof: our own wheel has a file in optimum's
         return bool(version(package))
     except PackageNotFoundError:
         return False

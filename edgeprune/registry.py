@@ -1,7 +1,6 @@
-"""The tables of methods and families, and which method acts at which site of which family.
+"""Tables of pruning methods and model families, and which method applies at which site of which family.
 
-A new method or family is one file and one line here. Nothing is imported before it is needed: listing is fast, and the runtime
-stays free of torch.
+A new method or family is one file and one line here. Modules are imported on use: listing is fast, and the runtime needs no torch.
 """
 
 from __future__ import annotations
@@ -50,35 +49,35 @@ FAMILIES = {
     "vipllava": "edgeprune.families.llava:VipLlava",
 }
 
-TASK = "image-text-to-text"  # of every family, as transformers and optimum name it
+TASK = "image-text-to-text"  # the task of every family in transformers and optimum
 
-_OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_EXTERNAL_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _allowed: set[str] = set()
 
 
 def allow_method(reference: str) -> None:
-    """Let `method_class` import a method from outside, "package.module:Class", which is to run its code.
+    """Allow `method_class` to import an external method, "package.module:Class", and so to run its code.
 
-    A plan or a bundle that names one never suffices. Raises UsageError for anything else than such a name; imports nothing.
+    Only the user may allow one; its name in a plan or bundle is not enough. Imports nothing. Raises UsageError for other names.
     """
-    if not _OWN.fullmatch(reference):
+    if not _EXTERNAL_NAME.fullmatch(reference):
         raise UsageError(f"{reference!r} is no method of your own.", hint="Write package.module:Class.")
     _allowed.add(reference)
 
 
 def method_class(name: str) -> Any:
-    """Return the class of a pruning method, one of METHODS or one that was allowed; raise UsageError when it is neither."""
+    """Return the class of a method in METHODS or of an allowed external one; raise UsageError for any other name."""
     if name in METHODS:
         return _resolve(METHODS[name])
-    if not _OWN.fullmatch(name):
+    if not _EXTERNAL_NAME.fullmatch(name):
         raise UsageError(f"Unknown method {name!r}.", hint=f"Methods are: {', '.join(sorted(METHODS))}, or package.module:Class.")
     if name not in _allowed:
         raise UsageError(f"{name} is code from outside EdgePrune.", hint=f"Have it run, if you trust it: --own-method {name}")
-    return _own_class(name)
+    return _external_class(name)
 
 
 def family_class(model_type: str) -> Any:
-    """Return the class of a model family; raise UnsupportedModelError listing the families when there is none."""
+    """Return the class of a model family; raise UnsupportedModelError if the type is not supported."""
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"Models of type {model_type!r} are not supported.", hint=f"Supported: {', '.join(sorted(FAMILIES))}."
@@ -87,19 +86,19 @@ def family_class(model_type: str) -> Any:
 
 
 def summary_of(reference: str) -> str:
-    """Return the first line of a registered file's docstring; the file is read, not imported, for it may need torch."""
+    """Return the first line of a registered module's docstring. The file is parsed, not imported, as it may need torch."""
     module = reference.partition(":")[0]
     source = files(module.rpartition(".")[0]).joinpath(module.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].rstrip(".")
 
 
-def _own_class(reference: str) -> Any:
+def _external_class(reference: str) -> Any:
     path, _, name = reference.partition(":")
     try:
         module = import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
-            raise  # something that the file itself needs
+            raise  # a missing dependency of the module
         raise UsageError(f"There is no module {error.name}.", hint="Is its folder in PYTHONPATH?") from error
     found = getattr(module, name, None)
     if not (hasattr(found, "sites") and hasattr(found, "needs")):
@@ -114,7 +113,7 @@ def _resolve(reference: str) -> Any:
 
 @dataclass(frozen=True)
 class Applicability:
-    """A method at a site. `reason`: why it does not apply there, empty where it does."""
+    """A method at a site. `reason`: why it does not apply there; empty if it does."""
 
     method: str
     site: str
@@ -122,12 +121,12 @@ class Applicability:
 
 
 def applicability(family: Any) -> list[Applicability]:
-    """Return one field for every method and site, for a family's class or one of its models."""
+    """Return an entry for every method and site, for a family class or an instance."""
     return [Applicability(method, site, unsupported_reason(method, site, family)) for method in sorted(METHODS) for site in SITES]
 
 
 def unsupported_reason(method: str, site: str, family: Any) -> str:
-    """Return why a method cannot act at a site of a family; an empty string where it can."""
+    """Return why a method cannot act at a site of a family; empty if it can."""
     kind = method_class(method)
     if site not in kind.sites:
         return f"acts at: {', '.join(kind.sites)}"

@@ -1,7 +1,7 @@
-"""Targets: what will read the graphs of a bundle, and which ONNX they may therefore use.
+"""Targets: the engines that read a bundle's graphs, with the opset and operators that each supports.
 
-The decoder is the same everywhere; a target says how it is lowered. Versions are those that the JetPacks carry: 6.1 and 6.2
-TensorRT 10.3, 7.0 and 7.1 10.13, 7.2 10.16. Which operator is parsed since when: the change logs of TensorRT and onnx-tensorrt.
+The decoder is the same for every target; a target defines its lowering. TensorRT versions are those of the JetPacks: 10.3 in 6.1
+and 6.2, 10.13 in 7.0 and 7.1, 10.16 in 7.2. Supported operators are from the change logs of TensorRT and onnx-tensorrt.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from edgeprune.errors import UsageError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-_INT4_OPSET = 21  # the first whose DequantizeLinear takes INT4 in blocks; TensorRT reads such nodes since 10.0
+_INT4_OPSET = 21  # the first with block-wise INT4 in DequantizeLinear; TensorRT reads such nodes since 10.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """One reader of graphs: its oldest `tensorrt` (None: ONNX Runtime alone), the `opset`, and the operators it has.
+    """An engine that reads graphs: its oldest `tensorrt` version (None: ONNX Runtime only) and its `opset`.
 
-    `fused`: Attention, RotaryEmbedding and RMSNormalization are nodes; otherwise they are decomposed. `blocked`: written for the
-    kernels that ONNX Runtime has for CPUs (edgeprune/model/attention.py, export/passes/precision.py). `modules`: the machines.
+    `fused`: Attention, RotaryEmbedding and RMSNormalization are single nodes; otherwise they are decomposed. `blocked`: lowered for
+    ONNX Runtime's CPU kernels (edgeprune/model/attention.py, export/passes/precision.py). `modules`: the machines.
     """
 
     name: str
@@ -44,7 +44,7 @@ TARGETS = {
 
 
 def target_named(name: str) -> Target:
-    """Return a target; raise UsageError with the known names for another."""
+    """Return a target by name; raise UsageError for an unknown name."""
     if name not in TARGETS:
         raise UsageError(f"Unknown target {name!r}.", hint=f"Targets are: {', '.join(TARGETS)}.")
     return TARGETS[name]
@@ -52,11 +52,11 @@ def target_named(name: str) -> Target:
 
 @dataclass(frozen=True)
 class Lowering:
-    """How a bundle's graphs are written: for which `target`, and in which `precision` their weights are kept.
+    """How a bundle's graphs are lowered: the `target`, and the `precision` of the weights.
 
-    fp16: weights, matrix products and KV caches; norms, softmax, rotation, the residual stream and logits stay in float32. int8:
-    weights alone, one scale for each output, on "cpu" also what they meet; int4: the weights of the decoder's layers, in blocks of
-    128 inputs, the rest int8.
+    fp16: weights, matrix products and KV caches; norms, softmax, rotary embedding, residual stream and logits stay in float32.
+    int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. int4: the weights of the decoder
+    layers, in blocks of 128 inputs; all other weights are int8.
     """
 
     target: Target
@@ -73,25 +73,25 @@ class Lowering:
 
     @property
     def opset(self) -> int:
-        """The opset of the decoder."""
+        """The decoder's opset."""
         return self.opset_of("layers")
 
     def opset_of(self, part: str) -> int:
-        """Return the opset of a part's graph."""
+        """Return the opset of a part's graph; for parts see `weights_of`."""
         return max(self.target.opset, _INT4_OPSET) if self.weights_of(part) == "int4" else self.target.opset
 
     @property
     def products(self) -> str:
-        """The type of matrix products and KV caches. Quantized weights meet float32 on ONNX Runtime, whose CPU has no fp16."""
-        whole = self.precision == "fp32" or (self.target.tensorrt is None and self.precision in ("int8", "int4"))
-        return "float32" if whole else "float16"
+        """Type of matrix products and KV caches. ONNX Runtime multiplies quantized weights in float32: its CPU has no fp16."""
+        is_float32 = self.precision == "fp32" or (self.target.tensorrt is None and self.precision in ("int8", "int4"))
+        return "float32" if is_float32 else "float16"
 
     def rounds(self, weights: str) -> bool:
-        """Whether states that meet weights of this kind are rounded to 8 bits, for products of integers."""
+        """Return whether inputs of products with such weights are quantized to 8 bits, for integer matrix products."""
         return self.target.blocked and weights in ("int8", "int4")
 
     def weights_of(self, part: str) -> str:
-        """Return how the matrices of a part are kept: "layers" and "head" of the decoder, "vision", or "embedding"."""
+        """Return the weight precision of a part: "layers" or "head" of the decoder, "vision", or "embedding"."""
         if part == "embedding":
             return "int8" if self.rounds(self.precision) else "fp32" if self.products == "float32" else "fp16"
         return "int8" if self.precision == "int4" and part != "layers" else self.precision

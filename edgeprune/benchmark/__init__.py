@@ -1,1 +1,1 @@
-"""Measures and checks a bundle on this machine. Stands above the runtime, without torch; only the command line imports it."""
+"""Measure and check a bundle on this machine. Imports the runtime but no torch; only the command line imports it."""

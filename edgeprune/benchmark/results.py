@@ -1,9 +1,8 @@
-"""The results of each variant, made from the receipts of its rounds, beside the roofline (Williams et al. 2009).
+"""Results of each variant from the receipts of its rounds, compared with the roofline (Williams et al. 2009).
 
-A stage takes at least the time of its operations at the peak of the arithmetic that its weights are stored for, and the time of
-its bytes at the memory bandwidth. Weights of 8 and fewer bits are compared with int8 products even where a graph unpacks them
-first, because that is what the graph forgoes. Not counted: preprocessing, a selection before the decoder, and the traffic of
-activations.
+A stage's lower bound is the larger of its operations at the peak of its weights' arithmetic and its bytes at the memory bandwidth.
+Weights of 8 and fewer bits are compared with the int8 peak even if the graph unpacks them, because int8 products would be possible.
+Not counted: preprocessing, an input cut, and traffic of activations.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from edgeprune.plan import KeepPlan
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 RoundCosts = Mapping[str, float]  # the costs of one round, by name
-STAGES = ("preprocess_ms", "vision_ms", "select_ms", "prefill_ms")  # they add up to ttft_ms
+STAGES = ("preprocess_ms", "vision_ms", "select_ms", "prefill_ms")  # their sum is ttft_ms
 
 _FLOATS = {"float32": "fp32", "float64": "fp32", "float16": "fp16", "bfloat16": "fp16"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and 95th percentile over the rounds, interpolated between them."""
+    """Median and 95th percentile over the rounds, with linear interpolation."""
 
     p50: float
     p95: float
@@ -39,10 +38,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class ContextPoint:
-    """Decode steps after a question of `keys` text tokens, with the image in the caches besides. `context`: what was asked for.
+    """Decode steps after a question of `keys` text tokens, plus the image in the KV caches. `context`: the requested text tokens.
 
-    `ratio` to the baseline's, the median over the rounds; `kv_bytes` of all caches at the end; `roofline`: the share of the least
-    time, None where there are no peaks.
+    `ratio` to the baseline: median over the rounds. `kv_bytes`: all caches at the end. `roofline`: lower bound divided by measured
+    time; None without peaks.
     """
 
     context: int
@@ -55,11 +54,11 @@ class ContextPoint:
 
 @dataclass(frozen=True)
 class Startup:
-    """A fresh process up to its second answer, whose image is new as well; milliseconds and bytes.
+    """A new process from import to its second answer, both answers without cached images; milliseconds and bytes.
 
-    `read_ms`: reading the files of the bundle from the system's cache, and nothing else, beside `load_ms`. `loading_rss_bytes`: the
-    largest resident set up to the end of loading; `peak_rss_bytes`: while it answered (loading included where the kernel does not
-    count anew); None where nobody knows.
+    `read_ms`: reading the bundle's files from the page cache without loading them, to compare with `load_ms`. `loading_rss_bytes`:
+    peak resident set until loading ends. `peak_rss_bytes`: peak while answering (with loading if the kernel cannot reset it). None
+    if unknown.
     """
 
     import_ms: float
@@ -73,9 +72,9 @@ class Startup:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least milliseconds that peaks allow, and their share in what was measured (`ttft`: vision encoder and prefill; `token`).
+    """Lower bounds in milliseconds, and their shares of the measured times: `ttft` (vision encoder and prefill) and `token`.
 
-    `arithmetic` of the vision encoder's and of the decoder's weights.
+    `arithmetic`: of the weights of vision encoder and decoder.
     """
 
     vision_ms: float
@@ -88,11 +87,11 @@ class Roofline:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What one contender costs: `costs` by name, and `ratios` of them to the baseline, each the median of the rounds' own ratios.
+    """Measured costs of one variant: `costs` by name, and `ratios` to the baseline (median of the ratios of each round).
 
-    `visual_tokens`: the mean over the layers in prefill; `reused`: the second question about the image found its caches; `cuts`:
-    visual tokens before and after each. `weight_bytes` of the bundle's graphs; `decode_kv_bytes`: what a decode step reads of the
-    caches, on the average. The rest is None, or empty, where it was not measured.
+    `visual_tokens`: mean over the layers in prefill. `reused`: whether the second question about the image reused its KV caches.
+    `cuts`: name and visual tokens before and after each. `weight_bytes`: of the bundle's graphs. `decode_kv_bytes`: mean bytes of
+    the caches that a decode step reads. `contexts`, `startup` and `roofline` are empty or None if not measured.
     """
 
     name: str
@@ -111,14 +110,16 @@ class VariantResult:
 
     @property
     def rss_ratio(self) -> float | None:
-        """Peak resident set while answering, over the bytes of weights and KV caches."""
+        """Peak resident set while answering, divided by the bytes of weights and KV caches."""
         peak = self.startup.peak_rss_bytes if self.startup else None
         return None if peak is None else peak / (self.weight_bytes + self.costs["kv_bytes"].p50)
 
 
 def row_of(first: Receipt, recalled: Receipt, second: Receipt, joules: float | None) -> RoundCosts:
-    """Return the costs of one round: an answer about a new image, the first token of the same question in another conversation,
-    which may be `recalled` in part, and of a second one after it.
+    """Return the costs of one round.
+
+    `first`: an answer about a new image. `recalled`: the same question in another conversation, up to its first token, which may
+    use cached results. `second`: a further question in that conversation. `joules`: energy of the first answer.
     """
     times = first.times
     row = {name: float(getattr(times, name)) for name in STAGES}
@@ -130,12 +131,12 @@ def row_of(first: Receipt, recalled: Receipt, second: Receipt, joules: float | N
 
 
 def decode_kv_bytes(receipt: Receipt, entry: int) -> float:
-    """Return the bytes of the caches that a decode step reads, the mean of an answer; `entry`: those of one token in one layer.
+    """Return the mean bytes of KV cache that a decode step reads; `entry`: bytes of one token in one layer.
 
-    All there are, less the visual tokens that a decode cut passes over.
+    These are all bytes except the visual tokens that a decode cut skips.
     """
-    passed_over = receipt.visual_stored - sum(receipt.visual_reads) / len(receipt.visual_reads)
-    return receipt.kv_bytes - entry * passed_over
+    skipped = receipt.visual_stored - sum(receipt.visual_reads) / len(receipt.visual_reads)
+    return receipt.kv_bytes - entry * skipped
 
 
 def spreads(rows: Sequence[RoundCosts]) -> dict[str, Spread]:
@@ -145,7 +146,7 @@ def spreads(rows: Sequence[RoundCosts]) -> dict[str, Spread]:
 
 
 def ratios(rows: Sequence[RoundCosts], baseline: Sequence[RoundCosts]) -> dict[str, float]:
-    """Return the median over the rounds of each cost divided by the baseline's of the same round, where that is never zero."""
+    """Return the median ratio of each cost to the baseline's in the same round; costs with a zero baseline are omitted."""
     names = [name for name in rows[0] if all(name in row and base.get(name) for row, base in zip(rows, baseline, strict=True))]
     return {name: median([row[name] / base[name] for row, base in zip(rows, baseline, strict=True)]) for name in names}
 
@@ -156,13 +157,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median as a plain number."""
+    """Return the median as a float."""
     return float(np.median(values))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a bundle's graphs hold: operations through `work`, bytes and types of the constants of two graphs."""
+    """Sizes of a bundle: its workload, and operators and constants of vision encoder and decoder."""
 
     work: Workload
     vision: Graph
@@ -170,16 +171,16 @@ class Sizes:
 
 
 def sizes_of(path: Path) -> Sizes:
-    """Return the sizes of a bundle, whose files `load` has checked already; raise BundleError when a graph cannot be read."""
+    """Return the sizes of a bundle that was loaded and checked before; raise BundleError if a graph cannot be read."""
     bundle = Bundle(path, Manifest.load(path), KeepPlan.load(path / PLAN))
     work = workload_of(bundle, text_tokens=1, generated=1)
     return Sizes(work, read_graph(bundle.file(VISION)), read_graph(bundle.file(DECODER)))
 
 
 def with_roofline(figures: VariantResult, asked: Variant, sizes: Sizes, peaks: Peaks) -> VariantResult:
-    """Return a contender's figures with the roofline of each time.
+    """Return a variant's result with the roofline of each time.
 
-    Raises UsageError when the peaks lack an arithmetic.
+    Raises UsageError if the peaks lack a needed arithmetic.
     """
     work = sizes.work if asked.prune else sizes.work.unpruned()
     work = replace(work, alive=asked.alive, text_tokens=figures.text_tokens)
@@ -198,7 +199,7 @@ def with_roofline(figures: VariantResult, asked: Variant, sizes: Sizes, peaks: P
 
 
 def arithmetic_of(graph: Graph, peaks: Peaks) -> str:
-    """Return what most of a graph's weights can be multiplied in; FP16 is FP32 where the machine has no peak of it, as on CPUs."""
+    """Return the arithmetic of most of a graph's weights. FP16 becomes FP32 if the peaks have no FP16, as on CPUs."""
     name = _FLOATS.get(graph.main_type, "int8")
     if name == "fp16" and name not in peaks.operations:
         name = "fp32"

@@ -1,7 +1,7 @@
-"""Measure what a question costs on this machine, beside what it costs otherwise: `edgeprune bench`.
+"""Benchmark the variants of a bundle on this machine: `edgeprune bench`.
 
-Every round asks each contender once, forwards and backwards in turns, so that a machine that warms up slows all alike; what a
-contender costs beside the baseline is the median of the rounds' own ratios. Defined in full: docs/benchmark.md.
+Every round asks each variant once, alternating forward and reverse order, so that thermal slowdown affects all equally. The ratio
+of a variant to the baseline is the median of the ratios of each round. docs/benchmark.md has the complete definitions.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ WARM_UP = 2  # rounds that are not counted
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is measured.
+    """Options of a benchmark.
 
-    `compare`: see `load_variants`; the first is the baseline, or the bundle itself where there is none. `contexts`: text tokens of
-    questions after which decode steps are timed; `kept`: visual tokens with which the first token is. `image` None: a TableTop
-    scene of each bundle's own size. `threads` None: ONNX Runtime's own choice.
+    `compare`: see `load_variants`; its first entry is the baseline, or the bundle itself if it is empty. `contexts`: text tokens of
+    the questions after which decode steps are timed. `kept`: numbers of visual tokens for which TTFT is timed. `image` None: a
+    TableTop scene of each bundle's image size. `threads` None: ONNX Runtime's default.
     """
 
     bundle: Path
@@ -81,16 +81,16 @@ class BenchmarkOptions:
 
     @property
     def baseline(self) -> str:
-        """The name of what ratios are to."""
+        """Name of the variant that ratios refer to."""
         return self.compare[0] if self.compare else PRUNED
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured, and on what. `power_rails`: what the energy adds up. `growth` of the first token with visual tokens.
+    """Results of a benchmark and facts of the machine. The first of `variants` is the bundle itself.
 
-    `equal_work_tokens`: how many of the `visual_tokens` "random" and "uniform" enter; `peaks` None where nobody knows them, and
-    `peaks_from`: "measured", or the report that they were read from. The bundle's own figures are the first of `variants`.
+    `equal_work_tokens`: how many of the `visual_tokens` the variants "random" and "uniform" keep. `power_rails`: summed for energy.
+    `peaks`: None if unknown; `peaks_from`: "measured", or the path of a device profile. `growth`: TTFT by visual tokens.
     """
 
     request: BenchmarkOptions
@@ -106,29 +106,29 @@ class Benchmark:
 
     @property
     def line(self) -> LinearFit | None:
-        """The line through the prefills of `growth`."""
+        """The line fitted to the prefill times of `growth`."""
         return line_through(self.growth)
 
     def of(self, name: str) -> VariantResult:
-        """Return the figures of a contender; raise KeyError when it was not measured."""
+        """Return the result of a variant; raise KeyError if it was not measured."""
         return {figures.name: figures for figures in self.variants}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the measurement as JSON data, the contenders by name."""
-        asked = asdict(self.request)
-        asked |= {
-            **asked.pop("question"),
+        """Return the results as JSON data, variants by name."""
+        options = asdict(self.request)
+        options |= {
+            **options.pop("question"),
             "bundle": str(self.request.bundle),
             "baseline": self.request.baseline,
             "warm_up": WARM_UP,
         }
-        asked["image"] = None if self.request.image is None else str(self.request.image)
+        options["image"] = None if self.request.image is None else str(self.request.image)
         names = ("visual_tokens", "equal_work_tokens", "power_source", "power_rails", "peaks_from")
-        found = {name: getattr(self, name) for name in names}
+        results = {name: getattr(self, name) for name in names}
         peaks = None if self.peaks is None else asdict(self.peaks)
         compared = {figures.name: {**asdict(figures), "rss_ratio": figures.rss_ratio} for figures in self.variants}
-        growth = {"growth": [asdict(at) for at in self.growth], "line": None if self.line is None else asdict(self.line)}
-        return {"machine": self.machine.to_dict(), **asked, **found, "peaks": peaks, "contenders": compared, **growth}
+        growth = {"growth": [asdict(point) for point in self.growth], "line": None if self.line is None else asdict(self.line)}
+        return {"machine": self.machine.to_dict(), **options, **results, "peaks": peaks, "contenders": compared, **growth}
 
 
 def benchmark(
@@ -150,19 +150,18 @@ def benchmark(
     progress: Callable[[int], None] = lambda done: None,
     startup: Callable[..., Startup] = measure_startup,
 ) -> Benchmark:
-    """Return what answers of exactly `tokens` tokens cost, over `repeats` rounds after a warm-up; see BenchmarkOptions for the
-    rest.
+    """Measure answers of exactly `tokens` tokens over `repeats` rounds after a warm-up. See BenchmarkOptions for other parameters.
 
-    The model's end token does not end an answer here, so that all generate as much. `device_report`: DeviceProfile whose peaks are
-    used instead of measuring them. `machine` and `power` None: those of this machine; a power source that is given stays open.
-    Raises UsageError, ImageError, BundleError and EngineError.
+    End tokens do not end an answer, so that all variants generate the same number. `device_report`: a DeviceProfile whose peaks are
+    used instead of measuring them. `machine` and `power` None: those of this machine; a given power source stays open. `progress`
+    receives the number of finished rounds. Raises UsageError, ImageError, BundleError and EngineError.
     """
     question = BenchmarkPrompt(PROMPT if prompt is None else prompt, tokens, fit)
     request = BenchmarkOptions(path, tuple(compare), tuple(contexts), tuple(kept), image, question, repeats, threads, provider)
     peaks = None if device_report is None else reported_peaks(device_report)
-    with _powered(power) as source, closing(EnergyCounter(source)) as counter:
+    with _open_power_source(power) as source, closing(EnergyCounter(source)) as counter:
         bench = Measurement(request, counter)
-        at = sweep_contexts(bench.compared, question, contexts, repeats)
+        context_points = sweep_contexts(bench.compared, question, contexts, repeats)
         growth = sweep_kept_tokens(bench.compared[0], question, kept, repeats)
         bench.run(progress)
         reading = source.read() if source is not None else None
@@ -177,13 +176,13 @@ def benchmark(
         power_rails=reading.rails if reading is not None else (),
         peaks=peaks,
         peaks_from="measured" if device_report is None else str(device_report),
-        variants=_started(bench.figures(at, peaks), bench.release_models(), request, startup),
+        variants=_with_startup(bench.figures(context_points, peaks), bench.release_models(), request, startup),
         growth=growth,
     )
 
 
 @contextmanager
-def _powered(given: PowerSource | None) -> Iterator[PowerSource | None]:
+def _open_power_source(given: PowerSource | None) -> Iterator[PowerSource | None]:
     source = given or find_power_source()
     try:
         yield source
@@ -194,7 +193,7 @@ def _powered(given: PowerSource | None) -> Iterator[PowerSource | None]:
 
 @dataclass
 class RoundSamples:
-    """What the rounds of one contender gave: a row of costs each, and of the last one the answer's receipt."""
+    """Samples of one variant: the costs of each round, and the receipt of the last answer."""
 
     rows: list[RoundCosts] = field(default_factory=list)
     receipt: Receipt | None = None
@@ -202,7 +201,7 @@ class RoundSamples:
 
 
 class Measurement:
-    """The contenders of a request, loaded, and what was measured of them."""
+    """The loaded variants of a request and their samples."""
 
     def __init__(self, request: BenchmarkOptions, counter: EnergyCounter) -> None:
         self._request, self._counter = request, counter
@@ -210,61 +209,63 @@ class Measurement:
             request.bundle, request.compare, request.image, threads=request.threads, provider=request.provider
         )
         self.plan = self.compared[0].runtime.plan
-        self._taken = {each.name: RoundSamples() for each in self.compared}
+        self._samples = {variant.name: RoundSamples() for variant in self.compared}
 
     def run(self, progress: Callable[[int], None]) -> None:
-        """Ask in turns, after rounds that do not count."""
+        """Run the warm-up and all counted rounds."""
         for number in range(-WARM_UP, self._request.repeats):
-            for each in self.compared[:: -1 if number % 2 else 1]:
-                self._measure(each, self._taken[each.name] if number >= 0 else RoundSamples())
+            for variant in self.compared[:: -1 if number % 2 else 1]:
+                self._measure(variant, self._samples[variant.name] if number >= 0 else RoundSamples())
             if number >= 0:
                 progress(number + 1)
 
     def figures(self, at: Mapping[str, tuple[ContextPoint, ...]], peaks: Peaks | None) -> list[VariantResult]:
-        """Return the figures of all; with the roofline where there are peaks."""
-        sizes = {each.path: sizes_of(each.path) for each in self.compared} if peaks else {}
-        found = [self._figures(each, at[each.name]) for each in self.compared]
+        """Return the results of all variants, with rooflines if peaks are given."""
+        sizes = {variant.path: sizes_of(variant.path) for variant in self.compared} if peaks else {}
+        results = [self._figures(variant, at[variant.name]) for variant in self.compared]
         if peaks is None:
-            return found
-        return [with_roofline(one, each, sizes[each.path], peaks) for one, each in zip(found, self.compared, strict=True)]
+            return results
+        return [
+            with_roofline(one, variant, sizes[variant.path], peaks) for one, variant in zip(results, self.compared, strict=True)
+        ]
 
     def release_models(self) -> list[tuple[Path, str]]:
-        """Let go of all weights, so that they are not held twice while other processes start; return paths and what of them ran."""
-        kinds = [(each.path, each.name if each.name in BUILTIN else PRUNED) for each in self.compared]
+        """Unload all variants, so that weights are not in memory twice during startup runs; return their paths and kinds."""
+        kinds = [(variant.path, variant.name if variant.name in BUILTIN else PRUNED) for variant in self.compared]
         self.compared.clear()
         return kinds
 
-    def _measure(self, asked: Variant, taken: RoundSamples) -> None:
-        question, asked = self._request.question, asked.with_empty_cache
+    def _measure(self, variant: Variant, samples: RoundSamples) -> None:
+        question, variant = self._request.question, variant.with_empty_cache
         with self._counter.measure() as energy:
-            taken.receipt = question.answer(asked)
-        recalled, second = question.ask_twice(asked)
-        taken.reused = taken.reused and second.visual_tokens == 0
-        taken.rows.append(row_of(taken.receipt, recalled, second, energy.joules))
+            samples.receipt = question.answer(variant)
+        recalled, second = question.ask_twice(variant)
+        samples.reused = samples.reused and second.visual_tokens == 0
+        samples.rows.append(row_of(samples.receipt, recalled, second, energy.joules))
 
-    def _figures(self, each: Variant, at: tuple[ContextPoint, ...]) -> VariantResult:
-        taken, baseline = self._taken[each.name], self._taken[self._request.baseline]
-        receipt = taken.receipt
+    def _figures(self, variant: Variant, contexts: tuple[ContextPoint, ...]) -> VariantResult:
+        samples, baseline = self._samples[variant.name], self._samples[self._request.baseline]
+        receipt = samples.receipt
         assert receipt is not None
-        files = Manifest.load(each.path).files
+        files = Manifest.load(variant.path).files
         return VariantResult(
-            name=each.name,
-            costs=spreads(taken.rows),
-            ratios=ratios(taken.rows, baseline.rows),
+            name=variant.name,
+            costs=spreads(samples.rows),
+            ratios=ratios(samples.rows, baseline.rows),
             generated=receipt.generated_tokens,
             text_tokens=receipt.text_tokens,
-            visual_tokens=sum(each.alive) / len(each.alive),
-            reused=taken.reused,
+            visual_tokens=sum(variant.alive) / len(variant.alive),
+            reused=samples.reused,
             cuts=tuple((cut.cut, cut.before, cut.after) for cut in receipt.cuts),
             weight_bytes=sum(record.bytes for name, record in files.items() if name.startswith("onnx/")),
-            decode_kv_bytes=decode_kv_bytes(receipt, each.runtime._pipeline.kv_bytes_per_token_layer),
-            contexts=at,
+            decode_kv_bytes=decode_kv_bytes(receipt, variant.runtime._pipeline.kv_bytes_per_token_layer),
+            contexts=contexts,
         )
 
 
-def _started(
-    found: Sequence[VariantResult], kinds: Sequence[tuple[Path, str]], request: BenchmarkOptions, startup: Callable[..., Startup]
+def _with_startup(
+    results: Sequence[VariantResult], kinds: Sequence[tuple[Path, str]], request: BenchmarkOptions, startup: Callable[..., Startup]
 ) -> tuple[VariantResult, ...]:
     threads, provider = request.threads, request.provider
     starts = [startup(path, kind, request.question, request.image, threads=threads, provider=provider) for path, kind in kinds]
-    return tuple(replace(each, startup=start) for each, start in zip(found, starts, strict=True))
+    return tuple(replace(variant, startup=start) for variant, start in zip(results, starts, strict=True))

@@ -1,7 +1,7 @@
-"""The conformance of a bundle's engines on the device: `edgeprune selftest`, whose report can be sent back.
+"""Conformance test of a bundle's engines on the device: `edgeprune selftest`.
 
-The engines answer the same questions as ONNX Runtime on the CPU, step by step. Kernels differ, so numbers agree within a tolerance;
-a near tie may change a word, after which only what came before is compared.
+The engines and ONNX Runtime on the CPU answer the same questions and are compared step by step. Kernels differ, so values agree
+within tolerances. A near tie may change a token; only steps up to the first different token are compared.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
 from edgeprune.tabletop.dataset import frames_for
 
 TOKENS = 24
-PROMPTS = ("What is on the table?", "What else?")  # the second without an image, on the caches of the first
-# Relative to the largest magnitude: TF32 and fp16 round at 5e-4, and layers add up. Ranks that are nearly equal change places.
+PROMPTS = ("What is on the table?", "What else?")  # the second has no image and continues the KV caches of the first
+# Relative to the largest magnitude: TF32 and fp16 round at 5e-4, errors accumulate over layers, and near ties in ranks swap.
 TOLERANCES = {"vision": 0.02, "logits": 0.03, "kept": 0.05}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was compared: the worst difference found, what is allowed, and in words."""
+    """One comparison: the worst difference, the allowed difference, and a description (`words`)."""
 
     name: str
     worst: float
@@ -38,13 +38,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed."""
+        """Whether the worst difference is allowed."""
         return self.worst <= self.allowed
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The report: machine, bundle, checks, and the medians of both ways to compute (milliseconds)."""
+    """The report: machine, bundle, checks, and times of both backends in milliseconds."""
 
     machine: dict[str, Any]
     bundle: dict[str, Any]
@@ -66,32 +66,36 @@ def selftest(
     open_backend: Callable[[Bundle], TensorRTBackend] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> SelfTest:
-    """Compare a bundle's engines, as `open_backend` or this machine's GPU has them, with ONNX Runtime on the CPU.
+    """Compare a bundle's engines with ONNX Runtime on the CPU; `open_backend` None: this machine's TensorRT.
 
-    Raises EngineError when they cannot be opened.
+    Raises EngineError if the engines cannot be opened.
     """
     progress("reference")
     reference = load(bundle.path, cache_bytes=0)
     expected = RecordingBackend(reference._pipeline.backend, replayable=False)
-    said = _answers(reference, expected)
+    expected_answers = _answers(reference, expected)
     progress("engines")
     backend = (open_backend or TensorRTBackend.on_this_device)(bundle)
     try:
         actual = RecordingBackend(backend, replayable=False)
-        repeated = _answers(reference, actual)
+        actual_answers = _answers(reference, actual)
         progress("memory")
         before = backend.device_bytes
         _answers(reference, RecordingBackend(backend, replayable=False))
-        checks = [*_compared(expected, actual), _check_text(said, repeated), _check_memory(before, backend.device_bytes)]
+        checks = [
+            *_compare_steps(expected, actual),
+            _check_text(expected_answers, actual_answers),
+            _check_memory(before, backend.device_bytes),
+        ]
         checks.append(_check_limits(reference, backend))
     finally:
         backend.close()
-    about = {"model": bundle.manifest.source.model, "target": bundle.manifest.target, "precision": bundle.manifest.precision}
+    description = {"model": bundle.manifest.source.model, "target": bundle.manifest.target, "precision": bundle.manifest.precision}
     return SelfTest(
         machine=diagnose(read_machine()).to_dict(),
-        bundle={**about, "cuts": [str(cut) for cut in bundle.plan.cuts]},
+        bundle={**description, "cuts": [str(cut) for cut in bundle.plan.cuts]},
         checks=tuple(checks),
-        times={"onnxruntime cpu": said.times, "tensorrt": repeated.times},
+        times={"onnxruntime cpu": expected_answers.times, "tensorrt": actual_answers.times},
     )
 
 
@@ -104,18 +108,18 @@ class _Transcript:
 def _answers(runtime: Runtime, backend: Backend) -> _Transcript:
     pipeline = replace(runtime._pipeline, backend=backend)
     frames = frames_for(pipeline.plan.geometry)
-    chat, said = Runtime(pipeline).chat(), _Transcript()
-    for prompt, shown in zip(PROMPTS, (frames, None), strict=True):
-        stream = chat.ask(prompt, shown, max_tokens=TOKENS)
-        said.texts.append("".join(stream))
-        if shown is not None:
+    chat, transcript = Runtime(pipeline).chat(), _Transcript()
+    for prompt, images in zip(PROMPTS, (frames, None), strict=True):
+        stream = chat.ask(prompt, images, max_tokens=TOKENS)
+        transcript.texts.append("".join(stream))
+        if images is not None:
             times = stream.receipt.times
-            said.times = {"vision": times.vision_ms, "prefill": times.prefill_ms, "token": times.ms_per_token}
-    return said
+            transcript.times = {"vision": times.vision_ms, "prefill": times.prefill_ms, "token": times.ms_per_token}
+    return transcript
 
 
-def _compared(expected: RecordingBackend, actual: RecordingBackend) -> list[Check]:
-    same = 0  # steps before the first whose likeliest token differs, and that one
+def _compare_steps(expected: RecordingBackend, actual: RecordingBackend) -> list[Check]:
+    same = 0  # steps up to and including the first whose most likely token differs
     logits = [(one.logits, other.logits) for one, other in zip(expected.steps, actual.steps, strict=False)]
     for one, other in logits:
         same += 1
@@ -123,16 +127,16 @@ def _compared(expected: RecordingBackend, actual: RecordingBackend) -> list[Chec
             break
     kept = list(zip(expected.kept, actual.kept, strict=False))
     indices = sum(one.size for one, _ in kept)
-    seen = [(one.embeds, other.embeds) for one, other in zip(expected.seen, actual.seen, strict=True)]
+    embeds = [(one.embeds, other.embeds) for one, other in zip(expected.seen, actual.seen, strict=True)]
     return [
-        Check("vision", largest_difference(seen), TOLERANCES["vision"], f"{len(seen)} image"),
+        Check("vision", largest_difference(embeds), TOLERANCES["vision"], f"{len(embeds)} image"),
         Check("kept", differing_indices(kept) / max(2 * indices, 1), TOLERANCES["kept"], f"{indices} kept indices"),
         Check("logits", largest_difference(logits[:same]), TOLERANCES["logits"], f"{same} steps before the answers part"),
     ]
 
 
 def _check_text(one: _Transcript, other: _Transcript) -> Check:
-    # Told, not judged: greedy answers part at the first near tie.
+    # Informational, never fails: greedy answers diverge at the first near tie.
     equal = sum(a == b for a, b in zip(one.texts, other.texts, strict=True))
     return Check("text", float(len(one.texts) - equal), float(len(one.texts)), f"{equal} of {len(one.texts)} answers equal")
 
@@ -142,7 +146,7 @@ def _check_memory(before: int, after: int) -> Check:
 
 
 def _check_limits(runtime: Runtime, backend: Backend) -> Check:
-    # What is too long has to be an error that names its remedy, and the engine has to work on. The model's own limit stands aside.
+    # Input that is too long must raise an error with a remedy. The model's own context limit is disabled for this.
     unlimited = replace(runtime._pipeline.decoder, context=1 << 30)
     try:
         for _ in Runtime(replace(runtime._pipeline, backend=backend, decoder=unlimited)).chat().ask("word " * 20_000, max_tokens=1):

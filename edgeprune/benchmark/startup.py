@@ -1,6 +1,6 @@
-"""How long a process takes to its first answers, and the memory it needs: measured in a fresh one for each contender.
+"""Startup time and memory of a new process up to its second answer, measured in a subprocess for each variant.
 
-What is in memory already (files in the system's cache) stays there: this is a start after an earlier one, not after a boot.
+Files stay in the page cache: this measures a restart, not a start after boot.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.errors import EdgePruneError
 from edgeprune.runtime.api.loading import load
 
-# The clock runs before anything of ours, or numpy, is there.
+# The clock starts before edgeprune or numpy is imported.
 _PROGRAM = """
 import time
 began = time.perf_counter()
@@ -30,7 +30,7 @@ imported = time.perf_counter() - began
 from edgeprune.benchmark.startup import report
 report(1e3 * imported)
 """
-_PIECE = 1 << 22  # bytes read at once
+_CHUNK_BYTES = 1 << 22  # per read
 
 
 def measure_startup(
@@ -42,46 +42,46 @@ def measure_startup(
     threads: int | None = None,
     provider: str = "cpu",
 ) -> Startup:
-    """Return what a new process needs for two answers of one contender: a bundle (PRUNED), or a word that compares it.
+    """Measure a new process for two answers of one variant; `name` is PRUNED or one of BUILTIN.
 
-    Raises EdgePruneError when the process ends without saying, for want of memory perhaps.
+    Raises EdgePruneError if the process fails, for example for lack of memory.
     """
-    asked = {"path": str(path), "name": name, "image": None if image is None else str(image), "question": asdict(question)}
-    request = json.dumps({**asked, "threads": threads, "provider": provider})
+    options = {"path": str(path), "name": name, "image": None if image is None else str(image), "question": asdict(question)}
+    request = json.dumps({**options, "threads": threads, "provider": provider})
     result = subprocess.run([sys.executable, "-c", _PROGRAM], input=request, capture_output=True, text=True)
     lines = result.stdout.splitlines()
     if result.returncode != 0 or not lines:
-        words = (result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"])[-1]
-        raise EdgePruneError(f"{path} does not answer in a process of its own: {words}.", hint="Is there memory enough for two?")
+        reason = (result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"])[-1]
+        raise EdgePruneError(f"{path} does not answer in a process of its own: {reason}.", hint="Is there memory enough for two?")
     return Startup(**json.loads(lines[-1]))
 
 
 def report(import_ms: float) -> None:
-    """Measure what standard input asks for, in this process, and print it as JSON."""
-    print(json.dumps(asdict(_measured(import_ms, json.load(sys.stdin)))))
+    """Measure the request on standard input in this process and print the result as JSON."""
+    print(json.dumps(asdict(_measure(import_ms, json.load(sys.stdin)))))
 
 
-def _measured(import_ms: float, asked: Mapping[str, Any]) -> Startup:
-    path, name = Path(asked["path"]), asked["name"]
-    image = None if asked["image"] is None else Path(asked["image"])
-    read_files(path)  # so that neither of the two below waits for the disk
+def _measure(import_ms: float, request: Mapping[str, Any]) -> Startup:
+    path, name = Path(request["path"]), request["name"]
+    image = None if request["image"] is None else Path(request["image"])
+    read_files(path)  # fill the page cache, so that neither measurement below waits for the disk
     started = time.perf_counter()
     read_files(path)
     read = time.perf_counter()
-    runtime = load(path, threads=asked["threads"], provider=asked["provider"], cache_bytes=0)
+    runtime = load(path, threads=request["threads"], provider=request["provider"], cache_bytes=0)
     loaded = time.perf_counter()
     loading = peak_rss()
     own = bundle_variant(PRUNED, path, runtime, image)
-    asking, question = own if name == PRUNED else builtin_variant(own, name), BenchmarkPrompt(**asked["question"])
-    reset_peak_rss()  # where the kernel does not let us, the peak is that of loading too
-    first, second = (question.answer(asking).times.ttft_ms for _ in range(2))
+    variant, question = own if name == PRUNED else builtin_variant(own, name), BenchmarkPrompt(**request["question"])
+    reset_peak_rss()  # if the kernel does not allow it, the peak includes loading
+    first, second = (question.answer(variant).times.ttft_ms for _ in range(2))
     return Startup(import_ms, 1e3 * (read - started), 1e3 * (loaded - read), first, second, loading, peak_rss())
 
 
 def read_files(path: Path) -> int:
-    """Read every file that a bundle's manifest lists, to no purpose; return how many bytes they are."""
+    """Read every file that a bundle's manifest lists, discard the data, and return the number of bytes."""
     total = 0
-    buffer = bytearray(_PIECE)
+    buffer = bytearray(_CHUNK_BYTES)
     for name in Manifest.load(path).files:
         with (path / name).open("rb", buffering=0) as file:
             while count := file.readinto(buffer):

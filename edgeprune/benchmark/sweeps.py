@@ -1,7 +1,7 @@
-"""Decode time over the context length, and time to first token over the number of visual tokens.
+"""Sweeps: decode time over context length, and time to first token over the number of visual tokens.
 
-A context is filled by a real prefill: a question of as many text tokens (one word repeated) goes through each variant, its cuts
-included. The steps after it are timed a few at a time, the variants in turns. The sweep over visual tokens runs the same graphs
+Contexts are filled by a real prefill: each variant gets a question of that many text tokens (one word repeated), with its cuts.
+The decode steps after it are timed a few at a time, alternating between variants. The sweep over visual tokens runs the same graphs
 with evenly chosen tokens and no cuts.
 """
 
@@ -18,86 +18,89 @@ from edgeprune.errors import UsageError
 from edgeprune.runtime.generation.conversation import Stream
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 
-STEPS = 4  # of one contender in a row
-_WORDS = (" a", " the", " is", " on", " cube")  # one of them is a single token of nearly every tokenizer
-_SHORT = 8
+STEPS = 4  # consecutive decode steps of one variant
+_WORDS = (" a", " the", " is", " on", " cube")  # nearly every tokenizer has one of them as a single token
+_SHORT_TOKENS = 8
 
 
 def sweep_contexts(
     compared: Sequence[Variant], question: BenchmarkPrompt, contexts: Sequence[int], rounds: int
 ) -> dict[str, tuple[ContextPoint, ...]]:
-    """Return, by the names of contenders, what a token costs them at each context; the second is the baseline, or else the first.
+    """Return the time per token at each context, by variant name. The baseline is the second variant, or the first if it is alone.
 
-    Raises UsageError, before anything is timed, for a context that is too short for a question or too long for a model.
+    Raises UsageError, before any timing, for a context that is too short for a question or too long for a model.
     """
     steps = STEPS * (rounds + 1) + 1
-    bare = {each.name: _bare(each, question) for each in compared} if contexts else {}
+    template_tokens = {variant.name: _template_tokens(variant, question) for variant in compared} if contexts else {}
     for context in contexts:
-        for each in compared:
-            _check_context(each, context, bare[each.name], steps)
-    at = [_at(compared, question, context, bare, rounds) for context in contexts]
-    return {each.name: tuple(found[each.name] for found in at) for each in compared}
+        for variant in compared:
+            _check_context(variant, context, template_tokens[variant.name], steps)
+    by_context = [_measure_context(compared, question, context, template_tokens, rounds) for context in contexts]
+    return {variant.name: tuple(found[variant.name] for found in by_context) for variant in compared}
 
 
 def filler(tokenizer: TextTokenizer, tokens: int) -> str:
-    """Return a text of as many tokens, or of nearly as many where no word of ours is a single token."""
+    """Return a text of `tokens` tokens, or approximately as many if no word in _WORDS is a single token."""
     word = next((word for word in _WORDS if len(tokenizer.encode(word * 64)) == 64), _WORDS[0])
     return word * max(1, round(tokens * 64 / len(tokenizer.encode(word * 64))))
 
 
-def _bare(each: Variant, question: BenchmarkPrompt) -> int:
-    # Text tokens that the chat template adds to a question.
-    text = filler(each.tokenizer, _SHORT)
-    stream = _asked(each, question, text, 1)
+def _template_tokens(variant: Variant, question: BenchmarkPrompt) -> int:
+    # Number of text tokens that the chat template adds to a question.
+    text = filler(variant.tokenizer, _SHORT_TOKENS)
+    stream = _ask(variant, question, text, 1)
     next(stream)
     stream.close()
-    return stream.receipt.text_tokens - len(each.tokenizer.encode(text))
+    return stream.receipt.text_tokens - len(variant.tokenizer.encode(text))
 
 
-def _check_context(each: Variant, context: int, bare: int, steps: int) -> None:
-    if context <= bare:
+def _check_context(variant: Variant, context: int, template_tokens: int, steps: int) -> None:
+    if context <= template_tokens:
         raise UsageError(
-            f"A question to {each.name} has more than {bare} text tokens, not {context}.", hint="Ask for a longer context."
+            f"A question to {variant.name} has more than {template_tokens} text tokens, not {context}.",
+            hint="Ask for a longer context.",
         )
-    needed = context + each.runtime.plan.geometry.tokens + steps
-    if needed > each.max_context:
+    needed = context + variant.runtime.plan.geometry.tokens + steps
+    if needed > variant.max_context:
         raise UsageError(
-            f"{context} text tokens, the image and {steps} timed steps are {needed} tokens; {each.name} takes {each.max_context}.",
+            f"{context} text tokens, the image and {steps} timed steps are {needed} tokens; "
+            f"{variant.name} takes {variant.max_context}.",
             hint="Ask for a shorter context, or for fewer repeats.",
         )
 
 
-def _at(
-    compared: Sequence[Variant], question: BenchmarkPrompt, context: int, bare: Mapping[str, int], rounds: int
+def _measure_context(
+    compared: Sequence[Variant], question: BenchmarkPrompt, context: int, template_tokens: Mapping[str, int], rounds: int
 ) -> dict[str, ContextPoint]:
     streams = {}
-    for each in compared:
-        text = filler(each.tokenizer, context - bare[each.name])
-        streams[each.name] = _asked(each, question, text, STEPS * (rounds + 1) + 2)  # one is left, so that no stream ends
-        next(streams[each.name])  # prefill and the first token
-    taken: dict[str, list[float]] = {each.name: [] for each in compared}
+    for variant in compared:
+        text = filler(variant.tokenizer, context - template_tokens[variant.name])
+        # One token more than used, so that no stream ends.
+        streams[variant.name] = _ask(variant, question, text, STEPS * (rounds + 1) + 2)
+        next(streams[variant.name])  # prefill and the first token
+    samples: dict[str, list[float]] = {variant.name: [] for variant in compared}
     for number in range(-1, rounds):  # the first round warms up
         for name, stream in list(streams.items())[:: -1 if number % 2 else 1]:
             for _ in range(STEPS):
                 next(stream)
             if number >= 0:
-                taken[name].append(median(stream.receipt.times.decode_ms[-STEPS:]))
-    baseline = taken[compared[min(1, len(compared) - 1)].name]
+                samples[name].append(median(stream.receipt.times.decode_ms[-STEPS:]))
+    baseline = samples[compared[min(1, len(compared) - 1)].name]
     found = {}
     for name, stream in streams.items():
         stream.close()
-        ratio = median([own / base for own, base in zip(taken[name], baseline, strict=True)])
-        found[name] = ContextPoint(context, stream.receipt.text_tokens, spread(taken[name]), ratio, stream.receipt.kv_bytes)
+        ratio = median([own / base for own, base in zip(samples[name], baseline, strict=True)])
+        found[name] = ContextPoint(context, stream.receipt.text_tokens, spread(samples[name]), ratio, stream.receipt.kv_bytes)
     return found
 
 
-def _asked(each: Variant, question: BenchmarkPrompt, text: str, tokens: int) -> Stream:
-    return replace(question, prompt=text, tokens=tokens).stream(each)
+def _ask(variant: Variant, question: BenchmarkPrompt, text: str, tokens: int) -> Stream:
+    return replace(question, prompt=text, tokens=tokens).stream(variant)
 
 
 @dataclass(frozen=True)
 class KeptPoint:
-    """The first token with `kept` visual tokens in every layer of the decoder; `tokens` are these and the text's."""
+    """TTFT with `kept` visual tokens in every decoder layer; `tokens` includes the text tokens."""
 
     kept: int
     tokens: int
@@ -107,9 +110,7 @@ class KeptPoint:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """A straight line through the prefills: `ms_per_token`, `ms_at_none` without a token, and the `farthest` prefill from it, as a
-    share of the line.
-    """
+    """A line fitted to prefill times: slope `ms_per_token`, intercept `ms_at_none`, and largest relative deviation `farthest`."""
 
     ms_per_token: float
     ms_at_none: float
@@ -117,33 +118,35 @@ class LinearFit:
 
 
 def sweep_kept_tokens(own: Variant, question: BenchmarkPrompt, counts: Sequence[int], rounds: int) -> tuple[KeptPoint, ...]:
-    """Return what the first token takes a bundle with each of `counts` visual tokens, measured in turns.
+    """Measure TTFT of a bundle with each of `counts` visual tokens, alternating between counts.
 
-    Raises UsageError, before anything is timed, for a count that the bundle's image does not have.
+    Raises UsageError, before any timing, for a count above the bundle's number of visual tokens or below 1.
     """
-    whole = own.runtime.plan.geometry.tokens
+    available = own.runtime.plan.geometry.tokens
     for count in counts:
-        if not 0 < count <= whole:
+        if not 0 < count <= available:
             raise UsageError(
-                f"{own.path} has {whole} visual tokens; {count} of them cannot be kept.",
+                f"{own.path} has {available} visual tokens; {count} of them cannot be kept.",
                 hint="Ask for fewer with --kept, or export for a larger image with --image-size.",
             )
-    asking, first = [content_free_variant(own, "uniform", count) for count in counts], replace(question, tokens=1)
-    taken: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
-    texts = 0
+    variants, first = [content_free_variant(own, "uniform", count) for count in counts], replace(question, tokens=1)
+    samples: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+    text_tokens = 0
     for number in range(-1, rounds):  # the first round warms up
-        for count, each in list(zip(counts, asking, strict=True))[:: -1 if number % 2 else 1]:
-            receipt = first.answer(each)
-            texts = receipt.text_tokens
+        for count, variant in list(zip(counts, variants, strict=True))[:: -1 if number % 2 else 1]:
+            receipt = first.answer(variant)
+            text_tokens = receipt.text_tokens
             if number >= 0:
-                taken[count].append((receipt.times.ttft_ms, receipt.times.prefill_ms))
-    return tuple(KeptPoint(count, count + texts, *(spread(times) for times in zip(*taken[count], strict=True))) for count in counts)
+                samples[count].append((receipt.times.ttft_ms, receipt.times.prefill_ms))
+    return tuple(
+        KeptPoint(count, count + text_tokens, *(spread(times) for times in zip(*samples[count], strict=True))) for count in counts
+    )
 
 
 def line_through(grown: Sequence[KeptPoint]) -> LinearFit | None:
-    """Return the line that fits the prefills, errors weighed as shares of what was measured; None for fewer than three."""
+    """Return the line with the least squared relative error to the prefill times; None for fewer than three points."""
     if len(grown) < 3:
         return None
-    tokens, times = np.array([at.tokens for at in grown], float), np.array([at.prefill_ms.p50 for at in grown])
+    tokens, times = np.array([point.tokens for point in grown], float), np.array([point.prefill_ms.p50 for point in grown])
     slope, start = np.polyfit(tokens, times, 1, w=1 / times)
     return LinearFit(float(slope), float(start), float(np.abs(times / (slope * tokens + start) - 1).max()))

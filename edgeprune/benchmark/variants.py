@@ -1,12 +1,11 @@
 """The variants that a benchmark compares, and the prompts that they answer.
 
-Variants are the bundle itself, the same bundle without pruning, with tokens chosen without looking at the image, and other
-bundles.
+Variants are the bundle itself, the same bundle without pruning or with a content-free choice of tokens, and other bundles.
 
-"random" and "uniform" enter K visual tokens, where K makes the same prefill work as the plan: the mean, over the layers, of the
-tokens that the plan leaves there, rounded. They pass every layer at their original positions, in the graphs of the bundle. The
-comparison shows whether a plan takes more time than its number of tokens does. The choice of tokens changes no time, so "uniform"
-takes every n-th token of the sequence, not the farthest points of the method of that name.
+"random" and "uniform" keep K visual tokens in every layer at their original positions, in the bundle's graphs. K gives the same
+prefill work as the plan: the rounded mean over the layers of the plan's visual tokens. The comparison shows whether a plan takes
+more time than its number of tokens requires. Which tokens are kept does not affect the time, so "uniform" takes every n-th token
+of the sequence instead of the farthest points of the method with that name.
 """
 
 from __future__ import annotations
@@ -35,17 +34,18 @@ from edgeprune.tabletop.dataset import frames_for
 
 PRUNED = "pruned"
 UNPRUNED = "none"
-CONTENT_FREE = ("random", "uniform")  # they choose without looking
+CONTENT_FREE = ("random", "uniform")  # they ignore the image's content
 BUILTIN = (UNPRUNED, *CONTENT_FREE)
-_RECALL = 1 << 30  # bytes: more than one image takes
+_IMAGE_CACHE_BYTES = 1 << 30  # more than one image needs
 
 PROMPT = "What is on the table?"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of those compared. `path`: its bundle; `runtime` ends no answer before its length; `picture`: what it is shown; `alive`:
-    visual tokens of each layer in prefill.
+    """A variant of a benchmark. `path`: its bundle. `runtime` ignores end tokens. `picture`: the image or video frames.
+
+    `alive`: visual tokens of each layer in prefill.
     """
 
     name: str
@@ -57,17 +57,18 @@ class Variant:
 
     @property
     def prefill_only(self) -> Runtime:
-        """The same, whose answers end before their first token: nothing but a prefill, and no answer that is read back otherwise
-        than it was written.
+        """A runtime whose answers end before their first token: it runs only prefill.
+
+        An empty answer is also tokenized identically when a later turn renders the conversation again.
         """
         pipeline = self.runtime._pipeline
-        every = cast("tuple[int, ...]", range(pipeline.decoder.vocabulary))  # asked only whether a token is among them
-        return Runtime(replace(pipeline, eos_token_ids=every))
+        all_ids = cast("tuple[int, ...]", range(pipeline.decoder.vocabulary))  # only membership is tested
+        return Runtime(replace(pipeline, eos_token_ids=all_ids))
 
     @property
     def with_empty_cache(self) -> Variant:
-        """The same, which has seen nothing yet, and will recall what it sees."""
-        return replace(self, runtime=Runtime(replace(self.runtime._pipeline, state=SharedState(_RECALL))))
+        """The same variant with an empty, enabled image cache."""
+        return replace(self, runtime=Runtime(replace(self.runtime._pipeline, state=SharedState(_IMAGE_CACHE_BYTES))))
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -76,8 +77,39 @@ class Variant:
 
     @property
     def max_context(self) -> int:
-        """The most tokens that a conversation may have."""
+        """Maximum tokens of a conversation."""
         return self.runtime._pipeline.decoder.context
+
+
+@dataclass(frozen=True)
+class BenchmarkPrompt:
+    """A prompt, the answer's length in `tokens`, and `fit`: how to handle an image of another aspect ratio than the bundle's."""
+
+    prompt: str
+    tokens: int
+    fit: str
+
+    def stream(self, asked: Variant) -> Stream:
+        """Stream the answer of a variant in a new conversation, of exactly `tokens` tokens."""
+        return asked.runtime.stream(asked.picture, self.prompt, prune=asked.prune, fit=self.fit, max_tokens=self.tokens)
+
+    def answer(self, asked: Variant) -> Receipt:
+        """Run the answer and return its receipt."""
+        stream = self.stream(asked)
+        "".join(stream)
+        return stream.receipt
+
+    def ask_twice(self, asked: Variant) -> tuple[Receipt, Receipt]:
+        """Ask the question in a new conversation, then again without the image; return both receipts. Only prefill runs.
+
+        The answers are empty, so that the conversation's text is tokenized identically and its KV caches are reused.
+        """
+        chat = asked.prefill_only.chat(prune=asked.prune, fit=self.fit)
+        first = chat.ask(self.prompt, asked.picture)
+        "".join(first)
+        second = chat.ask(self.prompt)
+        "".join(second)
+        return first.receipt, second.receipt
 
 
 def load_variants(
@@ -88,11 +120,10 @@ def load_variants(
     threads: int | None = None,
     provider: str = "cpu",
 ) -> list[Variant]:
-    """Return a bundle, named PRUNED, and after it what it is compared with: words of UNPRUNED and CONTENT_FREE, or paths of other
-    bundles.
+    """Load a bundle as variant PRUNED, followed by the variants in `compare`: names in BUILTIN, or paths of other bundles.
 
-    `image` None: a TableTop scene of each bundle's own size. No bundle is loaded twice. Raises UsageError for another word or one
-    named twice, ImageError, and BundleError and EngineError from loading.
+    `image` None: a TableTop scene of each bundle's image size. No bundle is loaded twice. Raises UsageError for unknown or repeated
+    names, ImageError, and BundleError and EngineError from loading.
     """
     check_names(compare, provider)
     own = bundle_variant(PRUNED, path, load(path, threads=threads, provider=provider, cache_bytes=0), image)
@@ -105,31 +136,8 @@ def load_variants(
     return found
 
 
-def bundle_variant(name: str, path: Path, runtime: Runtime, image: Path | None = None) -> Variant:
-    """Return a bundle under its own plan."""
-    plan = runtime.plan
-    picture: ImageOrImages = frames_for(plan.geometry) if image is None else read_image(image)
-    return Variant(name, path, _without_eos(runtime._pipeline), picture, True, tuple(map(plan.tokens_at_layer, range(plan.layers))))
-
-
-def builtin_variant(own: Variant, name: str) -> Variant:
-    """Return the same bundle with its plan left out: UNPRUNED, or one of CONTENT_FREE."""
-    plan = own.runtime.plan
-    if name in CONTENT_FREE:
-        return content_free_variant(own, name, equal_work_tokens(plan))
-    return replace(own, name=name, prune=False, alive=(plan.geometry.tokens,) * plan.layers)
-
-
-def content_free_variant(own: Variant, name: str, keep: int) -> Variant:
-    """Return the same bundle with `keep` visual tokens in every layer, chosen by one of CONTENT_FREE."""
-    plan, pipeline = own.runtime.plan, own.runtime._pipeline
-    whole = plan.geometry.tokens
-    pipeline = replace(pipeline, backend=FixedSelectionBackend(pipeline.backend, chosen_tokens(name, whole, keep), whole))
-    return replace(own, name=name, runtime=Runtime(pipeline), prune=False, alive=(keep,) * plan.layers)
-
-
 def check_names(compare: Sequence[str], provider: str = "cpu") -> None:
-    """Raise UsageError for what cannot be compared."""
+    """Raise UsageError for a variant that cannot be compared."""
     for index, name in enumerate(compare):
         if name in compare[:index] or name == PRUNED:
             raise UsageError(f"{name} is compared twice.", hint="Name each once.")
@@ -142,23 +150,45 @@ def check_names(compare: Sequence[str], provider: str = "cpu") -> None:
             _check_bundle(name)
 
 
+def bundle_variant(name: str, path: Path, runtime: Runtime, image: Path | None = None) -> Variant:
+    """Return the variant of a bundle with its own plan."""
+    plan = runtime.plan
+    picture: ImageOrImages = frames_for(plan.geometry) if image is None else read_image(image)
+    return Variant(name, path, _without_eos(runtime._pipeline), picture, True, tuple(map(plan.tokens_at_layer, range(plan.layers))))
+
+
+def builtin_variant(own: Variant, name: str) -> Variant:
+    """Return a variant of the same bundle without its plan: UNPRUNED, or one of CONTENT_FREE."""
+    plan = own.runtime.plan
+    if name in CONTENT_FREE:
+        return content_free_variant(own, name, equal_work_tokens(plan))
+    return replace(own, name=name, prune=False, alive=(plan.geometry.tokens,) * plan.layers)
+
+
+def content_free_variant(own: Variant, name: str, keep: int) -> Variant:
+    """Return a variant of the same bundle with `keep` visual tokens in every layer, chosen by one of CONTENT_FREE."""
+    plan, pipeline = own.runtime.plan, own.runtime._pipeline
+    total = plan.geometry.tokens
+    pipeline = replace(pipeline, backend=FixedSelectionBackend(pipeline.backend, chosen_tokens(name, total, keep), total))
+    return replace(own, name=name, runtime=Runtime(pipeline), prune=False, alive=(keep,) * plan.layers)
+
+
 def equal_work_tokens(plan: KeepPlan) -> int:
-    """Return K: the mean over the layers of the visual tokens that a plan leaves alive in prefill, rounded, at least one."""
+    """Return K: the mean over the layers of a plan's visual tokens in prefill, rounded, at least one."""
     return max(1, round(sum(map(plan.tokens_at_layer, range(plan.layers))) / plan.layers))
 
 
 def chosen_tokens(name: str, tokens: int, keep: int) -> np.ndarray:
-    """Return `keep` of `tokens` indices in ascending order, evenly for "uniform", by a lot that is always the same for "random"."""
+    """Return `keep` of `tokens` indices in ascending order: evenly spaced for "uniform", with a fixed seed for "random"."""
     if name == "uniform":
         return (np.arange(keep) * tokens + tokens // 2) // keep
     return np.sort(np.random.default_rng(0).permutation(tokens)[:keep])
 
 
 class FixedSelectionBackend(BackendProxy):
-    """A backend that lets only some visual tokens of each image into an unpruned prefill, at their original positions.
+    """A backend that passes only some visual tokens of each image to an unpruned prefill, at their original positions.
 
-    The conversation above it takes the image for whole, so that positions go on after the unpruned length; what it says of visual
-    tokens in its receipts is of the whole image too.
+    The conversation is unaware of this: positions continue after the unpruned length, and receipts count all visual tokens.
     """
 
     def __init__(self, backend: Backend, kept: np.ndarray, tokens: int) -> None:
@@ -168,23 +198,23 @@ class FixedSelectionBackend(BackendProxy):
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Return the chosen visual tokens [1, K, hidden]."""
+        """Encode an image and return the chosen visual tokens [1, K, hidden]."""
         vision_output = self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
         return replace(vision_output, embeds=vision_output.embeds[:, self._kept])
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run new tokens on top of a cache; where an image is among them, with the positions of the chosen ones alone."""
+        """Run new tokens on a KV cache; the positions of an image are reduced to those of the chosen tokens."""
         prefix = tokens.prefix
         missing = prefix.positions.shape[1] - prefix.embeds.shape[1]
-        if missing:  # the image's tokens are the last of the prefix
+        if missing:  # the image's tokens are at the end of the prefix
             text = prefix.positions.shape[1] - self._tokens
-            places = np.concatenate([np.arange(text), text + self._kept])
-            tokens = replace(tokens, prefix=TokenSegment(prefix.embeds, prefix.positions[:, places]))
+            indices = np.concatenate([np.arange(text), text + self._kept])
+            tokens = replace(tokens, prefix=TokenSegment(prefix.embeds, prefix.positions[:, indices]))
         return self._backend.forward(tokens, cache, cancellation=cancellation)
 
 
 def _without_eos(pipeline: Pipeline) -> Runtime:
-    # Its own state: what another engine said of an image must not be recalled.
+    # A separate state, so that results cached by another backend are not reused.
     return Runtime(replace(pipeline, eos_token_ids=(), state=SharedState()))
 
 
@@ -197,34 +227,3 @@ def _check_bundle(name: str) -> None:
             hint="Export one with --image-size, and give its path: --compare small.bundle",
         )
     raise UsageError(f"Cannot compare with {name!r}.", hint=f"Name {', '.join(BUILTIN)}, or the path of another bundle.")
-
-
-@dataclass(frozen=True)
-class BenchmarkPrompt:
-    """A prompt, and the length of the answer in tokens. `fit`: what to do with an image of another aspect than a bundle's."""
-
-    prompt: str
-    tokens: int
-    fit: str
-
-    def stream(self, asked: Variant) -> Stream:
-        """Return the answer of a contender in a new conversation, of exactly `tokens` tokens."""
-        return asked.runtime.stream(asked.picture, self.prompt, prune=asked.prune, fit=self.fit, max_tokens=self.tokens)
-
-    def answer(self, asked: Variant) -> Receipt:
-        """Return the receipt of that answer."""
-        stream = self.stream(asked)
-        "".join(stream)
-        return stream.receipt
-
-    def ask_twice(self, asked: Variant) -> tuple[Receipt, Receipt]:
-        """Return the receipts, up to the first token, of the question in another conversation, and of a second one after it there.
-
-        The first answer is empty, so that the conversation reads it as it wrote it and keeps its caches.
-        """
-        chat = asked.prefill_only.chat(prune=asked.prune, fit=self.fit)
-        first = chat.ask(self.prompt, asked.picture)
-        "".join(first)
-        second = chat.ask(self.prompt)
-        "".join(second)
-        return first.receipt, second.receipt

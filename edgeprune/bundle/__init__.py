@@ -1,4 +1,4 @@
-"""The bundle folder: its files, manifest, integrity, signature and graph inputs and outputs. Imports no runtime and no torch."""
+"""The bundle folder: files, manifest, integrity checks, signature, and names of graph inputs and outputs. No runtime, no torch."""
 
 from edgeprune.bundle.bundle import (
     CHAT_TEMPLATE,

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what the bundle is made of, and what each of its files must be."""
+"""The manifest of a bundle: source, shapes, graphs, and size and sha256 of every file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from edgeprune.targets import Lowering, target_named
 
 SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
-_WITHOUT_TIERS = 5  # the schema before it, which is read as one without tiers: nothing else changed
+_WITHOUT_TIERS = 5  # the previous schema, which differs only in having no tiers
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from: the model as it was named, its `model_type`, and the sha256 of its weights."""
+    """The exported model: name as given by the user, `model_type`, and sha256 of the weights."""
 
     model: str
     family: str
@@ -30,10 +30,10 @@ class Source:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
+    """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
 
-    `cache_type`: float32 or float16, of the KV caches. `planes`: features beside each visual token, added by as many first layers.
-    `context`: the most tokens that a conversation may have.
+    `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
+    `planes` layers adds plane i. `context`: maximum tokens of a conversation.
     """
 
     layers: int
@@ -48,17 +48,17 @@ class DecoderShape:
 
     @property
     def width(self) -> int:
-        """Columns of the embeddings that enter the decoder."""
+        """Columns of the decoder's input embeddings, planes included."""
         return (1 + self.planes) * self.hidden
 
 
 @dataclass(frozen=True)
 class ImageText:
-    """How an image, or a video, stands in the text of a prompt.
+    """How an image or a video is represented in the prompt's text.
 
-    `kind`: "image" or "video", the type of its part in chat messages. `placeholder`: what the chat template writes for it, and
-    `text`: what that becomes, with the token of id `token` once for all views of the image, or once for each with other text
-    between them. `boundary`: a mark around images which neighbours share, and which a space sets off from a word; mostly none.
+    `kind`: "image" or "video", the type of its part in chat messages. `placeholder`: the chat template's text for it. `text`: its
+    replacement, which has the token of id `token` once for all views, or once per view with other text between. `boundary`: a mark
+    around images that adjacent images share and that a space separates from a word; empty for most families.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class ImageText:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Type and shape of an input or output of a graph; a dynamic length is its name, or what it is computed from."""
+    """Type and shape of a graph input or output; a dynamic dimension is a name or an expression over names."""
 
     type: str
     shape: tuple[int | str, ...]
@@ -78,7 +78,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """What goes into a graph and what comes out, by name."""
+    """Inputs and outputs of a graph by name."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
@@ -86,11 +86,11 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is made of. `encoder_blocks`: of the vision encoder; `image`: how images stand in the text; `end_tokens`: ids;
-    `versions` of the packages that wrote it.
+    """Contents of a bundle.
 
-    `tiers`: their names, the best first, where the bundle has several plans. `target` and `precision` say how its graphs were
-    lowered: see `lowering`. `graphs`: by path in the bundle.
+    `encoder_blocks`: blocks of the vision encoder. `image`: how images are represented in the text. `end_tokens`: token ids.
+    `versions`: packages that wrote it. `tiers`: names, best first; empty if there is one plan. `target` and `precision`: how the
+    graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
     """
 
     source: Source
@@ -107,7 +107,7 @@ class Manifest:
 
     @property
     def lowering(self) -> Lowering:
-        """How the graphs were lowered; raise UsageError when this EdgePrune does not know the target."""
+        """How the graphs were lowered; raises UsageError if this version does not know the target."""
         return Lowering(target_named(self.target), self.precision)
 
     def save(self, folder: Path) -> None:
@@ -117,13 +117,13 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read the manifest of a bundle folder; raise BundleError when there is none or it is of another schema."""
+        """Read the manifest of a bundle folder; raise BundleError if it is missing, malformed or of an unsupported schema."""
         return cls.parse(folder, read_manifest(folder))
 
     @classmethod
     def parse(cls, folder: Path, text: bytes) -> Manifest:
-        """Return the manifest that the bytes of a bundle's manifest.json say; raise BundleError as `load` does."""
-        data = _parsed_json(folder, text)
+        """Parse the bytes of manifest.json; raise BundleError as `load` does."""
+        data = _parse_json(folder, text)
         try:
             return cls(
                 source=from_json(Source, data["source"], "source"),
@@ -132,18 +132,18 @@ class Manifest:
                 precision=_text(data["precision"]),
                 encoder_blocks=_size(data["encoder_blocks"]),
                 image=from_json(ImageText, data["image"], "image"),
-                end_tokens=tuple(map(_size, _several(data["end_tokens"]))),
+                end_tokens=tuple(map(_size, _list(data["end_tokens"]))),
                 versions={_text(name): _text(version) for name, version in data["versions"].items()},
                 graphs={_text(name): _graph(record) for name, record in data["graphs"].items()},
                 files={_text(name): from_json(FileRecord, record, name) for name, record in data["files"].items()},
-                tiers=tuple(map(_text, _several(data["tiers"]))),
+                tiers=tuple(map(_text, _list(data["tiers"]))),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error
 
 
 def read_manifest(folder: Path) -> bytes:
-    """Return the bytes of a bundle's manifest.json; raise BundleError when there is none."""
+    """Return the bytes of manifest.json; raise BundleError if it is missing or unreadable."""
     if not folder.is_dir():
         raise BundleError(f"There is no bundle at {folder}.", hint="Make one with: edgeprune export -o BUNDLE")
     try:
@@ -154,8 +154,8 @@ def read_manifest(folder: Path) -> bytes:
         raise BundleError(f"Cannot read {folder / MANIFEST}: {error.strerror}.") from error
 
 
-def _parsed_json(folder: Path, text: bytes) -> dict[str, Any]:
-    # Of the present schema, whichever it was written in.
+def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
+    # The result has the current schema.
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -184,14 +184,17 @@ def _decoder(data: Any) -> DecoderShape:
 
 
 def _graph(record: Any) -> GraphRecord:
-    sides = (
-        {_text(name): Tensor(_text(at["type"]), tuple(map(_axis, _several(at["shape"])))) for name, at in record[side].items()}
+    tensors = (
+        {
+            _text(name): Tensor(_text(tensor["type"]), tuple(map(_axis, _list(tensor["shape"]))))
+            for name, tensor in record[side].items()
+        }
         for side in ("inputs", "outputs")
     )
-    return GraphRecord(*sides)
+    return GraphRecord(*tensors)
 
 
-def _several(value: Any) -> list[Any]:
+def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{value!r} is no list")
     return value

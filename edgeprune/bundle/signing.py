@@ -1,12 +1,12 @@
-"""Signatures of bundles: Ed25519, over the manifest, which has the sha256 of every file that is loaded.
+"""Ed25519 signatures of bundles over the manifest, which has the sha256 of every file that is loaded.
 
-signature.json lies beside the manifest. What is signed is a text that nothing else signs with such a key would look like, so that a
-signature of one thing cannot be passed off as one of another:
+signature.json is beside the manifest. The signed text begins with its purpose, so that a signature made for another purpose with
+the same key is not valid here:
 
     edgeprune bundle signature 1
     manifest.json sha256 HEX
 
-Engines that a device builds later are not signed by this key: see docs/bundles.md for what they hang on.
+This key does not sign engines that a device builds later: see docs/bundles.md for how they are trusted.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = "signature.json"
-TrustedKeys = Sequence[str | os.PathLike[str] | bytes]  # public keys: paths of PEM files, or what is in them
+TrustedKeys = Sequence[str | os.PathLike[str] | bytes]  # public keys: paths or contents of PEM files
 _SCHEMA, _MANIFEST = 1, "manifest.json"
-_SIGN = "Ask whoever made it to sign it: edgeprune sign BUNDLE --key KEY.pem"
-_MAKE = "Make one with: edgeprune keygen KEY.pem"
+_SIGN_HINT = "Ask whoever made it to sign it: edgeprune sign BUNDLE --key KEY.pem"
+_KEYGEN_HINT = "Make one with: edgeprune keygen KEY.pem"
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Who signed which manifest: `key`, the sha256 of the public key's 32 bytes, and `signature`, all in hexadecimal digits."""
+    """A signature in hexadecimal digits; `key` is the sha256 of the public key's 32 bytes."""
 
     key: str
     manifest_sha256: str
@@ -46,25 +46,25 @@ class Signature:
 
     @classmethod
     def load(cls, folder: Path) -> Signature:
-        """Read signature.json; raise BundleError when there is none, or one that cannot be read."""
+        """Read signature.json; raise BundleError if it is missing or malformed."""
         try:
             data = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
             if data.pop("schema_version") != _SCHEMA:
                 raise BundleError(f"{folder} has a signature of another schema.", hint="Sign it again with this version.")
-            found = cls(**data)
-            for value in asdict(found).values():
+            signature = cls(**data)
+            for value in asdict(signature).values():
                 bytes.fromhex(value)
         except FileNotFoundError as error:
-            raise BundleError(f"{folder} is not signed: it has no {SIGNATURE}.", hint=_SIGN) from error
+            raise BundleError(f"{folder} is not signed: it has no {SIGNATURE}.", hint=_SIGN_HINT) from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BundleError(f"{folder / SIGNATURE} is malformed: {error!r}.", hint="Sign the bundle again.") from error
-        return found
+        return signature
 
 
 def make_key(path: Path) -> tuple[Path, str]:
-    """Write a new private key to `path`, which its user alone can read, and its public key beside it; return that path and the id.
+    """Write a new private key to `path`, readable by its owner only, and the public key beside it; return the latter's path and id.
 
-    Both are PEM files, as openssl reads them. Raises UsageError when one of them exists.
+    Both are PEM files that openssl reads. Raises UsageError if one of them exists.
     """
     require_extra("sign", "cryptography")
     from cryptography.hazmat.primitives import serialization
@@ -73,25 +73,25 @@ def make_key(path: Path) -> tuple[Path, str]:
     public = path.with_suffix(".pub")
     if public == path:
         raise UsageError(f"{path} is the name of a public key.", hint="Give the private one: edgeprune keygen KEY.pem")
-    for each in (path, public):
-        if os.path.lexists(each):
-            raise _taken(each)
+    for file in (path, public):
+        if os.path.lexists(file):
+            raise _exists_error(file)
     key = Ed25519PrivateKey.generate()
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    open_text = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    private_pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public_pem = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     try:
-        write_new(path, secret, private=True)
-        write_new(public, open_text)
+        write_new(path, private_pem, private=True)
+        write_new(public, public_pem)
     except FileExistsError as error:
-        raise _taken(Path(error.filename)) from error
+        raise _exists_error(Path(error.filename)) from error
     return public, key_id(key.public_key())
 
 
 def sign_manifest(folder: Path, key: Path, *, force: bool = False) -> Signature:
     """Sign the manifest of a bundle with the private key in a PEM file, and write signature.json.
 
-    The files are not looked at: open the bundle first. Raises UsageError for a file that is no such key, and when the bundle is
-    signed already, `force` not given.
+    The bundle's files are not checked: load the bundle first. Raises UsageError if the file is no Ed25519 private key, or if the
+    bundle is signed already and `force` is false.
     """
     require_extra("sign", "cryptography")
     if (folder / SIGNATURE).exists() and not force:
@@ -104,34 +104,36 @@ def sign_manifest(folder: Path, key: Path, *, force: bool = False) -> Signature:
 
 
 def check_signature(folder: Path, manifest: bytes, trusted: TrustedKeys) -> str:
-    """Raise BundleError unless the manifest of a bundle, given by its bytes, is signed with one of the trusted keys; return its id.
+    """Return the id of the trusted key that signed the manifest, given by its bytes; raise BundleError if none did.
 
-    Raises UsageError for a trusted key that is none.
+    Raises UsageError for a trusted key that is not an Ed25519 public key.
     """
     require_extra("sign", "cryptography")
     from cryptography.exceptions import InvalidSignature
 
     keys = {key_id(key): key for key in map(_public_key, trusted)}
-    found, digest = Signature.load(folder), hashlib.sha256(manifest).hexdigest()
-    if found.key not in keys:
-        wanted = ", ".join(key[:16] for key in keys)
-        raise BundleError(f"{folder} is signed with the key {found.key[:16]}, which is none of those required ({wanted}).")
-    if found.manifest_sha256 != digest:
-        raise BundleError(f"The manifest of {folder} was changed after it had been signed.", hint=_SIGN)
+    signature, digest = Signature.load(folder), hashlib.sha256(manifest).hexdigest()
+    if signature.key not in keys:
+        trusted_ids = ", ".join(key[:16] for key in keys)
+        raise BundleError(f"{folder} is signed with the key {signature.key[:16]}, which is none of those required ({trusted_ids}).")
+    if signature.manifest_sha256 != digest:
+        raise BundleError(f"The manifest of {folder} was changed after it had been signed.", hint=_SIGN_HINT)
     try:
-        keys[found.key].verify(bytes.fromhex(found.signature), signed_text(digest))
+        keys[signature.key].verify(bytes.fromhex(signature.signature), signed_text(digest))
     except InvalidSignature as error:
-        raise BundleError(f"The signature of {folder} is wrong: it was not made with the key that it names.", hint=_SIGN) from error
-    return found.key
+        raise BundleError(
+            f"The signature of {folder} is wrong: it was not made with the key that it names.", hint=_SIGN_HINT
+        ) from error
+    return signature.key
 
 
 def signed_text(manifest_sha256: str) -> bytes:
-    """Return what is signed."""
+    """Return the bytes that are signed."""
     return f"edgeprune bundle signature 1\n{_MANIFEST} sha256 {manifest_sha256}\n".encode()
 
 
 def key_id(key: Ed25519PublicKey) -> str:
-    """Return the sha256 of a public key's 32 bytes."""
+    """Return the sha256 of a public key's 32 bytes in hexadecimal digits."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()
 
 
@@ -143,32 +145,32 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
-        raise UsageError(f"Cannot read the key {path}: {error.strerror}.", hint=_MAKE) from error
-    except TypeError as error:  # and nothing else is meant by it
+        raise UsageError(f"Cannot read the key {path}: {error.strerror}.", hint=_KEYGEN_HINT) from error
+    except TypeError as error:  # raised only for a missing password
         raise UsageError(
             f"{path} is locked by a password.", hint="Unlock a copy: openssl pkey -in KEY.pem -out OPEN.pem"
         ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise UsageError(f"{path} is no private key in PEM form.", hint=_MAKE) from error
+        raise UsageError(f"{path} is no private key in PEM form.", hint=_KEYGEN_HINT) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(f"{path} is no Ed25519 key.", hint=_MAKE)
+        raise UsageError(f"{path} is no Ed25519 key.", hint=_KEYGEN_HINT)
     return key
 
 
-def _public_key(given: str | os.PathLike[str] | bytes) -> Ed25519PublicKey:
+def _public_key(source: str | os.PathLike[str] | bytes) -> Ed25519PublicKey:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    name = "The key" if isinstance(given, bytes) else str(os.fspath(given))
+    name = "The key" if isinstance(source, bytes) else str(os.fspath(source))
     try:
-        key: Any = load_pem_public_key(given if isinstance(given, bytes) else Path(given).read_bytes())
+        key: Any = load_pem_public_key(source if isinstance(source, bytes) else Path(source).read_bytes())
     except OSError as error:
         raise UsageError(f"Cannot read the key {name}: {error.strerror}.") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{name} is no public key in PEM form.", hint="It is KEY.pub, beside the private KEY.pem.") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise UsageError(f"{name} is no Ed25519 key.", hint=_MAKE)
+        raise UsageError(f"{name} is no Ed25519 key.", hint=_KEYGEN_HINT)
     return key
 
 
@@ -179,5 +181,5 @@ def _manifest_bytes(folder: Path) -> bytes:
         raise BundleError(f"Cannot read {folder / _MANIFEST}: {error.strerror}.") from error
 
 
-def _taken(path: Path) -> UsageError:
+def _exists_error(path: Path) -> UsageError:
     return UsageError(f"{path} exists already, and a key is never replaced.", hint="Give another name.")

@@ -1,4 +1,4 @@
-"""The `edgeprune` command: it parses, calls one library function, prints. Nothing imports it; heavy imports live in the bodies."""
+"""The `edgeprune` command: parse arguments, call one library function, print the result. No other package imports it."""
 
 from edgeprune.cli.app import main
 

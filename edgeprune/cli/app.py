@@ -1,4 +1,4 @@
-"""The command group, and the one place where errors become a line and an exit code."""
+"""The command group, which turns an EdgePruneError into an error line and an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgeprune.errors import EdgePruneError
 
 
 class _ErrorReportingGroup(click.Group):
-    # An EdgePruneError is an answer to the user; anything else is a bug and keeps its traceback.
+    # An EdgePruneError is a message to the user. Any other exception is a bug and keeps its traceback.
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -28,7 +28,7 @@ class _ErrorReportingGroup(click.Group):
 
 
 def _dashed(token: str) -> str:
-    # --image_size is --image-size.
+    # Accept --image_size for --image-size.
     return token.replace("_", "-")
 
 

@@ -1,6 +1,6 @@
-"""`optimum-cli export edgeprune`: `edgeprune export`, with model and output given as optimum's exporters take them.
+"""`optimum-cli export edgeprune`: `edgeprune export` with model and output arguments in the form of optimum's exporters.
 
-optimum has argparse: the options are declared to it from the Click command, which alone parses and checks them.
+optimum uses argparse. The options are declared there from the Click command, which parses and validates them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgeprune.registry import TASK
 
 
 class ExportEdgePrune(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is untyped
-    """The command below `optimum-cli export`."""
+    """The subcommand of `optimum-cli export`."""
 
     COMMAND = CommandInfo(
         name="edgeprune", help="Export a vision-language model with pruned visual tokens as a bundle of ONNX graphs."
@@ -33,10 +33,10 @@ class ExportEdgePrune(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum i
         parser.add_argument("output", nargs="?", help="The bundle folder to write.")
         parser.add_argument("-o", "--output", dest="output_option", metavar="OUTPUT", help="The same, as an option.")
         for option in shared_options():
-            parser.add_argument(*option.opts, dest=option.name, **_as_argument(option))
+            parser.add_argument(*option.opts, dest=option.name, **_argparse_keywords(option))
 
     def run(self) -> None:
-        """Run `edgeprune export`; the exit codes are its own."""
+        """Run `edgeprune export` and exit with its exit code."""
         given = vars(self.args)
         outputs = [name for name in (given["output"], given["output_option"]) if name is not None]
         if len(outputs) != 1:
@@ -45,28 +45,32 @@ class ExportEdgePrune(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum i
 
 
 def shared_options() -> list[click.Option]:
-    """Return the options of `edgeprune export` but for the output, which optimum takes as an argument."""
+    """Return the options of `edgeprune export` except the output, which optimum takes as an argument."""
     return [option for option in export.params if isinstance(option, click.Option) and option.name != "output"]
 
 
 def command_line(given: Mapping[str, Any]) -> list[str]:
-    """Return the options as they are written on a command line."""
-    words = []
+    """Return the options as command-line arguments."""
+    arguments = []
     for option in shared_options():
         value, name = given[option.name], option.opts[-1]
         if option.is_flag:
-            words += [name] if value else []
+            arguments += [name] if value else []
         else:
             values = value if isinstance(value, list) else [] if value is None else [value]
-            words += [f"{name}={each}" for each in values]
-    return words
+            arguments += [f"{name}={item}" for item in values]
+    return arguments
 
 
-def _as_argument(option: click.Option) -> dict[str, Any]:
-    # No types and no defaults: Click has them.
-    shown = f"{option.help or ''}  [default: {option.default}]" if option.show_default else option.help or ""
-    text = {"help": shown.replace("%", "%%"), "default": None}
+def _argparse_keywords(option: click.Option) -> dict[str, Any]:
+    # Without types and defaults: Click handles both.
+    help_text = f"{option.help or ''}  [default: {option.default}]" if option.show_default else option.help or ""
+    keywords = {"help": help_text.replace("%", "%%"), "default": None}
     if option.is_flag:
-        return text | {"action": "store_true"}
+        return keywords | {"action": "store_true"}
     choices = list(option.type.choices) if isinstance(option.type, click.Choice) else None
-    return text | {"action": "append" if option.multiple else "store", "choices": choices, "metavar": None if choices else "VALUE"}
+    return keywords | {
+        "action": "append" if option.multiple else "store",
+        "choices": choices,
+        "metavar": None if choices else "VALUE",
+    }

@@ -10,10 +10,10 @@ import click
 
 from edgeprune.errors import UsageError
 
-# As in edgeprune.runtime.backends.providers, which imports ONNX Runtime: too slow for --help.
+# Copied from edgeprune.runtime.backends.providers, whose import of ONNX Runtime is too slow for --help.
 PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "openvino", "tensorrt")
 FPS = 2.0
-_SHOWN = ("image_size", "frames", "fps")  # what a model is asked about, which is no matter of budgets
+_GEOMETRY_OPTIONS = ("image_size", "frames", "fps")  # may be combined with --tier
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -50,7 +50,7 @@ check_option = click.option(
 
 
 def plan_options(command: F) -> F:
-    """Add the options that say how to prune: a plan file, or a method with keep ratios and layers."""
+    """Add the options that select a plan: a plan file, or a method with keep ratios and layers."""
     options = (
         click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON), or LightCompress's YAML."),
         click.option("--method", help="Which tokens to keep: see `edgeprune methods`; or MODULE:CLASS of your own."),
@@ -68,14 +68,14 @@ def plan_options(command: F) -> F:
 
 
 def trust_option(command: F) -> F:
-    """Add the options that say whose code may run."""
+    """Add the options that allow external code to run."""
     options = (
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings along."),
         click.option(
             "--own-method",
             multiple=True,
             metavar="MODULE:CLASS",
-            callback=lambda context, option, value: _allow(value),
+            callback=lambda context, option, value: _allow_methods(value),
             expose_value=False,
             help="Run a pruning method of your own that a plan names; repeatable.",
         ),
@@ -86,7 +86,7 @@ def trust_option(command: F) -> F:
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Return (height, width) of "448x336"; None stays None."""
+    """Return (height, width) for "448x336"; None for None."""
     if text is None:
         return None
     try:
@@ -97,7 +97,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_share(text: str | None) -> float | None:
-    """Return 0.01 of "1%" or "0.01"; None stays None."""
+    """Return 0.01 for "1%" or "0.01"; None for None."""
     if text is None:
         return None
     try:
@@ -107,7 +107,7 @@ def parse_share(text: str | None) -> float | None:
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Return (i, n) of "i/n"; None stays None."""
+    """Return (i, n) for "i/n"; None for None."""
     if text is None:
         return None
     try:
@@ -125,11 +125,11 @@ def resolve_plan(
     layer: tuple[int, ...],
     seed: int,
     site: str | None = None,
-    **shown: Any,
+    **geometry: Any,
 ) -> Any:
-    """Return the keep plan that the plan options describe for a loaded model; no option at all means no pruning.
+    """Return the keep plan of the plan options for a loaded model; the unpruned plan without options.
 
-    `shown`: image_size, frames and fps, what the model is asked about.
+    `geometry`: the options image_size, frames and fps.
     """
     from edgeprune.plan.presets import staircase_plan
     from edgeprune.registry import METHODS, allow_method, method_class
@@ -137,8 +137,8 @@ def resolve_plan(
     if plan_file is not None:
         if method or keep or layer or seed or site:
             raise UsageError("--plan already says what --method, --keep, --layer, --site and --seed say.", hint="Give one of them.")
-        return open_plan(plan_file, loaded, **shown)
-    base = _whole(loaded, **shown)
+        return open_plan(plan_file, loaded, **geometry)
+    base = _unpruned_plan(loaded, **geometry)
     if method is None and not keep:
         if layer or site:
             raise UsageError(f"{'--layer' if layer else '--site'} needs --method and --keep.")
@@ -146,42 +146,42 @@ def resolve_plan(
     if method is None or not keep:
         raise UsageError("--method and --keep belong together.", hint="For example: --method fastv --keep 0.25")
     if method not in METHODS and ":" in method:
-        allow_method(method)  # to name it is to ask for it
+        allow_method(method)  # the user named it, which allows it
     sites = method_class(method).sites
     if not {"vision", "input", "layer"} & set(sites):
         raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
-    site = _site(method, sites, site, layer)
+    site = _resolve_site(method, sites, site, layer)
     at_input = not layer and len(keep) == 1 and (site == "input" or "layer" not in sites)
     return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed, site=site)
 
 
 def resolve_tiers(loaded: Any, tier: tuple[str, ...], **plan_request: Any) -> Any:
-    """Return the plans of --tier NAME=PLAN as one, or else the plan that the plan options describe."""
+    """Return the tiers of --tier NAME=PLAN, or else the plan of the plan options."""
     from edgeprune.plan.tiers import Tiers
 
     if not tier:
         return resolve_plan(loaded, **plan_request)
-    if any(value for name, value in plan_request.items() if name not in _SHOWN):
+    if any(value for name, value in plan_request.items() if name not in _GEOMETRY_OPTIONS):
         raise UsageError("--tier already says what the other plan options say.", hint="Give one or the other.")
-    shown = {name: plan_request[name] for name in _SHOWN}
+    geometry = {name: plan_request[name] for name in _GEOMETRY_OPTIONS}
     plans: dict[str, Any] = {}
     for text in tier:
         name, equals, path = text.partition("=")
         if not equals or not path or name in plans:
             raise UsageError(f"{text!r} is no tier of its own.", hint="Write NAME=PLAN, such as fast=fast.json, each name once.")
-        plans[name] = open_plan(Path(path), loaded, **shown)
+        plans[name] = open_plan(Path(path), loaded, **geometry)
     return Tiers.of(plans)
 
 
-def _allow(references: tuple[str, ...]) -> None:
+def _allow_methods(references: tuple[str, ...]) -> None:
     from edgeprune.registry import allow_method
 
     for reference in references:
         allow_method(reference)
 
 
-def _site(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[int, ...]) -> str | None:
-    # Named, or the only one there is; else layers tell the input from the decoder.
+def _resolve_site(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[int, ...]) -> str | None:
+    # The named site, or "vision" if it is the only one; else None: layer numbers then select input or layer.
     if site is not None and site not in sites:
         raise UsageError(f"{method} does not act at site {site!r}.", hint=f"It acts at: {', '.join(sites)}.")
     site = site or ("vision" if sites == ("vision",) else None)
@@ -190,20 +190,20 @@ def _site(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[i
     return site
 
 
-def open_plan(plan_file: Path, loaded: Any, **shown: Any) -> Any:
-    """Return the plan in a file; one that has none of its own is read for a loaded model and what it is shown."""
+def open_plan(plan_file: Path, loaded: Any, **geometry: Any) -> Any:
+    """Return the plan in a file; LightCompress YAML has no geometry and is read for a loaded model and geometry options."""
     from edgeprune.calibration.interop.lightcompress import is_lightcompress, read_plan
     from edgeprune.plan import KeepPlan
 
     if is_lightcompress(plan_file):
-        return read_plan(plan_file, _whole(loaded, **shown))
-    for name, value in shown.items():
+        return read_plan(plan_file, _unpruned_plan(loaded, **geometry))
+    for name, value in geometry.items():
         if value is not None:
             raise UsageError(f"{plan_file} already says what --{name.replace('_', '-')} says.", hint="Give one of them.")
     return KeepPlan.load(plan_file)
 
 
-def _whole(loaded: Any, image_size: str | None, frames: int | None = None, fps: float | None = None) -> Any:
+def _unpruned_plan(loaded: Any, image_size: str | None, frames: int | None = None, fps: float | None = None) -> Any:
     from edgeprune.plan.presets import unpruned_plan
 
     if frames is not None and frames < 1:

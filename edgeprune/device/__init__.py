@@ -1,1 +1,1 @@
-"""Facts about a machine, the table of Jetson modules, and what work costs on one. Imports no runtime and no torch."""
+"""Machine detection, the table of Jetson modules, and cost estimates. Imports no runtime and no torch."""

@@ -1,4 +1,4 @@
-"""What EdgePrune can do on a machine, what prevents it, the command that fixes it, and warnings about a slow or small setup."""
+"""Diagnose a machine: supported features, obstacles with the command that fixes each, and warnings about a slow or small setup."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from edgeprune.device.machine import BINDING, Machine, dotted
 from edgeprune.device.system import version_numbers
 from edgeprune.targets import TARGETS
 
-LITTLE_MEMORY = 2048  # MiB: an encoder, a decoder of half a billion parameters in 16 bits, and room to work
+LITTLE_MEMORY = 2048  # MiB: a vision encoder, a 0.5B decoder in 16 bits, and activations
 SMALL_BOARD = 8192  # MiB
-SMALL_CMA = 900  # MiB; cma=950M gives 950, the default of an Orin Nano is 256
+SMALL_CMA = 900  # MiB; cma=950M gives 950, the default on an Orin Nano is 256
 _LARGER_CMA = "sudo sed -i '/^\\s*APPEND/ s/$/ cma=950M/' /boot/extlinux/extlinux.conf && sudo reboot"
 _MORE_SWAP = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
 
@@ -21,7 +21,7 @@ UPGRADE_JETPACK = (
     "sudo sed -i 's/r36\\.[0-9]*/r36.4/' /etc/apt/sources.list.d/nvidia-l4t-apt-source.list && "
     "sudo apt update && sudo apt dist-upgrade && sudo reboot"
 )
-_NEEDED = ("torch", "transformers", "optimum", "onnx", "onnxscript")
+_EXPORT_PACKAGES = ("torch", "transformers", "optimum", "onnx", "onnxscript")
 _CPU, _CUDA, _BUILD, _ENGINES, _EXPORTS = (
     "run bundles on the CPU",
     "ONNX Runtime on CUDA",
@@ -30,24 +30,24 @@ _CPU, _CUDA, _BUILD, _ENGINES, _EXPORTS = (
     "export and calibrate",
 )
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-_CPU_WHEEL = "pip uninstall onnxruntime-gpu && pip install --force-reinstall onnxruntime"  # both bring the same module
+_CPU_WHEEL = "pip uninstall onnxruntime-gpu && pip install --force-reinstall onnxruntime"  # both packages install the same module
 _NO_DRIVER = "no NVIDIA driver is loaded, and an engine fits one GPU and one TensorRT only"
 
 
 @dataclass(frozen=True)
 class DeviceWarning:
-    """One thing to know, and the command that changes it where there is one."""
+    """A warning, and the command that resolves it if there is one."""
 
     what: str
     remedy: str = ""
 
 
 def cautions_of(machine: Machine) -> tuple[DeviceWarning, ...]:
-    """Return what there is to know about a machine before it is measured or relied on."""
-    return (*_speed(machine), *_memory(machine), *_release(machine))
+    """Return warnings about a machine's speed, memory and software release."""
+    return (*_speed_warnings(machine), *_memory_warnings(machine), *_release_warnings(machine))
 
 
-def _speed(machine: Machine) -> Iterator[DeviceWarning]:
+def _speed_warnings(machine: Machine) -> Iterator[DeviceWarning]:
     if not machine.is_jetson:
         return
     best = machine.mode.best
@@ -61,7 +61,7 @@ def _speed(machine: Machine) -> Iterator[DeviceWarning]:
         yield DeviceWarning("The clocks are not pinned: times will vary, and short answers are slower.", "sudo jetson_clocks")
 
 
-def _memory(machine: Machine) -> Iterator[DeviceWarning]:
+def _memory_warnings(machine: Machine) -> Iterator[DeviceWarning]:
     memory = machine.memory
     if memory.available is not None and memory.available < LITTLE_MEMORY:
         remedy = "sudo systemctl isolate multi-user.target" if machine.is_jetson else ""
@@ -73,7 +73,7 @@ def _memory(machine: Machine) -> Iterator[DeviceWarning]:
         yield DeviceWarning(what, _LARGER_CMA)
 
 
-def _release(machine: Machine) -> Iterator[DeviceWarning]:
+def _release_warnings(machine: Machine) -> Iterator[DeviceWarning]:
     if not machine.is_jetson:
         return
     pack, python = machine.jetpack, machine.software.version
@@ -92,7 +92,7 @@ def _release(machine: Machine) -> Iterator[DeviceWarning]:
 
 @dataclass(frozen=True)
 class DeviceFeature:
-    """One thing that EdgePrune does: whether it can be done here; with what, or what stands in the way; and the remedy."""
+    """A feature and whether it is available; `reason` names what provides or prevents it, `remedy` is a command."""
 
     name: str
     able: bool
@@ -102,7 +102,7 @@ class DeviceFeature:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a machine can do, and what would spoil it or its measurements."""
+    """The features and warnings of a machine."""
 
     machine: Machine
     abilities: tuple[DeviceFeature, ...]
@@ -110,7 +110,7 @@ class Diagnosis:
 
     @property
     def can_run(self) -> bool:
-        """Whether a bundle can be run here, in any way."""
+        """Whether a bundle can be run here, on the CPU or with engines."""
         return any(ability.able for ability in self.abilities if ability.name in (_CPU, _ENGINES))
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,12 +124,18 @@ class Diagnosis:
 
 
 def diagnose(machine: Machine) -> Diagnosis:
-    """Return what EdgePrune can do on a machine."""
-    abilities = (_run_on_cpu(machine), _run_on_cuda(machine), _build_engines(machine), _run_engines(machine), _export(machine))
+    """Return the available features and the warnings of a machine."""
+    abilities = (
+        _cpu_feature(machine),
+        _cuda_feature(machine),
+        _build_feature(machine),
+        _engines_feature(machine),
+        _export_feature(machine),
+    )
     return Diagnosis(machine, abilities, cautions_of(machine))
 
 
-def _run_on_cpu(machine: Machine) -> DeviceFeature:
+def _cpu_feature(machine: Machine) -> DeviceFeature:
     if "CPUExecutionProvider" in machine.software.providers:
         return DeviceFeature(_CPU, True, f"ONNX Runtime {_onnxruntime_version(machine)}")
     if _onnxruntime_version(machine):
@@ -139,7 +145,7 @@ def _run_on_cpu(machine: Machine) -> DeviceFeature:
     return DeviceFeature(_CPU, False, "ONNX Runtime is not installed", "pip install onnxruntime")
 
 
-def _run_on_cuda(machine: Machine) -> DeviceFeature:
+def _cuda_feature(machine: Machine) -> DeviceFeature:
     offered = [provider for provider in _GPU_PROVIDERS if provider in machine.software.providers]
     if not machine.gpu:
         return DeviceFeature(_CUDA, False, "no NVIDIA driver is loaded")
@@ -156,7 +162,7 @@ def _run_on_cuda(machine: Machine) -> DeviceFeature:
     return DeviceFeature(_CUDA, True, reason)
 
 
-def _build_engines(machine: Machine) -> DeviceFeature:
+def _build_feature(machine: Machine) -> DeviceFeature:
     if (blocked := _tensorrt_blocked(_BUILD, machine)) is not None:
         return blocked
     if not machine.onnx_parser:
@@ -167,7 +173,7 @@ def _build_engines(machine: Machine) -> DeviceFeature:
     )
 
 
-def _run_engines(machine: Machine) -> DeviceFeature:
+def _engines_feature(machine: Machine) -> DeviceFeature:
     return _tensorrt_blocked(_ENGINES, machine) or DeviceFeature(
         _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built on this device: edgeprune run --provider tensorrt"
     )
@@ -176,26 +182,26 @@ def _run_engines(machine: Machine) -> DeviceFeature:
 def _tensorrt_blocked(name: str, machine: Machine) -> DeviceFeature | None:
     if not machine.gpu:
         return DeviceFeature(name, False, _NO_DRIVER)
-    carried = machine.jetpack.tensorrt if machine.jetpack else OLDEST_TENSORRT
-    if machine.tensorrt is None and carried >= OLDEST_TENSORRT:
+    bundled = machine.jetpack.tensorrt if machine.jetpack else OLDEST_TENSORRT
+    if machine.tensorrt is None and bundled >= OLDEST_TENSORRT:
         remedy = f"sudo apt update && sudo apt install tensorrt {BINDING}" if machine.is_jetson else "pip install tensorrt"
         return DeviceFeature(name, False, "TensorRT is not installed", remedy)
     if version_numbers(machine.tensorrt)[:2] < OLDEST_TENSORRT:
-        found = machine.tensorrt or f"{dotted(carried)} of JetPack {machine.jetpack.name if machine.jetpack else ''}"
+        found = machine.tensorrt or f"{dotted(bundled)} of JetPack {machine.jetpack.name if machine.jetpack else ''}"
         reason = f"TensorRT {found} is too old: {dotted(OLDEST_TENSORRT)} is needed"
-        return DeviceFeature(name, False, reason, _upgrade(machine))
+        return DeviceFeature(name, False, reason, _upgrade_command(machine))
     if "tensorrt" not in machine.software.packages:
         return _binding_missing(name, machine)
     return None
 
 
 def _binding_missing(name: str, machine: Machine) -> DeviceFeature:
-    wanted = machine.jetpack.python if machine.jetpack else machine.software.version
-    python = f"python{dotted(wanted)}"
+    needed_python = machine.jetpack.python if machine.jetpack else machine.software.version
+    python = f"python{dotted(needed_python)}"
     venv = f"{python} -m venv --system-site-packages VENV"
     install = "" if BINDING in machine.debs else f"sudo apt install {BINDING}"
-    if machine.software.version != wanted:
-        reason = f"TensorRT's Python package is for Python {dotted(wanted)}, this is {dotted(machine.software.version)}"
+    if machine.software.version != needed_python:
+        reason = f"TensorRT's Python package is for Python {dotted(needed_python)}, this is {dotted(machine.software.version)}"
         return DeviceFeature(name, False, reason, " && ".join(filter(None, (install, venv))))
     if install:
         remedy = f"{install} && {venv}" if machine.software.isolated else install
@@ -203,23 +209,23 @@ def _binding_missing(name: str, machine: Machine) -> DeviceFeature:
     return DeviceFeature(name, False, "this virtual environment does not see the system's TensorRT package", venv)
 
 
-def _upgrade(machine: Machine) -> str:
+def _upgrade_command(machine: Machine) -> str:
     if machine.jetpack is not None and machine.jetpack.name == "6.0":
         return UPGRADE_JETPACK
     return "" if machine.is_jetson else "pip install --upgrade tensorrt"
 
 
-def _export(machine: Machine) -> DeviceFeature:
-    missing = [package for package in _NEEDED if package not in machine.software.packages]
+def _export_feature(machine: Machine) -> DeviceFeature:
+    missing = [package for package in _EXPORT_PACKAGES if package not in machine.software.packages]
     if missing:
         return DeviceFeature(_EXPORTS, False, f"{', '.join(missing)} not installed", 'pip install "edgeprune[export]"')
     return DeviceFeature(_EXPORTS, True, f"torch {machine.software.packages['torch']}")
 
 
 def has_foreign_wheel(machine: Machine) -> bool:
-    """Return whether a Jetson has the package index's onnxruntime-gpu, whose kernels are for other GPUs.
+    """Return whether a Jetson has PyPI's onnxruntime-gpu, whose kernels are for other GPUs.
 
-    It begins with Python 3.11 and, unlike those made for Jetsons, has no TensorRT provider.
+    That wheel needs Python 3.11 or newer and, unlike Jetson wheels, has no TensorRT provider.
     """
     software = machine.software
     foreign = "onnxruntime-gpu" in software.packages and "TensorrtExecutionProvider" not in software.providers

@@ -1,10 +1,10 @@
-"""Jetson modules: peak arithmetic, memory bandwidth and memory, and what a board says of itself.
+"""Jetson modules: peak arithmetic, memory bandwidth and memory size, and parsers for what a board reports about itself.
 
-Peak arithmetic is computed as SMs times clock times `_PER_CLOCK`. The products agree with the GPU's TOPS of the data sheets (20,
-33 dense INT8 for Orin Nano; 30, 38 for Orin NX; 85 for AGX Orin; 1035, 600 dense FP4 for T5000, T4000).
+Peak arithmetic is SMs times clock times `_PER_CLOCK`. It agrees with the GPU TOPS of the data sheets (dense INT8: 20, 33 for Orin
+Nano; 30, 38 for Orin NX; 85 for AGX Orin; dense FP4: 1035, 600 for T5000, T4000).
 
-Module, L4T release, JetPack, power mode and clocks are parsed by pure functions of text. The table of releases is that of
-NVIDIA's JetPack release notes. A parser returns None for text that is absent or of an unknown form.
+Parsers for module, L4T release, JetPack, power mode and clocks are pure functions of text. They return None for text that is
+missing or has an unknown format. The table of releases is from NVIDIA's JetPack release notes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from edgeprune.device.system import version_numbers
 from edgeprune.errors import UsageError
 
-# Dense operations of one SM in one clock, in thousands. Orin: 170 sparse INT8 TOPS on 16 SMs at 1.3 GHz are 8.17 an SM and GHz;
-# dense is half of sparse, FP16 half of INT8, TF32 (what an engine makes of float32) half of FP16. Thor: 2070 sparse FP4 TFLOPS on
-# 20 SMs at 1.575 GHz; FP8 is half of FP4 and FP16 half of FP8; INT8 is taken as FP8.
+# Dense operations per SM and clock, in thousands. Orin: 170 sparse INT8 TOPS on 16 SMs at 1.3 GHz are 8.17 per SM and GHz; dense
+# is half of sparse, FP16 half of INT8, TF32 (used by engines for float32) half of FP16. Thor: 2070 sparse FP4 TFLOPS on 20 SMs at
+# 1.575 GHz; FP8 is half of FP4, FP16 half of FP8, and INT8 is assumed equal to FP8.
 _PER_CLOCK = {
     (8, 7): {"fp32": 1.024, "fp16": 2.048, "int8": 4.096},
     (11, 0): {"fp32": 4.096, "fp16": 8.192, "int8": 16.384, "fp8": 16.384, "fp4": 32.768},
@@ -26,7 +26,7 @@ _PER_CLOCK = {
 
 @dataclass(frozen=True)
 class JetPack:
-    """One release: its `name`, the first L4T release that it is made of, and the CUDA, TensorRT and Python that it carries."""
+    """A JetPack release: its `name`, first L4T release, and its versions of CUDA, TensorRT and Python."""
 
     name: str
     l4t: tuple[int, ...]
@@ -47,7 +47,7 @@ JETPACKS = (
     JetPack("7.2.1", (39, 2, 1), "13.2", (10, 16), (3, 12)),
 )
 
-# In this order: part numbers name the module itself, the words of a model may name a carrier board.
+# Order matters: part numbers identify the module, whereas a model name may refer to the carrier board.
 _MODULES = (
     ("p3767-0000", "Orin NX"),
     ("p3767-0001", "Orin NX"),
@@ -75,7 +75,7 @@ _CLOCK_LINE = re.compile(r"^\s*(cpu\d+:|GPU)(.*)\bMinFreq=(\d+)\s+MaxFreq=(\d+)"
 
 @dataclass(frozen=True)
 class PowerMode:
-    """The mode of nvpmodel, by number and name, and all the `modes` (number, name) of this module's nvpmodel.conf."""
+    """The current nvpmodel mode by number and name, and all `modes` (number, name) in nvpmodel.conf."""
 
     number: int | None
     name: str | None
@@ -83,12 +83,12 @@ class PowerMode:
 
     @property
     def best(self) -> tuple[int, str] | None:
-        """The mode without a limit (MAXN_SUPER before MAXN), or else that of the most watts; None when no mode is known."""
-        return max(self.modes, key=lambda mode: _rank(mode[1]), default=None)
+        """The unlimited mode (MAXN_SUPER before MAXN), else the one with the most watts; None if no mode is known."""
+        return max(self.modes, key=lambda mode: _speed_rank(mode[1]), default=None)
 
     @property
     def is_best(self) -> bool | None:
-        """Whether no faster mode is configured; None when it cannot be known."""
+        """Whether the current mode is the fastest; None if unknown."""
         if self.best is None:
             return True if (self.name or "").upper() == "MAXN_SUPER" else None
         return None if self.number is None else self.number == self.best[0]
@@ -100,13 +100,13 @@ class PowerMode:
 
 
 def parse_module(model: str | None, compatible: str | None = None) -> str | None:
-    """Return the module, such as "Orin Nano", that the device tree's `model` and `compatible` name; None for other machines."""
+    """Return the module, such as "Orin Nano", from the device tree's `model` and `compatible`; None for other machines."""
     text = f"{compatible or ''} {model or ''}".lower()
     return next((module for pattern, module in _MODULES if pattern in text), None)
 
 
 def parse_release(text: str | None) -> tuple[int, ...] | None:
-    """Return (36, 4, 3) of the text of /etc/nv_tegra_release, in its long and its short form."""
+    """Return the L4T release, such as (36, 4, 3), from the long or short form of /etc/nv_tegra_release."""
     found = _RELEASE.search(text or "")
     if not found:
         return None
@@ -114,7 +114,7 @@ def parse_release(text: str | None) -> tuple[int, ...] | None:
 
 
 def jetpack_of(l4t: tuple[int, ...] | None) -> JetPack | None:
-    """Return the JetPack of an L4T release: the newest in the table that is not newer, of the same major and minor number."""
+    """Return the JetPack of an L4T release: the newest in the table with the same major and minor number that is not newer."""
     if l4t is None:
         return None
     release = (*l4t, 0, 0)[:3]
@@ -122,7 +122,7 @@ def jetpack_of(l4t: tuple[int, ...] | None) -> JetPack | None:
 
 
 def parse_modes(text: str | None) -> tuple[tuple[int, str], ...]:
-    """Return the modes (number, name) of the text of nvpmodel.conf."""
+    """Return the modes (number, name) in the text of nvpmodel.conf."""
     modes = []
     for attributes in _MODEL_LINE.findall(text or ""):
         number, name = re.search(r"\bID=(\d{1,4})\b", attributes), re.search(r"\bNAME=(\S+)", attributes)
@@ -132,33 +132,27 @@ def parse_modes(text: str | None) -> tuple[tuple[int, str], ...]:
 
 
 def parse_mode(query: str | None, status: str | None, configuration: str | None) -> PowerMode:
-    """Return the mode that `nvpmodel -q` prints, or else the one in /var/lib/nvpmodel/status, named by nvpmodel.conf."""
+    """Return the mode from the output of `nvpmodel -q`, else from /var/lib/nvpmodel/status; names are from nvpmodel.conf."""
     modes = parse_modes(configuration)
-    asked, kept = _MODE.search(query or ""), re.search(r"\bpmode:(\d{1,4})\b", status or "")
-    number = asked[2] if asked else kept[1] if kept else None
-    name = asked[1] if asked else None
+    queried, stored = _MODE.search(query or ""), re.search(r"\bpmode:(\d{1,4})\b", status or "")
+    number = queried[2] if queried else stored[1] if stored else None
+    name = queried[1] if queried else None
     if number is None:
         return PowerMode(next((n for n, known in modes if known == name), None), name, modes)
     return PowerMode(int(number), name or dict(modes).get(int(number)), modes)
 
 
 def parse_clocks(text: str | None) -> bool | None:
-    """Return whether `jetson_clocks --show` shows every online CPU and the GPU pinned; None when it shows no clock."""
+    """Return whether the output of `jetson_clocks --show` has every online CPU and the GPU pinned; None without clocks."""
     found = [(low, high) for _, before, low, high in _CLOCK_LINE.findall(text or "") if "Online=0" not in before]
     return all(low == high for low, high in found) if found else None
 
 
-def _rank(name: str) -> tuple[int, int]:
-    watts = re.search(r"(\d{1,4})W", name.upper())
-    unlimited = 2 if name.upper() == "MAXN_SUPER" else 1 if name.upper().startswith("MAXN") else 0
-    return unlimited, int(watts[1]) if watts else 0
-
-
 @dataclass(frozen=True)
 class Module:
-    """One module in one power mode: GPU clock in GHz, memory bandwidth in GB/s, memory in GiB.
+    """A module in one power mode: `clock` of the GPU in GHz, memory `bandwidth` in GB/s, `ram` in GiB.
 
-    `sm` is the compute capability: an engine built for one does not load on another.
+    `sm` is the compute capability. An engine does not load on a GPU of another one.
     """
 
     name: str
@@ -170,7 +164,7 @@ class Module:
     ram: int
 
     def tflops(self, arithmetic: str = "fp16") -> float:
-        """Return the dense peak in 10^12 operations a second; raise UsageError for arithmetic that the module has not."""
+        """Return the dense peak in 10^12 operations per second; raise UsageError if the module lacks the arithmetic."""
         rates = _PER_CLOCK[self.sm]
         if arithmetic not in rates:
             raise UsageError(f"{self.title} has no {arithmetic} arithmetic.", hint=f"It has: {', '.join(rates)}.")
@@ -182,10 +176,10 @@ class Module:
         return self.ram << 30
 
 
-# SMs, clocks, bandwidth and memory: NVIDIA's data sheets of the modules. Single power modes: the nvpmodel tables of Jetson Linux
-# 35 and 36 (GPU MAX_FREQ; TPC_PG_MASK 252 leaves 4 SMs, 240 leaves 8; EMC at 2133 MHz is 68 GB/s on 128 bits, at 3199 MHz 102).
-# Orin Nano and NX are in their fastest ("super") mode unless the name says otherwise, and a name without capacity is the largest
-# module of its kind. The clock of T4000 is the least certain figure: it reproduces the published 1200 sparse FP4 TFLOPS.
+# SMs, clocks, bandwidth and memory are from NVIDIA's data sheets, power modes from the nvpmodel tables of Jetson Linux 35 and 36
+# (GPU MAX_FREQ; TPC_PG_MASK 252 leaves 4 SMs, 240 leaves 8; EMC at 2133 MHz is 68 GB/s on 128 bits, at 3199 MHz 102). Orin Nano and
+# NX are in their fastest ("super") mode unless the name has another. A name without capacity means the largest module of its kind.
+# The clock of T4000 is the least certain figure: it was chosen to give the published 1200 sparse FP4 TFLOPS.
 MODULES = {
     module.name: module
     for module in (
@@ -205,7 +199,13 @@ MODULES = {
 
 
 def module_named(name: str) -> Module:
-    """Return a module; raise UsageError with the known names for another."""
+    """Return a module by name; raise UsageError for an unknown name."""
     if name not in MODULES:
         raise UsageError(f"Unknown device {name!r}.", hint=f"Known: {', '.join(MODULES)}; or measure yours: edgeprune profile")
     return MODULES[name]
+
+
+def _speed_rank(name: str) -> tuple[int, int]:
+    watts = re.search(r"(\d{1,4})W", name.upper())
+    unlimited = 2 if name.upper() == "MAXN_SUPER" else 1 if name.upper().startswith("MAXN") else 0
+    return unlimited, int(watts[1]) if watts else 0

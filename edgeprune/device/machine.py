@@ -1,4 +1,4 @@
-"""What this machine is: Jetson or not, what is installed on it, and the state that decides how fast it answers."""
+"""Read the facts of a machine: Jetson module, installed software, and the power and clock state that determines its speed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _CUDART = (
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts of one machine; None for what could not be read.
+    """The facts of a machine; None for what could not be read.
 
-    `model`: the device tree's words; `module`: the Jetson, such as "Orin Nano"; `l4t`: such as (36, 4, 3); `gpu`: an NVIDIA
-    driver is loaded; `cuda`: the runtime library's version; `debs`: versions of TensorRT's Debian packages; `clocks_pinned`: CPU
-    and GPU cannot change their clocks.
+    `model`: the device tree's model name. `module`: the Jetson module, such as "Orin Nano". `l4t`: such as (36, 4, 3). `gpu`: an
+    NVIDIA driver is loaded. `cuda`: version of the runtime library. `debs`: versions of TensorRT's Debian packages.
+    `clocks_pinned`: the clocks of CPU and GPU are fixed.
     """
 
     architecture: str
@@ -53,31 +53,31 @@ class Machine:
 
     @property
     def jetpack(self) -> JetPack | None:
-        """The JetPack of the L4T release; None when the table does not know it."""
+        """The JetPack of the L4T release; None if it is not in the table."""
         return jetpack_of(self.l4t)
 
     @property
     def tensorrt(self) -> str | None:
-        """Version of the TensorRT library, from Debian's packages or from Python's."""
+        """Version of the TensorRT library, from its Debian or Python package."""
         found = next((self.debs[name] for name in _LIBRARIES if name in self.debs), None)
         package = self.software.packages.get("tensorrt")
         return found or (None if package == "unknown" else package)
 
     @property
     def onnx_parser(self) -> bool:
-        """Whether TensorRT's ONNX parser is installed; Python's package of TensorRT carries one."""
+        """Whether TensorRT's ONNX parser is installed. The Python package of TensorRT includes it."""
         return any(name in self.debs for name in _PARSERS) or not any(name in self.debs for name in _LIBRARIES)
 
     @property
     def target(self) -> Target | None:
-        """The target whose bundles this TensorRT reads best; None without one that is new enough."""
+        """The newest target that the installed TensorRT supports; None without TensorRT or if it is too old."""
         version = version_numbers(self.tensorrt)[:2]
         known = [target for target in TARGETS.values() if target.tensorrt is not None and target.tensorrt <= version]
         return max(known, key=lambda target: target.tensorrt or (0, 0), default=None)
 
     @property
     def name(self) -> str:
-        """The machine in words."""
+        """A display name of the machine."""
         return self.model or self.module or f"{self.architecture} machine, no Jetson"
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Machine:
 
 
 def read_machine(root: Path = Path("/"), run: Runner = run_command, software: Software | None = None) -> Machine:
-    """Return what the files below `root` and the commands of `run` say of a machine. `software` None: that of this Python."""
+    """Read a machine from files below `root` and from the output of commands; `software` None: that of this Python."""
     debs = installed_debs(read_text(root, "var/lib/dpkg/status"), (_CORE, BINDING, *_LIBRARIES, *_PARSERS))
     model = read_text(root, "proc/device-tree/model") or None
     module = parse_module(model, read_text(root, "proc/device-tree/compatible"))
@@ -110,33 +110,35 @@ def read_machine(root: Path = Path("/"), run: Runner = run_command, software: So
     is_jetson = module is not None or l4t is not None
     return Machine(
         architecture=platform.machine(),
-        model=model if is_jetson else None,  # other boards have a device tree too
+        model=model if is_jetson else None,  # other boards also have a device tree
         module=module,
         l4t=l4t,
         gpu=is_jetson or (root / "proc/driver/nvidia/version").exists() or (root / "dev/nvidiactl").exists(),
-        cuda=_cuda(root),
+        cuda=_cuda_version(root),
         debs={name: version for name, version in debs.items() if name != _CORE},
         software=Software.here() if software is None else software,
-        mode=_mode(root, run) if is_jetson else PowerMode(None, None),
+        mode=_power_mode(root, run) if is_jetson else PowerMode(None, None),
         clocks_pinned=_clocks_pinned(root, run, is_jetson),
         memory=parse_meminfo(read_text(root, "proc/meminfo")),
     )
 
 
 def dotted(numbers: tuple[int, ...] | None) -> str | None:
-    """Return "36.4.3" of (36, 4, 3)."""
+    """Return "36.4.3" for (36, 4, 3)."""
     return None if numbers is None else ".".join(map(str, numbers))
 
 
-def _mode(root: Path, run: Runner) -> PowerMode:
-    kept, known = read_text(root, "var/lib/nvpmodel/status"), read_text(root, "etc/nvpmodel.conf")
-    return parse_mode(run(["nvpmodel", "-q"]), kept, known)
+def _power_mode(root: Path, run: Runner) -> PowerMode:
+    status, configuration = read_text(root, "var/lib/nvpmodel/status"), read_text(root, "etc/nvpmodel.conf")
+    return parse_mode(run(["nvpmodel", "-q"]), status, configuration)
 
 
 def _clocks_pinned(root: Path, run: Runner, is_jetson: bool) -> bool | None:
-    # jetson_clocks --show wants root, so the kernel is asked first.
-    cpus = [(path / "cpufreq/scaling_min_freq", path / "cpufreq/scaling_max_freq") for path in _below(root, f"{_CPU}/cpu[0-9]*")]
-    gpus = [(path / "min_freq", path / "max_freq") for path in _below(root, "sys/class/devfreq/*gpu*")]
+    # sysfs first, because jetson_clocks --show needs root.
+    cpus = [
+        (path / "cpufreq/scaling_min_freq", path / "cpufreq/scaling_max_freq") for path in _glob_below(root, f"{_CPU}/cpu[0-9]*")
+    ]
+    gpus = [(path / "min_freq", path / "max_freq") for path in _glob_below(root, "sys/class/devfreq/*gpu*")]
     limits = [pair for pair in (_limits(root, *files) for files in [*cpus, *gpus]) if pair is not None]
     if limits:
         return all(low == high for low, high in limits)
@@ -148,12 +150,12 @@ def _limits(root: Path, low: Path, high: Path) -> tuple[int, int] | None:
     return None if lowest is None or highest is None else (lowest, highest)
 
 
-def _below(root: Path, pattern: str) -> Iterable[Path]:
+def _glob_below(root: Path, pattern: str) -> Iterable[Path]:
     return sorted(path.relative_to(root) for path in root.glob(pattern))
 
 
-def _cuda(root: Path) -> str | None:
-    # The library's name carries its version: libcudart.so.12.6.68.
+def _cuda_version(root: Path) -> str | None:
+    # The file name has the version: libcudart.so.12.6.68.
     names = [path.name.partition(".so.")[2] for pattern in _CUDART for path in root.glob(pattern)]
     versions = [version_numbers(name) for name in names]
     return dotted(max((version for version in versions if len(version) > 1), key=lambda v: (v[:2], len(v)), default=None))

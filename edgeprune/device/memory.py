@@ -1,9 +1,9 @@
 """Memory of the machine (/proc/meminfo), the peak of this process, and malloc settings for long-running processes.
 
-glibc makes up to eight heaps for each core, and takes ever larger pieces from them instead of from the system once such a piece
-has been freed (mallopt(3), M_MMAP_THRESHOLD). Where several threads allocate images and caches of many sizes, the heaps fragment
-and resident memory rises for a long time. With two heaps, and large pieces taken from the system and given back at once, it is
-level after some minutes; docs/soak.md has the figures.
+glibc creates up to eight arenas per core. After a large block is freed, it raises the size up to which blocks come from an arena
+(mallopt(3), M_MMAP_THRESHOLD). If several threads allocate images and caches of many sizes, the arenas fragment and resident memory
+grows for a long time. With two arenas and a fixed threshold, large blocks are mapped and unmapped individually, and memory is
+constant after some minutes; docs/soak.md has the figures.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from edgeprune.device.system import read_text
 _LINE = re.compile(r"^(\w+):\s+(\d{1,15})\s*kB", re.MULTILINE)
 
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # mallopt's parameters
-_ARENAS, _LARGE = 2, 256 << 10  # bytes
+_ARENAS, _LARGE_BYTES = 2, 256 << 10
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Mebibytes; None for what the kernel does not say. `cma`: the contiguous pool that the GPU of an Orin allocates from."""
+    """Memory in MiB; None for what the kernel does not report. CMA is the contiguous pool that an Orin's GPU allocates from."""
 
     total: int | None
     available: int | None
@@ -35,14 +35,14 @@ class Memory:
 
 
 def parse_meminfo(text: str | None) -> Memory:
-    """Return what the text of /proc/meminfo says."""
+    """Parse the text of /proc/meminfo."""
     found = {name: int(kilobytes) // 1024 for name, kilobytes in _LINE.findall(text or "")}
     names = ("MemTotal", "MemAvailable", "SwapTotal", "SwapFree", "CmaTotal", "CmaFree")
     return Memory(*(found.get(name) for name in names))
 
 
 def peak_rss(root: Path = Path("/")) -> int | None:
-    """Return the bytes of the largest resident set of this process since the last `reset_peak_rss`; None where nobody knows."""
+    """Return the peak resident set of this process in bytes since the last `reset_peak_rss`; None if unknown."""
     found = re.search(r"^VmHWM:\s+(\d+)\s*kB", read_text(root, "proc/self/status") or "", re.MULTILINE)
     if found:
         return int(found[1]) * 1024
@@ -55,7 +55,7 @@ def peak_rss(root: Path = Path("/")) -> int | None:
 
 
 def reset_peak_rss(root: Path = Path("/")) -> bool:
-    """Begin the peak of this process anew; return False where the kernel does not let it."""
+    """Reset the peak resident set of this process; return False if the kernel does not allow it."""
     try:
         (root / "proc/self/clear_refs").write_text("5")
     except OSError:
@@ -64,10 +64,10 @@ def reset_peak_rss(root: Path = Path("/")) -> bool:
 
 
 def limit_malloc_arenas() -> None:
-    """Set glibc's allocator so that memory stays flat; to be called before there are threads.
+    """Configure glibc's allocator to prevent memory growth. Call it before threads start.
 
-    For programs of our own alone: what another program does with its memory is not ours to say. Whoever sets MALLOC_ARENA_MAX or
-    GLIBC_TUNABLES has decided already, and another C library has no such settings: then nothing happens.
+    Only our own programs call this; a library must not change its host's allocator. It does nothing if MALLOC_ARENA_MAX or
+    GLIBC_TUNABLES is set, or with another C library.
     """
     import ctypes
 
@@ -76,4 +76,4 @@ def limit_malloc_arenas() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_ARENA_MAX, _ARENAS)
-        mallopt(_MMAP_THRESHOLD, _LARGE)
+        mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -1,6 +1,6 @@
-"""What an ONNX file says about its size: operators, the shapes and the bytes of the weights, read without the onnx package.
+"""Read operator counts and the shapes and sizes of weights from an ONNX file, without the onnx package.
 
-Only the protobuf fields that matter are followed (numbers as in onnx.proto); everything else, raw weights too, is stepped over.
+Only the necessary protobuf fields are parsed (numbers as in onnx.proto). Everything else, raw weights included, is skipped.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from edgeprune.errors import BundleError
 from edgeprune.io.protobuf import Field, read_fields, read_integers
 
-_GRAPH, _NODE, _INITIALIZER = 7, 1, 5  # of ModelProto; of GraphProto
+_GRAPH, _NODE, _INITIALIZER = 7, 1, 5  # of ModelProto; the others of GraphProto
 _INPUT, _OPERATOR, _ATTRIBUTE = 1, 4, 5  # of NodeProto
 _ATTRIBUTE_NAME, _INTEGER = 1, 3  # of AttributeProto
 _DIMS, _TYPE, _NAME = 1, 2, 8  # of TensorProto
-# Which inputs of an operator may be a weight that is multiplied, or is about to be; scales and biases are not.
+# Number of leading inputs of an operator that can be the weight of a matrix product; scales and biases cannot.
 _WEIGHT_INPUTS = {
     "MatMul": 2,
     "MatMulInteger": 2,
@@ -31,8 +31,8 @@ _WEIGHT_INPUTS = {
     "Transpose": 1,
     "Cast": 1,
 }
-_PACKED = "MatMulNBits"  # of ONNX Runtime: its weight is a blob of bytes, whose matrix is K x N of the node's attributes
-# Name and bits of TensorProto.DataType; of a type that is not here, the number and 8.
+_PACKED = "MatMulNBits"  # ONNX Runtime's operator; its weight is stored as bytes, and attributes K and N give the shape
+# Name and bits of each TensorProto.DataType; other types count as 8 bits.
 _TYPES = {
     1: ("float32", 32),
     2: ("uint8", 8),
@@ -49,13 +49,15 @@ _TYPES = {
     26: ("int2", 2),
 }
 
-Node = tuple[str, list[str], dict[str, int]]  # operator, inputs, attributes that are integers
+Node = tuple[str, list[str], dict[str, int]]  # operator, inputs, integer attributes
 
 
 @dataclass(frozen=True)
 class Graph:
-    """How often a graph has each operator, the shapes (rank 2 and more) of the weights that its products read, and the bytes of
-    all constants by type ("float32", "int8", "int4", ...), as the file holds them.
+    """Contents of a graph.
+
+    `operators`: number of nodes by operator. `weights`: shapes (rank 2 and more) of the weights of matrix products. `bytes`: stored
+    bytes of all constants by type ("float32", "int8", "int4", ...).
     """
 
     operators: Counter[str]
@@ -64,37 +66,37 @@ class Graph:
 
     @property
     def nodes(self) -> int:
-        """How many nodes there are."""
+        """Number of nodes."""
         return self.operators.total()
 
     @property
     def main_type(self) -> str:
-        """The type that most bytes of the constants are of; "float32" of a graph without any."""
+        """The type with the most bytes of constants; "float32" if there are none."""
         return max(self.bytes, key=self.bytes.__getitem__, default="float32")
 
 
 def read_graph(path: Path) -> Graph:
-    """Read a graph's file; raise BundleError when it is no ONNX file."""
+    """Read an ONNX file; raise BundleError if it is malformed."""
     data = path.read_bytes()
     try:
         start, end = next((start, end) for number, _, start, end in read_fields(data, 0, len(data)) if number == _GRAPH)
-        return _graph(data, list(read_fields(data, start, end)))
+        return _parse_graph(data, list(read_fields(data, start, end)))
     except (StopIteration, IndexError, ValueError) as error:
         raise BundleError(f"{path} is no ONNX file.", hint="Export the bundle again.") from error
 
 
-def _graph(data: bytes, fields: list[Field]) -> Graph:
+def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
     operators: Counter[str] = Counter()
     multiplied: set[str] = set()
     packed: dict[str, tuple[int, ...]] = {}
     for number, _, start, end in fields:
         if number == _NODE:
-            operator, inputs, integers = _node(data, start, end)
+            operator, inputs, integers = _parse_node(data, start, end)
             operators[operator] += 1
             multiplied.update(inputs[: _WEIGHT_INPUTS.get(operator, 0)])
             if operator == _PACKED:
                 packed[inputs[1]] = integers["K"], integers["N"]
-    tensors = [_tensor(data, start, end) for number, _, start, end in fields if number == _INITIALIZER]
+    tensors = [_parse_tensor(data, start, end) for number, _, start, end in fields if number == _INITIALIZER]
     stored: Counter[str] = Counter()
     for _, shape, kind in tensors:
         name, bits = _TYPES.get(kind, (f"type {kind}", 8))
@@ -103,7 +105,7 @@ def _graph(data: bytes, fields: list[Field]) -> Graph:
     return Graph(operators, tuple(shape for name, shape in shapes if name in multiplied and len(shape) > 1), stored)
 
 
-def _node(data: bytes, start: int, end: int) -> Node:
+def _parse_node(data: bytes, start: int, end: int) -> Node:
     operator, inputs, integers = "", [], {}
     for number, _, first, last in read_fields(data, start, end):
         if number == _INPUT:
@@ -111,12 +113,12 @@ def _node(data: bytes, start: int, end: int) -> Node:
         elif number == _OPERATOR:
             operator = data[first:last].decode()
         elif number == _ATTRIBUTE:
-            integers.update(_integer(data, first, last))
+            integers.update(_parse_integer_attribute(data, first, last))
     return operator, inputs, integers
 
 
-def _integer(data: bytes, start: int, end: int) -> dict[str, int]:
-    # An attribute's name and value where it is an integer.
+def _parse_integer_attribute(data: bytes, start: int, end: int) -> dict[str, int]:
+    # Name and value of an integer attribute; empty for other types.
     name, found = "", None
     for number, value, first, last in read_fields(data, start, end):
         if number == _ATTRIBUTE_NAME:
@@ -126,13 +128,13 @@ def _integer(data: bytes, start: int, end: int) -> dict[str, int]:
     return {} if found is None else {name: found}
 
 
-def _tensor(data: bytes, start: int, end: int) -> tuple[str, tuple[int, ...], int]:
+def _parse_tensor(data: bytes, start: int, end: int) -> tuple[str, tuple[int, ...], int]:
     name, kind, shape = "", 0, list[int]()
     for number, value, first, last in read_fields(data, start, end):
         if number == _NAME:
             name = data[first:last].decode()
         elif number == _TYPE:
             kind = value
-        elif number == _DIMS:  # one, or several in one field, as some writers pack them
+        elif number == _DIMS:  # one per field, or packed
             shape += read_integers(data, first, last) if last else [value]
     return name, tuple(shape), kind

@@ -1,10 +1,9 @@
-"""Power and energy: the INA sensors of a Jetson or the output of tegrastats, and a counter that integrates power over time.
+"""Power from a Jetson's INA sensors or from tegrastats, and a counter that integrates it to energy.
 
-The parser reads memory, GPU load, temperatures and power from the tegrastats lines of JetPack 5, 6, 7 and earlier.
+The parser reads memory, GPU load, temperatures and power from the tegrastats lines of JetPack 7, 6, 5 and earlier.
 
-A module with one input rail is read there. AGX Orin has no such rail: its total is the sum of the rails that are fed side by
-side, of which VIN_SYS_5V0 is only one. Thor's developer kit measures its whole input, carrier board included, as VIN, which
-INA3221 does not see.
+If a module has a total input rail, that rail is used. AGX Orin has none: its total is the sum of its parallel rails, of which
+VIN_SYS_5V0 is only one. Thor's developer kit measures its total input, carrier board included, as VIN, which INA3221 does not have.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from edgeprune.device.system import read_number, read_text
 
 _RAM = re.compile(r"\bRAM (\d{1,9})/(\d{1,9})MB")
 _SWAP = re.compile(r"\bSWAP (\d{1,9})/(\d{1,9})MB")
-_LOAD = re.compile(r"\bGR3D(?:_FREQ)? (\d{1,3})%")  # Thor names frequencies alone: "GR3D_FREQ @[1000,1000,1000]"
+_LOAD = re.compile(r"\bGR3D(?:_FREQ)? (\d{1,3})%")  # Thor reports only frequencies: "GR3D_FREQ @[1000,1000,1000]"
 _SENSOR = re.compile(r"(?<![\w%])([A-Za-z]\w*)@(-?\d{1,9}(?:\.\d{1,9})?)C\b")
-# Now, average and (JetPack 7.2) peak. Old lines have no unit; "RAM 2257/30536MB" must not pass for one of them.
+# Current, average and (JetPack 7.2) peak power. Old lines have no unit; "RAM 2257/30536MB" must not match as one.
 _RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (?:(-?\d{1,9})mW(?:/-?\d+mW)*|(-?\d{1,9})/-?\d+)(?!\S)")
-_OFF = -256.0  # degrees of a sensor whose part of the chip is switched off
+_OFF = -256.0  # degrees reported for a part of the chip that is powered off
 
-_INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")  # each the whole input of its board
-_FED_BY_OTHERS = ("VDDQ_VDD2_1V8AO",)  # drawn from VIN_SYS_5V0: adding it would count it twice
+_INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")  # total input rails of different boards
+_INCLUDED_IN_OTHERS = ("VDDQ_VDD2_1V8AO",)  # supplied by VIN_SYS_5V0, which already includes it
 _UNUSED = ("", "NC", "sum of shunt voltages")
 _CHANNELS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Tegrastats:
-    """One line: mebibytes, percent, milliwatts by rail and degrees Celsius by sensor; None for what the line does not say."""
+    """One tegrastats line: memory in MiB, load in percent, mW by rail, degrees Celsius by sensor; None for missing values."""
 
     ram_used: int | None
     ram_total: int | None
@@ -49,7 +48,7 @@ class Tegrastats:
 
 
 def parse_tegrastats(line: str) -> Tegrastats:
-    """Return what a line says. Power is the momentary value; sensors that are off are left out."""
+    """Parse a tegrastats line. Power is the current value; sensors that are off are omitted."""
     ram, swap, load = _RAM.search(line), _SWAP.search(line), _LOAD.search(line)
     degrees = {name: float(value) for name, value in _SENSOR.findall(line)}
     return Tegrastats(
@@ -65,37 +64,37 @@ def parse_tegrastats(line: str) -> Tegrastats:
 
 @dataclass(frozen=True)
 class Power:
-    """Milliwatts, and the rails that were added up."""
+    """Power in milliwatts, and the rails that it is the sum of."""
 
     milliwatts: float
     rails: tuple[str, ...]
 
 
 class PowerSource(Protocol):
-    """Something that says what is drawn now."""
+    """A source of power readings."""
 
     name: str
 
     def read(self) -> Power | None:
-        """Return the power, or None when there is no reading."""
+        """Return the current power; None if there is no reading."""
         ...
 
     def close(self) -> None:
-        """Let go of what the source holds."""
+        """Release the source's resources."""
         ...
 
 
 def total_power(rails: Mapping[str, float]) -> Power | None:
-    """Return the total of rails in milliwatts: the input rail, or the sum of those that are fed side by side; None without any."""
-    whole = next((name for name in _INPUTS if name in rails), None)
-    if whole is not None:
-        return Power(rails[whole], (whole,))
-    parts = {name: value for name, value in rails.items() if name not in _FED_BY_OTHERS}
+    """Return the total power of rails in mW: the total input rail, else the sum of the parallel rails; None without rails."""
+    total = next((name for name in _INPUTS if name in rails), None)
+    if total is not None:
+        return Power(rails[total], (total,))
+    parts = {name: value for name, value in rails.items() if name not in _INCLUDED_IN_OTHERS}
     return Power(sum(parts.values()), tuple(parts)) if parts else None
 
 
 class Ina3221:
-    """The INA3221 sensors of the module, through hwmon below `root`."""
+    """The module's INA3221 sensors, read from hwmon below `root`."""
 
     name = "INA3221"
 
@@ -104,7 +103,7 @@ class Ina3221:
         self._channels = _labelled_channels(root)
 
     def rails(self) -> dict[str, float]:
-        """Return the milliwatts of every labelled rail; a channel that is switched off cannot be read and is left out."""
+        """Return the power of every labelled rail in mW. Disabled channels cannot be read and are omitted."""
         found = {}
         for label, chip, channel in self._channels:
             millivolts = read_number(self._root, f"{chip}/in{channel}_input")
@@ -114,15 +113,15 @@ class Ina3221:
         return found
 
     def read(self) -> Power | None:
-        """Return the power of this moment."""
+        """Return the current power."""
         return total_power(self.rails())
 
     def close(self) -> None:
-        """Do nothing: no file is kept open."""
+        """Do nothing: no file stays open."""
 
 
 class TegrastatsPower:
-    """A tegrastats process, whose last line is the reading."""
+    """A tegrastats process whose latest line is the reading."""
 
     name = "tegrastats"
 
@@ -140,15 +139,15 @@ class TegrastatsPower:
         for line in self._process.stdout:
             self._last = total_power(parse_tegrastats(line).rails) or self._last
             self._first.set()
-        self._first.set()  # it ended: nobody needs to wait
+        self._first.set()  # the process ended: release waiting readers
 
     def read(self) -> Power | None:
-        """Return the power of the last line; wait up to a second for the first."""
+        """Return the power of the latest line; wait up to a second for the first line."""
         self._first.wait(1.0)
         return self._last
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self._process.terminate()
         self._process.wait()
         self._reader.join()
@@ -159,7 +158,7 @@ class TegrastatsPower:
 def find_power_source(
     root: Path = Path("/"), tegrastats: Sequence[str] = ("tegrastats", "--interval", "100")
 ) -> PowerSource | None:
-    """Return the INA3221 sensors, or else tegrastats, whichever gives a reading; None on a machine without either."""
+    """Return the INA3221 sensors or else tegrastats, if it gives a reading; None on a machine without either."""
     if (sensors := Ina3221(root)).read() is not None:
         return sensors
     try:
@@ -174,16 +173,16 @@ def find_power_source(
 
 @dataclass
 class BlockEnergy:
-    """The joules of a `with` block, known at its end; None where a sample at one of its ends is missing."""
+    """Energy of a `with` block in joules, set at its end; None if the sample at its start or end is missing."""
 
     joules: float | None = None
 
 
 class EnergyCounter:
-    """Counts the energy of the whole machine, from now until `close`: what idles and what else runs is in it.
+    """Counts the energy of the whole machine from construction until `close`, idle power and other processes included.
 
-    A thread takes samples, and the trapezoids between them are added up; a reading that fails leaves a gap that one of them spans.
-    Without a source there is no energy.
+    A thread samples the power every `interval_s` seconds; the energy is the trapezoidal integral. A failed reading is skipped, and
+    one trapezoid spans the gap. Without a source, the energy is None.
     """
 
     def __init__(
@@ -199,7 +198,7 @@ class EnergyCounter:
 
     @property
     def joules(self) -> float | None:
-        """The energy up to now, where a sample is taken; None where there is no reading."""
+        """Energy so far, including a sample taken now; None if there is no reading."""
         with self._lock:
             power = None if self._source is None else self._source.read()
             if power is None:
@@ -212,14 +211,14 @@ class EnergyCounter:
 
     @contextmanager
     def measure(self) -> Iterator[BlockEnergy]:
-        """Measure the energy of a block: the difference over it."""
+        """Measure the energy of a block."""
         block, before = BlockEnergy(), self.joules
         yield block
         after = self.joules
         block.joules = None if before is None or after is None else after - before
 
     def close(self) -> None:
-        """Stop counting. The source stays open, for whoever opened it."""
+        """Stop counting. The source stays open; its owner closes it."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -230,7 +229,7 @@ class EnergyCounter:
 
 
 def _labelled_channels(root: Path) -> list[tuple[str, str, int]]:
-    # (label, folder of the chip, channel), in the order of the chips.
+    # (label, folder of the chip, channel), sorted by chip.
     found = []
     for chip in sorted(root.glob("sys/class/hwmon/hwmon*")):
         folder = str(chip.relative_to(root))

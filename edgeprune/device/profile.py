@@ -1,4 +1,4 @@
-"""Measured times of a device: what `edgeprune profile` writes, and a search under a latency target reads."""
+"""Device profiles: times that `edgeprune profile` measures and that a search with a latency target reads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from edgeprune.io.files import write_text
 from edgeprune.io.typed_json import from_json, read_json
 
 SCHEMA_VERSION = 1
-PARTS = 4  # prefill is timed without visual tokens, with a quarter of them, and so on up to all
+PARTS = 4  # prefill is timed with 0, 1/4, ... 4/4 of the visual tokens
 TEXT = 32  # text tokens of the timed prefill
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """Milliseconds of the parts of a first token, unpruned. `prefill_ms`: with 0, 1/4, ... all of `tokens` visual tokens in
-    every layer.
+    """Times in milliseconds of vision encoder and unpruned prefill.
 
-    `how`: "measured", or "roofline" where it was computed from a device's peak numbers. `peaks`: what its processor was measured to
-    reach, None where only a GPU computes, or in files of before they were measured.
+    `prefill_ms`: with 0, 1/4, ... 4/4 of `tokens` visual tokens in every layer. `how`: "measured", or "roofline" if computed from a
+    device's peaks. `peaks`: measured peaks of the processor; None for a GPU, or in older files.
     """
 
     device: str
@@ -35,16 +34,16 @@ class DeviceProfile:
 
     @property
     def ttft_ms(self) -> float:
-        """Vision encoder and unpruned prefill."""
+        """Time of vision encoder and unpruned prefill."""
         return self.vision_ms + self.prefill_ms[-1]
 
     def save(self, path: Path) -> None:
-        """Write the times as JSON, whole or not at all."""
+        """Write the profile as JSON, atomically."""
         write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> DeviceProfile:
-        """Read times; raise UsageError when the file holds none."""
+        """Read a profile; raise UsageError if the file is not a valid one."""
         try:
             data: dict[str, Any] = read_json(path)
             if data.pop("schema_version") != SCHEMA_VERSION:
@@ -58,7 +57,7 @@ class DeviceProfile:
 
 
 def reported_peaks(path: Path) -> Peaks:
-    """Return the peaks in a file of times; raise UsageError when it has none."""
+    """Return the peaks of a profile; raise UsageError if it has none."""
     peaks = DeviceProfile.load(path).peaks
     if peaks is None:
         raise UsageError(f"{path} has no peaks of a processor.", hint="Measure them: edgeprune profile BUNDLE -o FILE")

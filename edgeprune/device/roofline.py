@@ -1,8 +1,8 @@
-"""What an answer costs on a module at best and at worst: operations over compute, bytes over bandwidth (Williams et al. 2009).
+"""Roofline estimate of an answer's cost on a module: operations over peak compute, bytes over bandwidth (Williams et al. 2009).
 
-A stage takes the larger of both, since an engine overlaps them, and the launches of its kernels. Every time is a range, because
-how much of a peak an engine reaches is known only roughly; docs/roofline.md compares the midpoints with published measurements.
-Not counted: reading and resizing the picture, tokenizing, sampling, and clocks that fall in heat.
+A stage takes the larger of the two, because an engine overlaps them, plus its kernel launches. Every time is a range, because the
+share of a peak that an engine reaches is known only roughly. docs/roofline.md compares the midpoints with published measurements.
+Not counted: image decoding and resizing, tokenization, sampling, and thermal throttling.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from edgeprune.device.workload import Workload
 
 @dataclass(frozen=True)
 class Interval:
-    """The lower and the upper figure."""
+    """A lower and an upper bound."""
 
     low: float
     high: float
 
     @property
     def middle(self) -> float:
-        """Their mean."""
+        """The mean of both bounds."""
         return (self.low + self.high) / 2
 
     def __add__(self, other: Interval) -> Interval:
         return Interval(self.low + other.low, self.high + other.high)
 
 
-# Shares of the peaks that engines reach. Orin's FP16 was set by the published prefill and vision times of Qwen3-VL
-# (docs/roofline.md). No published row is limited by FP32 or by Thor's FP16, which are taken as the same, nor by narrower numbers,
-# whose lower end is that of products too small for wider units.
+# Shares of the peaks that engines reach. Orin's FP16 is fitted to published prefill and vision times of Qwen3-VL: docs/roofline.md.
+# No published row is limited by FP32 or by Thor's FP16, which are assumed equal to it. None is limited by narrower types either;
+# their lower bound is for products too small for wider units.
 _COMPUTE = {
     ((8, 7), "fp32"): Interval(0.38, 0.54),
     ((8, 7), "fp16"): Interval(0.38, 0.54),
@@ -43,34 +43,34 @@ _COMPUTE = {
     ((11, 0), "fp8"): Interval(0.25, 0.54),
     ((11, 0), "fp4"): Interval(0.2, 0.54),
 }
-# The same where integers are unpacked to FP16 on the way. Published INT4 prefill reaches 0.09 on Thor, whose kernels are Orin's;
-# the upper end leaves room for better ones.
+# The same for integer weights that are unpacked to FP16. Published INT4 prefill reaches 0.09 on Thor with Orin's kernels; the upper
+# bound allows for better kernels.
 _UNPACKED = {(8, 7): Interval(0.38, 0.54), (11, 0): Interval(0.08, 0.2)}
-_BANDWIDTH = Interval(0.75, 0.95)  # set by the published decode rates
-_LAUNCH_MS = Interval(0.001, 0.006)  # between two kernels, captured in a CUDA graph or not: set by the same rates of small models
-_KERNELS = 12  # of one transformer layer in an engine: products, attention, rotation, norms, cache
-_RUNTIME_BYTES = Interval(
-    1.0e9, 2.0e9
-)  # CUDA context, libraries, workspaces: published memory of Orin Nano and NX less the weights
+_BANDWIDTH = Interval(0.75, 0.95)  # fitted to published decode rates
+_LAUNCH_MS = Interval(0.001, 0.006)  # per kernel, with or without a CUDA graph: fitted to decode rates of small models
+_KERNELS = 12  # per transformer layer in an engine: products, attention, rotary embedding, norms, cache
+# CUDA context, libraries and workspaces: published memory of Orin Nano and NX minus the weights.
+_RUNTIME_BYTES = Interval(1.0e9, 2.0e9)
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations of a stage: of `products` with weights, and of `attention` between tokens, in floating point throughout."""
+    """Operations of a stage: matrix `products` with weights, and `attention` between tokens, which is always floating point."""
 
     products: float
     attention: float
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Sum of both."""
         return self.products + self.attention
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a machine was measured to reach: `operations` a second by arithmetic ("fp32", "fp16", "int8"), `bandwidth` in bytes a
-    second, both with `threads` threads (None: all).
+    """Measured peaks of a machine with `threads` threads (None: all).
+
+    `operations`: per second, by arithmetic ("fp32", "fp16", "int8"). `bandwidth`: bytes per second.
     """
 
     operations: Mapping[str, float]
@@ -78,7 +78,7 @@ class Peaks:
     threads: int | None
 
     def least_ms(self, work: Operations, arithmetic: str, moved: float) -> float:
-        """Return the milliseconds that a stage takes at least: all operations at their peaks, or all bytes at the bandwidth."""
+        """Return a stage's lower bound in ms: the larger of its operations at peak and its `moved` bytes at full bandwidth."""
         between = "fp32" if arithmetic == "int8" else arithmetic
         compute = work.products / self.operations[arithmetic] + work.attention / self.operations[between]
         return 1e3 * max(compute, moved / self.bandwidth)
@@ -86,10 +86,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its operations, the bytes it moves at least and at most, its milliseconds, and what limits it at the midpoint.
-
-    `limit` is "compute", "bandwidth" or "launches".
-    """
+    """A stage: operations, bytes moved, milliseconds, and its `limit` at the midpoint: "compute", "bandwidth" or "launches"."""
 
     name: str
     operations: float
@@ -100,9 +97,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the module, where CPU and GPU share memory. The system's own memory is not counted.
+    """Bytes of memory, which CPU and GPU share on the module. Memory of the operating system is not counted.
 
-    `file_cache`: pages of the weights' files, just read; the system gives them back when it needs them.
+    `file_cache`: cached pages of the weight files, which the system reclaims when needed.
     """
 
     weights: float
@@ -114,18 +111,18 @@ class MemoryEstimate:
 
     @property
     def at_rest(self) -> Interval:
-        """Loaded and idle."""
+        """Memory when loaded and idle."""
         return Interval(self.weights, self.weights) + self.runtime
 
     @property
     def at_peak(self) -> Interval:
-        """With the whole answer's KV cache and the largest activations; the file cache is not in it."""
+        """Memory with the complete answer's KV cache and the largest activations, without the file cache."""
         extra = self.kv + self.activations
         return self.at_rest + Interval(extra, extra)
 
     @property
     def fits(self) -> str:
-        """Whether the peak is below the module's memory: "yes", "no", or "perhaps" where the range is on both sides."""
+        """Whether the peak fits in the module's memory: "yes", "no", or "perhaps" if only the lower bound does."""
         if self.at_peak.high < self.ram:
             return "yes"
         return "perhaps" if self.at_peak.low < self.ram else "no"
@@ -133,7 +130,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The stages of an answer in order, the last being one token of decode, and the memory."""
+    """The stages of an answer in order, the last being one decode step, and the memory."""
 
     stages: tuple[Stage, ...]
     memory: MemoryEstimate
@@ -149,21 +146,21 @@ class Estimate:
         return self.stages[-1].ms
 
     def stage(self, name: str) -> Stage | None:
-        """Return a stage by name, None where the workload has no such stage."""
+        """Return a stage by name; None if the workload does not have it."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
 def estimate(work: Workload, module: Module) -> Estimate:
-    """Return what a workload costs on a module; raise UsageError when the module lacks its arithmetic."""
+    """Estimate a workload on a module; raise UsageError if the module lacks its arithmetic."""
     selection = (_selection(work, module),) if work.selector else ()
     stages = (_vision(work, module), *selection, _prefill(work, module), _decode(work, module))
     return Estimate(stages, _memory(work, module))
 
 
 def vision_operations(work: Workload) -> Operations:
-    """Return what the vision encoder multiplies for one image, its attention taken to be over the whole of it."""
+    """Return the vision encoder's operations for one image, assuming attention over the complete image."""
     tower, blocks = work.tower, work.tower.blocks
-    if not sum(blocks):  # a question without a picture
+    if not sum(blocks):  # no image
         return Operations(0.0, 0.0)
     tokens = tower.tokens * blocks[-1] // tower.patches
     products = 2.0 * (tower.parameters * sum(blocks) / len(blocks) + tower.merger * tokens)
@@ -171,19 +168,19 @@ def vision_operations(work: Workload) -> Operations:
 
 
 def prefill_operations(work: Workload) -> Operations:
-    """Return what the decoder multiplies up to the first token, with the visual tokens that are alive in each layer."""
+    """Return the decoder's operations of prefill, with the visual tokens that each layer has."""
     decoder = work.decoder
     tokens = [alive + work.text_tokens for alive in work.alive]
-    each = decoder.parameters / decoder.layers
+    per_layer = decoder.parameters / decoder.layers
     causal = 2.0 * decoder.attention_width  # two products for each pair of tokens, half of the pairs
-    # The head sees the last token alone.
-    return Operations(2.0 * decoder.head + sum(2.0 * each * n for n in tokens), sum(causal * n * n for n in tokens))
+    # The output head runs on the last token only.
+    return Operations(2.0 * decoder.head + sum(2.0 * per_layer * n for n in tokens), sum(causal * n * n for n in tokens))
 
 
 def _vision(work: Workload, module: Module) -> Stage:
     tower = work.tower
-    # Numbers read and written for one patch where every product and every pass between goes to memory, as in _prefill; queries,
-    # keys and values are as wide as the hidden state, and the MLP has two matrices.
+    # Upper bound on elements read and written per patch, if every product and elementwise pass goes to memory, as in _prefill.
+    # Queries, keys and values are as wide as the hidden state; the MLP has two matrices.
     passes = sum(tower.blocks) * (20.0 * tower.hidden + 4.0 * tower.mlp) * work.precision.number
     moved = Interval(work.tower_bytes, work.tower_bytes + passes)
     return _stage("vision encoder", work, module, vision_operations(work).total, moved, tower.layers * _KERNELS)
@@ -192,15 +189,15 @@ def _vision(work: Workload, module: Module) -> Stage:
 def _selection(work: Workload, module: Module) -> Stage:
     tokens, hidden = work.tower.tokens, work.decoder.hidden
     moved = float(tokens * (hidden + tokens) * work.precision.number)
-    # All pairs of tokens compared, which few methods exceed; the chain of small nodes is what costs.
+    # All pairs of tokens are compared; few methods need more. Launches of many small nodes dominate.
     return _stage("selection", work, module, 2.0 * tokens**2 * hidden, Interval(moved, moved), work.selector)
 
 
 def _prefill(work: Workload, module: Module) -> Stage:
     decoder = work.decoder
     tokens = [alive + work.text_tokens for alive in work.alive]
-    # Where nothing stays in a cache between kernels: four products and attention read their inputs and write their outputs, two
-    # norms with their sums and the MLP's product of gate and up pass once more.
+    # Upper bound if no data stays in a cache between kernels: four products and attention read inputs and write outputs; two norms
+    # with their residual sums and the MLP's product of gate and up add one pass each.
     attention = 4 * decoder.attention_width + 2 * decoder.kv_width
     passes = float(sum(tokens) * (12 * decoder.hidden + attention + 6 * decoder.intermediate) * work.precision.number)
     weights = work.layer_bytes + work.head_bytes
@@ -212,17 +209,17 @@ def _prefill(work: Workload, module: Module) -> Stage:
 def _decode(work: Workload, module: Module) -> Stage:
     decoder = work.decoder
     kv = work.kv_bytes(work.generated / 2)  # the mean over the answer
-    cached = kv / (decoder.kv_width * work.precision.number)  # tokens, summed over the layers
+    cached = kv / (decoder.kv_width * work.precision.number)  # tokens, sum over layers
     operations = 2.0 * (decoder.parameters + decoder.head) + 4.0 * decoder.attention_width * cached
     moved = work.layer_bytes + work.head_bytes + kv
     return _stage("decode", work, module, operations, Interval(moved, moved), decoder.layers * _KERNELS)
 
 
 def _stage(name: str, work: Workload, module: Module, operations: float, moved: Interval, kernels: int) -> Stage:
-    inside = name in ("prefill", "decode")
-    arithmetic = work.precision.arithmetic if inside else work.precision.elsewhere
-    peak, width = module.tflops(arithmetic) * 1e9, module.bandwidth * 1e6  # in a millisecond
-    share = _UNPACKED[module.sm] if inside and work.precision.unpacked else _COMPUTE[module.sm, arithmetic]
+    in_decoder = name in ("prefill", "decode")
+    arithmetic = work.precision.arithmetic if in_decoder else work.precision.elsewhere
+    peak, width = module.tflops(arithmetic) * 1e9, module.bandwidth * 1e6  # per millisecond
+    share = _UNPACKED[module.sm] if in_decoder and work.precision.unpacked else _COMPUTE[module.sm, arithmetic]
     compute = Interval(operations / (peak * share.high), operations / (peak * share.low))
     memory = Interval(moved.low / (width * _BANDWIDTH.high), moved.high / (width * _BANDWIDTH.low))
     launches = Interval(kernels * _LAUNCH_MS.low, kernels * _LAUNCH_MS.high)
@@ -234,7 +231,7 @@ def _stage(name: str, work: Workload, module: Module, operations: float, moved: 
 def _memory(work: Workload, module: Module) -> MemoryEstimate:
     tower, decoder = work.tower, work.decoder
     weights = work.layer_bytes + work.head_bytes + work.embedding_bytes + work.tower_bytes
-    # Alive at once: the residual, a norm's output, and what the widest kernel of a layer reads and writes.
+    # Live at once: the residual, a norm's output, and inputs and outputs of a layer's widest kernel.
     widest = max(decoder.attention_width + decoder.kv_width, 2 * decoder.intermediate)
     prefill = (max(work.alive) + work.text_tokens) * (2 * decoder.hidden + widest)
     vision = tower.patches * (2 * tower.hidden + max(4 * tower.hidden, 2 * tower.mlp))

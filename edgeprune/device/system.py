@@ -1,6 +1,6 @@
-"""How a machine is looked at: files below a root, commands through a runner, and the packages that Debian and Python know of.
+"""Access to a machine: files below a root, commands through a runner, and packages of Debian and Python.
 
-Nothing here raises on what is absent or odd: it is None, or left out.
+These functions do not raise for missing or malformed data: they return None or omit it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-Runner = Callable[[Sequence[str]], "str | None"]  # the standard output of a command; None where there is none of it
+Runner = Callable[[Sequence[str]], "str | None"]  # returns a command's standard output; None if it fails
 
-# By distribution: the module that a program imports.
+# Distribution -> the module that programs import.
 _MODULES = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-gpu": "onnxruntime",
@@ -26,14 +26,14 @@ _MODULES = {
     "onnx": "onnx",
     "onnxscript": "onnxscript",
 }
-_SHARED = ("onnxruntime",)  # modules that several distributions bring: only the metadata can tell which one did
+_SHARED = ("onnxruntime",)  # modules of several distributions: only metadata identifies the installed one
 
 
 @dataclass(frozen=True)
 class Software:
-    """What this Python has: its `version`, distributions with their versions, and the `providers` that ONNX Runtime offers.
+    """Software of a Python: its `version`, versions of distributions, and ONNX Runtime's `providers`.
 
-    `isolated`: a virtual environment that does not see the system's packages.
+    `isolated`: a virtual environment without the system's packages.
     """
 
     version: tuple[int, int]
@@ -43,13 +43,13 @@ class Software:
 
     @classmethod
     def here(cls) -> Software:
-        """Return what the running Python has. ONNX Runtime is imported, nothing else."""
+        """Return the software of the running Python. Only ONNX Runtime is imported."""
         found = {name: version for name in _MODULES if (version := _package_version(name)) is not None}
         return cls((sys.version_info[0], sys.version_info[1]), found, _providers(), _is_isolated())
 
 
 def read_text(root: Path, path: str) -> str | None:
-    """Return a file below `root` as stripped text without NULs; None when it cannot be read."""
+    """Return a file below `root` as stripped text without NULs; None if it cannot be read."""
     try:
         return (root / path).read_bytes().decode("utf-8", "replace").replace("\0", " ").strip()
     except (OSError, ValueError):
@@ -57,7 +57,7 @@ def read_text(root: Path, path: str) -> str | None:
 
 
 def read_number(root: Path, path: str) -> int | None:
-    """Return the integer in a file below `root`; None when there is none."""
+    """Return the integer in a file below `root`; None if there is none."""
     try:
         return int(read_text(root, path) or "")
     except ValueError:
@@ -65,7 +65,7 @@ def read_number(root: Path, path: str) -> int | None:
 
 
 def run_command(command: Sequence[str]) -> str | None:
-    """Return what a command prints; None when it is missing, fails or takes longer than 5 s."""
+    """Return a command's output; None if it is missing, fails or takes longer than 5 s."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
@@ -74,7 +74,7 @@ def run_command(command: Sequence[str]) -> str | None:
 
 
 def installed_debs(status: str | None, names: Collection[str]) -> dict[str, str]:
-    """Return the versions of installed Debian packages in the text of /var/lib/dpkg/status."""
+    """Return the versions of installed Debian packages, parsed from the text of /var/lib/dpkg/status."""
     found = {}
     for paragraph in (status or "").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if ": " in line and not line.startswith(" "))
@@ -84,7 +84,7 @@ def installed_debs(status: str | None, names: Collection[str]) -> dict[str, str]
 
 
 def version_numbers(text: str | None) -> tuple[int, ...]:
-    """Return (10, 3, 0, 30) of "10.3.0.30-1+cuda12.5": the leading numbers, an epoch left out; () when there are none."""
+    """Return (10, 3, 0, 30) for "10.3.0.30-1+cuda12.5": the leading numbers without an epoch; () if there are none."""
     numbers = []
     for part in (text or "").rpartition(":")[2].split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -101,7 +101,7 @@ def _package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         pass
-    # Debian's packages do not always bring metadata. A namespace is none of them: our own wheel has a file in optimum's.
+    # Some Debian packages have no metadata. A namespace package does not count: our own wheel has a file in optimum's.
     spec = None if _MODULES[name] in _SHARED else importlib.util.find_spec(_MODULES[name])
     return "unknown" if spec is not None and spec.origin is not None else None
 
@@ -111,7 +111,7 @@ def _providers() -> tuple[str, ...]:
         import onnxruntime
 
         return tuple(onnxruntime.get_available_providers())
-    except Exception:  # a wheel for another machine fails with errors of many types
+    except Exception:  # a wheel for another machine raises errors of many types
         return ()
 
 

@@ -1,4 +1,4 @@
-"""What one question about one image asks of a module, in plain numbers; and those numbers of a bundle."""
+"""The workload of one question about one image: sizes, token counts and precision, and how to read them from a bundle."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from edgeprune.plan import KeepPlan
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a weight with its scales in each part of a model, and of a `number` that is computed: activations, KV cache.
+    """Bytes per weight, scales included, in each part of a model; `number`: bytes per element of activations and KV cache.
 
-    The matrices of the decoder's layers are multiplied in `arithmetic`; everything else at the width of a number.
+    Matrix products of the decoder layers run in `arithmetic`, everything else at the width of `number`.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Precision:
 
     @property
     def elsewhere(self) -> str:
-        """The arithmetic of the vision encoder and of a selection before the decoder."""
+        """Arithmetic of the vision encoder and the selector."""
         return "fp16" if self.number == 2 else "fp32"
 
     @property
     def unpacked(self) -> bool:
-        """Whether integers become FP16 on the way to a product."""
+        """Whether integer weights are unpacked to FP16 for products."""
         return self.arithmetic == "fp16" and self.layers < 2.0
 
 
-# As Lowering.weights_of says for TensorRT: integers are of weights alone, an int4 block of 128 inputs has an FP16 scale.
+# As Lowering.weights_of for TensorRT: only weights are integers; an INT4 block of 128 inputs has one FP16 scale.
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -53,10 +53,10 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class VisionWorkload:
-    """The vision encoder: `layers` blocks of width `hidden` with an `mlp` over `patches`, then `tokens` visual tokens.
+    """The vision encoder: `layers` blocks of width `hidden` and MLP width `mlp` over `patches`, giving `tokens` visual tokens.
 
-    `parameters` are multiplied once a patch, `merger` (the projection into the decoder) once a visual token. `left`: the patches of
-    each block, of an encoder that drops some on the way; () where all pass all blocks.
+    `parameters` are multiplied once per patch, `merger` (the projector into the decoder) once per visual token. `left`: patches of
+    each block if vision cuts drop some; () without vision cuts.
     """
 
     layers: int
@@ -70,13 +70,13 @@ class VisionWorkload:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Patches of each block."""
+        """Number of patches in each block."""
         return self.left or (self.patches,) * self.layers
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The language model; `parameters` are those of its layers' matrices together, without embedding and output head."""
+    """The language model; `parameters` counts the matrices of all layers, without embedding and output head."""
 
     layers: int
     hidden: int
@@ -94,20 +94,20 @@ class Decoder:
 
     @property
     def attention_width(self) -> int:
-        """Numbers of one token's queries in one layer."""
+        """Elements of a token's queries in one layer."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Numbers that the KV cache of one layer holds for one token."""
+        """Elements of a token's keys and values in the KV cache of one layer."""
         return 2 * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One question about one image: `alive` and `stored` are the visual tokens of each layer, in prefill and then in the cache.
+    """One question about one image: `alive` and `stored` are the visual tokens of each layer in prefill and in the KV cache.
 
-    `selector`: nodes of the graph that selects before the decoder, 0 where there is none; `generated`: tokens of the answer.
+    `selector`: nodes of the input cut's graph, 0 without one; `generated`: tokens of the answer.
     """
 
     tower: VisionWorkload
@@ -137,7 +137,7 @@ class Workload:
 
     @property
     def embedding_bytes(self) -> float:
-        """Bytes of the embedding, stored apart from the head even where the model ties them."""
+        """Bytes of the embedding, which is stored separately from the head even if the model ties them."""
         return self.decoder.head * self.precision.embedding
 
     @property
@@ -146,21 +146,21 @@ class Workload:
         return (self.tower.parameters + self.tower.merger) * self.precision.vision
 
     def kv_bytes(self, generated: float) -> float:
-        """Return the bytes of the KV cache after some generated tokens; what a decode cut removes is not taken off."""
+        """Return the bytes of the KV cache after `generated` tokens; reductions by a decode cut are not subtracted."""
         tokens = sum(self.stored) + self.decoder.layers * (self.text_tokens + generated)
         return float(tokens * self.decoder.kv_width * self.precision.number)
 
     def unpruned(self) -> Workload:
-        """Return the same question with every visual token in every layer and every patch in every block, and no selection."""
-        every = (self.tower.tokens,) * self.decoder.layers
-        return replace(self, tower=replace(self.tower, left=()), alive=every, stored=every, selector=0)
+        """Return the workload without pruning: every visual token in every layer, every patch in every block, no selector."""
+        counts = (self.tower.tokens,) * self.decoder.layers
+        return replace(self, tower=replace(self.tower, left=()), alive=counts, stored=counts, selector=0)
 
 
 def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: str = "fp32") -> Workload:
-    """Return the workload of a question to a bundle, as if it were exported in a precision.
+    """Return the workload of a question to a bundle, as if it were exported in `precision`.
 
-    Sizes that the manifest lacks are read off the shapes of the graphs' weights. The width of the vision encoder is the one that
-    most of its matrices share, and its attention is taken to be over the whole image. Raises UsageError for an unknown precision,
+    Sizes that the manifest lacks are inferred from the shapes of the graphs' weights. The vision encoder's width is the most common
+    dimension of its matrices, and its attention is assumed to span the image. Raises UsageError for an unknown precision and
     BundleError for a graph that cannot be read.
     """
     if precision not in PRECISIONS:
@@ -169,7 +169,9 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
     patches = int(manifest.graphs[VISION].inputs["pixel_values"].shape[0])
     layers = range(plan.layers)
     return Workload(
-        tower=_thinned(_tower(read_graph(bundle.file(VISION)), manifest.encoder_blocks, patches, plan.geometry.tokens), plan),
+        tower=_with_vision_cuts(
+            _tower(read_graph(bundle.file(VISION)), manifest.encoder_blocks, patches, plan.geometry.tokens), plan
+        ),
         decoder=_decoder(read_graph(bundle.file(DECODER)), bundle),
         precision=PRECISIONS[precision],
         alive=tuple(map(plan.tokens_at_layer, layers)),
@@ -181,16 +183,16 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
 
 
 def _tower(graph: Graph, layers: int, patches: int, tokens: int) -> VisionWorkload:
-    hidden = _common(size for shape in graph.weights for size in set(shape)) or 1
-    wide = [shape for shape in graph.weights if hidden in shape]
-    mlp = _common(size for shape in wide if len(shape) == 2 for size in shape if size not in (hidden, 3 * hidden))
-    parameters = sum(map(math.prod, wide))
+    hidden = _most_common(size for shape in graph.weights for size in set(shape)) or 1
+    block_shapes = [shape for shape in graph.weights if hidden in shape]
+    mlp = _most_common(size for shape in block_shapes if len(shape) == 2 for size in shape if size not in (hidden, 3 * hidden))
+    parameters = sum(map(math.prod, block_shapes))
     return VisionWorkload(
         layers, hidden, mlp or 4 * hidden, patches, tokens, parameters, sum(map(math.prod, graph.weights)) - parameters
     )
 
 
-def _thinned(tower: VisionWorkload, plan: KeepPlan) -> VisionWorkload:
+def _with_vision_cuts(tower: VisionWorkload, plan: KeepPlan) -> VisionWorkload:
     if not plan.vision_cuts:
         return tower
     keeps = [[tower.tokens, *(cut.keep for cut in plan.vision_cuts if cut.layer <= block)][-1] for block in range(tower.layers)]
@@ -202,10 +204,10 @@ def _decoder(graph: Graph, bundle: Bundle) -> Decoder:
     matrices = [sizes for sizes in graph.weights if shape.vocabulary not in sizes]
     others = Counter(size for sizes in matrices if shape.hidden in sizes for size in sizes if size != shape.hidden)
     kv = shape.kv_heads * shape.head_dim
-    # Gate, up and down are of the MLP's width; keys and values have the width of the cache. What is left are the queries' matrices,
-    # square where nothing is left; or, where no matrix is of the keys alone, those of all three in one.
-    intermediate = _common(others.elements()) or 4 * shape.hidden
-    queries = _common(size for size in others.elements() if size not in (intermediate, kv)) or shape.hidden
+    # Gate, up and down have the MLP's width; keys and values have the cache's width. The remaining size is that of the queries, or,
+    # if no matrix has the keys' width, of queries, keys and values in one matrix. If none remains, the query matrix is square.
+    intermediate = _most_common(others.elements()) or 4 * shape.hidden
+    queries = _most_common(size for size in others.elements() if size not in (intermediate, kv)) or shape.hidden
     queries -= 0 if kv in others or queries <= 2 * kv else 2 * kv
     return Decoder(
         layers=shape.layers,
@@ -219,6 +221,6 @@ def _decoder(graph: Graph, bundle: Bundle) -> Decoder:
     )
 
 
-def _common(sizes: Iterable[int]) -> int | None:
+def _most_common(sizes: Iterable[int]) -> int | None:
     found = Counter(sizes).most_common(1)
     return found[0][0] if found else None

@@ -1,1 +1,1 @@
-"""Files, JSON, protobuf and threads for every other room. Imports errors alone."""
+"""Files, JSON, protobuf and threads. Imports nothing else of edgeprune but errors."""

@@ -1,4 +1,4 @@
-"""Functions that run in threads of their own, such as reading files while graphs are opened."""
+"""Run functions in background threads, such as hashing files while sessions are created."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class ThreadTask(Generic[T]):
-    """A function without arguments that runs from now on. It holds no process back from ending."""
+    """A function without arguments that runs in a daemon thread from construction on."""
 
-    # concurrent.futures would do, but it imports logging: 5 ms of the 150 that importing the runtime may take.
+    # Not concurrent.futures: it imports logging, 5 ms of the 150 ms that importing the runtime may take.
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
         self._results: list[T] = []
@@ -21,11 +21,11 @@ class ThreadTask(Generic[T]):
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the function has ended, well or not."""
+        """Wait until the function has returned or raised."""
         self._thread.join()
 
     def result(self) -> T:
-        """Wait for the function; return what it returned, or raise what it raised."""
+        """Wait for the function; return its result or raise its exception."""
         self.wait()
         if self._error is not None:
             raise self._error
@@ -39,8 +39,8 @@ class ThreadTask(Generic[T]):
 
 
 def run_in_threads(functions: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """Run functions in a thread each and return their results by name; raise the first one's error when all have ended."""
-    started = {name: ThreadTask(function) for name, function in functions.items()}
-    for each in started.values():
-        each.wait()
-    return {name: each.result() for name, each in started.items()}
+    """Run each function in its own thread and return the results by name; raise the first error after all have ended."""
+    tasks = {name: ThreadTask(function) for name, function in functions.items()}
+    for task in tasks.values():
+        task.wait()
+    return {name: task.result() for name, task in tasks.items()}

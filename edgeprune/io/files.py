@@ -1,7 +1,7 @@
-"""Write files and folders so that each appears whole or not at all, and stays through a loss of power once it has appeared.
+"""Write files and folders atomically and durably: each appears complete or not at all, and survives a power loss.
 
-What is being written lies beside its target as `.NAME.XXXXXXXX.tmp`, and its writer holds a lock on it. A process that is killed
-leaves it without one, by which the next writer of the same target knows that nobody wants it, and removes it.
+Data is written to `.NAME.XXXXXXXX.tmp` beside the target, and the writer holds a lock on that file or folder. A killed process
+leaves it unlocked; the next writer of the same target recognises this and removes it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _NO_REPLACE, _EXCHANGE = 1, 2  # renameat2's flags
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file through a temporary one beside it."""
+    """Write a UTF-8 file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file through a temporary one beside it."""
-    with _naming(path, data) as temporary:
+    """Write a file atomically."""
+    with _temporary_with(path, data) as temporary:
         os.replace(temporary, path)
 
 
 def write_new(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Write a file that is not there yet, `private`: which its user alone may read, from its first moment on.
+    """Write a new file atomically; `private`: only its owner can read it, from its creation on.
 
-    Raises FileExistsError when it is there, be it since a moment ago.
+    Raises FileExistsError if the file exists, also if it was created during the call.
     """
-    with _naming(path, data, 0o600 if private else 0o666) as temporary:
+    with _temporary_with(path, data, 0o600 if private else 0o666) as temporary:
         if not _renamed(temporary, path, _NO_REPLACE):
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -46,7 +46,7 @@ def write_new(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a whole file the name of `target`, in the same folder, which it replaces."""
+    """Rename a complete file to `target` in the same folder, replacing it."""
     try:
         os.replace(path, target)
         _flush(target.parent)
@@ -55,10 +55,10 @@ def move(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Iterator[Path]:
-    # A file with all of its content, which the block gives its name.
+def _temporary_with(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Iterator[Path]:
+    # Yields a temporary file with the complete content; the block renames it.
     try:
-        with _beside(path, lambda temporary: temporary.touch(mode, exist_ok=False)) as temporary:
+        with _temporary_beside(path, lambda temporary: temporary.touch(mode, exist_ok=False)) as temporary:
             temporary.write_bytes(data)
             _flush(temporary)
             yield temporary
@@ -70,7 +70,7 @@ def _naming(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Iterator
 
 
 def save_image(image: Image, path: Path) -> None:
-    """Write a Pillow image in the format that the suffix names."""
+    """Write a Pillow image atomically in the format of the suffix."""
     from io import BytesIO
 
     from PIL.Image import registered_extensions
@@ -91,9 +91,9 @@ def save_image(image: Image, path: Path) -> None:
 def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block ends without an error.
 
-    Raises UsageError when `target` exists and `force` is not given. On any error, Ctrl-C included, nothing is left behind and
-    an existing `target` is untouched. There is a whole `target` at any moment, the former or the new one, where the file system can
-    exchange two names (exFAT, for one, cannot: there the next writer puts a former one back that lost its name).
+    Raises UsageError if `target` exists and `force` is false. On any error, Ctrl-C included, the temporary folder is removed and
+    an existing `target` is untouched. On file systems that can exchange two names, a complete `target` (old or new) exists at any
+    moment. On others, such as exFAT, a crash may leave the old one under another name; the next writer restores it.
     """
     if not target.name:
         raise UsageError(f"{str(target)!r} is not a name for a new folder.", hint="Give another output.")
@@ -104,7 +104,7 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise EdgePruneError(f"Cannot write beside {target}: {error.strerror}.") from error
     try:
-        with _beside(target, Path.mkdir) as temporary:
+        with _temporary_beside(target, Path.mkdir) as temporary:
             yield temporary
             for folder, _, files in os.walk(temporary):
                 for path in (*(Path(folder, name) for name in files), Path(folder)):
@@ -116,10 +116,10 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left of a target of this `name`; without one, of all: in a folder that is nobody else's."""
-    left = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.tmp")
+    """Remove temporary files that killed processes left for target `name`, or for all targets in a folder of our own."""
+    leftover = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.tmp")
     with suppress(OSError):
-        for path in [path for path in folder.iterdir() if left.fullmatch(path.name)]:
+        for path in [path for path in folder.iterdir() if leftover.fullmatch(path.name)]:
             lock = _locked(path, wait=False)
             if lock is not None:
                 _remove(path)
@@ -127,11 +127,11 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def _beside(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    # What will take the target's place; whatever has its name in the end is removed.
+def _temporary_beside(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    # Yields the locked temporary path for a target, and removes whatever is at that path at the end.
     sweep(target.parent, target.name)
-    _restore(target)
-    temporary, lock = _claimed(target, make)
+    _restore_interrupted(target)
+    temporary, lock = _create_locked(target, make)
     try:
         yield temporary
     finally:
@@ -139,23 +139,23 @@ def _beside(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         os.close(lock)
 
 
-def _claimed(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+def _create_locked(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
     while True:
         temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
         make(temporary)
         lock = _locked(temporary, wait=True)
         if lock is None:
             continue
-        # Before it was locked it looked like what a killed process leaves: another writer may have removed it.
+        # Until it was locked, another writer could take it for a leftover of a killed process and remove it.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), temporary.stat()):
                 return temporary, lock
         os.close(lock)
 
 
-def _restore(target: Path) -> None:
-    # A former target that lost its name between two renames has it back.
-    old = _former(target)
+def _restore_interrupted(target: Path) -> None:
+    # Undo a replacement that was interrupted between its two renames.
+    old = _old_path(target)
     with suppress(OSError):
         if target.exists():
             _remove(old)
@@ -164,7 +164,7 @@ def _restore(target: Path) -> None:
 
 
 def _locked(path: Path, *, wait: bool) -> int | None:
-    # An open descriptor with a lock that ends with the process; None where another process has it, or `path` is gone.
+    # Returns an open descriptor whose lock ends with the process; None if another process holds it or `path` is gone.
     import fcntl
 
     try:
@@ -176,17 +176,17 @@ def _locked(path: Path, *, wait: bool) -> int | None:
     except OSError:
         if not wait:
             os.close(descriptor)
-            return None  # held, or a file system without locks: then nobody knows whether it is wanted
+            return None  # held by another process, or the file system has no locks and the owner is unknown
     return descriptor
 
 
 def _flush(path: Path) -> None:
-    # Onto the disk, before a name says that it is there.
+    # Data must be on the disk before the rename that publishes it.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot do it for a folder
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
             raise
     finally:
         os.close(descriptor)
@@ -196,7 +196,7 @@ def _replace(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)
     elif not _renamed(temporary, target, _EXCHANGE):
-        old = _former(target)
+        old = _old_path(target)
         target.rename(old)
         try:
             temporary.rename(target)
@@ -207,20 +207,20 @@ def _replace(temporary: Path, target: Path) -> None:
 
 
 def _renamed(old: Path, new: Path, flag: int) -> bool:
-    # Linux's renameat2, which Python's library lacks; False where it is refused, or the file system or the C library cannot.
+    # Linux's renameat2, which Python does not expose; False if it fails or the file system or C library does not support it.
     import ctypes
 
-    here = -100  # AT_FDCWD
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return call is not None and call(here, os.fsencode(old), here, os.fsencode(new), flag) == 0
+    at_fdcwd = -100
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return renameat2 is not None and renameat2(at_fdcwd, os.fsencode(old), at_fdcwd, os.fsencode(new), flag) == 0
 
 
-def _former(target: Path) -> Path:
+def _old_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
 def _remove(path: Path) -> None:
-    # Not at the top: whoever loads a bundle, by way of this module, needs it not, and it takes longer to import than this.
+    # Imported here because loading a bundle imports this module but never removes anything, and shutil is slow to import.
     import shutil
 
     if path.is_dir() and not path.is_symlink():

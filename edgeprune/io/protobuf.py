@@ -1,19 +1,18 @@
-"""Protobuf's wire format, read and written by hand: the onnx package is not among the runtime's dependencies.
+"""Reader and writer for the protobuf wire format. The runtime does not depend on the onnx package.
 
-A message is a sequence of fields. A field has a number, and is written as an integer of seven bits a byte, as four or eight bytes,
-or as a length with so many bytes after it: a text, packed integers, or another message. Which number means what is for the caller
-to know. Nothing is copied: what has a length is given as its place in the bytes.
+A message is a sequence of fields. A field has a number and one of these encodings: varint, four or eight bytes, or length-delimited
+(a string, packed integers or another message). The caller knows the meaning of each number. Nothing is copied: a length-delimited
+field is given by its offsets.
 
-The reader is strict, as it guards bundles: a field that outruns the message that holds it, or an integer of more than 64 bits, is
-an error, and not read as well as can be.
+The reader is strict because it guards bundles: it rejects fields that extend beyond their message and integers above 64 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# The number of a field, its value if it is written as an integer, and begin and end of what it holds if it has a length. The end of
-# anything else is 0, where no content can end: a field of the wrong kind can be told from an empty one.
+# Field number, value of a varint, and begin and end offsets of length-delimited content. The end is 0 for every other encoding;
+# content never ends at 0, so an empty field differs from one of another encoding.
 Field = tuple[int, int, int, int]
 
 _INTEGER, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
@@ -22,9 +21,9 @@ _OUTRUNS = "a field is longer than what holds it"
 
 
 def read_fields(data: bytes, at: int, end: int) -> Iterator[Field]:
-    """Yield the fields of the message from `at` to `end`; raise ValueError or IndexError where it is none."""
+    """Yield the fields of the message in `data[at:end]`; raise ValueError or IndexError if it is malformed."""
     while at < end:
-        # Most tags have one byte: these are read here, without a call.
+        # Fast path without a call: most tags have one byte.
         tag = data[at]
         if tag < 128:
             at += 1
@@ -50,7 +49,7 @@ def read_fields(data: bytes, at: int, end: int) -> Iterator[Field]:
 
 
 def read_integers(data: bytes, at: int, end: int) -> Iterator[int]:
-    """Yield the integers that are packed from `at` to `end`; raise ValueError or IndexError where they end elsewhere."""
+    """Yield the packed integers in `data[at:end]`; raise ValueError or IndexError if they are malformed."""
     while at < end:
         value, at = _read_integer(data, at)
         yield value
@@ -59,12 +58,12 @@ def read_integers(data: bytes, at: int, end: int) -> Iterator[int]:
 
 
 def message(number: int, content: bytes) -> bytes:
-    """Return a field that holds a message, a text or other bytes."""
+    """Return an encoded length-delimited field: a message, a string or bytes."""
     return _write_integer(number << 3 | _LENGTH) + _write_integer(len(content)) + content
 
 
 def integers(number: int, *values: int) -> bytes:
-    """Return a field for each of some integers, none of them below 0."""
+    """Return one encoded varint field per integer. Integers must not be negative."""
     return b"".join(_write_integer(number << 3 | _INTEGER) + _write_integer(value) for value in values)
 
 

@@ -1,1 +1,1 @@
-"""A lint of exported graphs against what each TensorRT accepts. Imports onnx, never torch or the runtime."""
+"""Lint exported graphs for a target's engine. Imports onnx, never torch or the runtime."""

@@ -1,6 +1,6 @@
-"""Run the rules on a graph or a bundle.
+"""Run the lint rules on a graph or a bundle.
 
-A new rule is a function from a RuleContext to its findings, in the file of its matter, and a line in one of the two tables below.
+A new rule is a function from a RuleContext to findings, in the module of its subject, and a line in one of the tables below.
 """
 
 from __future__ import annotations
@@ -12,20 +12,15 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
 from edgeprune.lint.graph import load_graph
 from edgeprune.lint.rule import Finding, Profile, Rule, RuleContext
-from edgeprune.lint.rules import arguments, operators, profiles, shapes
-from edgeprune.lint.rules import arguments as selection
-from edgeprune.lint.rules import operators as attention
-from edgeprune.lint.rules import shapes as control
-from edgeprune.lint.rules import types as numbers
-from edgeprune.lint.rules import types as quantization
+from edgeprune.lint.rules import arguments, operators, profiles, shapes, types
 from edgeprune.targets import Target
 
 MODULES = ("Orin", "Thor")
 
-ONNX_RULES: tuple[Rule, ...] = (  # what breaks ONNX itself, for every target
+ONNX_RULES: tuple[Rule, ...] = (  # violations of ONNX itself, for every target
     operators.unreadable_shapes,
-    numbers.mixed_types,
-    selection.short_axes,
+    types.mixed_types,
+    arguments.short_axes,
 )
 ONNXRUNTIME_RULES: tuple[Rule, ...] = (
     operators.foreign_operators,
@@ -43,22 +38,22 @@ TENSORRT_RULES: tuple[Rule, ...] = (
     arguments.training_dropout,
     arguments.odd_einsum,
     arguments.refused_attributes,
-    attention.partial_attention,
-    control.uneven_branches,
-    control.growing_loops,
-    control.open_loops,
-    selection.many_selected,
-    selection.unsorted_selections,
-    selection.counted_selections,
+    operators.partial_attention,
+    shapes.uneven_branches,
+    shapes.growing_loops,
+    shapes.open_loops,
+    arguments.many_selected,
+    arguments.unsorted_selections,
+    arguments.counted_selections,
     shapes.shapes_from_data,
-    numbers.lacking_types,
-    numbers.doubles,
-    numbers.inner_bytes,
-    quantization.zero_points,
-    quantization.unsigned_bytes,
-    quantization.int4_blocks,
-    quantization.small_floats,
-    quantization.packed_borders,
+    types.lacking_types,
+    types.doubles,
+    types.inner_bytes,
+    types.zero_points,
+    types.unsigned_bytes,
+    types.int4_blocks,
+    types.small_floats,
+    types.packed_borders,
     profiles.unknown_inputs,
     profiles.missing_ranges,
     profiles.wrong_ranks,
@@ -72,17 +67,17 @@ TENSORRT_RULES: tuple[Rule, ...] = (
 def lint(
     path: Path, target: Target, profiles: Sequence[Profile] = (), *, modules: Sequence[str] | None = None, name: str = ""
 ) -> list[Finding]:
-    """Return what a target refuses or changes in a graph file, errors first.
+    """Return the findings of a graph file for a target, errors first.
 
-    `profiles` are the ranges that an engine will be built for; without them only fixed lengths are judged. `modules` are the
-    Jetsons that are meant, of `MODULES`; without them, all that the target has. Findings call the graph `name`, or by its file.
-    Raise BundleError for a file that is no graph, UsageError for a module that is unknown.
+    `profiles`: optimization profiles of the engine; without them, only fixed dimensions are checked. `modules`: Jetsons of
+    `MODULES`; None: all of the target. `name`: the graph's name in findings, by default that of the file. Raises BundleError if the
+    file is no ONNX graph, UsageError for an unknown module.
     """
-    meant = _modules_of(target) if modules is None else tuple(modules)
-    for module in meant:
+    jetsons = _modules_of(target) if modules is None else tuple(modules)
+    for module in jetsons:
         if module not in MODULES:
             raise UsageError(f"Unknown module {module!r}.", hint=f"Modules are: {', '.join(MODULES)}.")
-    context = RuleContext(load_graph(path, name), target, tuple(profiles), meant)
+    context = RuleContext(load_graph(path, name), target, tuple(profiles), jetsons)
     findings = [finding for rule in _rules_of(target) for finding in rule(context)]
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity)
 
@@ -94,17 +89,19 @@ def lint_bundle(
     *,
     modules: Sequence[str] | None = None,
 ) -> list[Finding]:
-    """Return the findings of every graph of a bundle; profiles are by path in the bundle, `onnx/decoder.onnx` for instance.
+    """Return the findings of every graph of a bundle; profiles are by path in the bundle, such as `onnx/decoder.onnx`.
 
-    Raise UsageError for profiles of a graph that the bundle does not have, and what `lint` raises.
+    Raises UsageError for profiles of a graph that the bundle does not have, and the errors of `lint`.
     """
     graphs = [name for name in bundle.manifest.files if name.endswith(".onnx")]
-    given = profiles_by_graph or {}
-    for name in given:
+    by_graph = profiles_by_graph or {}
+    for name in by_graph:
         if name not in graphs:
             raise UsageError(f"There is no graph {name!r} in {bundle.path}.", hint=f"It has: {', '.join(graphs)}.")
     return [
-        finding for name in graphs for finding in lint(bundle.file(name), target, given.get(name, ()), modules=modules, name=name)
+        finding
+        for name in graphs
+        for finding in lint(bundle.file(name), target, by_graph.get(name, ()), modules=modules, name=name)
     ]
 
 

@@ -1,6 +1,6 @@
 """A view of an ONNX graph for the lint: nodes with their scopes, types and shapes of values, and small constants.
 
-Weights stay on disk; only constants that a rule asks for are read. Bodies of If, Loop and Scan are scopes inside the graph's.
+Weights stay on disk; only constants that a rule requests are read. Bodies of If, Loop and Scan are nested scopes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from edgeprune.errors import BundleError
 
-Dim = int | str  # a length, a name or an expression; an empty string where nothing is known
+Dim = int | str  # a length, a name or an expression; an empty string if unknown
 
-LARGEST = 1 << 20  # elements; zero points of blocks are the largest constants that a rule reads
+LARGEST = 1 << 20  # elements; block-wise zero points are the largest constants that a rule reads
 
 ONNX_DOMAINS = ("", "ai.onnx")
 
 
 def read_tensor(tensor: TensorProto, folder: Path) -> np.ndarray | None:
-    """Return a stored tensor, from its file beside the graph where it is external; None if it is large or cannot be read."""
+    """Return a stored tensor, loading external data from `folder`; None if it is large or cannot be read."""
     if int(np.prod(tensor.dims, dtype=np.int64)) > LARGEST:
         return None
     try:
@@ -63,7 +63,7 @@ class Value:
 
 @dataclass
 class Scope:
-    """One graph or body: what it computes, stores and declares, and the scope around it."""
+    """A graph or body: its nodes, initializers and declared values, and the `outer` scope."""
 
     proto: GraphProto
     folder: Path
@@ -83,52 +83,52 @@ class Scope:
             self.values[tensor.name] = Value(tensor.name, TensorProto.DataType.Name(tensor.data_type), tuple(tensor.dims))
 
     def owner(self, name: str) -> Scope | None:
-        """Return the innermost scope from here outwards that holds a value, None for a name that nothing declares."""
+        """Return the innermost scope that defines a value, from here outwards; None for an undeclared name."""
         if name in self.producers or name in self.initializers or name in self.arguments:
             return self
         return self.outer.owner(name) if self.outer else None
 
     def value(self, name: str) -> Value:
-        """Return what is known of a value."""
+        """Return type and shape of a value as far as known."""
         owner = self.owner(name) or self
         return owner.values.get(name, Value(name, "", None))
 
     def producer(self, name: str) -> Node | None:
-        """Return the node that computes a value, here or in a scope around."""
+        """Return the node that computes a value, in this or an outer scope."""
         owner = self.owner(name)
         return Node(owner.producers[name], owner) if owner and name in owner.producers else None
 
     def initializer(self, name: str) -> np.ndarray | None:
-        """Return the stored tensor of a name, None where there is none or it is large."""
+        """Return an initializer's tensor; None if there is none or it is large."""
         owner = self.owner(name)
         return read_tensor(owner.initializers[name], owner.folder) if owner and name in owner.initializers else None
 
     def is_stored(self, name: str) -> bool:
-        """Tell whether a value is an initializer."""
+        """Return whether a value is an initializer."""
         owner = self.owner(name)
         return owner is not None and name in owner.initializers
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node in its scope; inputs and outputs are empty strings where the node leaves them out."""
+    """A node in its scope; omitted inputs and outputs are empty strings."""
 
     proto: NodeProto
     scope: Scope
 
     @property
     def name(self) -> str:
-        """The node's name, or that of its first output where it has none."""
+        """The node's name, or the name of its first output if it has none."""
         return self.proto.name or next((name for name in self.proto.output if name), self.proto.op_type)
 
     @property
     def operator(self) -> str:
-        """The operator, with its domain where that is not ONNX's."""
+        """The operator, prefixed with its domain unless that is ONNX's."""
         return self.proto.op_type if self.standard else f"{self.proto.domain}::{self.proto.op_type}"
 
     @property
     def standard(self) -> bool:
-        """Whether the operator is one of ONNX's own domain."""
+        """Whether the operator is in ONNX's own domain."""
         return self.proto.domain in ONNX_DOMAINS
 
     @property
@@ -142,19 +142,19 @@ class Node:
         return tuple(self.proto.input)
 
     def has_input(self, index: int) -> bool:
-        """Tell whether an optional input is given."""
+        """Return whether an optional input is present."""
         return index < len(self.proto.input) and bool(self.proto.input[index])
 
     def has_output(self, index: int) -> bool:
-        """Tell whether an optional output is asked for."""
+        """Return whether an optional output is present."""
         return index < len(self.proto.output) and bool(self.proto.output[index])
 
     def input(self, index: int) -> Value:
-        """Return what is known of an input; an unnamed value for one that is left out."""
+        """Return type and shape of an input as far as known; an unnamed value if it is omitted."""
         return self.scope.value(self.proto.input[index]) if self.has_input(index) else Value("", "", None)
 
     def output(self, index: int = 0) -> Value:
-        """Return what is known of an output; an unnamed value for one that is left out."""
+        """Return type and shape of an output as far as known; an unnamed value if it is omitted."""
         return self.scope.value(self.proto.output[index]) if self.has_output(index) else Value("", "", None)
 
     def attribute(self, name: str, default: Any = None) -> Any:
@@ -175,7 +175,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph file: `name` is how findings call it, `opset` that of ONNX's domain, `unread` why inference failed, or empty."""
+    """A graph file: `name` in findings, `opset` of ONNX's domain, `unread`: why shape inference failed, or empty."""
 
     name: str
     opset: int
@@ -186,7 +186,7 @@ class Graph:
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        """The inputs of the graph that are no initializers."""
+        """Inputs of the graph, without initializers."""
         return tuple(self.main.values[item.name] for item in self.main.proto.input if item.name not in self.main.initializers)
 
     @property
@@ -196,7 +196,7 @@ class Graph:
 
 
 def load_graph(path: Path, name: str = "") -> Graph:
-    """Read a graph without its external data, with inferred types and shapes; raise BundleError for a file that is no ONNX."""
+    """Read a graph without its external data and infer types and shapes; raise BundleError if it cannot be parsed."""
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (OSError, DecodeError, ValueError) as error:
@@ -205,7 +205,7 @@ def load_graph(path: Path, name: str = "") -> Graph:
 
 
 def view_graph(model: ModelProto, folder: Path, name: str) -> Graph:
-    """Return the view of a model whose external data lie in `folder`."""
+    """Return the view of a model whose external data are in `folder`."""
     model, unread = _infer(model)
     main = Scope(model.graph, folder)
     scopes = [main]
@@ -215,7 +215,7 @@ def view_graph(model: ModelProto, folder: Path, name: str) -> Graph:
 
 
 def _infer(model: ModelProto) -> tuple[ModelProto, str]:
-    # A model with more than 2 GB inside, or one that breaks ONNX's own rules, keeps the shapes that it declares.
+    # Inference fails for models above 2 GB and for invalid ones; these keep their declared shapes.
     try:
         inlined = inliner.inline_local_functions(model) if model.functions else model
         return shape_inference.infer_shapes(inlined, data_prop=True), ""
@@ -224,6 +224,7 @@ def _infer(model: ModelProto) -> tuple[ModelProto, str]:
 
 
 def _walk(scope: Scope, scopes: list[Scope]) -> Iterator[Node]:
+    # Nested scopes are appended to `scopes`.
     for proto in scope.proto.node:
         node = Node(proto, scope)
         yield node

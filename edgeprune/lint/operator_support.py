@@ -1,8 +1,8 @@
-"""Which ONNX operators TensorRT parses, since which version and on which element types.
+"""ONNX operators that TensorRT parses: since which version and on which element types.
 
-Sources: the operator list of onnx-tensorrt 10.1; the change logs of TensorRT and onnx-tensorrt up to 11.1 for what came later; runs
-of the parser and builder of tensorrt-rtx 1.7, one tiny graph for each operator and type, for what the list leaves open. Types
-have the names of `onnx.TensorProto.DataType`.
+Sources: the operator list of onnx-tensorrt 10.1; for later additions, the change logs of TensorRT and onnx-tensorrt up to 11.1; for
+open questions, runs of the parser and builder of tensorrt-rtx 1.7 on one tiny graph per operator and type. Types are named as in
+`onnx.TensorProto.DataType`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 Version = tuple[int, int]
 
-LISTED: Version = (10, 1)  # the newest operator list that was published with types
-RUN: Version = (10, 16)  # the TensorRT whose parser is the one of the runs
+LISTED: Version = (10, 1)  # the newest published operator list with types
+RUN: Version = (10, 16)  # the TensorRT with the parser of those runs
 
 HALVES = frozenset({"FLOAT", "FLOAT16"})
 FLOATS = HALVES | {"BFLOAT16"}
@@ -22,14 +22,14 @@ ANY = NUMBERS | {"BOOL"}
 LOGICAL = frozenset({"BOOL"})
 FP8, FP4 = frozenset({"FLOAT8E4M3FN"}), frozenset({"FLOAT4E2M1"})
 QUANTIZED = frozenset({"INT8", "INT4"}) | FP8 | FP4
-IMAGES = frozenset({"UINT8"})  # for inputs and outputs of a network alone
-DOUBLES = frozenset({"DOUBLE"})  # read, and computed as FLOAT
+IMAGES = frozenset({"UINT8"})  # only for inputs and outputs of a network
+DOUBLES = frozenset({"DOUBLE"})  # parsed, but computed as FLOAT
 KNOWN_TYPES = ANY | QUANTIZED | IMAGES | DOUBLES | {"FLOAT8E8M0"}
 
 
 @dataclass(frozen=True)
 class Support:
-    """One operator: its `types`, the TensorRT it is parsed `since`, and types that only newer versions were seen to take."""
+    """An operator: supported `types`, the first TensorRT that parses it, and types that only `newer` versions accept in runs."""
 
     types: frozenset[str]
     since: Version = (10, 0)
@@ -74,7 +74,7 @@ OPERATORS: dict[str, Support] = {name: Support(types) for types, names in _BY_TY
     "Pow": Support(FLOATS, newer=INTEGERS),
     "ScatterElements": Support(NUMBERS, newer=LOGICAL),
     "ScatterND": Support(NUMBERS, newer=LOGICAL),
-    # Newer than the list of 10.1; the versions are those of the change logs, or of the runs where no log names them.
+    # Newer than the list of 10.1; versions are from the change logs, or from the runs if no log names the operator.
     "Attention": Support(FLOATS, since=(10, 14)),
     "RMSNormalization": Support(FLOATS, since=(10, 15)),
     "RotaryEmbedding": Support(FLOATS, since=(10, 15)),
@@ -86,17 +86,17 @@ OPERATORS: dict[str, Support] = {name: Support(types) for types, names in _BY_TY
     "Swish": Support(FLOATS, since=(11, 0)),
 }
 
-# Operators that move elements without reading them; what is between Q and DQ may pass through them.
+# Operators that move elements without computing on them; quantized values may pass through them.
 _MOVERS = (
     "Concat Constant ConstantOfShape Expand Flatten Gather GatherElements GatherND Identity Pad Reshape ReverseSequence Shape Size "
     "Slice Split Squeeze Tile Transpose Unsqueeze Where"
 )
 MOVERS = frozenset(_MOVERS.split())
 
-# TensorRT's own operators, which its parser takes under any domain.
+# TensorRT's own operators, which its parser accepts in any domain.
 OWN_OPERATORS: dict[str, Version] = {name: (11, 0) for name in ("TRT_Attention", "TRT_KVCacheUpdate", "TRT_MoE")}
 
-# Inputs whose type decides, where it is not the first; no index: the output decides.
+# Index of the input that determines the type, if not the first; None: the output does.
 TYPED_INPUT: dict[str, int | None] = {
     "Where": 1,
     "OneHot": 2,
@@ -114,7 +114,7 @@ _FIXED_COUNT = "Keep a fixed count with TopK and Gather."
 _BOOLEANS = "Compute on booleans with And, Or, Xor and Not."
 _SEQUENCES = "Use tensors with Concat, Split and Gather in place of sequences."
 
-# What to do about operators that no TensorRT parses; the others are for the model's author.
+# Remedies for operators that no TensorRT parses. Others have a generic remedy.
 INSTEAD: dict[str, str] = {
     "BitwiseAnd": _BOOLEANS,
     "BitwiseNot": _BOOLEANS,
@@ -141,14 +141,14 @@ INSTEAD: dict[str, str] = {
     "Unique": _FIXED_COUNT,
 }
 
-# The newest opset that the parser of a TensorRT is known to read: documented for 10.0, of the onnx it is built with for 10.6, of
-# its newest operators for 10.14, and of the runs.
+# The newest opset that a TensorRT is known to parse, by documentation (10.0), the onnx version it is built with (10.6), its newest
+# operators (10.14), and the runs.
 _OPSETS: tuple[tuple[Version, int], ...] = (((10, 0), 20), ((10, 6), 22), ((10, 14), 24), (RUN, 26))
-NEWEST_ONNXRUNTIME_OPSET = 21  # of onnxruntime 1.20, the oldest that EdgePrune takes
+NEWEST_ONNXRUNTIME_OPSET = 21  # of onnxruntime 1.20, the oldest supported version
 
-LARGEST_K = 3840  # of TopK; the parser passes more, the builder does not
+LARGEST_K = 3840  # of TopK; the parser accepts more, the builder does not
 LARGEST_RANK = 8
-INT4_BLOCKS = (16, 32, 64, 128)  # the block sizes of the documentation and the runs
+INT4_BLOCKS = (16, 32, 64, 128)  # block sizes in the documentation and the runs
 FP8_MODULES = FP4_MODULES = frozenset({"Thor"})  # Orin's sm_87 has neither
 
 

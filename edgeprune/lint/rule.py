@@ -1,4 +1,4 @@
-"""What a rule of the lint is given, and what it returns: a Finding for each thing that a target refuses or changes silently."""
+"""The interface of lint rules: a RuleContext in, a Finding out for each thing that a target refuses or silently changes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from edgeprune.targets import Target
 Severity = Literal["error", "warning"]
 
 Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input name -> least, usual and greatest shape
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input name -> min, opt and max shape
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing in a graph that a target refuses (`error`) or that may surprise (`warning`).
+    """Something in a graph that a target refuses (severity "error") or may treat unexpectedly ("warning").
 
-    `node` is the name of a node or, where no node is at fault, of a tensor; `operator` is empty then. `reason` says what is wrong
-    and `remedy` what to do, one sentence each.
+    `node` is the name of a node, or of a tensor with `operator` empty. `reason` and `remedy` are one sentence each.
     """
 
     graph: str
@@ -39,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RuleContext:
-    """One graph under one target, with the profiles that it will be built with and the Jetsons that are meant."""
+    """The input of a rule: a graph, a target, the optimization profiles of the build, and the Jetsons (`modules`)."""
 
     graph: Graph
     target: Target
@@ -48,20 +47,20 @@ class RuleContext:
 
     @property
     def tensorrt(self) -> Version:
-        """The target's TensorRT; rules of TensorRT run for no other target."""
+        """The target's TensorRT version. TensorRT rules run only for targets that have one."""
         assert self.target.tensorrt is not None
         return self.target.tensorrt
 
     def error(self, place: Node | Value | str, reason: str, remedy: str) -> Finding:
-        """Return a finding that the target refuses."""
+        """Return a finding of severity error."""
         return self._finding(place, reason, remedy, "error")
 
     def warning(self, place: Node | Value | str, reason: str, remedy: str) -> Finding:
-        """Return a finding that may surprise."""
+        """Return a finding of severity warning."""
         return self._finding(place, reason, remedy, "warning")
 
     def lengths(self) -> Iterator[Mapping[str, Range]]:
-        """Yield, for each profile, the ranges of the names of dimensions; one without names where there is no profile."""
+        """Yield the ranges of dimension names for each profile; one empty mapping if there is no profile."""
         for profile in self.profiles or ({},):
             yield ranges_of(self.graph, profile)
 
@@ -75,9 +74,9 @@ Rule = Callable[[RuleContext], Iterator[Finding]]
 
 
 def ranges_of(graph: Graph, profile: Profile) -> dict[str, Range]:
-    """Return the ranges of the names of dimensions under one profile; of a name with several ranges, the widest."""
+    """Return the ranges of dimension names in a profile; the union if a name has several ranges."""
     ranges: dict[str, Range] = {}
-    for value, dims in _dynamic(graph):
+    for value, dims in _dynamic_dims(graph):
         low, _, high = profile.get(value.name, ((), (), ()))
         for axis, dim in dims:
             if axis < min(len(low), len(high)):
@@ -86,6 +85,6 @@ def ranges_of(graph: Graph, profile: Profile) -> dict[str, Range]:
     return ranges
 
 
-def _dynamic(graph: Graph) -> Iterator[tuple[Value, list[tuple[int, str]]]]:
+def _dynamic_dims(graph: Graph) -> Iterator[tuple[Value, list[tuple[int, str]]]]:
     for value in graph.inputs:
         yield value, [(axis, dim) for axis, dim in enumerate(value.shape or ()) if isinstance(dim, str) and dim]

@@ -1,6 +1,6 @@
-"""How long dynamic dimensions may be: ranges of names from a profile, and of expressions such as `text + 2*image - 1`.
+"""Ranges of dynamic dimensions, given as names or expressions such as `text + 2*image - 1`, and constant folding.
 
-The exporter of torch writes the length of a computed dimension as an expression over the names of the inputs' dimensions.
+torch's exporter writes computed dimensions as expressions over the names of the inputs' dimensions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from edgeprune.lint.graph import Dim, read_tensor
 
 if TYPE_CHECKING:
     from edgeprune.lint.graph import Node, Scope
+
 _LITERALS = ("value_int", "value_ints", "value_float", "value_floats")
 
 
 @dataclass(frozen=True)
 class Range:
-    """The least and the greatest length; `known` is false where a name had no range and any length is assumed."""
+    """Minimum and maximum length; `known` is false if a name had no range and any length is assumed."""
 
     low: float
     high: float
@@ -42,7 +43,7 @@ _CHOICES: dict[str, Callable[..., float]] = {"max": max, "min": min}
 
 
 def range_of(dim: Dim, names: Mapping[str, Range]) -> Range:
-    """Return the range of a dimension, given those of names; any length for an expression that cannot be read."""
+    """Return the range of a dimension, given the ranges of names; ANY_LENGTH for an expression that cannot be parsed."""
     if isinstance(dim, int):
         return Range(dim, dim)
     if dim in names:
@@ -60,7 +61,7 @@ def _evaluate(node: ast.expr, names: Mapping[str, Range]) -> Range:
         case ast.Name(id=name):
             return names.get(name, ANY_LENGTH)
         case ast.Call(func=ast.Name(id=name), args=arguments) if name.lower() in _CHOICES and arguments:
-            return _choose(_CHOICES[name.lower()], [_evaluate(argument, names) for argument in arguments])
+            return _min_or_max(_CHOICES[name.lower()], [_evaluate(argument, names) for argument in arguments])
         case ast.BinOp(left=left, op=ast.Sub(), right=right):
             a, b = _evaluate(left, names), _evaluate(right, names)
             return Range(a.low - b.high, a.high - b.low, a.known and b.known)
@@ -70,20 +71,20 @@ def _evaluate(node: ast.expr, names: Mapping[str, Range]) -> Range:
 
 
 def _combine(function: Callable[[float, float], float], a: Range, b: Range) -> Range:
-    # Lengths are not negative, yet differences inside an expression may be: all four corners count.
+    # Lengths are not negative, but differences in an expression may be, so all four corners matter.
     corners = [function(x, y) for x in (a.low, a.high) for y in (b.low, b.high)]
     if any(math.isnan(corner) for corner in corners):
         return ANY_LENGTH
     return Range(min(corners), max(corners), a.known and b.known)
 
 
-def _choose(function: Callable[..., float], ranges: list[Range]) -> Range:
+def _min_or_max(function: Callable[..., float], ranges: list[Range]) -> Range:
     low, high = function(item.low for item in ranges), function(item.high for item in ranges)
     return Range(low, high, all(item.known for item in ranges))
 
 
 def constant(scope: Scope, name: str) -> np.ndarray | None:
-    """Return a value that does not depend on inputs or shapes, or None.
+    """Return a value that depends only on constants and initializers; None otherwise.
 
     Folds Constant, Identity, Cast, Reshape, Squeeze, Unsqueeze and Concat, as TensorRT's parser does for weights.
     """
@@ -107,20 +108,20 @@ def constant(scope: Scope, name: str) -> np.ndarray | None:
 
 
 def is_constant(scope: Scope, name: str) -> bool:
-    """Tell whether a value depends on initializers and constants alone, whatever its size."""
-    seen: set[str] = set()
-    waiting = [(scope, name)]
-    while waiting:
-        at, item = waiting.pop()
-        if item in seen or at.is_stored(item):
+    """Return whether a value depends only on initializers and constants, whatever its size."""
+    visited: set[str] = set()
+    pending = [(scope, name)]
+    while pending:
+        current, item = pending.pop()
+        if item in visited or current.is_stored(item):
             continue
-        seen.add(item)
-        node = at.producer(item)
+        visited.add(item)
+        node = current.producer(item)
         if node is None or any(True for _ in node.bodies()) or (not node.inputs and node.operator != "Constant"):
             return False
         if node.operator in ("Shape", "Size"):
             return False
-        waiting += [(node.scope, source) for source in node.inputs if source]
+        pending += [(node.scope, source) for source in node.inputs if source]
     return True
 
 

@@ -1,4 +1,4 @@
-"""Keep plans: cuts, counts, geometry and tiers. Imports no model, no bundle and no torch."""
+"""Keep plans: cuts, keep budgets, geometry and tiers. Imports no model, no bundle and no torch."""
 
 from edgeprune.plan.geometry import Geometry, View
 from edgeprune.plan.keep_plan import SITES, Cut, KeepPlan, check_keep_ratio, keep_count, keep_count_up

@@ -1,4 +1,4 @@
-"""The image geometry of a plan: how the vision encoder divides a picture, and how many visual tokens each view gives."""
+"""The image geometry of a plan: how the vision encoder divides an image into views and visual tokens."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from edgeprune.io.typed_json import from_json
 
-MAX_LAYERS, MAX_TOKENS = 4096, 2**31 - 1  # what a file may say: far beyond any model
+MAX_LAYERS, MAX_TOKENS = 4096, 2**31 - 1  # limits for values in files, far above any model
 
 
 @dataclass(frozen=True)
 class View:
-    """What the vision encoder looks at in one go: a box of the prepared picture, and the visual tokens it becomes.
+    """A box of the preprocessed image that the vision encoder encodes at once, and its visual tokens.
 
-    `top`, `left`, `height` and `width` in pixels of the picture as the image processor prepares it; `rows` x `columns` tokens in
-    reading order, each row followed by `separators` tokens that stand for no place (newlines). `time`: the temporal position of
-    its frame, counted from the first one.
+    `top`, `left`, `height` and `width` are in pixels of the preprocessed image. The view has `rows` x `columns` tokens in reading
+    order; each row is followed by `separators` tokens without a position in the image (newlines). `time` is the temporal position
+    of its frame, counted from the first.
     """
 
     top: int
@@ -37,11 +37,11 @@ class View:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The image size a graph is made for, in patches and in visual tokens.
+    """The image size that the graphs are exported for: `height` and `width` in pixels, and its division into visual tokens.
 
-    `patch` and `merge` are the processor's patch size in pixels and the patches merged along each side of a visual token.
-    `views`: in the order of the sequence, where there is more than the one grid of the whole image (tiles, frames). `frames` of
-    a video, `fps` of them a second; an image has one.
+    `patch` is the processor's patch size in pixels, `merge` the patches merged along each side of a visual token. `views`: tiles
+    or frames in sequence order; empty for one grid over the whole image. `frames` and `fps` (frames per second) describe a video;
+    an image has one frame.
     """
 
     height: int
@@ -54,17 +54,17 @@ class Geometry:
 
     @property
     def rows(self) -> int:
-        """Visual tokens along the height of the whole image, were it one grid."""
+        """Visual tokens along the height of the image as one grid."""
         return self.height // (self.patch * self.merge)
 
     @property
     def columns(self) -> int:
-        """Visual tokens along the width of the whole image, were it one grid."""
+        """Visual tokens along the width of the image as one grid."""
         return self.width // (self.patch * self.merge)
 
     @property
     def layout(self) -> tuple[View, ...]:
-        """The views, of a plain image the one that is all of it."""
+        """The views; a single view of the whole image if `views` is empty."""
         return self.views or (View(0, 0, self.height, self.width, self.rows, self.columns),)
 
     @property
@@ -74,7 +74,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Geometry:
-        """Return the geometry in JSON data; raise ValueError when it is malformed."""
+        """Build a geometry from JSON data; raise ValueError if it is malformed."""
         found = from_json(cls, data, "geometry")
         if min(found.height, found.width, found.patch, found.merge, found.frames) < 1 or found.fps < 0:
             raise ValueError("geometry has a size below 1")

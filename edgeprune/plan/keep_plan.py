@@ -1,4 +1,4 @@
-"""Keep plans: which cuts prune the visual tokens of a model, and how many tokens each keeps.
+"""Keep plans: the cuts that prune a model's visual tokens, and the keep budget of each.
 
 A plan belongs to one model shape and one image geometry; every count in it is a constant of the exported graphs.
 """
@@ -32,13 +32,13 @@ _RENAMED = {  # old public names, which work for one release
 
 @dataclass(frozen=True)
 class Cut:
-    """One place where visual tokens leave.
+    """One place where visual tokens are dropped. `method` chooses the `keep` tokens that stay (at "decode": at least `keep`).
 
-    `site` "vision": before block `layer` (1 or more) of the vision encoder, whole visual tokens with all patches that are merged
-    into them, as many of every view. "input": before decoder layer 0. "layer": before decoder layer `layer` (1 or more), for all
-    later ones. "cache": at the end of prefill, from the KV cache of `layer` alone, each KV head its own. "decode": while tokens are
-    generated, from the caches of `layer` and all later ones. `keep` tokens stay (at "decode": at least), chosen by `method`; `seed`
-    matters to methods that draw lots; `options` are the method's own settings.
+    Sites: "vision" drops whole visual tokens, with all patches merged into them, before block `layer` (1 or more) of the vision
+    encoder, the same number in every view. "input" acts before decoder layer 0. "layer" acts before decoder layer `layer` (1 or
+    more). "cache" prunes the KV cache of `layer` at the end of prefill, separately for each KV head. "decode" reads fewer entries
+    of the caches of `layer` and all later layers while tokens are generated. `seed` is for randomised methods; `options` are
+    the method's settings.
     """
 
     site: str
@@ -63,7 +63,7 @@ class Cut:
         return f"{self.method} @ {self.site if self.site == 'input' else f'{self.site} {self.layer}'}"
 
     def settings(self, **defaults: Any) -> dict[str, Any]:
-        """Return the method's settings: `defaults`, and over them the cut's options; raise PlanError for one that is no setting."""
+        """Return `defaults` updated with the cut's options; raise PlanError for an unknown option or a wrong type."""
         for name, value in self.options.items():
             if name not in defaults:
                 known = f"Options of {self.method}: {', '.join(defaults)}." if defaults else f"{self.method} has no options."
@@ -91,7 +91,7 @@ class KeepPlan:
             if place <= before:
                 raise PlanError(f"The cuts must stand in the order of their sites and layers, one at each; {cut} does not.")
         for cut in self.cuts:
-            if cut.site != "vision" and cut.layer >= self.layers:  # how deep the encoder is, the plan does not say
+            if cut.site != "vision" and cut.layer >= self.layers:  # the plan does not have the encoder's depth
                 raise PlanError(f"{cut} lies beyond the model's {self.layers} layers (0 to {self.layers - 1}).")
         self._check_counts()
         self._check_decode()
@@ -102,12 +102,12 @@ class KeepPlan:
             return getattr(self, renamed("KeepPlan", name, _RENAMED))
 
     def _check_counts(self) -> None:
-        alive = self.geometry.tokens
+        current = self.geometry.tokens
         for cut in self.cuts:
-            left = self.tokens_at_layer(cut.layer) if cut.site == "cache" else alive
-            if cut.keep > left:
-                raise PlanError(f"{cut} keeps {cut.keep} tokens, but only {left} are left there.")
-            alive = cut.keep if cut.site in ("vision", "input", "layer") else alive
+            available = self.tokens_at_layer(cut.layer) if cut.site == "cache" else current
+            if cut.keep > available:
+                raise PlanError(f"{cut} keeps {cut.keep} tokens, but only {available} are left there.")
+            current = cut.keep if cut.site in ("vision", "input", "layer") else current
 
     def _check_decode(self) -> None:
         if self.decode is None:
@@ -122,32 +122,32 @@ class KeepPlan:
 
     @property
     def vision_cuts(self) -> tuple[Cut, ...]:
-        """The cuts inside the vision encoder."""
+        """Cuts inside the vision encoder."""
         return tuple(cut for cut in self.cuts if cut.site == "vision")
 
     @property
     def input(self) -> Cut | None:
-        """The cut before layer 0, if any."""
+        """The cut before decoder layer 0, if any."""
         return next((cut for cut in self.cuts if cut.site == "input"), None)
 
     @property
     def layer_cuts(self) -> tuple[Cut, ...]:
-        """The cuts between layers."""
+        """Cuts between decoder layers."""
         return tuple(cut for cut in self.cuts if cut.site == "layer")
 
     @property
     def cache_cuts(self) -> tuple[Cut, ...]:
-        """The cuts of KV caches."""
+        """Cuts of KV caches."""
         return tuple(cut for cut in self.cuts if cut.site == "cache")
 
     @property
     def decode(self) -> Cut | None:
-        """The cut that acts while tokens are generated, if any."""
+        """The cut that acts during decode steps, if any."""
         return next((cut for cut in self.cuts if cut.site == "decode"), None)
 
     @property
     def follows_attention(self) -> bool:
-        """Whether the rate of the decode cut follows attention, step by step, instead of a schedule."""
+        """Whether the decode cut's rate follows attention at each step instead of a schedule."""
         return self.decode is not None and self.decode.options.get("form") != "schedule"
 
     @property
@@ -161,28 +161,28 @@ class KeepPlan:
         return self.input.keep if self.input else self.tokens_from_encoder
 
     def encoding(self, block: int) -> int:
-        """Return how many visual tokens block `block` of the vision encoder sees."""
+        """Return the number of visual tokens in block `block` of the vision encoder."""
         return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts if cut.layer <= block)][-1]
 
     def tokens_at_layer(self, layer: int) -> int:
-        """Return how many visual tokens decoder layer `layer` sees in prefill."""
+        """Return the number of visual tokens in decoder layer `layer` during prefill."""
         return [self.tokens_entering_decoder, *(cut.keep for cut in self.layer_cuts if cut.layer <= layer)][-1]
 
     def tokens_cached(self, layer: int) -> int:
-        """Return how many visual tokens the KV cache of decoder layer `layer` holds after prefill."""
+        """Return the number of visual tokens in the KV cache of decoder layer `layer` after prefill."""
         return next((cut.keep for cut in self.cache_cuts if cut.layer == layer), self.tokens_at_layer(layer))
 
     def cache_group(self, layer: int) -> tuple[int, bool]:
-        """Return what all layers have in common whose visual caches are of one length throughout generation."""
+        """Return a key that is equal for layers whose visual caches have the same length throughout generation."""
         return self.tokens_cached(layer), self.decode is not None and layer >= self.decode.layer
 
     def with_cuts(self, *cuts: Cut) -> KeepPlan:
-        """Return this plan with these cuts added at their places."""
+        """Return this plan with the cuts added, in plan order."""
         ordered = sorted((*self.cuts, *cuts), key=lambda cut: (SITES.index(cut.site), cut.layer))
         return replace(self, cuts=tuple(ordered))
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON; the file appears whole or not at all."""
+        """Write the plan as JSON, atomically."""
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class KeepPlan:
 
     @classmethod
     def load(cls, path: Path) -> KeepPlan:
-        """Read a plan; raise PlanError when the file is no plan of this schema."""
+        """Read a plan; raise PlanError if the file is not a valid plan of this schema."""
         try:
             return cls.from_dict(read_json(path))
         except (OSError, UnicodeDecodeError) as error:
@@ -203,17 +203,17 @@ class KeepPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KeepPlan:
-        """Return the plan in JSON data; raise PlanError when it is malformed or too new."""
+        """Build a plan from JSON data; raise PlanError if it is malformed or of another schema version."""
         if not isinstance(data, Mapping) or data.get("schema_version") != SCHEMA_VERSION:
             found = data.get("schema_version") if isinstance(data, Mapping) else None
             raise PlanError(f"Plan schema version is {found}, this EdgePrune reads {SCHEMA_VERSION}.")
         try:
-            given = {name: value for name, value in data.items() if name != "schema_version"}
-            listed = given.pop("cuts", None)
-            plan = from_json(cls, {**given, "geometry": asdict(Geometry.from_dict(given.get("geometry", {})))}, "plan")
-            if not 1 <= plan.layers <= MAX_LAYERS or not isinstance(listed, (list, tuple)) or len(listed) > 4 * MAX_LAYERS:
+            fields = {name: value for name, value in data.items() if name != "schema_version"}
+            cuts = fields.pop("cuts", None)
+            plan = from_json(cls, {**fields, "geometry": asdict(Geometry.from_dict(fields.get("geometry", {})))}, "plan")
+            if not 1 <= plan.layers <= MAX_LAYERS or not isinstance(cuts, (list, tuple)) or len(cuts) > 4 * MAX_LAYERS:
                 raise ValueError("plan lacks its list of cuts, or has no layers or far too many")
-            return replace(plan, cuts=tuple(from_json(Cut, cut, f"cut {number}") for number, cut in enumerate(listed)))
+            return replace(plan, cuts=tuple(from_json(Cut, cut, f"cut {number}") for number, cut in enumerate(cuts)))
         except ValueError as error:
             raise PlanError(f"Malformed plan: {error}.") from error
 
@@ -225,11 +225,11 @@ def check_keep_ratio(keep: float) -> None:
 
 
 def keep_count(tokens: int, keep: float) -> int:
-    """Return how many of `tokens` a keep ratio in (0, 1] leaves: rounded down, at least one."""
+    """Return the keep budget for a keep ratio in (0, 1]: rounded down, at least one."""
     check_keep_ratio(keep)
     return max(1, int(tokens * keep + 1e-9))
 
 
 def keep_count_up(tokens: int, share: float) -> int:
-    """Return how many of `tokens` a share keeps: rounded up, so that a share above zero never keeps nothing."""
+    """Return the keep budget for a share, rounded up: at least one token for a share above zero."""
     return math.ceil(tokens * share - 1e-6)

@@ -1,4 +1,4 @@
-"""Plans in their simplest forms: unpruned, the same share everywhere, and a staircase of keep ratios."""
+"""Simple plans: unpruned, ranked KV caches, and a staircase of keep ratios."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgeprune.errors import PlanError
 from edgeprune.plan.geometry import Geometry
 from edgeprune.plan.keep_plan import Cut, KeepPlan, keep_count
 
-DEFAULT_LAYER = 2  # FastV's canonical place
+DEFAULT_LAYER = 2  # FastV's default layer
 
 
 def unpruned_plan(family: str, layers: int, geometry: Geometry) -> KeepPlan:
@@ -20,22 +20,25 @@ def unpruned_plan(family: str, layers: int, geometry: Geometry) -> KeepPlan:
 def ranked_plan(
     base: KeepPlan, keeps: Sequence[int] | None = None, priors: Sequence[list[list[int]]] | None = None, **options: Any
 ) -> KeepPlan:
-    """Return `base` with a PLPHP cut of every layer's cache: keeping `keeps` of each, or all that is there, ranked.
+    """Return `base` with a PLPHP cache cut in every layer that ranks its tokens and keeps `keeps[layer]` (None: all).
 
-    `priors`: for each layer and KV head the order of the image's places; `options`: other settings of `edgeprune.methods.plphp`.
+    `priors`: for each layer and KV head, an order of the image's tokens. `options`: other settings of `edgeprune.methods.plphp`.
     """
     counts = [base.tokens_at_layer(layer) for layer in range(base.layers)] if keeps is None else keeps
-    own = [{} for _ in counts] if priors is None else [{"prior": prior} for prior in priors]
-    return base.with_cuts(*(Cut("cache", "plphp", counts[n], n, options={**options, **own[n]}) for n in range(base.layers)))
+    prior_options = [{} for _ in counts] if priors is None else [{"prior": prior} for prior in priors]
+    return base.with_cuts(
+        *(Cut("cache", "plphp", counts[n], n, options={**options, **prior_options[n]}) for n in range(base.layers))
+    )
 
 
 def staircase_plan(
     base: KeepPlan, method: str, keeps: Sequence[float], at_layers: Sequence[int] = (), *, seed: int = 0, site: str | None = None
 ) -> KeepPlan:
-    """Return `base` with one cut per keep ratio, each a share of all visual tokens, at the layer of the same position.
+    """Return `base` with one cut per keep ratio, at the layer with the same index in `at_layers`.
 
-    One ratio without a layer is cut at DEFAULT_LAYER; layer 0 is the input site, unless `site` says another. Inside the vision
-    encoder it is a share of every view's tokens. Raises PlanError when the numbers of ratios and layers differ or the counts grow.
+    Keep ratios are shares of all visual tokens, at site "vision" of each view's tokens. A single ratio without a layer is cut at
+    DEFAULT_LAYER. Layer 0 means the input site unless `site` is given. Raises PlanError if the numbers of ratios and layers differ
+    or the keep budgets increase.
     """
     layers = tuple(at_layers) or ((DEFAULT_LAYER,) if len(keeps) == 1 else ())
     if len(layers) != len(keeps):
@@ -54,6 +57,6 @@ def staircase_plan(
 
 
 def encoder_count(geometry: Geometry, keep: float) -> int:
-    """Return how many visual tokens a keep ratio leaves inside the vision encoder: of every view as many, at least one."""
+    """Return the keep budget of a vision cut: the same number for every view, at least one."""
     views = len(geometry.layout)
     return views * keep_count(geometry.tokens // views, keep)

@@ -1,1 +1,1 @@
-"""Reports: one HTML page about a plan or a bundle, complete in itself. Imports no export; measures nothing but answers."""
+"""Reports: one self-contained HTML page about a plan or a bundle. Does not import export; measures only answers."""

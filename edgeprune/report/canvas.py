@@ -1,7 +1,7 @@
-"""From a matplotlib figure to inline SVG that wears the page's own colours and letters, light or dark.
+"""Convert matplotlib figures to inline SVG with the page's own colours and font, in light and dark mode.
 
-Charts are drawn in stand-in colours, which become the page's CSS variables; an artist whose gid is a `tooltip` shows it under the
-pointer. pyplot, which keeps figures alive globally, is never imported.
+Charts use placeholder colours, which are replaced by the page's CSS variables. An artist whose gid is made by `tooltip` shows that
+text under the pointer. pyplot is not imported, because it keeps figures alive globally.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# No chart uses these for themselves: matplotlib leaves out plain black, which is SVG's default.
+# Placeholder colours. Not plain black: matplotlib omits it because it is SVG's default.
 INK, FAINT, RULE, HEAT, HEAT_INK = "#010201", "#010202", "#010203", "#010204", "#010205"
 SERIES = tuple(f"#0103{index:02x}" for index in range(1, 7))
 _VARIABLES = {INK: "ink", FAINT: "faint", RULE: "rule", HEAT: "heat", HEAT_INK: "heat-ink"}
 _VARIABLES |= {color: f"series-{index}" for index, color in enumerate(SERIES, start=1)}
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # a dollar sign in a name is not math
     "axes.unicode_minus": True,
     "font.size": 11.0,
     "text.color": INK,
@@ -46,22 +46,22 @@ _TIP = "tip: "
 
 
 def tooltip(text: str) -> str:
-    """Return the gid that shows a text under the pointer."""
+    """Return the gid that makes an artist show a text under the pointer."""
     return _TIP + text
 
 
 def drawn(name: str, title: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> Markup:
-    """Return the SVG of what `draw` puts on one pair of axes; `name` keeps its ids apart from those of other charts."""
-    style: Any = {**_STYLE, "svg.hashsalt": name}  # newer matplotlibs name every key in the type
+    """Return the SVG of a figure that `draw` draws on one pair of axes; `name` makes its ids unique in the page."""
+    style: Any = {**_STYLE, "svg.hashsalt": name}  # Any: newer matplotlib types list every key
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
-    return _inlined(file.getvalue(), title)
+    return _to_inline(file.getvalue(), title)
 
 
-def _inlined(document: str, title: str) -> Markup:
+def _to_inline(document: str, title: str) -> Markup:
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(rf'<g id="{_TIP}([^"]*)"', r"<g><title>\1</title", svg)
@@ -71,5 +71,5 @@ def _inlined(document: str, title: str) -> Markup:
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
     label = Markup('<svg role="img" aria-label="{}"').format(title)
-    # Made above by matplotlib, which escapes every text.
+    # Safe as Markup: matplotlib escapes every text.
     return Markup(svg.rstrip().replace("<svg", label, 1))

@@ -1,4 +1,4 @@
-"""The charts of a report, each as inline SVG. They show what they are given; nothing is computed here but places and colours."""
+"""The charts of a report as inline SVG. This module computes only layout and colours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.plan import KeepPlan
 from edgeprune.report.canvas import FAINT, HEAT, HEAT_INK, INK, RULE, SERIES, drawn, tooltip
 
-_WIDTH = 9.0  # inches, 72 units of the SVG each
+_WIDTH = 9.0  # inches of 72 SVG units
 _MARKERS = "osD^vP*X<>"
-_BASELINES = ("random", "uniform", "resize")  # any method must beat them: drawn hollow
-_MOST_NUMBERS = 16  # columns of a heat map that leave room for a number in every cell
-_MOST_MARKS = 40  # on one line
+_BASELINES = ("random", "uniform", "resize")  # every method must beat these; drawn hollow
+_MAX_NUMBERED_COLUMNS = 16  # of a heat map with a number in every cell
+_MAX_MARKS = 40  # per line
 _AXES = {
     "flops": "visual work in prefill, of the unpruned model's",
     "kv": "visual KV cache, of the unpruned model's",
@@ -31,8 +31,8 @@ _AXES = {
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A heat map. `values` [rows, columns] are written into the cells by `number`, NaN leaves a cell empty; `depth` of the same
-    shape, 0 to 1, is how strong a cell's colour is.
+    """Data of a heat map: `values` [rows, columns], formatted by `number`; NaN cells are empty. `depth` (same shape, 0 to 1) is the
+    colour intensity.
     """
 
     values: np.ndarray
@@ -43,7 +43,7 @@ class HeatMap:
 
 
 def budgets(plan: KeepPlan) -> Markup:
-    """Draw the visual tokens alive in prefill and stored in the KV cache, two bars a layer."""
+    """Draw the visual tokens of each layer in prefill and in the KV cache as two bars."""
     layers, tokens = range(plan.layers), plan.geometry.tokens
 
     def draw(axes: Axes) -> None:
@@ -53,7 +53,7 @@ def budgets(plan: KeepPlan) -> Markup:
             drawing = axes.bar(layers, [count(layer) for layer in layers], width, color=SERIES[0], alpha=alpha, label=label)
             for layer, bar in enumerate(drawing):
                 bar.set_gid(tooltip(f"layer {layer}: {count(layer)} {label}"))
-        if plan.layers <= _MOST_NUMBERS:
+        if plan.layers <= _MAX_NUMBERED_COLUMNS:
             _numbers(axes, plan)
         axes.set(ylabel="visual tokens", ylim=(0, tokens * 1.08), xlim=(-0.6, plan.layers - 0.4))
         _layer_axis(axes, plan.layers)
@@ -70,7 +70,7 @@ def _numbers(axes: Axes, plan: KeepPlan) -> None:
 
 
 def decode_shares(schedule: Sequence[float] | None, answers: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """Draw the share of the visual cache that each decode step reads: of a schedule, and of what answers really did."""
+    """Draw the share of the visual KV cache that each decode step reads, for a schedule and for measured answers."""
     styles = list(zip(SERIES[1:], ("o", "s"), strict=False))
 
     def draw(axes: Axes) -> None:
@@ -92,7 +92,7 @@ def decode_shares(schedule: Sequence[float] | None, answers: Sequence[tuple[str,
 
 
 def attention_by_layer(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> Markup:
-    """Draw the mean attention to vision of every layer [layers] over the band between its quartiles."""
+    """Draw each layer's mean attention to vision [layers], with the band between its quartiles."""
     layers = range(len(mean))
 
     def draw(axes: Axes) -> None:
@@ -110,7 +110,7 @@ def attention_by_layer(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> M
 
 
 def attention_by_step(split: np.ndarray, names: Sequence[str]) -> Markup:
-    """Draw where attention goes at each decode step [steps, names], one line a name; steps that are NaN are left out."""
+    """Draw the attention split at each decode step [steps, names], one line per name; NaN steps are omitted."""
     steps = np.flatnonzero(~np.isnan(split).any(axis=1))
     styles = zip(SERIES, ("-", "--", "-.", ":"), cycle("os^D"), strict=False)
 
@@ -118,7 +118,7 @@ def attention_by_step(split: np.ndarray, names: Sequence[str]) -> Markup:
         for column, (name, (color, dashes, marker)) in enumerate(zip(names, styles, strict=False)):
             values = split[steps, column]
             line = axes.plot(steps, values, dashes, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=name)
-            line[0].set_markevery(1 + len(steps) // _MOST_MARKS)
+            line[0].set_markevery(1 + len(steps) // _MAX_MARKS)
             line[0].set_gid(tooltip(f"{name}, {len(steps)} steps: from {values[0]:.0%} to {values[-1]:.0%}"))
         axes.set(xlabel="decode step", ylabel="share of attention", ylim=(0, 1))
         _percent(axes)
@@ -154,14 +154,14 @@ def _cell(axes: Axes, heat: HeatMap, row: int, column: int, value: float) -> Non
         box.set(
             facecolor=HEAT, alpha=0.04 + 0.96 * depth, gid=tooltip(f"layer {column}, {heat.row_title} {heat.rows[row]}: {text}")
         )
-        if heat.values.shape[1] <= _MOST_NUMBERS:
+        if heat.values.shape[1] <= _MAX_NUMBERED_COLUMNS:
             ink = HEAT_INK if depth > 0.7 else INK
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=ink)
     axes.add_patch(box)
 
 
 def trade_off(curve: Curve, plan: KeepPlan) -> Markup:
-    """Draw the score of every measured plan over its cost, one series a group; the chosen plan and this one are ringed."""
+    """Draw the score of every measured plan over its cost, one series per group; the chosen plan and this plan are ringed."""
     groups = sorted({point.group for point in curve.points}, key=lambda group: (group in _BASELINES, group))
 
     def draw(axes: Axes) -> None:
@@ -187,8 +187,10 @@ def _series(axes: Axes, curve: Curve, group: str, index: int) -> None:
     color, marker = (FAINT if hollow else SERIES[index % len(SERIES)]), _MARKERS[index % len(_MARKERS)]
     style: dict[str, Any] = {"color": color, "markerfacecolor": "none" if hollow else color, "markersize": 7.0, "linestyle": "none"}
     for number, point in enumerate(point for point in curve.points if point.group == group):
-        style["label"] = group if number == 0 else None  # one entry of the legend for all
-        text = tooltip(f"{_named(point)}: {_cost(point, curve.axis)}, score {point.score:.1%} over {point.samples} samples")
+        style["label"] = group if number == 0 else None  # one legend entry per group
+        text = tooltip(
+            f"{_point_label(point)}: {_format_cost(point, curve.axis)}, score {point.score:.1%} over {point.samples} samples"
+        )
         axes.plot(point.cost(curve.axis), point.score, marker, gid=text, **style)
 
 
@@ -204,20 +206,20 @@ def _ring(axes: Axes, curve: Curve, plan: KeepPlan) -> None:
 
 def _circle(axes: Axes, point: Point, axis: str, label: str, dashes: str | tuple[int, tuple[int, int]]) -> None:
     style: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.6, "linestyle": [dashes], "zorder": 5}
-    axes.scatter([point.cost(axis)], [point.score], 210, label=label, gid=tooltip(f"{label}: {_named(point)}"), **style)
+    axes.scatter([point.cost(axis)], [point.score], 210, label=label, gid=tooltip(f"{label}: {_point_label(point)}"), **style)
 
 
-def _named(point: Point) -> str:
+def _point_label(point: Point) -> str:
     return point.name if point.group in (point.name, "") else f"{point.name} ({point.group})"
 
 
-def _cost(point: Point, axis: str) -> str:
+def _format_cost(point: Point, axis: str) -> str:
     return f"{point.cost(axis):.1f} ms" if axis == "ttft_ms" else f"{axis} {point.cost(axis):.1%}"
 
 
 def _layer_axis(axes: Axes, layers: int) -> None:
     axes.set_xlabel("decoder layer")
-    axes.set_xticks(range(0, layers, 1 if layers <= _MOST_NUMBERS else 2))
+    axes.set_xticks(range(0, layers, 1 if layers <= _MAX_NUMBERED_COLUMNS else 2))
 
 
 def _percent(axes: Axes) -> None:

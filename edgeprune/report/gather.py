@@ -1,4 +1,4 @@
-"""The inputs of a report: open them, check that they belong together, ask the bundle, and collect the indices that it kept."""
+"""Load the inputs of a report, check that they belong together, and collect a bundle's answers with overlay pictures."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from edgeprune.report.text import format_counts
 from edgeprune.runtime import Answer, Receipt, Runtime, load
 from edgeprune.runtime.media.images import ImageSource, read_image
 
-_LARGEST = 640  # pixels along the longer side of a picture in the page
+_MAX_SIDE = 640  # pixels along the longer side of a picture in the page
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture with its two lines of text, as a data URI."""
+    """A picture as a data URI (`source`), with title and caption."""
 
     title: str
     caption: str
@@ -34,7 +34,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """One question and what came of it."""
+    """A question with its answer, facts of the receipt, overlay pictures, and the share kept at each decode step."""
 
     prompt: str
     text: str
@@ -45,37 +45,80 @@ class AnsweredQuestion:
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """One or two questions about one image. `shared`: what two questions kept in common, for each picture after the input."""
+    """One or two questions about one image. `shared`: overlap of the tokens that two questions kept, one line per picture."""
 
     asked: tuple[AnsweredQuestion, ...]
     shared: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """The user's options. `target`: a plan or a bundle."""
+
+    target: Path
+    statistics: Path | None = None
+    curve: Path | None = None
+    image: Path | None = None
+    prompts: tuple[str, ...] = ()
+    fit: str = "exact"
+    max_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """The loaded inputs of a report; None for those that the user did not give."""
+
+    name: str
+    plan: KeepPlan
+    bundle: Bundle | None = None
+    statistics: Statistics | None = None
+    curve: Curve | None = None
+    interview: AnswerSet | None = None
+
+
+def load_inputs(request: ReportOptions) -> ReportInputs:
+    """Load all inputs and ask the questions; raise UsageError if inputs are of different models or do not belong together."""
+    _check_questions(request)
+    bundle = Bundle.load(request.target) if request.target.is_dir() else None
+    plan = KeepPlan.load(request.target) if bundle is None else bundle.plan
+    statistics = None if request.statistics is None else _open_statistics(request.statistics, plan, bundle)
+    curve = None if request.curve is None else _open_curve(request.curve, plan)
+    answers = None
+    if request.image is not None:
+        if bundle is None:
+            raise UsageError(
+                f"--image asks a bundle, and {request.target} is a plan.", hint="Export it: edgeprune export --plan PLAN"
+            )
+        runtime = load(bundle.path)
+        answers = collect_answers(runtime, request.image, request.prompts, fit=request.fit, max_tokens=request.max_tokens)
+    return ReportInputs(request.target.name or str(request.target), plan, bundle, statistics, curve, answers)
+
+
 def collect_answers(
     runtime: Runtime, image: ImageSource, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128
 ) -> AnswerSet:
-    """Ask a model each prompt about the image."""
+    """Ask a model each prompt about an image and collect the answers."""
     picture = read_image(image)
-    runtime.generate(picture, prompts[0], fit=fit, max_tokens=1)  # the first run of a session is slower than all others
+    runtime.generate(picture, prompts[0], fit=fit, max_tokens=1)  # warm-up: the first run of a session is slower
     answers = [runtime.generate(picture, prompt, fit=fit, max_tokens=max_tokens) for prompt in prompts]
     panels = [runtime.panels(picture, answer.receipt, fit=fit) for answer in answers]
-    asked = [
-        _asked(prompt, answer, [Picture(p.title, p.caption, data_uri(p.picture)) for p in drawn])
+    questions = [
+        _answered(prompt, answer, [Picture(p.title, p.caption, data_uri(p.picture)) for p in drawn])
         for prompt, answer, drawn in zip(prompts, answers, panels, strict=True)
     ]
-    return AnswerSet(tuple(asked), _shared([answer.receipt for answer in answers]))
+    return AnswerSet(tuple(questions), _shared_lines([answer.receipt for answer in answers]))
 
 
 def data_uri(picture: Image.Image) -> str:
-    """Return a picture as a PNG inside a URI, reduced where it is larger than a page needs."""
+    """Return a picture as a PNG data URI, with its longer side at most 640 pixels."""
     smaller = picture.copy()
-    smaller.thumbnail((_LARGEST, _LARGEST))
+    smaller.thumbnail((_MAX_SIDE, _MAX_SIDE))
     file = io.BytesIO()
     smaller.save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _asked(prompt: str, answer: Answer, pictures: Sequence[Picture]) -> AnsweredQuestion:
+def _answered(prompt: str, answer: Answer, pictures: Sequence[Picture]) -> AnsweredQuestion:
     facts = _facts(answer.receipt)
     return AnsweredQuestion(prompt, answer.text, tuple(facts), tuple(pictures), tuple(answer.receipt.decode_shares))
 
@@ -107,65 +150,22 @@ def _cut_facts(receipt: Receipt) -> list[tuple[str, str]]:
     return facts
 
 
-def _shared(receipts: Sequence[Receipt]) -> tuple[str, ...]:
+def _shared_lines(receipts: Sequence[Receipt]) -> tuple[str, ...]:
     if len(receipts) != 2 or not all(receipt.pruned for receipt in receipts):
         return ()
     one, other = (receipt.cuts_by_image(1)[0] for receipt in receipts)
     pairs = zip(one.tokens, other.tokens, strict=True)
-    lines = [f"{_common(a.kept, b.kept):.0f} of {a.after} kept for both questions" for a, b in pairs]
+    lines = [f"{_mean_overlap(a.kept, b.kept):.0f} of {a.after} kept for both questions" for a, b in pairs]
     if one.caches:
-        common = [_common(a.kept, b.kept) for a, b in zip(one.caches, other.caches, strict=True)]
+        common = [_mean_overlap(a.kept, b.kept) for a, b in zip(one.caches, other.caches, strict=True)]
         kept = np.mean([cut.after for cut in one.caches])
         lines.append(f"{np.mean(common):.1f} of {kept:.1f} kept for both questions, mean over the caches")
     return tuple(lines)
 
 
-def _common(first: np.ndarray, second: np.ndarray) -> float:
+def _mean_overlap(first: np.ndarray, second: np.ndarray) -> float:
     rows = zip(np.atleast_2d(first), np.atleast_2d(second), strict=True)
     return float(np.mean([len(np.intersect1d(a, b)) for a, b in rows]))
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What the user named. `target`: a plan or a bundle."""
-
-    target: Path
-    statistics: Path | None = None
-    curve: Path | None = None
-    image: Path | None = None
-    prompts: tuple[str, ...] = ()
-    fit: str = "exact"
-    max_tokens: int = 128
-
-
-@dataclass(frozen=True)
-class ReportInputs:
-    """The parts of one report; None where the user gave none."""
-
-    name: str
-    plan: KeepPlan
-    bundle: Bundle | None = None
-    statistics: Statistics | None = None
-    curve: Curve | None = None
-    interview: AnswerSet | None = None
-
-
-def load_inputs(request: ReportOptions) -> ReportInputs:
-    """Open everything and ask the questions; raise UsageError where parts are of different models or do not go together."""
-    _check_questions(request)
-    bundle = Bundle.load(request.target) if request.target.is_dir() else None
-    plan = KeepPlan.load(request.target) if bundle is None else bundle.plan
-    statistics = None if request.statistics is None else _open_statistics(request.statistics, plan, bundle)
-    curve = None if request.curve is None else _open_curve(request.curve, plan)
-    asked = None
-    if request.image is not None:
-        if bundle is None:
-            raise UsageError(
-                f"--image asks a bundle, and {request.target} is a plan.", hint="Export it: edgeprune export --plan PLAN"
-            )
-        runtime = load(bundle.path)
-        asked = collect_answers(runtime, request.image, request.prompts, fit=request.fit, max_tokens=request.max_tokens)
-    return ReportInputs(request.target.name or str(request.target), plan, bundle, statistics, curve, asked)
 
 
 def _check_questions(request: ReportOptions) -> None:
@@ -180,12 +180,12 @@ def _open_statistics(path: Path, plan: KeepPlan, bundle: Bundle | None) -> Stati
     require_extra("export", "safetensors")
     statistics = Statistics.load(path)
     source = statistics.source
-    _compare(path, "family", source.family, plan.family)
-    _compare(path, "number of layers", source.layers, plan.layers)
-    _compare(path, "geometry", source.geometry, plan.geometry)
+    _require_equal(path, "family", source.family, plan.family)
+    _require_equal(path, "number of layers", source.layers, plan.layers)
+    _require_equal(path, "geometry", source.geometry, plan.geometry)
     if bundle is not None:
-        _compare(path, "number of KV heads", source.kv_heads, bundle.manifest.decoder.kv_heads)
-        _compare(path, "model (sha256 of its weights)", source.weights_sha256, bundle.manifest.source.weights_sha256)
+        _require_equal(path, "number of KV heads", source.kv_heads, bundle.manifest.decoder.kv_heads)
+        _require_equal(path, "model (sha256 of its weights)", source.weights_sha256, bundle.manifest.source.weights_sha256)
     if statistics.samples == 0:
         raise UsageError(f"{path} holds the statistics of no sample.", hint="Collect them: edgeprune calibrate MODEL --data FILE")
     return statistics
@@ -202,14 +202,14 @@ def _open_curve(path: Path, plan: KeepPlan) -> Curve:
     ):
         raise UsageError(f"The curve {path} does not know its points' cost along {curve.axis!r}.")
     for point in curve.points:
-        _compare(path, "family", point.plan.family, plan.family)
-        _compare(path, "number of layers", point.plan.layers, plan.layers)
-    # A search also tries smaller images.
+        _require_equal(path, "family", point.plan.family, plan.family)
+        _require_equal(path, "number of layers", point.plan.layers, plan.layers)
+    # A search also tries smaller images, so one matching geometry is enough.
     if plan.geometry not in {point.plan.geometry for point in curve.points}:
-        _compare(path, "geometry", curve.points[0].plan.geometry, plan.geometry)
+        _require_equal(path, "geometry", curve.points[0].plan.geometry, plan.geometry)
     return curve
 
 
-def _compare(path: Path, what: str, found: object, expected: object) -> None:
+def _require_equal(path: Path, what: str, found: object, expected: object) -> None:
     if found != expected:
         raise UsageError(f"{path} is of another {what} than the plan: {found}, not {expected}.")

@@ -1,4 +1,4 @@
-"""The page itself: from what was gathered to one HTML file."""
+"""Render the loaded inputs of a report as one HTML file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from edgeprune.report.gather import AnswerSet, ReportInputs, ReportOptions, load
 from edgeprune.report.text import costs, describe_cuts, schedule_of
 
 _SPLIT = ("system prompt", "image", "instruction", "generated text")
-_FAINTEST = 1e-4  # of the largest cost: what is below looks the same
+_FAINTEST = 1e-4  # of the largest cost; smaller costs have the same colour
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, its heading, and how to read it; `svg` is empty where there is nothing to draw."""
+    """A chart with its heading and a note on how to read it; `svg` is empty if there is nothing to draw."""
 
     title: str
     note: str
@@ -34,7 +34,7 @@ class Chart:
 
 
 def write_report(request: ReportOptions, output: Path) -> list[str]:
-    """Write the report that a request describes, and return the names of its sections."""
+    """Write the requested report to `output` and return the names of its sections."""
     material = load_inputs(request)
     sections = sections_of(material)
     write_text(output, render(material, sections))
@@ -42,7 +42,7 @@ def write_report(request: ReportOptions, output: Path) -> list[str]:
 
 
 def sections_of(material: ReportInputs) -> dict[str, list[Chart]]:
-    """Return the charts of every section that has data; the answers have pictures besides."""
+    """Return the charts of every section that has data. The section "answers" has pictures instead of charts."""
     sections = {"budgets": _budget_charts(material)}
     if material.statistics is not None:
         sections["statistics"] = _statistics_charts(material.statistics)
@@ -54,7 +54,7 @@ def sections_of(material: ReportInputs) -> dict[str, list[Chart]]:
 
 
 def render(material: ReportInputs, sections: dict[str, list[Chart]]) -> str:
-    """Return the page; everything that came from outside is escaped."""
+    """Return the page as HTML. All external text is escaped."""
     template = files("edgeprune.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     plan, curve = material.plan, material.curve
@@ -82,7 +82,7 @@ def _facts(material: ReportInputs) -> list[tuple[str, str]]:
 
 
 def _measured(curve: Curve | None, plan: KeepPlan) -> list[tuple[str, str, str]]:
-    # What a search measured of this very plan.
+    # Results of a search for this plan.
     point = None if curve is None else next((point for point in curve.points if point.plan == plan), None)
     if point is None:
         return []
@@ -105,20 +105,20 @@ def _budget_charts(material: ReportInputs) -> list[Chart]:
 
 
 def _decode_chart(plan: KeepPlan, cut: Cut, interview: AnswerSet | None) -> Chart:
-    title, asked = "Visual cache by decode step", () if interview is None else interview.asked
-    real = [(f"answer {number}", a.decode_shares) for number, a in enumerate(asked, start=1) if a.decode_shares]
-    shown = "Marks are what the answers below really read. " if real else ""
+    title, questions = "Visual cache by decode step", () if interview is None else interview.asked
+    measured = [(f"answer {number}", a.decode_shares) for number, a in enumerate(questions, start=1) if a.decode_shares]
+    marks = "Marks are what the answers below really read. " if measured else ""
     if not plan.follows_attention:
-        schedule = schedule_of(cut, max((len(shares) for _, shares in real), default=0))
-        return Chart(title, f"{shown}The schedule is the same for every answer.", charts.decode_shares(schedule, real))
+        schedule = schedule_of(cut, max((len(shares) for _, shares in measured), default=0))
+        return Chart(title, f"{marks}The schedule is the same for every answer.", charts.decode_shares(schedule, measured))
     live = "The share follows attention: it is decided step by step, in every answer anew."
-    if not real:
+    if not measured:
         return Chart(title, f"{live} Ask a bundle about an image (--image, --prompt) to see what its answers read.")
-    return Chart(title, shown + live, charts.decode_shares(None, real))
+    return Chart(title, marks + live, charts.decode_shares(None, measured))
 
 
 def _coverage_chart(plan: KeepPlan, statistics: Statistics) -> Chart:
-    answers = max(float(statistics.total("steps")[0]), 1.0)  # samples whose answer had a decode step
+    answers = max(float(statistics.total("steps")[0]), 1.0)  # samples with at least one decode step
     covered = np.concatenate([statistics.total("coverage") / answers, np.ones((*statistics.sums["coverage"].shape[:2], 1))], axis=2)
     values = np.full(covered.shape[1::-1], np.nan)
     for layer in {cut.layer for cut in plan.cache_cuts}:
@@ -189,7 +189,9 @@ def _front_rows(curve: Curve, plan: KeepPlan) -> list[dict[str, Any]]:
             "ttft": "" if point.ttft_ms is None else f"{point.ttft_ms:.1f} ms",
             "score": f"{point.score:.1%}",
             "samples": point.samples,
-            "mark": ", ".join(word for word, is_it in (("chosen", point is chosen), ("this plan", point.plan == plan)) if is_it),
+            "mark": ", ".join(
+                label for label, applies in (("chosen", point is chosen), ("this plan", point.plan == plan)) if applies
+            ),
         }
         for point in points
     ]

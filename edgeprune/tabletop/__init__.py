@@ -1,4 +1,4 @@
-"""TableTop: a drawn world of robot tables, questions about it, and a small trained model. Imports plan and io alone."""
+"""TableTop: synthetic images of robot tables, questions about them, and a small trained model. Imports only plan and io."""
 
 from pathlib import Path
 

@@ -1,7 +1,4 @@
-"""Write TableTop scenes as a data set in the format that users bring: images and JSON lines.
-
-TableTop scenes in the form that a bundle takes: for trials of a model that was trained on something else.
-"""
+"""Write TableTop scenes as a data set of images and JSON lines, or draw them at the size of a bundle's geometry."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import KINDS, Question, ask_one
 from edgeprune.tabletop.world import Scene, sample_scene
 
-_STREAM = 20_250_103  # first word of the seeds; training draws from other streams
+_STREAM = 20_250_103  # first element of every seed; training uses other streams
 
 
 def scenes(seed: int, count: int) -> Iterator[tuple[Scene, list[Question]]]:
-    """Yield `count` scenes, each with one question of every kind that it supports; scene i depends on (seed, i) only."""
+    """Yield `count` scenes, each with one question of every kind that it supports. Scene i depends only on (seed, i)."""
     for index in range(count):
         rng = np.random.default_rng([_STREAM, seed, index])
         scene = sample_scene(rng)
@@ -34,7 +31,7 @@ def scenes(seed: int, count: int) -> Iterator[tuple[Scene, list[Question]]]:
 def write_dataset(
     out: Path, count: int, seed: int, *, force: bool = False, progress: Callable[[int], None] = lambda done: None
 ) -> int:
-    """Write `out`/images and `out`/dataset.jsonl, whole or not at all; return the number of questions."""
+    """Write `out`/images and `out`/dataset.jsonl atomically; return the number of questions."""
     if count < 1 or seed < 0:
         raise UsageError(f"Cannot draw {count} scenes of seed {seed}.", hint="Ask for at least one scene, and a seed of 0 or more.")
     lines: list[str] = []
@@ -51,6 +48,6 @@ def write_dataset(
 
 
 def frames_for(geometry: Geometry, seed: int = 1) -> list[Image.Image]:
-    """Return one scene of the geometry's size, or as many different ones as a video has frames."""
+    """Return one scene per frame at the geometry's image size, for trying models that were not trained on TableTop."""
     size, rng = (geometry.width, geometry.height), np.random.default_rng(seed)
     return [draw_scene(sample_scene(rng)).resize(size, Image.Resampling.BICUBIC) for _ in range(geometry.frames)]

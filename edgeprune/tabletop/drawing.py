@@ -1,7 +1,7 @@
-"""Draw a TableTop scene with Pillow: a lit table, items as shaded silhouettes, a label in a 5 x 7 dot font, a gripper.
+"""Draw a TableTop scene with Pillow: a lit table, shaded items, a label in a 5 x 7 dot font, and a gripper.
 
-The light falls from the top left and fades, so that every patch of the bare table tells roughly where it lies: Qwen2-VL's
-vision tower has rotary (relative) positions only.
+Light comes from the top left and fades, so that the colour of every empty patch indicates its position: Qwen2-VL's vision encoder
+has only rotary (relative) positions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from edgeprune.tabletop.world import GRIPPER_AT, RIM, SIDE, Item, Label, Scene
 
-_SCALE = 2  # drawn larger and reduced, for smooth edges
+_SCALE = 2  # supersampling factor for smooth edges
 _RGB = {
     "red": (205, 35, 40),
     "orange": (245, 130, 20),
@@ -66,7 +66,7 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 @cache
 def _lit_table() -> np.ndarray:
-    # One hue shift along x and another along y: position can be read from colour.
+    # Separate hue shifts along x and y encode the position.
     ramp = np.linspace(-1.0, 1.0, SIDE)
     x, y = np.meshgrid(ramp, ramp)
     pixels: np.ndarray = _TABLE + np.stack([-34 * x, -10 * x - 10 * y, 34 * y], axis=-1)

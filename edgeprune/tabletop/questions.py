@@ -1,7 +1,7 @@
-"""Questions about a TableTop scene with their one right answer, and the reading of descriptions.
+"""Questions about a TableTop scene, each with its one correct answer, and a parser for descriptions.
 
-Descriptions are judged by the facts they state, not as strings: `parse_description` turns both the model's text and the truth
-into sets of facts.
+Descriptions are scored by the facts that they state, not as strings: `parse_description` converts the model's text and the
+reference into sets of facts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from edgeprune.tabletop.world import COLOURS, SHAPES, Item, Scene
 
 DESCRIBE = "describe"
 DESCRIBE_PROMPT = "Describe the scene."
-_NEAREST_MARGIN = 16.0  # pixels by which the nearest item must lead
+_NEAREST_MARGIN = 16.0  # pixels by which the nearest item must be closer than the second
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: what is asked (`prompt`), the right `answer`, and its `kind`."""
+    """A question: its `kind`, the `prompt`, and the correct `answer`."""
 
     kind: str
     prompt: str
@@ -29,24 +29,24 @@ class Question:
 
 
 def ask_all(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Return every question the scene supports; the generator picks the negatives of "is there"."""
+    """Return every question that the scene supports; the generator draws the absent items of "is there" questions."""
     return [question for ask in _ASKERS.values() for question in ask(scene, rng)]
 
 
 def ask_one(scene: Scene, rng: np.random.Generator, kind: str) -> Question | None:
-    """Return one question of a kind, or None when the scene supports none (no clear nearest item, say)."""
+    """Return one question of a kind, or None if the scene supports none (for example, no clear nearest item)."""
     candidates = list(_ASKERS[kind](scene, rng))
     return candidates[int(rng.integers(len(candidates)))] if candidates else None
 
 
 def describe(scene: Scene) -> str:
-    """Return the description that the model is taught: items in reading order, then the label."""
+    """Return the reference description: items in reading order, then the label."""
     stated = [f"{item.name} at {item.place}" for item in scene.items]
     return ", ".join([*stated, f"label {scene.label.text} at {scene.label.place}"]) + "."
 
 
 def parse_description(text: str) -> set[str]:
-    """Return the facts a description states: one a clause, normalised; "red cube at top left", "label K7 at bottom"."""
+    """Return the facts of a description, one per clause with normalised spaces, such as "red cube at top left"."""
     return {clause for part in re.split(r"[,.]", text) if (clause := " ".join(part.split()))}
 
 
@@ -85,7 +85,7 @@ def _relation(scene: Scene, _: np.random.Generator) -> Iterator[Question]:
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     present = {item.name for item in scene.items}
-    # Half of the absent names recombine what is on the table, so that colour alone or shape alone does not give it away.
+    # Half of the absent names recombine colours and shapes of the scene, so that neither alone reveals the answer.
     near = sorted({f"{a.colour} {b.shape}" for a in scene.items for b in scene.items} - present)
     far = sorted({f"{colour} {shape}" for colour in COLOURS for shape in SHAPES} - present)
     absent = [str(rng.choice(near if near and k % 2 == 0 else far)) for k in range(len(present))]

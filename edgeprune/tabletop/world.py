@@ -1,8 +1,8 @@
-"""The TableTop world: what can lie on a robot's table, and how a scene of it is drawn by lot.
+"""The TableTop world: items on a robot's table, and random sampling of scenes.
 
-A scene is a square table seen from above: three to six items and one label, each in a cell of its own of a 3 x 3 grid, and a
-gripper at the middle of one side. Small items cover one to four visual tokens of the bundled model, large ones about nine, so
-a pruning rule that drops the wrong tokens loses answers.
+A scene is a square table seen from above: three to six items and one label, each in its own cell of a 3 x 3 grid, and a gripper at
+the middle of one side. Small items cover one to four visual tokens of the bundled model, large items about nine. A method that
+drops the wrong tokens therefore loses answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LABEL_JITTER = 2.0
 
 @dataclass(frozen=True)
 class Item:
-    """One object: its attributes, its grid cell, and where it is drawn (centre and radius in pixels)."""
+    """One object: attributes, grid cell, and centre and radius in pixels."""
 
     colour: str
     shape: str
@@ -47,7 +47,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """The words that single the item out: no scene holds two items of one colour and shape."""
+        """The item's unique name: no scene has two items of the same colour and shape."""
         return f"{self.colour} {self.shape}"
 
     @property
@@ -74,7 +74,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Scene:
-    """One table. Items stand in reading order (rows from the top, each from the left)."""
+    """One table. `items` are in reading order (rows from the top, each from the left)."""
 
     items: tuple[Item, ...]
     label: Label
@@ -83,13 +83,13 @@ class Scene:
     noise_seed: int
 
     def distance(self, item: Item) -> float:
-        """Pixels between the gripper and the item's centre."""
+        """Return the distance between the gripper and the item's centre in pixels."""
         x, y = GRIPPER_AT[self.gripper]
         return float(np.hypot(item.x - x, item.y - y))
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene by lot; equal generators give equal scenes."""
+    """Return a random scene. Equal generators give equal scenes."""
     count = int(rng.integers(3, 7))
     cells = np.sort(rng.permutation(9)[: count + 1])
     label_at = int(rng.integers(count + 1))
@@ -110,7 +110,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def _distinct_names(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    # A few colours and shapes a scene, so that counts above one and near misses ("red cube" asked, red ball there) are common.
+    # Few colours and shapes per scene, so that counts above one and near misses (red ball for "red cube") are common.
     colours = rng.choice(COLOURS, size=int(rng.integers(2, 5)), replace=False)
     shapes = rng.choice(SHAPES, size=int(rng.integers(3, 5)), replace=False)
     pairs = [(str(colour), str(shape)) for colour in colours for shape in shapes]

@@ -1,1 +1,1 @@
-"""One module for each group of commands. A command parses, calls one library function, prints; heavy imports live in its body."""
+"""The commands, one module per group. Heavy imports are in the bodies of commands, so that --help stays fast."""

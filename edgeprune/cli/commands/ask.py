@@ -1,4 +1,4 @@
-"""Commands that ask a model: run, eval."""
+"""Commands that query a model: run, eval."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ from edgeprune.io.files import save_image
 @json_option
 def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool, **options: Any) -> None:
     """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
-    prompt = _need_both(image, prompt)
+    prompt = _require_image_and_prompt(image, prompt)
     from edgeprune.cli.output.basic import show_answer
     from edgeprune.runtime import load
     from edgeprune.runtime.media.images import read_image
 
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
     pictures = [read_image(path) for path in image]
-    # A budget is chosen by how long answers have taken.
-    timed = options["deadline_ms"] is not None
-    opening = {name: options.pop(name) for name in ("threads", "provider", "check", "require_signature")}
-    runtime = load(bundle, **opening, warm_up=timed)
+    # A deadline selects the tier by the times of earlier answers, so these need a warm-up.
+    has_deadline = options["deadline_ms"] is not None
+    load_options = {name: options.pop(name) for name in ("threads", "provider", "check", "require_signature")}
+    runtime = load(bundle, **load_options, warm_up=has_deadline)
     stream = runtime.stream(pictures, prompt, prune=prune, **options)
     show_answer(stream, as_json)
     if overlay is not None:
@@ -73,7 +73,7 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool
 @plan_options
 @trust_option
 @json_option
-def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **opening: Any) -> None:
+def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **load_options: Any) -> None:
     """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
 
     The plan options apply to a transformers folder only; a bundle has its plan frozen in.
@@ -83,13 +83,13 @@ def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str 
     from edgeprune.cli.output.basic import ProgressBar, show_evaluation
 
     samples = read_samples(data, limit)
-    runtime = _open_model(model, **opening)
+    runtime = _open_model(model, **load_options)
     with ProgressBar("samples", len(samples), quiet=as_json) as counter:
         report = evaluate(runtime, samples, fit=fit, tier=tier, progress=counter.update)
     show_evaluation(report, as_json)
 
 
-def _need_both(image: tuple[Path, ...], prompt: str | None) -> str:
+def _require_image_and_prompt(image: tuple[Path, ...], prompt: str | None) -> str:
     example = 'For example: --image table.png --prompt "What is on the table?"'
     if not image:
         raise UsageError("There is no image to ask about (--image).", hint=example)

@@ -1,4 +1,4 @@
-"""Commands that learn keep budgets and show them: calibrate, merge, profile, report."""
+"""Commands that calibrate and report keep budgets: calibrate, merge, profile, report."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     from edgeprune.calibration.calibrate import CalibrateOptions, run_calibrate
     from edgeprune.cli.output.basic import ActivityProgress, show_calibration
 
-    options["device"], options["device_name"] = _devices(options["device"])
+    options["device"], options["device_name"] = _split_devices(options["device"])
     options["shard"] = parse_shard(options["shard"])
     options["image_size"] = parse_size(options["image_size"])
     for share in ("max_drop", "target_flops", "target_kv", "target_reads"):
         options[share] = parse_share(options[share])
-    options["target_ttft"] = _milliseconds(options["target_ttft"])
+    options["target_ttft"] = _parse_milliseconds(options["target_ttft"])
     with ActivityProgress(quiet=as_json) as activity:
         result = run_calibrate(CalibrateOptions(model=model, data=data, **options), activity)
     show_calibration(result, as_json)
@@ -136,8 +136,8 @@ def profile(bundle: Path, output: Path, repeats: int, threads: int | None, provi
     show_facts(asdict(times), as_json)
 
 
-def _devices(names: tuple[str, ...]) -> tuple[str, str | None]:
-    # torch's device and the device that a latency is predicted for, in any order.
+def _split_devices(names: tuple[str, ...]) -> tuple[str, str | None]:
+    # Split into torch's device and the device whose latency is predicted, given in any order.
     torch_names = [name for name in names if name.partition(":")[0] in ("cpu", "cuda")]
     targets = [name for name in names if name not in torch_names]
     if len(torch_names) > 1 or len(targets) > 1:
@@ -145,7 +145,7 @@ def _devices(names: tuple[str, ...]) -> tuple[str, str | None]:
     return next(iter(torch_names), "cpu"), next(iter(targets), None)
 
 
-def _milliseconds(text: str | None) -> float | None:
+def _parse_milliseconds(text: str | None) -> float | None:
     if text is None:
         return None
     number, scale = (text[:-2], 1.0) if text.endswith("ms") else (text[:-1], 1e3) if text.endswith("s") else (text, 1.0)

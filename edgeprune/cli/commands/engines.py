@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def limit_options(command: F) -> F:
-    """Add the options that say how long things may get in an engine."""
+    """Add the options that limit the lengths of an engine's inputs."""
     options = (
         click.option("--context", default=2048, show_default=True, help="Text tokens that the caches may hold."),
         click.option("--turn", default=512, show_default=True, help="New text tokens in one turn."),
@@ -46,14 +46,14 @@ def check(
     from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 
     opened = Bundle.load(bundle, require_signature=require_signature)
-    asked = ProfileLimits(**limits)
+    profile_limits = ProfileLimits(**limits)
     require_extra("check", "onnx")
     from edgeprune.cli.output.basic import StageProgress
     from edgeprune.cli.output.engines import show_check
     from edgeprune.export.checking import check_bundle
 
     with StageProgress(list(opened.manifest.graphs), quiet=as_json) as stages:
-        report = check_bundle(opened, target_named(target or opened.manifest.target), asked, progress=stages.begin)
+        report = check_bundle(opened, target_named(target or opened.manifest.target), profile_limits, progress=stages.begin)
     show_check(report, as_json)
     ctx.exit(0 if report.passed else 1)
 
@@ -73,13 +73,13 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
     from edgeprune.cli.output.engines import EngineProgress, show_engines, show_jobs
     from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, plan_build
 
-    asked = BuildRequest.of(bundle, reuse=reuse, **request)
+    build_request = BuildRequest.of(bundle, reuse=reuse, **request)
     if dry_run:
-        show_jobs(*plan_build(asked), as_json)
+        show_jobs(*plan_build(build_request), as_json)
         return
     with EngineProgress(quiet=as_json) as progress:
-        done = build_bundle(asked, progress.advance)
-    show_engines(bundle, done, as_json)
+        results = build_bundle(build_request, progress.advance)
+    show_engines(bundle, results, as_json)
 
 
 @click.command()

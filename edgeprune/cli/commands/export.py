@@ -1,4 +1,4 @@
-"""Commands that make, check and sign bundles: export, verify, keygen, sign."""
+"""Commands that create, verify and sign bundles: export, verify, keygen, sign."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
 
 
 def _refuse_existing(output: Path, force: bool) -> None:
-    # Checked again when the folder is put in place; here so that nobody waits for a refusal.
+    # Checked again when the folder is renamed; checked here to fail before the long export.
     if output.exists() and not force:
         raise UsageError(f"{output} exists already.", hint="Give another output, or --force to replace it.")
 

@@ -1,4 +1,4 @@
-"""Commands that look and list: tabletop, inspect, models, methods."""
+"""Commands that inspect and list: tabletop, inspect, models, methods."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bo
     from edgeprune.cli.output.basic import show_bundle, show_plan
     from edgeprune.plan import KeepPlan
 
-    foreign = bundle.is_file() and is_lightcompress(bundle)
-    if not foreign and (model or image_size):
+    is_yaml = bundle.is_file() and is_lightcompress(bundle)
+    if not is_yaml and (model or image_size):
         raise UsageError("--model and --image-size are for LightCompress's YAML.")
-    if foreign:
-        show_plan(_foreign_plan(bundle, model, image_size), as_json)
+    if is_yaml:
+        show_plan(_lightcompress_plan(bundle, model, image_size), as_json)
     elif bundle.is_file():
         show_plan(KeepPlan.load(bundle), as_json)
     else:
         show_bundle(Bundle.load(bundle), as_json)
 
 
-def _foreign_plan(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
+def _lightcompress_plan(path: Path, model: str | None, image_size: str | None) -> KeepPlan:
     if model is None:
         raise UsageError(f"How many tokens {path} keeps depends on the model.", hint="Say which: --model FOLDER")
     require_extra("export", "torch", "transformers", "optimum")

@@ -63,7 +63,7 @@ def bench(
 
 
 def parse_counts(text: str, example: str) -> list[int]:
-    """Return [200, 1000] of "200,1000"; nothing of an empty text."""
+    """Return [200, 1000] for "200,1000"; an empty list for an empty text."""
     try:
         counts = [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
@@ -96,26 +96,26 @@ def estimate(bundle: Path, device: str, text_tokens: int, tokens: int, precision
     from edgeprune.device import roofline, workload
 
     module, opened = modules.module_named(device), Bundle.load(bundle)
-    chosen = precision or _lowered(opened.manifest.precision)
+    chosen = precision or _engine_precision(opened.manifest.precision)
     work = workload.workload_of(opened, text_tokens=text_tokens, generated=tokens, precision=chosen)
-    found, whole = roofline.estimate(work, module), roofline.estimate(work.unpruned(), module)
-    _show(work, module, opened.manifest.precision, found, whole, as_json)
+    pruned, unpruned = roofline.estimate(work, module), roofline.estimate(work.unpruned(), module)
+    _show(work, module, opened.manifest.precision, pruned, unpruned, as_json)
 
 
-def _lowered(precision: str) -> str:
-    # Engines of float32 graphs are commonly built with FP16 allowed; said in the output.
+def _engine_precision(precision: str) -> str:
+    # Engines of float32 graphs are usually built with FP16 allowed; the output states this assumption.
     return "fp16" if precision == "fp32" else precision
 
 
-def _show(work: Workload, module: Module, bundled: str, found: Estimate, whole: Estimate, as_json: bool) -> None:
+def _show(work: Workload, module: Module, bundle_precision: str, pruned: Estimate, unpruned: Estimate, as_json: bool) -> None:
     from edgeprune.cli.output.basic import show_facts, show_json, show_table
 
     if as_json:
-        asked = {"device": module.name, "precision": work.precision.name, "bundle_precision": bundled}
+        request = {"device": module.name, "precision": work.precision.name, "bundle_precision": bundle_precision}
         tokens = {"visual_tokens": work.tower.tokens, "text_tokens": work.text_tokens, "tokens": work.generated}
-        show_json({**asked, **tokens, "pruned": _data(found), "unpruned": _data(whole)})
+        show_json({**request, **tokens, "pruned": _to_json(pruned), "unpruned": _to_json(unpruned)})
         return
-    assumed = "" if work.precision.name == bundled else f", assumed: the bundle is {bundled}"
+    assumed = "" if work.precision.name == bundle_precision else f", assumed: the bundle is {bundle_precision}"
     facts = {
         "device": f"{module.title}: {module.tflops():.1f} TFLOPS dense FP16, {module.bandwidth:g} GB/s, {module.ram} GiB",
         "workload": f"{work.tower.tokens} visual tokens, {work.text_tokens} of the question, {work.generated} of the answer",
@@ -123,32 +123,32 @@ def _show(work: Workload, module: Module, bundled: str, found: Estimate, whole: 
     }
     show_facts(facts, as_json=False)
     click.echo()
-    show_table(["stage", "ms", "limit", "unpruned ms", "limit"], _time_rows(found, whole), as_json=False)
+    show_table(["stage", "ms", "limit", "unpruned ms", "limit"], _time_rows(pruned, unpruned), as_json=False)
     click.echo()
-    show_table(["memory", "MB", "unpruned MB"], _memory_rows(found.memory, whole.memory), as_json=False)
-    click.echo(f"\nfits in {module.ram} GiB, the system's own not counted: {found.memory.fits}")
+    show_table(["memory", "MB", "unpruned MB"], _memory_rows(pruned.memory, unpruned.memory), as_json=False)
+    click.echo(f"\nfits in {module.ram} GiB, the system's own not counted: {pruned.memory.fits}")
     click.echo("A roofline of peak numbers, not a measurement; how far off it was: docs/roofline.md")
 
 
-def _time_rows(found: Estimate, whole: Estimate) -> list[list[str]]:
+def _time_rows(pruned: Estimate, unpruned: Estimate) -> list[list[str]]:
     rows = []
-    for stage in found.stages:
-        other = whole.stage(stage.name)
-        beside = ["-", ""] if other is None else [_span(other.ms), other.limit]
-        rows.append(["decode, a token" if stage.name == "decode" else stage.name, _span(stage.ms), stage.limit, *beside])
-    rows.insert(-1, ["first token", _span(found.ttft_ms), "", _span(whole.ttft_ms), ""])
+    for stage in pruned.stages:
+        other = unpruned.stage(stage.name)
+        unpruned_cells = ["-", ""] if other is None else [_span(other.ms), other.limit]
+        rows.append(["decode, a token" if stage.name == "decode" else stage.name, _span(stage.ms), stage.limit, *unpruned_cells])
+    rows.insert(-1, ["first token", _span(pruned.ttft_ms), "", _span(unpruned.ttft_ms), ""])
     return rows
 
 
-def _memory_rows(found: MemoryEstimate, whole: MemoryEstimate) -> list[list[str]]:
+def _memory_rows(pruned: MemoryEstimate, unpruned: MemoryEstimate) -> list[list[str]]:
     return [
-        ["weights", *(f"{memory.weights / 1e6:.1f}" for memory in (found, whole))],
-        ["runtime", *(_span(memory.runtime, 1e-6) for memory in (found, whole))],
-        ["at rest", *(_span(memory.at_rest, 1e-6) for memory in (found, whole))],
-        ["KV cache", *(f"{memory.kv / 1e6:.1f}" for memory in (found, whole))],
-        ["activations", *(f"{memory.activations / 1e6:.1f}" for memory in (found, whole))],
-        ["at peak", *(_span(memory.at_peak, 1e-6) for memory in (found, whole))],
-        ["file cache, given back", *(f"{memory.file_cache / 1e6:.1f}" for memory in (found, whole))],
+        ["weights", *(f"{memory.weights / 1e6:.1f}" for memory in (pruned, unpruned))],
+        ["runtime", *(_span(memory.runtime, 1e-6) for memory in (pruned, unpruned))],
+        ["at rest", *(_span(memory.at_rest, 1e-6) for memory in (pruned, unpruned))],
+        ["KV cache", *(f"{memory.kv / 1e6:.1f}" for memory in (pruned, unpruned))],
+        ["activations", *(f"{memory.activations / 1e6:.1f}" for memory in (pruned, unpruned))],
+        ["at peak", *(_span(memory.at_peak, 1e-6) for memory in (pruned, unpruned))],
+        ["file cache, given back", *(f"{memory.file_cache / 1e6:.1f}" for memory in (pruned, unpruned))],
     ]
 
 
@@ -157,13 +157,13 @@ def _span(value: Interval, scale: float = 1.0) -> str:
     return f"{value.low * scale:.{digits}f} to {value.high * scale:.{digits}f}"
 
 
-def _data(found: Estimate) -> dict[str, Any]:
-    memory = found.memory
+def _to_json(result: Estimate) -> dict[str, Any]:
+    memory = result.memory
     totals = {"at_rest": asdict(memory.at_rest), "at_peak": asdict(memory.at_peak), "fits": memory.fits}
     return {
-        "stages": [asdict(stage) for stage in found.stages],
-        "ttft_ms": asdict(found.ttft_ms),
-        "token_ms": asdict(found.token_ms),
+        "stages": [asdict(stage) for stage in result.stages],
+        "ttft_ms": asdict(result.ttft_ms),
+        "token_ms": asdict(result.token_ms),
         "memory": {**asdict(memory), **totals},
     }
 

@@ -1,4 +1,4 @@
-"""Commands that serve answers: serve (HTTP) and ros2."""
+"""Commands that serve a bundle: serve (HTTP) and ros2."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
 
     limit_malloc_arenas()
     keys = [] if options["no_auth"] and api_key_file is None else read_keys(api_key_file, os.environ.get(VARIABLE))
-    options |= {"keys": keys, "limits": ServerLimits(**{each.name: options.pop(each.name) for each in fields(ServerLimits)})}
-    server = ServerOptions(**{each.name: options.pop(each.name) for each in fields(ServerOptions)})
+    options |= {"keys": keys, "limits": ServerLimits(**{field.name: options.pop(field.name) for field in fields(ServerLimits)})}
+    server = ServerOptions(**{field.name: options.pop(field.name) for field in fields(ServerOptions)})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("edgeprune.server").setLevel(logging.INFO)
-    listen(bundle, server, announce=_say, **options)
+    listen(bundle, server, announce=_announce, **options)
 
 
-def _say(url: str) -> None:
+def _announce(url: str) -> None:
     click.echo(f"Listening on {url} (the page, and OpenAI's API under /v1); the model is loading.")
 
 

@@ -1,1 +1,1 @@
-"""How results are printed: tables, progress, lines. Imports no command."""
+"""Output of commands: tables, progress and JSON. Imports no command."""

@@ -1,4 +1,4 @@
-"""How results look: tables, progress on stderr where that is a terminal, or JSON."""
+"""Print results as tables or JSON, and show progress on stderr if that is a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class StageProgress:
-    """A line for each stage of a long command, with its seconds, on stderr."""
+    """Prints each stage of a long command with its seconds on stderr."""
 
     def __init__(self, names: Sequence[str], *, quiet: bool) -> None:
         self._names, self._quiet = list(names), quiet
@@ -33,7 +33,7 @@ class StageProgress:
         self._status = self._console.status("")
 
     def begin(self, name: str) -> None:
-        """End the stage before and begin the next."""
+        """End the current stage and begin the next."""
         self._end()
         self._current, self._started = name, time.perf_counter()
         if not self._quiet:
@@ -55,7 +55,7 @@ class StageProgress:
 
 
 class ProgressBar:
-    """A progress bar with the time left, on stderr."""
+    """A progress bar with the remaining time on stderr."""
 
     def __init__(self, what: str, total: int, *, quiet: bool) -> None:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -64,7 +64,7 @@ class ProgressBar:
         self._task = self._bar.add_task(what, total=total)
 
     def update(self, done: int) -> None:
-        """Say how many are done."""
+        """Set the number of completed items."""
         self._bar.update(self._task, completed=done)
 
     def __enter__(self) -> ProgressBar:
@@ -76,22 +76,22 @@ class ProgressBar:
 
 
 class ActivityProgress:
-    """Says on stderr what is going on, and counts where there is something to count."""
+    """Shows the current activity on stderr, with progress bars for countable work."""
 
     def __init__(self, *, quiet: bool) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
-        self._saying = self._bars.add_task("", total=None)
+        self._status = self._bars.add_task("", total=None)
 
     def count(self, what: str, total: int) -> Callable[[int], None]:
-        """Begin a bar and return the function that moves it."""
+        """Add a bar and return the function that sets its number of completed items."""
         task = self._bars.add_task(what, total=total)
         return lambda done: self._bars.update(task, completed=done)
 
     def say(self, what: str) -> None:
-        """Show a line until the next one."""
-        self._bars.update(self._saying, description=what)
+        """Show a status line until the next call."""
+        self._bars.update(self._status, description=what)
 
     def __enter__(self) -> ActivityProgress:
         self._bars.start()
@@ -102,7 +102,7 @@ class ActivityProgress:
 
 
 def show_calibration(result: CalibrationResult, as_json: bool) -> None:
-    """Print what was learnt: the plan's budgets, what it costs, PLPHP's classes, or the curve of a search."""
+    """Print a calibration: keep budgets, costs, PLPHP's classes, and the curve of a search."""
     if as_json:
         show_json(_calibration_data(result))
         return
@@ -135,7 +135,7 @@ def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
 
 
 def show_json(data: Any) -> None:
-    """Print JSON data."""
+    """Print data as JSON."""
     click.echo(json.dumps(data, indent=2))
 
 
@@ -160,7 +160,7 @@ def show_facts(facts: Mapping[str, object], as_json: bool) -> None:
 
 
 def show_export(bundle: Bundle, as_json: bool) -> None:
-    """Print where the bundle is, how it prunes, and what to do next."""
+    """Print an exported bundle and the next commands."""
     show_bundle(bundle, as_json)
     if not as_json:
         click.echo("\nNext:")
@@ -169,13 +169,13 @@ def show_export(bundle: Bundle, as_json: bool) -> None:
 
 
 def show_bundle(bundle: Bundle, as_json: bool) -> None:
-    """Print source, geometry, cuts and files of a bundle."""
+    """Print the source, geometry, cuts and files of a bundle."""
     manifest, plan = bundle.manifest, bundle.plan
     if as_json:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
         facts |= {"target": manifest.target, "precision": manifest.precision}
-        plans = {"plan": plan.to_dict(), "tiers": {name: each.to_dict() for name, each in bundle.tiers}}
+        plans = {"plan": plan.to_dict(), "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers}}
         show_json({**facts, **plans, "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files})
         return
     facts = {
@@ -186,15 +186,15 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     show_facts(facts, as_json=False)
-    for name, each in bundle.tiers:
+    for name, tier_plan in bundle.tiers:
         click.echo(f"\n{'tier':14} {name}")
-        _show_cuts(each)
+        _show_cuts(tier_plan)
     if not bundle.tiers:
         _show_cuts(plan)
 
 
 def show_plan(plan: KeepPlan, as_json: bool) -> None:
-    """Print what a plan was made for and its cuts; as JSON, the plan."""
+    """Print a plan's model, geometry and cuts; as JSON, the plan itself."""
     if as_json:
         show_json(plan.to_dict())
         return
@@ -211,7 +211,7 @@ def _show_cuts(plan: KeepPlan) -> None:
 
 
 def show_verification(report: Sequence[ParityStage], as_json: bool) -> None:
-    """Print the stages and name the first that fails."""
+    """Print the stages and the first that fails."""
     names = ("stage", "compared", "worst", "tolerance", "passed")
     rows = [(s.name, s.compared, f"{s.worst:.2g}", f"{s.tolerance:.2g}", "yes" if s.passed else "NO") for s in report]
     failing = next((stage.name for stage in report if not stage.passed), None)
@@ -224,7 +224,7 @@ def show_verification(report: Sequence[ParityStage], as_json: bool) -> None:
 
 
 def show_answer(stream: Stream, as_json: bool) -> None:
-    """Print an answer as it comes, then its receipt."""
+    """Print an answer as it is generated, then its receipt."""
     if as_json:
         text = "".join(stream)
         show_json({"text": text, "receipt": stream.receipt.to_dict()})
@@ -249,7 +249,7 @@ def show_answer(stream: Stream, as_json: bool) -> None:
 
 
 def show_evaluation(report: EvalReport, as_json: bool) -> None:
-    """Print the scores of each kind, then what an answer costs."""
+    """Print the scores of each kind of question, then the costs of an answer."""
     data = report.to_dict()
     if as_json:
         show_json(data)

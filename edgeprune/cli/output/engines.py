@@ -1,4 +1,4 @@
-"""How checks and builds of engines look: tables, or JSON."""
+"""Print checks and builds of engines as tables or JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class EngineProgress:
-    """A bar for each engine, from the builder's own account of its phases, on stderr."""
+    """A progress bar per engine on stderr, from the phases that the builder reports."""
 
     def __init__(self, *, quiet: bool) -> None:
         console = Console(stderr=True)
@@ -37,11 +37,11 @@ class EngineProgress:
         self._tasks: dict[str, tuple[TaskID, str]] = {}
 
     def advance(self, graph: str, phase: str, done: float) -> None:
-        """Say how far a graph's build is. The first phase that begins is the whole build; the others lie in it."""
+        """Update a graph's progress. The first reported phase is the complete build; later ones are nested in it."""
         if graph not in self._tasks:
             self._tasks[graph] = self._bars.add_task(graph, total=1.0, phase=""), phase
-        task, whole = self._tasks[graph]
-        if phase == whole:
+        task, outer_phase = self._tasks[graph]
+        if phase == outer_phase:
             self._bars.update(task, completed=done, phase="")
         else:
             self._bars.update(task, phase=phase)
@@ -55,7 +55,7 @@ class EngineProgress:
 
 
 def show_jobs(request: BuildRequest, jobs: Sequence[BuildJob], as_json: bool) -> None:
-    """Print what would be built: profiles, memory, and the trtexec commands that do the same."""
+    """Print the engines to build: profiles, memory, and equivalent trtexec commands."""
     from edgeprune.runtime.backends.tensorrt.build import trtexec_command
 
     settings, commands = request.settings, [trtexec_command(request.bundle, job, request.settings) for job in jobs]
@@ -74,32 +74,35 @@ def show_jobs(request: BuildRequest, jobs: Sequence[BuildJob], as_json: bool) ->
         }
         show_facts(facts, as_json=False)
         for number, profile in enumerate(job.profiles):
-            for names, shapes in _alike(profile):
+            for names, shapes in _group_inputs(profile):
                 click.echo(f"  profile {number}  {names:44} {' | '.join('x'.join(map(str, shape)) for shape in shapes)}")
         click.echo(f"  {command}\n")
 
 
-def _alike(profile: ShapeProfile) -> Iterator[tuple[str, Shapes]]:
-    # The caches of all layers are as long: one line for those.
-    alike: dict[Shapes, list[str]] = {}
+def _group_inputs(profile: ShapeProfile) -> Iterator[tuple[str, Shapes]]:
+    # Inputs with equal shapes, such as the KV caches of all layers, share a line.
+    by_shapes: dict[Shapes, list[str]] = {}
     for name, shapes in profile.items():
-        alike.setdefault(shapes, []).append(name)
-    for shapes, names in alike.items():
+        by_shapes.setdefault(shapes, []).append(name)
+    for shapes, names in by_shapes.items():
         yield names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), shapes
 
 
 def show_engines(bundle: Path, done: Sequence[BuildResult], as_json: bool) -> None:
-    """Print which engines the bundle has now, and how they came."""
+    """Print the bundle's engines and how each was obtained."""
     if as_json:
-        show_json({"bundle": str(bundle), "engines": [{**asdict(each.record), "how": each.how} for each in done]})
+        show_json({"bundle": str(bundle), "engines": [{**asdict(result.record), "how": result.how} for result in done]})
         return
-    rows = [[each.record.graph, each.how, f"{each.record.seconds:.1f} s", f"{each.record.bytes / 1e6:.1f} MB"] for each in done]
+    rows = [
+        [result.record.graph, result.how, f"{result.record.seconds:.1f} s", f"{result.record.bytes / 1e6:.1f} MB"]
+        for result in done
+    ]
     show_table(["graph", "engine", "built in", "size"], rows, as_json=False)
     click.echo(f'\nNext:\n  edgeprune selftest {bundle}\n  edgeprune run {bundle} --provider tensorrt --image IMAGE --prompt "..."')
 
 
 def show_check(report: CheckReport, as_json: bool) -> None:
-    """Print what the lint found and what the builds took, and whether the target takes the graphs."""
+    """Print the findings of the lint, the results of trial builds, and the verdict."""
     if as_json:
         trials = None if report.trials is None else [asdict(trial) for trial in report.trials]
         findings = [asdict(finding) for finding in report.findings]
@@ -145,7 +148,7 @@ def _verdict(report: CheckReport) -> str:
 
 
 def show_selftest(report: SelfTest, as_json: bool) -> None:
-    """Print what was compared, the times of both ways to compute, and the verdict."""
+    """Print the comparisons, the times of both backends, and the verdict."""
     if as_json:
         show_json(report.to_dict())
         return
@@ -155,6 +158,8 @@ def show_selftest(report: SelfTest, as_json: bool) -> None:
     show_table(["check", "compared", "worst", "allowed", "passed"], rows, as_json=False)
     names = list(next(iter(report.times.values())))
     show_table(
-        ["ms", *names], [[how, *(f"{each[name]:.1f}" for name in names)] for how, each in report.times.items()], as_json=False
+        ["ms", *names],
+        [[backend, *(f"{times[name]:.1f}" for name in names)] for backend, times in report.times.items()],
+        as_json=False,
     )
     click.echo("\nEvery check passed." if report.passed else "\nThe engines do not compute what the graphs say.")

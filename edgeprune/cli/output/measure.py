@@ -1,4 +1,4 @@
-"""How measurements and diagnoses look: tables, or JSON."""
+"""Print benchmarks and diagnoses as tables or JSON."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ Row = list[str]
 
 
 def show_benchmark(result: Benchmark, as_json: bool) -> None:
-    """Print what was measured and on what: a column for each contender, with its ratio to the baseline."""
+    """Print a benchmark and its machine: a column per variant, with ratios to the baseline."""
     if as_json:
         show_json(result.to_dict())
         return
     click.echo(_header(result) + "\n")
     rows = [*_cost_rows(result), *_size_rows(result), *_roofline_rows(result), *_startup_rows(result)]
-    show_table(["", *(each.name for each in result.variants)], rows, as_json=False)
+    show_table(["", *(variant.name for variant in result.variants)], rows, as_json=False)
     _show_growth(result)
     _show_notes(result)
 
 
 def show_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
-    """Print what the machine is, what can be done on it, what stands in the way, and what would spoil it."""
+    """Print a machine's facts, features with remedies, and warnings."""
     if as_json:
         show_json(diagnosis.to_dict())
         return
     machine = diagnosis.machine
     if not machine.is_jetson:
         click.echo("This machine is no Jetson. What can be done here is listed all the same.\n")
-    show_facts(_facts(machine), as_json=False)
+    show_facts(_machine_facts(machine), as_json=False)
     click.echo()
     for ability in diagnosis.abilities:
         click.echo(f"{'yes' if ability.able else 'no':4}{ability.name}: {ability.reason}")
@@ -69,7 +69,7 @@ def _header(result: Benchmark) -> str:
     parts = [
         machine.name,
         *(jetson if machine.is_jetson else []),
-        f"clocks {_pinned(machine)}",
+        f"clocks {_clock_state(machine)}",
         f"TensorRT {machine.tensorrt or 'none'}",
         f"provider {request.provider}",
         f"threads {request.threads or 'by default'}",
@@ -80,49 +80,55 @@ def _header(result: Benchmark) -> str:
 
 def _cost_rows(result: Benchmark) -> list[Row]:
     rows = []
-    for name, words in _COSTS.items():
+    for name, label in _COSTS.items():
         if name not in result.variants[0].costs:
             continue
-        cells = (f"{each.costs[name].p50:.2f}{_beside(result, each, each.ratios.get(name))}" for each in result.variants)
-        rows.append([words, *cells])
+        cells = (
+            f"{variant.costs[name].p50:.2f}{_format_ratio(result, variant, variant.ratios.get(name))}"
+            for variant in result.variants
+        )
+        rows.append([label, *cells])
         if name in _TAILS:
-            rows.append(["  p95", *(f"{each.costs[name].p95:.2f}" for each in result.variants)])
+            rows.append(["  p95", *(f"{variant.costs[name].p95:.2f}" for variant in result.variants)])
         if name == "ms_per_token":
             rows += [*_context_rows(result), *_overhead_rows(result)]
     return rows
 
 
 def _overhead_rows(result: Benchmark) -> list[Row]:
-    shares = [each.costs.get("overhead") for each in result.variants]
+    shares = [variant.costs.get("overhead") for variant in result.variants]
     return [["  beside the graph", *(f"{share.p50:.1%}" if share else "unknown" for share in shares)]] if any(shares) else []
 
 
 def _context_rows(result: Benchmark) -> list[Row]:
     rows = []
     for index, context in enumerate(result.request.contexts):
-        at = [(each, each.contexts[index]) for each in result.variants]
+        points = [(variant, variant.contexts[index]) for variant in result.variants]
         rows.append(
-            [f"  at {context} keys", *(f"{one.ms_per_token.p50:.2f}{_beside(result, each, one.ratio)}" for each, one in at)]
+            [
+                f"  at {context} keys",
+                *(f"{one.ms_per_token.p50:.2f}{_format_ratio(result, variant, one.ratio)}" for variant, one in points),
+            ]
         )
     return rows
 
 
-def _beside(result: Benchmark, figures: VariantResult, ratio: float | None) -> str:
+def _format_ratio(result: Benchmark, figures: VariantResult, ratio: float | None) -> str:
     return "" if ratio is None or figures.name == result.request.baseline else f" ({ratio:.2f}x)"
 
 
 def _size_rows(result: Benchmark) -> list[Row]:
-    found = result.variants
-    caches = [(each, each.costs["kv_bytes"].p50 / 1024) for each in found]
+    variants = result.variants
+    caches = [(variant, variant.costs["kv_bytes"].p50 / 1024) for variant in variants]
     return [
-        ["KV cache KiB", *(f"{size:.0f}{_beside(result, each, each.ratios['kv_bytes'])}" for each, size in caches)],
-        ["visual tokens", *(f"{each.visual_tokens:.1f}".removesuffix(".0") for each in found)],
-        ["tokens generated", *(str(each.generated) for each in found)],
+        ["KV cache KiB", *(f"{size:.0f}{_format_ratio(result, variant, variant.ratios['kv_bytes'])}" for variant, size in caches)],
+        ["visual tokens", *(f"{variant.visual_tokens:.1f}".removesuffix(".0") for variant in variants)],
+        ["tokens generated", *(str(variant.generated) for variant in variants)],
     ]
 
 
 def _roofline_rows(result: Benchmark) -> list[Row]:
-    lines = [each.roofline for each in result.variants]
+    lines = [variant.roofline for variant in result.variants]
     if None in lines:
         return []
     rows = [
@@ -130,17 +136,17 @@ def _roofline_rows(result: Benchmark) -> list[Row]:
         ["token, roofline", *(f"{line.token:.0%}" for line in lines if line)],
     ]
     for index, context in enumerate(result.request.contexts):
-        shares = [each.contexts[index].roofline or 0.0 for each in result.variants]
+        shares = [variant.contexts[index].roofline or 0.0 for variant in result.variants]
         rows.append([f"  at {context} keys", *(f"{share:.0%}" for share in shares)])
     return rows
 
 
 def _startup_rows(result: Benchmark) -> list[Row]:
-    starts = [each.startup for each in result.variants if each.startup]
+    starts = [variant.startup for variant in result.variants if variant.startup]
     return [
         ["import ms", *(f"{start.import_ms:.0f}" for start in starts)],
         ["load ms (read)", *(f"{start.load_ms:.0f} ({start.read_ms:.0f})" for start in starts)],
-        ["peak RSS MB", *(_megabytes(each) for each in result.variants)],
+        ["peak RSS MB", *(_megabytes(variant) for variant in result.variants)],
         ["first TTFT (2nd)", *(f"{start.first_ttft_ms:.1f} ({start.second_ttft_ms:.1f})" for start in starts)],
     ]
 
@@ -149,7 +155,10 @@ def _show_growth(result: Benchmark) -> None:
     if not result.growth:
         return
     click.echo("\nThe first token with evenly chosen visual tokens and no cuts:")
-    rows = [[str(at.kept), f"{at.ttft_ms.p50:.1f}", f"{at.prefill_ms.p50:.1f}", f"{at.prefill_ms.p95:.1f}"] for at in result.growth]
+    rows = [
+        [str(point.kept), f"{point.ttft_ms.p50:.1f}", f"{point.prefill_ms.p50:.1f}", f"{point.prefill_ms.p95:.1f}"]
+        for point in result.growth
+    ]
     show_table(["visual tokens", "TTFT ms", "prefill ms", "  p95"], rows, as_json=False)
     if line := result.line:
         click.echo(
@@ -160,22 +169,22 @@ def _show_growth(result: Benchmark) -> None:
 
 def _show_notes(result: Benchmark) -> None:
     click.echo()
-    own = result.variants[0]
-    for cut, before, after in own.cuts:
+    own_result = result.variants[0]
+    for cut, before, after in own_result.cuts:
         click.echo(f"{cut}: {before} -> {after} visual tokens")
-    if not own.cuts:
+    if not own_result.cuts:
         click.echo("The plan has no cuts: nothing was pruned.")
     click.echo(f"(x) beside {result.request.baseline}: the median of the rounds' own ratios")
-    if {"random", "uniform"} & {each.name for each in result.variants}:
+    if {"random", "uniform"} & {variant.name for variant in result.variants}:
         click.echo(f"random, uniform: {result.equal_work_tokens} of {result.visual_tokens} visual tokens in every layer")
-    if not all(each.reused for each in result.variants):
+    if not all(variant.reused for variant in result.variants):
         click.echo("image again: the chat template reads an answer otherwise than it was written: the caches were not reused")
     click.echo("image again: the first token of a second question about it in the same conversation")
     if result.request.contexts:
         click.echo("at N keys: after a question of N text tokens, the image besides")
-    if "overhead" in own.costs:
+    if "overhead" in own_result.costs:
         click.echo("beside the graph: what a decode step takes besides the run of its graph, as a share of that run")
-    if "energy_j" not in own.costs:
+    if "energy_j" not in own_result.costs:
         click.echo("energy: not measured: no sensor")
     else:
         click.echo(f"energy: {result.power_source}, {' + '.join(result.power_rails)}, idle power included")
@@ -183,15 +192,15 @@ def _show_notes(result: Benchmark) -> None:
     click.echo(
         "import to peak RSS: of a process of its own; peak RSS while it answers, in brackets over the bytes of weights and KV cache"
     )
-    click.echo(_peaks(result))
+    click.echo(_peaks_note(result))
 
 
-def _peaks(result: Benchmark) -> str:
+def _peaks_note(result: Benchmark) -> str:
     peaks = result.peaks
     if peaks is None:
         return f"roofline: no peaks known for provider {result.request.provider}; give --device-report"
     rates = [f"{name} {rate / 1e9:.0f} {_RATES.get(name, 'GOPS')}" for name, rate in peaks.operations.items()]
-    lines = ", ".join(sorted({" and ".join(each.roofline.arithmetic) for each in result.variants if each.roofline}))
+    lines = ", ".join(sorted({" and ".join(variant.roofline.arithmetic) for variant in result.variants if variant.roofline}))
     threads = "all threads" if peaks.threads is None else f"threads {peaks.threads}"
     origin = "measured here" if result.peaks_from == "measured" else f"of {result.peaks_from}"
     return (
@@ -199,14 +208,14 @@ def _peaks(result: Benchmark) -> str:
     )
 
 
-def _facts(machine: Machine) -> dict[str, object]:
+def _machine_facts(machine: Machine) -> dict[str, object]:
     memory = machine.memory
     jetson = {
         "module": machine.module or "unknown",
         "JetPack": machine.jetpack.name if machine.jetpack else "unknown",
         "L4T": machine.to_dict()["l4t"] or "unknown",
         "power mode": machine.mode,
-        "clocks": _pinned(machine),
+        "clocks": _clock_state(machine),
     }
     return {
         "device": machine.name,
@@ -219,7 +228,7 @@ def _facts(machine: Machine) -> dict[str, object]:
     }
 
 
-def _pinned(machine: Machine) -> str:
+def _clock_state(machine: Machine) -> str:
     return {True: "pinned", False: "not pinned", None: "unknown"}[machine.clocks_pinned]
 
 

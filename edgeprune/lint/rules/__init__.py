@@ -1,1 +1,1 @@
-"""The rules, grouped by what they look at. Each takes a graph and gives findings. Imports nothing but the lint's graph view."""
+"""The lint rules by subject. Each maps a RuleContext to findings. Imports only the lint's graph view."""

@@ -1,6 +1,6 @@
-"""Rules on arguments: inputs that must be constants, and outputs and attributes that TensorRT refuses.
+"""Rules on arguments: inputs that must be constants, refused outputs and attributes, and token selection.
 
-For token selection: how many elements TopK may take, and that the number does not depend on data.
+Selection: TopK must not take too many elements, and the number must not depend on data.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from edgeprune.lint.operator_support import LARGEST_K, RUN, Version
 from edgeprune.lint.rule import Finding, RuleContext
 from edgeprune.lint.values import constant, is_constant, range_of
 
-# Operator -> the input that must be an initializer, or fold to one from weights alone.
+# Operator -> index of the input that must be an initializer or be computed from initializers only.
 _CONSTANT_INPUTS = {"CumSum": 1, "Pad": 3, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1} | {
     f"Reduce{name}": 1 for name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
 }
 _FIRST_OUTPUT_ONLY = ("LayerNormalization", "MaxPool")
 _EINSUM_SINCE: Version = (10, 12)  # with ellipsis, diagonals and broadcast
-# Operator -> attribute -> what TensorRT takes, of every element where the attribute is a list; the first is the default.
+# Operator -> attribute -> accepted values, of each element if the attribute is a list; the first is the default.
 _ATTRIBUTES: dict[str, dict[str, tuple[int | str, ...]]] = {
     "AveragePool": {"dilations": (1,)},
     "BatchNormalization": {"training_mode": (0,)},
@@ -39,12 +39,12 @@ _ATTRIBUTES: dict[str, dict[str, tuple[int | str, ...]]] = {
     "TensorScatter": {"mode": ("linear",), "axis": (-2,)},
 }
 
-# Jetson's TensorRT parses them, yet how much they return is known only when they have run: no buffer has a fixed size after them.
-_COUNTS_DATA = ("NonMaxSuppression", "NonZero")
+# TensorRT for Jetson parses these, but their output size depends on data, so later buffers have no fixed size.
+_DATA_DEPENDENT = ("NonMaxSuppression", "NonZero")
 
 
 def flat_arguments(context: RuleContext) -> Iterator[Finding]:
-    """Find ArgMax and ArgMin on one dimension."""
+    """Find ArgMax and ArgMin on tensors of fewer than two dimensions."""
     for node in context.graph.nodes:
         shape = node.input(0).shape
         if node.operator in ("ArgMax", "ArgMin") and shape is not None and len(shape) < 2:
@@ -53,7 +53,7 @@ def flat_arguments(context: RuleContext) -> Iterator[Finding]:
 
 
 def computed_axes(context: RuleContext) -> Iterator[Finding]:
-    """Find axes that are no initializers, of operators that need them when the engine is built."""
+    """Find computed axes of operators that need constant axes at build time."""
     for node in context.graph.nodes:
         index = _CONSTANT_INPUTS.get(node.operator)
         if index is not None and node.has_input(index) and not is_constant(node.scope, node.inputs[index]):
@@ -62,7 +62,7 @@ def computed_axes(context: RuleContext) -> Iterator[Finding]:
 
 
 def reductions_in_scatter(context: RuleContext) -> Iterator[Finding]:
-    """Find scatters that reduce: ScatterND is refused, ScatterElements needs a plugin of the target's libraries."""
+    """Find scatter operators with a reduction: ScatterND is refused, ScatterElements needs a plugin library."""
     for node in context.graph.nodes:
         reduction = node.attribute("reduction", "none")
         if node.operator == "ScatterND" and reduction != "none":
@@ -74,7 +74,7 @@ def reductions_in_scatter(context: RuleContext) -> Iterator[Finding]:
 
 
 def extra_outputs(context: RuleContext) -> Iterator[Finding]:
-    """Find operators whose further outputs TensorRT does not compute."""
+    """Find uses of additional outputs that TensorRT does not compute."""
     for node in context.graph.nodes:
         if node.operator in _FIRST_OUTPUT_ONLY and any(node.outputs[1:]):
             reason = f"TensorRT computes the first output of {node.operator} alone, and the node has {len(node.outputs)}."
@@ -82,7 +82,7 @@ def extra_outputs(context: RuleContext) -> Iterator[Finding]:
 
 
 def training_dropout(context: RuleContext) -> Iterator[Finding]:
-    """Find Dropout that may drop."""
+    """Find Dropout that may be in training mode."""
     for node in context.graph.nodes:
         if node.operator == "Dropout" and node.has_input(2):
             mode = constant(node.scope, node.inputs[2])
@@ -91,7 +91,7 @@ def training_dropout(context: RuleContext) -> Iterator[Finding]:
 
 
 def odd_einsum(context: RuleContext) -> Iterator[Finding]:
-    """Find Einsum with an ellipsis or a diagonal where the target's TensorRT does not have it."""
+    """Find Einsum with an ellipsis or a diagonal if the target's TensorRT does not support it."""
     for node in context.graph.nodes:
         if node.operator != "Einsum" or context.tensorrt >= _EINSUM_SINCE:
             continue
@@ -103,17 +103,17 @@ def odd_einsum(context: RuleContext) -> Iterator[Finding]:
 
 
 def refused_attributes(context: RuleContext) -> Iterator[Finding]:
-    """Find attributes with a value that TensorRT does not take."""
+    """Find attribute values that TensorRT does not accept."""
     for node in context.graph.nodes:
-        for name, taken in _ATTRIBUTES.get(node.operator, {}).items():
-            value = node.attribute(name, taken[0])
-            if any(item not in taken for item in (value if isinstance(value, list) else [value])):
+        for name, accepted in _ATTRIBUTES.get(node.operator, {}).items():
+            value = node.attribute(name, accepted[0])
+            if any(item not in accepted for item in (value if isinstance(value, list) else [value])):
                 reason = f"TensorRT does not take {node.operator} with {name} = {value}."
-                yield context.error(node, reason, f"Set {name} to {' or '.join(map(str, taken))}.")
+                yield context.error(node, reason, f"Set {name} to {' or '.join(map(str, accepted))}.")
 
 
 def many_selected(context: RuleContext) -> Iterator[Finding]:
-    """Find TopK of more elements than TensorRT's, which its parser passes and its builder refuses."""
+    """Find TopK with more elements than TensorRT's limit, which the parser accepts and the builder refuses."""
     for node in _selections(context):
         count = _count(node)
         if count is not None and count > LARGEST_K:
@@ -123,9 +123,9 @@ def many_selected(context: RuleContext) -> Iterator[Finding]:
 
 
 def short_axes(context: RuleContext) -> Iterator[Finding]:
-    """Find TopK of more elements than its axis has, or may have at the least length of a profile.
+    """Find TopK with more elements than its axis has, or has at the min length of a profile.
 
-    TensorRT's builder looks at the usual and the greatest length alone; at the least one the engine fails when it runs.
+    TensorRT's builder checks only the opt and max lengths; at the min length the engine fails at run time.
     """
     for node in _selections(context):
         count, dim = _count(node), _axis(node)
@@ -144,7 +144,7 @@ def short_axes(context: RuleContext) -> Iterator[Finding]:
 
 
 def unsorted_selections(context: RuleContext) -> Iterator[Finding]:
-    """Find TopK that asks for no order; TensorRT documents sorted = 1 alone."""
+    """Find TopK with sorted = 0; TensorRT documents only sorted = 1."""
     for node in _selections(context):
         if node.attribute("sorted", 1) == 0:
             reason = "TopK has sorted = 0, and TensorRT documents sorted = 1 alone."
@@ -153,9 +153,9 @@ def unsorted_selections(context: RuleContext) -> Iterator[Finding]:
 
 
 def counted_selections(context: RuleContext) -> Iterator[Finding]:
-    """Find operators that return as many elements as the data say, so that no size after them is fixed."""
+    """Find operators whose output size depends on data."""
     for node in context.graph.nodes:
-        if node.operator in _COUNTS_DATA:
+        if node.operator in _DATA_DEPENDENT:
             reason = f"How much {node.operator} returns depends on data, so no memory after it is of fixed size."
             yield context.error(node, reason, "Keep a fixed count with TopK and Gather, or mask with Where.")
         elif node.operator == "Where" and len(node.inputs) == 1:
@@ -179,7 +179,7 @@ def _axis(node: Node, *, result: bool = False) -> Dim | None:
 
 
 def _possibly_many(context: RuleContext, node: Node) -> Iterator[Finding]:
-    # A count computed from lengths, Min(576, visual) for instance: the length of the result tells its bounds.
+    # The count is computed from lengths, such as Min(576, visual); the result's dimension bounds it.
     dim = _axis(node, result=True)
     if dim is None:
         return

@@ -1,6 +1,6 @@
-"""Rules on operators: whether a TensorRT parses them in this opset, on these types and ranks.
+"""Rules on operators: whether the target's engine supports them, by opset, element type and rank.
 
-The Attention operator of opset 23 has rules of its own: TensorRT parses a part of it since 10.14.
+The Attention operator of opset 23 has its own rule: TensorRT supports parts of it since 10.14.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _QUERY, _VALUE, _MASK, _PAST_KEY, _PAST_VALUE = 0, 2, 3, 4, 5
 
 
 def unreadable_shapes(context: RuleContext) -> Iterator[Finding]:
-    """Find a graph whose types and shapes ONNX itself cannot infer, so that the other rules see less of it."""
+    """Find a graph whose types and shapes ONNX cannot infer, which limits the other rules."""
     if context.graph.unread:
         reason = f"Types and shapes cannot be inferred: {context.graph.unread}."
         yield context.warning(context.graph.name, reason, "Check the graph with onnx.checker and export it again.")
 
 
 def foreign_operators(context: RuleContext) -> Iterator[Finding]:
-    """Find operators that ONNX does not have and ONNX Runtime may not have either."""
+    """Find operators that are not part of ONNX and that ONNX Runtime may lack."""
     for node in context.graph.nodes:
         if node.proto.domain not in _ONNXRUNTIME_DOMAINS or (node.standard and not onnx.defs.has(node.operator)):
             reason = f"{node.operator} is no operator of ONNX."
@@ -54,7 +54,7 @@ def foreign_operators(context: RuleContext) -> Iterator[Finding]:
 
 
 def newer_onnxruntime_opset(context: RuleContext) -> Iterator[Finding]:
-    """Find an opset that the oldest ONNX Runtime which EdgePrune takes cannot read."""
+    """Find an opset that the oldest supported ONNX Runtime cannot read."""
     if context.graph.opset > NEWEST_ONNXRUNTIME_OPSET:
         reason = f"Opset {context.graph.opset} is newer than {NEWEST_ONNXRUNTIME_OPSET}, which ONNX Runtime 1.20 reads."
         yield context.warning(
@@ -78,7 +78,7 @@ def unknown_operators(context: RuleContext) -> Iterator[Finding]:
 def newer_opset(context: RuleContext) -> Iterator[Finding]:
     """Find an opset that the target's TensorRT does not read.
 
-    INT4 needs opset 21, where every TensorRT of a target takes it; without INT4, 21 is not documented for the oldest.
+    INT4 needs opset 21, which every target's TensorRT reads. Without INT4, opset 21 is not documented for the oldest.
     """
     graph = context.graph
     newest = newest_opset(context.tensorrt)
@@ -90,10 +90,10 @@ def newer_opset(context: RuleContext) -> Iterator[Finding]:
 
 
 def unlisted_types(context: RuleContext) -> Iterator[Finding]:
-    """Find operators on element types that TensorRT does not take there. Types that it takes nowhere are another rule's."""
+    """Find operators on element types that TensorRT does not support for them. `lacking_types` finds types it never supports."""
     for node in context.graph.nodes:
         support = OPERATORS.get(node.operator)
-        element = _typed(node).element
+        element = _typed_value(node).element
         element = "FLOAT" if element in DOUBLES else element
         if support is None or element in support.types or element not in KNOWN_TYPES - IMAGES:
             continue
@@ -102,18 +102,32 @@ def unlisted_types(context: RuleContext) -> Iterator[Finding]:
                 reason = f"TensorRT {_dotted(LISTED)} does not list {node.operator} on {element}; {_dotted(RUN)} takes it."
                 yield context.warning(node, reason, _cast_advice(support))
         elif element in QUANTIZED:
-            yield from _quantized(context, node, support, element)
+            yield from _check_quantized(context, node, support, element)
         else:
             yield context.error(node, f"TensorRT does not take {node.operator} on {element}.", _cast_advice(support))
 
 
 def high_ranks(context: RuleContext) -> Iterator[Finding]:
-    """Find tensors of more dimensions than TensorRT has."""
+    """Find tensors with more dimensions than TensorRT supports."""
     for scope in context.graph.scopes:
         for value in scope.values.values():
             if value.shape is not None and len(value.shape) > LARGEST_RANK:
                 reason = f"{value.name} has {len(value.shape)} dimensions, TensorRT has {LARGEST_RANK}."
                 yield context.error(scope.producer(value.name) or value, reason, "Merge dimensions with Reshape.")
+
+
+def partial_attention(context: RuleContext) -> Iterator[Finding]:
+    """Find Attention nodes with features that TensorRT lacks. `unknown_operators` handles versions without Attention."""
+    if context.tensorrt < OPERATORS["Attention"].since:
+        return
+    for node in context.graph.nodes:
+        if node.operator != "Attention":
+            continue
+        for reason, remedy in _refused_features(node):
+            yield context.error(node, reason, remedy)
+        if node.input(_QUERY).element == "FLOAT":
+            reason = "TensorRT has few kernels for Attention on FLOAT, and refuses to build a node for which it has none."
+            yield context.warning(node, reason, "Cast queries, keys and values to FLOAT16 or BFLOAT16.")
 
 
 def _has_int4(graph: Graph) -> bool:
@@ -126,12 +140,12 @@ def _since(node: Node) -> Version | None:
     return OPERATORS[node.operator].since if node.operator in OPERATORS else None
 
 
-def _typed(node: Node) -> Value:
+def _typed_value(node: Node) -> Value:
     index = TYPED_INPUT.get(node.operator, 0)
     return node.output() if index is None else node.input(index)
 
 
-def _quantized(context: RuleContext, node: Node, support: Support, element: str) -> Iterator[Finding]:
+def _check_quantized(context: RuleContext, node: Node, support: Support, element: str) -> Iterator[Finding]:
     remedy = "Put DequantizeLinear before the node."
     if node.operator in MOVERS:
         return
@@ -152,21 +166,7 @@ def _dotted(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def partial_attention(context: RuleContext) -> Iterator[Finding]:
-    """Find Attention nodes that use what TensorRT leaves out; where it has no Attention at all, that is another rule's."""
-    if context.tensorrt < OPERATORS["Attention"].since:
-        return
-    for node in context.graph.nodes:
-        if node.operator != "Attention":
-            continue
-        for reason, remedy in _refused(node):
-            yield context.error(node, reason, remedy)
-        if node.input(_QUERY).element == "FLOAT":
-            reason = "TensorRT has few kernels for Attention on FLOAT, and refuses to build a node for which it has none."
-            yield context.warning(node, reason, "Cast queries, keys and values to FLOAT16 or BFLOAT16.")
-
-
-def _refused(node: Node) -> Iterator[tuple[str, str]]:
+def _refused_features(node: Node) -> Iterator[tuple[str, str]]:
     if node.has_input(_PAST_KEY) or node.has_input(_PAST_VALUE):
         yield (
             "TensorRT does not take past_key and past_value of Attention.",
@@ -189,7 +189,7 @@ def _refused(node: Node) -> Iterator[tuple[str, str]]:
 
 
 def _head_size(node: Node, index: int) -> int:
-    # Of [batch, heads, length, size] or [batch, length, heads * size]; 0 where it is not known.
+    # Shape is [batch, heads, length, size] or [batch, length, heads * size]; 0 if unknown.
     shape = node.input(index).shape
     if shape is None or not isinstance(shape[-1], int):
         return 0

@@ -1,4 +1,4 @@
-"""Rules on optimization profiles: the ranges of shapes for which an engine is built must fit the graph and each other."""
+"""Rules on optimization profiles: shape ranges must be consistent with the graph and with each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgeprune.lint.values import range_of
 
 
 def unknown_inputs(context: RuleContext) -> Iterator[Finding]:
-    """Find ranges for inputs that the graph does not have."""
+    """Find ranges of inputs that the graph does not have."""
     names = {value.name for value in context.graph.inputs}
     for number, profile in _numbered(context):
         for name in profile:
@@ -19,7 +19,7 @@ def unknown_inputs(context: RuleContext) -> Iterator[Finding]:
 
 
 def missing_ranges(context: RuleContext) -> Iterator[Finding]:
-    """Find inputs of dynamic shape without a range; the builder refuses them."""
+    """Find inputs of dynamic shape without a range, which the builder refuses."""
     for number, profile in _numbered(context):
         for value in context.graph.inputs:
             if value.name not in profile and any(isinstance(dim, str) for dim in value.shape or ()):
@@ -28,7 +28,7 @@ def missing_ranges(context: RuleContext) -> Iterator[Finding]:
 
 
 def wrong_ranks(context: RuleContext) -> Iterator[Finding]:
-    """Find ranges with another number of dimensions than their input."""
+    """Find ranges whose rank differs from that of their input."""
     for number, value, shapes in _ranges(context):
         found = sorted({len(shape) for shape in shapes} - {len(value.shape or ())})
         if found:
@@ -37,7 +37,7 @@ def wrong_ranks(context: RuleContext) -> Iterator[Finding]:
 
 
 def disordered_ranges(context: RuleContext) -> Iterator[Finding]:
-    """Find ranges that are not min <= opt <= max in every dimension, or negative."""
+    """Find ranges that violate 0 <= min <= opt <= max in a dimension."""
     for number, value, (low, usual, high) in _ranges(context):
         for axis, (least, middle, most) in enumerate(zip(low, usual, high, strict=False)):
             if not 0 <= least <= middle <= most:
@@ -46,43 +46,41 @@ def disordered_ranges(context: RuleContext) -> Iterator[Finding]:
 
 
 def changed_lengths(context: RuleContext) -> Iterator[Finding]:
-    """Find ranges that change a length which the graph fixes."""
+    """Find ranges that differ from a fixed dimension of the graph."""
     for number, value, shapes in _ranges(context):
         for axis, dim in enumerate(value.shape or ()):
-            given = {shape[axis] for shape in shapes if axis < len(shape)}
-            if isinstance(dim, int) and given - {dim}:
-                reason = (
-                    f"{number} gives dimension {axis} of {value.name} the length {min(given - {dim})}, the graph fixes it to {dim}."
-                )
+            others = {shape[axis] for shape in shapes if axis < len(shape)} - {dim}
+            if isinstance(dim, int) and others:
+                reason = f"{number} gives dimension {axis} of {value.name} the length {min(others)}, the graph fixes it to {dim}."
                 yield context.error(value, reason, f"Give {dim} in all three shapes.")
 
 
 def unequal_ranges(context: RuleContext) -> Iterator[Finding]:
-    """Find inputs that share the name of a dimension and are given different lengths, which TensorRT does not notice."""
+    """Find inputs that share a dimension name but have different ranges, which TensorRT does not detect."""
     for number, profile in _numbered(context):
         first: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for value, axis, dim in _named(context):
+        for value, axis, dim in _named_dims(context):
             if value.name not in profile or any(axis >= len(shape) for shape in profile[value.name]):
                 continue
             lengths = tuple(shape[axis] for shape in profile[value.name])
             other, expected = first.setdefault(dim, (value.name, lengths))
             if lengths != expected:
-                reason = f"{number} gives {dim} the lengths {_words(expected)} in {other} and {_words(lengths)} in {value.name}."
+                reason = f"{number} gives {dim} the lengths {_span(expected)} in {other} and {_span(lengths)} in {value.name}."
                 yield context.error(value, reason, f"Give {dim} one range in all inputs.")
 
 
 def unreachable_sums(context: RuleContext) -> Iterator[Finding]:
-    """Find inputs whose length is a sum of others' and whose range leaves out what that sum may be."""
+    """Find inputs whose length is a sum of other lengths and whose range does not cover that sum."""
     for number, profile in _numbered(context):
         names = ranges_of(context.graph, profile)
-        for value, axis, dim in _named(context):
+        for value, axis, dim in _named_dims(context):
             others = {name: length for name, length in names.items() if name != dim}
             needed = range_of(dim, others)
             if dim.isidentifier() or not needed.known or dim not in names:
                 continue
             if names[dim].low > needed.low or names[dim].high < needed.high:
-                wanted, given = _words((needed.low, needed.high)), _words((names[dim].low, names[dim].high))
-                reason = f"{number} gives dimension {axis} of {value.name} lengths of {given}, but {dim} reaches {wanted}."
+                reachable, lengths = _span((needed.low, needed.high)), _span((names[dim].low, names[dim].high))
+                reason = f"{number} gives dimension {axis} of {value.name} lengths of {lengths}, but {dim} reaches {reachable}."
                 yield context.error(value, reason, "Give it the range that the others add up to.")
 
 
@@ -97,10 +95,10 @@ def _ranges(context: RuleContext) -> Iterator[tuple[str, Value, tuple[Shape, Sha
                 yield number, value, profile[value.name]
 
 
-def _named(context: RuleContext) -> Iterator[tuple[Value, int, str]]:
+def _named_dims(context: RuleContext) -> Iterator[tuple[Value, int, str]]:
     for value in context.graph.inputs:
         yield from ((value, axis, dim) for axis, dim in enumerate(value.shape or ()) if isinstance(dim, str) and dim)
 
 
-def _words(lengths: tuple[float, ...]) -> str:
+def _span(lengths: tuple[float, ...]) -> str:
     return " to ".join(str(int(length)) for length in (lengths[0], lengths[-1]))

@@ -1,6 +1,6 @@
-"""Rules on element types: those that TensorRT lacks, changes silently, or accepts only at the inputs and outputs of a network.
+"""Rules on element types that TensorRT lacks, silently changes, or accepts only at the inputs and outputs of a network.
 
-For QuantizeLinear and DequantizeLinear: TensorRT has symmetric INT8, INT4 weights in blocks, FP8 and FP4.
+Quantization: TensorRT supports symmetric INT8, block-wise INT4 weights, FP8 and FP4.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from edgeprune.lint.operator_support import DOUBLES, FP4, FP4_MODULES, FP8, FP8_
 from edgeprune.lint.rule import Finding, RuleContext
 from edgeprune.lint.values import constant, is_constant
 
-# Operator -> the inputs that must be of one type; no inputs: all of them. Pow is not here, its exponent may differ.
+# Operator -> inputs that must have the same type; (): all. Pow is not listed because its exponent may differ.
 _ONE_TYPE = "Add Concat Div Equal Gemm Greater GreaterOrEqual Less LessOrEqual MatMul Max Mean Min Mod Mul PRelu Range Sub Sum"
 _SAME_TYPE: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(_ONE_TYPE.split(), ()),
@@ -20,14 +20,14 @@ _SAME_TYPE: dict[str, tuple[int, ...]] = {
     "ScatterND": (0, 2),
     "Where": (1, 2),
 }
-_TAKE_BYTES = ("Cast", "CastLike", "DequantizeLinear", "Identity", "Shape", "Size")
+_UINT8_OPERATORS = ("Cast", "CastLike", "DequantizeLinear", "Identity", "Shape", "Size")
 
 _ZERO_POINT = 2
 _FP4_SINCE: Version = (10, 8)
 
 
 def lacking_types(context: RuleContext) -> Iterator[Finding]:
-    """Find tensors of an element type that TensorRT does not have."""
+    """Find tensors of element types that TensorRT does not support."""
     for scope, value in _values(context):
         if value.element and value.element not in KNOWN_TYPES:
             reason = f"{value.name} is of {value.element}, which TensorRT does not have."
@@ -38,7 +38,7 @@ def lacking_types(context: RuleContext) -> Iterator[Finding]:
 
 
 def doubles(context: RuleContext) -> Iterator[Finding]:
-    """Find where float64 begins: TensorRT reads it as float32 without a word."""
+    """Find where float64 is introduced: TensorRT silently computes it as float32."""
     reason = "TensorRT computes float64 as float32 without saying so."
     for scope, value in _values(context):
         if value.element in DOUBLES:
@@ -48,12 +48,12 @@ def doubles(context: RuleContext) -> Iterator[Finding]:
 
 
 def inner_bytes(context: RuleContext) -> Iterator[Finding]:
-    """Find UINT8 inside a network; TensorRT has it at inputs and outputs, next to a Cast."""
+    """Find UINT8 inside a network. TensorRT supports it only at inputs and outputs, next to a Cast."""
     borders = {value.name for value in context.graph.outputs}
     for node in context.graph.nodes:
-        taken = [value.name for value in map(node.input, range(len(node.inputs))) if value.element in IMAGES]
-        if taken and node.operator not in _TAKE_BYTES and node.operator != "QuantizeLinear":
-            reason = f"{node.operator} computes on UINT8 ({taken[0]}), which TensorRT takes at inputs and outputs alone."
+        uint8_inputs = [value.name for value in map(node.input, range(len(node.inputs))) if value.element in IMAGES]
+        if uint8_inputs and node.operator not in _UINT8_OPERATORS and node.operator != "QuantizeLinear":
+            reason = f"{node.operator} computes on UINT8 ({uint8_inputs[0]}), which TensorRT takes at inputs and outputs alone."
             yield context.error(node, reason, "Cast it to INT32 or FLOAT16 first.")
         elif node.operator in ("Cast", "CastLike") and node.output().element in IMAGES and node.output().name not in borders:
             reason = f"{node.output().name} becomes UINT8 inside the network, which TensorRT takes at inputs and outputs alone."
@@ -61,7 +61,7 @@ def inner_bytes(context: RuleContext) -> Iterator[Finding]:
 
 
 def mixed_types(context: RuleContext) -> Iterator[Finding]:
-    """Find nodes whose inputs must be of one type and are not; INT32 beside INT64 is the usual case."""
+    """Find nodes whose inputs must have the same type but do not; INT32 with INT64 is the usual case."""
     for node in context.graph.nodes:
         if node.operator in _SAME_TYPE:
             chosen = _SAME_TYPE[node.operator] or tuple(range(len(node.inputs)))
@@ -71,21 +71,10 @@ def mixed_types(context: RuleContext) -> Iterator[Finding]:
                 yield context.error(node, reason, f"Cast its inputs to {_widest(node, chosen)}.")
 
 
-def _values(context: RuleContext) -> Iterator[tuple[Scope, Value]]:
-    for scope in context.graph.scopes:
-        yield from ((scope, value) for value in scope.values.values())
-
-
-def _widest(node: Node, chosen: tuple[int, ...]) -> str:
-    elements = {node.input(index).element for index in chosen}
-    order = ("INT64", "INT32", "FLOAT16", "BFLOAT16", "FLOAT")
-    return next((element for element in order if element in elements), "one type")
-
-
 def zero_points(context: RuleContext) -> Iterator[Finding]:
-    """Find zero points that are not 0, or not known when the engine is built."""
-    for node in _pairs(context):
-        if not node.has_input(_ZERO_POINT) or _quantized(node).element in IMAGES:
+    """Find zero points that are not 0 or are computed at run time."""
+    for node in _quantize_nodes(context):
+        if not node.has_input(_ZERO_POINT) or _quantized_value(node).element in IMAGES:
             continue
         name = node.inputs[_ZERO_POINT]
         remedy = "Quantize symmetrically and leave the zero point out."
@@ -98,18 +87,18 @@ def zero_points(context: RuleContext) -> Iterator[Finding]:
 
 
 def unsigned_bytes(context: RuleContext) -> Iterator[Finding]:
-    """Find quantization to UINT8, which TensorRT has on DLA alone."""
-    for node in _pairs(context):
-        if _quantized(node).element in IMAGES:
+    """Find quantization to UINT8, which TensorRT supports only on DLA."""
+    for node in _quantize_nodes(context):
+        if _quantized_value(node).element in IMAGES:
             yield context.error(
                 node, f"TensorRT does not take {node.operator} of UINT8.", "Quantize to INT8 with a zero point of 0."
             )
 
 
 def int4_blocks(context: RuleContext) -> Iterator[Finding]:
-    """Find INT4 that is no stored weight, or whose blocks do not fit."""
-    for node in _pairs(context):
-        value = _quantized(node)
+    """Find INT4 values that are not stored weights, and unsupported block sizes."""
+    for node in _quantize_nodes(context):
+        value = _quantized_value(node)
         if value.element != "INT4":
             continue
         if not is_constant(node.scope, node.inputs[0]):
@@ -117,13 +106,13 @@ def int4_blocks(context: RuleContext) -> Iterator[Finding]:
             yield context.error(node, reason, "Store the INT4 weights as an initializer, or quantize activations to INT8.")
         size = int(node.attribute("block_size", 0))
         if size:
-            yield from _blocks(context, node, value, size)
+            yield from _check_blocks(context, node, value, size)
 
 
 def small_floats(context: RuleContext) -> Iterator[Finding]:
-    """Find FP8 and FP4 for a target or a Jetson that has none."""
-    for node in _pairs(context):
-        element = _quantized(node).element
+    """Find FP8 and FP4 if the target or a Jetson does not support them."""
+    for node in _quantize_nodes(context):
+        element = _quantized_value(node).element
         if element not in FP8 | FP4:
             continue
         if element in FP4 and context.tensorrt < _FP4_SINCE:
@@ -137,22 +126,22 @@ def small_floats(context: RuleContext) -> Iterator[Finding]:
 
 
 def packed_borders(context: RuleContext) -> Iterator[Finding]:
-    """Find inputs and outputs of the network in INT4, FP8 or FP4, which TensorRT has inside alone."""
+    """Find network inputs and outputs in INT4, FP8 or FP4, which TensorRT supports only inside a network."""
     for value in (*context.graph.inputs, *context.graph.outputs):
         if value.element in FP8 | FP4 | {"INT4"}:
             reason = f"{value.name} crosses the border of the network as {value.element}, which TensorRT has inside alone."
             yield context.error(value, reason, "Dequantize inside the network, or make it an initializer.")
 
 
-def _pairs(context: RuleContext) -> Iterator[Node]:
+def _quantize_nodes(context: RuleContext) -> Iterator[Node]:
     return (node for node in context.graph.nodes if node.operator in ("QuantizeLinear", "DequantizeLinear"))
 
 
-def _quantized(node: Node) -> Value:
+def _quantized_value(node: Node) -> Value:
     return node.output() if node.operator == "QuantizeLinear" else node.input(0)
 
 
-def _blocks(context: RuleContext, node: Node, value: Value, size: int) -> Iterator[Finding]:
+def _check_blocks(context: RuleContext, node: Node, value: Value, size: int) -> Iterator[Finding]:
     axis = int(node.attribute("axis", 1))
     length = value.shape[axis] if value.shape is not None and -len(value.shape) <= axis < len(value.shape) else None
     if isinstance(length, int) and length % size:
@@ -163,3 +152,14 @@ def _blocks(context: RuleContext, node: Node, value: Value, size: int) -> Iterat
         yield context.error(
             node, f"TensorRT's INT4 has blocks of {sizes}, this node has {size}.", f"Quantize in blocks of {sizes}."
         )
+
+
+def _values(context: RuleContext) -> Iterator[tuple[Scope, Value]]:
+    for scope in context.graph.scopes:
+        yield from ((scope, value) for value in scope.values.values())
+
+
+def _widest(node: Node, chosen: tuple[int, ...]) -> str:
+    elements = {node.input(index).element for index in chosen}
+    order = ("INT64", "INT32", "FLOAT16", "BFLOAT16", "FLOAT")
+    return next((element for element in order if element in elements), "one type")

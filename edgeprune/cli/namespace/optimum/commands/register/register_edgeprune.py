@@ -1,4 +1,4 @@
-"""Where optimum-cli looks for commands: installed as optimum/commands/register/register_edgeprune.py, without an __init__.py."""
+"""Registers the command with optimum-cli: installed as optimum/commands/register/register_edgeprune.py, without __init__.py."""
 
 from optimum.commands.export.base import ExportCommand
 
