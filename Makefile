@@ -1,5 +1,5 @@
 # make demo    export the bundled model, ask it about fresh scenes, draw what was kept
-# make test    the checks and the tests, in under ten minutes on two cores
+# make test    the checks and the tests
 # make test-all  also what takes long: it says what
 # make check   the checks alone (ruff, mypy, import contracts)
 # make coverage  the tests with a count of the lines and branches that they reach, in build/coverage
