@@ -14,8 +14,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes -r
-# Without a hash: its builds for the CPU have other ones on other indexes. After the lock, so that all it asks for is there by hash.
+EXACT := --no-deps --no-build-isolation --require-hashes -r
+LOCKED := $(PIP) $(EXACT)
+# uv takes a quarter of pip's time. pip installs where uv finds no index, because uv does not read pip's settings.
+UV_LOCKED = $(BIN)/uv pip install --quiet --python $(BIN)/python $(EXACT) $(1) || $(BIN)/python $(LOCKED) $(1)
+# Without a hash: builds for the CPU have other hashes on other indexes. It installs without its dependencies while the lock installs
+# them; a second `pip install` then adds only what a build for CUDA needs.
 TORCH := torch==2.13.0
 EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 test
 RELEASE := build/release/bin
@@ -58,16 +62,17 @@ check: .venv/.test
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 # The project's own requirements are in the lock: pip only links it in, and says whether anything is missing.
-.venv/.demo: pyproject.toml locks/export.txt
+.venv/.demo: pyproject.toml locks/export.txt locks/uv.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python $(LOCKED) locks/export.txt
+	$(BIN)/python $(LOCKED) locks/uv.txt
+	$(BIN)/python $(PIP) --no-deps $(TORCH) & ($(call UV_LOCKED,locks/export.txt)); locked=$$?; wait $$! && exit $$locked
 	$(BIN)/python $(PIP) $(TORCH)
 	$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
 	touch $@
 
 .venv/.test: .venv/.demo locks/test.txt
-	$(BIN)/python $(LOCKED) locks/test.txt
+	$(call UV_LOCKED,locks/test.txt)
 	$(BIN)/python -m pip check
 	touch $@
 
@@ -84,6 +89,7 @@ lock: build/release/.done
 	$(COMPILE) $(UPGRADE) -c locks/test.txt --extra export -o locks/export.txt
 	$(COMPILE) $(UPGRADE) -c locks/test.txt -o locks/runtime.txt
 	$(COMPILE:pyproject.toml=--group release) $(UPGRADE) -o locks/release.txt
+	$(COMPILE:pyproject.toml=--group uv) $(UPGRADE) -c locks/release.txt -o locks/uv.txt
 	$(COMPILE:pyproject.toml=--group fuzz) $(UPGRADE) -o locks/fuzz.txt
 
 wheel: .venv/.demo

@@ -1,13 +1,16 @@
 """Speed up torch's ONNX exporter by skipping work that our graphs do not need, which takes most of the export time.
 
-Three parts of torch 2.13 are patched while a graph is traced (measured with `py-spy` on the decoder of a tiny model):
+Five parts of torch 2.13 are patched while a graph is traced (measured with `py-spy` on the decoder of a tiny model):
 
 - The fake tensor cache is disabled. With symbolic lengths, creating and reading an entry takes longer than the operator itself.
 - The decomposition. The exporter runs the whole program through AOT autograd to replace operators that ONNX lacks. In our graphs
   these are casts and assertions, which are replaced in place here. Programs with other such operators take the exporter's own path.
+- The type promotion. The pass runs every node again on fake tensors to learn its type, which the trace has recorded already.
+- The scopes of `torch.no_grad`, as in transformers' rotary embeddings, are erased instead of being split into subgraphs.
 - The registry of ONNX functions is built once instead of for every graph.
 
-The last two are private to torch, which is pinned to one minor version; `tests/export/test_torch_exporter.py` compares the results.
+The last four are private to torch, which is pinned to one minor version; `tests/export/test_torch_exporter.py` compares the
+results.
 """
 
 from __future__ import annotations
@@ -21,16 +24,20 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._export.passes import replace_set_grad_with_hop_pass
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes import type_promotion
 
 _aten = torch.ops.aten
 _CASTS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout)
 _ASSERTIONS = (_aten._assert_scalar.default, _aten._assert_tensor_metadata.default)
 _ONNX = ("onnx", "onnx_symbolic")  # operators that are written as they are
 _DECOMPOSED_HERE = {*_CASTS, *_ASSERTIONS, _aten.rsub.Scalar}
+_Promotion = type_promotion._TypePromotionInterpreter
+_run_node = _Promotion.run_node
 _decompose = _fx_passes.decompose_with_registry
 _from_torchlib = functools.cache(ONNXRegistry.from_torchlib)
 
@@ -44,12 +51,23 @@ def quick_exporter() -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
         stack.enter_context(mock.patch.object(_fx_passes, "decompose_with_registry", _fast_decompose))
+        stack.enter_context(mock.patch.object(_Promotion, "run_node", _promote_types))
+        stack.enter_context(mock.patch.object(replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass", _erase_grad_modes))
         stack.enter_context(mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_from_torchlib)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         logger.setLevel(logging.ERROR)
         stack.callback(logger.setLevel, level)
         yield
+
+
+def _erase_grad_modes(module: GraphModule, signature: Any) -> tuple[GraphModule, Any]:
+    # Replaces `replace_set_grad_with_hop_pass`.
+    for node in list(module.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            module.graph.erase_node(node)
+    module.recompile()
+    return module, signature
 
 
 def _fast_decompose(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
@@ -74,6 +92,17 @@ def _fast_decompose(program: ExportedProgram, registry: ONNXRegistry) -> Exporte
             _replace_by_call(program, node, _aten.sub.Tensor, (node.args[1], node.args[0]), {})
     program.graph_module.recompile()
     return program
+
+
+def _promote_types(interpreter: Any, node: Node) -> Any:
+    # Replaces `run_node`: casts arguments where a rule asks for it, and returns the recorded value instead of running the node.
+    if node.op != "call_function" or "val" not in node.meta:
+        return _run_node(interpreter, node)
+    rule = type_promotion.get_type_promotion_rule(node, interpreter.type_promotion_table)
+    if rule is not None:
+        with interpreter._set_current_node(node):
+            interpreter._maybe_promote_node(node, rule)
+    return node.meta["val"]
 
 
 def _is_simple(node: Node, known: set[Any]) -> bool:

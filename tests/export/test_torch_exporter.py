@@ -13,9 +13,9 @@ import pytest
 import torch
 from plans import PLANS
 from torch import nn
-from torch.onnx._internal.exporter import _fx_passes
 
 from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.export import tracing
 from edgeprune.export.torch_exporter import quick_exporter
 from edgeprune.export.tracing import trace_decoder
 from edgeprune.targets import PLAIN
@@ -43,6 +43,17 @@ class Writing(nn.Module):
         return y.add_(1)
 
 
+class Promoting(nn.Module):
+    """Mixes types and numbers, part of it under `torch.no_grad`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, 3]."""
+        with torch.no_grad():
+            order = torch.arange(x.shape[0])[:, None] + 0.5
+        y: torch.Tensor = x * order + (x > 0) * 2 - x.round().long() / 3 + x.shape[0]
+        return y
+
+
 class Unknown(nn.Module):
     """Has an operator that ONNX lacks."""
 
@@ -67,7 +78,7 @@ def run(module: nn.Module, x: np.ndarray, *, quick: bool) -> tuple[np.ndarray, C
     return np.asarray(found), Counter(node.op_type for node in program.model.graph)
 
 
-@pytest.mark.parametrize("module", [Casting(), Writing(), Unknown()], ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("module", [Casting(), Writing(), Promoting(), Unknown()], ids=lambda module: type(module).__name__)
 @pytest.mark.filterwarnings("ignore")
 def test_the_result_is_torchs(module: nn.Module) -> None:
     x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
@@ -80,12 +91,13 @@ def test_the_result_is_torchs(module: nn.Module) -> None:
 
 @pytest.mark.usefixtures("fresh_traces")
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("plan", ["everything", "input, layers"])
 def test_a_decoder_computes_the_same(plan: str, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, records = [], []
     for name in ("quick", "torch"):
         if name == "torch":
-            monkeypatch.setattr("edgeprune.export.torch_exporter._fast_decompose", _fx_passes.decompose_with_registry)
+            monkeypatch.setattr(tracing, "quick_exporter", torch.no_grad)
         records.append(trace_decoder(tiny.family.decoder(), 3, PLANS[plan], PLAIN, tmp_path / f"{name}.onnx"))
         graph = ir.load(tmp_path / f"{name}.onnx").graph
         counts.append({operator: sum(node.op_type == operator for node in graph) for operator in COMPUTING})

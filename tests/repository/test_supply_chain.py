@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from repository import ROOT, tool
 
-LOCKS = ("runtime", "export", "test", "release", "fuzz")
+LOCKS = ("runtime", "export", "test", "release", "fuzz", "uv")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -114,12 +114,13 @@ def _cuda(requirement: str) -> bool:
 
 def test_the_makefile_installs_from_the_locks_by_hash(project: dict[str, Any]) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    variables = dict(re.findall(r"^([A-Z]+) :?= (.+)$", makefile, re.MULTILINE))
-    assert {"--require-hashes", "--no-deps", "--no-build-isolation"} <= set(variables["LOCKED"].split())
+    variables = dict(re.findall(r"^([A-Z_]+) :?= (.+)$", makefile, re.MULTILINE))
+    assert {"--require-hashes", "--no-deps", "--no-build-isolation"} <= set(variables["EXACT"].split())
+    assert all(variables[name].count("$(EXACT)") == 1 for name in ("LOCKED", "UV_LOCKED"))
     assert set(variables["EXTRAS"].split()) == set(project["project"]["optional-dependencies"])
     assert variables["TORCH"] == f"torch=={project['tool']['uv']['dependency-metadata'][0]['version']}"
     installs = [line for line in makefile.splitlines() if "$(PIP)" in line and line.startswith("\t")]
-    assert len(installs) == 3 and all("$(TORCH)" in line or "--no-deps" in line for line in installs)
+    assert len(installs) == 4 and all("$(TORCH)" in line or "--no-deps" in line for line in installs)
 
 
 def test_the_build_needs_nothing_beside_the_lock(project: dict[str, Any]) -> None:
