@@ -10,12 +10,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from repository import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.bundle import Bundle
 from edgeprune.checkpoint.loading import load_model, resolve_model
+from edgeprune.cli import main
 
 
 def run(*arguments: object) -> str:
@@ -66,9 +68,9 @@ def test_sizes_are_measured_and_memory_stays_flat(tmp_path: Path) -> None:
 
 def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, scenes = tmp_path / "table.bundle", tmp_path / "scenes"
-    code = "from edgeprune.cli import main; main()"
-    run("-c", code, "export", "tabletop", "-o", bundle, "--method", "uniform", "--keep", "0.5")
-    run("-c", code, "tabletop", scenes, "--scenes", 1)
+    pruned = ["--method", "uniform", "--keep", "0.5"]
+    for command in (["export", "tabletop", "-o", str(bundle), *pruned], ["tabletop", str(scenes), "--scenes", "1"]):
+        assert CliRunner().invoke(main, command).exit_code == 0
     (scenes / "images" / "000000.png").rename(tmp_path / "scene.png")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
