@@ -20,7 +20,7 @@ weight files that the graphs name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "
 VISION_UNPRUNED, SELECTOR, PREDICTOR = "onnx/vision_unpruned.onnx", "onnx/selector.onnx", "onnx/predictor.onnx"
 TOKENIZER, SPECIAL_TOKENS = "processor/tokenizer.json", "processor/special_tokens.json"
 CHAT_TEMPLATE, PREPROCESSOR = "processor/chat_template.jinja", "processor/preprocessor_config.json"
+_RENAMED = {"lower": "lower_tiers", "opening": "open_while_verifying"}  # the old names work for one release
 _WEIGHTS, _GRAPH = ".data", ".onnx"  # suffixes of weight files and of the graphs that refer to them
 
 
@@ -55,7 +56,7 @@ class Bundle:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(self, renamed("Bundle", name, {"lower": "lower_tiers"}))  # works for one release
+            return getattr(self, renamed("Bundle", name, _RENAMED))
 
     @property
     def tiers(self) -> tuple[tuple[str, KeepPlan], ...]:
@@ -67,6 +68,12 @@ class Bundle:
         """Open a bundle and check the sha256 of every file; raise BundleError for the first that is missing or altered."""
         with cls.open_while_verifying(path, check=check, require_signature=require_signature) as bundle:
             return bundle
+
+    @classmethod
+    def opening(cls, path: Path, **options: Any) -> AbstractContextManager[Bundle]:
+        """Deprecated: the old name of `open_while_verifying`."""
+        opened: AbstractContextManager[Bundle] = getattr(cls, renamed("Bundle", "opening", _RENAMED))(path, **options)
+        return opened
 
     @classmethod
     @contextmanager

@@ -10,12 +10,15 @@ import __future__
 import copy
 import importlib
 import inspect
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from tiny_models import TINY_GEOMETRY
 
+from edgeprune.bundle import Bundle
+from edgeprune.errors import BundleError
 from edgeprune.plan.presets import unpruned_plan
 
 # In the order that ruff wants of __all__: constants, classes, functions.
@@ -74,6 +77,13 @@ def test_an_old_attribute_works_and_says_the_new_one() -> None:
     with pytest.raises(AttributeError, match="KeepPlan has no attribute 'nothing'"):
         plan.nothing  # noqa: B018
     assert copy.deepcopy(plan) == plan
+
+
+def test_the_old_way_to_open_a_bundle_works_and_says_the_new_one(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"Bundle.opening is now Bundle.open_while_verifying"):
+        opened = Bundle.opening(tmp_path / "none", check="fast")
+    with pytest.raises(BundleError, match="no bundle at"), opened:
+        pass
 
 
 @pytest.mark.parametrize("name", TABLE)
