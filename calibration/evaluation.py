@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeprune.calibration.data.samples import Sample, score
-from edgeprune.runtime import Receipt, Runtime
+from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample, score
+from edgeprune.errors import UsageError
+from edgeprune.plan.tiers import tier_number
+from edgeprune.runtime import Answer, Receipt, Runtime
 
 ALL, SHORT = "all short answers", "describe"
 PRUNED, UNPRUNED = "pruned", "unpruned"
@@ -74,6 +76,19 @@ class EvalReport:
     kinds: dict[str, KindScore] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=lambda: {PRUNED: Cost(), UNPRUNED: Cost()})
 
+    def add(self, sample: Sample, answers: Mapping[str, Answer]) -> None:
+        """Score the answers to one sample, by variant."""
+        entry = self.kinds.setdefault(sample.kind or "question", KindScore())
+        entry.total += 1
+        for variant, answer in answers.items():
+            points = score(sample, answer.text)
+            entry.right[variant] += points.correct
+            entry.of[variant] += points.total
+            self.cost[variant].add(answer.receipt)
+        if PRUNED in answers:
+            entry.visual_reads += answers[PRUNED].receipt.visual_read_share
+            entry.agreed += answers[PRUNED].text == answers[UNPRUNED].text
+
     def rows(self) -> dict[str, KindScore]:
         """Return the kinds in order of appearance, then the total over short answers, without descriptions, which count facts."""
         total = KindScore()
@@ -100,6 +115,14 @@ class EvalReport:
         return {"kinds": kinds, "cost": {variant: self.cost[variant].to_dict() for variant in variants}}
 
 
+class EvaluationError(BadSampleError):
+    """A sample that could not be answered. `report`: the scores of the samples before it."""
+
+    def __init__(self, error: BadSampleError, report: EvalReport) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.report = report
+
+
 def evaluate(
     runtime: Runtime,
     samples: Sequence[Sample],
@@ -107,23 +130,32 @@ def evaluate(
     fit: str = "exact",
     tier: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    on_bad: OnBadSample | None = None,
 ) -> EvalReport:
-    """Answer every sample with greedy decoding, pruned (under `tier` if given) and unpruned, and score the answers."""
+    """Answer every sample with greedy decoding, pruned (under `tier` if given) and unpruned, and score the answers.
+
+    Raises EvaluationError, which has the scores so far, for the first sample whose image or prompt cannot be used; with `on_bad`,
+    such samples are given to it and left out.
+    """
     report = EvalReport(pruned=bool(runtime.plan.cuts))
+    if tier is not None:
+        tier_number(runtime.tiers, tier)  # raises UsageError: no sample is to blame
     for done, sample in enumerate(samples, start=1):
-        entry = report.kinds.setdefault(sample.kind or "question", KindScore())
-        entry.total += 1
-        texts = {}
-        for variant in (PRUNED, UNPRUNED) if report.pruned else (UNPRUNED,):
-            pruned = variant == PRUNED
-            answer = runtime.generate(sample.image, sample.prompt, prune=pruned, fit=fit, tier=tier if pruned else None)
-            points = score(sample, answer.text)
-            entry.right[variant] += points.correct
-            entry.of[variant] += points.total
-            report.cost[variant].add(answer.receipt)
-            texts[variant] = answer.text
-            if variant == PRUNED:
-                entry.visual_reads += answer.receipt.visual_read_share
-        entry.agreed += texts.get(PRUNED) == texts[UNPRUNED]
+        try:
+            report.add(sample, _answers(runtime, sample, report.pruned, fit, tier))
+        except UsageError as error:
+            bad = sample.error(error)
+            if on_bad is None:
+                raise EvaluationError(bad, report) from error
+            on_bad(bad)
         progress(done)
     return report
+
+
+def _answers(runtime: Runtime, sample: Sample, pruned: bool, fit: str, tier: str | None) -> dict[str, Answer]:
+    # The answers by variant.
+    found = {}
+    for variant in (PRUNED, UNPRUNED) if pruned else (UNPRUNED,):
+        prune = variant == PRUNED
+        found[variant] = runtime.generate(sample.image, sample.prompt, prune=prune, fit=fit, tier=tier if prune else None)
+    return found

@@ -6,6 +6,7 @@ EdgePruneError                 a request that cannot be met; the message says wh
 │   └── PlanError              a keep plan that is malformed or was made for something else
 ├── UnsupportedModelError      a model folder that EdgePrune does not support; the message names what it supports
 ├── BundleError                a bundle with a missing, altered or too new part
+│   └── NoBundleError          a path at which there is no bundle (exit code 2)
 ├── EngineError                a TensorRT engine that cannot be built, is not trusted or cannot run the request
 ├── VerificationError          a bundle that does not agree with its reference
 └── MissingExtraError          a Python package that the command needs is not installed (exit code 3)
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterable
+from pathlib import Path
 
 _MAX_CHARS = 900  # of a message or a hint
 
@@ -51,6 +54,12 @@ class BundleError(EdgePruneError):
     """A bundle with a missing, altered or too new part."""
 
 
+class NoBundleError(BundleError):
+    """A path at which there is no bundle."""
+
+    exit_code = 2
+
+
 class EngineError(EdgePruneError):
     """A TensorRT engine that cannot be built, is not trusted, or cannot run the request."""
 
@@ -81,7 +90,24 @@ def require_extra(extra: str, *packages: str) -> None:
     """Raise MissingExtraError with the install line unless every package can be imported."""
     missing = [package for package in packages if not _is_installed(package)]
     if missing:
-        raise MissingExtraError(f"{', '.join(missing)} not installed.", hint=f'Install with: pip install "edgeprune[{extra}]"')
+        raise MissingExtraError(f"{', '.join(missing)} not installed.", hint=f"Install with: {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra from where EdgePrune itself was installed: a checkout, a wheel, git or an index."""
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f'pip install -e "{checkout}[{extra}]"'
+    return f'pip install "edgeprune[{extra}]{_origin()}"'
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "Did you mean fastv? " for a name that is close to a known one, else an empty text."""
+    from difflib import get_close_matches  # slow to import
+
+    by_lower = {each.casefold(): each for each in known}
+    close = get_close_matches(name.casefold(), by_lower, n=1)
+    return f"Did you mean {by_lower[close[0]]}? " if close else ""
 
 
 def renamed(owner: str, name: str, names: dict[str, str]) -> str:
@@ -93,6 +119,20 @@ def renamed(owner: str, name: str, names: dict[str, str]) -> str:
         raise AttributeError(f"{owner} has no attribute {name!r}")
     warnings.warn(f"{owner}.{name} is now {owner}.{names[name]}.", DeprecationWarning, stacklevel=3)
     return names[name]
+
+
+def _origin() -> str:
+    # " @ URL" of pip's record (PEP 610) if EdgePrune was not installed from an index, else an empty text.
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution  # slow to import
+
+    try:
+        record = json.loads(distribution("edgeprune").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return ""
+    vcs = record.get("vcs_info")
+    url = f"{vcs['vcs']}+{record['url']}@{vcs['commit_id']}" if vcs else record.get("url", "")
+    return f" @ {url}" if url else ""
 
 
 def _is_installed(package: str) -> bool:

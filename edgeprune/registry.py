@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
-from edgeprune.errors import UnsupportedModelError, UsageError
+from edgeprune.errors import UnsupportedModelError, UsageError, did_you_mean
 from edgeprune.plan import SITES
 
 METHODS = {
@@ -70,26 +71,58 @@ def method_class(name: str) -> Any:
     if name in METHODS:
         return _resolve(METHODS[name])
     if not _EXTERNAL_NAME.fullmatch(name):
-        raise UsageError(f"Unknown method {name!r}.", hint=f"Methods are: {', '.join(sorted(METHODS))}, or package.module:Class.")
+        raise unknown_method(name, METHODS, "or package.module:Class")
     if name not in _allowed:
         raise UsageError(f"{name} is code from outside EdgePrune.", hint=f"Have it run, if you trust it: --own-method {name}")
     return _external_class(name)
 
 
+def unknown_method(name: str, known: Iterable[str], *others: str) -> UsageError:
+    """Return the error for a method that is not among the known ones; `others`: what else may be given."""
+    return UsageError(
+        f"Unknown method {name!r}.", hint=f"{did_you_mean(name, known)}Methods are: {', '.join((*sorted(known), *others))}."
+    )
+
+
+def sites_of(name: str) -> tuple[str, ...]:
+    """Return the sites of a method in METHODS. Its file is parsed, not imported: it needs torch."""
+    module, _, class_name = METHODS[name].partition(":")
+    (body,) = (node.body for node in _parsed(module).body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    (value,) = (node.value for node in body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "sites")
+    sites: tuple[str, ...] = ast.literal_eval(value or ast.Tuple())
+    return sites
+
+
+def declares(reference: str, attribute: str) -> bool:
+    """Return whether a class in a registered module sets an attribute. The file is parsed, not imported, as it may need torch."""
+    classes = [node for node in _parsed(reference.partition(":")[0]).body if isinstance(node, ast.ClassDef)]
+    assigned = (target for node in classes for each in node.body if isinstance(each, ast.Assign) for target in each.targets)
+    return any(isinstance(target, ast.Name) and target.id == attribute for target in assigned)
+
+
 def family_class(model_type: str) -> Any:
     """Return the class of a model family; raise UnsupportedModelError if the type is not supported."""
+    check_family(model_type)
+    return _resolve(FAMILIES[model_type])
+
+
+def check_family(model_type: str) -> None:
+    """Raise UnsupportedModelError if the type is not supported. Imports nothing."""
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"Models of type {model_type!r} are not supported.", hint=f"Supported: {', '.join(sorted(FAMILIES))}."
+            f"Models of type {model_type!r} are not supported.",
+            hint=f"{did_you_mean(model_type, FAMILIES)}Supported: {', '.join(sorted(FAMILIES))}.",
         )
-    return _resolve(FAMILIES[model_type])
 
 
 def summary_of(reference: str) -> str:
     """Return the first line of a registered module's docstring. The file is parsed, not imported, as it may need torch."""
-    module = reference.partition(":")[0]
-    source = files(module.rpartition(".")[0]).joinpath(module.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].rstrip(".")
+    return (ast.get_docstring(_parsed(reference.partition(":")[0])) or "").splitlines()[0].rstrip(".")
+
+
+def _parsed(module: str) -> ast.Module:
+    package, _, name = module.rpartition(".")
+    return ast.parse(files(package).joinpath(f"{name}.py").read_text(encoding="utf-8"))
 
 
 def _external_class(reference: str) -> Any:

@@ -6,9 +6,10 @@ and 6.2, 10.13 in 7.0 and 7.1, 10.16 in 7.2. Supported operators are from the ch
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from edgeprune.errors import UsageError
+from edgeprune.errors import UsageError, did_you_mean
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _INT4_OPSET = 21  # the first with block-wise INT4 in DequantizeLinear; TensorRT reads such nodes since 10.0
@@ -46,8 +47,22 @@ TARGETS = {
 def target_named(name: str) -> Target:
     """Return a target by name; raise UsageError for an unknown name."""
     if name not in TARGETS:
-        raise UsageError(f"Unknown target {name!r}.", hint=f"Targets are: {', '.join(TARGETS)}.")
+        raise UsageError(f"Unknown target {name!r}.", hint=target_hint(name))
     return TARGETS[name]
+
+
+def target_hint(name: str) -> str:
+    """Return the targets for a name that is none: those of the machine that it names, such as "orin", or all."""
+    words = set(re.split(r"[^a-z0-9.]+", name.lower())) - {""}
+    named = [target for target in TARGETS.values() if words & _machines(target)]
+    if named:
+        return f"For {name} choose: {', '.join(f'{target.name} ({target.modules})' for target in named)}."
+    return f"{did_you_mean(name, TARGETS)}Targets are: {', '.join(TARGETS)}."
+
+
+def _machines(target: Target) -> set[str]:
+    # The names in a target's modules: Orin, Thor, JetPack and TensorRT, but not GPU.
+    return {word.lower() for word in target.modules.split() if word[0].isupper() and not word.isupper()}
 
 
 @dataclass(frozen=True)

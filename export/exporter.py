@@ -59,14 +59,16 @@ def export_bundle(
 ) -> Bundle:
     """Trace a model under a plan or several tiers, lower it and write the bundle.
 
-    `progress` is called with each of STAGES as it begins. Raises PlanError if the plan was made for another model, UsageError if
-    `output` exists without `force`, and EdgePruneError if the disk is too small.
+    `progress` is called with each of STAGES as it begins. Before anything is traced, raises PlanError if the plan was made
+    for another model, UnsupportedModelError if the model has no chat template, image token or end token, UsageError if `output`
+    exists without `force`, and EdgePruneError if the disk is too small.
     """
     tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
     (_, first), *others = tiers.items()
     lower_tiers = dict(others)
     for tier in tiers.values():
         loaded.check_plan(tier)
+    loaded.check_prompt(first.geometry)
     with new_folder(output, force=force) as folder:
         _check_space(loaded, lowering, folder)
         graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)

@@ -17,7 +17,7 @@ from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan, check_keep_ratio, keep_count
 from edgeprune.plan.presets import DEFAULT_LAYER, encoder_count
-from edgeprune.registry import METHODS, method_class
+from edgeprune.registry import METHODS, method_class, unknown_method
 
 INPUT = ("cdpruner", "dart", "divprune", "evs", "random", "uniform", "visionzip", "zspaprune")
 STATISTICAL = ("fitprune", "plphp", "vtw")
@@ -57,7 +57,7 @@ def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Stati
     if method in INPUT:
         return _input_or_baseline(method, share, base, settings)
     if method not in recipes:
-        raise UsageError(f"Unknown method {method!r}.", hint=f"Methods are: auto, dyrate, {', '.join(method_names())}.")
+        raise unknown_method(method, ["auto", "dyrate", *method_names()])
     return recipes[method](method, share, base, **settings)
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from edgeprune.calibration.collect.measure import SampleMeter
@@ -108,8 +107,9 @@ def collect(
 ) -> Statistics:
     """Measure the shard's samples, write the statistics to `output` and return them.
 
-    An interrupted run leaves a partial file next to `output`. The same request resumes from it with the same result. `progress` is
-    called with the number of finished samples. Raises UsageError if the shard is empty.
+    A run that is interrupted, or that a bad sample ends, leaves a partial file next to `output`. The same request resumes from it
+    with the same result. `progress` is called with the number of finished samples. Raises UsageError if the shard is empty, and
+    BadSampleError for a sample that cannot be used.
     """
     index, count = request.shard
     shard = list(samples)[index - 1 :: count]
@@ -127,21 +127,13 @@ def collect(
             statistics = statistics.with_sample(meter.measure(recorder.record(sample, request.fit)))
             if statistics.samples % SAVE_EVERY == 0:
                 statistics.save(partial)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EdgePruneError):
         statistics.save(partial)
         raise
     progress(statistics.samples)
     statistics.save(partial)
     move(partial, output)
     return statistics
-
-
-def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """Return `limit` samples drawn at random by `seed`, in file order; all samples without a limit."""
-    if limit is None or limit >= len(samples):
-        return list(samples)
-    drawn = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
-    return [samples[index] for index in sorted(drawn)]
 
 
 def _digest(source: StatisticsSource, samples: Sequence[Sample], request: CollectOptions) -> str:

@@ -1,25 +1,58 @@
-"""Samples in JSON Lines format (image, prompt, answer and optional kind), and the scoring of answers."""
+"""Samples in JSON Lines format (image, prompt, answer and optional kind), and the scoring of answers.
+
+`image` is a path relative to the file, or a list of paths: several images, or the frames of a video. `answer` is a text or a
+number, or a list of those, each of which is accepted. A byte order mark is allowed.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import UsageError
+import numpy as np
+
+from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.io.files import is_file, is_folder
 from edgeprune.io.typed_json import is_text
 from edgeprune.tabletop.questions import DESCRIBE, parse_description
+
+_EXAMPLE = 'A line is {"image": "a.png", "prompt": "What is it?", "answer": "a cup", "kind": "object"}.'
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt about one image, with the reference answer."""
+    """One prompt about one or more images, with the reference answer.
 
-    image: Path
+    `accepted`: other answers that are right too. `where`: file and line, for messages.
+    """
+
+    image: Path | tuple[Path, ...]
     prompt: str
     answer: str
     kind: str = ""
+    accepted: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The images in order."""
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    def error(self, error: EdgePruneError) -> BadSampleError:
+        """Return the error of this sample for what went wrong with it."""
+        return BadSampleError(f"{self.where or self.images[0]}: {error.message}", hint=error.hint)
+
+
+class BadSampleError(UsageError):
+    """A sample that cannot be used; the message begins with its file and line."""
+
+
+OnBadSample = Callable[[BadSampleError], None]
 
 
 @dataclass(frozen=True)
@@ -34,60 +67,112 @@ class Score:
     recall: float
 
 
-def read_samples(path: Path, limit: int | None = None, *, need_answers: bool = True) -> list[Sample]:
-    """Return the samples of a JSONL file; image paths are relative to the file. Raise UsageError that names the invalid line.
+def read_samples(
+    path: Path, limit: int | None = None, *, need_answers: bool = True, on_bad: OnBadSample | None = None
+) -> list[Sample]:
+    """Return the samples of a JSONL file; image paths are relative to the file.
 
-    Without `need_answers`, answers are optional: calibration compares with the unpruned model instead.
+    Without `need_answers`, answers are optional: calibration compares with the unpruned model instead. Raises BadSampleError for
+    the first line that is no sample or names an image that is not there; with `on_bad`, such lines are given to it and left out.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at other line separators inside texts
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read samples {path}: {error}.") from error
     if limit is not None and limit < 1:
         raise UsageError(f"The limit must be 1 or more samples, not {limit}.")
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    samples = [_parse_sample(path, number, line, need_answers) for number, line in numbered[:limit]]
+    samples: list[Sample] = []
+    for number, line in _lines(path):
+        if len(samples) == limit:
+            break
+        try:
+            samples.append(_parse_sample(path, number, line, need_answers))
+        except BadSampleError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
     if not samples:
-        raise UsageError(f"{path} has no samples.", hint='A line is {"image": ..., "prompt": ..., "answer": ..., "kind": ...}.')
+        raise UsageError(f"{path} has no samples.", hint=_EXAMPLE)
     return samples
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    # Numbered lines that are not blank. They are not decoded as a whole: one bad line must not hide the others.
+    if is_folder(path):
+        found = sorted(path.glob("*.jsonl"))
+        hint = f"Give the file in it: --data {shlex.quote(str(found[0]))}" if found else f"Give a file of JSON lines. {_EXAMPLE}"
+        raise UsageError(f"{path} is a folder.", hint=hint)
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"Cannot read samples {path}: {reason}.", hint="Check the path.") from error
+    for number, line in enumerate(content.split(b"\n"), start=1):  # not splitlines: texts may hold other separators of lines
+        if line.strip():
+            yield number, line
+
+
+def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """Return `limit` samples drawn at random by `seed`, in file order; all samples without a limit."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    drawn = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
+    return [samples[index] for index in sorted(drawn)]
+
+
 def score(sample: Sample, text: str) -> Score:
-    """Score an answer: descriptions fact by fact, all others by exact match, ignoring case, spaces and final punctuation."""
+    """Score an answer: descriptions fact by fact, all others by exact match with an accepted answer.
+
+    Case, spaces and final punctuation are ignored.
+    """
     if sample.kind == DESCRIBE:
         stated, true = parse_description(text), parse_description(sample.answer)
         correct = len(stated & true)
         return Score(correct, max(len(stated), 1), correct / max(len(true), 1))
-    match = float(_normalize(text) == _normalize(sample.answer))
+    match = float(_normalize(text) in map(_normalize, (sample.answer, *sample.accepted)))
     return Score(match, 1.0, match)
 
 
-def _parse_sample(path: Path, number: int, line: str, need_answers: bool) -> Sample:
+def _parse_sample(path: Path, number: int, line: bytes, need_answers: bool) -> Sample:
     where = f"{path}:{number}"
     try:
-        data: Any = json.loads(line)
+        data: Any = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"{where} is not UTF-8 (byte {error.start + 1}).", hint="Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON ({getattr(error, 'msg', None) or error}).") from error
+        raise BadSampleError(f"{where} is not JSON ({getattr(error, 'msg', None) or error}).", hint=_EXAMPLE) from error
     if not isinstance(data, dict):
-        raise UsageError(f"{where} is not a JSON object.")
-    if not need_answers:
-        data.setdefault("answer", "")
-    for key in ("image", "prompt", "answer"):
-        if not is_text(data.get(key)):
-            raise UsageError(f"{where} has no text {key!r}.")
-    image, kind = path.parent / data["image"], data.get("kind", "")
-    if not _is_file(image):
-        raise UsageError(f"{where} names the image {data['image']}, which is not there.")
-    if not is_text(kind):
-        raise UsageError(f"{where} has a kind that is no text.")
-    return Sample(image, data["prompt"], data["answer"], kind)
+        raise BadSampleError(f"{where} is not a JSON object.", hint=_EXAMPLE)
+    prompt, kind = _text(where, "prompt", data.get("prompt")), _text(where, "kind", data.get("kind", ""))
+    if not prompt.strip():
+        raise BadSampleError(f"{where} has an empty 'prompt'.", hint="Ask something about the image.")
+    answers = _answers(where, data.get("answer")) if need_answers or "answer" in data else ("",)
+    return Sample(_images(path, where, data.get("image")), prompt, answers[0], kind, answers[1:], where)
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # an invalid file name
-        return False
+def _answers(where: str, value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) and value else [value]
+    numbers = [isinstance(each, (int, float)) and not isinstance(each, bool) for each in values]
+    return tuple(
+        json.dumps(each) if is_number else _text(where, "answer", each) for each, is_number in zip(values, numbers, strict=True)
+    )
+
+
+def _text(where: str, key: str, value: Any) -> str:
+    if isinstance(value, str) and not is_text(value):  # JSON can escape what no encoding can write
+        raise BadSampleError(f"{where} has half of a surrogate pair in {key!r}, which is no character.", hint="Write it as UTF-8.")
+    if not isinstance(value, str):
+        raise BadSampleError(f"{where} has no text {key!r}.", hint=_EXAMPLE)
+    return value
+
+
+def _images(path: Path, where: str, value: Any) -> Path | tuple[Path, ...]:
+    names = [_text(where, "image", name) for name in (value if isinstance(value, list) and value else [value])]
+    for name in names:
+        if "://" in name:
+            hint = "Nothing is downloaded: fetch it, then name the file."
+            raise BadSampleError(f"{where} names the address {name}.", hint=hint)
+        if not is_file(path.parent / name):
+            hint = f"Paths are relative to {path.parent}."
+            raise BadSampleError(f"{where} names the image {name}, which is not there.", hint=hint)
+    images = tuple(path.parent / name for name in names)
+    return images if isinstance(value, list) else images[0]
 
 
 def _normalize(text: str) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 
-from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.errors import UsageError
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan, keep_count_up
@@ -50,11 +53,15 @@ class Recorder:
         loaded.model.requires_grad_(False)  # the model itself is never trained
 
     def record(self, sample: Sample, fit: str) -> Recording:
-        """Record the greedy answer to one sample. An answer of one token has no decode steps."""
+        """Record the greedy answer to one sample. An answer of one token has no decode steps.
+
+        Raises BadSampleError for a sample that cannot be asked about.
+        """
         recorder = RecordingBackend(self._pipeline.backend)
         conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
-        for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=self._max_tokens)):
-            pass
+        with _naming(sample):
+            for _ in conversation.ask(sample.prompt, [_image_of(sample)], Sampling(max_tokens=self._max_tokens)):
+                pass
         (prefill, _), *steps = recorder.inputs
         cache = steps[0][1] if steps else conversation.cache
         caches = tuple(caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)]))
@@ -69,7 +76,7 @@ class Recorder:
         """Return the logits [len(ids) + 1, vocabulary] for the given answer tokens: before each token and after the last."""
         recorder = RecordingBackend(self._pipeline.backend)
         conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
-        for _ in conversation.ask(sample.prompt, [read_image(sample.image)], Sampling(max_tokens=1)):
+        for _ in conversation.ask(sample.prompt, [_image_of(sample)], Sampling(max_tokens=1)):
             pass
         tokens, _ = recorder.inputs[0]
         first = self._tensor(recorder.steps[0].logits)[None]
@@ -111,6 +118,42 @@ class Recorder:
 
     def _tensor(self, array: object) -> torch.Tensor:
         return torch.as_tensor(array, device=self._device)
+
+
+def usable_samples(
+    loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], fit: str, on_bad: OnBadSample
+) -> list[Sample]:
+    """Return the samples whose image can be read and asked about; the errors of all others are given to `on_bad`.
+
+    Which samples are used is known before the first is measured, so that an interrupted run resumes with the same.
+    """
+    conversation, usable = Conversation(reference_model(loaded, unpruned), fit=fit), []
+    for sample in samples:
+        try:
+            with _naming(sample):
+                conversation.ask(sample.prompt, [_image_of(sample)])  # checks; nothing runs before the first piece is read
+        except BadSampleError as error:
+            on_bad(error)
+        else:
+            usable.append(sample)
+    if not usable:
+        raise UsageError("None of the samples could be used.")
+    return usable
+
+
+@contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    # Errors of requests inside name the sample's file and line.
+    try:
+        yield
+    except UsageError as error:
+        raise sample.error(error) from error
+
+
+def _image_of(sample: Sample) -> Image.Image:
+    if len(sample.images) != 1:
+        raise UsageError(f"there are {len(sample.images)} images, and calibration takes samples of one.")
+    return read_image(sample.images[0])
 
 
 def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: float) -> tuple[LayerCache, ...]:

@@ -31,6 +31,7 @@ from edgeprune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from edgeprune.bundle.signing import TrustedKeys, check_signature
 from edgeprune.errors import BundleError, UsageError, renamed
 from edgeprune.io.background import ThreadTask
+from edgeprune.io.files import is_file
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers, tier_number
 
@@ -133,7 +134,7 @@ def files_of(graph: str) -> tuple[str, str]:
 
 def is_bundle(path: Path) -> bool:
     """Return whether a folder has a manifest. The bundle may still be broken."""
-    return (path / MANIFEST).is_file()
+    return is_file(path / MANIFEST)
 
 
 def _check_all_but_weights(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle.integrity import FileRecord
-from edgeprune.errors import BundleError
-from edgeprune.io.files import write_text
-from edgeprune.io.typed_json import from_json, is_text
+from edgeprune.errors import BundleError, NoBundleError
+from edgeprune.io.files import is_file, is_folder, write_text
+from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
 SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
+_MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
+_AGAIN = "Copy the bundle again, or export it again."
 _WITHOUT_TIERS = 5  # the previous schema, which differs only in having no tiers
 
 
@@ -143,15 +147,46 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> bytes:
-    """Return the bytes of manifest.json; raise BundleError if it is missing or unreadable."""
-    if not folder.is_dir():
-        raise BundleError(f"There is no bundle at {folder}.", hint="Make one with: edgeprune export -o BUNDLE")
+    """Return the bytes of manifest.json; raise NoBundleError if there is none, and BundleError if it is unreadable."""
     try:
         return (folder / MANIFEST).read_bytes()
-    except FileNotFoundError as error:
-        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}.") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise _no_bundle(folder) from error
     except OSError as error:
-        raise BundleError(f"Cannot read {folder / MANIFEST}: {error.strerror}.") from error
+        raise BundleError(f"Cannot read {folder / MANIFEST}: {error.strerror}.", hint=_AGAIN) from error
+
+
+def _no_bundle(path: Path) -> NoBundleError:
+    # The error for what is at a path instead of a bundle. Every remedy is a command or a path that works as it stands.
+    whole = next((parent for parent in path.parents if is_file(parent / MANIFEST)), None)
+    if whole is not None and (is_file(path) or is_folder(path)):
+        return NoBundleError(f"{path} is a part of a bundle.", hint=f"Give the folder of the bundle: {whole}")
+    if is_file(path):
+        is_plan = path.suffix == ".json"
+        command = f"export MODEL --plan {_quoted(path)} -o BUNDLE" if is_plan else "export MODEL -o BUNDLE"
+        return NoBundleError(f"{path} is a file, and a bundle is a folder.", hint=f"Make one with: edgeprune {command}")
+    if not is_folder(path):
+        return NoBundleError(f"There is no bundle at {path}.", hint=f"Make one with: edgeprune export MODEL -o {_quoted(path)}")
+    lacks = f"{path} is no bundle: it has no {MANIFEST}."
+    if is_file(path / _MODEL_CONFIG):
+        bundle = path.resolve().name + ".bundle"
+        command = f"edgeprune export {_quoted(path)} -o {_quoted(bundle)}{_size_option(path)}"
+        return NoBundleError(f"{lacks} It is a transformers model.", hint=f"Export it first: {command}")
+    return NoBundleError(lacks, hint=f"{_AGAIN} Make one with: edgeprune export MODEL -o BUNDLE")
+
+
+def _size_option(model: Path) -> str:
+    # Qwen's image processor takes any size, unless it is limited to one area, and a bundle has one.
+    with suppress(OSError, ValueError, AttributeError):
+        settings = read_json(model / _MODEL_PROCESSOR)
+        limits = settings.get("size") or {}
+        if str(settings.get("image_processor_type", "Qwen")).startswith("Qwen") and len(set(limits.values())) != 1:
+            return " --image-size 448x448"
+    return ""
+
+
+def _quoted(path: Path | str) -> str:
+    return shlex.quote(str(path))
 
 
 def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
@@ -159,9 +194,7 @@ def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"Cannot read {folder / MANIFEST}: {error}.", hint="Copy the bundle again, or export it again."
-        ) from error
+        raise BundleError(f"Cannot read {folder / MANIFEST}: {error}.", hint=_AGAIN) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is not int:
         raise BundleError(f"{folder / MANIFEST} is no manifest: it says no schema version.", hint="Export it again.")

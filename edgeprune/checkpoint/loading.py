@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.bundle import DecoderShape, ImageText, Source
+from edgeprune.bundle import DecoderShape, ImageText, Source, is_bundle
 from edgeprune.bundle.integrity import sha256_of
-from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, require_extra
+from edgeprune.checkpoint.configuration import (
+    check_context,
+    no_chat_template,
+    no_end_token,
+    no_image_token,
+    sized_geometry,
+)
+from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, did_you_mean, require_extra
+from edgeprune.io.files import is_file, is_folder
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.processors import ImageSpec, image_spec
-from edgeprune.registry import family_class, method_class, unsupported_reason
+from edgeprune.registry import check_family, family_class, method_class, unsupported_reason
 from edgeprune.tabletop import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
 TABLETOP = "tabletop"
 PREPROCESSOR = "preprocessor_config.json"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
 
 
@@ -65,7 +75,8 @@ class LoadedModel:
     def geometry(self, size: tuple[int, int] | None, frames: int = 1, fps: float = 0.0) -> Geometry:
         """Return the geometry for images of `size` (height, width), by default the model's own; with `frames`, for a video.
 
-        Raises UsageError if there is no default size, the processor would change the size, or the model takes no video.
+        Raises UsageError if there is no default size, the processor would change the size, the context does not hold its visual
+        tokens, or the model takes no video.
         """
         if frames > 1 and not self.family.videos:
             raise UsageError(f"Models of type {self.folder.model_type} take no video.", hint="Leave out --frames.")
@@ -73,10 +84,8 @@ class LoadedModel:
             size = self._spec(None).default_size()
         if size is None:
             raise UsageError("This model takes images of any size, but a bundle has one.", hint="Give --image-size 448x448, say.")
-        geometry = self._spec(size).geometry(*size, frames, fps)
-        if (geometry.height, geometry.width) != size:
-            unit = geometry.patch * geometry.merge
-            raise UsageError(f"Image size {size[0]}x{size[1]} does not divide into {unit}-pixel visual tokens.")
+        geometry = sized_geometry(self._spec, size, frames, fps)
+        check_context(self.folder.name, geometry, self.family.decoder().context)
         return geometry
 
     def settings(self, geometry: Geometry) -> dict[str, Any]:
@@ -151,7 +160,7 @@ class LoadedModel:
         if default is not None and (template is None or (image.placeholder in default and image.placeholder not in template)):
             template = default
         if not isinstance(template, str):
-            raise UnsupportedModelError(f"{self.folder.name} has no chat template.", hint="Add a chat_template.jinja to it.")
+            raise no_chat_template(self.folder.name)
         return template
 
     def special_tokens(self) -> dict[str, str]:
@@ -159,9 +168,20 @@ class LoadedModel:
         return {name: text for name, text in self.tokenizer.special_tokens_map.items() if isinstance(text, str)}
 
     def end_tokens(self) -> tuple[int, ...]:
-        """Return the ids that end an answer."""
+        """Return the ids that end an answer; raise UnsupportedModelError if there are none."""
         end = self.model.generation_config.eos_token_id
+        if end is None or end == []:
+            raise no_end_token(self.folder.name)
         return tuple(end) if isinstance(end, list) else (int(end),)
+
+    def check_prompt(self, geometry: Geometry) -> None:
+        """Raise UnsupportedModelError if prompts about such images cannot be written, or answers to them would never end."""
+        image = self.family.image_text(geometry)
+        self.chat_template(image)
+        self.end_tokens()
+        count = self.tokenizer.encode(image.text, add_special_tokens=False).count(image.token)
+        if count not in (1, len(geometry.layout)):
+            raise no_image_token(self.folder.name, image.token)
 
 
 def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
@@ -171,12 +191,17 @@ def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
     other than safetensors, and for Python code in the folder without `trust_remote_code`.
     """
     path = MODEL_FOLDER if name == TABLETOP else Path(name)
-    if not path.is_dir():
-        raise UsageError(f"There is no model folder {name}.", hint="Give a transformers folder, or tabletop for the bundled model.")
+    if not is_folder(path):
+        raise _no_model_folder(name, path)
+    if is_bundle(path):
+        raise UsageError(
+            f"{name} is a bundle: its model is exported already.",
+            hint="Give the transformers folder that it was exported from, or tabletop for the bundled model.",
+        )
     config = _read_json(path, "config.json")
     own_code = "auto_map" in config
     folder = ModelFolder(name, path, str(config.get("model_type")), _processor(path), own_code and trust_remote_code)
-    family_class(folder.model_type)
+    check_family(folder.model_type)
     if own_code and not trust_remote_code:
         raise UnsupportedModelError(
             f"{name} brings Python code of its own, which would run here.", hint="Read it, then give --trust-remote-code."
@@ -187,6 +212,19 @@ def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
             hint="Convert it with save_pretrained in transformers.",
         )
     return folder
+
+
+def _no_model_folder(name: str, path: Path) -> UsageError:
+    message, folder = f"There is no model folder {name}.", "Give a transformers folder, or tabletop for the bundled model."
+    if is_file(path):
+        return UsageError(f"{name} is a file.", hint=folder)
+    if _HUB_ID.fullmatch(name):
+        target = name.partition("/")[2]
+        return UsageError(
+            message,
+            hint=f"{folder} EdgePrune downloads nothing: hf download {name} --local-dir {target} does, then give {target}.",
+        )
+    return UsageError(message, hint=f"{did_you_mean(name, [TABLETOP])}{folder}")
 
 
 def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from edgeprune.errors import UsageError
+from edgeprune.targets import TARGETS, target_hint
 
 # Copied from edgeprune.runtime.backends.providers, whose import of ONNX Runtime is too slow for --help.
 PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "openvino", "tensorrt")
 FPS = 2.0
 _GEOMETRY_OPTIONS = ("image_size", "frames", "fps")  # may be combined with --tier
+_SIZE_EXAMPLE = "Write height x width, such as 448x336."
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Share(click.ParamType):
+    """A share such as 0.25. A percentage is refused with the share that it means."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; its range is checked where it is used."""
+        try:
+            return float(value)
+        except ValueError:
+            percent = re.fullmatch(r"\s*(\d+(?:[.,]\d+)?)\s*%\s*", value)
+            comma = re.fullmatch(r"\s*\d*,\d+\s*", value)
+            number = float(percent[1].replace(",", ".")) / 100 if percent else float(value.replace(",", ".")) if comma else 0.25
+            self.fail(
+                f"{value!r} is no share. Write {'it as' if percent or comma else 'a number, such as'} {number:g}.", param, ctx
+            )
+
+
+class TargetName(click.Choice[str]):
+    """The name of a target. The name of a machine is refused with the targets that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__(list(TARGETS))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name."""
+        if value not in TARGETS:
+            self.fail(f"{value!r} is no target. {target_hint(value)}", param, ctx)
+        return str(value)
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 fit_option = click.option(
@@ -23,6 +59,10 @@ fit_option = click.option(
     default="exact",
     show_default=True,
     help="An image of another aspect than the bundle's: refuse, stretch or letterbox it.",
+)
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+skip_option = click.option(
+    "--skip-bad", is_flag=True, help="Leave out samples that cannot be used, and say which, instead of ending."
 )
 provider_option = click.option(
     "--provider",
@@ -54,7 +94,7 @@ def plan_options(command: F) -> F:
     options = (
         click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON), or LightCompress's YAML."),
         click.option("--method", help="Which tokens to keep: see `edgeprune methods`; or MODULE:CLASS of your own."),
-        click.option("--keep", multiple=True, type=float, help="Share of all visual tokens kept, in (0, 1]; repeatable."),
+        click.option("--keep", multiple=True, type=Share(), help="Share of all visual tokens kept, in (0, 1]; repeatable."),
         click.option("--layer", multiple=True, type=int, help="Layer before which a --keep acts (0: the decoder's input)."),
         click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),
         click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw lots."),
@@ -92,7 +132,9 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     try:
         height, width = (int(part) for part in text.lower().split("x"))
     except ValueError as error:
-        raise UsageError(f"{text!r} is no image size.", hint="Write height x width, such as 448x336.") from error
+        raise UsageError(f"{text!r} is no image size.", hint=_SIZE_EXAMPLE) from error
+    if min(height, width) < 1:
+        raise UsageError(f"Image size {text} has no pixels.", hint=_SIZE_EXAMPLE)
     return height, width
 
 
@@ -117,6 +159,51 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     return index, count
 
 
+def check_plan_options(
+    folder: Any,
+    plan_file: Path | None,
+    method: str | None,
+    keep: tuple[float, ...],
+    layer: tuple[int, ...],
+    seed: int,
+    site: str | None = None,
+    **geometry: Any,
+) -> None:
+    """Raise UsageError for plan options that contradict each other, the model's folder or a method. Imports no torch."""
+    from edgeprune.calibration.interop.lightcompress import is_lightcompress
+    from edgeprune.checkpoint.configuration import check_size
+    from edgeprune.plan import KeepPlan, check_keep_ratio
+
+    _check_geometry_options(**geometry)
+    if plan_file is not None:
+        if method or keep or layer or seed or site:
+            raise UsageError("--plan already says what --method, --keep, --layer, --site and --seed say.", hint="Give one of them.")
+        if not is_lightcompress(plan_file):
+            _refuse_geometry(plan_file, geometry)
+            KeepPlan.load(plan_file)
+        return
+    if method is not None or keep:
+        _check_method_options(folder, method, keep, layer, site)
+    elif layer or site:
+        raise UsageError(f"{'--layer' if layer else '--site'} needs --method and --keep.")
+    for ratio in keep:
+        check_keep_ratio(ratio)
+    check_size(folder, parse_size(geometry["image_size"]), geometry.get("frames") or 1)
+
+
+def check_tier_options(folder: Any, tier: tuple[str, ...], **plan_request: Any) -> None:
+    """Raise UsageError for --tier options that cannot be met, or else as `check_plan_options` does. Imports no torch."""
+    if not tier:
+        check_plan_options(folder, **plan_request)
+        return
+    if any(value for name, value in plan_request.items() if name not in _GEOMETRY_OPTIONS):
+        raise UsageError("--tier already says what the other plan options say.", hint="Give one or the other.")
+    unset: dict[str, Any] = {"method": None, "keep": (), "layer": (), "seed": 0}
+    geometry = {name: plan_request[name] for name in _GEOMETRY_OPTIONS}
+    for path in tier_files(tier).values():
+        check_plan_options(folder, plan_file=path, **unset, **geometry)
+
+
 def resolve_plan(
     loaded: Any,
     plan_file: Path | None,
@@ -129,27 +216,19 @@ def resolve_plan(
 ) -> Any:
     """Return the keep plan of the plan options for a loaded model; the unpruned plan without options.
 
-    `geometry`: the options image_size, frames and fps.
+    `geometry`: the options image_size, frames and fps. The options have passed `check_plan_options`.
     """
     from edgeprune.plan.presets import staircase_plan
     from edgeprune.registry import METHODS, allow_method, method_class
 
     if plan_file is not None:
-        if method or keep or layer or seed or site:
-            raise UsageError("--plan already says what --method, --keep, --layer, --site and --seed say.", hint="Give one of them.")
         return open_plan(plan_file, loaded, **geometry)
     base = _unpruned_plan(loaded, **geometry)
-    if method is None and not keep:
-        if layer or site:
-            raise UsageError(f"{'--layer' if layer else '--site'} needs --method and --keep.")
+    if method is None:
         return base
-    if method is None or not keep:
-        raise UsageError("--method and --keep belong together.", hint="For example: --method fastv --keep 0.25")
     if method not in METHODS and ":" in method:
         allow_method(method)  # the user named it, which allows it
     sites = method_class(method).sites
-    if not {"vision", "input", "layer"} & set(sites):
-        raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
     site = _resolve_site(method, sites, site, layer)
     at_input = not layer and len(keep) == 1 and (site == "input" or "layer" not in sites)
     return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed, site=site)
@@ -161,16 +240,19 @@ def resolve_tiers(loaded: Any, tier: tuple[str, ...], **plan_request: Any) -> An
 
     if not tier:
         return resolve_plan(loaded, **plan_request)
-    if any(value for name, value in plan_request.items() if name not in _GEOMETRY_OPTIONS):
-        raise UsageError("--tier already says what the other plan options say.", hint="Give one or the other.")
     geometry = {name: plan_request[name] for name in _GEOMETRY_OPTIONS}
-    plans: dict[str, Any] = {}
+    return Tiers.of({name: open_plan(path, loaded, **geometry) for name, path in tier_files(tier).items()})
+
+
+def tier_files(tier: tuple[str, ...]) -> dict[str, Path]:
+    """Return the plan files of --tier options by name; raise UsageError for one that is malformed or given twice."""
+    files: dict[str, Path] = {}
     for text in tier:
         name, equals, path = text.partition("=")
-        if not equals or not path or name in plans:
+        if not equals or not path or name in files:
             raise UsageError(f"{text!r} is no tier of its own.", hint="Write NAME=PLAN, such as fast=fast.json, each name once.")
-        plans[name] = open_plan(Path(path), loaded, **geometry)
-    return Tiers.of(plans)
+        files[name] = Path(path)
+    return files
 
 
 def _allow_methods(references: tuple[str, ...]) -> None:
@@ -178,6 +260,44 @@ def _allow_methods(references: tuple[str, ...]) -> None:
 
     for reference in references:
         allow_method(reference)
+
+
+def _check_method_options(
+    folder: Any, method: str | None, keep: tuple[float, ...], layer: tuple[int, ...], site: str | None
+) -> None:
+    from edgeprune.checkpoint.configuration import decoder_layers
+    from edgeprune.plan.presets import cut_layers
+    from edgeprune.registry import METHODS, sites_of, unknown_method
+
+    if method is None or not keep:
+        raise UsageError("--method and --keep belong together.", hint="For example: --method fastv --keep 0.25")
+    if method not in METHODS:
+        if ":" not in method:
+            raise unknown_method(method, METHODS, "or package.module:Class")
+        return
+    sites = sites_of(method)
+    if not {"vision", "input", "layer"} & set(sites):
+        raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
+    site = _resolve_site(method, sites, site, layer)
+    _check_layers(method, sites, site, layer, None if site == "vision" else decoder_layers(folder))
+    cut_layers(keep, layer)  # raises unless there is a layer for each ratio
+
+
+def _check_layers(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[int, ...], depth: int | None) -> None:
+    # `depth`: the number of decoder layers, None if it is not known yet or does not matter.
+    from edgeprune.plan.keep_plan import beyond_layers
+
+    acts = f"It acts at: {', '.join(sites)}."
+    for number in layers:
+        meant = site or ("layer" if number else "input")
+        if number < 0:
+            last = "the last" if depth is None else str(depth - 1)
+            raise UsageError(f"{method} cannot act at layer {number}.", hint=f"Layers are {int(site is not None)} to {last}.")
+        if meant not in sites:
+            remedy = "Leave --layer out." if meant == "layer" else "Give --layer 1 or more."
+            raise UsageError(f"{method} cannot act at site {meant!r}, which --layer {number} means.", hint=f"{acts} {remedy}")
+        if depth is not None and number >= depth:
+            raise beyond_layers(f"{method} @ layer {number}", depth)
 
 
 def _resolve_site(method: str, sites: tuple[str, ...], site: str | None, layers: tuple[int, ...]) -> str | None:
@@ -190,6 +310,14 @@ def _resolve_site(method: str, sites: tuple[str, ...], site: str | None, layers:
     return site
 
 
+def _check_geometry_options(image_size: str | None, frames: int | None = None, fps: float | None = None) -> None:
+    parse_size(image_size)
+    if frames is not None and frames < 1:
+        raise UsageError(f"A video has frames, not {frames}.")
+    if fps is not None and (frames is None or not 0 < fps < math.inf):
+        raise UsageError("--fps is a number above 0, of a video with --frames.", hint="For example: --frames 8 --fps 2")
+
+
 def open_plan(plan_file: Path, loaded: Any, **geometry: Any) -> Any:
     """Return the plan in a file; LightCompress YAML has no geometry and is read for a loaded model and geometry options."""
     from edgeprune.calibration.interop.lightcompress import is_lightcompress, read_plan
@@ -197,18 +325,18 @@ def open_plan(plan_file: Path, loaded: Any, **geometry: Any) -> Any:
 
     if is_lightcompress(plan_file):
         return read_plan(plan_file, _unpruned_plan(loaded, **geometry))
+    _refuse_geometry(plan_file, geometry)
+    return KeepPlan.load(plan_file)
+
+
+def _refuse_geometry(plan_file: Path, geometry: Mapping[str, Any]) -> None:
     for name, value in geometry.items():
         if value is not None:
             raise UsageError(f"{plan_file} already says what --{name.replace('_', '-')} says.", hint="Give one of them.")
-    return KeepPlan.load(plan_file)
 
 
 def _unpruned_plan(loaded: Any, image_size: str | None, frames: int | None = None, fps: float | None = None) -> Any:
     from edgeprune.plan.presets import unpruned_plan
 
-    if frames is not None and frames < 1:
-        raise UsageError(f"A video has frames, not {frames}.")
-    if fps is not None and (frames is None or fps <= 0):
-        raise UsageError("--fps is a number above 0, of a video with --frames.", hint="For example: --frames 8 --fps 2")
     geometry = loaded.geometry(parse_size(image_size), frames or 1, fps or FPS)
     return unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), geometry)

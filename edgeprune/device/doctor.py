@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeprune.device.machine import BINDING, Machine, dotted
 from edgeprune.device.system import version_numbers
+from edgeprune.errors import install_command
 from edgeprune.targets import TARGETS
 
 LITTLE_MEMORY = 2048  # MiB: a vision encoder, a 0.5B decoder in 16 bits, and activations
@@ -218,7 +219,7 @@ def _upgrade_command(machine: Machine) -> str:
 def _export_feature(machine: Machine) -> DeviceFeature:
     missing = [package for package in _EXPORT_PACKAGES if package not in machine.software.packages]
     if missing:
-        return DeviceFeature(_EXPORTS, False, f"{', '.join(missing)} not installed", 'pip install "edgeprune[export]"')
+        return DeviceFeature(_EXPORTS, False, f"{', '.join(missing)} not installed", install_command("export"))
     return DeviceFeature(_EXPORTS, True, f"torch {machine.software.packages['torch']}")
 
 

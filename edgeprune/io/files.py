@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,58 @@ from edgeprune.errors import EdgePruneError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SUFFIX_HINT = "Use a suffix such as .png or .jpg."
 _NO_REPLACE, _EXCHANGE = 1, 2  # renameat2's flags
+
+
+def check_output(path: Path, *, force: bool, inputs: Iterable[Path | None] = (), folder: bool = False) -> None:
+    """Raise UsageError unless `path` can be written: call it before the work whose result will be written there.
+
+    An existing output is refused without `force`, and one of the `inputs` (None: was not given) always, under any of its names. A
+    file is never written over a folder, and its own folder must exist; a `folder` is made with its parents.
+    """
+    same = next((given for given in inputs if given is not None and _replaces(path, given)), None)
+    if same is not None:
+        raise UsageError(f"{path} is an input ({same}), which is never overwritten.", hint="Give another output.")
+    if not path.name:
+        raise UsageError(f"{str(path)!r} is not a name for a new {'folder' if folder else 'file'}.", hint="Give another output.")
+    if is_folder(path) and not folder:
+        raise UsageError(f"{path} is a folder.", hint=f"Name a file in it, such as {path / 'NAME'}.")
+    if os.path.lexists(path) and not force:
+        raise UsageError(f"{path} exists already.", hint="Give another output, or --force to replace it.")
+    _check_parent(path, made=folder)
+
+
+def _check_parent(path: Path, *, made: bool) -> None:
+    parent = path.parent
+    while made and not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not os.path.lexists(parent):
+        raise UsageError(
+            f"There is no folder {parent} to write {path.name} to.", hint=f"Make it: mkdir -p {shlex.quote(str(parent))}"
+        )
+    if not is_folder(parent):
+        raise UsageError(f"{parent} is no folder to write {path.name} to.", hint="Give another output.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"Not allowed to write to the folder {parent}.", hint="Give another output, or change its permissions.")
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path is a file; false for names that no file can have and for places that may not be looked at."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a folder; false for names that no folder can have and for places that may not be looked at."""
+    return os.path.isdir(path)
+
+
+def _replaces(path: Path, other: Path) -> bool:
+    # Whether writing to `path` would replace `other`: the same file under any name, or something in the folder `path`.
+    with suppress(OSError, ValueError):  # one of them is not there
+        if os.path.samefile(path, other):
+            return True
+    return os.path.realpath(other).startswith(os.path.join(os.path.realpath(path), ""))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,18 +125,22 @@ def save_image(image: Image, path: Path) -> None:
     """Write a Pillow image atomically in the format of the suffix."""
     from io import BytesIO
 
-    from PIL.Image import registered_extensions
-
-    hint = "Use a suffix such as .png or .jpg."
-    kind = registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise UsageError(f"Cannot write {path}: unknown file extension: {path.suffix}.", hint=hint)
     encoded = BytesIO()
     try:
-        image.save(encoded, kind)
+        image.save(encoded, image_format(path))
     except (OSError, ValueError) as error:
-        raise UsageError(f"Cannot write {path}: {error}.", hint=hint) from error
+        raise UsageError(f"Cannot write {path}: {error}.", hint=_SUFFIX_HINT) from error
     write_bytes(path, encoded.getvalue())
+
+
+def image_format(path: Path) -> str:
+    """Return Pillow's name of the format that a path's suffix means; raise UsageError if Pillow cannot write such files."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise UsageError(f"Cannot write {path}: unknown file extension: {path.suffix}.", hint=_SUFFIX_HINT)
+    return kind
 
 
 @contextmanager
@@ -95,10 +151,7 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     an existing `target` is untouched. On file systems that can exchange two names, a complete `target` (old or new) exists at any
     moment. On others, such as exFAT, a crash may leave the old one under another name; the next writer restores it.
     """
-    if not target.name:
-        raise UsageError(f"{str(target)!r} is not a name for a new folder.", hint="Give another output.")
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists already.", hint="Give another output, or --force to replace it.")
+    check_output(target, force=force, folder=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -53,7 +53,8 @@ class Cut:
             raise PlanError(f"Unknown site {self.site!r}.", hint=f"Sites are: {', '.join(SITES)}.")
         between = self.site in ("vision", "layer")
         if self.layer < 0 or (self.site == "input" and self.layer != 0) or (between and self.layer == 0):
-            raise PlanError(f"A cut at site {self.site!r} cannot act at layer {self.layer}.")
+            least = "1 or more" if between else "0" if self.site == "input" else "0 or more"
+            raise PlanError(f"A cut at site {self.site!r} cannot act at layer {self.layer}.", hint=f"Its layer is {least}.")
         if self.keep < 0 or (self.site in ("vision", "input") and self.keep == 0):
             raise PlanError(f"{self} cannot keep {self.keep} tokens.")
         if not isinstance(self.options, Mapping):
@@ -92,7 +93,7 @@ class KeepPlan:
                 raise PlanError(f"The cuts must stand in the order of their sites and layers, one at each; {cut} does not.")
         for cut in self.cuts:
             if cut.site != "vision" and cut.layer >= self.layers:  # the plan does not have the encoder's depth
-                raise PlanError(f"{cut} lies beyond the model's {self.layers} layers (0 to {self.layers - 1}).")
+                raise beyond_layers(str(cut), self.layers)
         self._check_counts()
         self._check_decode()
 
@@ -194,8 +195,12 @@ class KeepPlan:
         """Read a plan; raise PlanError if the file is not a valid plan of this schema."""
         try:
             return cls.from_dict(read_json(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"Cannot read plan {path}: {getattr(error, 'strerror', None) or error}.") from error
+        except PlanError as error:
+            raise PlanError(f"{path}: {error.message}", hint=error.hint) from error
+        except OSError as error:
+            raise PlanError(f"Cannot read plan {path}: {error.strerror or error}.") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path} is no plan: it is not even text.") from error
         except json.JSONDecodeError as error:
             raise PlanError(f"Plan {path} is not JSON (line {error.lineno}: {error.msg}).") from error
         except ValueError as error:
@@ -206,6 +211,8 @@ class KeepPlan:
         """Build a plan from JSON data; raise PlanError if it is malformed or of another schema version."""
         if not isinstance(data, Mapping) or data.get("schema_version") != SCHEMA_VERSION:
             found = data.get("schema_version") if isinstance(data, Mapping) else None
+            if found is None:
+                raise PlanError("This is no plan: it has no schema version.")
             raise PlanError(f"Plan schema version is {found}, this EdgePrune reads {SCHEMA_VERSION}.")
         try:
             fields = {name: value for name, value in data.items() if name != "schema_version"}
@@ -216,6 +223,11 @@ class KeepPlan:
             return replace(plan, cuts=tuple(from_json(Cut, cut, f"cut {number}") for number, cut in enumerate(cuts)))
         except ValueError as error:
             raise PlanError(f"Malformed plan: {error}.") from error
+
+
+def beyond_layers(cut: str, layers: int) -> PlanError:
+    """Return the error for a cut that lies beyond the decoder's layers."""
+    return PlanError(f"{cut} lies beyond the model's {layers} layers (0 to {layers - 1}).")
 
 
 def check_keep_ratio(keep: float) -> None:

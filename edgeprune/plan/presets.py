@@ -40,9 +40,7 @@ def staircase_plan(
     DEFAULT_LAYER. Layer 0 means the input site unless `site` is given. Raises PlanError if the numbers of ratios and layers differ
     or the keep budgets increase.
     """
-    layers = tuple(at_layers) or ((DEFAULT_LAYER,) if len(keeps) == 1 else ())
-    if len(layers) != len(keeps):
-        raise PlanError(f"{len(keeps)} keep ratios but {len(layers)} layers.", hint="Give one --layer for each --keep.")
+    layers = cut_layers(keeps, at_layers)
     cuts = tuple(
         Cut(
             site=site or ("layer" if layer else "input"),
@@ -54,6 +52,14 @@ def staircase_plan(
         for keep, layer in zip(keeps, layers, strict=True)
     )
     return KeepPlan(base.family, base.layers, base.geometry, cuts)
+
+
+def cut_layers(keeps: Sequence[float], at_layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the layer of each keep ratio; raise PlanError if their numbers differ."""
+    layers = tuple(at_layers) or ((DEFAULT_LAYER,) if len(keeps) == 1 else ())
+    if len(layers) != len(keeps):
+        raise PlanError(f"{len(keeps)} keep ratios but {len(layers)} layers.", hint="Give one --layer for each --keep.")
+    return layers
 
 
 def encoder_count(geometry: Geometry, keep: float) -> int:

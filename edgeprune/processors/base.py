@@ -209,7 +209,8 @@ def fit(image: Image.Image, geometry: Geometry, how: str, spec: ImageSpec) -> Im
     if own.layout != geometry.layout:
         raise ImageError(
             f"The bundle takes {geometry}, but this {image.width}x{image.height} image makes {own}.",
-            hint='Give an image of that shape, or choose "stretch" (distorts it) or "pad" (adds grey bars) instead of "exact".',
+            hint="Give an image of that shape, or fit it: --fit pad (adds grey bars) or --fit stretch (distorts it); "
+            'in Python fit="pad".',
         )
     return image
 

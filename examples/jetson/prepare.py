@@ -22,7 +22,7 @@ venv/bin/pip install "edgeprune[tensorrt,serve]"
 PATH="$PWD/venv/bin:$PATH"
 edgeprune doctor
 edgeprune build {name} --context {context} --unpruned   # bench compares with no pruning; leave it out to save memory
-edgeprune selftest {name} -o selftest.json
+edgeprune selftest {name} -o selftest.json --force
 edgeprune bench {name} --provider tensorrt
 edgeprune run {name} --provider tensorrt --image "$1" --prompt "$2"
 # Then one of:

@@ -10,6 +10,7 @@ an ICO may contain an image larger than its header states).
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -58,8 +59,9 @@ def _from_file(path: str) -> Image.Image:
 
 def _no_file(path: str) -> ImageError:
     short = path if len(path) <= 200 else path[:200] + "..."
-    if path.startswith(("http://", "https://", "data:")):
-        return ImageError(f"{short} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
+    if path.startswith(("http:/", "https:/", "data:")):
+        address = re.sub(r"^(https?:)/(?!/)", r"\1//", short)  # pathlib makes one slash of two
+        return ImageError(f"{address} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
     if os.path.isdir(path):
         return ImageError(f"{short} is a folder.", hint="Give one image file.")
     if os.path.exists(path):

@@ -26,7 +26,7 @@ from edgeprune.device.machine import Machine
 from edgeprune.device.power import Power
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.device.roofline import Peaks
-from edgeprune.errors import EdgePruneError, ImageError, MissingExtraError, UsageError
+from edgeprune.errors import EdgePruneError, ImageError, MissingExtraError, UsageError, install_command
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 TOKENS, REPEATS, CONTEXTS = 5, 3, (40, 60)
@@ -295,4 +295,4 @@ def test_the_command_refuses(options: tuple[str, ...], words: str, tiny_bundle: 
 def test_without_matplotlib_a_plot_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edgeprune.errors, "_is_installed", lambda package: False)
     result = CliRunner().invoke(bench, ["nowhere", "--plot", "bench.png"])
-    assert isinstance(result.exception, MissingExtraError) and "edgeprune[plot]" in str(result.exception)
+    assert isinstance(result.exception, MissingExtraError) and install_command("plot") in str(result.exception)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.calibration.collect.run import CollectOptions, collect, collect_on_ray, draw_samples
-from edgeprune.calibration.data.samples import Sample, read_samples
+from edgeprune.calibration.collect.run import CollectOptions, collect, collect_on_ray
+from edgeprune.calibration.data.samples import Sample, draw_samples, read_samples
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.checkpoint.loading import LoadedModel, resolve_model
 from edgeprune.errors import UsageError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.data.samples import Sample, read_samples, score
+from edgeprune.calibration.data.samples import BadSampleError, Sample, read_samples, score
 from edgeprune.errors import UsageError
 
 GOOD = {"image": "a.png", "prompt": "What?", "answer": "red", "kind": "colour"}
@@ -61,3 +61,54 @@ def test_descriptions_are_scored_by_their_facts() -> None:
     assert (points.correct, points.total) == (1, 2)
     assert points.recall == pytest.approx(1 / 3)
     assert score(sample, "").correct == 0
+
+
+def test_what_others_write_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    lines = [{**GOOD, "answer": ["red", "crimson"]}, {**GOOD, "answer": 3}, {**GOOD, "image": ["a.png", "a.png"]}]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
+    several, number, pair = read_samples(path)
+    assert (several.answer, several.accepted, number.answer) == ("red", ("crimson",), "3")
+    assert pair.images == (tmp_path / "a.png", tmp_path / "a.png") and pair.where == f"{path}:3"
+    assert [score(several, text).correct for text in ("Red.", "crimson", "blue")] == [1, 1, 0]
+
+
+BAD: list[tuple[object, str]] = [
+    ({**GOOD, "prompt": " "}, "an empty 'prompt'"),
+    ({**GOOD, "image": 3}, "no text 'image'"),
+    ({**GOOD, "image": []}, "no text 'image'"),
+    ({**GOOD, "image": "http://host/a.png"}, "names the address"),
+    ({**GOOD, "answer": []}, "no text 'answer'"),
+    ({**GOOD, "answer": True}, "no text 'answer'"),
+    ({**GOOD, "kind": 1}, "no text 'kind'"),
+    ('{"image": "a.png", "prompt": "\\ud800", "answer": "x"}', "half of a surrogate pair in 'prompt'"),
+    ({**GOOD, "image": "a" * 5000}, "which is not there"),
+    ("[" * 100_000, "is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("bad", "words"), BAD, ids=[words for _, words in BAD])
+def test_a_bad_line_is_named_or_skipped(bad: object, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD, bad, GOOD)
+    with pytest.raises(BadSampleError, match=f"data.jsonl:2.*{words}"):
+        read_samples(path)
+    skipped: list[BadSampleError] = []
+    assert len(read_samples(path, on_bad=skipped.append)) == 2
+    assert [words in error.message for error in skipped] == [True]
+    assert len(read_samples(path, limit=2, on_bad=skipped.append)) == 2
+
+
+def test_bytes_that_are_no_text_spoil_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    path.write_bytes(path.read_bytes() + b'\n{"image": "\xff"}\n' + path.read_bytes())
+    with pytest.raises(BadSampleError, match=r"data.jsonl:2 is not UTF-8 \(byte 12\)"):
+        read_samples(path)
+    assert len(read_samples(path, on_bad=lambda error: None)) == 2
+
+
+def test_a_folder_is_answered_with_the_file_in_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Give a file of JSON lines"):
+        read_samples(tmp_path)
+    path = write(tmp_path, GOOD)
+    with pytest.raises(UsageError, match=f"--data {path}"):
+        read_samples(tmp_path)

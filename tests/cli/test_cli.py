@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_run_refuses_bad_sampling(tiny_bundle: Bundle, picture: Path) -> None:
 
 
 def test_broken_bundles_are_refused(altered_bundle: Path, tmp_path: Path) -> None:
-    assert "no bundle" in refused("inspect", tmp_path / "none", code=1)
+    assert "no bundle" in refused("inspect", tmp_path / "none")
     (altered_bundle / "plan.json").write_text("{}")
     assert "sha256" in refused("inspect", altered_bundle, code=1)
 
@@ -246,6 +247,38 @@ def test_eval_refuses_bad_data(tiny_bundle: Bundle, tmp_path: Path) -> None:
     refused("eval", tiny_bundle.path, "--data", tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\n')
     assert "bad.jsonl:1" in refused("eval", tiny_bundle.path, "--data", tmp_path / "bad.jsonl")
+
+
+@pytest.fixture
+def some_bad(picture: Path) -> Path:
+    """Return samples of which the third cannot be read, and the last cannot be asked."""
+    (picture.parent / "cut.png").write_bytes(picture.read_bytes()[:300])
+    sample = {"image": "picture.png", "prompt": "What?", "answer": ["red", 3], "kind": "colour"}
+    lines = [sample, sample, {**sample, "image": "cut.png"}, sample, {**sample, "prompt": "a <|image_pad|>"}]
+    path = picture.parent / "some.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_eval_keeps_what_it_has_at_a_bad_sample(tiny_bundle: Bundle, some_bad: Path) -> None:
+    result = run("eval", tiny_bundle.path, "--data", some_bad, "--json")
+    assert result.exit_code == 2 and f"{some_bad}:3: Cannot read" in result.stderr
+    assert json.loads(result.stdout)["kinds"]["colour"]["asked"] == 2
+
+
+def test_eval_skips_bad_samples(tiny_bundle: Bundle, some_bad: Path) -> None:
+    result = run("eval", tiny_bundle.path, "--data", some_bad, "--skip-bad", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["kinds"]["colour"]["asked"] == 3
+    assert [message.split(": ")[0] for message in report["skipped"]] == [f"{some_bad}:3", f"{some_bad}:5"]
+    assert result.stderr.rstrip().endswith("2 bad samples skipped")
+    some_bad.write_text(some_bad.read_text().splitlines()[2])
+    result = run("eval", tiny_bundle.path, "--data", some_bad, "--skip-bad")
+    assert result.exit_code == 2 and "None of the samples" in result.stderr
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(tiny_bundle: Bundle, picture: Path) -> None:
+    assert "not UTF-8" in refused("run", tiny_bundle.path, "--image", picture, "--prompt", os.fsdecode(b"caf\xe9"))
 
 
 def test_tabletop_writes_a_dataset(tmp_path: Path) -> None:

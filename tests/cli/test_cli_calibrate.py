@@ -102,10 +102,9 @@ def test_a_calibrated_plan_is_measured(tiny_folder: Path, data: Path, tmp_path: 
         (("--method", "auto", "--target-ttft", "50ms", "-o", "p.json"), "needs a device"),
         (("--method", "plphp", "--keep", 0.5, "--shard", "1/2", "-o", "p.json"), "merge the shards first"),
         (("--shard", "2", "--statistics", "s"), "'2' is no shard"),
-        (("--statistics", "s", "--rows", "first"), "last, text, peak"),
+        (("--statistics", "s", "--rows", "first"), "'last', 'text', 'peak'"),
         (("--statistics", "s", "--device", "abacus"), "Unknown device 'abacus'"),
         (("--method", "auto", "--target-ttft", "50ms", "--device", "abacus", "-o", "p.json"), "orin-nano"),
-        (("--method", "auto", "--target-ttft", "0.0001ms", "--device", "orin-nano", "-o", "p.json"), "pruning cannot pass"),
         (("--statistics", "s", "--device", "cpu", "--device", "cuda"), "several devices"),
     ],
 )
@@ -117,6 +116,14 @@ def test_mistakes_get_one_line(
     assert result.exit_code in (1, 2), result.output
     assert words in result.output and "Traceback" not in result.output
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_an_unreachable_time_is_said_before_anything_is_measured(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    enough = data.with_name("enough.jsonl")
+    enough.write_text((data.read_text() + "\n") * 8)
+    options = ("--method", "auto", "--target-ttft", "0.0001ms", "--device", "orin-nano", "-o", tmp_path / "p.json")
+    result = call("calibrate", tiny_folder, "--data", enough, *SIZE, *options)
+    assert result.exit_code == 1 and "pruning cannot pass" in result.output
 
 
 def test_an_existing_plan_is_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -140,6 +147,24 @@ def test_a_missing_image_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"image": "gone.png", "prompt": "What?"}')
     result = call("calibrate", tiny_folder, "--data", tmp_path / "d.jsonl", *SIZE, "--statistics", tmp_path / "s")
     assert result.exit_code == 2 and "gone.png" in result.output
+
+
+def test_a_bad_sample_ends_or_is_skipped(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    lines = data.read_text().splitlines()
+    images = [str(data.parent / json.loads(line)["image"]) for line in lines]
+    (tmp_path / "cut.png").write_bytes(Path(images[0]).read_bytes()[:300])
+    good = [{**json.loads(line), "image": image} for line, image in zip(lines, images, strict=True)][:2]
+    bad = [{**good[0], "image": "cut.png"}, {**good[0], "image": [images[0], images[0]]}]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join(map(json.dumps, [good[0], *bad, good[1]])))
+    common = ("calibrate", tiny_folder, "--data", mixed, *SIZE, "--statistics", tmp_path / "s")
+    result = call(*common)
+    assert result.exit_code == 2 and f"{mixed}:2: Cannot read" in result.output
+    (partial,) = tmp_path.glob(".s.*.partial")
+    assert Statistics.load(partial).samples == 1
+    result = done(*common, "--skip-bad", "--json")
+    assert [message.split(": ")[0] for message in json.loads(result.stdout)["skipped"]] == [f"{mixed}:2", f"{mixed}:3"]
+    assert Statistics.load(tmp_path / "s").samples == 2 and "2 bad samples skipped" in result.stderr
 
 
 def test_one_sample_is_enough_for_statistics(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ import edgeprune.device.machine
 from edgeprune.cli import main
 from edgeprune.device.doctor import DeviceFeature, Diagnosis, diagnose
 from edgeprune.device.system import Software
+from edgeprune.errors import install_command
 
 CPU, CUDA, BUILD, ENGINES, EXPORT = (
     "run bundles on the CPU",
@@ -59,7 +60,7 @@ def remedy_for(words: str, found: dict[str, str]) -> str:
 def test_jetsons_that_are_ready(recording: Callable[[], Recording], tmp_path: Path) -> None:
     abilities, diagnosis = examine(recording(), tmp_path)
     assert [name for name, ability in abilities.items() if ability.able] == [CPU, BUILD, ENGINES]
-    assert abilities[EXPORT].remedy == 'pip install "edgeprune[export]"'
+    assert abilities[EXPORT].remedy == install_command("export")
     assert diagnosis.can_run
 
 

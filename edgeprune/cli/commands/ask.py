@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeprune.cli.options import (
     bundle_argument,
     check_option,
+    check_plan_options,
     fit_option,
+    force_option,
     json_option,
     plan_options,
     provider_option,
     resolve_plan,
     signature_option,
+    skip_option,
     tier_option,
     trust_option,
 )
 from edgeprune.errors import UsageError, require_extra
-from edgeprune.io.files import save_image
+from edgeprune.io.files import check_output, image_format, is_file, save_image
+from edgeprune.io.typed_json import is_text
+
+if TYPE_CHECKING:
+    from edgeprune.calibration.data.samples import BadSampleError
 
 
 @click.command()
@@ -31,27 +39,35 @@ from edgeprune.io.files import save_image
 @click.option("--prompt", help="The question.")
 @click.option("--no-prune", is_flag=True, help="Run the same graphs with every visual token.")
 @click.option("--overlay", type=click.Path(path_type=Path), help="Write a picture with the dropped patches greyed out.")
-@click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
+@force_option
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer, in tokens.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @tier_option
-@click.option("--deadline-ms", type=float, help="End the answer by then, under a smaller budget if time is short.")
+@click.option(
+    "--deadline-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End the answer by then, under a smaller budget if time is short.",
+)
 @click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
 @provider_option
 @fit_option
 @check_option
 @signature_option
 @json_option
-def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool, **options: Any) -> None:
+def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, as_json: bool, **options: Any) -> None:
     """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
     prompt = _require_image_and_prompt(image, prompt)
+    overlay, prune = options.pop("overlay"), not options.pop("no_prune")
+    if overlay is not None:
+        check_output(overlay, force=force, inputs=[bundle, *image])
+        image_format(overlay)
     from edgeprune.cli.output.basic import show_answer
     from edgeprune.runtime import load
     from edgeprune.runtime.media.images import read_image
 
-    overlay, prune = options.pop("overlay"), not options.pop("no_prune")
     pictures = [read_image(path) for path in image]
     # A deadline selects the tier by the times of earlier answers, so these need a warm-up.
     has_deadline = options["deadline_ms"] is not None
@@ -66,27 +82,36 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, as_json: bool
 @click.command("eval")
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt, answer, kind.")
-@click.option("--limit", type=int, help="Only the first N samples.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N samples.")
+@skip_option
 @provider_option
 @fit_option
 @tier_option
 @plan_options
 @trust_option
 @json_option
-def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **load_options: Any) -> None:
+def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **options: Any) -> None:
     """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
 
     The plan options apply to a transformers folder only; a bundle has its plan frozen in.
     """
     from edgeprune.calibration.data.samples import read_samples
-    from edgeprune.calibration.evaluation import evaluate
+    from edgeprune.calibration.evaluation import EvaluationError, evaluate
     from edgeprune.cli.output.basic import ProgressBar, show_evaluation
 
-    samples = read_samples(data, limit)
-    runtime = _open_model(model, **load_options)
-    with ProgressBar("samples", len(samples), quiet=as_json) as counter:
-        report = evaluate(runtime, samples, fit=fit, tier=tier, progress=counter.update)
-    show_evaluation(report, as_json)
+    skipped: list[BadSampleError] = []
+    on_bad = skipped.append if options.pop("skip_bad") else None
+    samples = read_samples(data, limit, on_bad=on_bad)
+    runtime = _open_model(model, **options)
+    try:
+        with ProgressBar("samples", len(samples), quiet=as_json) as counter:
+            report = evaluate(runtime, samples, fit=fit, tier=tier, progress=counter.update, on_bad=on_bad)
+    except EvaluationError as error:  # what was measured before it is not lost
+        show_evaluation(error.report, skipped, as_json)
+        raise
+    show_evaluation(report, skipped, as_json)
+    if skipped and not report.kinds:
+        raise UsageError(f"None of the samples in {data} could be used.")
 
 
 def _require_image_and_prompt(image: tuple[Path, ...], prompt: str | None) -> str:
@@ -95,6 +120,11 @@ def _require_image_and_prompt(image: tuple[Path, ...], prompt: str | None) -> st
         raise UsageError("There is no image to ask about (--image).", hint=example)
     if prompt is None:
         raise UsageError("There is no question about the image (--prompt).", hint=example)
+    if not is_text(prompt):
+        raise UsageError("The --prompt is not UTF-8.", hint="Type it in a terminal whose locale is UTF-8.")
+    if len(image) == 1 and not is_file(image[0]) and is_file(Path(prompt)):
+        order = f"--image {shlex.quote(prompt)} --prompt {shlex.quote(str(image[0]))}"
+        raise UsageError(f"There is no image {str(image[0])!r}, and --prompt names a file.", hint=f"In the other order: {order}")
     return prompt
 
 
@@ -109,10 +139,15 @@ def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_reque
         return load(model, provider=provider, cache_bytes=0)
     if provider != "cpu":
         raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
+    from edgeprune.checkpoint.configuration import check_folder
+    from edgeprune.checkpoint.loading import load_model, resolve_model
+
+    folder = resolve_model(model, trust_remote_code=trust_remote_code)
+    check_plan_options(folder, **plan_request)
+    check_folder(folder)
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.calibration.replay.reference import reference_model
-    from edgeprune.checkpoint.loading import load_model, resolve_model
     from edgeprune.runtime import Runtime
 
-    loaded = load_model(resolve_model(model, trust_remote_code=trust_remote_code))
+    loaded = load_model(folder)
     return Runtime(reference_model(loaded, resolve_plan(loaded, **plan_request)))

@@ -8,24 +8,36 @@ from typing import Any
 import click
 
 from edgeprune.cli.options import (
+    Share,
     bundle_argument,
     fit_option,
+    force_option,
     json_option,
     parse_shard,
     parse_share,
     parse_size,
     provider_option,
+    skip_option,
     trust_option,
 )
 from edgeprune.errors import UsageError, require_extra
+from edgeprune.io.files import check_output
 
+# Copied from edgeprune.methods.plphp, whose import of torch is too slow for --help.
+ROWS, REDUCTIONS = ("last", "text", "peak"), ("mean", "max")
 _COLLECT = (
-    click.option("--limit", type=int, help="Only N samples, drawn by the seed."),
+    click.option("--limit", type=click.IntRange(min=1), help="Only N samples, drawn by the seed."),
     click.option("--seed", type=int, default=0, show_default=True, help="Draws samples, and DyRate's training noise."),
-    click.option("--rows", default="last", show_default=True, help="Whose attention ranks caches: last, text or peak."),
-    click.option("--reduce", default="mean", show_default=True, help="Query heads of one KV head count by mean or max."),
+    click.option("--rows", type=click.Choice(ROWS), default="last", show_default=True, help="Whose attention ranks caches."),
+    click.option(
+        "--reduce",
+        type=click.Choice(REDUCTIONS),
+        default="mean",
+        show_default=True,
+        help="Query heads of one KV head count by mean or max.",
+    ),
     click.option("--spread", is_flag=True, help="Rank caches also by an even lattice."),
-    click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer to learn from."),
+    click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer to learn from."),
     click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
     click.option(
         "--device", multiple=True, help="Where torch runs, cpu or cuda; or the target of --target-ttft, such as orin-nano."
@@ -71,10 +83,11 @@ def _all_options(command: Any) -> Any:
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt; answers are not needed.")
 @click.option("--method", help="Method to make a plan of, or auto; without one, statistics alone are collected.")
-@click.option("--keep", type=float, help="Share of the method's cost that stays, in (0, 1].")
+@click.option("--keep", type=Share(), help="Share of the method's cost that stays, in (0, 1].")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The plan to write.")
 @click.option("--statistics", type=click.Path(path_type=Path), help="Kept here, and used from here.  [default: beside the plan]")
-@click.option("--force", is_flag=True, help="Replace an existing plan.")
+@force_option
+@skip_option
 @_all_options
 @fit_option
 @trust_option
@@ -85,9 +98,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     K means what the method spends: visual tokens (input methods), their mean over the layers (layer methods), the visual KV cache
     (plphp), or its reads while answering (dyrate).
     """
-    require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.calibration.calibrate import CalibrateOptions, run_calibrate
-    from edgeprune.cli.output.basic import ActivityProgress, show_calibration
+    from edgeprune.calibration.options import CalibrateOptions, prepare
 
     options["device"], options["device_name"] = _split_devices(options["device"])
     options["shard"] = parse_shard(options["shard"])
@@ -95,17 +106,24 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     for share in ("max_drop", "target_flops", "target_kv", "target_reads"):
         options[share] = parse_share(options[share])
     options["target_ttft"] = _parse_milliseconds(options["target_ttft"])
+    request = prepare(CalibrateOptions(model=model, data=data, **options))  # before torch is imported, which takes seconds
+    require_extra("export", "torch", "transformers", "optimum")
+    from edgeprune.calibration.calibrate import run_calibrate
+    from edgeprune.cli.output.basic import ActivityProgress, show_calibration
+
     with ActivityProgress(quiet=as_json) as activity:
-        result = run_calibrate(CalibrateOptions(model=model, data=data, **options), activity)
+        result = run_calibrate(request, activity)
     show_calibration(result, as_json)
 
 
 @click.command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The statistics of all.")
+@force_option
 @json_option
-def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
+def merge(parts: tuple[Path, ...], output: Path, force: bool, as_json: bool) -> None:
     """Add the statistics of shards; the result is that of one pass over all their samples."""
+    check_output(output, force=force, inputs=parts)
     require_extra("export", "safetensors")
     from edgeprune.calibration.data.statistics import merge_files
     from edgeprune.cli.output.basic import show_facts
@@ -117,20 +135,20 @@ def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
 @click.command()
 @bundle_argument
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The times to write.")
-@click.option("--repeats", type=int, default=20, show_default=True, help="Runs of each part; medians are kept.")
+@force_option
+@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Runs of each part; medians are kept.")
 @click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
 @provider_option
 @json_option
-def profile(bundle: Path, output: Path, repeats: int, threads: int | None, provider: str, as_json: bool) -> None:
+def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int | None, provider: str, as_json: bool) -> None:
     """Measure on this device what a first token of BUNDLE is made of, for `calibrate --method auto --target-ttft`."""
+    check_output(output, force=force, inputs=[bundle])
     from dataclasses import asdict
 
     from edgeprune.benchmark.profile import profile as measure
     from edgeprune.bundle import Bundle
     from edgeprune.cli.output.basic import show_facts
 
-    if repeats < 1:
-        raise UsageError(f"The times need one run or more, not {repeats}.")
     times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider)
     times.save(output)
     show_facts(asdict(times), as_json)
@@ -162,14 +180,16 @@ def _parse_milliseconds(text: str | None) -> float | None:
 @click.option("--curve", type=click.Path(path_type=Path), help="What `edgeprune calibrate --method auto --curve` measured.")
 @click.option("--image", type=click.Path(path_type=Path), help="An image to ask BUNDLE about.")
 @click.option("--prompt", "prompts", multiple=True, help="The question; repeat it once to compare two.")
-@click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest answer, in tokens.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer, in tokens.")
+@force_option
 @fit_option
 @json_option
-def report(output: Path, as_json: bool, **request: Any) -> None:
+def report(output: Path, force: bool, as_json: bool, **request: Any) -> None:
     """Draw PLAN, a JSON file, or BUNDLE, a folder, as one HTML page that needs no network.
 
     Budgets per layer and head, what calibration saw, the search's curve, and a bundle's answers with the patches that they saw.
     """
+    check_output(output, force=force, inputs=[request[name] for name in ("target", "statistics", "curve", "image")])
     require_extra("plot", "matplotlib")
     from edgeprune.cli.output.basic import show_facts
     from edgeprune.report.gather import ReportOptions

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from edgeprune.cli.options import bundle_argument, json_option, signature_option
-from edgeprune.errors import require_extra
-from edgeprune.targets import TARGETS, target_named
+from edgeprune.cli.options import TargetName, bundle_argument, force_option, json_option, signature_option
+from edgeprune.errors import EngineError, require_extra
+from edgeprune.io.files import check_output
+from edgeprune.targets import target_named
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,7 +33,7 @@ def limit_options(command: F) -> F:
 
 @click.command()
 @bundle_argument
-@click.option("--target", type=click.Choice(list(TARGETS)), help="What would read the graphs.  [default: the bundle's own]")
+@click.option("--target", type=TargetName(), help="What would read the graphs.  [default: the bundle's own]")
 @limit_options
 @signature_option
 @json_option
@@ -77,18 +79,25 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
     if dry_run:
         show_jobs(*plan_build(build_request), as_json)
         return
-    with EngineProgress(quiet=as_json) as progress:
-        results = build_bundle(build_request, progress.advance)
+    try:
+        with EngineProgress(quiet=as_json) as progress:
+            results = build_bundle(build_request, progress.advance)
+    except EngineError as error:
+        hint = error.hint or f"See what would be built: edgeprune build {shlex.quote(str(bundle))} --dry-run"
+        raise EngineError(error.message, hint=hint) from error
     show_engines(bundle, results, as_json)
 
 
 @click.command()
 @bundle_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report as JSON, to send it to somebody.")
+@force_option
 @json_option
 @click.pass_context
-def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, as_json: bool) -> None:
+def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, force: bool, as_json: bool) -> None:
     """Compare the engines of BUNDLE on this device with ONNX Runtime on its CPU, step by step."""
+    if output is not None:
+        check_output(output, force=force, inputs=[bundle])
     from edgeprune.benchmark.selftest import selftest as run_selftest
     from edgeprune.bundle import Bundle
     from edgeprune.cli.output.basic import StageProgress

@@ -8,16 +8,21 @@ from typing import Any
 import click
 
 from edgeprune.cli.options import (
+    TargetName,
     bundle_argument,
+    check_tier_options,
+    force_option,
     json_option,
     plan_options,
     resolve_tiers,
     signature_option,
+    tier_files,
     tier_option,
     trust_option,
 )
-from edgeprune.errors import UsageError, require_extra
-from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
+from edgeprune.errors import require_extra
+from edgeprune.io.files import check_output
+from edgeprune.targets import PRECISIONS, Lowering, target_named
 
 
 @click.command()
@@ -25,9 +30,7 @@ from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @plan_options
 @trust_option
-@click.option(
-    "--target", type=click.Choice(list(TARGETS)), default="onnxruntime", show_default=True, help="What will read the graphs."
-)
+@click.option("--target", type=TargetName(), default="onnxruntime", show_default=True, help="What will read the graphs.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="How weights are kept.")
 @click.option(
     "--tier",
@@ -35,7 +38,7 @@ from edgeprune.targets import PRECISIONS, TARGETS, Lowering, target_named
     metavar="NAME=PLAN",
     help="One of several plans in one bundle, the best first; repeatable. See docs/tiers.md.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@force_option
 @json_option
 def export(model: str, output: Path, force: bool, as_json: bool, **request: Any) -> None:
     """Export MODEL, a transformers folder or `tabletop`, as a bundle of ONNX graphs under a keep plan.
@@ -43,14 +46,22 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
     --method fastv --keep 0.5 --layer 2 --keep 0.25 --layer 4.
     """
-    _refuse_existing(output, force)
-    require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
+    from edgeprune.checkpoint.configuration import check_folder
     from edgeprune.checkpoint.loading import load_model, resolve_model
+
+    # What can be refused by files and options alone is refused before torch is imported, which takes seconds.
+    check_output(output, force=force, folder=True)
+    lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
+    folder = resolve_model(model, trust_remote_code=request.pop("trust_remote_code"))
+    check_output(
+        output, force=force, inputs=[folder.path, request["plan_file"], *tier_files(request["tier"]).values()], folder=True
+    )
+    check_tier_options(folder, **request)
+    check_folder(folder)
+    require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
     from edgeprune.cli.output.basic import StageProgress, show_export
     from edgeprune.export.exporter import STAGES, export_bundle
 
-    folder = resolve_model(model, trust_remote_code=request.pop("trust_remote_code"))
-    lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
     with StageProgress(["model", *STAGES], quiet=as_json) as stages:
         stages.begin("model")
         loaded = load_model(folder, on_disk=True)
@@ -83,12 +94,6 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
         report = verify_bundle(opened, load_model(folder), stages.begin, request["tier"])
     show_verification(report, as_json)
     ctx.exit(0 if all(stage.passed for stage in report) else 1)
-
-
-def _refuse_existing(output: Path, force: bool) -> None:
-    # Checked again when the folder is renamed; checked here to fail before the long export.
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists already.", hint="Give another output, or --force to replace it.")
 
 
 @click.command()

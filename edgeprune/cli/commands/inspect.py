@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgeprune.cli.options import bundle_argument, json_option, open_plan
-from edgeprune.errors import UsageError, require_extra
+from edgeprune.cli.options import bundle_argument, force_option, json_option, open_plan
+from edgeprune.errors import PlanError, UsageError, require_extra
+from edgeprune.io.files import is_file
 
 if TYPE_CHECKING:
     from edgeprune.plan import KeepPlan
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--scenes", default=100, show_default=True, help="How many scenes to draw.")
 @click.option("--seed", default=0, show_default=True, help="The same seed draws the same scenes.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@force_option
 @json_option
 def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> None:
     """Draw TableTop scenes into the folder OUT: images and dataset.jsonl with image, prompt, answer, kind."""
@@ -43,17 +45,30 @@ def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bo
     from edgeprune.bundle import Bundle
     from edgeprune.calibration.interop.lightcompress import is_lightcompress
     from edgeprune.cli.output.basic import show_bundle, show_plan
-    from edgeprune.plan import KeepPlan
 
-    is_yaml = bundle.is_file() and is_lightcompress(bundle)
+    is_yaml = is_file(bundle) and is_lightcompress(bundle)
     if not is_yaml and (model or image_size):
         raise UsageError("--model and --image-size are for LightCompress's YAML.")
     if is_yaml:
         show_plan(_lightcompress_plan(bundle, model, image_size), as_json)
-    elif bundle.is_file():
-        show_plan(KeepPlan.load(bundle), as_json)
+    elif is_file(bundle):
+        show_plan(_plan_in(bundle), as_json)
     else:
         show_bundle(Bundle.load(bundle), as_json)
+
+
+def _plan_in(path: Path) -> KeepPlan:
+    from edgeprune.bundle import MANIFEST
+    from edgeprune.plan import KeepPlan
+
+    if path.name == MANIFEST:
+        folder = shlex.quote(str(path.parent))
+        raise UsageError(f"{path} is the manifest of a bundle.", hint=f"Give its folder: edgeprune inspect {folder}")
+    try:
+        return KeepPlan.load(path)
+    except PlanError as error:
+        takes = "edgeprune inspect takes a bundle (its folder) or a plan (JSON, or LightCompress's YAML)."
+        raise PlanError(error.message, hint=error.hint or takes) from error
 
 
 def _lightcompress_plan(path: Path, model: str | None, image_size: str | None) -> KeepPlan:

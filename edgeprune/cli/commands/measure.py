@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, fit_option, json_option, provider_option
+from edgeprune.cli.options import bundle_argument, fit_option, force_option, json_option, provider_option
 from edgeprune.errors import UsageError, require_extra
+from edgeprune.io.files import check_output
 from edgeprune.targets import PRECISIONS
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _PICTURES = (".png", ".svg", ".pdf")
     "--device-report", type=click.Path(path_type=Path), help="Take the machine's peaks from what `edgeprune profile` wrote."
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it: a .png, .svg or .pdf.")
+@force_option
 @click.option("--image", type=click.Path(path_type=Path), help="The image to ask about.  [default: a TableTop scene]")
 @click.option("--prompt", help="The question.  [default: what is on the table]")
 @click.option("--tokens", default=32, show_default=True, help="Tokens of every answer; end tokens do not end it.")
@@ -43,12 +45,23 @@ _PICTURES = (".png", ".svg", ".pdf")
 @fit_option
 @json_option
 def bench(
-    bundle: Path, compare: str, contexts: str, kept: str, plot: Path | None, repeats: int, as_json: bool, **options: Any
+    bundle: Path,
+    compare: str,
+    contexts: str,
+    kept: str,
+    plot: Path | None,
+    force: bool,
+    repeats: int,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure what a question costs with BUNDLE here, beside what it costs otherwise: times, memory, energy, roofline."""
     options["contexts"], options["kept"] = parse_counts(contexts, "--contexts 200,1000,2000"), parse_counts(kept, "--kept 256,1024")
     names = [name.strip() for name in compare.split(",") if name.strip()]
-    _check_plot(plot)
+    if plot is not None:
+        require_extra("plot", "matplotlib")
+        check_output(plot, force=force, inputs=[bundle, options["device_report"], options["image"]])
+        _check_picture(plot)
     from edgeprune.benchmark.run import benchmark
     from edgeprune.cli.output.basic import ProgressBar
     from edgeprune.cli.output.measure import show_benchmark
@@ -71,12 +84,9 @@ def parse_counts(text: str, example: str) -> list[int]:
     return counts
 
 
-def _check_plot(plot: Path | None) -> None:
-    if plot is None:
-        return
-    require_extra("plot", "matplotlib")
-    if plot.suffix not in _PICTURES or not plot.parent.is_dir():
-        raise UsageError(f"Cannot draw {plot}.", hint=f"Name a file in a folder that is there, as {', '.join(_PICTURES)}.")
+def _check_picture(plot: Path) -> None:
+    if plot.suffix not in _PICTURES:
+        raise UsageError(f"Cannot draw {plot}.", hint=f"Name a file as {', '.join(_PICTURES)}.")
 
 
 @click.command()

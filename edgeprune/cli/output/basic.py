@@ -17,6 +17,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle
     from edgeprune.calibration.calibrate import CalibrationResult
+    from edgeprune.calibration.data.samples import BadSampleError
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import ParityStage
     from edgeprune.plan import KeepPlan
@@ -102,7 +103,8 @@ class ActivityProgress:
 
 
 def show_calibration(result: CalibrationResult, as_json: bool) -> None:
-    """Print a calibration: keep budgets, costs, PLPHP's classes, and the curve of a search."""
+    """Print a calibration: keep budgets, costs, PLPHP's classes, and the curve of a search; on stderr what was left out."""
+    show_skipped(result.skipped)
     if as_json:
         show_json(_calibration_data(result))
         return
@@ -127,6 +129,7 @@ def show_calibration(result: CalibrationResult, as_json: bool) -> None:
 
 def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
     found: dict[str, Any] = {"statistics": None if result.statistics is None else str(result.statistics), "samples": result.samples}
+    found["skipped"] = list(result.skipped)
     if result.plan is not None:
         costs = {"flops": result.flops, "kv": result.kv}
         found |= {"output": str(result.output), "plan": result.plan.to_dict(), **costs}
@@ -248,9 +251,18 @@ def show_answer(stream: Stream, as_json: bool) -> None:
     )
 
 
-def show_evaluation(report: EvalReport, as_json: bool) -> None:
-    """Print the scores of each kind of question, then the costs of an answer."""
-    data = report.to_dict()
+def show_skipped(skipped: Sequence[object]) -> None:
+    """Print on stderr why samples were left out, and how many they are."""
+    for error in skipped:
+        click.echo(f"skipped: {error}", err=True)
+    if skipped:
+        click.echo(f"{len(skipped)} bad sample{'s' * (len(skipped) > 1)} skipped", err=True)
+
+
+def show_evaluation(report: EvalReport, skipped: Sequence[BadSampleError], as_json: bool) -> None:
+    """Print the scores of each kind of question, then the costs of an answer; on stderr the samples that were left out."""
+    show_skipped(skipped)
+    data = {**report.to_dict(), "skipped": [str(error) for error in skipped]}
     if as_json:
         show_json(data)
         return

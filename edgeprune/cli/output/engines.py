@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from edgeprune.cli.output.basic import show_facts, show_json, show_table
+from edgeprune.errors import install_command
 
 if TYPE_CHECKING:
     from edgeprune.benchmark.selftest import SelfTest
@@ -143,7 +144,7 @@ def _verdict(report: CheckReport) -> str:
     if report.target.tensorrt is None:
         return f"\n{name}: nothing stands in the way."
     if report.trials is None:
-        return f'\n{name}: nothing found by the lint. Not tried: pip install "edgeprune[check]" brings NVIDIA\'s builder.'
+        return f"\n{name}: nothing found by the lint. Not tried: {install_command('check')} brings NVIDIA's builder."
     return f"\n{name}: nothing found by the lint, every graph was built by TensorRT-RTX."
 
 

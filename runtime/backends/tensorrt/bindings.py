@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeprune.device.doctor import OLDEST_TENSORRT, diagnose
 from edgeprune.device.machine import Machine, read_machine
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, install_command
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def cuda() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise EngineError(
-            "The CUDA runtime's Python package is not installed.", hint='Install it with: pip install "edgeprune[tensorrt]"'
+            "The CUDA runtime's Python package is not installed.", hint=f"Install it with: {install_command('tensorrt')}"
         ) from error
 
 

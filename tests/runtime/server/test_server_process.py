@@ -136,7 +136,7 @@ def test_a_signal_ends_it_when_its_answer_is_whole(number: signal.Signals, tiny_
 
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["serve", str(tmp_path), "--port", "0"])
-    assert result.exit_code == 1 and "is no bundle" in result.output
+    assert result.exit_code == 2 and "is no bundle" in result.output
 
 
 @pytest.mark.parametrize(

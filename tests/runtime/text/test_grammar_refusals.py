@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from speakers import END, OTHER_END, Speaker, bundled, with_alphabet
 from tokenizers import Tokenizer, models
 
-from edgeprune.errors import EdgePruneError, MissingExtraError, UsageError
+from edgeprune.errors import EdgePruneError, MissingExtraError, UsageError, install_command
 from edgeprune.runtime.text.grammar import GrammarCompiler
 
 
@@ -86,5 +87,5 @@ def no_llguidance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_the_extra_it_says_how_to_get_it() -> None:
     compiler = GrammarCompiler(bundled().to_str, [END])
     assert compiler.constraint() is None
-    with pytest.raises(MissingExtraError, match=r'pip install "edgeprune\[structured\]"'):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("structured"))):
         compiler.constraint(choices=["yes"])

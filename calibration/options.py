@@ -1,0 +1,185 @@
+"""The options of `edgeprune calibrate`, and what is checked before torch is imported: values, files, model folder and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.calibration.allocate.recipes import method_names
+from edgeprune.calibration.data.samples import BadSampleError, Sample, draw_samples, read_samples
+from edgeprune.calibration.search.goal import Goal
+from edgeprune.checkpoint.configuration import check_folder, check_size, decoder_layers
+from edgeprune.checkpoint.loading import ModelFolder, resolve_model
+from edgeprune.device.jetson import module_named
+from edgeprune.device.profile import DeviceProfile
+from edgeprune.errors import UsageError
+from edgeprune.io.files import check_output, is_file, is_folder
+from edgeprune.plan import check_keep_ratio
+from edgeprune.registry import unknown_method
+
+AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
+DROP = 0.01  # the loss of agreement that a search allows by default
+_SETTINGS = {  # the options of each method
+    "evit": ("layer",),
+    "fastv": ("layer",),
+    "fitprune": ("stages",),
+    "plphp": ("allocate", "delta", "prior"),
+    "random": ("site",),
+    "uniform": ("site",),
+    "zspaprune": ("core", "relevance"),
+    "dyrate": ("layer", "form", "follow", "prior"),
+}
+ALLOCATION = ("site", "layer", "allocate", "delta", "prior", "stages", "core", "relevance", "form", "follow")
+_SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "target_reads", "times", "curve")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """The command's options by name; None for options that were not given."""
+
+    model: str
+    data: Path
+    method: str | None
+    keep: float | None
+    output: Path | None
+    statistics: Path | None
+    force: bool
+    limit: int | None
+    seed: int
+    rows: str
+    reduce: str
+    spread: bool
+    max_tokens: int
+    image_size: tuple[int, int] | None
+    device: str
+    shard: tuple[int, int] | None
+    ray_address: str | None
+    trust_remote_code: bool
+    fit: str
+    site: str | None
+    layer: int | None
+    allocate: str | None
+    delta: float | None
+    prior: bool
+    stages: int | None
+    core: float | None
+    relevance: str | None
+    form: str | None
+    follow: bool
+    onto: Path | None
+    max_drop: float | None
+    target_flops: float | None
+    target_kv: float | None
+    target_ttft: float | None
+    target_reads: float | None
+    device_name: str | None
+    times: Path | None
+    curve: Path | None
+    skip_bad: bool = False
+
+    def given(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the options among `names` that the user gave."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+
+    def check(self) -> None:
+        """Raise UsageError for options that do not belong together, are out of range, or name files that cannot be used."""
+        if self.method is None:
+            if self.statistics is None:
+                raise UsageError(
+                    "Neither --method nor --statistics says what to make.", hint="For example: --method plphp --keep 0.5 -o p.json"
+                )
+            unused = {"--keep": self.keep, "--output": self.output, "--onto": self.onto}
+        elif self.output is None:
+            raise UsageError("There is no file for the plan (-o).")
+        elif self.shard is not None:
+            raise UsageError("A shard gives statistics, not a plan.", hint="Leave --method out, and merge the shards first.")
+        else:
+            unused = {"--keep": self.keep} if self.method == AUTO else {}
+            if self.method != AUTO and self.keep is None:
+                raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
+        self._check_foreign([name for name, value in unused.items() if value is not None])
+        if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
+            raise unknown_method(self.method, names)
+        if self.keep is not None:
+            check_keep_ratio(self.keep)
+        self._check_files()
+
+    def goal(self) -> Goal:
+        """Return the goal of a search; raise UsageError for contradictory targets."""
+        drop = DROP if self.max_drop is None else self.max_drop
+        return Goal(drop, self.target_flops, self.target_kv, self.target_ttft, self.target_reads)
+
+    @property
+    def statistics_path(self) -> Path:
+        """Where statistics are kept: as given, or beside the plan."""
+        assert self.output is not None or self.statistics is not None
+        return self.statistics or self.output.with_suffix(".statistics.safetensors")  # type: ignore[union-attr]  # asserted
+
+    def _check_files(self) -> None:
+        statistics, model = self.statistics_path, Path(self.model)
+        inputs = [self.data, self.onto, self.times]
+        inputs += [path for path in (statistics, model) if is_file(path) or is_folder(path)]
+        outputs = [path for path in (self.output, self.curve) if path is not None]
+        for path in outputs:
+            check_output(path, force=self.force, inputs=inputs)
+        if not is_file(statistics):
+            check_output(statistics, force=False, inputs=[*inputs, *outputs])
+        if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():
+            raise UsageError(f"-o and --curve both name {self.output}.", hint="Give them files of their own.")
+
+    def _check_foreign(self, unused: list[str]) -> None:
+        foreign = [name for name in self.given(ALLOCATION) if name not in _SETTINGS.get(self.method or "", ())]
+        foreign += [] if self.method == AUTO else list(self.given(_SEARCH))
+        options = [*(f"--{name.replace('_', '-')}" for name in foreign), *unused]
+        if options:
+            raise UsageError(f"{options[0]} is not for {self.method or 'statistics alone'}.")
+        if self.device_name is not None and self.target_ttft is None:
+            hint = "Devices are cpu and cuda; others go with --target-ttft."
+            raise UsageError(f"Unknown device {self.device_name!r}.", hint=hint)
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Checked options with the model's folder and the samples. `skipped`: the errors of samples that were left out."""
+
+    options: CalibrateOptions
+    folder: ModelFolder
+    samples: tuple[Sample, ...]
+    skipped: tuple[BadSampleError, ...] = ()
+
+
+def prepare(options: CalibrateOptions) -> CalibrationRequest:
+    """Return the request of the options after all checks that need no torch.
+
+    Raises UsageError for options, files or samples that cannot be used, and UnsupportedModelError for such a model folder.
+    """
+    options.check()
+    folder = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
+    check_size(folder, options.image_size)
+    check_folder(folder)
+    _check_layer(options, folder)
+    skipped: list[BadSampleError] = []
+    on_bad = skipped.append if options.skip_bad else None
+    samples = draw_samples(read_samples(options.data, need_answers=False, on_bad=on_bad), options.limit, options.seed)
+    if options.method == AUTO:
+        _check_search(options, len(samples[1::2]))
+    return CalibrationRequest(options, folder, tuple(samples), tuple(skipped))
+
+
+def _check_layer(options: CalibrateOptions, folder: ModelFolder) -> None:
+    layers = decoder_layers(folder) if options.method != "evit" else None  # a block of the vision encoder
+    if options.layer is not None and (options.layer < 0 or (layers is not None and options.layer >= layers)):
+        last = "the last" if layers is None else str(layers - 1)
+        raise UsageError(f"{options.method} cannot act at layer {options.layer}.", hint=f"Layers are 0 to {last}.")
+
+
+def _check_search(options: CalibrateOptions, samples: int) -> None:
+    if options.times is not None and options.device_name is not None:
+        raise UsageError("Times are either measured or computed.", hint="Give --times or a target --device, not both.")
+    if options.times is not None:
+        DeviceProfile.load(options.times)
+    if options.device_name is not None:
+        module_named(options.device_name)
+    options.goal().check_inputs(has_times=options.times is not None or options.device_name is not None, samples=samples)

@@ -1,0 +1,247 @@
+"""Mistakes that people made: each gets one line that says what is wrong and a remedy that works as it stands."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import edgeprune.errors
+from edgeprune.bundle import Bundle
+from edgeprune.cli import main
+from edgeprune.cli.commands.calibrate import REDUCTIONS, ROWS
+from edgeprune.errors import MissingExtraError, did_you_mean, install_command, require_extra
+from edgeprune.methods import plphp
+from edgeprune.registry import METHODS, method_class, sites_of
+from edgeprune.tabletop.dataset import write_dataset
+from edgeprune.targets import TARGETS
+
+HUB = "Qwen/Qwen2-VL-2B-Instruct"
+FASTV = ("--method", "fastv", "--keep", "0.5")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object, code: int = 2) -> str:
+    """Return the one line that a refused command prints."""
+    result = run(*arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+def check_command(line: str) -> None:
+    """Check that the `edgeprune` command at the end of a message is one: its options and values parse."""
+    found = re.search(r"edgeprune ([a-z]+ .*?)\.?$", line)
+    assert found is not None, line
+    name, *arguments = shlex.split(found[1])
+    main.commands[name].make_context(name, arguments)
+
+
+@pytest.fixture
+def place(tiny_folder: Path, tiny_bundle: Bundle, tiny_image: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder that has a model, a bundle, pictures and a data set."""
+    (tmp_path / "model").symlink_to(tiny_folder)
+    (tmp_path / "table.bundle").symlink_to(tiny_bundle.path)
+    tiny_image.save(tmp_path / "0.png")
+    Image.new("RGB", (480, 640)).save(tmp_path / "camera.png")
+    write_dataset(tmp_path / "scenes", 1, 0)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Command, words of the message, words of the remedy, exit code. `edgeprune` commands in remedies must parse.
+ASK = ("--image", "0.png", "--prompt", "What is it?")
+DATA = ("--data", "scenes/dataset.jsonl")
+PLAN = ("--method", "plphp", "--keep", "0.5", "-o", "p.json")
+EXPORT_TINY = "edgeprune export model -o"
+MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
+    "hub id": (("export", HUB, "-o", "b"), f"no model folder {HUB}", f"hf download {HUB} --local-dir Qwen2-VL-2B-Instruct", 2),
+    "hub id to calibrate": (("calibrate", HUB, *DATA, *PLAN), "no model folder", f"hf download {HUB}", 2),
+    "hub id to eval": (("eval", HUB, *DATA), "no model folder", f"hf download {HUB}", 2),
+    "model to run": (("run", "model", *ASK), "model is no bundle", EXPORT_TINY, 2),
+    "model to verify": (("verify", "model"), "model is no bundle", EXPORT_TINY, 2),
+    "model to bench": (("bench", "model"), "model is no bundle", EXPORT_TINY, 2),
+    "model to inspect": (("inspect", "model"), "model is no bundle", EXPORT_TINY, 2),
+    "model to build": (("build", "model"), "model is no bundle", EXPORT_TINY, 2),
+    "bundle to export": (("export", "table.bundle", "-o", "b"), "is a bundle", "Give the transformers folder", 2),
+    "bundle to calibrate": (("calibrate", "table.bundle", *DATA, *PLAN), "is a bundle", "Give the transformers folder", 2),
+    "wrong bundle": (("run", "none.bundle", *ASK), "no bundle at none.bundle", "edgeprune export MODEL -o none.bundle", 2),
+    "percent": (("export", "-o", "b", "--method", "fastv", "--keep", "50%"), "'50%' is no share", "Write it as 0.5.", 2),
+    "comma": (("export", "-o", "b", "--method", "fastv", "--keep", "0,5"), "'0,5' is no share", "Write it as 0.5.", 2),
+    "percent to calibrate": (("calibrate", "model", *DATA, "--keep", "50%"), "'50%' is no share", "Write it as 0.5.", 2),
+    "word": (("export", "-o", "b", "--method", "fastv", "--keep", "half"), "'half' is no share", "such as 0.25", 2),
+    "layer -1": (("export", "-o", "b", *FASTV, "--layer", "-1"), "cannot act at layer -1", "Layers are 0 to 7.", 2),
+    "layer -1 to calibrate": (
+        ("calibrate", "tabletop", *DATA, "--method", "fastv", "--keep", "0.9", "-o", "p.json", "--layer", "-1"),
+        "cannot act at layer -1",
+        "Layers are 0 to 7.",
+        2,
+    ),
+    "layer 0": (("export", "-o", "b", *FASTV, "--layer", "0"), "cannot act at site 'input'", "Give --layer 1 or more.", 2),
+    "method of the input": (
+        ("export", "-o", "b", "--method", "divprune", "--keep", "0.5", "--layer", "2"),
+        "divprune cannot act at site 'layer'",
+        "It acts at: input. Leave --layer out.",
+        2,
+    ),
+    "FastV": (("export", "-o", "b", "--method", "FastV", "--keep", "0.5"), "Unknown method 'FastV'", "Did you mean fastv?", 2),
+    "PLPHP": (("calibrate", "model", *DATA, "--method", "PLPHP", *PLAN[2:]), "Unknown method 'PLPHP'", "Did you mean plphp?", 2),
+    "family": (("models", "qwen2vl"), "'qwen2vl' are not supported", "Did you mean qwen2_vl?", 1),
+    "450x450": (("export", "model", "-o", "b", "--image-size", "450x450"), "does not divide", "--image-size 448x448 or 476x476", 2),
+    "450x448": (("export", "model", "-o", "b", "--image-size", "450x448"), "does not divide", "448x448 or 476x448", 2),
+    "orin": (("export", "-o", "b", "--target", "orin"), "'orin' is no target", "jetpack6 (Orin with JetPack 6.1 or 6.2)", 2),
+    "check orin": (("check", "table.bundle", "--target", "orin-nano"), "'orin-nano' is no target", "jetpack6 (", 2),
+    "jetpack": (("export", "-o", "b", "--target", "jetpack-6"), "'jetpack-6' is no target", "jetpack6 (", 2),
+    "manifest": (("inspect", "table.bundle/manifest.json"), "is the manifest of a bundle", "edgeprune inspect table.bundle", 2),
+    "picture to inspect": (("inspect", "0.png"), "0.png is no plan", "edgeprune inspect takes a bundle (its folder) or a plan", 2),
+    "folder as data": (("eval", "table.bundle", "--data", "scenes"), "scenes is a folder", "--data scenes/dataset.jsonl", 2),
+    "aspect": (("run", "table.bundle", "--image", "camera.png", "--prompt", "x"), "480x640 image makes", "--fit pad", 2),
+    "address": (
+        ("run", "table.bundle", "--image", "http://example.com/a.png", "--prompt", "x"),
+        "http://example.com/a.png is an address",
+        "Nothing is downloaded here",
+        2,
+    ),
+    "swapped": (
+        ("run", "table.bundle", "--image", "What is it?", "--prompt", "0.png"),
+        "There is no image 'What is it?'",
+        "--image 0.png --prompt 'What is it?'",
+        2,
+    ),
+    "no GPU": (("build", "table.bundle"), "an engine fits one GPU", "edgeprune build table.bundle --dry-run", 1),
+    # These helped before.
+    "keep 25": (
+        ("export", "-o", "b", "--method", "fastv", "--keep", "25"),
+        "Keep ratio 25.0 is outside",
+        "--keep 0.25 keeps 25 %",
+        2,
+    ),
+    "layer 99": (("export", "-o", "b", *FASTV, "--layer", "99"), "fastv @ layer 99 lies beyond", "8 layers (0 to 7)", 2),
+    "two ratios": (("export", "-o", "b", *FASTV, *FASTV[2:], "--layer", "2"), "2 keep ratios but 1 layers", "Give one --layer", 2),
+    "needs budgets": (("export", "-o", "b", *PLAN[:4]), "plphp needs calibrated budgets", "edgeprune calibrate --method plphp", 2),
+    "exists": (("export", "-o", "table.bundle"), "table.bundle exists already", "--force", 2),
+    "one number": (("export", "-o", "b", "--image-size", "448"), "'448' is no image size", "Write height x width", 2),
+    "precision": (("export", "-o", "b", "--target", "cpu", "--precision", "fp16"), "has no fp16", "Choose --precision", 2),
+    "no image": (("run", "table.bundle", "--prompt", "x"), "There is no image to ask about", "For example: --image", 2),
+    "no output": (("calibrate", "model", *DATA, *PLAN[:4]), "no file for the plan", "(-o)", 2),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_its_remedy(mistake: str, place: Path) -> None:
+    command, words, remedy, code = MISTAKES[mistake]
+    before = sorted(place.rglob("*"))
+    line = refused(*command, code=code)
+    assert words in line and remedy in line
+    if "edgeprune " in remedy and "takes" not in remedy and "calibrate" not in remedy:
+        check_command(line)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_remedies_do_what_they_say(place: Path) -> None:
+    export = refused("run", "model", *ASK).partition("edgeprune ")[2]
+    arguments = shlex.split(export)
+    assert arguments[:4] == ["export", "model", "-o", f"{Path('model').resolve().name}.bundle"]
+    assert "b exists already" in refused(*arguments[:2], "-o", "b", *arguments[4:]) if Path("b").mkdir() else True
+    assert run("inspect", refused("inspect", "table.bundle/manifest.json").rpartition(" ")[2]).exit_code == 0
+    assert run("build", "table.bundle", "--dry-run").exit_code == 0
+    swapped = refused("run", "table.bundle", "--image", "What is it?", "--prompt", "0.png").partition("order: ")[2]
+    assert run("run", "table.bundle", *shlex.split(swapped), "--max-tokens", 1).exit_code == 0
+    assert run("run", "table.bundle", "--image", "camera.png", "--prompt", "x", "--fit", "pad", "--max-tokens", 1).exit_code == 0
+
+
+def test_the_download_command_is_that_of_the_hub() -> None:
+    from huggingface_hub.cli.download import download
+
+    assert {"repo_id", "local_dir"} <= set(inspect.signature(download).parameters)
+
+
+def test_a_missing_extra_is_installed_from_where_edgeprune_came(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkout = Path(edgeprune.errors.__file__).parents[1]
+    with pytest.raises(MissingExtraError, match=re.escape(f'pip install -e "{checkout}[serve]"')):
+        require_extra("serve", "a_package_that_is_not_there")
+    monkeypatch.setattr(edgeprune.errors, "__file__", str(tmp_path / "edgeprune" / "errors.py"))
+    records = {
+        "{}": 'pip install "edgeprune[serve]"',
+        '{"url": "file:///w/e.whl", "archive_info": {}}': 'pip install "edgeprune[serve] @ file:///w/e.whl"',
+        '{"url": "https://h/e", "vcs_info": {"vcs": "git", "commit_id": "1a"}}': 'pip install "edgeprune[serve] @ git+https://h/e@1a"',
+    }
+    for record, command in records.items():
+        recorded = type("Recorded", (), {"read_text": staticmethod(lambda name, record=record: record)})
+        monkeypatch.setattr("importlib.metadata.distribution", lambda name, recorded=recorded: recorded)
+        assert install_command("serve") == command
+
+
+def test_close_names_are_proposed() -> None:
+    assert did_you_mean("FASTV", METHODS) == "Did you mean fastv? "
+    assert did_you_mean("jetpack8", TARGETS) == "Did you mean jetpack7? "
+    assert did_you_mean("abacus", METHODS) == ""
+
+
+def test_sites_are_known_without_importing_a_method() -> None:
+    assert {name: sites_of(name) for name in METHODS} == {name: method_class(name).sites for name in METHODS}
+
+
+def test_copied_choices_are_those_of_plphp() -> None:
+    assert (ROWS, REDUCTIONS) == (plphp.ROWS, plphp.REDUCTIONS)
+
+
+EARLY = (
+    ("export", "tabletop", "-o", "b", "--method", "fastv", "--keep", "25"),
+    ("export", "tabletop", "-o", "0.png/b"),
+    ("export", "model", "-o", "b", "--image-size", "28000x28000"),
+    ("export", "no-template", "-o", "b"),
+    ("export", "no-end", "-o", "b"),
+    ("export", "no-token", "-o", "b"),
+    ("export", "tabletop", "-o", "b", *FASTV, "--layer", "99"),
+    ("export", "tabletop", "-o", "b", "--plan", "none.json"),
+    ("export", "tabletop", "-o", "b", "--tier", "a=none.json"),
+    ("eval", "model", *DATA, "--method", "fastv", "--keep", "25"),
+    ("eval", "no-end", *DATA),
+    ("calibrate", "tabletop", *DATA, "--method", "plphp", "--keep", "25", "-o", "p.json"),
+    ("calibrate", "tabletop", *DATA, "--method", "plphp", "--keep", "0.5", "-o", "nowhere/p.json"),
+    ("calibrate", "tabletop", "--data", "none.jsonl", *PLAN),
+    ("calibrate", "no-end", *DATA, *PLAN),
+    ("calibrate", "tabletop", *DATA, "--method", "auto", "-o", "p.json", "--max-drop", "200%"),
+    ("run", "table.bundle", *ASK, "--overlay", "0.png"),
+    ("run", "table.bundle", *ASK, "--max-tokens", "0"),
+)
+
+
+def test_cheap_checks_come_before_torch(place: Path, tiny_folder: Path) -> None:
+    import shutil
+
+    for name in ("no-template", "no-end", "no-token"):
+        shutil.copytree(tiny_folder, place / name)
+    (place / "no-template" / "chat_template.jinja").unlink()
+    generation = json.loads((place / "no-end" / "generation_config.json").read_text())
+    (place / "no-end" / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": None}))
+    config = json.loads((place / "no-token" / "config.json").read_text())
+    (place / "no-token" / "config.json").write_text(json.dumps(config | {"image_token_id": 100_000}))
+    # One process for all: its imports add up, and none of the commands may bring torch.
+    code = (
+        "import json, sys\n"
+        "from click.testing import CliRunner\n"
+        "from edgeprune.cli import main\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    result = CliRunner().invoke(main, command)\n"
+        "    assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit), (command, result.output)\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), command\n"
+    )
+    checkout = str(Path(edgeprune.errors.__file__).parents[1])
+    command = [sys.executable, "-c", code, json.dumps(EARLY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": checkout})
+    assert done.returncode == 0, done.stderr
