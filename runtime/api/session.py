@@ -130,7 +130,7 @@ class Runtime:
         shot = feed.take(timeout=timeout)
         frames = list(shot.frames)
         stream = self.stream(frames if self.kind == "video" else frames[-1], prompt, **options)
-        stream.receipt.captured, stream.receipt.frames_dropped = shot.captured, shot.dropped
+        stream.receipt.captured, stream.receipt.frames_dropped = shot.captured_monotonic, shot.dropped
         return stream
 
     def draw(self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact") -> Image.Image:

@@ -119,7 +119,7 @@ def test_an_image_that_cannot_be_read_is_reported_until_a_good_one_comes() -> No
         answerer.compressed(SimpleNamespace(format="jpeg", data=b"x"))
         answerer.publish_diagnostics()
         assert listener.reports[-1].level == WARN
-        assert "neither JPEG nor PNG" in listener.reports[-1].message
+        assert "Known are: JPEG, PNG" in listener.reports[-1].message
         assert (listener.values["frames refused"], listener.values["frames received"]) == ("2", "0")
         answerer.image(frame(1))
         answerer.publish_diagnostics()
