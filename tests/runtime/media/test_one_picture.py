@@ -32,7 +32,8 @@ def grey(levels: np.ndarray) -> np.ndarray:
 
 def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[..., None].astype(np.float64) / 255
-    return np.rint(share * colour + (1 - share) * 255).astype(np.uint8)
+    rounded: np.ndarray = np.rint(share * colour + (1 - share) * 255).astype(np.uint8)
+    return rounded
 
 
 def palette_image() -> Image.Image:
@@ -148,7 +149,7 @@ def test_ros_messages(encoding: str, padding: int) -> None:
             data=padded.tobytes(),
             header=None,
         )
-        np.testing.assert_array_equal(np.asarray(read_image(decode_image(message))), PICTURES[name][2])  # type: ignore[arg-type]
+        np.testing.assert_array_equal(np.asarray(read_image(decode_image(message))), PICTURES[name][2])
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV", "RGBX"])

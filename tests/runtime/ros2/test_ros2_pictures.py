@@ -116,7 +116,7 @@ def test_bayer_of_16_bits_is_interpolated_before_it_is_scaled(order: str) -> Non
 def test_yuv_equals_opencv(encoding: str, pixels: np.ndarray, expected: list[Any], padding: int) -> None:
     sent = message(encoding, pixels, 2, 4, padding)
     assert np.abs(pixels_of(sent).astype(int) - expected).max() <= 1  # OpenCV's integers round otherwise
-    assert np.array_equal(read_image(decode_image(sent).copy()), pixels_of(sent))
+    assert np.array_equal(np.asarray(read_image(decode_image(sent).copy())), pixels_of(sent))
 
 
 def test_every_encoding_of_ros_is_read_or_refused_by_name() -> None:
