@@ -106,7 +106,7 @@ class Runtime:
     def generate(self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Any) -> Answer:
         """Answer one prompt about one or more images.
 
-        `image`: a path, a Pillow image, a uint8 array [H, W, 3] or any other source that `read_image` accepts, or a list of them.
+        `image`: a path, bytes, a Pillow image, a uint8 array [H, W, 3] or what else `read_image` accepts, or a list of them.
         For a video bundle the list holds the frames. `prune=False` runs the same graphs with all visual tokens. `fit` handles an
         image whose aspect ratio differs from the bundle's: "exact" raises, "stretch" and "pad" adapt it. `options`: fields of
         RequestLimits (tier, deadline_ms, max_kv_bytes) and Sampling (max_tokens, temperature, top_p, seed, stop, ...). Raises
@@ -130,7 +130,7 @@ class Runtime:
         shot = feed.take(timeout=timeout)
         frames = list(shot.frames)
         stream = self.stream(frames if self.kind == "video" else frames[-1], prompt, **options)
-        stream.receipt.captured, stream.receipt.frames_dropped = shot.captured, shot.dropped
+        stream.receipt.captured, stream.receipt.frames_dropped = shot.captured_monotonic, shot.dropped
         return stream
 
     def draw(self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact") -> Image.Image:

@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from PIL import Image
 
-from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.media.frames import NV12, dlpack_array
-from edgeprune.runtime.media.images import ImageSource
+from edgeprune.errors import EdgePruneError, ImageError, UsageError
+from edgeprune.runtime.media.frames import DLPack, RawFrame, YCbCr, dlpack_array
+from edgeprune.runtime.media.images import ImageSource, file_content, is_file_content
 
 Clock = Callable[[], float]
 _FRAMES_PER_SPACING = 4  # frames held for each interval between two frames of a window
@@ -42,7 +43,8 @@ class Shot:
     """The frames of one question, oldest first. `times`: when each was captured, in seconds of the feed's clock.
 
     `dropped`: frames dropped since the previous shot without being in any shot. `skewed`: the camera's timestamp of the newest
-    frame was in the future, so `captured` is the arrival time.
+    frame was in the future, so `captured` is the arrival time. `captured_monotonic`: when the newest frame was captured, in seconds
+    of time.monotonic, whatever the feed's clock is.
     """
 
     frames: tuple[ImageSource, ...]
@@ -50,6 +52,7 @@ class Shot:
     dropped: int
     skewed: bool
     clock: Clock = field(repr=False, compare=False, default=time.monotonic)
+    captured_monotonic: float = field(kw_only=True, compare=False)
 
     @property
     def captured(self) -> float:
@@ -71,6 +74,7 @@ class Shot:
 class _BufferedFrame:
     frame: ImageSource
     captured: float
+    captured_monotonic: float
     skewed: bool
     number: int  # arrival number, from 1
     used: bool = False  # part of a shot
@@ -80,7 +84,8 @@ class Feed:
     """A thread-safe buffer from cameras to questions. Each frame is returned as the newest only once.
 
     `window`: frames of one shot. `fps`: frame rate of the window; with None or 0 consecutive frames are used. For a bundle:
-    `Feed(window=model.plan.geometry.frames, fps=model.plan.geometry.fps)`. `clock`: a monotonic clock in seconds.
+    `Feed(window=model.plan.geometry.frames, fps=model.plan.geometry.fps)`. `clock`: the clock of capture times in seconds, such as
+    a simulation's. It may step: receipts count a frame's age on time.monotonic, from its age when it was put in.
 
     Frames of a window are 1 / fps apart, with an error of at most an eighth of that plus half the camera's interval. A camera
     slower than `fps` gives its newest frames at its own spacing (`Shot.times`). At most four frames are held per frame of a window.
@@ -118,9 +123,12 @@ class Feed:
         """Add the newest frame without waiting for consumers. Returns False if the feed is closed.
 
         `captured`: capture time in seconds of the feed's clock, by default now. A time in the future is replaced by now (see
-        `Shot.skewed`). A time that goes back by more than the spacing starts a new window. The frame is kept by reference until
-        newer ones replace it, and while its answer is being prepared. Pass `copy=True` if the camera reuses its memory.
+        `Shot.skewed`). A time that goes back drops the frames after it, so that a clock set back starts a new window. The frame is
+        kept by reference until newer ones replace it, and while its answer is being prepared. Pass `copy=True` if the camera reuses
+        its memory. Raises ImageError for None, which cameras return when they have no frame.
         """
+        if frame is None:
+            raise ImageError("The camera returned no frame (None).", hint="Check that it is connected, and put only frames.")
         if captured is not None and not math.isfinite(captured):
             raise UsageError(f"captured must be seconds of the feed's clock, not {captured}.")
         frame = _copied(frame) if copy else frame
@@ -132,7 +140,8 @@ class Feed:
             skewed = captured is not None and captured > now
             timestamp = now if captured is None or skewed else captured
             removed = self._evict(timestamp)
-            self._buffer.append(_BufferedFrame(frame, timestamp, skewed, self._received))
+            monotonic = time.monotonic() - (now - timestamp)
+            self._buffer.append(_BufferedFrame(frame, timestamp, monotonic, skewed, self._received))
             removed += self._expire()
             self._dropped += sum(not buffered.used for buffered in removed)
             self._changed.notify_all()
@@ -176,15 +185,14 @@ class Feed:
             yield shot
 
     def _evict(self, captured: float) -> list[_BufferedFrame]:
-        # Remove what the next frame replaces: everything if time goes back, or the newest frame if it follows the last too closely.
-        if self._spacing and self._buffer and captured < self._buffer[-1].captured - self._spacing:
-            removed = list(self._buffer)
-            self._buffer.clear()
-            return removed
+        # Remove what the next frame replaces: frames of a later time, or the newest frame if it follows the last too closely.
+        removed = []
+        while self._buffer and captured < self._buffer[-1].captured:
+            removed.append(self._buffer.pop())
         min_spacing = self._spacing / _FRAMES_PER_SPACING
-        if len(self._buffer) > 1 and self._buffer[-1].captured - self._buffer[-2].captured < min_spacing:
-            return [self._buffer.pop()]
-        return []
+        if not removed and len(self._buffer) > 1 and self._buffer[-1].captured - self._buffer[-2].captured < min_spacing:
+            removed.append(self._buffer.pop())
+        return removed
 
     def _expire(self) -> list[_BufferedFrame]:
         # Keep one frame before the start of the window: it may be closer to the start than the next one.
@@ -207,7 +215,8 @@ class Feed:
         self._taken = chosen[-1].number
         dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped
         frames, times = tuple(buffered.frame for buffered in chosen), tuple(buffered.captured for buffered in chosen)
-        return Shot(frames, times, dropped, chosen[-1].skewed, self._clock)
+        newest = chosen[-1]
+        return Shot(frames, times, dropped, newest.skewed, self._clock, captured_monotonic=newest.captured_monotonic)
 
     def _choose_frames(self) -> list[_BufferedFrame]:
         # From newest to oldest, choose the frame closest to each target time, but leave enough frames for the rest of the window.
@@ -229,9 +238,11 @@ class Feed:
 
 
 def _copied(frame: ImageSource) -> ImageSource:
-    if isinstance(frame, (np.ndarray, Image.Image, NV12)):
+    if isinstance(frame, (np.ndarray, Image.Image, YCbCr, RawFrame)):
         return frame.copy()
     if isinstance(frame, (str, os.PathLike)):
         return frame
-    copied: np.ndarray = dlpack_array(frame).copy()
+    if is_file_content(frame):
+        return file_content(frame)
+    copied: np.ndarray = dlpack_array(cast(DLPack, frame)).copy()
     return copied

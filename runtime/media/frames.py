@@ -1,11 +1,13 @@
-"""Read NV12 camera buffers, and tensors of other libraries through DLPack.
+"""Frames in the formats of cameras, and tensors of other libraries through DLPack.
 
 NV12 is the format of most camera drivers and video decoders: a luma plane with one value per pixel, then a chroma plane with one
-(Cb, Cr) pair per 2 x 2 pixels. A frame consists of two views of the caller's buffer. Only `to_rgb` and `copy` copy data.
+(Cb, Cr) pair per 2 x 2 pixels. A frame consists of views of the caller's buffer. Only its conversion and `copy` copy data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
@@ -31,7 +33,52 @@ class DLPack(Protocol):
         ...
 
 
-class NV12:
+class YCbCr:
+    """Luma uint8 [height, width] and chroma uint8 [height / n, width / m, 2], views of the camera's memory.
+
+    `matrix`: one of MATRICES. `full_range`: luma is 0..255 instead of 16..235. Both sides are multiples of the chroma's.
+    """
+
+    def __init__(self, luma: np.ndarray, chroma: np.ndarray, *, matrix: str = "bt601", full_range: bool = False) -> None:
+        self.luma, self.chroma = luma, chroma
+        self.matrix, self.full_range = _check_matrix(matrix), full_range
+
+    @property
+    def width(self) -> int:
+        """The width in pixels."""
+        return int(self.luma.shape[1])
+
+    @property
+    def height(self) -> int:
+        """The height in pixels."""
+        return int(self.luma.shape[0])
+
+    def copy(self) -> YCbCr:
+        """Return a copy with its own memory."""
+        return YCbCr(self.luma.copy(), self.chroma.copy(), matrix=self.matrix, full_range=self.full_range)
+
+    def to_rgb(self) -> np.ndarray:
+        """Convert to uint8 RGB [height, width, 3]. Values are rounded to nearest; chroma is upsampled by repetition."""
+        rgb = np.empty((self.height, self.width, 3), np.uint8)
+        gain, black = (1.0, 0.0) if self.full_range else (255 / 219, 16.0)
+        colours = _colour_weights(self.matrix, 1.0 if self.full_range else 255 / 224)
+        rows, columns = self.height // self.chroma.shape[0], self.width // self.chroma.shape[1]  # pixels of one chroma pair
+        for top in range(0, self.height, _BLOCK):
+            block = rgb[top : top + _BLOCK]
+            luma = self.luma[top : top + _BLOCK].astype(np.float32)
+            luma *= np.float32(gain)
+            luma += np.float32(0.5 - black * gain)  # 0.5, because the conversion to integers truncates
+            groups = luma.reshape(len(luma) // rows, rows, self.width)
+            chroma = self.chroma[top // rows : (top + _BLOCK) // rows].astype(np.float32) - np.float32(128)
+            for channel, (blue, red) in enumerate(colours):
+                shift = chroma[..., 0] * np.float32(blue) + chroma[..., 1] * np.float32(red)
+                value = groups + shift.repeat(columns, axis=1)[:, None]
+                np.clip(value, 0, 255, out=value)
+                block[..., channel] = value.reshape(luma.shape)
+        return rgb
+
+
+class NV12(YCbCr):
     """An NV12 frame: `luma` uint8 [height, width] and `chroma` uint8 [height / 2, width / 2, 2], views of the given buffer.
 
     `data`: bytes-like or uint8, flat, or [3 / 2 height, stride] with the chroma rows last. `stride`: bytes per row of both planes,
@@ -44,9 +91,8 @@ class NV12:
     ) -> None:
         _check_sides(width, height)
         rows = _packed_rows(data, width, height, stride)
-        self.luma = rows[:height]
-        self.chroma = rows[height:].reshape(height // 2, width // 2, 2)
-        self.matrix, self.full_range = _check_matrix(matrix), full_range
+        chroma = rows[height:].reshape(height // 2, width // 2, 2)
+        super().__init__(rows[:height], chroma, matrix=matrix, full_range=full_range)
 
     @classmethod
     def from_planes(cls, luma: np.ndarray, chroma: np.ndarray, *, matrix: str = "bt601", full_range: bool = False) -> NV12:
@@ -67,42 +113,48 @@ class NV12:
                 hint="Cut off the padding of both: plane[:height, :width].",
             )
         frame = cls.__new__(cls)
-        frame.luma, frame.chroma = luma, chroma.reshape(height // 2, width // 2, 2)
-        frame.matrix, frame.full_range = _check_matrix(matrix), full_range
+        YCbCr.__init__(frame, luma, chroma.reshape(height // 2, width // 2, 2), matrix=matrix, full_range=full_range)
         return frame
-
-    @property
-    def width(self) -> int:
-        """The width in pixels."""
-        return int(self.luma.shape[1])
-
-    @property
-    def height(self) -> int:
-        """The height in pixels."""
-        return int(self.luma.shape[0])
 
     def copy(self) -> NV12:
         """Return a copy with its own memory."""
         return NV12.from_planes(self.luma.copy(), self.chroma.copy(), matrix=self.matrix, full_range=self.full_range)
 
-    def to_rgb(self) -> np.ndarray:
-        """Convert to uint8 RGB [height, width, 3]. Values are rounded to nearest; chroma is upsampled by repetition."""
-        rgb = np.empty((self.height, self.width, 3), np.uint8)
-        gain, black = (1.0, 0.0) if self.full_range else (255 / 219, 16.0)
-        colours = _colour_weights(self.matrix, 1.0 if self.full_range else 255 / 224)
-        for top in range(0, self.height, _BLOCK):
-            block = rgb[top : top + _BLOCK]
-            luma = self.luma[top : top + _BLOCK].astype(np.float32)
-            luma *= np.float32(gain)
-            luma += np.float32(0.5 - black * gain)  # 0.5, because the conversion to integers truncates
-            pairs = luma.reshape(len(luma) // 2, 2, self.width)
-            chroma = self.chroma[top // 2 : (top + _BLOCK) // 2].astype(np.float32) - np.float32(128)
-            for channel, (blue, red) in enumerate(colours):
-                shift = chroma[..., 0] * np.float32(blue) + chroma[..., 1] * np.float32(red)
-                value = pairs + shift.repeat(2, axis=1)[:, None]
-                np.clip(value, 0, 255, out=value)
-                block[..., channel] = value.reshape(luma.shape)
-        return rgb
+
+@dataclass(frozen=True, eq=False)
+class RawFrame:
+    """Pixels that are converted when they are used. `pixels` [height, width, ...]: a view of the camera's memory.
+
+    `convert` returns them as uint8: [height, width], or RGB or RGBA [height, width, channels].
+    """
+
+    pixels: np.ndarray
+    convert: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def width(self) -> int:
+        """The width in pixels."""
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        """The height in pixels."""
+        return int(self.pixels.shape[0])
+
+    def copy(self) -> RawFrame:
+        """Return a copy with its own memory."""
+        return RawFrame(self.pixels.copy(), self.convert)
+
+    def to_array(self) -> np.ndarray:
+        """Return the converted pixels."""
+        return self.convert(self.pixels)
+
+
+def scale_to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale 0..65535 to uint8 by 1/257, rounded to nearest, so that white stays white."""
+    # 65407 and all above become 255, and sums stay within uint16. 257 is odd: no ties occur.
+    scaled: np.ndarray = ((np.minimum(values, 65407) + 128) // 257).astype(np.uint8)
+    return scaled
 
 
 def is_dlpack(source: object) -> TypeGuard[DLPack]:

@@ -1,67 +1,169 @@
 """Read an image from any source as upright RGB, or raise ImageError.
 
-Pixels equal those of transformers. A path is read as image_utils.load_image reads it, and then as the Qwen2-VL processor does
-(image_processing_backends.PilBackend.process_image, image_transforms.convert_to_rgb). A Pillow image or an array takes only the
-second step. Therefore alpha is dropped from files, as in load_image, while images in memory are composited on white, as in the
-processor. Departures: EXIF rotation is also applied to Pillow images, and only the formats below are opened (an EPS is a program,
-an ICO may contain an image larger than its header states).
+One picture has the same pixels whichever way it comes:
+
+- EXIF orientation is applied.
+- Alpha, a transparent colour and a palette's transparency are laid on white, as transformers' processors do
+  (image_transforms.convert_to_rgb). transformers' image_utils.load_image drops the alpha of a file before the processor sees it.
+- 16-bit grey is scaled to 8 bits by 1/257, as cv_bridge does. transformers clips it, so that all above 255 is white.
+- 32-bit integers and floats are refused, because nothing says which value is white.
+- Of an animation the first frame is read, or the one that a Pillow image stands at.
+
+Only the formats below are opened: an EPS is a program, an ICO may contain an image larger than its header states.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
+from io import BytesIO
+from typing import IO, Any, TypeGuard
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from edgeprune.errors import ImageError
-from edgeprune.runtime.media.frames import NV12, DLPack, dlpack_array, is_dlpack
+from edgeprune.runtime.media.frames import DLPack, RawFrame, YCbCr, dlpack_array, is_dlpack, scale_to_8_bits
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_BRANDS = {"AVIF": {b"avif", b"avis"}, "HEIF": {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}}
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF 6.0, section 8
+_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)
 
-ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | NV12 | DLPack
+ImageSource = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | YCbCr | RawFrame | DLPack
+)
 
 
 def read_image(source: ImageSource) -> Image.Image:
     """Return the image as upright RGB. Raises ImageError when it cannot be read or is not safe to read.
 
-    Arrays are uint8 [height, width], or [height, width, channels] with 1, 3 or 4 channels. Arrays of other libraries (DLPack) must
-    be in CPU memory. The result shares no memory with the source: Pillow stores four bytes per pixel, so pixels are copied once.
+    Bytes and binary file objects hold an image file, which is read from its beginning. Arrays are uint8 [height, width], or
+    [height, width, channels] with 1, 3 or 4 channels. Arrays of other libraries (DLPack) must be in CPU memory. The result shares
+    no memory with the source: Pillow stores four bytes per pixel, so pixels are copied once.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _decode(source, "the given Pillow image", from_file=False)
+        return _decode(source, "the given Pillow image")
     if isinstance(source, (str, os.PathLike)):
-        return _from_file(os.fsdecode(source))
-    if isinstance(source, NV12):
-        _check_size((source.width, source.height), "the NV12 frame")
-        return Image.fromarray(source.to_rgb())
+        return _from_path(os.fsdecode(source))
+    if isinstance(source, (YCbCr, RawFrame)):
+        _check_size((source.width, source.height), f"the {type(source).__name__} frame")
+        return _from_array(source.to_rgb() if isinstance(source, YCbCr) else source.to_array())
     if is_dlpack(source):
         return _from_array(dlpack_array(source))
-    raise ImageError(f"Cannot read an image from {type(source).__name__}.", hint="Give a path, a Pillow image, an array or NV12.")
+    if is_file_content(source):
+        return _from_file(BytesIO(file_content(source)), f"the given {type(source).__name__}")
+    raise ImageError(
+        f"Cannot read an image from {type(source).__name__}.",
+        hint="Give a path, bytes, a binary file object, a Pillow image, an array or a camera frame.",
+    )
 
 
-def _from_file(path: str) -> Image.Image:
-    if not os.path.isfile(path):
+def is_file_content(source: object) -> TypeGuard[bytes | bytearray | memoryview | IO[bytes]]:
+    """Tell whether an object is bytes or a file object."""
+    return isinstance(source, (bytes, bytearray, memoryview)) or callable(getattr(source, "read", None))
+
+
+def file_content(source: Any) -> bytes:
+    """Return the bytes of a bytes-like object, or of a binary file object from its beginning. Raises ImageError."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    name = f"the given {type(source).__name__}"
+    try:
+        if callable(getattr(source, "seekable", None)) and source.seekable():
+            source.seek(0)
+        data = source.read()
+    except Exception as error:  # file objects of other libraries raise their own types
+        raise ImageError(f"Cannot read {name}: {_reason(error)}.", hint="Give an open file, or its bytes.") from error
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        hint = 'Open the file in binary mode: open(path, "rb").'
+        raise ImageError(f"Cannot read {name}: its read() returns {type(data).__name__}, not bytes.", hint=hint)
+    return bytes(data)
+
+
+def open_image(file: IO[bytes], name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Return an image file as a Pillow image of which only the header was read.
+
+    `name`: what messages call it. `formats`: Pillow's names of those allowed; AVIF and HEIF belong to FORMATS where they can be
+    read. Raises ImageError for other formats, more than MAX_PIXELS, and damage.
+    """
+    try:
+        kind = _iso_format(file.read(64)) if formats is FORMATS else ""
+        file.seek(0)
+        if kind:
+            _require_reader(kind, name)
+        with _without_warnings():
+            image = Image.open(file, formats=(kind,) if kind else formats)
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
+    except UnidentifiedImageError as error:
+        known = f"Known are: {', '.join(formats)}{', AVIF, HEIF' if formats is FORMATS else ''}."
+        raise ImageError(f"Cannot read {name}: it is not an image of a known format.", hint=known) from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged data
+        raise _damaged(name, error) from error
+    _check_size(image.size, name)
+    return image
+
+
+def _from_path(path: str) -> Image.Image:
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
         raise _no_file(path)
-    with warnings.catch_warnings():
-        # An ImageError reports the problem. Filter only Pillow's warnings, because filters apply to all threads.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        with _open(path) as image:
-            return _decode(image, path, from_file=True)
+    try:
+        with open(path, "rb") as file:
+            return _from_file(file, path)
+    except FileNotFoundError as error:  # removed since
+        raise _no_file(path) from error
+    except PermissionError as error:
+        raise ImageError(f"Not allowed to read {path}.", hint="Change its permissions.") from error
+    except OSError as error:
+        raise ImageError(f"Cannot read {path}: {_reason(error)}.", hint="Check the disk, or copy the file.") from error
+
+
+def _from_file(file: IO[bytes], name: str) -> Image.Image:
+    with open_image(file, name) as image:
+        return _decode(image, name)
+
+
+def _iso_format(head: bytes) -> str:
+    # A file of ISO 14496-12 begins with a size, "ftyp", its brand, a version and the brands that it is compatible with.
+    if head[4:8] != b"ftyp":
+        return ""
+    end = min(len(head), int.from_bytes(head[:4], "big"))
+    brands = {head[8:12], *(head[start : start + 4] for start in range(16, end, 4))}
+    return next((kind for kind, known in _BRANDS.items() if brands & known), "")
+
+
+def _require_reader(kind: str, name: str) -> None:
+    if kind == "AVIF":
+        if "avif" in features.modules and features.check("avif"):
+            return
+        hint = 'Install it with: pip install "pillow>=11.3", or save the image as PNG.'
+        raise ImageError(f"Cannot read {name}: it is an AVIF image, and the installed Pillow does not read AVIF.", hint=hint)
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError as error:
+        hint = "Install it with: pip install pillow-heif, or save the image as JPEG."
+        raise ImageError(f"Cannot read {name}: it is a HEIC image, and pillow-heif is not installed.", hint=hint) from error
 
 
 def _no_file(path: str) -> ImageError:
     short = path if len(path) <= 200 else path[:200] + "..."
-    if path.startswith(("http:/", "https:/", "data:")):
-        address = re.sub(r"^(https?:)/(?!/)", r"\1//", short)  # pathlib makes one slash of two
+    if _ADDRESS.match(path):
+        address = re.sub(r"^(\w+:)/(?!/)", r"\1//", short)  # pathlib makes one slash of two
         return ImageError(f"{address} is an address.", hint="Nothing is downloaded here: fetch it, then give the file.")
+    if path.lower().startswith("file:"):
+        return ImageError(f"There is no image {short!r}.", hint="Give the path without file://.")
     if os.path.isdir(path):
         return ImageError(f"{short} is a folder.", hint="Give one image file.")
     if os.path.exists(path):
@@ -69,44 +171,70 @@ def _no_file(path: str) -> ImageError:
     return ImageError(f"There is no image {short!r}.", hint="Check the path.")
 
 
-def _open(path: str) -> Image.Image:
-    try:
-        return Image.open(path, formats=FORMATS)  # reads only the header
-    except Image.DecompressionBombError as error:
-        raise _too_large(path) from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not an image of a known format.", hint=f"Known are: {', '.join(FORMATS)}.") from error
-    except PermissionError as error:
-        raise ImageError(f"Not allowed to read {path}.", hint="Change its permissions.") from error
-    except Exception as error:  # Pillow's decoders raise many types on damaged data
-        raise _damaged(path, error) from error
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    # An ImageError reports the problem. Filter only Pillow's warnings, because filters apply to all threads.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
-def _decode(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
+def _decode(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.size, name)
+    _check_mode(image, name)
     try:
-        upright = ImageOps.exif_transpose(image)  # always a copy
-        return _rgb(_on_white(_rgb(upright) if from_file else upright))
+        with _without_warnings():
+            return _to_rgb(ImageOps.exif_transpose(image))  # always a copy
     except Exception as error:
         raise _damaged(name, error) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _check_mode(image: Image.Image, name: str) -> None:
+    problem = _unclear_levels(image)
+    if problem:
+        hint = 'Give a uint8 array of its pixels scaled to 0..255; of 16-bit grey, image.convert("I;16") will do.'
+        raise ImageError(f"Cannot use {name}: {problem}.", hint=hint)
+
+
+def _unclear_levels(image: Image.Image) -> str:
+    # Why the image's black and white are not known; "" when they are.
+    if image.mode == "F":
+        return "its pixels are floats (mode F)"
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # as Pillow reads 16-bit PGM, and before 11.0 16-bit PNG
+        return "its pixels are 32-bit integers (mode I)"
+    if image.mode.startswith("I;16") and image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if tags.get(_BITS_PER_SAMPLE) == (12,):
+            return "its grey has 12 bits, which Pillow does not scale"
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            return "its 16-bit grey is inverted, which Pillow does not undo"
+    return ""
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _grey_to_rgb(image)
+    if image.mode in _WITH_ALPHA or image.info.get("transparency") is not None:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        coloured = image.convert("LA") if image.mode == "La" else image  # Pillow cannot convert La in one step
+        return Image.alpha_composite(white, coloured.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    # A colour key (info["transparency"]) survives the conversion to RGB, unlike an alpha channel.
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image.convert("RGBA"))
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    grey = scale_to_8_bits(values)
+    if (key := image.info.get("transparency")) is not None:
+        grey[values == key] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype != np.uint8:
         scale = "np.clip(255 * array, 0, 255)" if pixels.dtype.kind == "f" else "the array scaled to 0..255"
-        raise ImageError(f"An image array must be uint8, not {pixels.dtype}.", hint=f"Give {scale} with .astype(np.uint8).")
+        grey = " Of 16-bit grey, Image.fromarray(array) will do." if pixels.dtype == np.uint16 and pixels.ndim == 2 else ""
+        hint = f"Give {scale} with .astype(np.uint8).{grey}"
+        raise ImageError(f"An image array must be uint8, not {pixels.dtype}.", hint=hint)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
         raise ImageError(f"An image array cannot have shape {pixels.shape}.", hint=_shape_hint(pixels))
     _check_size((pixels.shape[1], pixels.shape[0]), f"the array of shape {pixels.shape}")
@@ -142,8 +270,11 @@ def _too_large(name: str) -> ImageError:
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return ImageError(f"Cannot read {name}: {reason}.", hint="It is damaged or cut short; copy or save it again.")
+    return ImageError(f"Cannot read {name}: {_reason(error)}.", hint="It is damaged or cut short; copy or save it again.")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def image_hash(frames: Sequence[Image.Image], *others: object) -> bytes:

@@ -16,12 +16,13 @@ from typing import Any
 from edgeprune.errors import EdgePruneError, ImageError, UsageError
 from edgeprune.plan.tiers import tier_number
 from edgeprune.runtime import Runtime, Stream
-from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedTimeout
+from edgeprune.runtime.media.feed import Clock, Feed, FeedClosed, FeedTimeout
 from edgeprune.runtime.ros2.diagnostics import DiagnosticReport, NodeStatistics
 from edgeprune.runtime.ros2.images import CompressedImageMessage, ImageMessage, decode_compressed, decode_image
 
 ON_BUSY = ("cancel", "queue", "refuse")
 LONGEST_QUEUE = 16
+OLDEST_STAMP = 86_400.0  # seconds; an older header.stamp is of another clock: of a recording, or of the camera's start
 OnPhase = Callable[[str], None]
 
 
@@ -42,8 +43,9 @@ class QuestionWorker:
 
     `on_busy`: policy for a question that arrives while another is waiting or being answered: "cancel" cancels the older ones,
     "queue" queues the new one, "refuse" drops it. `frame_timeout`: seconds to wait for a frame newer than the last one used.
-    `asking`: keyword arguments of Runtime.ask_latest (fit, tier, deadline_ms, max_tokens, ...). An error in one question is
-    reported and the worker continues. If loading fails or a bug occurs, it sets `failure`, calls `on_failure` and stops.
+    `clock`: the ROS clock in seconds, on which header stamps count: the system's, or a simulation's. `asking`: keyword arguments of
+    Runtime.ask_latest (fit, tier, deadline_ms, max_tokens, ...). An error in one question is reported and the worker continues. If
+    loading fails or a bug occurs, it sets `failure`, calls `on_failure` and stops.
     """
 
     def __init__(
@@ -54,20 +56,22 @@ class QuestionWorker:
         on_busy: str = "cancel",
         frame_timeout: float = 2.0,
         on_failure: Callable[[], None] = lambda: None,
+        clock: Clock = time.time,
         **asking: Any,
     ) -> None:
         if on_busy not in ON_BUSY:
             raise UsageError(f"{on_busy!r} is no policy for questions while busy.", hint=f"Choose {', '.join(ON_BUSY)}.")
         self._load, self._outputs, self._on_busy, self._on_failure = load, outputs, on_busy, on_failure
+        self._clock = clock
         self._asking: dict[str, Any] = {"timeout": frame_timeout} | asking
         self.failure: Exception | None = None
         self._statistics = NodeStatistics()
         self._phase = "loading"
         self._feed: Feed | None = None
-        self._early: tuple[Any, float] | None = None  # the newest frame received before the feed exists, and its arrival time
+        self._early: tuple[Any, float] | None = None  # the newest frame received before the feed exists, and its capture time
         self._stream: Stream | None = None
         self._busy = self._cancelled = self._closed = False
-        self._waiting: deque[str] = deque()
+        self._waiting: deque[str | UsageError] = deque()  # a question, or why it cannot be read
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="edgeprune-answerer", daemon=True)
 
@@ -84,11 +88,21 @@ class QuestionWorker:
         self._add_frame(decode_compressed, message)
 
     def report_error(self, kind: str, error: str) -> None:
-        """Report a message that the transport could not read. `kind`: "frame" or "question"."""
-        self._statistics.trouble(kind, "frames refused" if kind == "frame" else "questions failed", error)
+        """Report a message that the transport could not read. `kind`: "frame" or "question", which fails in its turn."""
+        if kind == "frame":
+            self._statistics.trouble(kind, "frames refused", error)
+        else:
+            self._add_question(UsageError(error))
+
+    def report_unheard(self, kind: str, error: str) -> None:
+        """Report a publisher that the transport cannot hear. `kind`: as above, what it publishes."""
+        self._statistics.trouble(kind, "publishers unheard", error)
 
     def prompt(self, text: str) -> None:
         """Add a question. See `on_busy` for what happens while another is waiting or being answered."""
+        self._add_question(text)
+
+    def _add_question(self, question: str | UsageError) -> None:
         self._statistics.add("questions")
         with self._wake:
             busy = self._busy or self._phase != "ready" or bool(self._waiting)
@@ -97,7 +111,7 @@ class QuestionWorker:
             elif busy and (self._on_busy == "refuse" or len(self._waiting) == LONGEST_QUEUE):
                 self._statistics.refuse()
                 return
-            self._waiting.append(text)
+            self._waiting.append(question)
             self._wake.notify()
 
     def publish_diagnostics(self) -> None:
@@ -132,13 +146,19 @@ class QuestionWorker:
         except ImageError as error:
             self.report_error("frame", str(error))
             return
+        captured = self._capture_time(message.header)
         with self._wake:
-            feed, arrived = self._feed, time.monotonic()
+            feed = self._feed
             self._statistics.frame(dropped=self._early is not None)
             if feed is None:  # the model is still loading
-                self._early = (picture, arrived)
+                self._early = (picture, captured)
                 return
-        feed.put(picture, arrived)
+        feed.put(picture, captured)
+
+    def _capture_time(self, header: Any) -> float:
+        # Seconds of the ROS clock. A stamp of 0, of the future or of another clock says nothing: then the arrival counts.
+        now, stamp = self._clock(), header.stamp.sec + 1e-9 * header.stamp.nanosec
+        return stamp if 0 < stamp <= now < stamp + OLDEST_STAMP else now
 
     def _run(self) -> None:
         try:
@@ -148,7 +168,7 @@ class QuestionWorker:
             geometry = model.plan.geometry
             video = model.kind == "video"
             with self._wake:
-                self._feed = Feed(window=geometry.frames, fps=geometry.fps if video else None)
+                self._feed = Feed(window=geometry.frames, fps=geometry.fps if video else None, clock=self._clock)
                 if self._early is not None:
                     self._feed.put(*self._early)
                 self._early = None
@@ -170,7 +190,7 @@ class QuestionWorker:
                 self._phase = phase
             self.publish_diagnostics()
 
-    def _next_question(self) -> str | None:
+    def _next_question(self) -> str | UsageError | None:
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._waiting)
             if self._closed:
@@ -178,8 +198,10 @@ class QuestionWorker:
             self._busy = True
             return self._waiting.popleft()
 
-    def _answer(self, model: Runtime, feed: Feed, question: str) -> None:
+    def _answer(self, model: Runtime, feed: Feed, question: str | UsageError) -> None:
         try:
+            if isinstance(question, UsageError):
+                raise question
             stream = self._start_stream(model, feed, question)
             for piece in stream:
                 if piece:
@@ -187,7 +209,7 @@ class QuestionWorker:
         except FeedClosed:
             pass  # the node is stopping
         except EdgePruneError as error:
-            self._statistics.trouble("question", "questions failed", _message(error))
+            self._statistics.trouble("question", "questions failed", self._message(error))
         else:
             self._statistics.ended(stream.receipt)
             if stream.receipt.finish_reason != "cancelled":
@@ -202,8 +224,9 @@ class QuestionWorker:
                 stream.cancel()
         return stream
 
-
-def _message(error: EdgePruneError) -> str:
-    if isinstance(error, FeedTimeout):
+    def _message(self, error: EdgePruneError) -> str:
+        if not isinstance(error, FeedTimeout):
+            return str(error)
+        if refused := self._statistics.frame_error:
+            return f"No frame came that could be read. {refused}"
         return f"{error.message} Are images published on a topic that this node hears?"
-    return str(error)

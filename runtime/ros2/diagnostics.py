@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+from edgeprune.errors import one_line
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 OK, WARN, ERROR = 0, 1, 2  # levels of diagnostic_msgs/DiagnosticStatus
@@ -27,6 +28,7 @@ class NodeStatistics:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("frames received", "frames refused", "frames dropped"), 0)
         self._counts |= dict.fromkeys(("questions", "answers", "questions cancelled", "questions refused", "questions failed"), 0)
+        self._counts["publishers unheard"] = 0
         self._last: dict[str, str] = {}  # figures of the last answer
         self._arrived: float | None = None
         self._current_errors = {"frame": "", "question": ""}  # "" when there is none
@@ -45,11 +47,17 @@ class NodeStatistics:
             self._arrived = time.monotonic()
             self._current_errors["frame"] = ""
 
+    @property
+    def frame_error(self) -> str:
+        """Why the newest frame could not be used, or "" if it could."""
+        with self._lock:
+            return self._current_errors["frame"]
+
     def trouble(self, kind: str, count: str, error: str) -> None:
         """Record an error and increment the counter `count`. `kind`: "frame" or "question"; the next good one clears the error."""
         with self._lock:
             self._counts[count] += 1
-            self._current_errors[kind] = self._last_error = error
+            self._current_errors[kind] = self._last_error = one_line(error)
 
     def refuse(self) -> None:
         """Count a question that was refused because of older ones."""

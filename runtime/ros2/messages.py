@@ -1,7 +1,7 @@
 """The node's ROS 2 messages as DDS types, and a reader for CDR, the serialization format of DDS.
 
 Type names and fields are those that ROS's rmw layers use on the wire, in the field order of ROS's .msg files (rcl_interfaces,
-common_interfaces): builtin_interfaces/Time, std_msgs/Header and String, sensor_msgs/Image and CompressedImage,
+common_interfaces): builtin_interfaces/Time, rosgraph_msgs/Clock, std_msgs/Header and String, sensor_msgs/Image and CompressedImage,
 diagnostic_msgs/DiagnosticArray and its parts. ROS writes plain CDR (XCDR1), which aligns these types to at most 4 bytes.
 
 This file has no `from __future__ import annotations`, because cyclonedds needs the annotations as objects.
@@ -67,6 +67,15 @@ class Time(IdlStruct, typename="builtin_interfaces.msg.dds_.Time_"):  # type: ig
 
     sec: int32 = 0
     nanosec: uint32 = 0
+
+
+@dataclass
+@final
+@autoid("sequential")
+class Clock(IdlStruct, typename="rosgraph_msgs.msg.dds_.Clock_"):  # type: ignore[call-arg, misc]
+    """The time of a simulation."""
+
+    clock: Time = field(default_factory=Time)
 
 
 @dataclass

@@ -6,11 +6,23 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cyclonedds.core import DDSException, GuardCondition, InstanceState, Policy, Qos, ReadCondition, SampleState, ViewState, WaitSet
+from cyclonedds.core import (
+    DDSException,
+    GuardCondition,
+    InstanceState,
+    Listener,
+    Policy,
+    Qos,
+    ReadCondition,
+    SampleState,
+    ViewState,
+    WaitSet,
+)
 from cyclonedds.domain import Domain, DomainParticipant
 from cyclonedds.pub import DataWriter
 from cyclonedds.sub import DataReader
@@ -20,6 +32,7 @@ from cyclonedds.util import duration
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.runtime.ros2.diagnostics import DiagnosticReport
 from edgeprune.runtime.ros2.messages import (
+    Clock,
     CompressedImage,
     DiagnosticArray,
     DiagnosticStatus,
@@ -38,10 +51,14 @@ _TOKEN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = Policy.DataRepresentation(use_cdrv0_representation=True)  # older ROS releases cannot read XCDR2
 _UNREAD = ViewState.Any | SampleState.NotRead | InstanceState.Any
 # ROS's sensor data profile for images. ROS's default profile for strings, with a longer history for the pieces of an answer.
+# A best-effort reader hears writers of any reliability; a reliable one hears reliable writers alone.
 SENSOR = Qos(Policy.Reliability.BestEffort, Policy.Durability.Volatile, Policy.History.KeepLast(5), _PLAIN)
 TEXT = Qos(
     Policy.Reliability.Reliable(duration(milliseconds=100)), Policy.Durability.Volatile, Policy.History.KeepLast(100), _PLAIN
 )
+# Policies by their numbers in the DDS specification, section 2.2.3, and DDS-XTypes.
+_POLICIES = {2: "durability", 4: "deadline", 6: "ownership", 8: "liveliness", 11: "reliability", 12: "destination order"}
+_POLICIES |= {23: "data representation"}
 
 
 @dataclass(frozen=True)
@@ -111,15 +128,19 @@ class Topics:
 class InputCallbacks:
     """Callbacks for incoming messages, called from the node's thread.
 
-    `report_error`: called with "frame" or "question" and the error when a message cannot be read. `publish_diagnostics`: called
-    once per second.
+    `report_error`: called with "frame" or "question" and the error when a message cannot be read, `report_unheard` likewise when a
+    publisher's QoS does not match. `publish_diagnostics`: called once per second. `set_clock`: the time of /clock in seconds, None
+    to leave it. `on_failure`: called when the thread ends because another callback raised; the error is the node's `failure`.
     """
 
     image: Callable[[Any], None]
     compressed: Callable[[Any], None]
     prompt: Callable[[str], None]
     report_error: Callable[[str, str], None]
+    report_unheard: Callable[[str, str], None]
     publish_diagnostics: Callable[[], None]
+    on_failure: Callable[[], None]
+    set_clock: Callable[[float], None] | None = None
 
 
 class Node:
@@ -138,6 +159,8 @@ class Node:
             hint = "Check CYCLONEDDS_URI and the network interfaces."
             raise EdgePruneError(f"DDS does not start in domain {domain}: {error}.", hint=hint) from error
         self._thread: threading.Thread | None = None
+        self._unheard: deque[tuple[str, str, int]] = deque()  # kind, topic and policy of a mismatch, from DDS's threads
+        self.failure: Exception | None = None
 
     def listen(self, inputs: InputCallbacks) -> None:
         """Subscribe, and pass incoming messages to the callbacks until `close`."""
@@ -147,6 +170,8 @@ class Node:
             sources.append(self._source(topics.image, Image, SENSOR, inputs.image))
         if topics.compressed is not None:
             sources.append(self._source(topics.compressed, CompressedImage, SENSOR, inputs.compressed))
+        if inputs.set_clock is not None:
+            sources.append(self._source("/clock", Clock, SENSOR, _clock_handler(inputs.set_clock)))
         self._thread = threading.Thread(target=self._receive, args=(sources, inputs), name="edgeprune-dds")
         self._thread.start()
 
@@ -177,24 +202,45 @@ class Node:
         return DataWriter(self._participant, Topic(self._participant, dds_topic(topic), kind), qos=TEXT)
 
     def _source(self, topic: str, kind: Any, qos: Qos, handle: Callable[[Any], None]) -> _Source:
-        reader = DataReader(self._participant, Topic(self._participant, dds_topic(topic), kind), qos=qos)
-        return _Source("question" if kind is String else "frame", topic, reader, handle)
+        what = "question" if kind is String else "frame"
+        listener = Listener(
+            on_requested_incompatible_qos=lambda _, status: self._unheard.append((what, topic, status.last_policy_id))
+        )
+        reader = DataReader(self._participant, Topic(self._participant, dds_topic(topic), kind), qos=qos, listener=listener)
+        return _Source(what, topic, reader, handle)
 
     def _receive(self, sources: list[_Source], inputs: InputCallbacks) -> None:
+        try:
+            self._receive_until_stopped(sources, inputs)
+        except Exception as error:  # raised again by the caller that runs the node
+            self.failure = error
+            inputs.on_failure()
+
+    def _receive_until_stopped(self, sources: list[_Source], inputs: InputCallbacks) -> None:
         wait_set, due = WaitSet(self._participant), time.monotonic()
         conditions = [ReadCondition(source.reader, _UNREAD) for source in sources]
         for condition in (*conditions, self._stop):
             wait_set.attach(condition)
         while not self._stop.read():
             if time.monotonic() >= due:
+                self._report_unheard(inputs)
                 inputs.publish_diagnostics()
                 due = time.monotonic() + TICK
             wait_set.wait(duration(seconds=max(0.0, due - time.monotonic())))
-            # Read questions first and handle them last, so that each question sees all images that arrived before it.
+            # Read questions first and handle them last, so that each question sees all images that arrived before it. The clock is
+            # read last and handled first.
             batches = [source.take(inputs.report_error) for source in sources]
             for source, messages in reversed([*zip(sources, batches, strict=True)]):
                 for message in messages:
                     source.handle(message)
+
+    def _report_unheard(self, inputs: InputCallbacks) -> None:
+        while self._unheard:
+            kind, topic, policy = self._unheard.popleft()
+            name = _POLICIES.get(policy, f"policy {policy}")
+            remedy = " Publish it as reliable." if name == "reliability" else ""
+            error = f"A publisher on {topic} is not heard: its QoS ({name}) does not match.{remedy}"
+            inputs.report_unheard(kind, error)
 
 
 @dataclass(frozen=True)
@@ -205,12 +251,39 @@ class _Source:
     handle: Callable[[Any], None]
 
     def take(self, report_error: Callable[[str, str], None]) -> list[Any]:
-        try:
-            messages = self.reader.take(AT_ONCE)
-        except Exception as error:  # invalid messages raise many types and must not stop the node
-            report_error(self.kind, f"A message on {self.topic} cannot be read: {error}.")
-            return []
+        messages: list[Any] = []
+        for _ in range(AT_ONCE):  # one at a time, because a message that cannot be read takes those beside it along
+            try:
+                taken = self.reader.take(1)
+            except DDSException:
+                raise
+            except Exception as error:  # invalid messages raise many types and must not stop the node
+                reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error).rstrip(".")
+                report_error(self.kind, f"A message on {self.topic} cannot be read: {reason}.")
+                continue
+            if not taken:
+                break
+            messages += taken
         return [message for message in messages if message.sample_info.valid_data]  # invalid samples signal that a writer left
+
+
+class SimulatedTime:
+    """The ROS clock of a simulation: the last time that /clock said, in seconds, and 0 before the first."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self._now
+
+    def set(self, seconds: float) -> None:
+        """Take over the time of a message."""
+        self._now = seconds
+
+
+def _clock_handler(set_clock: Callable[[float], None]) -> Callable[[Any], None]:
+    return lambda message: set_clock(message.clock.sec + 1e-9 * message.clock.nanosec)
 
 
 def _configuration() -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from edgeprune.bundle.signing import TrustedKeys
-from edgeprune.runtime.ros2.answerer import OutputCallbacks, QuestionWorker
-from edgeprune.runtime.ros2.node import InputCallbacks, Node, NodeName, Topics, domain_id
+from edgeprune.runtime.ros2.answerer import OnPhase, OutputCallbacks, QuestionWorker
+from edgeprune.runtime.ros2.node import InputCallbacks, Node, NodeName, SimulatedTime, Topics, domain_id
+
+Announce = Callable[[str], None]
 
 
 def serve(
@@ -23,50 +26,61 @@ def serve(
     prompt_topic: str = "~/prompt",
     answer_topic: str = "~/answer",
     domain: int | None = None,
+    use_sim_time: bool = False,
     threads: int | None = None,
     provider: str = "cpu",
     check: str = "full",
     require_signature: TrustedKeys = (),
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Announce = lambda line: None,
     **answering: Any,
 ) -> None:
     """Answer questions over DDS until SIGINT or SIGTERM. Must be called from the main thread.
 
     Topics are ROS names. Without an image topic, the node subscribes to "image" and "image/compressed"; otherwise only to those
-    given. `check` and `require_signature`: as in `load`. `answering`: keyword arguments of QuestionWorker. `announce`: called with
-    status lines. Raises the errors of `load`.
+    given. `use_sim_time`: header stamps count on /clock, as ROS's parameter of that name says. `check` and `require_signature`: as
+    in `load`. `answering`: keyword arguments of QuestionWorker. `announce`: called with status lines. Raises the errors of `load`,
+    and what ended a thread of the node.
     """
     name = NodeName.parse(node)
     topics = _topics(name, image_topic, compressed_topic, prompt_topic, answer_topic)
-    number = domain_id(domain)
-    stop = threading.Event()
-    with _stopped_by_signals(stop):
-        dds = Node(name, topics, number)
-
-        def load(on_phase: Callable[[str], None]) -> Any:
-            from edgeprune.runtime.api.loading import load as load_bundle
-
-            opening: dict[str, Any] = {"threads": threads, "provider": provider, "check": check}
-            model = load_bundle(bundle, **opening, require_signature=require_signature, warm_up=True, on_phase=on_phase)
-            announce("ready")
-            return model
-
+    number, stop = domain_id(domain), threading.Event()
+    opening = {"threads": threads, "provider": provider, "check": check, "require_signature": require_signature}
+    clock = SimulatedTime() if use_sim_time else time.time
+    with _stopped_by_signals(stop), closing(Node(name, topics, number)) as dds:
         outputs = OutputCallbacks(dds.piece, dds.answer, dds.report)
-        answerer = QuestionWorker(load, outputs, on_failure=stop.set, **answering)
-        try:
-            dds.listen(
-                InputCallbacks(
-                    answerer.image, answerer.compressed, answerer.prompt, answerer.report_error, answerer.publish_diagnostics
-                )
-            )
+        worker = QuestionWorker(_loader(bundle, opening, announce), outputs, on_failure=stop.set, clock=clock, **answering)
+        with closing(worker):
+            dds.listen(_inputs(worker, stop, clock.set if isinstance(clock, SimulatedTime) else None))
             announce(_summary(name, topics, number))
-            answerer.start()
+            worker.start()
             stop.wait()
-        finally:
-            answerer.close()
-            dds.close()
-    if answerer.failure is not None:
-        raise answerer.failure
+    for failure in (worker.failure, dds.failure):
+        if failure is not None:
+            raise failure
+
+
+def _loader(bundle: str | os.PathLike[str], opening: dict[str, Any], announce: Announce) -> Callable[[OnPhase], Any]:
+    def load(on_phase: OnPhase) -> Any:
+        from edgeprune.runtime.api.loading import load as load_bundle
+
+        model = load_bundle(bundle, warm_up=True, on_phase=on_phase, **opening)
+        announce("ready")
+        return model
+
+    return load
+
+
+def _inputs(worker: QuestionWorker, stop: threading.Event, set_clock: Callable[[float], None] | None) -> InputCallbacks:
+    return InputCallbacks(
+        image=worker.image,
+        compressed=worker.compressed,
+        prompt=worker.prompt,
+        report_error=worker.report_error,
+        report_unheard=worker.report_unheard,
+        publish_diagnostics=worker.publish_diagnostics,
+        on_failure=stop.set,
+        set_clock=set_clock,
+    )
 
 
 def _topics(name: NodeName, image: str | None, compressed: str | None, prompt: str, answer: str) -> Topics:

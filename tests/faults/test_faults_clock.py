@@ -61,6 +61,17 @@ def test_the_age_of_a_frame(jumping: list[int], runtime: Runtime, tiny_image: Im
     assert stream.receipt.frame_age_ms is not None and 0 <= stream.receipt.frame_age_ms < 60_000
 
 
+@pytest.mark.parametrize("epoch", [0.0, 1.7e9], ids=["simulation", "since 1970"])
+def test_the_age_of_a_frame_on_a_clock_of_its_own(epoch: float, runtime: Runtime, tiny_image: Image.Image) -> None:
+    started = time.monotonic()
+    feed = Feed(clock=lambda: epoch + 10 + time.monotonic() - started)
+    feed.put(tiny_image, captured=epoch + 9)
+    stream = runtime.ask_latest(feed, PROMPT, timeout=10, max_tokens=2)
+    list(stream)
+    assert stream.receipt.frame_age_ms is not None and 1000 <= stream.receipt.frame_age_ms < 60_000
+    assert stream.receipt.captured is not None and abs(stream.receipt.captured - (started - 1)) < 0.5
+
+
 def test_a_feed_waits_as_long_as_it_was_told(jumping: list[int]) -> None:
     started = time.monotonic()
     with pytest.raises(FeedTimeout):

@@ -38,7 +38,9 @@ def _small() -> None:
 
 
 def _read(data: bytes) -> bool:
-    return _settle(read_image(in_file(data, "image.bin")))
+    picture = read_image(in_file(data, "image.bin"))
+    demand(read_image(data) == picture, "other pixels of bytes than of their file")
+    return _settle(picture)
 
 
 def image_files() -> Target:
@@ -199,9 +201,9 @@ def ros_images() -> Target:
 
     _small()
     head = Header(Time(1, 2), "camera")
-    raw = [("rgb8", 12), ("bgra8", 16), ("mono8", 4), ("nv12", 4)]
-    messages: list[Any] = [
-        Message(head, 2, 4, name, 0, step, bytes(range(step * (3 if name == "nv12" else 2)))) for name, step in raw
-    ]
+    raw = [("rgb8", 12), ("bgra8", 16), ("mono8", 4), ("mono16", 8), ("rgba16", 32), ("yuyv", 8), ("uyvy", 8)]  # name, step
+    messages: list[Any] = [Message(head, 2, 4, name, 0, step, bytes(range(step * 2))) for name, step in raw]
+    messages += [Message(head, 2, 4, name, 0, 4, bytes(range(12))) for name in ("nv12", "nv21")]
+    messages += [Message(head, 4, 4, f"bayer_rggb{bits}", 1, bits // 2, bytes(range(2 * bits))) for bits in (8, 16)]
     messages += [CompressedImage(head, kind.lower(), data) for kind in ("PNG", "JPEG") for data in _of(kind)]
     return Target(_hear, tuple(message.serialize() for message in messages), bytes_variant)

@@ -72,6 +72,7 @@ def _announce(url: str) -> None:
     show_default=True,
     help="A question while another is answered: end that one, wait, or drop the new one.",
 )
+@click.option("--use-sim-time", is_flag=True, help="Take the time from /clock, as a simulation publishes it.")
 @click.option(
     "--frame-timeout", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Seconds to wait for a new frame."
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import threading
 import time
 import weakref
@@ -16,7 +17,7 @@ from PIL import Image
 
 from edgeprune.errors import EdgePruneError, ImageError, UsageError
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
-from edgeprune.runtime.media.frames import NV12
+from edgeprune.runtime.media.frames import NV12, RawFrame, YCbCr, scale_to_8_bits
 from edgeprune.runtime.media.images import read_image
 
 LIMIT = 10  # seconds, of every wait
@@ -28,6 +29,12 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 2), "red").save(file, "PNG")
+    return file.getvalue()
 
 
 def names(shot: Shot) -> list[str]:
@@ -108,6 +115,30 @@ def test_a_future_capture_is_not_believed() -> None:
     assert not feed.take(0).skewed
 
 
+def test_age_on_the_monotonic_clock_is_that_of_the_feeds_own_clock() -> None:
+    clock = Clock(1.7e9)  # seconds since 1970
+    feed = Feed(clock=clock)
+    feed.put("a", captured=clock.now - 1)
+    clock.now -= 3600  # set back before the frame is asked about
+    shot = feed.take(0)
+    assert 1 <= time.monotonic() - shot.captured_monotonic < LIMIT
+
+
+def test_a_camera_without_a_frame_is_named() -> None:
+    feed = Feed()
+    with pytest.raises(ImageError, match="The camera returned no frame"):
+        feed.put(None)  # type: ignore[arg-type]
+    assert feed.received == 0
+
+
+def test_a_camera_that_changes_its_size_gives_its_newest_frame() -> None:
+    feed = Feed()
+    for side in (4, 6):
+        feed.put(np.zeros((side, side, 3), np.uint8))
+    frame = feed.take(0).frames[0]
+    assert isinstance(frame, np.ndarray) and frame.shape == (6, 6, 3)
+
+
 @pytest.mark.parametrize("captured", [float("nan"), float("inf")])
 def test_a_capture_that_is_no_time_is_refused(captured: float) -> None:
     with pytest.raises(UsageError, match="captured must be seconds"):
@@ -136,6 +167,10 @@ def test_frames_are_kept_as_they_are_unless_a_copy_is_asked_for() -> None:
         lambda: NV12(np.full(12, 128, np.uint8), 4, 2),
         lambda: torch.zeros(2, 4, 3, dtype=torch.uint8),
         lambda: np.zeros((2, 4, 3), np.uint8),
+        lambda: bytearray(png()),
+        lambda: io.BytesIO(png()),
+        lambda: YCbCr(np.full((2, 4), 90, np.uint8), np.full((2, 2, 2), 128, np.uint8)),
+        lambda: RawFrame(np.full((2, 4), 900, np.uint16), scale_to_8_bits),
     ],
 )
 def test_everything_that_is_an_image_can_be_copied(make: Any) -> None:

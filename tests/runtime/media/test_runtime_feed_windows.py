@@ -72,3 +72,17 @@ def test_a_clock_that_goes_back_begins_a_new_window() -> None:
         feed.take(0)
     assert filled(feed, [11]).take(0).times == (10, 11)
     assert filled(feed, [11.5, 11.49]).take(0).captured == 11.49  # a little is only jitter
+
+
+@pytest.mark.parametrize("step", [0.001, 0.7, 5, 1e9])
+@pytest.mark.parametrize("fps", [None, 1.0])
+def test_a_clock_that_steps_back_never_starves_a_window(step: float, fps: float | None) -> None:
+    before = [10, 11, 12, 12.5]
+    feed = filled(Feed(3, fps, clock=Clock(2e9)), before)
+    after = [before[-1] - step + number / 2 for number in range(1, 9)]
+    for at in after:
+        feed.put("new", at)
+    times = feed.take(0).times
+    assert times[-1] == after[-1]
+    assert list(times) == sorted(times)
+    assert len(feed._buffer) <= 12

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import sys
 import time
 import tracemalloc
 import warnings
@@ -15,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, features
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from edgeprune.errors import ImageError
 from edgeprune.runtime.media.images import FORMATS, MAX_PIXELS, read_image
 
-MODES = ("1", "L", "LA", "P", "P key", "P alpha", "RGB", "RGB key", "RGBA", "L key", "I;16", "CMYK")
+MODES = ("1", "L", "LA", "P", "P key", "P alpha", "RGB", "RGB key", "RGBA", "L key", "CMYK")
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -33,9 +35,7 @@ def save_mode(mode: str, folder: Path) -> Path:
     """Save a noise image of a mode; "key" is a transparent colour, "alpha" one alpha value a palette entry."""
     base = Image.fromarray(noise(23, 31, 4), "RGBA")
     path = folder / ("image.tif" if mode == "CMYK" else "image.png")
-    if mode == "I;16":
-        Image.fromarray(noise(23, 31, 1)[..., 0].astype(np.uint16) * 3).save(path)
-    elif mode == "P alpha":
+    if mode == "P alpha":
         base.convert("RGB").convert("P").save(path, transparency=bytes(range(256)))
     elif mode.endswith("key"):
         image = base.convert("RGB").convert(mode.removesuffix(" key"))
@@ -46,11 +46,11 @@ def save_mode(mode: str, folder: Path) -> Path:
 
 
 def theirs(source: Path | Image.Image) -> np.ndarray:
-    """The pixels transformers' Qwen2-VL processor takes from the source, before it resizes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on the palette with alpha
-        image = load_image(str(source)) if isinstance(source, Path) else source
-    return np.asarray(convert_to_rgb(image, return_numpy=True))
+    """The pixels transformers' processors take from a Pillow image, or from an upright opened file, before they resize."""
+    if isinstance(source, Path):
+        with Image.open(source) as opened:
+            return theirs(ImageOps.exif_transpose(opened))
+    return np.asarray(convert_to_rgb(source, return_numpy=True))
 
 
 def png(width: int, height: int, data: bytes = b"") -> bytes:
@@ -94,6 +94,17 @@ def test_pillow_image_equals_transformers(mode: str, tmp_path: Path) -> None:
     path = save_mode(mode, tmp_path)
     with Image.open(path) as ours, Image.open(path) as reference:
         np.testing.assert_array_equal(np.asarray(read_image(ours)), theirs(reference))
+
+
+@like_transformers
+@pytest.mark.parametrize("mode", MODES)
+def test_only_alpha_differs_from_a_file_that_transformers_loads(mode: str, tmp_path: Path) -> None:
+    path = save_mode(mode, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on the palette with alpha
+        loaded = np.asarray(convert_to_rgb(load_image(str(path)), return_numpy=True))
+    same = np.array_equal(np.asarray(read_image(path)), loaded)
+    assert same is (mode not in ("LA", "P alpha", "RGBA"))  # load_image drops alpha before the processor sees it
 
 
 @like_transformers
@@ -179,6 +190,20 @@ def test_folder_pipe_and_address(tmp_path: Path) -> None:
     assert "is not a regular file" in refusal(tmp_path / "pipe")
     assert "fetch it" in refusal("https://example.com/a.png")
     assert "fetch it" in refusal("data:image/png;base64,AAAA")
+    assert "fetch it" in refusal("rtsp://camera.local/stream")
+    assert "without file://" in refusal("file:///tmp/a.png")
+
+
+def test_a_file_that_is_removed_between_the_check_and_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "isfile", lambda path: True)
+    assert "There is no image" in refusal(tmp_path / "gone.png")
+
+
+def test_a_file_that_is_removed_after_it_was_opened(tmp_path: Path) -> None:
+    path = save_mode("RGB", tmp_path)
+    with Image.open(path) as image:
+        path.unlink()
+        assert read_image(image).size == (31, 23)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", png(0, 9)])
@@ -186,7 +211,7 @@ def test_no_image(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(data)
     message = refusal(path)
-    assert f"{path} is not an image of a known format." in message
+    assert f"Cannot read {path}: it is not an image of a known format." in message
     assert all(name in message for name in FORMATS)
 
 
@@ -212,7 +237,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def deny(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Image, "open", deny)  # root, as in a container, may read everything
+    monkeypatch.setattr("builtins.open", deny)  # root, as in a container, may read everything
     assert "Change its permissions" in refusal(path)
 
 
@@ -272,7 +297,7 @@ def test_wrong_array(pixels: np.ndarray, words: str) -> None:
     assert words in refusal(pixels)
 
 
-@pytest.mark.parametrize("source", [None, 5, b"image.png", [[1, 2], [3, 4]]])
+@pytest.mark.parametrize("source", [None, 5, b"image.png", bytearray(4), [[1, 2], [3, 4]]])
 def test_wrong_type(source: Any) -> None:
     assert type(source).__name__ in refusal(source)
 
@@ -281,3 +306,117 @@ def test_closed_pillow_file(tmp_path: Path) -> None:
     with Image.open(save_mode("RGB", tmp_path)) as image:
         pass
     assert "Cannot read the given Pillow image" in refusal(image)
+
+
+@pytest.mark.parametrize(("mode", "words"), [("F", "floats (mode F)"), ("I", "32-bit integers (mode I)")])
+def test_pixels_without_a_known_white(mode: str, words: str, tmp_path: Path) -> None:
+    image = Image.new(mode, (4, 3), 700)
+    message = refusal(image)
+    assert words in message and "scaled to 0..255" in message
+    image.save(tmp_path / "image.tif")
+    assert words in refusal(tmp_path / "image.tif")
+    if mode == "I":  # the remedy works as typed
+        assert read_image(image.convert("I;16")).getpixel((0, 0)) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(("tags", "words"), [({258: 12}, "12 bits"), ({258: 16, 262: 0}, "inverted")])
+def test_16_bit_tiffs_that_pillow_reads_with_wrong_levels(tags: dict[int, int], words: str, tmp_path: Path) -> None:
+    entries = {256: 2, 257: 1, 258: 16, 259: 1, 262: 1, 273: 200, 277: 1, 278: 1, 279: 4} | tags
+    header = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    fields = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in sorted(entries.items()))
+    (tmp_path / "image.tif").write_bytes((header + fields + bytes(4)).ljust(200, b"\0") + bytes([255, 15, 0, 255]))
+    assert words in refusal(tmp_path / "image.tif")
+
+
+def test_16_bit_grey_keeps_its_levels(tmp_path: Path) -> None:
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(levels / 257).astype(np.uint8)
+    for name in ("image.png", "image.tif", "image.pgm"):
+        Image.fromarray(levels).save(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / name))[..., 1], expected)
+    image = Image.fromarray(levels)
+    image.save(tmp_path / "key.png", transparency=300)
+    expected.reshape(-1)[300] = 255
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "key.png"))[..., 2], expected)
+
+
+@pytest.mark.parametrize("extension", ["gif", "png", "webp", "tif"])
+def test_the_first_frame_of_an_animation_is_read(extension: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / f"image.{extension}", save_all=True, append_images=frames[1:])
+    red, green, _ = (int(level) for level in np.asarray(read_image(tmp_path / f"image.{extension}"))[3, 4])
+    assert red > 240 and green < 10
+
+
+def test_exif_that_is_broken_or_large_does_not_hide_the_pixels(tmp_path: Path) -> None:
+    image = Image.fromarray(noise(8, 9))
+    for number, exif in enumerate((b"Exif\0\0no TIFF", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b"Exif\0\0" + bytes(65_000))):
+        path = tmp_path / f"{number}.jpg"
+        image.save(path, exif=exif)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read_image(path).size == (9, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on opening
+            opened = Image.open(path)
+        with opened:
+            assert read_image(opened).size == (9, 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (io.StringIO("text"), 'open(path, "rb")'),
+        (io.BytesIO(b""), "not an image of a known format"),
+        (memoryview(b"no image"), "the given memoryview"),
+    ],
+)
+def test_what_holds_no_image_file(source: Any, words: str) -> None:
+    assert words in refusal(source)
+
+
+def test_a_file_object_that_is_closed(tmp_path: Path) -> None:
+    with save_mode("RGB", tmp_path).open("rb") as file:
+        pass
+    assert "closed file" in refusal(file)
+
+
+def test_a_file_object_is_read_from_its_beginning_each_time(tmp_path: Path) -> None:
+    with save_mode("RGB", tmp_path).open("rb") as file:
+        file.seek(50)
+        assert read_image(file) == read_image(file)
+
+
+def iso_file(*brands: bytes) -> bytes:
+    """The beginning of a file of ISO 14496-12 with a major brand and others."""
+    body = brands[0] + bytes(4) + b"".join(brands[1:])
+    return struct.pack(">I", 8 + len(body)) + b"ftyp" + body + b"mdat" + bytes(40)
+
+
+@pytest.mark.parametrize("brands", [(b"heic", b"mif1"), (b"mif1", b"heix"), (b"msf1", b"hevc")])
+def test_heic_names_the_package_that_reads_it(brands: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert "pip install pillow-heif" in refusal(iso_file(*brands))
+
+
+def test_heic_is_read_where_pillow_heif_is(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    path = tmp_path / "image.heic"
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), "red")).save(path)
+    assert read_image(path).size == (64, 48)
+
+
+@pytest.mark.skipif("avif" not in features.modules or not features.check("avif"), reason="this Pillow does not read AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 6), (255, 0, 0, 0)).save(tmp_path / "image.avif")
+    assert read_image(tmp_path / "image.avif").getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("brands", [(b"avif", b"mif1"), (b"mif1", b"avif")])
+def test_avif_names_the_pillow_that_reads_it(brands: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(features.modules, "avif", raising=False)  # as before Pillow 11.3
+    assert 'pip install "pillow>=11.3"' in refusal(iso_file(*brands))
+
+
+def test_another_iso_file_is_no_image() -> None:
+    assert "not an image of a known format" in refusal(iso_file(b"isom", b"mp41"))

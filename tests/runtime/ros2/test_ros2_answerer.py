@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from ros2_doubles import WAIT, FakeModel, Listener, answering, frame
+from ros2_doubles import WAIT, FakeModel, Listener, answering, frame, header
 
 from edgeprune.cli import main
 from edgeprune.errors import EdgePruneError, UsageError, install_command
@@ -60,6 +60,67 @@ def test_without_a_frame_the_error_is_reported_and_nothing_is_answered() -> None
         listener.wait_for_value("answers", "1")
         assert listener.reports[-1].level == OK
         assert listener.values["last error"] == values["last error"]
+
+
+def test_refused_frames_are_the_cause_of_a_question_without_a_frame() -> None:
+    with answering(FakeModel(), frame_timeout=0.05) as (answerer, listener):
+        depth = frame(1)
+        depth.encoding = "16UC1"
+        answerer.image(depth)
+        answerer.prompt("what?")
+        values = listener.wait_for_value("questions failed", "1")
+        assert "No frame came that could be read. Images of encoding '16UC1' cannot be read." in values["last error"]
+        answerer.image(frame(2))
+        answerer.prompt("and now?")
+        listener.wait_for_value("answers", "1")
+        answerer.prompt("and then?")
+        assert "No new frame came" in listener.wait_for_value("questions failed", "2")["last error"]
+
+
+@pytest.mark.parametrize("on_busy", ["cancel", "queue"])
+def test_a_question_that_cannot_be_read_fails_in_its_turn(on_busy: str) -> None:
+    with answering(FakeModel(), on_busy=on_busy) as (answerer, listener):
+        answerer.report_error("question", "A message on /prompt cannot be read: it is not UTF-8 text.")
+        values = listener.wait_for_value("questions failed", "1")
+        assert (values["questions"], listener.pieces, listener.answers) == ("1", [""], [])
+        assert values["last error"] == "A message on /prompt cannot be read: it is not UTF-8 text."
+        assert listener.reports[-1].level == ERROR
+
+
+def test_a_publisher_that_is_not_heard_is_reported() -> None:
+    with answering(FakeModel()) as (answerer, listener):
+        answerer.report_unheard("frame", "A publisher on /image is not heard.")
+        answerer.publish_diagnostics()
+        assert (listener.values["publishers unheard"], listener.values["frames refused"]) == ("1", "0")
+        assert (listener.reports[-1].level, listener.reports[-1].message) == (WARN, "A publisher on /image is not heard.")
+
+
+@pytest.mark.parametrize(
+    ("stamp", "captured"),
+    [(999_998.5, 999_998.5), (0.0, 1e6), (1_000_000.5, 1e6), (1e6 - 86_401, 1e6), (1e6 - 86_399, 1e6 - 86_399)],
+    ids=["stamped", "no stamp", "of the future", "of another clock", "old"],
+)
+@pytest.mark.parametrize("early", [False, True])
+def test_a_frame_is_as_old_as_its_stamp_on_the_ros_clock(stamp: float, captured: float, early: bool) -> None:
+    model, loaded, listener, now = FakeModel(), threading.Event(), Listener(), [1e6]
+
+    def load(on_phase: Callable[[str], None]) -> Any:
+        assert loaded.wait(WAIT)
+        return model
+
+    answerer = QuestionWorker(load, listener.outlets(), frame_timeout=WAIT, clock=lambda: now[0])
+    answerer.start()
+    if not early:
+        loaded.set()
+        listener.wait_for_value("phase", "ready")
+    answerer.image(frame(1, stamp))
+    now[0] += 2
+    loaded.set()
+    answerer.prompt("what?")
+    listener.wait_for_value("answers", "1")
+    assert model.shots[0].captured == pytest.approx(captured, abs=1e-3)
+    assert model.shots[0].age_ms == pytest.approx(1e3 * (now[0] - captured), abs=1)
+    answerer.close()
 
 
 def test_the_newest_question_cancels_the_one_being_answered() -> None:
@@ -116,10 +177,10 @@ def test_an_image_that_cannot_be_read_is_reported_until_a_good_one_comes() -> No
         bad = frame(1)
         bad.data = b"123"
         answerer.image(bad)
-        answerer.compressed(SimpleNamespace(format="jpeg", data=b"x"))
+        answerer.compressed(SimpleNamespace(format="jpeg", data=b"x", header=header()))
         answerer.publish_diagnostics()
         assert listener.reports[-1].level == WARN
-        assert "neither JPEG nor PNG" in listener.reports[-1].message
+        assert "Known are: JPEG, PNG" in listener.reports[-1].message
         assert (listener.values["frames refused"], listener.values["frames received"]) == ("2", "0")
         answerer.image(frame(1))
         answerer.publish_diagnostics()

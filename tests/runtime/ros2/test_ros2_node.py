@@ -22,7 +22,7 @@ from ros2_peer import LOOPBACK, WAIT, Peer
 from edgeprune.bundle import Bundle
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.media.frames import NV12
-from edgeprune.runtime.ros2.messages import CompressedImage, Header, Image, String, Time
+from edgeprune.runtime.ros2.messages import Clock, CompressedImage, Header, Image, String, Time
 
 PROMPT = "What colour is the cube?"
 TOKENS = 100
@@ -38,7 +38,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def node(tiny_bundle: Bundle) -> Iterator[subprocess.Popen[str]]:
-    options = ["--node", "/robot/eye", "--max-tokens", TOKENS, "--frame-timeout", 0.5, "--threads", 1]
+    options = ["--node", "/robot/eye", "--max-tokens", TOKENS, "--frame-timeout", 0.5, "--threads", 1, "--use-sim-time"]
     process = start(tiny_bundle.path, *options)
     try:
         yield process
@@ -95,11 +95,14 @@ def test_images_of_every_encoding_give_the_answer_of_a_direct_call(peer: Peer, r
     pixels = noise(1)
     expected = direct(runtime, pixels)
     assert expected != direct(runtime, noise(2))
-    alpha = np.full((84, 112, 1), 30, np.uint8)
+    alpha = noise(4)[..., :1]
+    on_white = direct(runtime, np.concatenate([pixels, alpha], axis=2))
     assert asked_about(peer, message(pixels, "rgb8")) == expected
     assert asked_about(peer, message(pixels[..., ::-1], "bgr8", padding=16)) == expected
-    assert asked_about(peer, message(np.concatenate([pixels, alpha], axis=2), "rgba8")) == expected
-    assert asked_about(peer, message(np.concatenate([pixels[..., ::-1], alpha], axis=2), "bgra8")) == expected
+    assert asked_about(peer, message(np.concatenate([pixels, alpha], axis=2), "rgba8")) == on_white
+    assert asked_about(peer, message(np.concatenate([pixels[..., ::-1], alpha], axis=2), "bgra8")) == on_white
+    deep = np.frombuffer((pixels[..., 0].astype("<u2") * 257).tobytes(), np.uint8).reshape(84, 224)
+    assert asked_about(peer, message(deep, "mono16", padding=3)) == direct(runtime, pixels[..., 0])
     assert asked_about(peer, message(pixels[..., 0], "mono8", padding=3)) == direct(runtime, pixels[..., 0])
     planes = np.concatenate([pixels[..., 0], pixels[:42, :, 1]])
     frame = NV12(planes.tobytes(), 112, 84)
@@ -165,7 +168,7 @@ def test_messages_that_cannot_be_read_do_not_stop_the_node(peer: Peer, runtime: 
     bad: list[dict[str, Any]] = [
         {"step": 3},
         {"height": 85},
-        {"encoding": "yuyv"},
+        {"encoding": "16UC1"},
         {"width": 0},
         {"data": b""},
         {"encoding": "nv12"},
@@ -176,11 +179,37 @@ def test_messages_that_cannot_be_read_do_not_stop_the_node(peer: Peer, runtime: 
     assert peer.statuses[-1].level == 1
     broken = String()
     broken.serialize = lambda **_: bytes.fromhex("00010000 03000000 fffe00")
+    peer.pieces.clear()
     peer.send(broken)  # no UTF-8
     peer.wait_for_value("questions failed", failed + 1)
-    assert "/robot/eye/prompt cannot be read" in peer.values["last error"]
+    assert peer.values["last error"] == "A message on /robot/eye/prompt cannot be read: it is not UTF-8 text."
+    peer.wait(lambda: peer.pieces == [""])  # whoever asked knows that nothing comes
     assert asked_about(peer, good) == direct(runtime, noise(40))
     peer.wait(lambda: peer.statuses[-1].level == 0)
+
+
+def test_a_camera_of_best_effort_is_heard_and_such_a_question_is_reported(peer: Peer) -> None:
+    received, unheard = peer.counted("frames received"), peer.counted("publishers unheard")
+    film, ask = peer.send_best_effort("/robot/image"), peer.send_best_effort("/robot/eye/prompt")
+    good = message(noise(1), "rgb8")
+    peer.wait(lambda: peer.counted("frames received") > received, again=lambda: film(good))
+    ask(String(PROMPT))
+    peer.wait_for_value("publishers unheard", unheard + 1)
+    assert peer.values["last error"] == (
+        "A publisher on /robot/eye/prompt is not heard: its QoS (reliability) does not match. Publish it as reliable."
+    )
+
+
+def test_the_age_of_a_frame_counts_on_the_clock_of_the_simulation(peer: Peer) -> None:
+    still = message(noise(1), "rgb8")
+    still.header.stamp = Time(98, 0)
+
+    def ask() -> None:
+        peer.send(Clock(Time(100, 0)))
+        asked_about(peer, still)
+
+    peer.wait(lambda: float(peer.values["frame age ms"] or 0) >= 2000, again=ask)  # once the node hears the clock
+    assert float(peer.values["frame age ms"]) < 2000 + 1000 * WAIT
 
 
 def test_it_stops_when_asked_to(peer: Peer, node: subprocess.Popen[str]) -> None:
@@ -205,6 +234,20 @@ def test_interrupting_it_while_it_loads_is_no_error(tiny_bundle: Bundle) -> None
     _, errors = process.communicate(timeout=WAIT)
     assert process.returncode == 0
     assert "Traceback" not in errors
+
+
+def test_a_failure_of_the_thread_that_hears_ends_the_process(tiny_bundle: Bundle) -> None:
+    code = (
+        "import sys; from edgeprune.runtime.ros2 import node; from edgeprune.runtime.ros2.service import serve\n"
+        "def fail(*_): raise RuntimeError('a bug')\n"
+        "node._Source.take = fail\n"
+        "serve(sys.argv[1])"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_bundle.path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=WAIT
+    )
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == "RuntimeError: a bug"
 
 
 def test_a_bundle_that_is_none_is_one_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.media.feed import Feed
+from edgeprune.runtime.media.feed import Feed, Shot
 from edgeprune.runtime.ros2.answerer import OutputCallbacks, QuestionWorker
 from edgeprune.runtime.ros2.diagnostics import DiagnosticReport
 from edgeprune.runtime.telemetry.receipt import Receipt, Times
@@ -54,12 +54,14 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
+        self.shots: list[Shot] = []
         self.options: dict[str, Any] = {}
         self.gate = threading.Event()
         self.gate.set()
 
     def ask_latest(self, feed: Feed, prompt: str, *, timeout: float, **options: Any) -> FakeStream:
         shot = feed.take(timeout=timeout)
+        self.shots.append(shot)
         if not prompt.strip():
             raise UsageError("The prompt is empty.")
         if prompt == "bug":
@@ -106,8 +108,14 @@ class Listener:
         return dict(self.reports[-1].values)
 
 
-def frame(number: int) -> Any:
-    return SimpleNamespace(encoding="mono8", height=2, width=2, step=2, data=bytes([number] * 4))
+def header(seconds: float = 0.0) -> Any:
+    whole = int(seconds)
+    return SimpleNamespace(stamp=SimpleNamespace(sec=whole, nanosec=round(1e9 * (seconds - whole))))
+
+
+def frame(number: int, stamp: float = 0.0) -> Any:
+    pixels = bytes([number] * 4)
+    return SimpleNamespace(header=header(stamp), encoding="mono8", height=2, width=2, step=2, is_bigendian=0, data=pixels)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Node:
 
     def get_clock(self) -> Any:
         """Return a clock that stands."""
-        return SimpleNamespace(now=lambda: SimpleNamespace(to_msg=lambda: "now"))
+        return SimpleNamespace(now=lambda: SimpleNamespace(to_msg=lambda: "now", nanoseconds=5 * 10**9))
 
     def destroy_node(self) -> None:
         """Note it."""
@@ -119,6 +119,10 @@ class DiagnosticArray:
     status: list[DiagnosticStatus] = field(default_factory=list)
 
 
+def _unstamped() -> Any:
+    return SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=0))
+
+
 @dataclass
 class Image:
     """sensor_msgs/Image."""
@@ -128,6 +132,8 @@ class Image:
     encoding: str = ""
     step: int = 0
     data: Any = b""
+    is_bigendian: int = 0
+    header: Any = field(default_factory=_unstamped)
 
 
 @dataclass
@@ -136,6 +142,7 @@ class CompressedImage:
 
     format: str = ""
     data: Any = b""
+    header: Any = field(default_factory=_unstamped)
 
 
 SENSOR_DATA = object()

@@ -13,7 +13,7 @@ from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 
-from edgeprune.runtime.ros2.messages import CompressedImage, DiagnosticArray, Image, String
+from edgeprune.runtime.ros2.messages import Clock, CompressedImage, DiagnosticArray, Image, String
 
 LOOPBACK = (
     "<CycloneDDS><Domain><General><AllowMulticast>false</AllowMulticast>"
@@ -37,8 +37,10 @@ class Peer:
                 (Image, f"{namespace}/image"),
                 (CompressedImage, f"{namespace}/image/compressed"),
                 (String, f"{node}/prompt"),
+                (Clock, "/clock"),
             )
         }
+        self._best_effort: list[Any] = []
         self.answers: list[str] = []
         self.pieces: list[str] = []
         self.statuses: list[Any] = []
@@ -66,6 +68,14 @@ class Peer:
         """Publish a message on the topic of its type."""
         self._writers[type(message)].write(message)
 
+    def send_best_effort(self, topic: str) -> Callable[[Any], None]:
+        """Return a function that publishes on a topic with best effort, as cameras do."""
+        qos = Qos(Policy.Reliability.BestEffort, Policy.History.KeepLast(1))
+        kind = String if topic.endswith("prompt") else Image
+        writer = DataWriter(self._participant, Topic(self._participant, f"rt{topic}", kind), qos=qos)
+        self._best_effort.append(writer)
+        return lambda message: writer.write(message)
+
     def wait(self, condition: Callable[[], bool], again: Callable[[], None] = lambda: None) -> None:
         """Take in what comes until the condition holds; `again` is called now and then meanwhile."""
         end = time.monotonic() + WAIT
@@ -92,6 +102,7 @@ class Peer:
         """Leave the domain."""
         self._readers.clear()
         self._writers.clear()
+        self._best_effort.clear()
         del self._waiting
         self._conditions.clear()
         del self._participant, self._domain

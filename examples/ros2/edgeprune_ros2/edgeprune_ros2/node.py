@@ -34,7 +34,8 @@ class AnswerNode(Node):  # type: ignore[misc]
         self._pieces = self.create_publisher(String, "~/answer/pieces", DEPTH)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", DEPTH)
         outlets = OutputCallbacks(self._piece, self._answer, self._report)
-        self.answerer = QuestionWorker(self._load, outlets, **{name: value for name, value in options.items() if value})
+        given = {name: value for name, value in options.items() if value}
+        self.answerer = QuestionWorker(self._load, outlets, clock=self._seconds, **given)
         self.create_subscription(Image, "image", self.answerer.image, qos_profile_sensor_data)
         self.create_subscription(CompressedImage, "image/compressed", self.answerer.compressed, qos_profile_sensor_data)
         self.create_subscription(String, "~/prompt", lambda message: self.answerer.prompt(message.data), DEPTH)
@@ -43,6 +44,9 @@ class AnswerNode(Node):  # type: ignore[misc]
 
     def _load(self, on_phase: OnPhase) -> Runtime:
         return load(self._bundle, threads=self._threads or None, warm_up=True, on_phase=on_phase)
+
+    def _seconds(self) -> float:
+        return 1e-9 * float(self.get_clock().now().nanoseconds)  # of /clock where use_sim_time is set
 
     def _tick(self) -> None:
         if self.answerer.failure is not None:
