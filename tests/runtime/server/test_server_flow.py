@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-from server_double import NAME, PATIENCE, Double, ask, client, figure, serving, user, wait_until
+from PIL import Image
+from server_double import NAME, PATIENCE, Double, ask, client, data_url, figure, serving, user, wait_until
 
 from edgeprune.errors import BundleError, UsageError
+from edgeprune.runtime import PreparedImage
 from edgeprune.runtime.server import ServerLimits
 from edgeprune.runtime.server.process import Server, ServerOptions
 
@@ -200,3 +202,71 @@ def test_what_does_not_end_in_time_is_cancelled() -> None:
     thread.join(PATIENCE)
     assert answers[0].json()["edgeprune"]["finish_reason"] == "cancelled"
     assert answers[0].json()["choices"][0]["finish_reason"] == "length"
+
+
+class Slow(Double):
+    """A double that prepares images slowly, or not before `ready` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preparing, self.ready = threading.Semaphore(0), threading.Event()
+
+    def prepare(self, images: Sequence[Image.Image], *, fit: str) -> PreparedImage:
+        self.preparing.release()
+        assert self.ready.wait(PATIENCE)
+        return super().prepare(images, fit=fit)
+
+
+PICTURE = data_url(Image.new("RGB", (84, 56)))
+
+
+def test_preparing_images_counts_against_the_deadline() -> None:
+    double = Slow()
+    with serving(double) as url:
+        threading.Timer(0.2, double.ready.set).start()
+        body = {"messages": [user("x", PICTURE)], "deadline_ms": 100}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "deadline_passed" and double.order == []
+
+
+def test_a_client_that_goes_away_while_its_images_are_prepared_frees_its_place() -> None:
+    double = Slow()
+    with serving(double, limits=ServerLimits(per_client=1)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json={"messages": [user("first", *[PICTURE] * 3)]}, timeout=0.3)
+        assert double.preparing.acquire(timeout=PATIENCE)
+        for _ in range(200):  # the server hears of it within milliseconds
+            answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [user("second")]}, timeout=PATIENCE)
+            if answer.status_code != 429:
+                break
+        assert answer.status_code == 200 and double.order == ["second"]
+        double.ready.set()
+    assert not double.preparing.acquire(timeout=0.1)  # its other images were not looked at
+
+
+def test_one_clients_images_do_not_hold_up_others() -> None:
+    double = Slow()
+    with serving(double, keys=KEYS, parallel=1) as url:
+        with asking_in_threads(url, [user("a", PICTURE)] * 4, KEYS[0]) as answers:
+            assert double.preparing.acquire(timeout=PATIENCE)
+            body = {"messages": [user("b")]}
+            other = httpx.post(f"{url}/v1/chat/completions", json=body, headers=bearer(KEYS[1]), timeout=PATIENCE)
+            assert other.status_code == 200 and double.order == ["b"]
+            double.ready.set()
+        assert [answer.status_code for answer in answers] == [200] * 4
+
+
+@contextmanager
+def asking_in_threads(url: str, messages: Sequence[object], key: str) -> Iterator[list[httpx.Response]]:
+    answers: list[httpx.Response] = []
+
+    def ask(message: object) -> None:
+        body = {"messages": [message]}
+        answers.append(httpx.post(f"{url}/v1/chat/completions", json=body, headers=bearer(key), timeout=PATIENCE))
+
+    threads = [threading.Thread(target=ask, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    yield answers
+    for thread in threads:
+        thread.join(PATIENCE)
