@@ -27,6 +27,8 @@ from edgeprune.runtime.text.prompt import ImagePlaceholders, Message
 from edgeprune.runtime.text.tokenizer import reject_control_tokens
 
 ROLES = ("system", "user", "assistant")
+_CHARS_PER_TOKEN = 16  # more than texts have
+_JOINT = 16  # tokens that a text may have more where it is tokenized in two parts
 _LARGE = 3  # times the bundle's pixels, whose float32 patches then take less memory than the image
 
 
@@ -34,7 +36,7 @@ _LARGE = 3  # times the bundle's pixels, whose float32 patches then take less me
 class PreparedImage:
     """An image, or the frames of a video, ready for the vision encoder.
 
-    `patches`: returns the array [patches, patch pixels]. `key`: a hash of the pixels and the fit mode, None without a cache.
+    `patches`: returns the array [patches, patch pixels]. `key`: a hash of the fitted pixels, None without a cache.
     """
 
     patches: Callable[[], np.ndarray]
@@ -50,8 +52,8 @@ def prepare_image(pipeline: Pipeline, image: Image.Image | Sequence[Image.Image]
     frames = [image] if isinstance(image, Image.Image) else list(image)
     if len(frames) != geometry.frames:
         raise UsageError(f"The bundle takes {geometry}, not {len(frames)} at once.", hint="Give as many frames as it says.")
-    key = image_hash(frames, how) if pipeline.state.feature_cache.budget else None
     fitted = [fit(frame, geometry, how, spec) for frame in frames]
+    key = image_hash(fitted, how) if pipeline.state.feature_cache.budget else None
     if compact and sum(frame.width * frame.height for frame in fitted) > _LARGE * len(fitted) * geometry.width * geometry.height:
         patches = spec.patches(fitted)
         return PreparedImage(lambda: patches, key)
@@ -278,6 +280,7 @@ class Conversation:
         # Ids of the entire conversation with the new messages. Raises UsageError before any state changes.
         messages, images = [*self._messages, *new_messages], len(self._images) + new_images
         prompt = self._pipeline.chat_template.render(messages, add_generation_prompt=True, **self._pipeline.special_tokens)
+        self._check_length(prompt)
         ids = self._pipeline.tokenizer.encode_prompt(self._layout.expand(prompt), self._pipeline.special_tokens.get("bos_token"))
         if self._layout.count(ids) != images:
             raise UsageError("The chat template of this model does not place one image token for each image.")
@@ -288,6 +291,19 @@ class Conversation:
                 hint="Begin a new one, or ask with fewer images.",
             )
         return ids
+
+    def _check_length(self, prompt: str) -> None:
+        # Tokens take hundreds of bytes each. A text far beyond the context is refused before all of it has become tokens.
+        context = self._pipeline.decoder.context
+        step = _CHARS_PER_TOKEN * context
+        count = 0
+        for part, begin in enumerate(range(0, len(prompt) if len(prompt) > step else 0, step), start=1):
+            count += len(self._pipeline.tokenizer.encode(prompt[begin : begin + step]))
+            if count > context + _JOINT * part:
+                raise UsageError(
+                    f"The conversation would be more than {count - _JOINT * part} tokens long, but the model takes {context}.",
+                    hint="Begin a new one, or ask for less at once.",
+                )
 
     def _prepare_prefill(self, ids: list[int], new_images: list[ImageInput], request: Request) -> Prefill:
         # Encodes the images and chooses the tier before any state changes. The prefill may have to restart from the first token.

@@ -7,14 +7,16 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from edgeprune.errors import EdgePruneError
 from edgeprune.runtime import Runtime, Sampling
 from edgeprune.runtime.server.access import CLIENT
-from edgeprune.runtime.server.errors import ApiError, ServerLimits, disconnected, limit_exceeded
+from edgeprune.runtime.server.errors import ApiError, ServerLimits, api_error_of, disconnected, limit_exceeded
 from edgeprune.runtime.server.jobs import AnswerJob, DoneEvent, ErrorEvent, Event, job_on_loop
 from edgeprune.runtime.server.request_mapping import AnswerRequest, Prepare, answer_request, sampling_options
 from edgeprune.runtime.server.responses import Completion, event
@@ -104,15 +106,18 @@ class Completions:
                 raise disconnected()
 
         prepare = partial(model.prepare, fit=self._service.fit)
-        work = partial(_validated_request, body, model, self._service.limits, prepare, check)
+        work = partial(_validated_or_refused, body, model, self._service.limits, prepare, check)
         preparation = asyncio.create_task(self._service.preparation.run(client, work))
         try:
             await asyncio.wait((preparation, disconnect), return_when=asyncio.FIRST_COMPLETED)
             if not preparation.done():
                 raise disconnected()
-            return preparation.result()
         finally:
             preparation.cancel()
+        result = preparation.result()
+        if isinstance(result, ApiError):
+            raise result
+        return result
 
     def _abandon(self, client: str, job: AnswerJob) -> None:
         if self._service.queue.drop(client, job):
@@ -123,6 +128,18 @@ class Completions:
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _validated_or_refused(*arguments: Any) -> AnswerRequest | ApiError:
+    # An error is returned without its traceback, whose frames would keep the images until the next garbage collection.
+    try:
+        return _validated_request(*arguments)
+    except ApiError as error:
+        refusal = error
+    except EdgePruneError as error:
+        refusal = api_error_of(error)
+    refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
+    return refusal
 
 
 def _validated_request(

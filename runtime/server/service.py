@@ -18,6 +18,7 @@ from edgeprune.runtime.server.jobs import AnswerJob, FairQueue
 
 T = TypeVar("T")
 READY = ("ready", "busy")
+_PREPARING = 2  # requests whose images are decoded at a time
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # histogram buckets of the time in the queue
 
 
@@ -38,7 +39,7 @@ class Service:
     ) -> None:
         self.limits, self.fit = limits, fit
         self.queue = FairQueue[AnswerJob](limits, parallel)
-        self.preparation = Preparation(parallel + 1)
+        self.preparation = Preparation()
         self.stopping = False
         self._open_model, self._failed, self._parallel = open_model, failed, parallel
         self._phase = "loading"
@@ -127,20 +128,23 @@ class Service:
 
 
 class Preparation:
-    """Threads that validate requests and decode their images, `threads` at a time, so that memory for decoding is bounded.
+    """Threads that validate requests and decode their images, few at a time, so that memory for decoding is bounded.
 
     Each client has one request in preparation at a time: one with many large images delays its own requests before those of others.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="preparing")
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_PREPARING, thread_name_prefix="preparing")
         self._clients: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
         """Return the result of `work`, or raise its error."""
         lock = self._clients.setdefault(client, asyncio.Lock())
-        async with lock:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        await lock.acquire()
+        thread = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        # A thread cannot be cancelled. Until it has ended, also for nobody, its client begins no other.
+        thread.add_done_callback(lambda done: (lock.release(), done.cancelled() or done.exception()))
+        return await asyncio.shield(thread)
 
     def close(self) -> None:
         """End the threads once they are idle."""

@@ -358,3 +358,22 @@ def test_compiling_a_grammar_counts_against_the_deadline(runtime: Runtime, tiny_
     vars(pipeline)["grammars"] = Slow()
     stream = Runtime(pipeline).stream(tiny_image, PROMPT, choices=["a"], deadline_ms=150)
     assert "".join(stream) == "" and stream.receipt.finish_reason == "deadline" and stream.receipt.generated_tokens <= 1
+
+
+@pytest.mark.parametrize("word", ["word ", "w", " ", "é"])
+def test_a_text_far_beyond_the_context_is_refused_without_making_it_tokens(
+    word: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, longest = runtime._pipeline.tokenizer, list[int]()
+    encode = tokenizer.encode
+
+    def noted(text: str) -> list[int]:
+        longest.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", noted)
+    monkeypatch.setattr(tokenizer, "encode_prompt", None)
+    context = runtime._pipeline.decoder.context
+    with pytest.raises(UsageError, match=f"but the model takes {context}"):
+        "".join(runtime.chat().ask("Hello." + word * 200_000))
+    assert longest and max(longest) <= 16 * context

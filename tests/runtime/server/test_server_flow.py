@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -231,17 +233,39 @@ def test_preparing_images_counts_against_the_deadline() -> None:
 
 def test_a_client_that_goes_away_while_its_images_are_prepared_frees_its_place() -> None:
     double = Slow()
-    with serving(double, limits=ServerLimits(per_client=1)) as url:
+    path = "/v1/chat/completions"
+    with serving(double, keys=KEYS, limits=ServerLimits(queue=0)) as url:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/chat/completions", json={"messages": [user("first", *[PICTURE] * 3)]}, timeout=0.3)
+            body = {"messages": [user("first", *[PICTURE] * 3)]}
+            httpx.post(url + path, json=body, headers=bearer(KEYS[0]), timeout=0.3)
         assert double.preparing.acquire(timeout=PATIENCE)
         for _ in range(200):  # the server hears of it within milliseconds
-            answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [user("second")]}, timeout=PATIENCE)
+            body = {"messages": [user("second")]}
+            answer = httpx.post(url + path, json=body, headers=bearer(KEYS[1]), timeout=PATIENCE)
             if answer.status_code != 429:
                 break
         assert answer.status_code == 200 and double.order == ["second"]
         double.ready.set()
-    assert not double.preparing.acquire(timeout=0.1)  # its other images were not looked at
+        assert not double.preparing.acquire(timeout=0.1)  # its other images were not looked at
+
+
+def test_the_images_of_a_refused_request_are_not_kept() -> None:
+    seen = list[weakref.ref[Image.Image]]()
+
+    class Refusing(Double):
+        def prepare(self, images: Sequence[Image.Image], *, fit: str) -> PreparedImage:
+            seen.extend(map(weakref.ref, images))
+            raise UsageError("Another shape.")
+
+    with serving(Refusing()) as url:
+        gc.collect()
+        gc.disable()
+        try:
+            answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [user("x", PICTURE)]}, timeout=PATIENCE)
+            assert answer.status_code == 400 and "Another shape" in answer.text
+            assert len(seen) == 1 and seen[0]() is None
+        finally:
+            gc.enable()
 
 
 def test_one_clients_images_do_not_hold_up_others() -> None:
