@@ -143,7 +143,7 @@ class Preparation:
         await lock.acquire()
         thread = asyncio.get_running_loop().run_in_executor(self._threads, work)
         # A thread cannot be cancelled. Until it has ended, also for nobody, its client begins no other.
-        thread.add_done_callback(lambda done: (lock.release(), done.cancelled() or done.exception()))
+        thread.add_done_callback(lambda _: lock.release())
         return await asyncio.shield(thread)
 
     def close(self) -> None:

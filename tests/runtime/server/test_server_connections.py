@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -103,7 +105,7 @@ def test_the_longest_idle_connection_gives_way() -> None:
 
 
 def test_connections_fit_the_files_that_the_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections.resource, "getrlimit", lambda which: (100, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (100, 4096))
     assert connections.connection_limit(256) == 36 and connections.connection_limit(20) == 20
 
 
@@ -150,7 +152,7 @@ def test_forwarded_names_count_only_from_a_proxy_that_is_named(named: bool) -> N
 
 
 @pytest.mark.parametrize("options", [{}, {"no_auth": True}, {"keys": ("sesame",)}, {"host": "::1", "no_auth": True}])
-def test_a_loopback_address_answers_only_to_its_own_names(options: dict[str, object]) -> None:
+def test_a_loopback_address_answers_only_to_its_own_names(options: dict[str, Any]) -> None:
     with serving(Double(), **options) as url:
         for name in ("rebound.example", "rebound.example:80", "127.0.0.1.example", "[::2]:8000", ""):
             assert httpx.get(f"{url}/health", headers={"host": name}).status_code == 403, name

@@ -213,7 +213,7 @@ class Slow(Double):
         super().__init__()
         self.preparing, self.ready = threading.Semaphore(0), threading.Event()
 
-    def prepare(self, images: Sequence[Image.Image], *, fit: str) -> PreparedImage:
+    def prepare(self, images: Sequence[Image.Image], *, fit: str = "exact") -> PreparedImage:
         self.preparing.release()
         assert self.ready.wait(PATIENCE)
         return super().prepare(images, fit=fit)
@@ -253,7 +253,7 @@ def test_the_images_of_a_refused_request_are_not_kept() -> None:
     seen = list[weakref.ref[Image.Image]]()
 
     class Refusing(Double):
-        def prepare(self, images: Sequence[Image.Image], *, fit: str) -> PreparedImage:
+        def prepare(self, images: Sequence[Image.Image], *, fit: str = "exact") -> PreparedImage:
             seen.extend(map(weakref.ref, images))
             raise UsageError("Another shape.")
 

@@ -47,7 +47,7 @@ class Double:
     def watch(self, watcher: Callable[[Receipt], None]) -> None:
         self._watchers.append(watcher)
 
-    def prepare(self, images: Sequence[Image.Image], *, fit: str) -> PreparedImage:
+    def prepare(self, images: Sequence[Image.Image], *, fit: str = "exact") -> PreparedImage:
         pixels = np.stack([np.asarray(image) for image in images])
         return PreparedImage(lambda: pixels, None)
 
