@@ -224,8 +224,14 @@ PICTURE = data_url(Image.new("RGB", (84, 56)))
 
 def test_preparing_images_counts_against_the_deadline() -> None:
     double = Slow()
+
+    def prepare_late() -> None:
+        assert double.preparing.acquire(timeout=PATIENCE)
+        threading.Event().wait(0.15)
+        double.ready.set()
+
     with serving(double) as url:
-        threading.Timer(0.2, double.ready.set).start()
+        threading.Thread(target=prepare_late).start()
         body = {"messages": [user("x", PICTURE)], "deadline_ms": 100}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "deadline_passed" and double.order == []
