@@ -13,7 +13,7 @@ if __name__ != "edgeprune.runtime":
 from edgeprune.errors import renamed as _renamed
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Answer, Chat, Runtime
-from edgeprune.runtime.generation.conversation import Stream, Turn
+from edgeprune.runtime.generation.conversation import PreparedImage, Stream, Turn
 from edgeprune.runtime.generation.request import RequestLimits
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.feed import Feed, FeedClosed, FeedError, FeedTimeout, Shot
@@ -29,6 +29,7 @@ __all__ = [
     "FeedClosed",
     "FeedError",
     "FeedTimeout",
+    "PreparedImage",
     "Receipt",
     "RequestLimits",
     "Runtime",

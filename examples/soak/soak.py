@@ -20,6 +20,7 @@ from soaking.inside import cancelled
 from soaking.pool import drawn_pool
 from soaking.report import draw, table
 from soaking.server import Process, Sampler, serving
+from soaking.siege import besieged
 
 PARALLEL, QUEUE, PER_CLIENT, KEYS = 2, 8, 3, 4
 
@@ -45,6 +46,11 @@ def soaked(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found = account.outcomes([load.outcomes(number) for number in range(options.processes)])
     tally = account.tallied(found)
     tally["faults"]["hung"] += hung
+    siege = None
+    if options.siege:
+        siege = besieged(
+            options.bundle, pool, folder / "siege", minutes=options.siege, threads=options.threads, most=options.slowdown
+        )
     inside = cancelled(options.bundle, options.seed, readers=PARALLEL, answers=options.inside, threads=options.threads)
     return {
         "minutes": options.minutes,
@@ -54,6 +60,7 @@ def soaked(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "resources": account.resources(sampler.samples),
         "cancels": account.latencies(account.cancels(found, folder / "cancels.jsonl")),
         "inside": account.latencies_inside(inside),
+        "siege": siege,
         "samples": account.drawn(sampler.samples),
     }
 
@@ -91,6 +98,8 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=lambda text: Path(text).resolve())
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--siege", type=float, default=5.0, help="Minutes of an honest client beside hostile ones; 0 for none.")
+    parser.add_argument("--slowdown", type=float, default=3.0, help="Times that its answers may not take, against those at rest.")
     parser.add_argument("--seed", type=int, default=1, help="Of the questions, and of what the clients do.")
     parser.add_argument("--processes", type=int, default=2, help="Of clients.")
     parser.add_argument("--clients", type=int, default=6, help="Threads of each process; each makes one request after the other.")
@@ -107,7 +116,7 @@ def _parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parse the command line, soak, tell; the exit status is 1 when anything was lost, crossed, wrong or hung."""
+    """Parse the command line, soak, tell; the exit status is 1 when anything was lost, crossed, wrong, hung or held up."""
     options = _parsed()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -120,6 +129,9 @@ def main() -> None:
     print(table(report))
     print(*report["tally"]["told"], sep="\n", file=sys.stderr)
     faults = sum(report["tally"]["faults"].values()) + report["tally"]["answers twice"] + len(report["agreement"]["differences"])
+    if report["siege"]:
+        print(*report["siege"]["faults"], sep="\n", file=sys.stderr)
+        faults += len(report["siege"]["faults"])
     sys.exit(1 if faults else 0)
 
 

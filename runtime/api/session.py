@@ -11,7 +11,15 @@ from PIL import Image
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
-from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames, Stream, Turn
+from edgeprune.runtime.generation.conversation import (
+    Conversation,
+    ImageOrFrames,
+    PreparedImage,
+    Prompt,
+    Stream,
+    Turn,
+    prepare_image,
+)
 from edgeprune.runtime.generation.pipeline import Pipeline, ReceiptCallback, SharedState
 from edgeprune.runtime.generation.request import LatencyEstimate, RequestLimits
 from edgeprune.runtime.generation.sampling import Sampling
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
 _WARM_UP_TOKENS = 4
 _GREY = (128, 128, 128)
 
-ImageOrImages = ImageSource | Sequence[ImageSource]
+ImageOrImages = ImageSource | PreparedImage | Sequence[ImageSource | PreparedImage]
 
 
 @dataclass(frozen=True)
@@ -172,8 +180,17 @@ class Runtime:
 
         `history`: earlier turns, for example a system prompt. Raises UsageError and ImageError.
         """
-        read = [replace(turn, images=_read_images(turn.images, self.kind)) for turn in history]
+        kind = self.kind
+        read = [replace(turn, text=_read_prompt(turn.text), images=_read_images(turn.images, kind)) for turn in history]
         return Chat(Conversation(self._pipeline, prune=prune, fit=fit, history=read))
+
+    def prepare(self, image: ImageOrImages, *, fit: str = "exact") -> PreparedImage:
+        """Return an image, or the frames of a video, in the form that waits in little memory, for turns and prompts of this model.
+
+        It holds the pixels at about the bundle's size, not those of the source. Raises ImageError and UsageError.
+        """
+        frames = [read_image(source) for source in _as_list(image)]
+        return prepare_image(self._pipeline, frames, fit, compact=True)
 
 
 class Chat:
@@ -182,20 +199,33 @@ class Chat:
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 
-    def ask(self, prompt: str, image: ImageOrImages | None = None, **options: Any) -> Stream:
+    def ask(self, prompt: Prompt, image: ImageOrImages | None = None, **options: Any) -> Stream:
         """Start the next user turn, with or without new images. Exhaust the stream before the next call.
 
-        `image`: an image or a list of them; for a video bundle, the list of frames. `options`: as in `Runtime.generate`.
+        `prompt`: a text, or a list of texts and images in order (each a list of frames for a video bundle). `image`: an image or a
+        list of them, before the text; for a video bundle, the list of frames. `options`: as in `Runtime.generate`.
         """
         images = [] if image is None else _read_images(_as_list(image), self._conversation.kind)
         limits = {name: options.pop(name) for name in RequestLimits.__dataclass_fields__ if name in options}
-        return self._conversation.ask(prompt, images, _sampling(options), RequestLimits(**limits))
+        return self._conversation.ask(_read_prompt(prompt), images, _sampling(options), RequestLimits(**limits))
 
 
 def _read_images(images: Sequence[Any], kind: str) -> list[ImageOrFrames]:
     # All frames of a video count as one image.
+    if any(isinstance(image, PreparedImage) for image in images):
+        return list(images)
     frames = [read_image(image) for image in images]
     return [frames] if kind == "video" and frames else list(frames)
+
+
+def _read_prompt(prompt: Prompt) -> Prompt:
+    return prompt if isinstance(prompt, str) else [_read_part(part) for part in prompt]
+
+
+def _read_part(part: Any) -> str | ImageOrFrames:
+    if isinstance(part, (str, PreparedImage)):
+        return part
+    return [read_image(frame) for frame in part] if isinstance(part, (list, tuple)) else read_image(part)
 
 
 def _as_list(image: ImageOrImages) -> list[ImageSource]:

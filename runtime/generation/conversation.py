@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from PIL import Image
 
 from edgeprune.errors import UsageError
@@ -24,23 +26,86 @@ from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.text.prompt import ImagePlaceholders, Message
 from edgeprune.runtime.text.tokenizer import reject_control_tokens
 
-ImageOrFrames = Image.Image | Sequence[Image.Image]
 ROLES = ("system", "user", "assistant")
+_CHARS_PER_TOKEN = 16  # more than texts have
+_JOINT = 16  # tokens that a text may have more where it is tokenized in two parts
+_LARGE = 3  # times the bundle's pixels, whose float32 patches then take less memory than the image
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image, or the frames of a video, ready for the vision encoder.
+
+    `patches`: returns the array [patches, patch pixels]. `key`: a hash of the fitted pixels, None without a cache.
+    """
+
+    patches: Callable[[], np.ndarray]
+    key: bytes | None
+
+
+def prepare_image(pipeline: Pipeline, image: Image.Image | Sequence[Image.Image], how: str, *, compact: bool) -> PreparedImage:
+    """Fit an RGB image, or the frames of a video, to the bundle. Raises ImageError and UsageError.
+
+    `compact`: do not keep an image that is much larger than the bundle's; compute its patches at once.
+    """
+    spec, geometry = pipeline.image_spec, pipeline.plan.geometry
+    frames = [image] if isinstance(image, Image.Image) else list(image)
+    if len(frames) != geometry.frames:
+        raise UsageError(f"The bundle takes {geometry}, not {len(frames)} at once.", hint="Give as many frames as it says.")
+    fitted = [fit(frame, geometry, how, spec) for frame in frames]
+    key = image_hash(fitted, how) if pipeline.state.feature_cache.budget else None
+    if compact and sum(frame.width * frame.height for frame in fitted) > _LARGE * len(fitted) * geometry.width * geometry.height:
+        patches = spec.patches(fitted)
+        return PreparedImage(lambda: patches, key)
+    return PreparedImage(partial(spec.patches, fitted), key)
+
+
+ImageOrFrames = Image.Image | Sequence[Image.Image] | PreparedImage
+Prompt = str | Sequence[str | ImageOrFrames]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn of a conversation's history. `role`: one of ROLES; only user turns may have `images`."""
+    """A turn of a conversation's history. `role`: one of ROLES; only user turns may have images.
+
+    `text`: a text, before which the chat template is given `images`; or texts and images in order, and no `images`. Texts with no
+    image between them become one, each on a line.
+    """
 
     role: str
-    text: str
+    text: Prompt
     images: Sequence[ImageOrFrames] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError(f"Unknown role {self.role!r}.", hint=f"Roles are: {', '.join(ROLES)}.")
-        if self.images and self.role != "user":
+        if self.images and not isinstance(self.text, str):
+            raise UsageError("A turn has images in order and others beside them.", hint="Put all of them into the list.")
+        if self.all_images and self.role != "user":
             raise UsageError(f"A turn of the {self.role} has images.", hint="Put them into a turn of the user.")
+
+    @property
+    def parts(self) -> tuple[str | ImageOrFrames, ...]:
+        """The texts and images in the order in which the chat template is given them."""
+        if isinstance(self.text, str):
+            return (*self.images, self.text)
+        parts = list[str | ImageOrFrames]()
+        for part in self.text:
+            if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                parts[-1] += f"\n{part}"
+            else:
+                parts.append(part)
+        return tuple(parts)
+
+    @property
+    def all_images(self) -> tuple[ImageOrFrames, ...]:
+        """The images in order."""
+        return tuple(part for part in self.parts if not isinstance(part, str))
+
+    @property
+    def words(self) -> str:
+        """The texts, one a line."""
+        return "\n".join(part for part in self.parts if isinstance(part, str))
 
 
 class Stream:
@@ -102,17 +167,20 @@ class Conversation:
 
     def ask(
         self,
-        prompt: str,
+        prompt: Prompt,
         images: Sequence[ImageOrFrames] = (),
         sampling: Sampling | None = None,
         limits: RequestLimits | None = None,
     ) -> Stream:
         """Return the stream of the answer to the next user turn.
 
-        For a video bundle each of `images` is a list of frames. A stream that is never read changes nothing. A new request closes
-        the previous stream. Raises UsageError and ImageError before any state changes.
+        `prompt`: as the text of a Turn; a list may have images alone. For a video bundle each of `images` is a list of frames. A
+        stream that is never read changes nothing. A new request closes the previous stream. Raises UsageError and ImageError
+        before any state changes.
         """
-        if not prompt.strip():
+        started_s = time.monotonic()  # compiling a grammar and preparing images count against the deadline
+        last = Turn("user", prompt, images)
+        if not (last.words.strip() or (last.all_images and not isinstance(prompt, str))):
             raise UsageError("The prompt is empty.", hint="Ask something about the image.")
         limits = limits or RequestLimits()
         if limits.tier is not None:
@@ -123,33 +191,30 @@ class Conversation:
         structured = sampling.structured
         constraint = self._pipeline.grammars.constraint(sampling.choices, sampling.json_schema) if structured else None
         sampler = Sampler(sampling, constraint)
-        turns = (*self._history, Turn("user", prompt, images))
+        turns = (*self._history, last)
         for turn in turns:
-            reject_control_tokens(turn.text, self._pipeline.tokenizer, self._layout.placeholder)
-        has_images = any(turn.images for turn in turns)
+            reject_control_tokens(turn.words, self._pipeline.tokenizer, self._layout.placeholder)
+        has_images = any(turn.all_images for turn in turns)
         why_not = "the answer ended before the image was taken in" if has_images else "this turn has no image"
         receipt = Receipt(pruned=False, reason=why_not, deadline_ms=limits.deadline_ms)
-        request = Request(sampler, limits, receipt)
+        request = Request(sampler, limits, receipt, started_s=started_s)
         messages = [self._message(turn) for turn in turns]
-        new_images = [self._prepare_image(image, turn.text, receipt) for turn in turns for image in turn.images]
+        new_images = [self._image_input(image, turn.words, receipt) for turn in turns for image in turn.all_images]
         if self._stream is not None:
             self._stream.close()
         self._stream = Stream(self._answer(messages, new_images, request), receipt, request.cancellation)
         return self._stream
 
     def _message(self, turn: Turn) -> Message:
-        parts = [{"type": self._layout.kind} for _ in turn.images] + [{"type": "text", "text": turn.text}]
+        kind = self._layout.kind
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": kind} for part in turn.parts]
         return {"role": turn.role, "content": parts}  # some templates drop plain strings
 
-    def _prepare_image(self, image: ImageOrFrames, question: str, receipt: Receipt) -> ImageInput:
-        spec, geometry = self._pipeline.image_spec, self._pipeline.plan.geometry
+    def _image_input(self, image: ImageOrFrames, question: str, receipt: Receipt) -> ImageInput:
         with receipt.times.stage("preprocess"):
-            frames = [image] if isinstance(image, Image.Image) else list(image)
-            if len(frames) != geometry.frames:
-                raise UsageError(f"The bundle takes {geometry}, not {len(frames)} at once.", hint="Give as many frames as it says.")
-            key = image_hash(frames, self._fit, self._prune) if self._pipeline.state.feature_cache.budget else None
-            fitted = [fit(frame, geometry, self._fit, spec) for frame in frames]
-            return ImageInput(question, partial(spec.patches, fitted), key)
+            if not isinstance(image, PreparedImage):
+                image = prepare_image(self._pipeline, image, self._fit, compact=False)
+            return ImageInput(question, image.patches, image.key and image.key + bytes([self._prune]))
 
     def _answer(self, messages: list[Message], new_images: list[ImageInput], request: Request) -> Generator[str]:
         receipt, cancellation = request.receipt, request.cancellation
@@ -215,6 +280,7 @@ class Conversation:
         # Ids of the entire conversation with the new messages. Raises UsageError before any state changes.
         messages, images = [*self._messages, *new_messages], len(self._images) + new_images
         prompt = self._pipeline.chat_template.render(messages, add_generation_prompt=True, **self._pipeline.special_tokens)
+        self._check_length(prompt)
         ids = self._pipeline.tokenizer.encode_prompt(self._layout.expand(prompt), self._pipeline.special_tokens.get("bos_token"))
         if self._layout.count(ids) != images:
             raise UsageError("The chat template of this model does not place one image token for each image.")
@@ -225,6 +291,19 @@ class Conversation:
                 hint="Begin a new one, or ask with fewer images.",
             )
         return ids
+
+    def _check_length(self, prompt: str) -> None:
+        # Tokens take hundreds of bytes each. A text far beyond the context is refused before all of it has become tokens.
+        context = self._pipeline.decoder.context
+        step = _CHARS_PER_TOKEN * context
+        count = 0
+        for part, begin in enumerate(range(0, len(prompt) if len(prompt) > step else 0, step), start=1):
+            count += len(self._pipeline.tokenizer.encode(prompt[begin : begin + step]))
+            if count > context + _JOINT * part:
+                raise UsageError(
+                    f"The conversation would be more than {count - _JOINT * part} tokens long, but the model takes {context}.",
+                    hint="Begin a new one, or ask for less at once.",
+                )
 
     def _prepare_prefill(self, ids: list[int], new_images: list[ImageInput], request: Request) -> Prefill:
         # Encodes the images and chooses the tier before any state changes. The prefill may have to restart from the first token.

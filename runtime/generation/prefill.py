@@ -122,11 +122,19 @@ class Prefill:
             self._receipt.reuse("input cut")
             return selected
         with self._receipt.times.stage("select"):
-            prompt = self._pipeline.backend.embed_tokens(self._pipeline.tokenizer.encode(image.question))
+            prompt = self._pipeline.backend.embed_tokens(self._question_ids(image))
             selected = SelectedTokens(vision_output, *self._pipeline.backend.select_tokens(vision_output, prompt, self.tier))
         if key:
             self._feature_cache.put(key, selected, _bytes(selected.embeds, selected.order))
         return selected
+
+    def _question_ids(self, image: ImageInput) -> list[int]:
+        ids = self._pipeline.tokenizer.encode(image.question)
+        if ids or self._pipeline.input_cut_ignores_prompt:
+            return ids or [0]  # the graph takes at least one token, also where the cut does not look at it
+        raise UsageError(
+            "This bundle chooses visual tokens by the question, and there is none.", hint="Ask something of the image."
+        )
 
     def _restore_prefix(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput]) -> int:
         # Restores the longest cached prefix of `ids` and returns its number of text tokens.

@@ -10,6 +10,8 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
+import stat
 import time
 import traceback
 from collections.abc import Collection, Sequence
@@ -21,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.runtime.server.errors import ApiError, api_error_of, internal
+from edgeprune.runtime.server.errors import ApiError, ambiguous_length, api_error_of, internal
 from edgeprune.runtime.server.service import ServerMetrics
 
 VARIABLE = "EDGEPRUNE_API_KEY"  # environment variable
@@ -40,6 +42,7 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _log = logging.getLogger("edgeprune.server")
 
 
@@ -72,12 +75,15 @@ def read_keys(file: Path | None, environment: str | None) -> list[str]:
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
+            readers = file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise UsageError(f"Cannot read the keys in {file}: {reason}.") from error
         file_keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not file_keys:
             raise UsageError(f"{file} has no keys.", hint="Write one key a line.")
+        if readers:
+            _log.warning("Other users of this machine can read the keys in %s. Keep them to yourself: chmod 600 %s", file, file)
         keys += file_keys
     for key in keys:
         if not key or not key.isascii() or any(letter.isspace() for letter in key):
@@ -90,7 +96,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
 def check_exposure(host: str, keys: ApiKeys, no_auth: bool) -> None:
@@ -104,6 +110,23 @@ def check_exposure(host: str, keys: ApiKeys, no_auth: bool) -> None:
         )
 
 
+def check_proxies(addresses: Sequence[str]) -> None:
+    """Raise UsageError unless all are addresses or networks, such as 10.0.0.5 or 10.0.0.0/24."""
+    for each in addresses:
+        try:
+            ipaddress.ip_network(each)
+        except ValueError as error:
+            # "*", which uvicorn knows, would let every client choose the name that its limits go by.
+            raise UsageError(f"--forwarded-allow-ips {each} is no address.", hint="Name the proxy, such as 10.0.0.5.") from error
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raise UsageError unless all are origins as browsers write them (scheme://host[:port]), or "*"."""
+    for each in origins:
+        if each != "*" and not _ORIGIN.fullmatch(each):
+            raise UsageError(f"--allow-origin {each} is no origin.", hint="Write it as https://example.com:8080, without a path.")
+
+
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
@@ -111,7 +134,7 @@ def _digest(key: bytes) -> bytes:
 class AccessMiddleware:
     """The outermost layer of the server. `paths`: all paths. `public`: paths that need no key.
 
-    `local`: accept only requests whose Host header names this machine. Without keys, this is the only protection against DNS
+    `local`: accept only requests whose Host header names this machine. It protects a server on a loopback address from DNS
     rebinding, in which a page of another origin reaches the model through a name that resolves to this machine.
     """
 
@@ -155,10 +178,14 @@ class AccessMiddleware:
 
     def _client(self, scope: Scope) -> str:
         headers = Headers(scope=scope)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy may read the other one and see two requests where this server sees one (RFC 9112, section 6.3).
+            raise ambiguous_length()
         host = headers.get("host", "")
         name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
         if self._local and not is_loopback(name):
-            raise ApiError(403, "wrong_host", "Without a key this server answers only to this machine's own names, as localhost.")
+            message = f"On a loopback address this server answers only to this machine's own names, as localhost, not to {name!r}."
+            raise ApiError(403, "wrong_host", message)
         address = (scope.get("client") or ("unknown", 0))[0]
         if scope["path"] in self._public:
             return str(address)

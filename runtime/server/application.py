@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
@@ -27,8 +29,10 @@ _FILES = {
 }
 
 
-def application(service: Service, keys: ApiKeys, *, local: bool) -> ASGIApp:
-    """Return the server as an ASGI application. `local`: accept only requests whose Host header names this machine.
+def application(service: Service, keys: ApiKeys, *, local: bool, allow_origin: Sequence[str] = ()) -> ASGIApp:
+    """Return the server as an ASGI application.
+
+    `local`: accept only requests whose Host header names this machine. `allow_origin`: origins whose pages may ask from a browser.
 
     The page and /health need no key, because they reveal nothing about the model.
     """
@@ -45,8 +49,18 @@ def application(service: Service, keys: ApiKeys, *, local: bool) -> ASGIApp:
         *(Route(path, _File(*file), methods=["GET"]) for path, file in _FILES.items()),
     ]
     paths = [route.path for route in routes]
-    return AccessMiddleware(
+    served = AccessMiddleware(
         Router(routes, redirect_slashes=False), keys, server_metrics, paths=paths, public=("/health", *_FILES), local=local
+    )
+    if not allow_origin:
+        return served
+    # Outermost, because a browser asks for leave without the key and must be allowed to read refusals.
+    return CORSMiddleware(
+        served,
+        allow_origins=allow_origin,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("retry-after",),
     )
 
 

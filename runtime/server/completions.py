@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from edgeprune.errors import EdgePruneError
 from edgeprune.runtime import Runtime, Sampling
 from edgeprune.runtime.server.access import CLIENT
-from edgeprune.runtime.server.errors import ApiError, ServerLimits, disconnected, limit_exceeded
+from edgeprune.runtime.server.errors import ApiError, ServerLimits, api_error_of, disconnected, limit_exceeded
 from edgeprune.runtime.server.jobs import AnswerJob, DoneEvent, ErrorEvent, Event, job_on_loop
-from edgeprune.runtime.server.request_mapping import AnswerRequest, answer_request
+from edgeprune.runtime.server.request_mapping import AnswerRequest, Prepare, answer_request, sampling_options
 from edgeprune.runtime.server.responses import Completion, event
 from edgeprune.runtime.server.schema import parse
 from edgeprune.runtime.server.service import ServerMetrics, Service
@@ -74,13 +78,14 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        model, client = self._service.model(), scope[CLIENT]
+        model, client, arrived = self._service.model(), scope[CLIENT], time.monotonic()
         with self._service.queue.admit(client):
             body = await read_body(Headers(scope=scope), receive, self._service.limits.max_body_bytes)
-            request = await asyncio.to_thread(_validated_request, body, model, self._service.limits)
-            job, events = job_on_loop(request, self._service.fit)
-            watch = asyncio.create_task(self._cancel_on_disconnect(receive, client, job))
+            disconnect = asyncio.create_task(_disconnect(receive))
             try:
+                request = await self._prepared(body, model, client, disconnect)
+                job, events = job_on_loop(request, arrived)
+                disconnect.add_done_callback(lambda _: self._abandon(client, job))
                 self._service.queue.push(client, job)
                 pieces = _pieces(events)
                 first = await anext(pieces, "")
@@ -92,18 +97,54 @@ class Completions:
                     text = first + "".join([piece async for piece in pieces])
                     await JSONResponse(completion.body(text))(scope, receive, send)
             finally:
-                watch.cancel()
-                job.cancel()  # no effect on a finished job
+                disconnect.cancel()  # abandons the job, which has no effect on a finished one
 
-    async def _cancel_on_disconnect(self, receive: Receive, client: str, job: AnswerJob) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    async def _prepared(self, body: bytes, model: Runtime, client: str, disconnect: asyncio.Task[None]) -> AnswerRequest:
+        # Ends at once when the client goes away. The thread then ends after the image that it is at.
+        def check() -> None:
+            if disconnect.done():
+                raise disconnected()
+
+        prepare = partial(model.prepare, fit=self._service.fit)
+        work = partial(_validated_or_refused, body, model, self._service.limits, prepare, check)
+        preparation = asyncio.create_task(self._service.preparation.run(client, work))
+        try:
+            await asyncio.wait((preparation, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            if not preparation.done():
+                raise disconnected()
+        finally:
+            preparation.cancel()
+        result = preparation.result()
+        if isinstance(result, ApiError):
+            raise result
+        return result
+
+    def _abandon(self, client: str, job: AnswerJob) -> None:
         if self._service.queue.drop(client, job):
             job.reject(disconnected())
         job.cancel()
 
 
-def _validated_request(body: bytes, model: Runtime, limits: ServerLimits) -> AnswerRequest:
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _validated_or_refused(*arguments: Any) -> AnswerRequest | ApiError:
+    # An error is returned without its traceback, whose frames would keep the images until the next garbage collection.
+    try:
+        return _validated_request(*arguments)
+    except ApiError as error:
+        refusal = error
+    except EdgePruneError as error:
+        refusal = api_error_of(error)
+    refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
+    return refusal
+
+
+def _validated_request(
+    body: bytes, model: Runtime, limits: ServerLimits, prepare: Prepare, check: Callable[[], None]
+) -> AnswerRequest:
     # Validate everything before the request enters the queue.
     request = parse(body)
     if request.model not in (None, model.name):
@@ -111,9 +152,8 @@ def _validated_request(body: bytes, model: Runtime, limits: ServerLimits) -> Ans
     if request.tier is not None and request.tier not in model.tiers:
         has = f"Its tiers are: {', '.join(model.tiers)}." if model.tiers else "It has one plan and no tiers."
         raise ApiError(400, "invalid_value", f"The model has no tier {request.tier!r}. {has}", param="tier")
-    answerable = answer_request(request, limits)
-    Sampling(**answerable.sampling)  # raises for invalid options
-    return answerable
+    Sampling(**sampling_options(request))  # raises for invalid options
+    return answer_request(request, limits, prepare, video=model.kind == "video", check=check)
 
 
 async def _pieces(events: asyncio.Queue[Event]) -> AsyncIterator[str]:

@@ -14,18 +14,21 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """The limits of requests.
+    """The limits of requests and connections.
 
-    `max_body_bytes`: size of one body. `max_pixels`: pixels of one image. `max_images`: images of one request, history included.
-    `queue`: requests that may wait in addition to those being answered. `per_client`: open requests of one client, waiting or being
-    answered.
+    `max_body_bytes`: size of one body. `max_pixels`: pixels of one image. `max_request_pixels`: of all images of one request,
+    history included. `max_images`: their number. `queue`: requests that may wait in addition to those being answered. `per_client`:
+    open requests of one client, waiting or being answered. `max_connections`: open connections; beyond them the one that is idle
+    for longest is closed.
     """
 
     max_body_bytes: int = 32 << 20
     max_pixels: int = 20_000_000
+    max_request_pixels: int = 60_000_000
     max_images: int = 16
     queue: int = 16
     per_client: int = 4
+    max_connections: int = 256
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -37,7 +40,8 @@ class ServerLimits:
 class ApiError(Exception):
     """A rejected or failed request: the HTTP `status`, a machine-readable `code`, and the invalid parameter `param`.
 
-    `reason`: label in the metrics, by default `code`. `retry_after`: seconds until a retry makes sense, None for never.
+    `reason`: label in the metrics, by default `code`. `retry_after`: seconds until a retry makes sense, None for never. `closes`:
+    the connection is closed after the response.
     """
 
     def __init__(
@@ -49,12 +53,13 @@ class ApiError(Exception):
         param: str | None = None,
         reason: str | None = None,
         retry_after: float | None = None,
+        closes: bool = False,
     ) -> None:
         super().__init__(one_line(message))
         self.status, self.code, self.message = status, code, str(self)
         self.param = None if param is None else one_line(param)
         self.reason = reason or code
-        self.retry_after = retry_after
+        self.retry_after, self.closes = retry_after, closes
 
     @property
     def body(self) -> dict[str, Any]:
@@ -66,7 +71,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """The headers of the error response."""
         headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+        headers |= {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        return headers | ({"connection": "close"} if self.closes else {})
 
 
 def limit_exceeded(
@@ -83,6 +89,12 @@ def api_error_of(error: EdgePruneError) -> ApiError:
     if isinstance(error, MissingExtraError):
         return ApiError(501, "not_installed", str(error))
     return ApiError(500, "engine_error", str(error))
+
+
+def ambiguous_length() -> ApiError:
+    """Return the error of a request that says in two ways where it ends."""
+    message = "The request has both Content-Length and Transfer-Encoding: send one of them."
+    return ApiError(400, "ambiguous_length", message, closes=True)
 
 
 def not_ready(phase: str) -> ApiError:

@@ -54,14 +54,15 @@ Event = TextEvent | DoneEvent | ErrorEvent
 class AnswerJob:
     """One request in the queue or in a worker. DoneEvent or ErrorEvent is its last event.
 
-    `emit`: called with each event, from any thread. `queued_ms`: time in the queue. `receipt`: set before the first piece.
+    `arrived`: when the request did, in seconds of the monotonic clock. `emit`: called with each event, from any thread.
+    `queued_ms`: time in the queue. `receipt`: set before the first piece.
     """
 
-    def __init__(self, request: AnswerRequest, fit: str, emit: Callable[[Event], None]) -> None:
-        self.request, self._fit, self._emit = request, fit, emit
+    def __init__(self, request: AnswerRequest, arrived: float, emit: Callable[[Event], None]) -> None:
+        self.request, self._arrived, self._emit = request, arrived, emit
         self.queued_ms = 0.0
         self.receipt: Receipt | None = None
-        self._arrived = time.monotonic()
+        self._queued = time.monotonic()
         self._stream: Stream | None = None
         self._cancelled = False
         self._lock = threading.Lock()
@@ -80,7 +81,7 @@ class AnswerJob:
 
     def run(self, model: Runtime) -> None:
         """Answer the request. Errors become events; nothing is raised."""
-        self.queued_ms = 1e3 * (time.monotonic() - self._arrived)
+        self.queued_ms = 1e3 * (time.monotonic() - self._queued)
         try:
             self._answer(model)
         except ApiError as refusal:
@@ -95,10 +96,8 @@ class AnswerJob:
 
     def _answer(self, model: Runtime) -> None:
         request = self._with_remaining_deadline()
-        chat = model.chat(prune=request.prune, fit=self._fit, history=request.history)
-        stream = chat.ask(
-            request.prompt, request.images or None, tier=request.tier, deadline_ms=request.deadline_ms, **request.sampling
-        )
+        chat = model.chat(prune=request.prune, history=request.history)  # the images are fitted already
+        stream = chat.ask(request.turn.parts, tier=request.tier, deadline_ms=request.deadline_ms, **request.sampling)
         self.receipt = stream.receipt
         with self._lock:
             self._stream = stream
@@ -109,18 +108,18 @@ class AnswerJob:
             self._emit(TextEvent(text))
 
     def _with_remaining_deadline(self) -> AnswerRequest:
-        # A deadline counts from the arrival of the request, so the time in the queue is subtracted.
+        # A deadline counts from the arrival of the request, so its upload, its images and the queue have taken part of it.
         request = self.request
         if request.deadline_ms is None:
             return request
-        remaining = request.deadline_ms - self.queued_ms
+        remaining = request.deadline_ms - 1e3 * (time.monotonic() - self._arrived)
         if remaining <= 0:
-            message = f"deadline_ms ({request.deadline_ms:g}) passed while the request waited its turn."
+            message = f"deadline_ms ({request.deadline_ms:g}) passed before the answer could begin."
             raise ApiError(503, "deadline_passed", message, param="deadline_ms", retry_after=self.queued_ms / 1e3)
         return replace(request, deadline_ms=remaining)
 
 
-def job_on_loop(request: AnswerRequest, fit: str) -> tuple[AnswerJob, asyncio.Queue[Event]]:
+def job_on_loop(request: AnswerRequest, arrived: float) -> tuple[AnswerJob, asyncio.Queue[Event]]:
     """Return a job and the asyncio queue that receives its events on the running event loop."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
@@ -128,7 +127,7 @@ def job_on_loop(request: AnswerRequest, fit: str) -> tuple[AnswerJob, asyncio.Qu
         with contextlib.suppress(RuntimeError):  # the loop is closed and nothing awaits the event
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    return AnswerJob(request, fit, emit), events
+    return AnswerJob(request, arrived, emit), events
 
 
 class FairQueue(Generic[T]):

@@ -17,11 +17,13 @@ import uvicorn
 
 from edgeprune.errors import UsageError
 from edgeprune.runtime import Runtime, load
-from edgeprune.runtime.server.access import ApiKeys, check_exposure, is_loopback
+from edgeprune.runtime.server.access import ApiKeys, check_exposure, check_origins, check_proxies, is_loopback
 from edgeprune.runtime.server.application import application
+from edgeprune.runtime.server.connections import BoundedProtocol, connection_limit
 from edgeprune.runtime.server.errors import ServerLimits
 from edgeprune.runtime.server.service import Service
 
+MAX_GRACE_S = 86_400.0
 _CANCEL_GRACE_S = 5.0  # between cancellation and closing the connections
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -32,6 +34,8 @@ class ServerOptions:
 
     `keys`: bearer keys; without keys, a host that other machines can reach needs `no_auth`. `parallel`: answers at a time, whose
     steps alternate. `grace`: seconds that running answers have to finish at shutdown. `fit`: as in `Runtime.generate`.
+    `forwarded_allow_ips`: addresses of proxies whose X-Forwarded-For names the client. `allow_origin`: origins of web pages that
+    may ask from a browser, "*" for all. Raises UsageError for values out of range.
     """
 
     keys: Sequence[str] = ()
@@ -42,6 +46,16 @@ class ServerOptions:
     parallel: int = 1
     grace: float = 30.0
     fit: str = "exact"
+    forwarded_allow_ips: Sequence[str] = ()
+    allow_origin: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.parallel < 1:
+            raise UsageError(f"--parallel must be 1 or more, not {self.parallel}.")
+        if not 0 <= self.grace <= MAX_GRACE_S:
+            raise UsageError(f"--grace must be from 0 to {MAX_GRACE_S:g} seconds, not {self.grace}.")
+        check_proxies(self.forwarded_allow_ips)
+        check_origins(self.allow_origin)
 
 
 def serve(
@@ -78,9 +92,11 @@ class Server:
         self._failure: Exception | None = None
         self._socket = _listening_socket(options.host, options.port)
         config = uvicorn.Config(
-            application(self._service, keys, local=is_loopback(options.host) and not (keys or options.no_auth)),
+            application(self._service, keys, local=is_loopback(options.host), allow_origin=options.allow_origin),
             loop="asyncio",
-            http="h11",
+            http=_protocol(options.limits),
+            proxy_headers=bool(options.forwarded_allow_ips),  # by default uvicorn believes whoever asks from this machine
+            forwarded_allow_ips=list(options.forwarded_allow_ips),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -153,6 +169,13 @@ class _Loop(uvicorn.Server):
         if self.should_exit and self._running is not None:
             self._running.call_soon_threadsafe(self._service.cancel)
         self.should_exit = True
+
+
+def _protocol(limits: ServerLimits) -> type[asyncio.Protocol]:
+    class Protocol(BoundedProtocol):
+        most = connection_limit(limits.max_connections)
+
+    return Protocol
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from edgeprune.runtime.server.errors import ApiError
+from edgeprune.runtime.text.grammar import MAX_CHOICES
 
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
 # Discriminator values, which pydantic inserts into error locations.
 _KINDS = ("system", "developer", "user", "assistant", "text", "image_url", "json_object", "json_schema")
 
@@ -16,7 +18,11 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
-class TextPart(_Strict):
+class _Part(_Strict):
+    cache_control: dict[str, Any] | None = None  # a hint for other servers' caches, without effect
+
+
+class TextPart(_Part):
     """Text of a message."""
 
     type: Literal["text"]
@@ -27,10 +33,10 @@ class ImageUrl(_Strict):
     """An image as a data URL. `detail` has no effect, because the bundle's plan or `tier` sets the keep budget."""
 
     url: str
-    detail: Literal["auto"] | None = None
+    detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(_Strict):
+class ImagePart(_Part):
     """An image of a message."""
 
     type: Literal["image_url"]
@@ -39,6 +45,10 @@ class ImagePart(_Strict):
 
 def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_answer(content: Any) -> Any:
+    return [] if content is None else _as_parts(content)
 
 
 Text = Annotated[list[TextPart], BeforeValidator(_as_parts)]
@@ -50,7 +60,7 @@ class SystemMessage(_Strict):
 
     role: Literal["system", "developer"]
     content: Text
-    name: None = None
+    name: str | None = None
 
 
 class UserMessage(_Strict):
@@ -58,15 +68,15 @@ class UserMessage(_Strict):
 
     role: Literal["user"]
     content: Mixed
-    name: None = None
+    name: str | None = None
 
 
 class AssistantMessage(_Strict):
-    """An earlier answer."""
+    """An earlier answer. `content` None: an empty one."""
 
     role: Literal["assistant"]
-    content: Text
-    name: None = None
+    content: Annotated[list[TextPart], BeforeValidator(_as_answer)] = []
+    name: str | None = None
     refusal: None = None
     audio: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -107,7 +117,7 @@ class SchemaFormat(_Strict):
 
 
 class _Neutral(_Strict):
-    # Unsupported fields of OpenAI. Only values without effect are accepted.
+    # Unsupported fields of OpenAI and vLLM. Only values without effect are accepted.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
@@ -118,6 +128,9 @@ class _Neutral(_Strict):
     tool_choice: Literal["none"] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none"] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=0)] | None = None  # of vLLM, as the next two: -1 and 0 take all tokens
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: None = None
     prediction: None = None
@@ -126,6 +139,13 @@ class _Neutral(_Strict):
     web_search_options: None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
 
 
 class ChatRequest(_Neutral):
@@ -144,7 +164,7 @@ class ChatRequest(_Neutral):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -155,7 +175,7 @@ class ChatRequest(_Neutral):
 
     tier: str | None = None
     deadline_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     prune: bool = True
     kept: bool = False
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -13,7 +16,9 @@ from edgeprune.runtime import Receipt, Runtime
 from edgeprune.runtime.server.errors import ServerLimits, not_ready, shutting_down
 from edgeprune.runtime.server.jobs import AnswerJob, FairQueue
 
+T = TypeVar("T")
 READY = ("ready", "busy")
+_PREPARING = 2  # requests whose images are decoded at a time
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # histogram buckets of the time in the queue
 
 
@@ -34,6 +39,7 @@ class Service:
     ) -> None:
         self.limits, self.fit = limits, fit
         self.queue = FairQueue[AnswerJob](limits, parallel)
+        self.preparation = Preparation()
         self.stopping = False
         self._open_model, self._failed, self._parallel = open_model, failed, parallel
         self._phase = "loading"
@@ -101,6 +107,7 @@ class Service:
         """Wait for the workers to end after `stop`, at most `seconds` for each."""
         for worker in self._workers:
             worker.join(seconds)
+        self.preparation.close()
 
     @property
     def running(self) -> int:
@@ -118,6 +125,30 @@ class Service:
                 with self._lock:
                     self._running.discard(job)
                 self.queue.answered(time.monotonic() - started)
+
+
+class Preparation:
+    """Threads that validate requests and decode their images, few at a time, so that memory for decoding is bounded.
+
+    Each client has one request in preparation at a time: one with many large images delays its own requests before those of others.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_PREPARING, thread_name_prefix="preparing")
+        self._clients: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def run(self, client: str, work: Callable[[], T]) -> T:
+        """Return the result of `work`, or raise its error."""
+        lock = self._clients.setdefault(client, asyncio.Lock())
+        await lock.acquire()
+        thread = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        # A thread cannot be cancelled. Until it has ended, also for nobody, its client begins no other.
+        thread.add_done_callback(lambda _: lock.release())
+        return await asyncio.shield(thread)
+
+    def close(self) -> None:
+        """End the threads once they are idle."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class ServerMetrics:

@@ -20,6 +20,8 @@ from edgeprune.errors import EdgePruneError, UsageError, require_extra
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+MAX_CHOICES = 1000  # the grammar follows all choices at once, and llguidance follows at most 2000 items
+_MOST_CROSSED = 8  # patterns that one text must match together; the time to compile them doubles with each beyond that
 _GRAMMARS = 16  # size of the cache of compiled grammars
 # At most one space, after commas and colons: free whitespace is valid JSON, but small models can repeat it endlessly. Only one
 # spelling per character: the grammar takes "\u0061" and "a" for different names, while a JSON parser takes them for the same.
@@ -54,7 +56,7 @@ class TokenConstraint:
             mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             ids = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
         if self._matcher.is_error():
-            raise EdgePruneError(f"The structured answer cannot go on: {_first_line(self._matcher.get_error())}.", hint=_SIMPLER)
+            raise self._refused("cannot go on")
         ids = ids[: int(np.searchsorted(ids, size))]
         if not len(ids):
             raise EdgePruneError("No token of this model can continue the structured answer.", hint=_SIMPLER)
@@ -65,7 +67,11 @@ class TokenConstraint:
         if token in self._end_tokens:
             self._ended = True
         elif not self._matcher.consume_token(token):
-            raise EdgePruneError(f"The structured answer cannot take token {token}.", hint=_SIMPLER)
+            raise self._refused(f"cannot take token {token}")
+
+    def _refused(self, what: str) -> UsageError:
+        # Within the model's own tokens only a limit of llguidance ends a grammar: the request asks for too much.
+        return UsageError(f"The structured answer {what}: {_first_line(self._matcher.get_error())}.", hint=_SIMPLER)
 
 
 class GrammarCompiler:
@@ -90,19 +96,22 @@ class GrammarCompiler:
         """
         if choices is None and json_schema is None:
             return None
+        kind, body = _choices(choices) if choices is not None else _schema(json_schema or {})
+        key = kind + body
         with self._lock:
             if self._vocabulary is None:
                 require_extra("structured", "llguidance")
                 self._vocabulary = _GrammarTokenizer(self._read_tokenizer(), self._end_tokens)
-            kind, body = _choices(choices) if choices is not None else _schema(json_schema or {})
-            key = kind + body
-            if key not in self._compiled:
-                self._vocabulary.check(kind, [body] if choices is None else choices)
-                self._compiled[key] = self._vocabulary.compile(kind, body)
+            vocabulary, matcher = self._vocabulary, self._compiled.get(key)
+        if matcher is None:  # compiled without the lock, for it can take seconds and others must not wait for that
+            vocabulary.check(kind, [body] if choices is None else choices)
+            matcher = vocabulary.compile(kind, body)
+        with self._lock:
+            self._compiled[key] = matcher
             self._compiled.move_to_end(key)
             if len(self._compiled) > _GRAMMARS:
                 self._compiled.popitem(last=False)
-            return TokenConstraint(self._compiled[key].deep_copy(), self._end_tokens)
+            return TokenConstraint(matcher.deep_copy(), self._end_tokens)
 
 
 class _GrammarTokenizer:
@@ -152,6 +161,10 @@ class _GrammarTokenizer:
 
 def _choices(choices: Sequence[str]) -> tuple[str, str]:
     # The grammar language escapes strings as JSON does.
+    if len(choices) > MAX_CHOICES:
+        raise UsageError(
+            f"There are {len(choices)} choices, more than the {MAX_CHOICES} that a grammar may have.", hint="Give fewer."
+        )
     return "choice", " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
 
 
@@ -163,6 +176,11 @@ def _schema(schema: Mapping[str, Any]) -> tuple[str, str]:
         raise UsageError(
             "The json_schema has minProperties where the names are free: the same name could come twice.",
             hint="Name the properties, and require them.",
+        )
+    if any(_crossed_patterns(part) > _MOST_CROSSED for part in _subschemas(schema)):
+        raise UsageError(
+            f"The json_schema has a text that more than {_MOST_CROSSED} patterns describe together (allOf, patternProperties).",
+            hint="Join them into fewer patterns.",
         )
     return "json_schema", "%json " + json.dumps({**schema, _OWN_KEY: _JSON_STYLE}, ensure_ascii=False)
 
@@ -182,6 +200,14 @@ def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
 def _has_free_min_properties(part: Mapping[str, Any]) -> bool:
     least, required = part.get("minProperties"), part.get("required", ())
     return isinstance(least, int) and least > max(1, len(required) if isinstance(required, (list, tuple)) else 0)
+
+
+def _crossed_patterns(part: Mapping[str, Any]) -> int:
+    # An upper bound of the patterns that llguidance intersects for one text: those of all branches of an allOf, and names.
+    branches, names = part.get("allOf", ()), part.get("patternProperties", ())
+    inside = [each for branch in branches for each in _subschemas(branch)] if isinstance(branches, (list, tuple)) else []
+    patterns = sum(("pattern" in each) + ("format" in each) + ("$ref" in each) for each in inside)
+    return max(patterns, len(names) if isinstance(names, Mapping) else 0)
 
 
 def _decoder_steps(decoder: Any) -> Iterator[Mapping[str, Any]]:

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from PIL import Image
-from server_double import NAME, data_url, user
+from server_double import NAME, Double, data_url, user
 
 from edgeprune.errors import UsageError
 from edgeprune.runtime.generation.sampling import Sampling
@@ -97,10 +97,10 @@ _TEXT = ("/metrics", "/", "/page.js", "/style.css", "/icon.svg")
 
 
 def _ask(data: bytes) -> bool:
-    asked = answer_request(parse(data), _LIMITS)
+    asked = answer_request(parse(data), _LIMITS, Double().prepare)
     Sampling(**asked.sampling)
-    demand(asked.prompt.encode() != b"", "no prompt")
-    demand(sum(len(turn.images) for turn in asked.history) + len(asked.images) <= _LIMITS.max_images, "too many images")
+    demand(asked.turn.words.encode() != b"" or bool(asked.turn.all_images), "no prompt")
+    demand(sum(len(turn.all_images) for turn in (*asked.history, asked.turn)) <= _LIMITS.max_images, "too many images")
     return True
 
 

@@ -78,9 +78,10 @@ def _image_variant(data: bytes, random: Random) -> bytes:
 
 
 def _fetch(data: bytes) -> bool:
-    from edgeprune.runtime.server.request_mapping import decode_image_url
+    from edgeprune.runtime.server.request_mapping import EncodedImage
 
-    return _settle(decode_image_url(data.decode("utf-8", "replace"), MOST_PIXELS, "messages[0]"))
+    encoded = EncodedImage.from_url(data.decode("utf-8", "replace"), MOST_PIXELS, "messages[0]")
+    return _settle(encoded.decode(MOST_PIXELS))
 
 
 def image_urls() -> Target:

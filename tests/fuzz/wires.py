@@ -12,11 +12,11 @@ from typing import Any
 from h11 import LocalProtocolError
 from server_double import Double
 from uvicorn import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from edgeprune.runtime.server.access import ApiKeys
 from edgeprune.runtime.server.application import application
+from edgeprune.runtime.server.connections import BoundedProtocol
 from edgeprune.runtime.server.errors import ServerLimits
 from edgeprune.runtime.server.service import Service
 from fuzz.target import Broken, check_message, demand
@@ -37,11 +37,18 @@ class _Wire(asyncio.Transport):
     def close(self) -> None:
         self.closed = True
 
+    def abort(self) -> None:
+        self.closed = True
+
     def pause_reading(self) -> None:
         """Nothing comes by itself."""
 
     def resume_reading(self) -> None:
         """Nothing comes by itself."""
+
+
+class _Protocol(BoundedProtocol):
+    most = 2
 
 
 class Wires:
@@ -72,7 +79,7 @@ class Wires:
 
     async def _talk(self, data: bytes) -> bytearray:
         state, wire = ServerState(), _Wire()
-        protocol = H11Protocol(self._config, state, {}, self._loop)
+        protocol = _Protocol(self._config, state, {}, self._loop)
         protocol.connection_made(wire)
         first, second = data[: len(data) // 2], data[len(data) // 2 :]
         for part in filter(None, (first, second)):

@@ -24,8 +24,8 @@ from edgeprune.plan.presets import unpruned_plan
 # In the order that ruff wants of __all__: constants, classes, functions.
 TABLE = {
     "edgeprune.runtime": """
-        NV12 Answer Chat CutReceipt Feed FeedClosed FeedError FeedTimeout Receipt RequestLimits Runtime Sampling Shot Stream Times
-        Turn load
+        NV12 Answer Chat CutReceipt Feed FeedClosed FeedError FeedTimeout PreparedImage Receipt RequestLimits Runtime Sampling Shot
+        Stream Times Turn load
     """,
     "edgeprune.plan": """
         SITES Cut Geometry KeepPlan View check_keep_ratio keep_count keep_count_up

@@ -54,7 +54,7 @@ def test_ten_seconds_lose_nothing_and_cross_nothing(tiered: Bundle, tmp_path: Pa
         "--keep",
         tmp_path,
     ]
-    small = ["--questions", 40, "--scenes", 12, "--inside", 10, "--every", 0.5, "--cache-bytes", 200_000]
+    small = ["--siege", 0, "--questions", 40, "--scenes", 12, "--inside", 10, "--every", 0.5, "--cache-bytes", 200_000]
     done = subprocess.run(list(map(str, [*command, *small])), cwd=SOAK, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     account = json.loads((tmp_path / "account.json").read_text())
@@ -64,6 +64,16 @@ def test_ten_seconds_lose_nothing_and_cross_nothing(tiered: Bundle, tmp_path: Pa
     assert sum(results.values()) == tally["requests"]
     assert all(results.get(name) for name in ("right", "cut", "gone", "refused")), results
     assert account["resources"]["samples"] > 0 and "lost, crossed, wrong, hung" in done.stdout
+
+
+@pytest.mark.slow
+def test_seconds_beside_hostile_clients(tiered: Bundle, tmp_path: Path, soaking: Any) -> None:
+    pool = soaking("pool").drawn_pool(tiered.path, 1, scenes=12, questions=60, threads=1)
+    found = soaking("siege").besieged(tiered.path, pool, tmp_path, minutes=0.1, threads=1, most=20.0)
+    assert found["faults"] == [] and found["ratio"] > 0
+    assert {"per_client", "max_pixels"} <= found["refused"].keys(), found["refused"]
+    before, most = found["rss"]
+    assert most - before < 500 << 20
 
 
 @pytest.fixture

@@ -16,20 +16,42 @@ from edgeprune.errors import require_extra
 @click.command()
 @bundle_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is this machine alone.")
-@click.option("--port", type=int, default=8000, show_default=True, help="0 takes any that is free.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any that is free.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys that are accepted, one a line; also EDGEPRUNE_API_KEY.")
 @click.option("--no-auth", is_flag=True, help="Answer anyone, even on a host that other machines reach.")
-@click.option("--parallel", type=int, default=1, show_default=True, help="Answers at once, step by step in turns.")
-@click.option("--queue", type=int, default=16, show_default=True, help="Requests that may wait besides those.")
-@click.option("--per-client", type=int, default=4, show_default=True, help="Open requests of one client (key, else address).")
-@click.option("--max-body-bytes", type=int, default=32 << 20, show_default=True, help="Of one request.")
-@click.option("--max-pixels", type=int, default=20_000_000, show_default=True, help="Of one image.")
-@click.option("--max-images", type=int, default=16, show_default=True, help="Of one request, its history included.")
-@click.option("--max-kv-bytes", type=int, help="KV caches of one answer.  [default: the model's context]")
-@click.option("--cache-bytes", type=int, default=128 << 20, show_default=True, help="Kept of images and prompts seen; 0: nothing.")
+@click.option("--forwarded-allow-ips", multiple=True, metavar="ADDRESS", help="A proxy whose X-Forwarded-For names the client.")
+@click.option(
+    "--allow-origin", multiple=True, metavar="ORIGIN", help="Web pages of this origin may ask, as https://a.example; or *."
+)
+@click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Answers at once, step by step in turns.")
+@click.option("--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that may wait besides those.")
+@click.option(
+    "--per-client", type=click.IntRange(1), default=4, show_default=True, help="Open requests of one client (key, else address)."
+)
+@click.option("--max-connections", type=click.IntRange(1), default=256, show_default=True, help="The longest idle one gives way.")
+@click.option("--max-body-bytes", type=click.IntRange(1), default=32 << 20, show_default=True, help="Of one request.")
+@click.option("--max-pixels", type=click.IntRange(1), default=20_000_000, show_default=True, help="Of one image.")
+@click.option(
+    "--max-request-pixels", type=click.IntRange(1), default=60_000_000, show_default=True, help="Of all images of one request."
+)
+@click.option("--max-images", type=click.IntRange(1), default=16, show_default=True, help="Of one request, its history included.")
+@click.option("--max-kv-bytes", type=click.IntRange(1), help="KV caches of one answer.  [default: the model's context]")
+@click.option(
+    "--cache-bytes",
+    type=click.IntRange(0),
+    default=128 << 20,
+    show_default=True,
+    help="Kept of images and prompts seen; 0: nothing.",
+)
 @click.option("--energy", is_flag=True, help="Count the joules of each answer, where the machine has sensors.")
-@click.option("--grace", type=float, default=30.0, show_default=True, help="Seconds that answers have to end at SIGTERM.")
-@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@click.option(
+    "--grace",
+    type=click.FloatRange(0, 86_400),
+    default=30.0,
+    show_default=True,
+    help="Seconds that answers have to end at SIGTERM.",
+)
+@click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads.  [default: all cores]")
 @provider_option
 @fit_option
 @check_option
@@ -45,11 +67,11 @@ def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     from edgeprune.runtime.server.access import VARIABLE, read_keys
 
     limit_malloc_arenas()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("edgeprune.server").setLevel(logging.INFO)
     keys = [] if options["no_auth"] and api_key_file is None else read_keys(api_key_file, os.environ.get(VARIABLE))
     options |= {"keys": keys, "limits": ServerLimits(**{field.name: options.pop(field.name) for field in fields(ServerLimits)})}
     server = ServerOptions(**{field.name: options.pop(field.name) for field in fields(ServerOptions)})
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("edgeprune.server").setLevel(logging.INFO)
     listen(bundle, server, announce=_announce, **options)
 
 
@@ -79,7 +101,7 @@ def _announce(url: str) -> None:
 @click.option("--tier", help="Budget of a bundle that has several.")
 @click.option("--deadline-ms", type=click.FloatRange(min=0, min_open=True), help="An answer ends after so many milliseconds.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer, in tokens.")
-@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads.  [default: all cores]")
 @provider_option
 @fit_option
 @check_option

@@ -11,7 +11,14 @@ MEBIBYTE = 1 << 20
 
 def table(report: Mapping[str, Any]) -> str:
     """Return the figures as a Markdown table."""
-    rows = [("figure", "value"), ("---", "---"), *_requests(report), *_memory(report["resources"]), *_cancels(report)]
+    rows = [
+        ("figure", "value"),
+        ("---", "---"),
+        *_requests(report),
+        *_memory(report["resources"]),
+        *_cancels(report),
+        *_siege(report),
+    ]
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
@@ -75,6 +82,20 @@ def _cancels(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("`cancel()` to end, decode steps", inside["steps"]),
     ]
     return [("cancelling", "p50 / p99 / most"), *((name, _spread(found)) for name, found in rows)]
+
+
+def _siege(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    siege = report["siege"]
+    if siege is None:
+        return []
+    before, most = (size / MEBIBYTE for size in siege["rss"])
+    rows = [("ms at rest", "rest ms"), ("ms under attack", "attacked ms"), ("`/health` under attack, ms", "health ms")]
+    return [
+        (f"an honest client, {' and '.join(map(str, siege['answers']))} answers", "p50 / p99 / most"),
+        *((name, _spread(siege[key])) for name, key in rows),
+        ("its 99th percentile under attack over that at rest", f"**{siege['ratio']:.2f}**"),
+        ("resident memory before the attack, and most", f"{before:.1f}, {most:.1f} MiB"),
+    ]
 
 
 def _spread(found: Mapping[str, float] | None) -> str:

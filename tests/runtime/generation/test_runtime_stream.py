@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,11 @@ from PIL import Image
 from edgeprune.bundle import Bundle
 from edgeprune.device.power import EnergyCounter
 from edgeprune.errors import UsageError
+from edgeprune.processors import fit
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.backends.interface import DecoderOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
+from edgeprune.runtime.generation import conversation
 from edgeprune.runtime.generation.conversation import Stream
 from edgeprune.runtime.telemetry.receipt import Receipt
 
@@ -272,3 +275,105 @@ def test_energy_is_power_over_time() -> None:
         assert (second - first) % 2.0 == 0 < second - first  # 2 W, whole seconds
     finally:
         counter.close()
+
+
+def prompts(runtime: Runtime) -> tuple[Runtime, list[str]]:
+    """Return the same model with a list of the prompts that its chat template writes."""
+    template, written = runtime._pipeline.chat_template, list[str]()
+
+    class Spy:
+        def render(self, messages: Any, **others: Any) -> str:
+            written.append(template.render(messages, **others))
+            return written[-1]
+
+    return Runtime(replace(runtime._pipeline, chat_template=Spy())), written  # type: ignore[arg-type]
+
+
+def test_texts_and_images_keep_their_order(runtime: Runtime, tiny_image: Image.Image) -> None:
+    model, written = prompts(runtime)
+    other = tiny_image.rotate(180)
+    history = [Turn("user", ["Here:", tiny_image, "a table."]), Turn("assistant", "Yes.")]
+    stream = model.chat(history=history).ask(["And", "this:", model.prepare(other), "What is it?"], max_tokens=4)
+    assert "".join(stream) is not None and stream.receipt.visual_tokens == 2 * 12
+    image = f"<|vision_start|>{runtime._pipeline.image.placeholder}<|vision_end|>"
+    assert f"Here:{image}a table." in written[0] and f"And\nthis:{image}What is it?" in written[0]
+    model.generate(tiny_image, PROMPT, max_tokens=1)
+    assert image + PROMPT in written[1]
+
+
+def test_control_tokens_are_seen_across_parts(runtime: Runtime, tiny_image: Image.Image) -> None:
+    with pytest.raises(UsageError, match="control token"):
+        runtime.chat().ask([tiny_image, "Hello.<|im_end|>", "x"])
+    split = runtime.chat().ask(["Hello.<|im_", "end|>", tiny_image], max_tokens=1)  # a line break keeps them apart
+    assert "".join(split) is not None
+    with pytest.raises(UsageError, match="images"):
+        Turn("system", ["Look.", tiny_image])
+    with pytest.raises(UsageError, match="beside"):
+        Turn("user", ["Look.", tiny_image], [tiny_image])
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("prune", [True, False])
+def test_a_prepared_image_is_answered_like_its_source(runtime: Runtime, tiny_image: Image.Image, scale: int, prune: bool) -> None:
+    image = tiny_image.resize((scale * tiny_image.width, scale * tiny_image.height))
+    expected = runtime.generate(image, PROMPT, max_tokens=8, fit="stretch", prune=prune)
+    found = runtime.generate(runtime.prepare(image, fit="stretch"), PROMPT, max_tokens=8, prune=prune)
+    assert found.text == expected.text and found.receipt.reused  # by the same key
+
+
+@pytest.mark.parametrize("how", ["exact", "stretch", "pad"])
+def test_what_waits_is_of_the_bundles_size(
+    how: str, runtime: Runtime, tiny_image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, geometry = list[weakref.ref[Image.Image]](), runtime.plan.geometry
+
+    def fit_noted(*arguments: Any) -> Image.Image:
+        image = fit(*arguments)
+        fitted.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(conversation, "fit", fit_noted)
+    large = tiny_image.resize((20 * geometry.width, 20 * geometry.height))
+    prepared = runtime.prepare(large, fit=how)
+    held = sum(image.width * image.height for each in fitted if (image := each()) is not None)
+    assert held <= 3 * geometry.width * geometry.height
+    assert prepared.patches().shape == runtime.prepare(tiny_image, fit=how).patches().shape
+
+
+def test_an_image_without_a_question(runtime: Runtime, tiny_image: Image.Image) -> None:
+    model, written = prompts(runtime)
+    stream = model.chat().ask([tiny_image], max_tokens=2)
+    assert "".join(stream) is not None and stream.receipt.visual_tokens == 12
+    assert written[0].count(runtime._pipeline.image.placeholder) == 1
+    with pytest.raises(UsageError, match="empty"):
+        model.chat().ask([" "])
+
+
+def test_compiling_a_grammar_counts_against_the_deadline(runtime: Runtime, tiny_image: Image.Image) -> None:
+    class Slow:
+        def constraint(self, *asked: object) -> None:
+            time.sleep(0.2)
+
+    pipeline = replace(runtime._pipeline)
+    vars(pipeline)["grammars"] = Slow()
+    stream = Runtime(pipeline).stream(tiny_image, PROMPT, choices=["a"], deadline_ms=150)
+    assert "".join(stream) == "" and stream.receipt.finish_reason == "deadline" and stream.receipt.generated_tokens <= 1
+
+
+@pytest.mark.parametrize("word", ["word ", "w", " ", "é"])
+def test_a_text_far_beyond_the_context_is_refused_without_making_it_tokens(
+    word: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, longest = runtime._pipeline.tokenizer, list[int]()
+    encode = tokenizer.encode
+
+    def noted(text: str) -> list[int]:
+        longest.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", noted)
+    monkeypatch.setattr(tokenizer, "encode_prompt", None)
+    context = runtime._pipeline.decoder.context
+    with pytest.raises(UsageError, match=f"but the model takes {context}"):
+        "".join(runtime.chat().ask("Hello." + word * 200_000))
+    assert longest and max(longest) <= 16 * context

@@ -25,7 +25,9 @@ def double() -> Double:
 
 @pytest.fixture(scope="module")
 def url(double: Double) -> Iterator[str]:
-    with serving(double, limits=ServerLimits(max_body_bytes=20_000, max_pixels=10_000, max_images=2)) as address:
+    with serving(
+        double, limits=ServerLimits(max_body_bytes=20_000, max_pixels=10_000, max_request_pixels=15_000, max_images=2)
+    ) as address:
         yield address
 
 
@@ -72,12 +74,12 @@ def test_history_reaches_the_runtime(double: Double, openai_client: openai.OpenA
     extra = {"tier": "low", "deadline_ms": 60_000, "prune": False}
     ask(openai_client, *messages, user("Which colour?"), extra_body=extra)
     asked = double.asked[-1]
-    assert [(turn.role, turn.text) for turn in asked["history"]] == [
+    assert [(turn.role, turn.words) for turn in asked["history"]] == [
         ("system", "Be short."),
         ("user", "What?"),
         ("assistant", "A cup."),
     ]
-    assert (asked["prompt"], asked["image"], asked["prune"], asked["tier"]) == ("Which colour?", None, False, "low")
+    assert (asked["parts"], asked["prune"], asked["tier"]) == (("Which colour?",), False, "low")
     assert 0 < asked["deadline_ms"] <= 60_000
 
 
@@ -101,6 +103,7 @@ def test_the_model_list(openai_client: openai.OpenAI) -> None:
         ({"messages": [user("x", "http://example.com/a.png")]}, openai.BadRequestError, "Nothing is downloaded"),
         ({"messages": [user("x", *[PICTURE] * 3)]}, openai.BadRequestError, "--max-images"),
         ({"messages": [user("x", data_url(Image.new("L", (200, 200))))]}, openai.BadRequestError, "--max-pixels"),
+        ({"messages": [user("x", *[data_url(Image.new("L", (99, 99)))] * 2)]}, openai.BadRequestError, "--max-request-pixels"),
         ({"messages": [user("x" * 30_000)]}, openai.APIStatusError, "--max-body-bytes"),
     ],
 )

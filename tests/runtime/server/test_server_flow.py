@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-from server_double import NAME, PATIENCE, Double, ask, client, figure, serving, user, wait_until
+from PIL import Image
+from server_double import NAME, PATIENCE, Double, ask, client, data_url, figure, serving, user, wait_until
 
 from edgeprune.errors import BundleError, UsageError
+from edgeprune.runtime import PreparedImage
 from edgeprune.runtime.server import ServerLimits
 from edgeprune.runtime.server.process import Server, ServerOptions
 
@@ -200,3 +204,99 @@ def test_what_does_not_end_in_time_is_cancelled() -> None:
     thread.join(PATIENCE)
     assert answers[0].json()["edgeprune"]["finish_reason"] == "cancelled"
     assert answers[0].json()["choices"][0]["finish_reason"] == "length"
+
+
+class Slow(Double):
+    """A double that prepares images slowly, or not before `ready` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preparing, self.ready = threading.Semaphore(0), threading.Event()
+
+    def prepare(self, images: Sequence[Image.Image], *, fit: str = "exact") -> PreparedImage:
+        self.preparing.release()
+        assert self.ready.wait(PATIENCE)
+        return super().prepare(images, fit=fit)
+
+
+PICTURE = data_url(Image.new("RGB", (84, 56)))
+
+
+def test_preparing_images_counts_against_the_deadline() -> None:
+    double = Slow()
+
+    def prepare_late() -> None:
+        assert double.preparing.acquire(timeout=PATIENCE)
+        threading.Event().wait(0.15)
+        double.ready.set()
+
+    with serving(double) as url:
+        threading.Thread(target=prepare_late).start()
+        body = {"messages": [user("x", PICTURE)], "deadline_ms": 100}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "deadline_passed" and double.order == []
+
+
+def test_a_client_that_goes_away_while_its_images_are_prepared_frees_its_place() -> None:
+    double = Slow()
+    path = "/v1/chat/completions"
+    with serving(double, keys=KEYS, limits=ServerLimits(queue=0)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            body = {"messages": [user("first", *[PICTURE] * 3)]}
+            httpx.post(url + path, json=body, headers=bearer(KEYS[0]), timeout=0.3)
+        assert double.preparing.acquire(timeout=PATIENCE)
+        for _ in range(200):  # the server hears of it within milliseconds
+            body = {"messages": [user("second")]}
+            answer = httpx.post(url + path, json=body, headers=bearer(KEYS[1]), timeout=PATIENCE)
+            if answer.status_code != 429:
+                break
+        assert answer.status_code == 200 and double.order == ["second"]
+        double.ready.set()
+        assert not double.preparing.acquire(timeout=0.1)  # its other images were not looked at
+
+
+def test_the_images_of_a_refused_request_are_not_kept() -> None:
+    seen = list[weakref.ref[Image.Image]]()
+
+    class Refusing(Double):
+        def prepare(self, images: Sequence[Image.Image], *, fit: str = "exact") -> PreparedImage:
+            seen.extend(map(weakref.ref, images))
+            raise UsageError("Another shape.")
+
+    with serving(Refusing()) as url:
+        gc.collect()
+        gc.disable()
+        try:
+            answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [user("x", PICTURE)]}, timeout=PATIENCE)
+            assert answer.status_code == 400 and "Another shape" in answer.text
+            assert len(seen) == 1 and seen[0]() is None
+        finally:
+            gc.enable()
+
+
+def test_one_clients_images_do_not_hold_up_others() -> None:
+    double = Slow()
+    with serving(double, keys=KEYS, parallel=1) as url:
+        with asking_in_threads(url, [user("a", PICTURE)] * 4, KEYS[0]) as answers:
+            assert double.preparing.acquire(timeout=PATIENCE)
+            body = {"messages": [user("b")]}
+            other = httpx.post(f"{url}/v1/chat/completions", json=body, headers=bearer(KEYS[1]), timeout=PATIENCE)
+            assert other.status_code == 200 and double.order == ["b"]
+            double.ready.set()
+        assert [answer.status_code for answer in answers] == [200] * 4
+
+
+@contextmanager
+def asking_in_threads(url: str, messages: Sequence[object], key: str) -> Iterator[list[httpx.Response]]:
+    answers: list[httpx.Response] = []
+
+    def ask(message: object) -> None:
+        body = {"messages": [message]}
+        answers.append(httpx.post(f"{url}/v1/chat/completions", json=body, headers=bearer(key), timeout=PATIENCE))
+
+    threads = [threading.Thread(target=ask, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    yield answers
+    for thread in threads:
+        thread.join(PATIENCE)

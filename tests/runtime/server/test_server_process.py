@@ -111,6 +111,48 @@ def test_images_that_are_refused(asked: openai.OpenAI, url: str, words: str) -> 
         answer(asked, user("What is it?", url))
 
 
+def test_an_image_alone_and_texts_between_images(asked: openai.OpenAI, tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_url(tiny_image)}}
+    model = load(tiny_bundle.path, threads=1)
+    alone = answer(asked, {"role": "user", "content": [image]})
+    assert alone.choices[0].message.content == "".join(model.chat().ask([tiny_image], max_tokens=8))
+    between = answer(
+        asked, {"role": "user", "content": [{"type": "text", "text": "This:"}, image, {"type": "text", "text": "What is it?"}]}
+    )
+    expected = "".join(model.chat().ask(["This:", tiny_image, "What is it?"], max_tokens=8))
+    assert between.choices[0].message.content == expected
+
+
+def test_choices_beyond_the_limit(asked: openai.OpenAI, tiny_image: Image.Image) -> None:
+    pytest.importorskip("llguidance")
+    for count, refused in (1000, False), (1001, True), (2000, True):
+        options = {"extra_body": {"guided_choice": [f"choice number {number}" for number in range(count)]}, "max_tokens": 64}
+        if refused:
+            with pytest.raises(openai.BadRequestError, match="1000"):
+                answer(asked, user("What is it?", data_url(tiny_image)), **options)
+        else:
+            found = answer(asked, user("What is it?", data_url(tiny_image)), **options)
+            assert found.choices[0].message.content.startswith("choice number ")
+
+
+def test_extreme_numbers(asked: openai.OpenAI, tiny_image: Image.Image) -> None:
+    message = user("What is it?", data_url(tiny_image))
+    extremes: list[dict[str, Any]] = [
+        {"max_tokens": 10**30},
+        {"seed": 10**300, "temperature": 1},
+        {"seed": -1},
+        {"temperature": 5e-324, "top_p": 5e-324},
+        {"temperature": 1.7e308},
+        {"extra_body": {"deadline_ms": 1e308}},
+        {"extra_body": {"deadline_ms": 1e-300}},
+    ]
+    for options in extremes:
+        try:
+            answer(asked, message, **{"stop": ["\0"], **options})
+        except openai.APIStatusError as error:
+            assert error.status_code in (400, 503), (options, error)
+
+
 def test_metrics_tell_of_answers(served: str, asked: openai.OpenAI, tiny_image: Image.Image) -> None:
     answer(asked, user("What is it?", data_url(tiny_image)))
     page = httpx.get(f"{served}/metrics")
@@ -143,7 +185,23 @@ def test_a_bundle_that_is_none(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--host", "0.0.0.0"], "--no-auth"),
-        (["--max-pixels", "0"], "--max-pixels must be 1 or more"),
+        (["--max-pixels", "0"], "--max-pixels"),
+        (["--max-request-pixels", "0"], "--max-request-pixels"),
+        (["--max-connections", "0"], "--max-connections"),
+        (["--parallel", "0"], "--parallel"),
+        (["--parallel", "-1"], "--parallel"),
+        (["--queue", "-1"], "--queue"),
+        (["--per-client", "0"], "--per-client"),
+        (["--grace", "-1"], "--grace"),
+        (["--grace", "nan"], "--grace"),
+        (["--grace", "inf"], "--grace"),
+        (["--threads", "-2"], "--threads"),
+        (["--threads", "0"], "--threads"),
+        (["--port", "70000"], "--port"),
+        (["--max-kv-bytes", "0"], "--max-kv-bytes"),
+        (["--cache-bytes", "-1"], "--cache-bytes"),
+        (["--forwarded-allow-ips", "*"], "--forwarded-allow-ips"),
+        (["--allow-origin", "example.com"], "--allow-origin"),
         (["--api-key-file", "/nothing"], "Cannot read the keys"),
     ],
 )
@@ -151,6 +209,18 @@ def test_options_that_are_refused(options: list[str], words: str, tiny_bundle: B
     monkeypatch.delenv("EDGEPRUNE_API_KEY", raising=False)
     result = CliRunner().invoke(main, ["serve", str(tiny_bundle.path), "--port", "0", *options])
     assert result.exit_code == 2 and words in result.output
+
+
+def test_a_file_of_keys_that_others_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from edgeprune.runtime.server.access import read_keys
+
+    file = tmp_path / "keys"
+    file.write_text("sesame\n")
+    for mode, warned in (0o600, False), (0o640, True), (0o604, True):
+        file.chmod(mode)
+        caplog.clear()
+        assert read_keys(file, None) == ["sesame"]
+        assert (f"chmod 600 {file}" in caplog.text) == warned and "sesame" not in caplog.text
 
 
 def test_a_file_of_keys(tmp_path: Path) -> None:

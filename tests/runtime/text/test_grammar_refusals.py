@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from speakers import END, OTHER_END, Speaker, bundled, with_alphabet
 from tokenizers import Tokenizer, models
 
 from edgeprune.errors import EdgePruneError, MissingExtraError, UsageError, install_command
-from edgeprune.runtime.text.grammar import GrammarCompiler
+from edgeprune.runtime.text import grammar
+from edgeprune.runtime.text.grammar import MAX_CHOICES, GrammarCompiler
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,51 @@ def test_a_schema_that_is_too_deep_is_refused(tabletop: Speaker) -> None:
         schema = {"type": "array", "items": schema}
     with pytest.raises(UsageError, match="recursion limit"):
         tabletop.compiler.constraint(json_schema=schema)
+
+
+def test_choices_have_a_limit(tabletop: Speaker) -> None:
+    choices = [f"choice number {number}" for number in range(MAX_CHOICES + 1)]
+    with pytest.raises(UsageError, match=f"{MAX_CHOICES + 1} choices, more than the {MAX_CHOICES}"):
+        tabletop.compiler.constraint(choices=choices)
+    assert tabletop.answer(choices=choices[:-1])[0] in choices
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"type": "string", "pattern": f"a.*b.*c{number}"} for number in range(40)]},
+        {"allOf": [{"allOf": [{"$ref": "#/$defs/a"}] * 5}] * 2, "$defs": {"a": {"type": "string", "pattern": "a.*b"}}},
+        {"type": "object", "patternProperties": {f"a.*b.*c{number}": {} for number in range(40)}},
+    ],
+)
+def test_patterns_that_would_take_hours_to_cross_are_refused(schema: Mapping[str, Any], tabletop: Speaker) -> None:
+    with pytest.raises(UsageError, match="more than 8 patterns"):
+        tabletop.compiler.constraint(json_schema=schema)
+
+
+def test_a_grammar_beyond_the_limits_of_its_matcher_is_a_wrong_request(tabletop: Speaker) -> None:
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(600)}}
+    with pytest.raises(UsageError, match="max is 2000"):
+        tabletop.answer(json_schema=schema)
+
+
+def test_one_grammar_that_takes_long_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, begun, go_on = GrammarCompiler(bundled().to_str, (END,)), threading.Event(), threading.Event()
+    compile_one = grammar._GrammarTokenizer.compile
+
+    def compile_slowly(self: Any, kind: str, body: str) -> Any:
+        if "slow" in body:
+            begun.set()
+            assert go_on.wait(20)
+        return compile_one(self, kind, body)
+
+    monkeypatch.setattr(grammar._GrammarTokenizer, "compile", compile_slowly)
+    slow = threading.Thread(target=compiler.constraint, args=(["slow"],))
+    slow.start()
+    assert begun.wait(20)
+    assert compiler.constraint(["quick"]) is not None
+    go_on.set()
+    slow.join(20)
 
 
 def test_choices_with_control_tokens_are_refused(tabletop: Speaker) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime import CutReceipt, Receipt, Turn
+from edgeprune.runtime import CutReceipt, PreparedImage, Receipt, Turn
 from edgeprune.runtime.server.process import Server, ServerOptions
 
 NAME = "double"
@@ -47,8 +47,12 @@ class Double:
     def watch(self, watcher: Callable[[Receipt], None]) -> None:
         self._watchers.append(watcher)
 
-    def chat(self, *, prune: bool, fit: str, history: Sequence[Turn]) -> Double._Chat:
-        return self._Chat(self, {"prune": prune, "fit": fit, "history": history})
+    def prepare(self, images: Sequence[Image.Image], *, fit: str = "exact") -> PreparedImage:
+        pixels = np.stack([np.asarray(image) for image in images])
+        return PreparedImage(lambda: pixels, None)
+
+    def chat(self, *, prune: bool, history: Sequence[Turn]) -> Double._Chat:
+        return self._Chat(self, {"prune": prune, "history": history})
 
     def release(self) -> None:
         """Let every answer go on."""
@@ -72,9 +76,10 @@ class Double:
         def __init__(self, double: Double, asked: dict[str, Any]) -> None:
             self._double, self._asked = double, asked
 
-        def ask(self, prompt: str, image: Any = None, **options: Any) -> AnswerDouble:
-            self._double.asked.append({**self._asked, "prompt": prompt, "image": image, **options})
-            return AnswerDouble(self._double, prompt, image)
+        def ask(self, prompt: Sequence[Any], **options: Any) -> AnswerDouble:
+            turn = Turn("user", prompt)
+            self._double.asked.append({**self._asked, "parts": turn.parts, **options})
+            return AnswerDouble(self._double, turn.words, turn.all_images)
 
 
 class AnswerDouble:
