@@ -131,7 +131,11 @@ class Conversation:
         receipt = Receipt(pruned=False, reason=why_not, deadline_ms=limits.deadline_ms)
         request = Request(sampler, limits, receipt)
         messages = [self._message(turn) for turn in turns]
-        new_images = [self._prepare_image(image, turn.text, receipt) for turn in turns for image in turn.images]
+        new_images = [
+            self._prepare_image(image, _question(turns[number:]), receipt)
+            for number, turn in enumerate(turns)
+            for image in turn.images
+        ]
         if self._stream is not None:
             self._stream.close()
         self._stream = Stream(self._answer(messages, new_images, request), receipt, request.cancellation)
@@ -196,7 +200,7 @@ class Conversation:
 
     def _first_token(self, ids: list[int], prefill: Prefill, request: Request) -> tuple[DecoderOutput, int]:
         with request.receipt.times.stage("prefill"), request.cancellation.deadline(request.remaining):
-            if ids[: len(self._sequence.ids)] != self._sequence.ids:
+            if not self._sequence.continued_by(ids):
                 self._reset()  # the answer's text tokenizes to other ids than were generated: prefill from the first token
             with self._pipeline.lock.acquire(request.cancellation):
                 step = prefill.run(self._sequence, ids, self._images, request.sampler.sampling.max_tokens)
@@ -218,6 +222,11 @@ class Conversation:
         ids = self._pipeline.tokenizer.encode_prompt(self._layout.expand(prompt), self._pipeline.special_tokens.get("bos_token"))
         if self._layout.count(ids) != images:
             raise UsageError("The chat template of this model does not place one image token for each image.")
+        if self._prune and images and self._layout.image_ends(ids)[-1] == len(ids):
+            raise UsageError(
+                "The chat template of this model puts no text after the last image, and the last token must not be pruned.",
+                hint="Ask with prune=False.",
+            )
         length = len(ids) + images * (self._pipeline.plan.geometry.tokens - len(self._layout.spans))
         if length > self._pipeline.decoder.context:
             raise UsageError(
@@ -231,8 +240,13 @@ class Conversation:
         prefill = Prefill(self._pipeline, self._layout, request, prune=self._prune)
         for image in new_images:
             prefill.encode(image)
-        restart = ids[: len(self._sequence.ids)] != self._sequence.ids
+        restart = not self._sequence.continued_by(ids)
         images = len(self._images) + len(new_images) - (0 if restart else self._sequence.images)
         text = len(ids) - (0 if restart else len(self._sequence.ids)) - images * len(self._layout.spans)
         prefill.choose_tier(0 if restart else self._sequence.cache.bytes, images, text)
         return prefill
+
+
+def _question(turns: Sequence[Turn]) -> str:
+    # What is asked about the images of the first turn: its text, or that of the next turn of the user that has one.
+    return next(turn.text for turn in turns if turn.role == "user" and turn.text.strip())

@@ -103,9 +103,12 @@ class Prefill:
         self._receipt.text_tokens = restored + (sum(len(part) for turn in turns for part in turn) if turns else len(new))
         if not turns:
             step = sequence.append_text(new, self._request.cancellation)
-        for parts in turns:
+        for number, parts in enumerate(turns, start=1):
             self._request.cancellation.raise_if_cancelled()
-            step, usage = sequence.append_image(parts, self._select(images[sequence.images]), self.tier, self._request.cancellation)
+            selected = self._select(images[sequence.images])
+            step, usage = sequence.append_image(
+                parts, selected, self.tier, self._request.cancellation, following=_first_text(turns[number:])
+            )
             self._record(usage)
             self._store_prefix(sequence, ids, images, len(parts[-1]))
         sequence.ids = ids
@@ -134,7 +137,7 @@ class Prefill:
             return 0
         for count in range(len(images), 0, -1):
             prefix: PrefixSnapshot | None = self._feature_cache.get(self._prefix_key(ids, images[:count]))
-            if prefix is not None:
+            if prefix is not None and len(prefix.ids) < len(ids):  # the logits need a forward pass
                 for usage in sequence.restore(prefix):
                     self._record(usage)
                 text = len(prefix.ids) - count * len(self._layout.spans)
@@ -171,6 +174,11 @@ def prefix_cacheable(plan: KeepPlan, *, prune: bool, input_cut_ignores_prompt: b
     if not prune:
         return True
     return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or input_cut_ignores_prompt)
+
+
+def _first_text(turns: Sequence[Sequence[Sequence[int]]]) -> int | None:
+    # The first text token of images that follow each other.
+    return next((token for parts in turns for part in parts for token in part), None)
 
 
 def _bytes(*arrays: np.ndarray) -> int:
