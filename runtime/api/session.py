@@ -76,7 +76,10 @@ class Runtime:
         return "busy" if self._pipeline.state.running else "ready"
 
     def watch(self, watcher: ReceiptCallback) -> None:
-        """Call `watcher` with the receipt of every answer once it has ended, in the thread that consumed the stream."""
+        """Call `watcher` with the receipt of every answer once it has ended, in the thread that consumed the stream.
+
+        A watcher may ask, also in the same chat. One that raises is logged to the logger "edgeprune"; the answer stays as it is.
+        """
         self._pipeline.state.watchers.append(watcher)
 
     def forget(self) -> None:
@@ -177,7 +180,7 @@ class Runtime:
 
 
 class Chat:
-    """A multi-turn conversation about one or more images. Use each chat from one thread at a time."""
+    """A multi-turn conversation about one or more images. Use each chat from one thread at a time; others get a UsageError."""
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation

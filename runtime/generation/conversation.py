@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +21,7 @@ from edgeprune.runtime.generation.request import Request, RequestLimits
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
 from edgeprune.runtime.media.images import image_hash
-from edgeprune.runtime.telemetry.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt
 from edgeprune.runtime.text.prompt import ImagePlaceholders, Message
 from edgeprune.runtime.text.tokenizer import reject_control_tokens
 
@@ -46,12 +47,14 @@ class Turn:
 class Stream:
     """An answer in progress: an iterator of text pieces. Nothing runs before the first `next`.
 
-    One thread iterates; any thread may cancel. `text`: the answer so far. `receipt`: updated during generation, final at the end.
+    Any thread may iterate, one at a time, and any may cancel. `text`: the answer so far. `receipt`: updated during generation,
+    final at the end.
     """
 
     def __init__(self, pieces: Generator[str], receipt: Receipt, cancellation: CancellationToken) -> None:
         self._pieces, self._cancellation = pieces, cancellation
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()  # a watcher runs inside the last `next`, and may use the stream
+        self._asker = self._reader = threading.current_thread()
         self.receipt = receipt
         self.text = ""
 
@@ -60,9 +63,23 @@ class Stream:
 
     def __next__(self) -> str:
         with self._reading:
+            self._reader = threading.current_thread()
+            if self.generating:
+                raise StopIteration  # called by a watcher, after the last piece
             piece = next(self._pieces)
             self.text += piece
             return piece
+
+    @property
+    def generating(self) -> bool:
+        """Whether a `next` is in progress."""
+        return self._pieces.gi_running
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the answer is unfinished and belongs to other threads: those that asked for it and read it, if they still run."""
+        owners, current = (self._asker, self._reader), threading.current_thread()
+        return self.receipt.finish_reason == RUNNING and current not in owners and any(owner.is_alive() for owner in owners)
 
     def cancel(self) -> None:
         """Request cancellation and return at once. Iteration ends within one decode step; the text so far is the answer."""
@@ -72,11 +89,14 @@ class Stream:
         """Cancel, from any thread, and wait until generation has stopped; the text so far is the answer."""
         self.cancel()
         with self._reading:
-            self._pieces.close()
+            if not self.generating:  # it runs where a watcher closes its own answer, which has ended
+                self._pieces.close()
+            if self.receipt.finish_reason == RUNNING:  # never read
+                self.receipt.finish_reason = CANCELLED
 
 
 class Conversation:
-    """Several turns that share one KV cache. Not thread-safe: one thread asks and iterates at a time."""
+    """Several turns that share one KV cache. One thread asks at a time; UsageError is raised in any other meanwhile."""
 
     def __init__(self, pipeline: Pipeline, *, prune: bool = True, fit: str = "exact", history: Sequence[Turn] = ()) -> None:
         self._pipeline, self._prune, self._fit = pipeline, prune, fit
@@ -84,7 +104,8 @@ class Conversation:
         self._messages: list[Message] = []
         self._images: list[ImageInput] = []  # in the order of the messages
         self._history = tuple(history)  # turns not yet in `_messages`
-        self._stream: Stream | None = None
+        self._stream: Stream | None = None  # the newest, until it has ended
+        self._asking = threading.RLock()
         self._reset()
 
     def _reset(self) -> None:
@@ -110,8 +131,27 @@ class Conversation:
         """Return the stream of the answer to the next user turn.
 
         For a video bundle each of `images` is a list of frames. A stream that is never read changes nothing. A new request closes
-        the previous stream. Raises UsageError and ImageError before any state changes.
+        the previous stream, unless another thread has yet to finish it. Raises UsageError and ImageError before any state changes.
         """
+        with self._one_thread():
+            return self._ask(prompt, images, sampling, limits)
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        hint = "Use one chat per thread, or finish or close the stream of the other thread first."
+        if not self._asking.acquire(blocking=False):
+            raise UsageError("Another thread is asking in this chat.", hint=hint)
+        try:
+            previous = self._stream
+            if previous is not None and previous.foreign:
+                raise UsageError("Another thread has not finished its answer in this chat.", hint=hint)
+            yield
+        finally:
+            self._asking.release()
+
+    def _ask(
+        self, prompt: str, images: Sequence[ImageOrFrames], sampling: Sampling | None, limits: RequestLimits | None
+    ) -> Stream:
         if not prompt.strip():
             raise UsageError("The prompt is empty.", hint="Ask something about the image.")
         limits = limits or RequestLimits()
@@ -136,8 +176,11 @@ class Conversation:
             for number, turn in enumerate(turns)
             for image in turn.images
         ]
-        if self._stream is not None:
-            self._stream.close()
+        previous = self._stream
+        if previous is not None:
+            previous.close()
+        if previous is not None and previous.generating and self._stream is previous:  # a signal handler asks
+            raise UsageError("This thread is in the middle of an answer of this chat.", hint="Ask when it has ended.")
         self._stream = Stream(self._answer(messages, new_images, request), receipt, request.cancellation)
         return self._stream
 
@@ -156,22 +199,29 @@ class Conversation:
             return ImageInput(question, partial(spec.patches, fitted), key)
 
     def _answer(self, messages: list[Message], new_images: list[ImageInput], request: Request) -> Generator[str]:
+        try:
+            with self._pipeline.state.track_answer(request.receipt):
+                yield from self._turn(messages, new_images, request)
+        finally:
+            self._stream = None  # before the watchers, which may ask the next question
+            self._pipeline.state.notify(request.receipt)
+
+    def _turn(self, messages: list[Message], new_images: list[ImageInput], request: Request) -> Generator[str]:
         receipt, cancellation = request.receipt, request.cancellation
-        with self._pipeline.state.track_answer(receipt):
-            try:
-                cancellation.raise_if_cancelled()
-                ids = self._tokenize(messages, len(new_images))
-                prefill = self._prepare_prefill(ids, new_images, request)
-            except Cancelled:  # before prefill, possibly during image encoding: the conversation is unchanged
-                receipt.finish_reason = str(cancellation.reason)
-                return
-            except BaseException as error:
-                receipt.finish_reason = "error" if isinstance(error, Exception) else "cancelled"
-                raise
-            self._messages += messages
-            self._images += new_images
-            self._history = ()
-            yield from self._generate(ids, prefill, request)
+        try:
+            cancellation.raise_if_cancelled()
+            ids = self._tokenize(messages, len(new_images))
+            prefill = self._prepare_prefill(ids, new_images, request)
+        except Cancelled:  # before prefill, possibly during image encoding: the conversation is unchanged
+            receipt.finish_reason = str(cancellation.reason)
+            return
+        except BaseException as error:
+            receipt.finish_reason = "error" if isinstance(error, Exception) else CANCELLED
+            raise
+        self._messages += messages
+        self._images += new_images
+        self._history = ()
+        yield from self._generate(ids, prefill, request)
 
     def _generate(self, ids: list[int], prefill: Prefill, request: Request) -> Generator[str]:
         # However the stream ends, the answer so far becomes the assistant's turn, so that the conversation stays consistent.
@@ -186,13 +236,14 @@ class Conversation:
             yield from decode_loop.run(step, token)
             self._update_latency(prefill, receipt)
         except GeneratorExit:
-            receipt.finish_reason = "cancelled"
+            if receipt.finish_reason == RUNNING:  # not after the last piece
+                receipt.finish_reason = CANCELLED
             raise
         except Cancelled:
             receipt.finish_reason = str(request.cancellation.reason)
             self._reset()  # the KV cache may hold part of a turn
         except BaseException as error:  # including KeyboardInterrupt: the KV cache may hold part of a turn
-            receipt.finish_reason = "error" if isinstance(error, Exception) else "cancelled"
+            receipt.finish_reason = "error" if isinstance(error, Exception) else CANCELLED
             self._reset()
             raise
         finally:
