@@ -6,7 +6,9 @@ jinja2 and tokenizers take 50 ms to import, a quarter of `import edgeprune.runti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from string import ascii_letters
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import BundleError, UsageError
@@ -48,36 +50,84 @@ class TextTokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def is_text(self, token: int) -> bool:
+        """Return whether `decode` does not leave the token out: it is in the vocabulary and not special."""
+        content = self._tokenizer.id_to_token(token)
+        return content is not None and content not in self.special
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """Tokens that stand for one byte of a character without a token (`<0xE0>`, "byte fallback"), if the decoder joins them."""
+        written = [f"<0x{byte:02{case}}>" for byte in range(256) for case in "Xx"]
+        known = {self._tokenizer.token_to_id(content): content for content in written}
+        return frozenset(token for token, content in known.items() if token is not None and self.decode([token]) != content)
+
+    @cached_property
+    def anchor(self) -> int | None:
+        """A token whose text is a letter wherever it stands, None if there is no such token."""
+        ids = ((letter, self._tokenizer.token_to_id(letter)) for letter in ascii_letters)
+        return next((token for letter, token in ids if token is not None and self.decode([token, token]) == 2 * letter), None)
+
 
 class IncrementalDetokenizer:
-    """Decodes tokens to text incrementally. A piece is returned once its characters are complete."""
+    """Decodes tokens to text incrementally: the pieces are, joined, what `TextTokenizer.decode` returns for all tokens.
+
+    A piece is returned once no later token can change it. That holds back an incomplete character, and a run of byte tokens, which
+    are text only if all of the run is valid UTF-8. Tokens are decoded in a window that is short, so that an answer costs linear
+    time. A window begins where nothing is held back, after an anchor and the token before it, whose text is removed again: decoders
+    strip the beginning of a text, and the anchor takes that upon itself.
+    """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._begin = 0  # start of the window that is decoded together; the text of earlier ids is final
+        self._before: list[int] = []  # decoded with the window: empty for the first, then the anchor and a token
+        self._known = 0  # characters of the text of `_before`
+        self._window: list[int] = []
         self._emitted = ""  # the part of the window's text that was already returned
 
     def push(self, token: int) -> str:
         """Add one token and return the text that is now final, possibly empty."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids[self._begin :])
-        if text.endswith(_REPLACEMENT) or not text.startswith(self._emitted):
+        if not self._tokenizer.is_text(token):
             return ""
-        piece = text[len(self._emitted) :]
-        self._emitted = text
-        if len(self._ids) - self._begin > 16:
-            # Keep the window short, but longer than one token: decoders treat the first word of a text differently.
-            self._begin = len(self._ids) - 4
-            self._emitted = self._tokenizer.decode(self._ids[self._begin :])
+        self._window.append(token)
+        if token in self._tokenizer.byte_tokens:
+            return ""
+        text = self._decode(self._window)
+        final = text.removesuffix(_REPLACEMENT)  # removes one: an incomplete character is decoded to one
+        if not final.startswith(self._emitted):  # by no decoder known
+            return ""
+        piece, self._emitted = final[len(self._emitted) :], final
+        self._advance(text)
         return piece
 
     def flush(self) -> str:
         """Return the remaining text, including incomplete characters."""
-        text = self._tokenizer.decode(self._ids[self._begin :])
+        text = self._decode(self._window)
         piece = text[len(self._emitted) :] if text.startswith(self._emitted) else ""
         self._emitted = text
         return piece
+
+    def _advance(self, text: str) -> None:
+        # Shortens the window, unless its text is empty: the decoder may not have stripped the beginning yet.
+        anchor = self._tokenizer.anchor
+        if anchor is None:
+            return
+        if text and self._emitted == text:
+            self._begin_after(anchor, self._window, [], "")
+        elif len(self._window) > 1:
+            # A character that spans a token boundary has more than its share in the texts of the two sides: each byte after the
+            # boundary is invalid by itself. So none spans it, and none will, if the text is the sum of the two.
+            earlier, last = self._window[:-1], self._window[-1]
+            begin, end = self._decode(earlier), self._tokenizer.decode([anchor, last])[1:]
+            if begin and end and begin + end == text:
+                self._begin_after(anchor, earlier, [last], end.removesuffix(_REPLACEMENT))
+
+    def _begin_after(self, anchor: int, earlier: list[int], window: list[int], emitted: str) -> None:
+        self._before, self._window, self._emitted = [anchor, earlier[-1]], window, emitted
+        self._known = len(self._tokenizer.decode(self._before))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(self._before + ids)[self._known :]
 
 
 class StopStringFilter:
