@@ -11,6 +11,7 @@ from PIL import Image
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
+from edgeprune.runtime.api.options import AnswerOptions, parse_options
 from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames, Stream, Turn
 from edgeprune.runtime.generation.pipeline import Pipeline, ReceiptCallback, SharedState
 from edgeprune.runtime.generation.request import LatencyEstimate, RequestLimits
@@ -20,6 +21,8 @@ from edgeprune.runtime.media.images import ImageSource, read_image
 from edgeprune.runtime.telemetry.receipt import ImageCuts, Receipt
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
+
     from edgeprune.runtime.media.overlay import Panel, TokenCanvas
 
 _WARM_UP_TOKENS = 4
@@ -106,25 +109,38 @@ class Runtime:
         finally:
             self._warming = False
 
-    def generate(self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Any) -> Answer:
+    def generate(
+        self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Unpack[AnswerOptions]
+    ) -> Answer:
         """Answer one prompt about one or more images.
 
         `image`: a path, a Pillow image, a uint8 array [H, W, 3] or any other source that `read_image` accepts, or a list of them.
         For a video bundle the list holds the frames. `prune=False` runs the same graphs with all visual tokens. `fit` handles an
         image whose aspect ratio differs from the bundle's: "exact" raises, "stretch" and "pad" adapt it. `options`: fields of
-        RequestLimits (tier, deadline_ms, max_kv_bytes) and Sampling (max_tokens, temperature, top_p, seed, stop, ...). Raises
-        ImageError and UsageError.
+        RequestLimits (tier, deadline_ms, max_kv_bytes) and Sampling (max_tokens, temperature, top_p, seed, stop, ...), which
+        AnswerOptions lists. Raises ImageError and UsageError.
         """
         stream = self.stream(image, prompt, prune=prune, fit=fit, **options)
         return Answer("".join(stream), stream.receipt)
 
-    def stream(self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Any) -> Stream:
+    def stream(
+        self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Unpack[AnswerOptions]
+    ) -> Stream:
         """Like `generate`, but return the answer as a stream of text pieces."""
         if image is None:
             raise UsageError("There is no image.", hint="Pass one, or use chat() for turns without an image.")
         return self.chat(prune=prune, fit=fit).ask(prompt, image, **options)
 
-    def ask_latest(self, feed: Feed, prompt: str, *, timeout: float | None = None, **options: Any) -> Stream:
+    def ask_latest(
+        self,
+        feed: Feed,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        prune: bool = True,
+        fit: str = "exact",
+        **options: Unpack[AnswerOptions],
+    ) -> Stream:
         """Like `stream`, but about the newest frame of a feed (the newest frames for a video bundle).
 
         Waits at most `timeout` seconds for a frame that no earlier request used. Raises the errors of `Feed.take`. The receipt
@@ -132,7 +148,7 @@ class Runtime:
         """
         shot = feed.take(timeout=timeout)
         frames = list(shot.frames)
-        stream = self.stream(frames if self.kind == "video" else frames[-1], prompt, **options)
+        stream = self.stream(frames if self.kind == "video" else frames[-1], prompt, prune=prune, fit=fit, **options)
         stream.receipt.captured, stream.receipt.frames_dropped = shot.captured, shot.dropped
         return stream
 
@@ -185,14 +201,13 @@ class Chat:
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 
-    def ask(self, prompt: str, image: ImageOrImages | None = None, **options: Any) -> Stream:
+    def ask(self, prompt: str, image: ImageOrImages | None = None, **options: Unpack[AnswerOptions]) -> Stream:
         """Start the next user turn, with or without new images. Exhaust the stream before the next call.
 
         `image`: an image or a list of them; for a video bundle, the list of frames. `options`: as in `Runtime.generate`.
         """
         images = [] if image is None else _read_images(_as_list(image), self._conversation.kind)
-        limits = {name: options.pop(name) for name in RequestLimits.__dataclass_fields__ if name in options}
-        return self._conversation.ask(prompt, images, _sampling(options), RequestLimits(**limits))
+        return self._conversation.ask(prompt, images, *parse_options(options))
 
 
 def _read_images(images: Sequence[Any], kind: str) -> list[ImageOrFrames]:
@@ -203,14 +218,3 @@ def _read_images(images: Sequence[Any], kind: str) -> list[ImageOrFrames]:
 
 def _as_list(image: ImageOrImages) -> list[ImageSource]:
     return list(image) if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    unknown = [name for name in options if name not in Sampling.__dataclass_fields__]
-    if unknown:
-        known = ", ".join([*Sampling.__dataclass_fields__, *RequestLimits.__dataclass_fields__])
-        raise UsageError(f"There is no option {unknown[0]!r}.", hint=f"Options are: {known}.")
-    try:
-        return Sampling(**options)
-    except TypeError as error:
-        raise UsageError(f"An option is of the wrong type: {error}.") from error

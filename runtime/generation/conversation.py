@@ -23,7 +23,7 @@ from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
 from edgeprune.runtime.media.images import image_hash
 from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt
 from edgeprune.runtime.text.prompt import ImagePlaceholders, Message
-from edgeprune.runtime.text.tokenizer import reject_control_tokens
+from edgeprune.runtime.text.tokenizer import reject_control_tokens, reject_unencodable
 
 ImageOrFrames = Image.Image | Sequence[Image.Image]
 ROLES = ("system", "user", "assistant")
@@ -40,6 +40,7 @@ class Turn:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError(f"Unknown role {self.role!r}.", hint=f"Roles are: {', '.join(ROLES)}.")
+        reject_unencodable(self.text, "The prompt" if self.role == "user" else f"The text of the {self.role}")
         if self.images and self.role != "user":
             raise UsageError(f"A turn of the {self.role} has images.", hint="Put them into a turn of the user.")
 
@@ -149,10 +150,9 @@ class Conversation:
         finally:
             self._asking.release()
 
-    def _ask(
-        self, prompt: str, images: Sequence[ImageOrFrames], sampling: Sampling | None, limits: RequestLimits | None
-    ) -> Stream:
-        if not prompt.strip():
+    def _ask(self, prompt: str, images: Sequence[ImageOrFrames], sampling: Sampling | None, limits: RequestLimits | None) -> Stream:
+        question = Turn("user", prompt, images)
+        if not prompt.strip() or not self._pipeline.tokenizer.encode(prompt):
             raise UsageError("The prompt is empty.", hint="Ask something about the image.")
         limits = limits or RequestLimits()
         if limits.tier is not None:
@@ -163,7 +163,7 @@ class Conversation:
         structured = sampling.structured
         constraint = self._pipeline.grammars.constraint(sampling.choices, sampling.json_schema) if structured else None
         sampler = Sampler(sampling, constraint)
-        turns = (*self._history, Turn("user", prompt, images))
+        turns = (*self._history, question)
         for turn in turns:
             reject_control_tokens(turn.text, self._pipeline.tokenizer, self._layout.placeholder)
         has_images = any(turn.images for turn in turns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 
 from edgeprune.errors import UsageError
 from edgeprune.runtime.backends.interface import CancellationToken
-from edgeprune.runtime.generation.sampling import Sampler
+from edgeprune.runtime.generation.sampling import Sampler, check_count, check_number
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 DEFAULT, REQUESTED, DEADLINE, MEMORY = "default", "asked for", "deadline", "max_kv_bytes"
@@ -31,10 +30,12 @@ class RequestLimits:
     max_kv_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.deadline_ms is not None and not (math.isfinite(self.deadline_ms) and self.deadline_ms > 0):
+        if self.tier is not None and not isinstance(self.tier, str):
+            raise UsageError(f"tier must be the name of a tier, not {self.tier!r}.")
+        if self.deadline_ms is not None and check_number("deadline_ms", self.deadline_ms) <= 0:
             raise UsageError(f"deadline_ms must be above 0, not {self.deadline_ms}.")
-        if self.max_kv_bytes is not None and self.max_kv_bytes < 1:
-            raise UsageError(f"max_kv_bytes must be 1 or more, not {self.max_kv_bytes}.")
+        if self.max_kv_bytes is not None:
+            check_count("max_kv_bytes", self.max_kv_bytes, 1)
 
 
 class LatencyEstimate:

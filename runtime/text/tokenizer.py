@@ -5,6 +5,7 @@ jinja2 and tokenizers take 50 ms to import, a quarter of `import edgeprune.runti
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,16 @@ _REPLACEMENT = "\ufffd"  # decoders emit it for bytes that do not (yet) form a c
 
 
 class TextTokenizer:
-    """Converts text to token ids and back, as tokenizer.json defines. `special`: the texts of the special tokens."""
+    """Converts text to token ids and back, as tokenizer.json defines. `special`: the texts of the special tokens.
+
+    Truncation and padding are switched off: a file may carry those of the last call before it was saved, which transformers
+    ignores. A `Tokenizer` that is given is changed so.
+    """
 
     def __init__(self, source: Path | Tokenizer) -> None:
         self._tokenizer = _read_tokenizer(source) if isinstance(source, Path) else source
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.special = frozenset(token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special)
 
     def encode(self, text: str) -> list[int]:
@@ -131,36 +138,84 @@ class IncrementalDetokenizer:
 
 
 class StopStringFilter:
-    """Holds back text that may begin a stop string. `stopped`: whether a stop string is complete."""
+    """Holds back text that may begin a stop string. `stopped`: whether a stop string is complete.
+
+    An automaton reads each character once (Aho and Corasick, 1975, doi 10.1145/360825.360855). Its states are the beginnings of the
+    stop strings; the current one is the longest that the text ends with. No more text than that is held back.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._pending = ""
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]  # characters of each state
+        self._match = [0]  # characters of the longest stop string that ends in a state, 0 for none
+        for stop in stops:
+            self._add(stop)
+        self._fallback = self._link()
+        self._state, self._pending = 0, ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """Add text and return the part that cannot belong to a stop string; empty after a stop string."""
         if self.stopped:
             return ""
+        length, first = len(self._pending), None
         self._pending += text
-        found = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            text, self._pending = self._pending[: min(found)], ""
-            return text
-        held = max((self._overlap(stop) for stop in self._stops), default=0)
-        end = len(self._pending) - held
-        text, self._pending = self._pending[:end], self._pending[end:]
-        return text
+        for end, character in enumerate(text, start=length + 1):
+            self._state = self._follow(self._state, character)
+            if match := self._match[self._state]:
+                first = end - match if first is None else min(first, end - match)
+        self.stopped = first is not None
+        end = len(self._pending) - self._depth[self._state] if first is None else first
+        final, self._pending = self._pending[:end], "" if self.stopped else self._pending[end:]
+        return final
 
     def flush(self) -> str:
         """Return the text held back, at the end of the answer."""
         text, self._pending = self._pending, ""
         return text
 
-    def _overlap(self, stop: str) -> int:
-        # Length of the longest suffix of the pending text that is a prefix of the stop string.
-        return next((n for n in range(len(stop) - 1, 0, -1) if self._pending.endswith(stop[:n])), 0)
+    def _add(self, stop: str) -> None:
+        state = 0
+        for depth, character in enumerate(stop, start=1):
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._depth.append(depth)
+                self._match.append(0)
+            state = self._next[state][character]
+        self._match[state] = len(stop)
+
+    def _link(self) -> list[int]:
+        # The fallback of a state is the longest other state that its text ends with. Shorter states come first.
+        self._fallback = [0] * len(self._next)
+        states = deque([0])
+        while states:
+            state = states.popleft()
+            for character, deeper in self._next[state].items():
+                if state:
+                    self._fallback[deeper] = self._follow(self._fallback[state], character)
+                self._match[deeper] = self._match[deeper] or self._match[self._fallback[deeper]]
+                states.append(deeper)
+        return self._fallback
+
+    def _follow(self, state: int, character: str) -> int:
+        while state and character not in self._next[state]:
+            state = self._fallback[state]
+        return self._next[state].get(character, 0)
+
+
+def reject_unencodable(text: object, name: str) -> None:
+    """Raise UsageError unless `text` is a string that UTF-8 can write. `name`: what the message calls it."""
+    if not isinstance(text, str):
+        raise UsageError(f"{name} must be text, not {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X}"
+        raise UsageError(
+            f"{name} has {found} at position {error.start}, half of a surrogate pair, which UTF-8 cannot write.",
+            hint="Decode the text again from its source, or remove the character.",
+        ) from error
 
 
 def reject_control_tokens(text: str, tokenizer: TextTokenizer, placeholder: str) -> None:

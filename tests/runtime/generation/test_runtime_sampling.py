@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.runtime.generation.request import RequestLimits
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.text.grammar import TokenConstraint
 from edgeprune.runtime.text.tokenizer import StopStringFilter
@@ -57,8 +58,33 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         {"top_p": 1.1},
         {"max_tokens": 0},
         {"seed": -1},
+        {"temperature": True},
+        {"temperature": "1"},
+        {"temperature": 10**400},
+        {"top_p": None},
+        {"top_p": float("nan")},
+        {"top_p": True},
+        {"max_tokens": 3.5},
+        {"max_tokens": 3.0},
+        {"max_tokens": True},
+        {"max_tokens": float("nan")},
+        {"max_tokens": "3"},
+        {"max_tokens": None},
+        {"seed": 1.0},
+        {"seed": False},
+        {"seed": float("nan")},
+        {"seed": "1"},
         {"stop": "text"},
+        {"stop": b"text"},
+        {"stop": None},
+        {"stop": 5},
+        {"stop": {"text"}},
         {"stop": [""]},
+        {"stop": ["text", b"text"]},
+        {"stop": ["text", None]},
+        {"stop": ["\ud800"]},
+        {"stop": ["text"] * 65},
+        {"stop": ["x" * 1025]},
         {"choices": []},
         {"choices": "yes"},
         {"choices": ["yes", ""]},
@@ -75,6 +101,30 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"tier": 3},
+        {"tier": b"fast"},
+        {"deadline_ms": "x"},
+        {"deadline_ms": True},
+        {"deadline_ms": float("inf")},
+        {"max_kv_bytes": 1.5},
+        {"max_kv_bytes": True},
+        {"max_kv_bytes": "1"},
+    ],
+)
+def test_limits_of_the_wrong_type_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(limits))):
+        RequestLimits(**limits)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    sampling = Sampling(temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(1), max_tokens=np.int32(3))  # type: ignore[arg-type]
+    assert Sampler(sampling).sample(LOGITS) == Sampler(Sampling(temperature=0.5, top_p=0.9, seed=1)).sample(LOGITS)
+    assert RequestLimits(deadline_ms=np.float32(5), max_kv_bytes=np.int64(9)).max_kv_bytes == 9  # type: ignore[arg-type]
 
 
 class Odd:

@@ -18,7 +18,7 @@ TEXTS = (
     "यह एक परीक्षण वाक्य है जो हिन्दी में लिखा गया है और बहुत लंबा है।",
     "นี่คือประโยคทดสอบภาษาไทยที่ยาวพอสมควรสำหรับการทดสอบการถอดรหัส",
     "이것은 한국어로 쓰인 긴 시험 문장이며 토큰이 많이 필요합니다.",
-    "桌子上有一个红色的立方体，旁边是一个蓝色的球，还有一只杯子。",
+    "桌子上有一个红色的立方体,旁边是一个蓝色的球,还有一只杯子。",
     "👩‍🚀 and 🤖 see a naïve café, then \ufffd twice: \ufffd\ufffd.",
     " leading and  double spaces \n and lines\n\n",
 )
@@ -39,7 +39,9 @@ def byte_level() -> TextTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     of = {byte: letters_of([byte]) for byte in range(256)}
     joined = ["".join(of[byte] for byte in piece.encode()) for piece in ("the", " a", "ह", "机", "🤖", REPLACEMENT)]
-    split = ["".join(of[byte] for byte in raw) for raw in (b"a\xe0\xa4", b"\xb9 b", b"\xa4", b"\xf0\x9f", b"\x9f\xa4\x96x", b"\x80\xc3")]
+    split = [
+        "".join(of[byte] for byte in raw) for raw in (b"a\xe0\xa4", b"\xb9 b", b"\xa4", b"\xf0\x9f", b"\x9f\xa4\x96x", b"\x80\xc3")
+    ]
     return with_vocabulary([*letters, *joined, *split], decoders.ByteLevel())
 
 
