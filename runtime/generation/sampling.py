@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.runtime.text.grammar import TokenConstraint
 
 
+_FLOAT32 = np.finfo(np.float32)
 MAX_STOPS, MAX_STOP_CHARS = 64, 1024
 
 
@@ -62,10 +63,11 @@ class Sampler:
     def __init__(self, sampling: Sampling, constraint: TokenConstraint | None = None) -> None:
         self.sampling, self._constraint = sampling, constraint
         self._rng = np.random.default_rng(sampling.seed)
+        self._buffers = _Buffers()
 
     def sample(self, logits: np.ndarray) -> int:
         """Return the next token id for logits [vocabulary]; ties go to the lowest id. Raises EdgePruneError for NaN logits."""
-        if np.isnan(logits).any():
+        if np.isnan(logits.max()):
             raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify")
         if self._constraint is None:
             return self._sample_token(logits)
@@ -80,20 +82,45 @@ class Sampler:
         return self._constraint is not None and self._constraint.done
 
     def _sample_token(self, logits: np.ndarray) -> int:
-        if self.sampling.temperature == 0:
+        peak = logits.max()
+        if self.sampling.temperature == 0 or not np.isfinite(peak):  # infinite: one token is certain, or none is possible
             return int(logits.argmax())
+        weights, speeds, ahead, products = self._buffers.of(len(logits))
         # Subtract the maximum before dividing: a tiny temperature then gives -inf for all other tokens, never +inf.
-        shifted = logits.astype(np.float64) - logits.max()
-        with np.errstate(over="ignore"):
-            scores = shifted / self.sampling.temperature
-        # The Gumbel trick ties the noise to the token id instead of its rank. Rounding, which differs after a prefix was reused and
-        # can swap tokens of nearly equal probability, then does not change the sample of a seed.
-        gumbel_noise = self._rng.gumbel(size=len(scores))
-        probabilities = np.exp(scores)
-        order = np.argsort(-probabilities, kind="stable")
-        mass = np.cumsum(probabilities[order])
-        nucleus = order[: int(np.searchsorted(mass, self.sampling.top_p * mass[-1])) + 1]
-        return int(nucleus[(scores[nucleus] + gumbel_noise[nucleus]).argmax()])
+        np.subtract(logits, peak, out=weights, casting="same_kind")
+        with np.errstate(over="ignore", under="ignore", divide="ignore"):
+            np.divide(weights, np.float32(np.clip(self.sampling.temperature, _FLOAT32.tiny, _FLOAT32.max)), out=weights)
+            np.exp(weights, out=weights)
+            # A race: of exponential times with the rates `weights`, each is the first with its share of their sum as probability.
+            # The noise belongs to a token id instead of a rank. Rounding, which differs after a prefix was reused and can swap
+            # tokens of nearly equal probability, then does not change the sample of a seed. In float32 the noise would be 0 once in
+            # 8 million.
+            np.divide(weights, self._rng.standard_exponential(out=speeds), out=speeds)
+        if self.sampling.top_p == 1:
+            return int(speeds.argmax())
+        # The nucleus is the smallest set with the share `top_p` of all weight, heaviest first, then lowest id. A token belongs to it
+        # if those ahead of it have less. One that does not takes itself and all behind it out of the race, so few are looked at.
+        target = self.sampling.top_p * float(weights.sum(dtype=np.float64))
+        while True:
+            token = int(speeds.argmax())
+            np.greater(weights, weights[token], out=ahead)
+            ahead[np.flatnonzero(weights[:token] == weights[token])] = True
+            if float(np.multiply(weights, ahead, out=products).sum(dtype=np.float64)) < target:
+                return token
+            np.multiply(speeds, ahead, out=speeds)
+
+
+class _Buffers:
+    # Arrays of one answer. New ones at every token would take more time than what is computed in them, because the allocator returns
+    # blocks of this size to the system.
+    def __init__(self) -> None:
+        self._arrays: tuple[np.ndarray, ...] = (np.empty(0),)
+
+    def of(self, size: int) -> tuple[np.ndarray, ...]:
+        """Return float32 weights, float64 speeds, a mask and float32 products for `size` tokens, with any contents."""
+        if size > len(self._arrays[0]):
+            self._arrays = tuple(np.empty(size, kind) for kind in (np.float32, np.float64, np.bool_, np.float32))
+        return tuple(array[:size] for array in self._arrays)
 
 
 def check_number(name: str, value: object) -> float:
