@@ -23,7 +23,7 @@ OPTIONS = {
 
 
 def forms(vocabulary: int) -> dict[str, np.ndarray]:
-    """Return logits [vocabulary] by name: nearly equal, spread as those of a model, and with one that has nearly all of the mass."""
+    """Return logits [vocabulary] by name: nearly equal, spread as a model's, and with one that has nearly all of the mass."""
     noise = np.random.default_rng(0).standard_normal(vocabulary, np.float32)
     peaked = 2 * noise
     peaked[vocabulary // 2] = 25

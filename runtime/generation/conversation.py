@@ -12,12 +12,12 @@ from PIL import Image
 
 from edgeprune.errors import UsageError
 from edgeprune.processors import fit
-from edgeprune.runtime.backends.interface import CANCELLED, CancellationToken, Cancelled, DecoderOutput
+from edgeprune.runtime.backends.interface import CANCELLED, DEADLINE, CancellationToken, Cancelled, DecoderOutput
 from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.generation.decode import DecodeLoop
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.prefill import ImageInput, Prefill
-from edgeprune.runtime.generation.request import Request, RequestLimits
+from edgeprune.runtime.generation.request import UNFINISHED, Request, RequestLimits
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
 from edgeprune.runtime.media.images import image_hash
@@ -241,6 +241,8 @@ class Conversation:
             raise
         except Cancelled:
             receipt.finish_reason = str(request.cancellation.reason)
+            if receipt.finish_reason == DEADLINE:
+                self._update_latency(prefill, receipt)
             self._reset()  # the KV cache may hold part of a turn
         except BaseException as error:  # including KeyboardInterrupt: the KV cache may hold part of a turn
             receipt.finish_reason = "error" if isinstance(error, Exception) else CANCELLED
@@ -258,10 +260,15 @@ class Conversation:
             return step, request.sampler.sample(step.logits)
 
     def _update_latency(self, prefill: Prefill, receipt: Receipt) -> None:
-        times, images = receipt.times, receipt.visual_tokens // self._pipeline.plan.geometry.tokens
         if not self._prune:
             return
-        prefill_ms = (times.prefill_ms + times.select_ms) / images if images and "prefix" not in receipt.reused else None
+        times, images = receipt.times, prefill.images
+        elapsed_ms = times.prefill_ms + times.select_ms
+        if not receipt.generated_tokens:  # the deadline stopped the prefill
+            if elapsed_ms < prefill.expected_ms:
+                return  # before it showed anything new
+            elapsed_ms *= UNFINISHED
+        prefill_ms = elapsed_ms / images if images and "prefix" not in receipt.reused else None
         complete = receipt.finish_reason in ("end", "stop")
         tokens = receipt.generated_tokens if complete else 0
         self._pipeline.state.latency.update(prefill.tier, prefill_ms, times.ms_per_token, tokens)

@@ -98,8 +98,8 @@ class Sampler:
             np.divide(weights, self._rng.standard_exponential(out=speeds), out=speeds)
         if self.sampling.top_p == 1:
             return int(speeds.argmax())
-        # The nucleus is the smallest set with the share `top_p` of all weight, heaviest first, then lowest id. A token belongs to it
-        # if those ahead of it have less. One that does not takes itself and all behind it out of the race, so few are looked at.
+        # The nucleus is the smallest set with the share `top_p` of all weight, heaviest first, then lowest id. A token belongs to
+        # it if those ahead of it have less. One that does not takes itself and all behind it out of the race, so few are looked at.
         target = self.sampling.top_p * float(weights.sum(dtype=np.float64))
         while True:
             token = int(speeds.argmax())
@@ -111,8 +111,8 @@ class Sampler:
 
 
 class _Buffers:
-    # Arrays of one answer. New ones at every token would take more time than what is computed in them, because the allocator returns
-    # blocks of this size to the system.
+    # Arrays of one answer. New ones at every token would take more time than what is computed in them, because the allocator
+    # returns blocks of this size to the system.
     def __init__(self) -> None:
         self._arrays: tuple[np.ndarray, ...] = (np.empty(0),)
 

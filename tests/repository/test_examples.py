@@ -42,7 +42,7 @@ def test_the_demo_asks_and_draws(tmp_path: Path) -> None:
 def test_sampling_is_measured() -> None:
     rows = run("examples/sampling/sampling_time.py", "--vocabulary", 1000, "--tokens", 2).splitlines()[2:]
     assert len(rows) == 12
-    assert all(float(row.split("|")[3]) > 0 for row in rows)
+    assert all(float(row.split("|")[3]) >= 0 for row in rows)
 
 
 @pytest.mark.slow
