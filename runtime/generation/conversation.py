@@ -49,13 +49,14 @@ class Stream:
     """An answer in progress: an iterator of text pieces. Nothing runs before the first `next`.
 
     Any thread may iterate, one at a time, and any may cancel. `text`: the answer so far. `receipt`: updated during generation,
-    final at the end.
+    final at the end. `generating`: whether the next piece is being computed.
     """
 
     def __init__(self, pieces: Generator[str], receipt: Receipt, cancellation: CancellationToken) -> None:
         self._pieces, self._cancellation = pieces, cancellation
         self._reading = threading.RLock()  # a watcher runs inside the last `next`, and may use the stream
         self._asker = self._reader = threading.current_thread()
+        self.generating = False
         self.receipt = receipt
         self.text = ""
 
@@ -67,14 +68,18 @@ class Stream:
             self._reader = threading.current_thread()
             if self.generating:
                 raise StopIteration  # called by a watcher, after the last piece
-            piece = next(self._pieces)
+            with self._generation():
+                piece = next(self._pieces)
             self.text += piece
             return piece
 
-    @property
-    def generating(self) -> bool:
-        """Whether a `next` is in progress."""
-        return self._pieces.gi_running
+    @contextmanager
+    def _generation(self) -> Iterator[None]:
+        self.generating = True
+        try:
+            yield
+        finally:
+            self.generating = False
 
     @property
     def foreign(self) -> bool:
@@ -90,8 +95,9 @@ class Stream:
         """Cancel, from any thread, and wait until generation has stopped; the text so far is the answer."""
         self.cancel()
         with self._reading:
-            if not self.generating:  # it runs where a watcher closes its own answer, which has ended
-                self._pieces.close()
+            if not self.generating:  # it is where a watcher closes its own answer, which has ended
+                with self._generation():
+                    self._pieces.close()
             if self.receipt.finish_reason == RUNNING:  # never read
                 self.receipt.finish_reason = CANCELLED
 

@@ -116,7 +116,10 @@ def test_a_tier_that_is_slower_than_the_others_say_is_seldom_tried() -> None:
 
 def test_estimates_are_medians() -> None:
     estimate = LatencyEstimate()
-    work, expected = (2, 1), lambda images, most: estimate.expected_ms((2, 1), images, most, 1.0)
+
+    def expected(images: int, most: int) -> list[float]:
+        return estimate.expected_ms((2, 1), images, most, 1.0)
+
     assert expected(1, 10) == [50.0, 25.0]
     estimate.update(0, 100.0, 5.0, 20)
     assert expected(2, 10) == [2 * 100.0 + 5.0 * 10] * 2
@@ -127,4 +130,4 @@ def test_estimates_are_medians() -> None:
     estimate.update(1, 60.0, 0.0, 0)
     assert expected(1, 50) == [200.0 + 7.0 * 20, 60.0 + 7.0 * 20]
     estimate.update(1, 10_000.0, 0.0, 0)
-    assert estimate.expected_ms(work, 1, 50, 1.0)[1] == 60.0 + 7.0 * 20
+    assert expected(1, 50)[1] == 60.0 + 7.0 * 20

@@ -184,9 +184,9 @@ def test_limits_of_the_wrong_type_are_refused(limits: dict[str, Any]) -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    sampling = Sampling(temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(1), max_tokens=np.int32(3))  # type: ignore[arg-type]
+    sampling = Sampling(temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(1), max_tokens=np.int32(3))
     assert Sampler(sampling).sample(LOGITS) == Sampler(Sampling(temperature=0.5, top_p=0.9, seed=1)).sample(LOGITS)
-    assert RequestLimits(deadline_ms=np.float32(5), max_kv_bytes=np.int64(9)).max_kv_bytes == 9  # type: ignore[arg-type]
+    assert RequestLimits(deadline_ms=np.float32(5), max_kv_bytes=np.int64(9)).max_kv_bytes == 9
 
 
 class Odd:
