@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="Run also what takes long: slow, size and nightly.")
+    parser.addoption("--questions", type=int, default=200, help="Of each bundle of test_soak_conversations.py.")
     parser.addoption("--precision", default="fp32", help="Of the bundles of test_true_size.py.")
 
 

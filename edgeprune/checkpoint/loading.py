@@ -254,6 +254,9 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
         if report.get(problem):
             raise UnsupportedModelError(f"{folder.name} has {problem.replace('_', ' ')}: {sorted(report[problem])[:3]}.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    # transformers sets both at each call: those of the file are of the last call before it was saved, and no bundle must have them.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return LoadedModel(folder, model.eval(), family(model), tokenizer)
 
 

@@ -97,10 +97,12 @@ def load_inputs(request: ReportOptions) -> ReportInputs:
 def collect_answers(
     runtime: Runtime, image: ImageSource, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128
 ) -> AnswerSet:
-    """Ask a model each prompt about an image and collect the answers."""
-    picture = read_image(image)
+    """Ask a model each prompt about an image and collect the answers. Nothing is reused, so that each shows what it takes."""
+    picture, answers = read_image(image), list[Answer]()
     runtime.generate(picture, prompts[0], fit=fit, max_tokens=1)  # warm-up: the first run of a session is slower
-    answers = [runtime.generate(picture, prompt, fit=fit, max_tokens=max_tokens) for prompt in prompts]
+    for prompt in prompts:
+        runtime.forget()
+        answers.append(runtime.generate(picture, prompt, fit=fit, max_tokens=max_tokens))
     panels = [runtime.panels(picture, answer.receipt, fit=fit) for answer in answers]
     questions = [
         _answered(prompt, answer, [Picture(p.title, p.caption, data_uri(p.picture)) for p in drawn])

@@ -11,6 +11,7 @@ from PIL import Image
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
+from edgeprune.runtime.api.options import AnswerOptions, parse_options
 from edgeprune.runtime.generation.conversation import (
     Conversation,
     ImageOrFrames,
@@ -28,6 +29,8 @@ from edgeprune.runtime.media.images import ImageSource, read_image
 from edgeprune.runtime.telemetry.receipt import ImageCuts, Receipt
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
+
     from edgeprune.runtime.media.overlay import Panel, TokenCanvas
 
 _WARM_UP_TOKENS = 4
@@ -84,7 +87,10 @@ class Runtime:
         return "busy" if self._pipeline.state.running else "ready"
 
     def watch(self, watcher: ReceiptCallback) -> None:
-        """Call `watcher` with the receipt of every answer once it has ended, in the thread that consumed the stream."""
+        """Call `watcher` with the receipt of every answer once it has ended, in the thread that consumed the stream.
+
+        A watcher may ask, also in the same chat. One that raises is logged to the logger "edgeprune"; the answer stays as it is.
+        """
         self._pipeline.state.watchers.append(watcher)
 
     def forget(self) -> None:
@@ -111,25 +117,38 @@ class Runtime:
         finally:
             self._warming = False
 
-    def generate(self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Any) -> Answer:
+    def generate(
+        self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Unpack[AnswerOptions]
+    ) -> Answer:
         """Answer one prompt about one or more images.
 
         `image`: a path, bytes, a Pillow image, a uint8 array [H, W, 3] or what else `read_image` accepts, or a list of them.
         For a video bundle the list holds the frames. `prune=False` runs the same graphs with all visual tokens. `fit` handles an
         image whose aspect ratio differs from the bundle's: "exact" raises, "stretch" and "pad" adapt it. `options`: fields of
-        RequestLimits (tier, deadline_ms, max_kv_bytes) and Sampling (max_tokens, temperature, top_p, seed, stop, ...). Raises
-        ImageError and UsageError.
+        RequestLimits (tier, deadline_ms, max_kv_bytes) and Sampling (max_tokens, temperature, top_p, seed, stop, ...), which
+        AnswerOptions lists. Raises ImageError and UsageError.
         """
         stream = self.stream(image, prompt, prune=prune, fit=fit, **options)
         return Answer("".join(stream), stream.receipt)
 
-    def stream(self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Any) -> Stream:
+    def stream(
+        self, image: ImageOrImages, prompt: str, *, prune: bool = True, fit: str = "exact", **options: Unpack[AnswerOptions]
+    ) -> Stream:
         """Like `generate`, but return the answer as a stream of text pieces."""
         if image is None:
             raise UsageError("There is no image.", hint="Pass one, or use chat() for turns without an image.")
         return self.chat(prune=prune, fit=fit).ask(prompt, image, **options)
 
-    def ask_latest(self, feed: Feed, prompt: str, *, timeout: float | None = None, **options: Any) -> Stream:
+    def ask_latest(
+        self,
+        feed: Feed,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        prune: bool = True,
+        fit: str = "exact",
+        **options: Unpack[AnswerOptions],
+    ) -> Stream:
         """Like `stream`, but about the newest frame of a feed (the newest frames for a video bundle).
 
         Waits at most `timeout` seconds for a frame that no earlier request used. Raises the errors of `Feed.take`. The receipt
@@ -137,7 +156,7 @@ class Runtime:
         """
         shot = feed.take(timeout=timeout)
         frames = list(shot.frames)
-        stream = self.stream(frames if self.kind == "video" else frames[-1], prompt, **options)
+        stream = self.stream(frames if self.kind == "video" else frames[-1], prompt, prune=prune, fit=fit, **options)
         stream.receipt.captured, stream.receipt.frames_dropped = shot.captured_monotonic, shot.dropped
         return stream
 
@@ -194,20 +213,19 @@ class Runtime:
 
 
 class Chat:
-    """A multi-turn conversation about one or more images. Use each chat from one thread at a time."""
+    """A multi-turn conversation about one or more images. Use each chat from one thread at a time; others get a UsageError."""
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 
-    def ask(self, prompt: Prompt, image: ImageOrImages | None = None, **options: Any) -> Stream:
+    def ask(self, prompt: Prompt, image: ImageOrImages | None = None, **options: Unpack[AnswerOptions]) -> Stream:
         """Start the next user turn, with or without new images. Exhaust the stream before the next call.
 
         `prompt`: a text, or a list of texts and images in order (each a list of frames for a video bundle). `image`: an image or a
         list of them, before the text; for a video bundle, the list of frames. `options`: as in `Runtime.generate`.
         """
         images = [] if image is None else _read_images(_as_list(image), self._conversation.kind)
-        limits = {name: options.pop(name) for name in RequestLimits.__dataclass_fields__ if name in options}
-        return self._conversation.ask(_read_prompt(prompt), images, _sampling(options), RequestLimits(**limits))
+        return self._conversation.ask(_read_prompt(prompt), images, *parse_options(options))
 
 
 def _read_images(images: Sequence[Any], kind: str) -> list[ImageOrFrames]:
@@ -219,7 +237,7 @@ def _read_images(images: Sequence[Any], kind: str) -> list[ImageOrFrames]:
 
 
 def _read_prompt(prompt: Prompt) -> Prompt:
-    return prompt if isinstance(prompt, str) else [_read_part(part) for part in prompt]
+    return [_read_part(part) for part in prompt] if isinstance(prompt, (list, tuple)) else prompt
 
 
 def _read_part(part: Any) -> str | ImageOrFrames:
@@ -230,14 +248,3 @@ def _read_part(part: Any) -> str | ImageOrFrames:
 
 def _as_list(image: ImageOrImages) -> list[ImageSource]:
     return list(image) if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    unknown = [name for name in options if name not in Sampling.__dataclass_fields__]
-    if unknown:
-        known = ", ".join([*Sampling.__dataclass_fields__, *RequestLimits.__dataclass_fields__])
-        raise UsageError(f"There is no option {unknown[0]!r}.", hint=f"Options are: {known}.")
-    try:
-        return Sampling(**options)
-    except TypeError as error:
-        raise UsageError(f"An option is of the wrong type: {error}.") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,18 +14,18 @@ from PIL import Image
 
 from edgeprune.errors import UsageError
 from edgeprune.processors import fit
-from edgeprune.runtime.backends.interface import CANCELLED, CancellationToken, Cancelled, DecoderOutput
+from edgeprune.runtime.backends.interface import CANCELLED, DEADLINE, CancellationToken, Cancelled, DecoderOutput
 from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.generation.decode import DecodeLoop
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.prefill import ImageInput, Prefill
-from edgeprune.runtime.generation.request import Request, RequestLimits
+from edgeprune.runtime.generation.request import UNFINISHED, Request, RequestLimits
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
 from edgeprune.runtime.media.images import image_hash
-from edgeprune.runtime.telemetry.receipt import Receipt
+from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt
 from edgeprune.runtime.text.prompt import ImagePlaceholders, Message
-from edgeprune.runtime.text.tokenizer import reject_control_tokens
+from edgeprune.runtime.text.tokenizer import reject_control_tokens, reject_unencodable
 
 ROLES = ("system", "user", "assistant")
 _CHARS_PER_TOKEN = 16  # more than texts have
@@ -79,8 +80,11 @@ class Turn:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError(f"Unknown role {self.role!r}.", hint=f"Roles are: {', '.join(ROLES)}.")
-        if self.images and not isinstance(self.text, str):
+        in_order = isinstance(self.text, (list, tuple))
+        if self.images and in_order:
             raise UsageError("A turn has images in order and others beside them.", hint="Put all of them into the list.")
+        name = "The prompt" if self.role == "user" else f"The text of the {self.role}"
+        reject_unencodable(self.words if in_order else self.text, name)
         if self.all_images and self.role != "user":
             raise UsageError(f"A turn of the {self.role} has images.", hint="Put them into a turn of the user.")
 
@@ -111,12 +115,15 @@ class Turn:
 class Stream:
     """An answer in progress: an iterator of text pieces. Nothing runs before the first `next`.
 
-    One thread iterates; any thread may cancel. `text`: the answer so far. `receipt`: updated during generation, final at the end.
+    Any thread may iterate, one at a time, and any may cancel. `text`: the answer so far. `receipt`: updated during generation,
+    final at the end. `generating`: whether the next piece is being computed.
     """
 
     def __init__(self, pieces: Generator[str], receipt: Receipt, cancellation: CancellationToken) -> None:
         self._pieces, self._cancellation = pieces, cancellation
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()  # a watcher runs inside the last `next`, and may use the stream
+        self._asker = self._reader = threading.current_thread()
+        self.generating = False
         self.receipt = receipt
         self.text = ""
 
@@ -125,9 +132,27 @@ class Stream:
 
     def __next__(self) -> str:
         with self._reading:
-            piece = next(self._pieces)
+            self._reader = threading.current_thread()
+            if self.generating:
+                raise StopIteration  # called by a watcher, after the last piece
+            with self._generation():
+                piece = next(self._pieces)
             self.text += piece
             return piece
+
+    @contextmanager
+    def _generation(self) -> Iterator[None]:
+        self.generating = True
+        try:
+            yield
+        finally:
+            self.generating = False
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the answer is unfinished and belongs to other threads: those that asked for it and read it, if they still run."""
+        owners, current = (self._asker, self._reader), threading.current_thread()
+        return self.receipt.finish_reason == RUNNING and current not in owners and any(owner.is_alive() for owner in owners)
 
     def cancel(self) -> None:
         """Request cancellation and return at once. Iteration ends within one decode step; the text so far is the answer."""
@@ -137,11 +162,15 @@ class Stream:
         """Cancel, from any thread, and wait until generation has stopped; the text so far is the answer."""
         self.cancel()
         with self._reading:
-            self._pieces.close()
+            if not self.generating:  # it is where a watcher closes its own answer, which has ended
+                with self._generation():
+                    self._pieces.close()
+            if self.receipt.finish_reason == RUNNING:  # never read
+                self.receipt.finish_reason = CANCELLED
 
 
 class Conversation:
-    """Several turns that share one KV cache. Not thread-safe: one thread asks and iterates at a time."""
+    """Several turns that share one KV cache. One thread asks at a time; UsageError is raised in any other meanwhile."""
 
     def __init__(self, pipeline: Pipeline, *, prune: bool = True, fit: str = "exact", history: Sequence[Turn] = ()) -> None:
         self._pipeline, self._prune, self._fit = pipeline, prune, fit
@@ -149,7 +178,8 @@ class Conversation:
         self._messages: list[Message] = []
         self._images: list[ImageInput] = []  # in the order of the messages
         self._history = tuple(history)  # turns not yet in `_messages`
-        self._stream: Stream | None = None
+        self._stream: Stream | None = None  # the newest, until it has ended
+        self._asking = threading.RLock()
         self._reset()
 
     def _reset(self) -> None:
@@ -175,12 +205,32 @@ class Conversation:
         """Return the stream of the answer to the next user turn.
 
         `prompt`: as the text of a Turn; a list may have images alone. For a video bundle each of `images` is a list of frames. A
-        stream that is never read changes nothing. A new request closes the previous stream. Raises UsageError and ImageError
-        before any state changes.
+        stream that is never read changes nothing. A new request closes the previous stream, unless another thread has yet to
+        finish it. Raises UsageError and ImageError before any state changes.
         """
+        with self._one_thread():
+            return self._ask(prompt, images, sampling, limits)
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        hint = "Use one chat per thread, or finish or close the stream of the other thread first."
+        if not self._asking.acquire(blocking=False):
+            raise UsageError("Another thread is asking in this chat.", hint=hint)
+        try:
+            previous = self._stream
+            if previous is not None and previous.foreign:
+                raise UsageError("Another thread has not finished its answer in this chat.", hint=hint)
+            yield
+        finally:
+            self._asking.release()
+
+    def _ask(
+        self, prompt: Prompt, images: Sequence[ImageOrFrames], sampling: Sampling | None, limits: RequestLimits | None
+    ) -> Stream:
         started_s = time.monotonic()  # compiling a grammar and preparing images count against the deadline
-        last = Turn("user", prompt, images)
-        if not (last.words.strip() or (last.all_images and not isinstance(prompt, str))):
+        question = Turn("user", prompt, images)
+        image_alone = not isinstance(prompt, str) and bool(question.all_images)
+        if not image_alone and self._is_empty(question.words):
             raise UsageError("The prompt is empty.", hint="Ask something about the image.")
         limits = limits or RequestLimits()
         if limits.tier is not None:
@@ -191,7 +241,7 @@ class Conversation:
         structured = sampling.structured
         constraint = self._pipeline.grammars.constraint(sampling.choices, sampling.json_schema) if structured else None
         sampler = Sampler(sampling, constraint)
-        turns = (*self._history, last)
+        turns = (*self._history, question)
         for turn in turns:
             reject_control_tokens(turn.words, self._pipeline.tokenizer, self._layout.placeholder)
         has_images = any(turn.all_images for turn in turns)
@@ -199,11 +249,22 @@ class Conversation:
         receipt = Receipt(pruned=False, reason=why_not, deadline_ms=limits.deadline_ms)
         request = Request(sampler, limits, receipt, started_s=started_s)
         messages = [self._message(turn) for turn in turns]
-        new_images = [self._image_input(image, turn.words, receipt) for turn in turns for image in turn.all_images]
-        if self._stream is not None:
-            self._stream.close()
+        new_images = [
+            self._image_input(image, _question(turns[number:]), receipt)
+            for number, turn in enumerate(turns)
+            for image in turn.all_images
+        ]
+        previous = self._stream
+        if previous is not None:
+            previous.close()
+        if previous is not None and previous.generating and self._stream is previous:  # a signal handler asks
+            raise UsageError("This thread is in the middle of an answer of this chat.", hint="Ask when it has ended.")
         self._stream = Stream(self._answer(messages, new_images, request), receipt, request.cancellation)
         return self._stream
+
+    def _is_empty(self, words: str) -> bool:
+        # A tokenizer may drop characters, but not so many. A long text is not tokenized before its length is checked.
+        return not words.strip() or (len(words) < _CHARS_PER_TOKEN and not self._pipeline.tokenizer.encode(words))
 
     def _message(self, turn: Turn) -> Message:
         kind = self._layout.kind
@@ -217,22 +278,29 @@ class Conversation:
             return ImageInput(question, image.patches, image.key and image.key + bytes([self._prune]))
 
     def _answer(self, messages: list[Message], new_images: list[ImageInput], request: Request) -> Generator[str]:
+        try:
+            with self._pipeline.state.track_answer(request.receipt):
+                yield from self._turn(messages, new_images, request)
+        finally:
+            self._stream = None  # before the watchers, which may ask the next question
+            self._pipeline.state.notify(request.receipt)
+
+    def _turn(self, messages: list[Message], new_images: list[ImageInput], request: Request) -> Generator[str]:
         receipt, cancellation = request.receipt, request.cancellation
-        with self._pipeline.state.track_answer(receipt):
-            try:
-                cancellation.raise_if_cancelled()
-                ids = self._tokenize(messages, len(new_images))
-                prefill = self._prepare_prefill(ids, new_images, request)
-            except Cancelled:  # before prefill, possibly during image encoding: the conversation is unchanged
-                receipt.finish_reason = str(cancellation.reason)
-                return
-            except BaseException as error:
-                receipt.finish_reason = "error" if isinstance(error, Exception) else "cancelled"
-                raise
-            self._messages += messages
-            self._images += new_images
-            self._history = ()
-            yield from self._generate(ids, prefill, request)
+        try:
+            cancellation.raise_if_cancelled()
+            ids = self._tokenize(messages, len(new_images))
+            prefill = self._prepare_prefill(ids, new_images, request)
+        except Cancelled:  # before prefill, possibly during image encoding: the conversation is unchanged
+            receipt.finish_reason = str(cancellation.reason)
+            return
+        except BaseException as error:
+            receipt.finish_reason = "error" if isinstance(error, Exception) else CANCELLED
+            raise
+        self._messages += messages
+        self._images += new_images
+        self._history = ()
+        yield from self._generate(ids, prefill, request)
 
     def _generate(self, ids: list[int], prefill: Prefill, request: Request) -> Generator[str]:
         # However the stream ends, the answer so far becomes the assistant's turn, so that the conversation stays consistent.
@@ -247,13 +315,16 @@ class Conversation:
             yield from decode_loop.run(step, token)
             self._update_latency(prefill, receipt)
         except GeneratorExit:
-            receipt.finish_reason = "cancelled"
+            if receipt.finish_reason == RUNNING:  # not after the last piece
+                receipt.finish_reason = CANCELLED
             raise
         except Cancelled:
             receipt.finish_reason = str(request.cancellation.reason)
+            if receipt.finish_reason == DEADLINE:
+                self._update_latency(prefill, receipt)
             self._reset()  # the KV cache may hold part of a turn
         except BaseException as error:  # including KeyboardInterrupt: the KV cache may hold part of a turn
-            receipt.finish_reason = "error" if isinstance(error, Exception) else "cancelled"
+            receipt.finish_reason = "error" if isinstance(error, Exception) else CANCELLED
             self._reset()
             raise
         finally:
@@ -261,17 +332,22 @@ class Conversation:
 
     def _first_token(self, ids: list[int], prefill: Prefill, request: Request) -> tuple[DecoderOutput, int]:
         with request.receipt.times.stage("prefill"), request.cancellation.deadline(request.remaining):
-            if ids[: len(self._sequence.ids)] != self._sequence.ids:
+            if not self._sequence.continued_by(ids):
                 self._reset()  # the answer's text tokenizes to other ids than were generated: prefill from the first token
             with self._pipeline.lock.acquire(request.cancellation):
                 step = prefill.run(self._sequence, ids, self._images, request.sampler.sampling.max_tokens)
             return step, request.sampler.sample(step.logits)
 
     def _update_latency(self, prefill: Prefill, receipt: Receipt) -> None:
-        times, images = receipt.times, receipt.visual_tokens // self._pipeline.plan.geometry.tokens
         if not self._prune:
             return
-        prefill_ms = (times.prefill_ms + times.select_ms) / images if images and "prefix" not in receipt.reused else None
+        times, images = receipt.times, prefill.images
+        elapsed_ms = times.prefill_ms + times.select_ms
+        if not receipt.generated_tokens:  # the deadline stopped the prefill
+            if elapsed_ms < prefill.expected_ms:
+                return  # before it showed anything new
+            elapsed_ms *= UNFINISHED
+        prefill_ms = elapsed_ms / images if images and "prefix" not in receipt.reused else None
         complete = receipt.finish_reason in ("end", "stop")
         tokens = receipt.generated_tokens if complete else 0
         self._pipeline.state.latency.update(prefill.tier, prefill_ms, times.ms_per_token, tokens)
@@ -284,6 +360,11 @@ class Conversation:
         ids = self._pipeline.tokenizer.encode_prompt(self._layout.expand(prompt), self._pipeline.special_tokens.get("bos_token"))
         if self._layout.count(ids) != images:
             raise UsageError("The chat template of this model does not place one image token for each image.")
+        if self._prune and images and self._layout.image_ends(ids)[-1] == len(ids):
+            raise UsageError(
+                "The chat template of this model puts no text after the last image, and the last token must not be pruned.",
+                hint="Ask with prune=False.",
+            )
         length = len(ids) + images * (self._pipeline.plan.geometry.tokens - len(self._layout.spans))
         if length > self._pipeline.decoder.context:
             raise UsageError(
@@ -310,8 +391,13 @@ class Conversation:
         prefill = Prefill(self._pipeline, self._layout, request, prune=self._prune)
         for image in new_images:
             prefill.encode(image)
-        restart = ids[: len(self._sequence.ids)] != self._sequence.ids
+        restart = not self._sequence.continued_by(ids)
         images = len(self._images) + len(new_images) - (0 if restart else self._sequence.images)
         text = len(ids) - (0 if restart else len(self._sequence.ids)) - images * len(self._layout.spans)
         prefill.choose_tier(0 if restart else self._sequence.cache.bytes, images, text)
         return prefill
+
+
+def _question(turns: Sequence[Turn]) -> str:
+    # What is asked about the images of the first turn: its text, or that of the next turn of the user that has one, if any.
+    return next((turn.words for turn in turns if turn.role == "user" and turn.words.strip()), "")

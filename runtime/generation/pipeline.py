@@ -92,7 +92,7 @@ class SharedState:
 
     @contextmanager
     def track_answer(self, receipt: Receipt) -> Iterator[None]:
-        """Count an answer as running; when it ends, even by an error, complete its receipt and call the watchers."""
+        """Count an answer as running; when it ends, even by an error, complete its receipt."""
         before = self.energy.joules if self.energy else None
         with self._lock:
             self.running += 1
@@ -103,8 +103,16 @@ class SharedState:
                 self.running -= 1
             after = self.energy.joules if self.energy else None
             receipt.energy_j = None if before is None or after is None else after - before
-            for watcher in tuple(self.watchers):
+
+    def notify(self, receipt: Receipt) -> None:
+        """Call the watchers with a final receipt. One that raises is logged; neither the answer nor the other watchers change."""
+        for watcher in tuple(self.watchers):
+            try:
                 watcher(receipt)
+            except Exception:
+                import logging  # takes 5 ms to import
+
+                logging.getLogger("edgeprune").exception("A watcher of answers failed.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,17 @@ class ImageInput:
 
 
 class Prefill:
-    """The prefill of one turn. `tier`: index of the chosen tier. `max_kv_bytes`: limit of the KV cache, None for no limit."""
+    """The prefill of one turn. `max_kv_bytes`: limit of the KV cache, None for no limit.
+
+    `choose_tier` sets `tier`, the index of the chosen tier, `images`, those of the turn, and `expected_ms`, what the answer is
+    expected to take under that tier, infinite without tiers.
+    """
 
     def __init__(self, pipeline: Pipeline, layout: ImagePlaceholders, request: Request, *, prune: bool) -> None:
         self._pipeline, self._layout, self._request, self._prune = pipeline, layout, request, prune
         self._feature_cache, self._receipt = pipeline.state.feature_cache, request.receipt
-        self.tier = 0
+        self.tier = self.images = 0
+        self.expected_ms = math.inf
         self.max_kv_bytes = request.limits.max_kv_bytes or pipeline.max_kv_bytes
 
     @property
@@ -71,17 +77,17 @@ class Prefill:
         base = held + text * self._pipeline.kv_bytes_per_token_layer * self._pipeline.decoder.layers
         tiers = range(len(self._pipeline.plans))
         sizes = [base + images * self._pipeline.kv_bytes_per_image(tier, prune=self._prune) for tier in tiers]
+        self.images = images
         tiered, requested = bool(self._pipeline.tiers) and self._prune, self._request.limits.tier
+        expected = self._expected_ms() if tiered and images else []
         if requested is not None:
             self.tier, reason = self._pipeline.tier(requested), REQUESTED
-        elif tiered and images:
-            max_tokens, latency = self._request.sampler.sampling.max_tokens, self._pipeline.state.latency
+        elif expected:
             remaining = None if self._request.remaining is None else 1e3 * self._request.remaining
-            self.tier, reason = choose_tier(
-                [latency.expected_ms(tier, images, max_tokens) for tier in tiers], remaining, sizes, self.max_kv_bytes
-            )
+            self.tier, reason = choose_tier(expected, remaining, sizes, self.max_kv_bytes)
             for skipped in range(self.tier if reason == DEADLINE else 0):
-                latency.decay(skipped)
+                self._pipeline.state.latency.skip(skipped)
+        self.expected_ms = expected[self.tier] if expected else math.inf
         if tiered and images:
             self._receipt.tier, self._receipt.tier_reason = self._pipeline.tiers[self.tier][0], reason
         if self.max_kv_bytes is not None and sizes[self.tier] > self.max_kv_bytes:
@@ -89,6 +95,11 @@ class Prefill:
                 f"The turn needs {sizes[self.tier]} bytes of KV cache, but max_kv_bytes is {self.max_kv_bytes}.",
                 hint="Raise max_kv_bytes, begin a new conversation, or ask with fewer images.",
             )
+
+    def _expected_ms(self) -> list[float]:
+        work = [sum(map(plan.tokens_at_layer, range(plan.layers))) for plan in self._pipeline.plans]
+        times, most = self._receipt.times, self._request.sampler.sampling.max_tokens
+        return self._pipeline.state.latency.expected_ms(work, self.images, most, times.preprocess_ms + times.vision_ms)
 
     def run(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput], answer: int) -> DecoderOutput:
         """Append the part of `ids` that is not yet in `sequence`, with its images; return the output of the last forward pass.
@@ -103,9 +114,12 @@ class Prefill:
         self._receipt.text_tokens = restored + (sum(len(part) for turn in turns for part in turn) if turns else len(new))
         if not turns:
             step = sequence.append_text(new, self._request.cancellation)
-        for parts in turns:
+        for number, parts in enumerate(turns, start=1):
             self._request.cancellation.raise_if_cancelled()
-            step, usage = sequence.append_image(parts, self._select(images[sequence.images]), self.tier, self._request.cancellation)
+            selected = self._select(images[sequence.images])
+            step, usage = sequence.append_image(
+                parts, selected, self.tier, self._request.cancellation, following=_first_text(turns[number:])
+            )
             self._record(usage)
             self._store_prefix(sequence, ids, images, len(parts[-1]))
         sequence.ids = ids
@@ -142,7 +156,7 @@ class Prefill:
             return 0
         for count in range(len(images), 0, -1):
             prefix: PrefixSnapshot | None = self._feature_cache.get(self._prefix_key(ids, images[:count]))
-            if prefix is not None:
+            if prefix is not None and len(prefix.ids) < len(ids):  # the logits need a forward pass
                 for usage in sequence.restore(prefix):
                     self._record(usage)
                 text = len(prefix.ids) - count * len(self._layout.spans)
@@ -179,6 +193,11 @@ def prefix_cacheable(plan: KeepPlan, *, prune: bool, input_cut_ignores_prompt: b
     if not prune:
         return True
     return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or input_cut_ignores_prompt)
+
+
+def _first_text(turns: Sequence[Sequence[Sequence[int]]]) -> int | None:
+    # The first text token of images that follow each other.
+    return next((token for parts in turns for part in parts for token in part), None)
 
 
 def _bytes(*arrays: np.ndarray) -> int:

@@ -6,14 +6,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.runtime.text.tokenizer import reject_unencodable
 
 if TYPE_CHECKING:
     from edgeprune.runtime.text.grammar import TokenConstraint
+
+
+_FLOAT32 = np.finfo(np.float32)
+MAX_STOPS, MAX_STOP_CHARS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,9 @@ class Sampling:
     """Options of generation. Raises UsageError for values out of range.
 
     `temperature`: 0 is greedy. `top_p`: nucleus mass in (0, 1]. `seed`: makes sampling repeatable. `max_tokens`: limit per answer.
-    `stop`: strings that end the answer and are excluded from it. A structured answer is exactly one of `choices`, or JSON that
-    matches `json_schema`; both need the extra "structured", and `max_tokens` and `stop` can still truncate the answer.
+    `stop`: at most 64 strings of at most 1024 characters that end the answer and are excluded from it. A structured answer is
+    exactly one of `choices`, or JSON that matches `json_schema`; both need the extra "structured", and `max_tokens` and `stop` can
+    still truncate the answer.
     """
 
     temperature: float = 0.0
@@ -34,16 +41,14 @@ class Sampling:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if check_number("temperature", self.temperature) < 0:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}.")
-        if not 0 < self.top_p <= 1:
+        if not 0 < check_number("top_p", self.top_p) <= 1:
             raise UsageError(f"top_p must be in (0, 1], not {self.top_p}.")
-        if self.max_tokens < 1:
-            raise UsageError(f"max_tokens must be 1 or more, not {self.max_tokens}.")
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"seed must be 0 or more, not {self.seed}.")
-        if isinstance(self.stop, str) or any(not text for text in self.stop):
-            raise UsageError("stop must be a list of texts that are not empty.")
+        check_count("max_tokens", self.max_tokens, 1)
+        if self.seed is not None:
+            check_count("seed", self.seed, 0)
+        _check_stop(self.stop)
         _check_structured(self.choices, self.json_schema)
 
     @property
@@ -58,10 +63,11 @@ class Sampler:
     def __init__(self, sampling: Sampling, constraint: TokenConstraint | None = None) -> None:
         self.sampling, self._constraint = sampling, constraint
         self._rng = np.random.default_rng(sampling.seed)
+        self._buffers = _Buffers()
 
     def sample(self, logits: np.ndarray) -> int:
         """Return the next token id for logits [vocabulary]; ties go to the lowest id. Raises EdgePruneError for NaN logits."""
-        if np.isnan(logits).any():
+        if np.isnan(logits.max()):
             raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify")
         if self._constraint is None:
             return self._sample_token(logits)
@@ -76,20 +82,77 @@ class Sampler:
         return self._constraint is not None and self._constraint.done
 
     def _sample_token(self, logits: np.ndarray) -> int:
-        if self.sampling.temperature == 0:
+        peak = logits.max()
+        if self.sampling.temperature == 0 or not np.isfinite(peak):  # infinite: one token is certain, or none is possible
             return int(logits.argmax())
+        weights, speeds, ahead, products = self._buffers.of(len(logits))
         # Subtract the maximum before dividing: a tiny temperature then gives -inf for all other tokens, never +inf.
-        shifted = logits.astype(np.float64) - logits.max()
-        with np.errstate(over="ignore"):
-            scores = shifted / self.sampling.temperature
-        # The Gumbel trick ties the noise to the token id instead of its rank. Rounding, which differs after a prefix was reused and
-        # can swap tokens of nearly equal probability, then does not change the sample of a seed.
-        gumbel_noise = self._rng.gumbel(size=len(scores))
-        probabilities = np.exp(scores)
-        order = np.argsort(-probabilities, kind="stable")
-        mass = np.cumsum(probabilities[order])
-        nucleus = order[: int(np.searchsorted(mass, self.sampling.top_p * mass[-1])) + 1]
-        return int(nucleus[(scores[nucleus] + gumbel_noise[nucleus]).argmax()])
+        np.subtract(logits, peak, out=weights, casting="same_kind")
+        with np.errstate(over="ignore", under="ignore", divide="ignore"):
+            np.divide(weights, np.float32(np.clip(self.sampling.temperature, _FLOAT32.tiny, _FLOAT32.max)), out=weights)
+            np.exp(weights, out=weights)
+            # A race: of exponential times with the rates `weights`, each is the first with its share of their sum as probability.
+            # The noise belongs to a token id instead of a rank. Rounding, which differs after a prefix was reused and can swap
+            # tokens of nearly equal probability, then does not change the sample of a seed. In float32 the noise would be 0 once in
+            # 8 million.
+            np.divide(weights, self._rng.standard_exponential(out=speeds), out=speeds)
+        if self.sampling.top_p == 1:
+            return int(speeds.argmax())
+        # The nucleus is the smallest set with the share `top_p` of all weight, heaviest first, then lowest id. A token belongs to
+        # it if those ahead of it have less. One that does not takes itself and all behind it out of the race, so few are looked at.
+        target = self.sampling.top_p * float(weights.sum(dtype=np.float64))
+        while True:
+            token = int(speeds.argmax())
+            np.greater(weights, weights[token], out=ahead)
+            ahead[np.flatnonzero(weights[:token] == weights[token])] = True
+            if float(np.multiply(weights, ahead, out=products).sum(dtype=np.float64)) < target:
+                return token
+            np.multiply(speeds, ahead, out=speeds)
+
+
+class _Buffers:
+    # Arrays of one answer. New ones at every token would take more time than what is computed in them, because the allocator
+    # returns blocks of this size to the system.
+    def __init__(self) -> None:
+        self._arrays: tuple[np.ndarray, ...] = (np.empty(0),)
+
+    def of(self, size: int) -> tuple[np.ndarray, ...]:
+        """Return float32 weights, float64 speeds, a mask and float32 products for `size` tokens, with any contents."""
+        if size > len(self._arrays[0]):
+            self._arrays = tuple(np.empty(size, kind) for kind in (np.float32, np.float64, np.bool_, np.float32))
+        return tuple(array[:size] for array in self._arrays)
+
+
+def check_number(name: str, value: object) -> float:
+    """Return an option's value; raise UsageError if it is not a finite number."""
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UsageError(f"{name} must be a finite number, not {value!r}.")
+    return number
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise UsageError if an option's value is not a whole number of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UsageError(f"{name} must be a whole number, not {value!r}.")
+    if value < least:
+        raise UsageError(f"{name} must be {least} or more, not {value}.")
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if isinstance(stop, (str, bytes, bytearray)) or not isinstance(stop, Sequence):
+        raise UsageError(f"stop must be a list of texts, not {type(stop).__name__}.", hint='For example: stop=["\\n"].')
+    if len(stop) > MAX_STOPS:
+        raise UsageError(f"stop has {len(stop)} texts, but at most {MAX_STOPS} are allowed.")
+    for text in stop:
+        reject_unencodable(text, "Each text of stop")
+        if not text:
+            raise UsageError("stop has an empty text, which would end every answer at once.", hint="Leave it out.")
+        if len(text) > MAX_STOP_CHARS:
+            raise UsageError(f"A text of stop has {len(text)} characters, but at most {MAX_STOP_CHARS} are allowed.")
 
 
 def _check_structured(choices: Sequence[str] | None, schema: Mapping[str, Any] | None) -> None:
@@ -109,8 +172,8 @@ def _check_choices(choices: Sequence[str]) -> None:
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
         raise UsageError("choices must be a list of texts that are not empty.", hint='For example: ["yes", "no"].')
-    if not all(_is_utf8(choice) for choice in choices):
-        raise UsageError("choices must be texts that UTF-8 can write.")
+    for choice in choices:
+        reject_unencodable(choice, "Each text of choices")
 
 
 def _check_schema(schema: Mapping[str, Any]) -> None:
@@ -122,12 +185,4 @@ def _check_schema(schema: Mapping[str, Any]) -> None:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"json_schema is not JSON: {error}.") from error
-    if not _is_utf8(text):
-        raise UsageError("json_schema must be text that UTF-8 can write.")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
+    reject_unencodable(text, "json_schema")

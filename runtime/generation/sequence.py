@@ -138,6 +138,10 @@ class SequenceState:
         self._usages: tuple[ImageUsage, ...] = ()
         self._groups = bytearray()  # SYSTEM, INSTRUCTION or GENERATED for each text token in the cache
 
+    def continued_by(self, ids: Sequence[int]) -> bool:
+        """Return whether `ids` are the tokens in the cache and at least one more, which the next forward pass can run."""
+        return len(ids) > len(self.ids) and ids[: len(self.ids)] == self.ids
+
     def reserve(self, tokens: int) -> None:
         """Reserve room for `tokens` more text tokens, and undo the decode cut of the previous answer."""
         self.cache = self.cache.limit_visual(1.0, 0).reserve(min(tokens, self._pipeline.decoder.context))
@@ -150,24 +154,38 @@ class SequenceState:
         return self._step(DecoderInput(empty, empty, self._text(ids), _NO_ORDER, _NO_GROUPS), group, cancellation)
 
     def append_image(
-        self, parts: Sequence[Sequence[int]], chosen: SelectedTokens, tier: int = 0, cancellation: CancellationToken | None = None
+        self,
+        parts: Sequence[Sequence[int]],
+        chosen: SelectedTokens,
+        tier: int = 0,
+        cancellation: CancellationToken | None = None,
+        *,
+        following: int | None = None,
     ) -> tuple[DecoderOutput, ImageUsage]:
         """Run a forward pass over an image with the text before, between and after its spans, with the keep budgets of a tier.
 
-        In an unpruned conversation all visual tokens are passed as text.
+        In an unpruned conversation all visual tokens are passed as text. A pruned forward pass ends with a text token: methods rank
+        by it, and a layer that keeps no visual token would otherwise have nothing to compute. If no text stands between the image
+        and the next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped.
         """
         plan, geometry = self._pipeline.plans[tier], self._pipeline.plan.geometry
         prefix, visual = self._image_segments(parts[:-1], chosen.embeds if self._prune else chosen.vision_output.embeds)
         suffix, before = self._text(parts[-1]), self.cache.visual_entries_read
         unpruned = geometry.tokens * plan.layers
         if self._prune:
-            visual = visual.gather(chosen.order, chosen.embeds)
-            step = self._step(DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier), INSTRUCTION, cancellation)
+            visual, borrowed = visual.gather(chosen.order, chosen.embeds), not parts[-1]
+            if borrowed:
+                assert following is not None  # the prompt ends with text
+                suffix = self._segment([following])
+            tokens = DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier)
+            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=borrowed)
             cuts = cut_receipts(plan, chosen.vision_output.kept, chosen.order, step)
             usage = ImageUsage(geometry.tokens, unpruned, self.cache.visual_entries_read - before, cuts)
         else:
-            tokens = DecoderInput(prefix.concat(visual), self._empty, suffix, _NO_ORDER, _NO_GROUPS)
-            step = self._step(tokens, INSTRUCTION, cancellation)
+            text = prefix.concat(visual)
+            if not parts[-1]:
+                text, suffix = text.split(-1)  # a forward pass without visual tokens has a suffix
+            step = self._step(DecoderInput(text, self._empty, suffix, _NO_ORDER, _NO_GROUPS), INSTRUCTION, cancellation)
             usage = ImageUsage(geometry.tokens, unpruned, unpruned, ())
         self.images += 1
         self._usages += (usage,)
@@ -204,12 +222,19 @@ class SequenceState:
         self._groups, self.ids = bytearray([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
         return prefix.accounts
 
-    def _step(self, tokens: DecoderInput, group: int, cancellation: CancellationToken | None) -> DecoderOutput:
+    def _step(
+        self, tokens: DecoderInput, group: int, cancellation: CancellationToken | None, *, borrowed: bool = False
+    ) -> DecoderOutput:
+        # `borrowed`: the suffix is one token that is not part of the sequence yet.
         before, after = tokens.prefix.embeds.shape[1], tokens.suffix.embeds.shape[1]
         self._groups += bytes([SYSTEM] * before + [group] * after)
         groups = _ONE_HOT[np.frombuffer(self._groups, np.uint8)]
         step = self._pipeline.backend.forward(replace(tokens, text_groups=groups), self.cache, cancellation=cancellation)
-        self.cache = self.cache.append(step.new_kv, before, after)
+        if borrowed:
+            del self._groups[-1]
+            self.cache = self.cache.append(tuple(rows[: len(rows) - 1] for rows in step.new_kv), before, 0)
+        else:
+            self.cache = self.cache.append(step.new_kv, before, after)
         return replace(step, new_kv=())
 
     def _image_segments(self, before: Sequence[Sequence[int]], embeds: np.ndarray) -> tuple[TokenSegment, TokenSegment]:
@@ -228,9 +253,14 @@ class SequenceState:
         ), visual
 
     def _text(self, ids: Sequence[int]) -> TokenSegment:
+        segment = self._segment(ids)
+        self._position += len(ids)
+        self.length += len(ids)
+        return segment
+
+    def _segment(self, ids: Sequence[int]) -> TokenSegment:
+        # Text at the next positions, without advancing.
         if not ids:
             return self._empty
         positions = text_positions(self._position, len(ids), self._pipeline.decoder.position_axes)
-        self._position += len(ids)
-        self.length += len(ids)
         return TokenSegment(self._pipeline.backend.embed_tokens(ids), positions)

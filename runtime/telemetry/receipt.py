@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+RUNNING = "running"  # the finish reason of an answer that has not ended
+
 
 @dataclass(frozen=True)
 class CutReceipt:
@@ -128,7 +130,7 @@ class Receipt:
     visual_stored: int = 0
     visual_reads: list[int] = field(default_factory=list)
     decode_shares: list[float] = field(default_factory=list)
-    finish_reason: str = "running"
+    finish_reason: str = RUNNING
     tier: str | None = None
     tier_reason: str | None = None
     deadline_ms: float | None = None

@@ -9,10 +9,16 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from tiny_models import TINY_GEOMETRY
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import PlanError, UnsupportedModelError
 from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 OWN = "import transformers\n\n\nclass Ours(transformers.Qwen2VLForConditionalGeneration):\n    pass\n"
 
@@ -67,6 +73,21 @@ def test_pickles_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UnsupportedModelError, match="pickle"):
         resolve_model(str(folder))
+
+
+def test_truncation_and_padding_of_the_last_call_before_saving_are_not_taken_over(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    long = "What colour is the cube? " * 20
+    expected = tokenizer(long).input_ids
+    tokenizer(long, truncation=True, max_length=24, padding="max_length")
+    tokenizer.save_pretrained(folder)
+    assert json.loads((folder / "tokenizer.json").read_text())["truncation"]["max_length"] == 24
+    loaded = load_model(resolve_model(str(folder)))
+    model = reference_model(loaded, unpruned_plan("qwen2_vl", 3, TINY_GEOMETRY))
+    written = Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())  # what an export writes
+    readers = (model.tokenizer.encode, TextTokenizer(folder / "tokenizer.json").encode, lambda text: written.encode(text).ids)
+    assert [encode(long) for encode in readers] == [expected] * 3
+    assert model.tokenizer.encode("0") == tokenizer("0", padding=False, truncation=False).input_ids
 
 
 def test_settings_of_all_processors_may_be_in_one_file(folder: Path) -> None:

@@ -27,7 +27,7 @@ from edgeprune.report import charts
 from edgeprune.report.canvas import tooltip
 from edgeprune.report.gather import ReportInputs, collect_answers
 from edgeprune.report.page import render, sections_of
-from edgeprune.runtime import Runtime
+from edgeprune.runtime import Receipt, Runtime, load
 
 SCHEDULE = {"form": "schedule", "steps": [0, 2], "shares": [1.0, 0.5]}
 PLAN = KeepPlan(
@@ -104,6 +104,15 @@ def whole_page(statistics: Statistics, curve: Curve, tiny: LoadedModel, tiny_ima
     runtime = Runtime(reference_model(tiny, PLAN))
     asked = collect_answers(runtime, tiny_image, ["What is it?", "<script>alert(1)</script> & 'so'?"], max_tokens=6)
     return page_of(ReportInputs('<img src="x">', PLAN, None, statistics, curve, asked))
+
+
+def test_no_stage_is_reused_from_the_question_before(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
+    receipts = list[Receipt]()
+    runtime = load(tiny_bundle.path, threads=1)
+    runtime.watch(receipts.append)
+    asked = collect_answers(runtime, tiny_image, ["What is it?", "And what is that?"], max_tokens=2).asked
+    assert [receipt.reused for receipt in receipts] == [()] * 3
+    assert all("vision 0.0" not in dict(question.facts)["of which"] for question in asked)
 
 
 def test_nothing_is_loaded_from_outside(whole_page: str) -> None:

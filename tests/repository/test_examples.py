@@ -41,6 +41,12 @@ def test_the_demo_asks_and_draws(tmp_path: Path) -> None:
     assert Bundle.load(tmp_path / "tabletop.bundle").plan.tokens_at_layer(7) == 36
 
 
+def test_sampling_is_measured() -> None:
+    rows = run("examples/sampling/sampling_time.py", "--vocabulary", 1000, "--tokens", 2).splitlines()[2:]
+    assert len(rows) == 12
+    assert all(float(row.split("|")[3]) >= 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_training_runs_and_resumes(tmp_path: Path) -> None:
     command = ("examples/train_tabletop/train.py", tmp_path, "--rows", 2, "--threads", 1, "--scenes", 16)

@@ -17,7 +17,7 @@ from edgeprune.errors import ImageError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime import Runtime, load
+from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.generation.conversation import Stream
 
 PROMPT = "What colour is the cube?"
@@ -206,6 +206,24 @@ def test_an_empty_prompt_is_refused(prompt: str, runtime: Runtime, tiny_image: I
         runtime.generate(tiny_image, prompt)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "What \udc80 is it?", b"What?", 5, None])
+def test_texts_that_no_tokenizer_can_read_are_refused(text: Any, runtime: Runtime, tiny_image: Image.Image) -> None:
+    chat = runtime.chat()
+    for ask in (
+        lambda: runtime.generate(tiny_image, text),
+        lambda: chat.ask(text, tiny_image),
+        lambda: runtime.chat(history=[Turn("system", text)]),
+        lambda: runtime.chat(history=[Turn("user", "What?"), Turn("assistant", text)]),
+        lambda: runtime.generate(tiny_image, PROMPT, stop=[text]),
+        lambda: runtime.generate(tiny_image, PROMPT, choices=[text]),
+    ):
+        with pytest.raises(UsageError, match=r"surrogate|must be") as refused:
+            ask()
+        assert "\n" not in str(refused.value)
+        str(refused.value).encode()
+    assert "".join(chat.ask(PROMPT, tiny_image, max_tokens=2)) is not None
+
+
 def test_no_image_is_refused(runtime: Runtime) -> None:
     with pytest.raises(UsageError, match="no image"):
         runtime.generate(None, PROMPT)  # type: ignore[arg-type]
@@ -218,7 +236,7 @@ def test_control_tokens_in_the_prompt_are_refused(runtime: Runtime, tiny_image: 
 
 def test_an_unknown_option_is_refused(runtime: Runtime, tiny_image: Image.Image) -> None:
     with pytest.raises(UsageError, match="top_k"):
-        runtime.generate(tiny_image, PROMPT, top_k=3)
+        runtime.generate(tiny_image, PROMPT, top_k=3)  # type: ignore[call-arg]
 
 
 def test_the_drawing_has_a_panel_for_each_cut(runtime: Runtime, tiny_image: Image.Image) -> None:

@@ -6,8 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.runtime.generation.request import RequestLimits
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.text.grammar import TokenConstraint
 from edgeprune.runtime.text.tokenizer import StopStringFilter
@@ -39,13 +42,73 @@ def test_the_nucleus_is_the_smallest_set_with_the_mass(top_p: float, allowed: se
     assert set(picks(600, temperature=1.0, top_p=top_p, seed=1)) == allowed
 
 
+def in_nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Return the ids of the nucleus by a sort: the plain definition."""
+    order = np.argsort(-weights, kind="stable")
+    mass = np.cumsum(weights[order].astype(np.float64))
+    return order[: int(np.searchsorted(mass, top_p * mass[-1])) + 1]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 0.1])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
+    logits = np.random.default_rng(3).normal(size=40, scale=2).astype(np.float32)
+    weights = np.exp(logits.astype(np.float64) / temperature)
+    nucleus = in_nucleus(weights, top_p)
+    expected = np.zeros(40)
+    expected[nucleus] = weights[nucleus] / weights[nucleus].sum()
+    sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, seed=11))
+    count = 20_000
+    counts = np.bincount([sampler.sample(logits) for _ in range(count)], minlength=40)
+    assert not counts[expected == 0].any()
+    likely = expected * count >= 5  # for the others the statistic has no chi-square distribution
+    statistic = float(((counts - count * expected)[likely] ** 2 / (count * expected[likely])).sum())
+    free = max(int(likely.sum()) - 1, 0)
+    assert statistic <= free + 4 * (2 * free) ** 0.5
+
+
+@given(
+    st.one_of(
+        st.lists(st.floats(-200, 20, width=32), min_size=1, max_size=40),
+        st.lists(st.sampled_from([0.0, -1.0, -2.0]), min_size=1, max_size=40),  # ties
+    ),
+    st.floats(0.01, 0.99),
+    st.integers(0, 1000),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_a_sample_is_the_fastest_of_the_nucleus(values: list[float], top_p: float, seed: int) -> None:
+    logits = np.array(values, np.float32)
+    weights = np.exp(logits - logits.max())
+    speeds = weights / np.random.default_rng(seed).standard_exponential(len(weights))
+    nucleus = np.sort(in_nucleus(weights, top_p))
+    assert Sampler(Sampling(temperature=1.0, top_p=top_p, seed=seed)).sample(logits) == nucleus[speeds[nucleus].argmax()]
+
+
+def test_rounding_does_not_change_the_sample_of_a_seed() -> None:
+    exact = np.random.default_rng(5).normal(size=2000, scale=3).astype(np.float32)
+    rounded = exact * (1 + np.random.default_rng(6).normal(size=2000, scale=1e-7).astype(np.float32))
+    for top_p in (1.0, 0.9):
+        first, second = (Sampler(Sampling(temperature=1.0, top_p=top_p, seed=2)) for _ in range(2))
+        same = [first.sample(exact) == second.sample(rounded) for _ in range(300)]
+        assert sum(same) >= 299
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 0}, {"temperature": 1.0, "top_p": 0.5, "seed": 0}])
+def test_infinite_logits_are_certain_or_impossible(options: dict[str, Any]) -> None:
+    sampler, low, high = Sampler(Sampling(**options)), -np.inf, np.inf
+    assert sampler.sample(np.array([1, high, 2], np.float32)) == 1
+    assert sampler.sample(np.array([low, low, 2], np.float32)) == 2
+    assert sampler.sample(np.array([low, low, low], np.float32)) == 0
+
+
 def test_the_same_seed_repeats() -> None:
     assert picks(50, temperature=1.0, seed=7) == picks(50, temperature=1.0, seed=7) != picks(50, temperature=1.0, seed=8)
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(EdgePruneError, match="not numbers"):
-        Sampler(Sampling()).sample(np.array([0.0, np.nan]))
+    for constraint in (None, cast(TokenConstraint, Odd())):
+        with pytest.raises(EdgePruneError, match="not numbers"):
+            Sampler(Sampling(), constraint).sample(np.array([0.0, 1.0, np.nan]))
 
 
 @pytest.mark.parametrize(
@@ -57,8 +120,33 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         {"top_p": 1.1},
         {"max_tokens": 0},
         {"seed": -1},
+        {"temperature": True},
+        {"temperature": "1"},
+        {"temperature": 10**400},
+        {"top_p": None},
+        {"top_p": float("nan")},
+        {"top_p": True},
+        {"max_tokens": 3.5},
+        {"max_tokens": 3.0},
+        {"max_tokens": True},
+        {"max_tokens": float("nan")},
+        {"max_tokens": "3"},
+        {"max_tokens": None},
+        {"seed": 1.0},
+        {"seed": False},
+        {"seed": float("nan")},
+        {"seed": "1"},
         {"stop": "text"},
+        {"stop": b"text"},
+        {"stop": None},
+        {"stop": 5},
+        {"stop": {"text"}},
         {"stop": [""]},
+        {"stop": ["text", b"text"]},
+        {"stop": ["text", None]},
+        {"stop": ["\ud800"]},
+        {"stop": ["text"] * 65},
+        {"stop": ["x" * 1025]},
         {"choices": []},
         {"choices": "yes"},
         {"choices": ["yes", ""]},
@@ -75,6 +163,30 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"tier": 3},
+        {"tier": b"fast"},
+        {"deadline_ms": "x"},
+        {"deadline_ms": True},
+        {"deadline_ms": float("inf")},
+        {"max_kv_bytes": 1.5},
+        {"max_kv_bytes": True},
+        {"max_kv_bytes": "1"},
+    ],
+)
+def test_limits_of_the_wrong_type_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(limits))):
+        RequestLimits(**limits)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    sampling = Sampling(temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(1), max_tokens=np.int32(3))
+    assert Sampler(sampling).sample(LOGITS) == Sampler(Sampling(temperature=0.5, top_p=0.9, seed=1)).sample(LOGITS)
+    assert RequestLimits(deadline_ms=np.float32(5), max_kv_bytes=np.int64(9)).max_kv_bytes == 9
 
 
 class Odd:

@@ -29,7 +29,7 @@ class Speaker:
         sampling = Sampling(**{"temperature": 1.0, "seed": seed, **asked})
         sampler, draw = (
             Sampler(sampling, self.compiler.constraint(sampling.choices, sampling.json_schema)),
-            np.random.default_rng(seed),
+            np.random.default_rng([seed, 1]),  # not the numbers that the sampler draws
         )
         said = list[int]()
         for _ in range(most):
