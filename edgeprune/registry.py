@@ -89,7 +89,7 @@ def sites_of(name: str) -> tuple[str, ...]:
     module, _, class_name = METHODS[name].partition(":")
     (body,) = (node.body for node in _parsed(module).body if isinstance(node, ast.ClassDef) and node.name == class_name)
     (value,) = (node.value for node in body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "sites")
-    sites: tuple[str, ...] = ast.literal_eval(value or ast.Tuple())
+    sites: tuple[str, ...] = ast.literal_eval(value or ast.Constant(()))
     return sites
 
 
