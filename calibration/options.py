@@ -81,7 +81,7 @@ class CalibrateOptions:
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the options among `names` that the user gave."""
-        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None and getattr(self, name) is not False}
 
     def check(self) -> None:
         """Raise UsageError for options that do not belong together, are out of range, or name files that cannot be used."""

@@ -14,10 +14,10 @@ EdgePruneError                 a request that cannot be met; the message says wh
 
 from __future__ import annotations
 
+import collections.abc
 import importlib.util
+import pathlib
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
 
 _MAX_CHARS = 900  # of a message or a hint
 
@@ -95,13 +95,13 @@ def require_extra(extra: str, *packages: str) -> None:
 
 def install_command(extra: str) -> str:
     """Return the command that installs an extra from where EdgePrune itself was installed: a checkout, a wheel, git or an index."""
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = pathlib.Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").is_file():
         return f'pip install -e "{checkout}[{extra}]"'
     return f'pip install "edgeprune[{extra}]{_origin()}"'
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: collections.abc.Iterable[str]) -> str:
     """Return "Did you mean fastv? " for a name that is close to a known one, else an empty text."""
     from difflib import get_close_matches  # slow to import
 

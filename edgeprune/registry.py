@@ -86,18 +86,27 @@ def unknown_method(name: str, known: Iterable[str], *others: str) -> UsageError:
 
 def sites_of(name: str) -> tuple[str, ...]:
     """Return the sites of a method in METHODS. Its file is parsed, not imported: it needs torch."""
-    module, _, class_name = METHODS[name].partition(":")
-    (body,) = (node.body for node in _parsed(module).body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    (value,) = (node.value for node in body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "sites")
-    sites: tuple[str, ...] = ast.literal_eval(value or ast.Tuple())
+    (value,) = (
+        node.value for node in _class_body(METHODS[name]) if isinstance(node, ast.AnnAssign) and _sets(node.target, "sites")
+    )
+    sites: tuple[str, ...] = ast.literal_eval(value) if value else ()
     return sites
 
 
-def declares(reference: str, attribute: str) -> bool:
-    """Return whether a class in a registered module sets an attribute. The file is parsed, not imported, as it may need torch."""
-    classes = [node for node in _parsed(reference.partition(":")[0]).body if isinstance(node, ast.ClassDef)]
-    assigned = (target for node in classes for each in node.body if isinstance(each, ast.Assign) for target in each.targets)
-    return any(isinstance(target, ast.Name) and target.id == attribute for target in assigned)
+def has_chat_template(model_type: str) -> bool:
+    """Return whether a family has a chat template of its own. Its file is parsed, not imported: it needs torch."""
+    assigned = (target for node in _class_body(FAMILIES[model_type]) if isinstance(node, ast.Assign) for target in node.targets)
+    return any(_sets(target, "chat_template") for target in assigned)
+
+
+def _class_body(reference: str) -> list[ast.stmt]:
+    module, _, name = reference.partition(":")
+    (body,) = (node.body for node in _parsed(module).body if isinstance(node, ast.ClassDef) and node.name == name)
+    return body
+
+
+def _sets(target: ast.expr, attribute: str) -> bool:
+    return isinstance(target, ast.Name) and target.id == attribute
 
 
 def family_class(model_type: str) -> Any:

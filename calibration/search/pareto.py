@@ -10,6 +10,7 @@ from typing import Any
 
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.io.files import write_text
+from edgeprune.io.typed_json import fault
 from edgeprune.plan import KeepPlan
 
 SCHEMA_VERSION = 1
@@ -104,7 +105,8 @@ class Curve:
             points = tuple(Point(**{**point, "plan": KeepPlan.from_dict(point["plan"])}) for point in data["points"])
             return cls(str(data["axis"]), points, data["chosen"])
         except (OSError, ValueError, KeyError, TypeError, PlanError) as error:
-            raise UsageError(f"Cannot read the curve {path}: {error!r}.") from error
+            hint = "Write it with: edgeprune calibrate --method auto --curve FILE"
+            raise UsageError(f"Cannot read the curve {path}: {fault(error)}.", hint=hint) from error
 
 
 def pareto_front(points: Sequence[Point], axis: str) -> list[Point]:

@@ -17,7 +17,7 @@ from edgeprune.io.files import is_file, is_folder
 from edgeprune.plan import Geometry
 from edgeprune.processors import ImageSpec, image_spec
 from edgeprune.processors.qwen import GridSpec
-from edgeprune.registry import FAMILIES, declares
+from edgeprune.registry import has_chat_template
 
 if TYPE_CHECKING:
     from edgeprune.checkpoint.loading import ModelFolder
@@ -130,7 +130,7 @@ def _is_kept(spec_of: Callable[[tuple[int, int]], ImageSpec], size: tuple[int, i
 
 def _check_template(folder: ModelFolder) -> None:
     has_file = any(is_file(folder.path / name) for name in _TEMPLATES) or is_folder(folder.path / "additional_chat_templates")
-    if has_file or declares(FAMILIES[folder.model_type], "chat_template"):
+    if has_file or has_chat_template(folder.model_type):
         return
     if _settings(folder.path / TOKENIZER_CONFIG).get("chat_template") is None:
         raise no_chat_template(folder.name)

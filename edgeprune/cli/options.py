@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from edgeprune.errors import UsageError
+from edgeprune.io.files import is_file
 from edgeprune.targets import TARGETS, target_hint
 
 # Copied from edgeprune.runtime.backends.providers, whose import of ONNX Runtime is too slow for --help.
@@ -71,6 +72,7 @@ provider_option = click.option(
     show_default=True,
     help="What computes: ONNX Runtime's cpu, cuda, ort-tensorrt or openvino, or the bundle's own engines (tensorrt).",
 )
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="ONNX Runtime threads.  [default: all cores]")
 tier_option = click.option("--tier", help="Of a bundle with several plans the one to use.  [default: the first]")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 signature_option = click.option(
@@ -97,7 +99,7 @@ def plan_options(command: F) -> F:
         click.option("--keep", multiple=True, type=Share(), help="Share of all visual tokens kept, in (0, 1]; repeatable."),
         click.option("--layer", multiple=True, type=int, help="Layer before which a --keep acts (0: the decoder's input)."),
         click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),
-        click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw lots."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For methods that draw lots."),
         click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
         click.option("--frames", type=int, help="Of a video: how many frames are asked about at once."),
         click.option("--fps", type=float, help=f"Of a video: its frames a second.  [default: {FPS}]"),
@@ -181,6 +183,8 @@ def check_plan_options(
         if not is_lightcompress(plan_file):
             _refuse_geometry(plan_file, geometry)
             KeepPlan.load(plan_file)
+        elif not is_file(plan_file):
+            raise UsageError(f"There is no file {plan_file}.", hint="Check the path.")
         return
     if method is not None or keep:
         _check_method_options(folder, method, keep, layer, site)

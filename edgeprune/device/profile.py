@@ -10,7 +10,7 @@ from typing import Any
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
 from edgeprune.io.files import write_text
-from edgeprune.io.typed_json import from_json, read_json
+from edgeprune.io.typed_json import fault, from_json, read_json
 
 SCHEMA_VERSION = 1
 PARTS = 4  # prefill is timed with 0, 1/4, ... 4/4 of the visual tokens
@@ -53,7 +53,9 @@ class DeviceProfile:
                 raise ValueError("times are missing, or negative")
             return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"Cannot read device times {path}: {error!r}.", hint="Write them with: edgeprune profile") from error
+            raise UsageError(
+                f"Cannot read device times {path}: {fault(error)}.", hint="Write them with: edgeprune profile"
+            ) from error
 
 
 def reported_peaks(path: Path) -> Peaks:

@@ -42,6 +42,17 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def fault(error: Exception) -> str:
+    """Return in a few words why a JSON file could not be used, from the exception of reading it or of its missing fields."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeDecodeError):  # its own text holds the whole file
+        return "it is not text"
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]!r}"
+    return "its parts are of other types" if isinstance(error, (TypeError, AttributeError)) else str(error)
+
+
 def from_json(kind: type[T], data: Any, name: str = "it") -> T:
     """Build the dataclass `kind` from a JSON object; raise ValueError naming the first field that does not match its type.
 

@@ -20,6 +20,7 @@ from edgeprune.plan.geometry import MAX_LAYERS, Geometry
 SCHEMA_VERSION = 2
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
 
+_WHAT = "A plan is the JSON file that edgeprune calibrate writes, and a bundle is a folder."
 _RENAMED = {  # old public names, which work for one release
     "live": "follows_attention",
     "encoded": "tokens_from_encoder",
@@ -57,6 +58,8 @@ class Cut:
             raise PlanError(f"A cut at site {self.site!r} cannot act at layer {self.layer}.", hint=f"Its layer is {least}.")
         if self.keep < 0 or (self.site in ("vision", "input") and self.keep == 0):
             raise PlanError(f"{self} cannot keep {self.keep} tokens.")
+        if self.seed < 0:
+            raise PlanError(f"{self} cannot draw by the seed {self.seed}.", hint="A seed is 0 or more.")
         if not isinstance(self.options, Mapping):
             raise PlanError(f"The options of {self} must be names and values.")
 
@@ -198,21 +201,21 @@ class KeepPlan:
         except PlanError as error:
             raise PlanError(f"{path}: {error.message}", hint=error.hint) from error
         except OSError as error:
-            raise PlanError(f"Cannot read plan {path}: {error.strerror or error}.") from error
+            raise PlanError(f"Cannot read plan {path}: {error.strerror or error}.", hint=_WHAT) from error
         except UnicodeDecodeError as error:
-            raise PlanError(f"{path} is no plan: it is not even text.") from error
+            raise PlanError(f"{path} is no plan: it is not even text.", hint=_WHAT) from error
         except json.JSONDecodeError as error:
-            raise PlanError(f"Plan {path} is not JSON (line {error.lineno}: {error.msg}).") from error
+            raise PlanError(f"Plan {path} is not JSON (line {error.lineno}: {error.msg}).", hint=_WHAT) from error
         except ValueError as error:
-            raise PlanError(f"Plan {path} cannot be read: {error}.") from error
+            raise PlanError(f"Plan {path} cannot be read: {error}.", hint=_WHAT) from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KeepPlan:
         """Build a plan from JSON data; raise PlanError if it is malformed or of another schema version."""
         if not isinstance(data, Mapping) or data.get("schema_version") != SCHEMA_VERSION:
-            found = data.get("schema_version") if isinstance(data, Mapping) else None
+            found = data.get("schema_version") if isinstance(data, Mapping) and "cuts" in data else None
             if found is None:
-                raise PlanError("This is no plan: it has no schema version.")
+                raise PlanError("This is no plan: it has no cuts, or no schema version.", hint=_WHAT)
             raise PlanError(f"Plan schema version is {found}, this EdgePrune reads {SCHEMA_VERSION}.")
         try:
             fields = {name: value for name, value in data.items() if name != "schema_version"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.pareto import Curve
 from edgeprune.errors import UsageError, require_extra
+from edgeprune.io.files import is_folder
 from edgeprune.plan import KeepPlan
 from edgeprune.report.text import format_counts
 from edgeprune.runtime import Answer, Receipt, Runtime, load
@@ -79,16 +81,15 @@ class ReportInputs:
 def load_inputs(request: ReportOptions) -> ReportInputs:
     """Load all inputs and ask the questions; raise UsageError if inputs are of different models or do not belong together."""
     _check_questions(request)
-    bundle = Bundle.load(request.target) if request.target.is_dir() else None
+    bundle = Bundle.load(request.target) if is_folder(request.target) else None
     plan = KeepPlan.load(request.target) if bundle is None else bundle.plan
     statistics = None if request.statistics is None else _open_statistics(request.statistics, plan, bundle)
     curve = None if request.curve is None else _open_curve(request.curve, plan)
     answers = None
     if request.image is not None:
         if bundle is None:
-            raise UsageError(
-                f"--image asks a bundle, and {request.target} is a plan.", hint="Export it: edgeprune export --plan PLAN"
-            )
+            command = f"edgeprune export MODEL --plan {shlex.quote(str(request.target))} -o BUNDLE"
+            raise UsageError(f"--image asks a bundle, and {request.target} is a plan.", hint=f"Export it: {command}")
         runtime = load(bundle.path)
         answers = collect_answers(runtime, request.image, request.prompts, fit=request.fit, max_tokens=request.max_tokens)
     return ReportInputs(request.target.name or str(request.target), plan, bundle, statistics, curve, answers)

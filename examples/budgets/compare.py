@@ -119,7 +119,7 @@ def _answer_with_transformers(loaded: LoadedModel, processor: Any, sample: Sampl
 
 
 def _inputs(loaded: LoadedModel, processor: Any, sample: Sample) -> dict[str, torch.Tensor]:
-    pixels = processor(images=[Image.open(sample.image).convert("RGB")], return_tensors="pt")
+    pixels = processor(images=[Image.open(sample.images[0]).convert("RGB")], return_tensors="pt")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}]
     text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     count = int(pixels["image_grid_thw"].prod()) // loaded.model.config.vision_config.spatial_merge_size**2

@@ -108,7 +108,7 @@ def main() -> None:
         plan = unpruned_plan(loaded.folder.model_type, config.text_config.num_hidden_layers, loaded.geometry(None))
         model = edgeprune.runtime.load(export_bundle(loaded, plan, Path(folder) / "bundle").path)
         seeing = measure(model, samples, "seeing")
-        blind = measure(model, [replace(s, image=grey) for s in samples if s.image.name in unseen], "blind")
+        blind = measure(model, [replace(s, image=grey) for s in samples if s.images[0].name in unseen], "blind")
     log = [json.loads(line) for line in options.log.read_text().splitlines()]
     progress, minutes, steps = progress_rows(log)
     card = CARD.format(

@@ -10,8 +10,9 @@ import pytest
 
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions
 from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
-from edgeprune.calibration.search.auto import DropExceededError, Goal, check_goal, find_plan, prunable_encoder_blocks
+from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan, prunable_encoder_blocks
 from edgeprune.calibration.search.candidates import BASELINES, encoder_blocks, encoder_places, is_noop
+from edgeprune.calibration.search.goal import Goal
 from edgeprune.calibration.search.pareto import Budget, Curve, Point, pareto_front
 from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel

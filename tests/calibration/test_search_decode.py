@@ -9,7 +9,8 @@ import pytest
 from test_search import WHOLE, Judge, statistics
 
 from edgeprune.calibration.allocate.dyrate import FORMS, DecodeRateOptions
-from edgeprune.calibration.search.auto import DropExceededError, Goal, find_plan
+from edgeprune.calibration.search.auto import DropExceededError, find_plan
+from edgeprune.calibration.search.goal import Goal
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, KeepPlan

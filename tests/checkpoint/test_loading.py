@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import AutoTokenizer
 
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
-from edgeprune.errors import PlanError, UnsupportedModelError
+from edgeprune.errors import PlanError, UnsupportedModelError, UsageError
+from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
+from edgeprune.registry import FAMILIES, family_class, has_chat_template
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 OWN = "import transformers\n\n\nclass Ours(transformers.Qwen2VLForConditionalGeneration):\n    pass\n"
@@ -103,3 +106,39 @@ def test_a_single_token_is_not_kept_inside_the_decoder(tiny: LoadedModel, tiny_p
     plan = KeepPlan(tiny_plan.family, tiny_plan.layers, tiny_plan.geometry, (Cut(site, method, 1, layer=1),))
     with pytest.raises(PlanError, match="Keep 2, or none"):
         tiny.check_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        ("template", "has no chat template"),
+        ("end", "has no end token"),
+        ("image", "does not make the image token"),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_traced(
+    lacking: str, words: str, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacking == "template":
+        monkeypatch.setattr(tiny.tokenizer, "chat_template", None)
+        broken = replace(tiny, folder=replace(tiny.folder, path=tmp_path))
+    else:
+        broken = tiny
+    if lacking == "end":
+        monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", None)
+    if lacking == "image":
+        monkeypatch.setattr(tiny.model.config, "image_token_id", 100_000)
+    with pytest.raises(UnsupportedModelError, match=words):
+        export_bundle(broken, unpruned_plan("qwen2_vl", 3, TINY_GEOMETRY), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_fills_the_context_is_refused(tiny: LoadedModel) -> None:
+    assert tiny.geometry((28 * 7, 28 * 73)).tokens == 511
+    with pytest.raises(UsageError, match=r"512 tokens, but .* takes 512 with the question"):
+        tiny.geometry((28 * 16, 28 * 32))
+
+
+def test_families_with_a_template_of_their_own_need_no_file() -> None:
+    for name in FAMILIES:
+        assert has_chat_template(name) == (family_class(name).chat_template is not None)

@@ -106,7 +106,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "check orin": (("check", "table.bundle", "--target", "orin-nano"), "'orin-nano' is no target", "jetpack6 (", 2),
     "jetpack": (("export", "-o", "b", "--target", "jetpack-6"), "'jetpack-6' is no target", "jetpack6 (", 2),
     "manifest": (("inspect", "table.bundle/manifest.json"), "is the manifest of a bundle", "edgeprune inspect table.bundle", 2),
-    "picture to inspect": (("inspect", "0.png"), "0.png is no plan", "edgeprune inspect takes a bundle (its folder) or a plan", 2),
+    "picture to inspect": (
+        ("inspect", "0.png"),
+        "0.png is no plan",
+        "A plan is the JSON file that edgeprune",
+        2,
+    ),
     "folder as data": (("eval", "table.bundle", "--data", "scenes"), "scenes is a folder", "--data scenes/dataset.jsonl", 2),
     "aspect": (("run", "table.bundle", "--image", "camera.png", "--prompt", "x"), "480x640 image makes", "--fit pad", 2),
     "address": (
@@ -121,6 +126,21 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         "--image 0.png --prompt 'What is it?'",
         2,
     ),
+    "picture as curve": (
+        ("report", "table.bundle", "-o", "r.html", "--curve", "0.png"),
+        "Cannot read the curve 0.png: it is not text.",
+        "edgeprune calibrate --method auto --curve",
+        2,
+    ),
+    "bundle as times": (
+        ("bench", "table.bundle", "--device-report", "table.bundle/processor/special_tokens.json"),
+        "Cannot read device times",
+        "edgeprune profile",
+        2,
+    ),
+    "stages 0": (("calibrate", "tabletop", *DATA, "--method", "fitprune", "--stages", "0"), "0 is not in the range", "x>=1", 2),
+    "threads -1": (("profile", "table.bundle", "-o", "t.json", "--threads", "-1"), "-1 is not in the range", "x>=1", 2),
+    "seed -1": (("export", "-o", "b", "--method", "random", "--keep", "0.5", "--seed", "-1"), "-1 is not in the range", "x>=0", 2),
     "no GPU": (("build", "table.bundle"), "an engine fits one GPU", "edgeprune build table.bundle --dry-run", 1),
     # These helped before.
     "keep 25": (
@@ -146,7 +166,7 @@ def test_a_mistake_gets_its_remedy(mistake: str, place: Path) -> None:
     before = sorted(place.rglob("*"))
     line = refused(*command, code=code)
     assert words in line and remedy in line
-    if "edgeprune " in remedy and "takes" not in remedy and "calibrate" not in remedy:
+    if "edgeprune " in remedy and "calibrate" not in remedy and "profile" not in remedy:
         check_command(line)
     assert sorted(place.rglob("*")) == before
 
@@ -155,7 +175,8 @@ def test_remedies_do_what_they_say(place: Path) -> None:
     export = refused("run", "model", *ASK).partition("edgeprune ")[2]
     arguments = shlex.split(export)
     assert arguments[:4] == ["export", "model", "-o", f"{Path('model').resolve().name}.bundle"]
-    assert "b exists already" in refused(*arguments[:2], "-o", "b", *arguments[4:]) if Path("b").mkdir() else True
+    Path("b").mkdir()  # so that nothing is exported here: all other checks have passed
+    assert "b exists already" in refused(*arguments[:2], "-o", "b", *arguments[4:])
     assert run("inspect", refused("inspect", "table.bundle/manifest.json").rpartition(" ")[2]).exit_code == 0
     assert run("build", "table.bundle", "--dry-run").exit_code == 0
     swapped = refused("run", "table.bundle", "--image", "What is it?", "--prompt", "0.png").partition("order: ")[2]

@@ -90,7 +90,7 @@ def test_both_commands_export_the_same(tiny_folder: Path, tmp_path: Path) -> Non
         (("--model", "tabletop", "a", "-o", "b"), 2, "give one output"),
         (("out",), 2, "--model"),
         (("--model", "nowhere", "out"), 2, "Error: There is no model folder nowhere."),
-        (("--model", "tabletop", "out", "--keep", "much"), 2, "'much' is not a valid float"),
+        (("--model", "tabletop", "out", "--keep", "much"), 2, "'much' is no share. Write a number"),
         (("--model", "tabletop", "out", "--task", "fill-mask"), 2, "invalid choice: 'fill-mask'"),
         (("--model", "tabletop", "out", "--target", "toaster"), 2, "invalid choice: 'toaster'"),
     ],

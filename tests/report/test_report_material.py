@@ -37,7 +37,7 @@ def test_refusals(tiny_bundle: Bundle, tmp_path: Path) -> None:
     assert "(--image)" in refused(tiny_bundle.path, "--prompt", "What?", *out)
     assert "i.png" in refused(tiny_bundle.path, "--image", "i.png", "--prompt", "What?", *out)
     assert "Cannot read plan" in refused(tmp_path / "none.json", *out)
-    assert "Cannot read plan" in refused(tmp_path / "noise", *out)
+    assert "is no plan" in refused(tmp_path / "noise", *out)
     assert "no bundle" in refused(tmp_path, *out)
     assert "Cannot read statistics" in refused(plan, "--statistics", plan, *out)
     assert "Cannot read the curve" in refused(plan, "--curve", tmp_path / "noise", *out)

@@ -36,8 +36,8 @@ TABLE = {
         tier_selector
     """,
     "edgeprune.errors": """
-        BundleError EdgePruneError EngineError ImageError MissingExtraError PlanError UnsupportedModelError UsageError
-        VerificationError one_line renamed require_extra
+        BundleError EdgePruneError EngineError ImageError MissingExtraError NoBundleError PlanError UnsupportedModelError UsageError
+        VerificationError did_you_mean install_command one_line renamed require_extra
     """,
 }
 RENAMED = {"edgeprune.runtime.Terms": "RequestLimits", "edgeprune.runtime.server.Limits": "ServerLimits"}  # for one release

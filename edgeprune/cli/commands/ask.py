@@ -20,6 +20,7 @@ from edgeprune.cli.options import (
     resolve_plan,
     signature_option,
     skip_option,
+    threads_option,
     tier_option,
     trust_option,
 )
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer, in tokens.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @tier_option
 @click.option(
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0, min_open=True),
     help="End the answer by then, under a smaller budget if time is short.",
 )
-@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@threads_option
 @provider_option
 @fit_option
 @check_option

@@ -18,6 +18,7 @@ from edgeprune.cli.options import (
     parse_size,
     provider_option,
     skip_option,
+    threads_option,
     trust_option,
 )
 from edgeprune.errors import UsageError, require_extra
@@ -27,7 +28,9 @@ from edgeprune.io.files import check_output
 ROWS, REDUCTIONS = ("last", "text", "peak"), ("mean", "max")
 _COLLECT = (
     click.option("--limit", type=click.IntRange(min=1), help="Only N samples, drawn by the seed."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Draws samples, and DyRate's training noise."),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws samples, and DyRate's training noise."
+    ),
     click.option("--rows", type=click.Choice(ROWS), default="last", show_default=True, help="Whose attention ranks caches."),
     click.option(
         "--reduce",
@@ -51,7 +54,7 @@ _ALLOCATE = (
     click.option("--allocate", type=click.Choice(["classes", "least-cost", "even"]), help="PLPHP's budgets.  [default: classes]"),
     click.option("--delta", type=float, help="PLPHP: how far the classes' rates lie apart."),
     click.option("--prior", is_flag=True, help="PLPHP, DyRate: rank also by where the samples' answers looked."),
-    click.option("--stages", type=int, help="FitPrune: cuts into which the recipe is gathered.  [default: 4]"),
+    click.option("--stages", type=click.IntRange(min=1), help="FitPrune: cuts into which the recipe is gathered.  [default: 4]"),
     click.option("--core", type=float, help="ZSPAPrune: share of the relevant core.  [default: 0.5]"),
     click.option("--relevance", type=click.Choice(["pooled", "mean", "max"]), help="ZSPAPrune: how words are compared."),
     click.option("--form", type=click.Choice(["predictor", "schedule", "map"]), help="DyRate's rate.  [default: predictor]"),
@@ -137,7 +140,7 @@ def merge(parts: tuple[Path, ...], output: Path, force: bool, as_json: bool) -> 
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The times to write.")
 @force_option
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Runs of each part; medians are kept.")
-@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@threads_option
 @provider_option
 @json_option
 def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int | None, provider: str, as_json: bool) -> None:

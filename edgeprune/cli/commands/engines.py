@@ -64,7 +64,13 @@ def check(
 @bundle_argument
 @limit_options
 @click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True, help="How long the builder searches.")
-@click.option("--workspace", default=512, show_default=True, help="Scratch memory that a layer may ask for, in MiB.")
+@click.option(
+    "--workspace",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Scratch memory that a layer may ask for, in MiB.",
+)
 @click.option("--reuse", multiple=True, type=click.Path(path_type=Path), help="A bundle whose engines of equal graphs are taken.")
 @click.option("--ignore-memory", is_flag=True, help="Build even if memory looks too small.")
 @click.option("--dry-run", is_flag=True, help="Print profiles, memory and trtexec commands; needs neither GPU nor TensorRT.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeprune.cli.options import bundle_argument, force_option, json_option, open_plan
-from edgeprune.errors import PlanError, UsageError, require_extra
+from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import is_file
 
 if TYPE_CHECKING:
@@ -64,11 +64,7 @@ def _plan_in(path: Path) -> KeepPlan:
     if path.name == MANIFEST:
         folder = shlex.quote(str(path.parent))
         raise UsageError(f"{path} is the manifest of a bundle.", hint=f"Give its folder: edgeprune inspect {folder}")
-    try:
-        return KeepPlan.load(path)
-    except PlanError as error:
-        takes = "edgeprune inspect takes a bundle (its folder) or a plan (JSON, or LightCompress's YAML)."
-        raise PlanError(error.message, hint=error.hint or takes) from error
+    return KeepPlan.load(path)
 
 
 def _lightcompress_plan(path: Path, model: str | None, image_size: str | None) -> KeepPlan:

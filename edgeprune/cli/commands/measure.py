@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeprune.cli.options import bundle_argument, fit_option, force_option, json_option, provider_option
+from edgeprune.cli.options import bundle_argument, fit_option, force_option, json_option, provider_option, threads_option
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import check_output
 from edgeprune.targets import PRECISIONS
@@ -40,7 +40,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 @click.option("--prompt", help="The question.  [default: what is on the table]")
 @click.option("--tokens", default=32, show_default=True, help="Tokens of every answer; end tokens do not end it.")
 @click.option("--repeats", default=10, show_default=True, help="Rounds, in each of which all are measured in turns.")
-@click.option("--threads", type=int, help="ONNX Runtime threads.  [default: all cores]")
+@threads_option
 @provider_option
 @fit_option
 @json_option
