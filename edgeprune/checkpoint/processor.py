@@ -93,6 +93,8 @@ def _image_processor_alone(kind: Any) -> Iterator[None]:
     from transformers.image_processing_base import ImageProcessingMixin
 
     class Placeholder(ImageProcessingMixin):  # type: ignore[misc]
+        num_frames = fps = None  # what SmolVLM's class reads for images too
+
         @classmethod
         def from_pretrained(cls, *_: Any, **__: Any) -> Any:
             return cls()
