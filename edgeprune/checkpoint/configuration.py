@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+_LARGEST_SIDE = 4096  # of the sizes that a hint names
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -71,7 +73,11 @@ def sized_geometry(
     """
     if min(size) < 1:
         raise UsageError(f"Image size {size[0]}x{size[1]} has no pixels.", hint="Write height x width, such as 448x336.")
-    geometry = spec_of(size).geometry(*size, frames, fps)
+    try:
+        geometry = spec_of(size).geometry(*size, frames, fps)
+    except ImageError as error:
+        sizes = " or ".join(_near_sizes(spec_of, size))
+        raise UsageError(str(error.message), hint=f"Give --image-size {sizes}." if sizes else error.hint) from error
     if (geometry.height, geometry.width) == size:
         return geometry
     unit = geometry.patch * geometry.merge
@@ -117,6 +123,15 @@ def _spec_of_area(processor: Mapping[str, Any], area: int) -> ImageSpec:
     spec = image_spec(processor)
     assert isinstance(spec, GridSpec)
     return replace(spec, min_pixels=area, max_pixels=area)
+
+
+def _near_sizes(spec_of: Callable[[tuple[int, int]], ImageSpec], size: tuple[int, int]) -> list[str]:
+    # The nearest smaller and larger sizes of about this aspect that the processor takes, in steps of 14 pixels.
+    longest, found = max(size), list[str]()
+    for sides in (range(longest // 14 * 14, longest // 2, -14), range(-(-longest // 14) * 14, _LARGEST_SIDE + 1, 14)):
+        shapes = (tuple(max(1, round(side * edge / longest / 14)) * 14 for edge in size) for side in sides)
+        found += [f"{height}x{width}" for height, width in islice((s for s in shapes if _is_kept(spec_of, (s[0], s[1]))), 1)]
+    return found
 
 
 def _is_kept(spec_of: Callable[[tuple[int, int]], ImageSpec], size: tuple[int, int]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from edgeprune.checkpoint.configuration import (
     no_image_token,
     sized_geometry,
 )
+from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor, read_json
 from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, did_you_mean, require_extra
 from edgeprune.io.files import is_file, is_folder
 from edgeprune.plan import Cut, Geometry, KeepPlan
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from edgeprune.checkpoint.weights import StoredTensor
 
 TABLETOP = "tabletop"
-PREPROCESSOR = "preprocessor_config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
 
@@ -65,12 +64,17 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model, its family and its tokenizer."""
+    """A loaded model, its family and its processor, of transformers' own class for it."""
 
     folder: ModelFolder
     model: Any
     family: Any
-    tokenizer: Any
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer as the processor set it up."""
+        return self.processor.tokenizer
 
     def geometry(self, size: tuple[int, int] | None, frames: int = 1, fps: float = 0.0) -> Geometry:
         """Return the geometry for images of `size` (height, width), by default the model's own; with `frames`, for a video.
@@ -148,14 +152,11 @@ class LoadedModel:
         )
 
     def chat_template(self, image: ImageText) -> str:
-        """Return the folder's chat template, or the family's if the folder has none or its own lacks the image placeholder.
+        """Return the checkpoint's chat template, or the family's if it has none or its own lacks the image placeholder.
 
         Raises UnsupportedModelError if there is no template.
         """
-        template = self.tokenizer.chat_template
-        legacy = self.folder.path / "chat_template.json"
-        if template is None and legacy.is_file():
-            template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+        template = chat_template(self.processor)
         default: str | None = self.family.chat_template
         if default is not None and (template is None or (image.placeholder in default and image.placeholder not in template)):
             template = default
@@ -198,9 +199,9 @@ def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
             f"{name} is a bundle: its model is exported already.",
             hint="Give the transformers folder that it was exported from, or tabletop for the bundled model.",
         )
-    config = _read_json(path, "config.json")
+    config = read_json(path, "config.json")
     own_code = "auto_map" in config
-    folder = ModelFolder(name, path, str(config.get("model_type")), _processor(path), own_code and trust_remote_code)
+    folder = ModelFolder(name, path, str(config.get("model_type")), image_settings(path), own_code and trust_remote_code)
     check_family(folder.model_type)
     if own_code and not trust_remote_code:
         raise UnsupportedModelError(
@@ -253,11 +254,7 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             raise UnsupportedModelError(f"{folder.name} has {problem.replace('_', ' ')}: {sorted(report[problem])[:3]}.")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    # transformers sets both at each call: those of the file are of the last call before it was saved, and no bundle must have them.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return LoadedModel(folder, model.eval(), family(model), tokenizer)
+    return LoadedModel(folder, model.eval(), family(model), load_processor(folder.path, folder.model_type))
 
 
 def _class_of(folder: ModelFolder, config: Any) -> Any:
@@ -293,26 +290,3 @@ def _stored_model(model_class: Any, path: Path, config: Any, stored: list[Stored
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
     return model, report
-
-
-def _processor(path: Path) -> dict[str, Any]:
-    # Newer checkpoints keep the settings of all processors in one file.
-    combined = path / "processor_config.json"
-    if (path / PREPROCESSOR).is_file() or not combined.is_file():
-        return _read_json(path, PREPROCESSOR)
-    settings = _read_json(path, combined.name).get("image_processor")
-    if not isinstance(settings, dict):
-        raise UsageError(f"{combined} has no settings of an image processor.", hint=f"Add a {PREPROCESSOR}.")
-    return settings
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        data = json.loads((path / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} has no {name}.", hint="Give a folder written by save_pretrained.") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Cannot read {path / name}: {error}.") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path / name} is not a JSON object.")
-    return data

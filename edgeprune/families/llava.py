@@ -26,6 +26,19 @@ from edgeprune.families.encoder_pruning import EncoderPruning
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
+# What transformers' documentation of the model writes by hand; its checkpoints have no template.
+_VIP_TEMPLATE = """\
+{%- if messages[0].role != 'system' -%}
+A chat between a curious human and an artificial intelligence assistant. {{ '' -}}
+The assistant gives helpful, detailed, and polite answers to the human's questions.
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role != 'system' -%}{{ '###Human: ' if message.role == 'user' else '###Assistant: ' }}{%- endif -%}
+{%- for part in message.content if part.type == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
+{%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}###Assistant:{%- endif -%}
+"""
 
 
 class Llava(Family):
@@ -66,6 +79,7 @@ class VipLlava(Llava):
     """The family of VipLlavaForConditionalGeneration."""
 
     name = "vipllava"
+    chat_template = _VIP_TEMPLATE
 
     @staticmethod
     def check(config: Any) -> None:

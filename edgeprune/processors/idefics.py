@@ -119,10 +119,9 @@ class Idefics2Spec(PatchSpec):
         require_pixels(height, width)
         size = self._scaled(height, width)
         if self.splits and not self._equal_sizes(height, width):
-            near = self._nearby_size(height, width)
             raise ImageError(
                 f"The quarters of a {width}x{height} image become other sizes than the whole, which is not supported.",
-                hint=f"A near size that works is {near[1]}x{near[0]}: take that for the bundle, and stretch images to it.",
+                hint="Export the bundle for a size that works, and stretch images to it.",
             )
         return size
 
@@ -131,14 +130,6 @@ class Idefics2Spec(PatchSpec):
             return False
         rows, columns = {height // 2, -(-height // 2)}, {width // 2, -(-width // 2)}
         return {self._scaled(row, column) for row in rows for column in columns} == {self._scaled(height, width)}
-
-    def _nearby_size(self, height: int, width: int) -> tuple[int, int]:
-        # If the sides are even and the longer one is twice the longest edge, quarters and overview are scaled to equal sizes.
-        scale = max(1.0, 2 * self.longest / max(height, width))
-        shape = 2 * round(height * scale / 2), 2 * round(width * scale / 2)
-        while not self._equal_sizes(*shape):
-            shape = shape[0] + 2, shape[1] + 2
-        return shape
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         if self.fixed is not None:

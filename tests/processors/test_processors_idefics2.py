@@ -12,7 +12,7 @@ from processor_parity import SIZES, assert_patches, noise, pair
 
 from edgeprune.errors import BundleError, ImageError
 from edgeprune.plan import Geometry, View
-from edgeprune.processors import fit, image_spec
+from edgeprune.processors import image_spec
 
 KIND = "Idefics2ImageProcessor"
 ADDED = {"patch_size": 14, "latents": 64}
@@ -84,15 +84,6 @@ def test_split_images_are_taken_where_views_are_of_one_size() -> None:
     assert 30 < taken < 120
 
 
-@pytest.mark.parametrize("size", [(100, 90), (60, 240), (241, 171), (480, 641), (1, 300)])
-def test_the_size_named_instead_works(size: tuple[int, int]) -> None:
-    spec, _ = pair(KIND, ADDED, do_image_splitting=True, **SMALL)
-    near = spec._nearby_size(*size)  # type: ignore[attr-defined]
-    made = spec.geometry(*near)
-    assert len(made.layout) == 5
-    assert fit(noise(*size), made, "stretch", spec).size == near[::-1]
-
-
 def test_real_settings() -> None:
     spec = image_spec(IDEFICS2 | ADDED)
     _, processor = pair(KIND, ADDED, do_image_splitting=True)
@@ -106,7 +97,7 @@ def test_real_settings() -> None:
     assert made.tokens == 320
     image = noise(1470, 1960)
     assert_patches(spec, [image], views_of(processor, image)[0], 14)
-    with pytest.raises(ImageError, match="A near size that works is 1960x1470"):
+    with pytest.raises(ImageError, match="The quarters of a 640x480 image become other sizes"):
         spec.geometry(480, 640)
     whole = image_spec(IDEFICS2 | ADDED | {"do_image_splitting": False})
     assert whole.geometry(480, 640) == Geometry(480, 640, 14, 1, (View(0, 0, 480, 640, 1, 64),))

@@ -1,0 +1,122 @@
+"""The processor of a checkpoint: its image settings, and tokenizer and chat template as transformers' own class makes them.
+
+Some classes change their tokenizer: PaliGemma's switches `add_bos_token` off. A tokenizer loaded alone would give other ids.
+`AutoProcessor` needs torchvision for all models that take videos, and EdgePrune does not. So the class is loaded with the image
+processor that uses Pillow, and without its video processor.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from edgeprune.errors import UnsupportedModelError, UsageError
+
+PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
+
+
+def image_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of the image processor of the folder `path`; raise UsageError if there are none.
+
+    Those in processor_config.json come first, as in transformers.
+    """
+    combined = read_json(path, PROCESSOR).get("image_processor") if (path / PROCESSOR).is_file() else None
+    if combined is not None and not isinstance(combined, dict):
+        raise UsageError(f"The image_processor in {path / PROCESSOR} is not a JSON object.")
+    settings = dict(combined or read_json(path, PREPROCESSOR))
+    older = settings.pop("feature_extractor_type", None)  # its name up to transformers 4.26
+    if isinstance(older, str):
+        settings.setdefault("image_processor_type", older.replace("FeatureExtractor", "ImageProcessor"))
+    return settings
+
+
+def load_processor(path: Path, model_type: str) -> Any:
+    """Return transformers' processor of the folder `path`, whose video processor is a placeholder.
+
+    Raises UnsupportedModelError when transformers cannot load it.
+    """
+    try:
+        kind = _processor_class(path, model_type)
+        with _image_processor_alone(kind):
+            processor = kind.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"transformers cannot load the processor of {path}: {cause}",
+            hint="Copy all tokenizer and processor files of the checkpoint into the folder.",
+        ) from error
+    # transformers sets both at each call: those of the file are of the last call before it was saved, and no bundle must have them.
+    processor.tokenizer.backend_tokenizer.no_truncation()
+    processor.tokenizer.backend_tokenizer.no_padding()
+    return processor
+
+
+def chat_template(processor: Any) -> str | None:
+    """Return the template that `apply_chat_template` renders: the processor's, else its tokenizer's; the default of several."""
+    for template in (processor.chat_template, processor.tokenizer.chat_template):
+        template = template.get("default") if isinstance(template, dict) else template
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the folder `path`; raise UsageError if there is none."""
+    try:
+        data = json.loads((path / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} has no {name}.", hint="Give a folder written by save_pretrained.") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"Cannot read {path / name}: {error}.") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path / name} is not a JSON object.")
+    return data
+
+
+def _processor_class(path: Path, model_type: str) -> Any:
+    # The class that the files name, in AutoProcessor's order, else the one of the model type.
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    for name in (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG):
+        named = read_json(path, name).get("processor_class") if (path / name).is_file() else None
+        if isinstance(named, str) and hasattr(transformers, named):
+            return getattr(transformers, named)
+    return getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+
+
+@contextmanager
+def _image_processor_alone(kind: Any) -> Iterator[None]:
+    # Replaces what a processor class loads for images and videos.
+    from transformers import AutoImageProcessor, processing_utils
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    class Placeholder(ImageProcessingMixin):  # type: ignore[misc]
+        num_frames = fps = None  # what SmolVLM's class reads for images too
+
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+            return cls()
+
+    class PillowImageProcessor:
+        @staticmethod
+        def from_pretrained(source: Any, **options: Any) -> Any:
+            return AutoImageProcessor.from_pretrained(source, backend="pil", **options)
+
+    known = processing_utils.MODALITY_TO_AUTOPROCESSOR_MAPPING
+    loaders = {name: known[name] for name in known.keys() - {"image_processor", "video_processor"}}
+    loaders |= {"image_processor": PillowImageProcessor, "video_processor": Placeholder}
+    with ExitStack() as stack:
+        replace = stack.enter_context
+        replace(mock.patch.object(processing_utils, "MODALITY_TO_AUTOPROCESSOR_MAPPING", loaders))
+        # The base class that the processor checks its arguments for.
+        replace(mock.patch.dict(processing_utils.MODALITY_TO_BASE_CLASS_MAPPING, {"video_processor": "ImageProcessingMixin"}))
+        module = sys.modules[kind.__module__]
+        if getattr(module, "num2words", True) is None:  # SmolVLM's class asks for it, to write the length of a video in words
+            replace(mock.patch.object(module, "num2words", str))
+        yield

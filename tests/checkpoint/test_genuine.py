@@ -1,0 +1,181 @@
+"""Published checkpoints: prompts and pixels are those of transformers' own processor under the checkpoint's own files.
+
+No weights are needed: a prompt is ids, and an image is patches, before a model sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from genuine import NAMES, write_files
+from PIL import Image
+from tokenizers import Tokenizer
+
+from edgeprune.checkpoint.configuration import sized_geometry
+from edgeprune.checkpoint.loading import LoadedModel, ModelFolder
+from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor
+from edgeprune.errors import UsageError
+from edgeprune.export.verification import _patches
+from edgeprune.plan import Geometry
+from edgeprune.processors import image_spec
+from edgeprune.registry import family_class
+from edgeprune.runtime.generation.conversation import Conversation
+from edgeprune.runtime.text.prompt import ChatTemplate, ImagePlaceholders
+from edgeprune.runtime.text.tokenizer import TextTokenizer
+
+QUESTION, NEXT = "What is the colour of the cube?", "And here? Müller, 你好."
+SIZES = {"idefics2-8b": (1960, 1960)}
+# Checkpoints without a template: what their documentation writes for the processor.
+WRITTEN = {
+    "paligemma-3b-pt-448": QUESTION,
+    "vip-llava-7b-hf": (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+        f"polite answers to the human's questions.###Human: <image>\n{QUESTION}###Assistant:"
+    ),
+}
+IMAGE: dict[str, Any] = {"type": "image"}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one image": [{"role": "user", "content": [IMAGE, text(QUESTION)]}],
+    "two images": [{"role": "user", "content": [IMAGE, IMAGE, text(QUESTION)]}],
+    "a system prompt": [
+        {"role": "system", "content": [text("Be short.")]},
+        {"role": "user", "content": [IMAGE, text(QUESTION)]},
+    ],
+    "two turns": [
+        {"role": "user", "content": [IMAGE, text(QUESTION)]},
+        {"role": "assistant", "content": [text("Red.")]},
+        {"role": "user", "content": [IMAGE, text(NEXT)]},
+    ],
+    "no image": [{"role": "user", "content": [text(QUESTION)]}],
+}
+
+
+class Checkpoint:
+    """A published checkpoint without weights. `size`: height and width of its images."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        write_files(name, folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        family = family_class(config.model_type)(SimpleNamespace(config=config))
+        family.check(config)
+        opened = ModelFolder(name, folder, config.model_type, image_settings(folder))
+        processor = load_processor(folder, config.model_type)
+        self.loaded = LoadedModel(opened, SimpleNamespace(config=config), family, processor)
+        self.size = SIZES.get(name) or self.loaded._spec(None).default_size() or (448, 448)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return self.loaded._spec(self.size).geometry(*self.size)
+
+    @cached_property
+    def changed(self) -> dict[str, Any]:
+        """The settings that a bundle of this size changes."""
+        own = self.loaded.folder.processor
+        return {name: value for name, value in self.loaded.settings(self.geometry).items() if value != own.get(name, value)}
+
+    def picture(self, seed: int) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*self.size, 3), dtype=np.uint8))
+
+    def ids_by_transformers(self, conversation: list[dict[str, Any]]) -> list[int]:
+        """Return what `AutoProcessor.apply_chat_template` makes of a conversation."""
+        processor, pictures = self.loaded.processor, map(self.picture, range(9))
+        filled = [
+            {**turn, "content": [{**part, "image": next(pictures)} if part is IMAGE else part for part in turn["content"]]}
+            for turn in conversation
+        ]
+        options = {"images_kwargs": self.changed} if any(IMAGE in turn["content"] for turn in conversation) else None
+        if chat_template(processor) is None:
+            made = processor(text=WRITTEN[self.loaded.folder.name], images=[self.picture(0)], images_kwargs=self.changed)[
+                "input_ids"
+            ]
+        else:
+            made = processor.apply_chat_template(filled, tokenize=True, add_generation_prompt=True, processor_kwargs=options)
+        return list(map(int, np.ravel(made)))
+
+    def ids_by_runtime(self, conversation: list[dict[str, Any]]) -> list[int]:
+        """Return what the runtime makes of a conversation, with every visual token as its id."""
+        image = self.loaded.family.image_text(self.geometry)
+        tokenizer = TextTokenizer(Tokenizer.from_str(self.loaded.tokenizer.backend_tokenizer.to_str()))
+        layout = ImagePlaceholders(image, self.geometry, tokenizer)
+        pipeline = SimpleNamespace(
+            chat_template=ChatTemplate(self.loaded.chat_template(image)),
+            tokenizer=tokenizer,
+            special_tokens=self.loaded.special_tokens(),
+            plan=SimpleNamespace(geometry=self.geometry),
+            decoder=SimpleNamespace(context=1 << 20),
+        )
+        empty: Any = SimpleNamespace(_messages=[], _images=[], _pipeline=pipeline, _layout=layout)
+        count = sum(part is IMAGE for turn in conversation for part in turn["content"])
+        spans = [sum(view.tokens for view in views) for views in layout.spans] * count
+        ids: list[int] = []
+        for token in Conversation._tokenize(empty, conversation, count):  # type: ignore[arg-type]
+            ids += [token] * (spans.pop(0) if token == image.token else 1)
+        return ids
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_prompts_are_those_of_the_processor(kind: str, checkpoint: Checkpoint) -> None:
+    name = checkpoint.loaded.folder.name
+    if name in WRITTEN and kind != "one image":
+        pytest.skip("the checkpoint has no chat template")
+    if name.startswith("llava-onevision") and kind in ("two images", "two turns"):
+        pytest.skip("transformers takes several images as one view each, a bundle always the views that it was made for")
+    ids = checkpoint.ids_by_runtime(CONVERSATIONS[kind])
+    assert ids == checkpoint.ids_by_transformers(CONVERSATIONS[kind])
+    assert len(ids) > 20
+
+
+def test_pixels_are_those_of_the_processor(checkpoint: Checkpoint) -> None:
+    settings, picture = checkpoint.loaded.settings(checkpoint.geometry), checkpoint.picture(0)
+    processor = checkpoint.loaded.processor.image_processor
+    expected = processor(images=[picture], return_tensors="np", **checkpoint.changed)["pixel_values"]
+    if expected.ndim > 2:
+        expected = _patches(expected.reshape(-1, *expected.shape[-3:]), checkpoint.geometry.patch)
+    np.testing.assert_allclose(image_spec(settings).patches([picture]), expected, atol=1e-5)
+
+
+def test_a_template_for_text_alone_gives_way_to_the_processors(checkpoint: Checkpoint) -> None:
+    # Qwen2.5-VL and LLaVA-OneVision have one without images in tokenizer_config.json.
+    image = checkpoint.loaded.family.image_text(checkpoint.geometry)
+    assert image.placeholder in checkpoint.loaded.chat_template(image)
+
+
+def test_settings_in_processor_config_come_first(tmp_path: Path) -> None:
+    write_files("qwen2-vl-2b", tmp_path)
+    own = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": own | {"image_mean": [0.5, 0.5, 0.5]}}))
+    assert image_settings(tmp_path)["image_mean"] == [0.5, 0.5, 0.5]
+    loaded = load_processor(tmp_path, "qwen2_vl")
+    assert list(loaded.image_processor.image_mean) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("size", [(448, 448), (896, 896), (640, 480), (300, 1000)])
+def test_a_size_that_a_hint_names_works(size: tuple[int, int], tmp_path: Path) -> None:
+    # Idefics2 splits into quarters, and only of some sizes do they become as large as the whole.
+    spec_of = Checkpoint("idefics2-8b", tmp_path).loaded._spec
+    with pytest.raises(UsageError, match="become other sizes") as caught:
+        sized_geometry(spec_of, size)
+    named = re.findall(r"(\d+)x(\d+)", caught.value.hint)
+    assert named
+    for height, width in named:
+        geometry = sized_geometry(spec_of, (int(height), int(width)))
+        assert abs(geometry.height / geometry.width / (size[0] / size[1]) - 1) < 0.05
