@@ -120,7 +120,8 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_traced(
     lacking: str, words: str, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if lacking == "template":
-        monkeypatch.setattr(tiny.tokenizer, "chat_template", None)
+        for holder in (tiny.processor, tiny.tokenizer):
+            monkeypatch.setattr(holder, "chat_template", None)
         broken = replace(tiny, folder=replace(tiny.folder, path=tmp_path))
     else:
         broken = tiny

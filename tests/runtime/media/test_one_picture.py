@@ -92,10 +92,10 @@ def file_ways(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
 
 def url_ways(data: bytes) -> Iterator[tuple[str, Any]]:
     pytest.importorskip("pydantic", reason="the server's packages are not installed")
-    from edgeprune.runtime.server.request_mapping import decode_image_url
+    from edgeprune.runtime.server.request_mapping import EncodedImage
 
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    yield "data URL", decode_image_url(url, 10**6, "messages[0]")
+    yield "data URL", EncodedImage.from_url(url, 10**6, "messages[0]").decode(10**6)
 
 
 def differences(expected: np.ndarray, ways: Iterator[tuple[str, Any]]) -> list[str]:
