@@ -27,7 +27,7 @@ from edgeprune.export.verification import _patches
 from edgeprune.plan import Geometry
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
-from edgeprune.runtime.generation.conversation import Conversation
+from edgeprune.runtime.generation.conversation import prompt_ids
 from edgeprune.runtime.text.prompt import ChatTemplate, ImagePlaceholders
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 
@@ -111,18 +111,17 @@ class Checkpoint:
         image = self.loaded.family.image_text(self.geometry)
         tokenizer = TextTokenizer(Tokenizer.from_str(self.loaded.tokenizer.backend_tokenizer.to_str()))
         layout = ImagePlaceholders(image, self.geometry, tokenizer)
-        pipeline = SimpleNamespace(
+        pipeline: Any = SimpleNamespace(
             chat_template=ChatTemplate(self.loaded.chat_template(image)),
             tokenizer=tokenizer,
             special_tokens=self.loaded.special_tokens(),
             plan=SimpleNamespace(geometry=self.geometry),
             decoder=SimpleNamespace(context=1 << 20),
         )
-        empty: Any = SimpleNamespace(_messages=[], _images=[], _pipeline=pipeline, _layout=layout)
         count = sum(part is IMAGE for turn in conversation for part in turn["content"])
         spans = [sum(view.tokens for view in views) for views in layout.spans] * count
         ids: list[int] = []
-        for token in Conversation._tokenize(empty, conversation, count):  # type: ignore[arg-type]
+        for token in prompt_ids(pipeline, layout, conversation, count):  # type: ignore[arg-type]
             ids += [token] * (spans.pop(0) if token == image.token else 1)
         return ids
 
