@@ -159,6 +159,8 @@ class Prefill:
 
     def _store_prefix(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput], text: int) -> None:
         images, size = images[: sequence.images], sequence.cache.bytes
+        if any(tier != self.tier for tier in sequence.tiers):
+            return  # whoever restores a prefix wants all of its images under one tier
         if self._prefix_cacheable(images) and size <= self._feature_cache.budget:
             end = self._layout.image_ends(ids)[len(images) - 1]
             self._feature_cache.put(self._prefix_key(ids, images), sequence.snapshot(ids[:end], text), size)

@@ -118,13 +118,14 @@ class PrefixSnapshot:
     position: int
     length: int
     accounts: tuple[ImageUsage, ...]
+    tiers: tuple[int, ...]
 
 
 class SequenceState:
     """The KV cache of a conversation and the position of the next token.
 
     `ids`: the tokens in the cache, one per span of an image; `Prefill.run` sets them. `length`: unpruned length of the sequence.
-    `images`: number of images in the cache.
+    `tiers`: the tier of each image in the cache.
     """
 
     def __init__(self, pipeline: Pipeline, spans: tuple[tuple[View, ...], ...], *, prune: bool) -> None:
@@ -133,10 +134,15 @@ class SequenceState:
         shape = pipeline.decoder
         self.cache = KvCache.empty(shape)
         self._empty = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
-        self.length = self.images = 0
-        self._position = 0
+        self.tiers: tuple[int, ...] = ()
+        self.length = self._position = 0
         self._usages: tuple[ImageUsage, ...] = ()
         self._groups = bytearray()  # SYSTEM, INSTRUCTION or GENERATED for each text token in the cache
+
+    @property
+    def images(self) -> int:
+        """Number of images in the cache."""
+        return len(self.tiers)
 
     def continued_by(self, ids: Sequence[int]) -> bool:
         """Return whether `ids` are the tokens in the cache and at least one more, which the next forward pass can run."""
@@ -187,7 +193,7 @@ class SequenceState:
                 text, suffix = text.split(-1)  # a forward pass without visual tokens has a suffix
             step = self._step(DecoderInput(text, self._empty, suffix, _NO_ORDER, _NO_GROUPS), INSTRUCTION, cancellation)
             usage = ImageUsage(geometry.tokens, unpruned, unpruned, ())
-        self.images += 1
+        self.tiers += (tier,)
         self._usages += (usage,)
         return step, usage
 
@@ -209,7 +215,7 @@ class SequenceState:
     def snapshot(self, ids: Sequence[int], text: int) -> PrefixSnapshot:
         """Return the prefix that ends with the newest image. `ids`: its tokens. `text`: number of later text tokens, left out."""
         cache = self.cache.copy_prefix(self.cache.length - text)
-        return PrefixSnapshot(tuple(ids), cache, self._position - text, self.length - text, self._usages)
+        return PrefixSnapshot(tuple(ids), cache, self._position - text, self.length - text, self._usages, self.tiers)
 
     def restore(self, prefix: PrefixSnapshot) -> tuple[ImageUsage, ...]:
         """Replace the state by a prefix; return the usage of its images.
@@ -218,7 +224,7 @@ class SequenceState:
         have no prefixes.
         """
         self.cache, self._position, self.length = prefix.cache, prefix.position, prefix.length
-        self._usages, self.images = prefix.accounts, len(prefix.accounts)
+        self._usages, self.tiers = prefix.accounts, prefix.tiers
         self._groups, self.ids = bytearray([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
         return prefix.accounts
 
