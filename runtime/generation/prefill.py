@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
+from edgeprune.registry import BIDIRECTIONAL
 from edgeprune.runtime.backends.interface import DecoderOutput, VisionOutput
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.request import DEADLINE, REQUESTED, Request, choose_tier
@@ -183,7 +184,9 @@ class Prefill:
 
 
 def prefix_cacheable(plan: KeepPlan, *, prune: bool, input_cut_ignores_prompt: bool) -> bool:
-    """Return whether the KV cache of an image is the same for every prompt: no cut of the plan depends on the prompt."""
+    """Return whether the KV cache of an image is the same for every prompt: neither the model nor a cut looks at what follows."""
+    if plan.family in BIDIRECTIONAL:
+        return False
     if not prune:
         return True
     return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or input_cut_ignores_prompt)

@@ -170,28 +170,24 @@ class SequenceState:
     ) -> tuple[DecoderOutput, ImageUsage]:
         """Run a forward pass over an image with the text before, between and after its spans, with the keep budgets of a tier.
 
-        In an unpruned conversation all visual tokens are passed as text. A pruned forward pass ends with a text token: methods rank
-        by it, and a layer that keeps no visual token would otherwise have nothing to compute. If no text stands between the image
-        and the next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped.
+        In an unpruned conversation all visual tokens are passed as text. A forward pass ends with a text token: methods rank by it,
+        and a layer that keeps no visual token would otherwise have nothing to compute. If no text stands between the image and the
+        next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped.
         """
         plan, geometry = self._pipeline.plans[tier], self._pipeline.plan.geometry
         prefix, visual = self._image_segments(parts[:-1], chosen.embeds if self._prune else chosen.vision_output.embeds)
-        suffix, before = self._text(parts[-1]), self.cache.visual_entries_read
+        borrowed = [following] if not parts[-1] and following is not None else []
+        suffix, before = self._segment(borrowed) if borrowed else self._text(parts[-1]), self.cache.visual_entries_read
         unpruned = geometry.tokens * plan.layers
         if self._prune:
-            visual, borrowed = visual.gather(chosen.order, chosen.embeds), not parts[-1]
-            if borrowed:
-                assert following is not None  # the prompt ends with text
-                suffix = self._segment([following])
+            visual = visual.gather(chosen.order, chosen.embeds)
             tokens = DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier)
-            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=borrowed)
+            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=bool(borrowed))
             cuts = cut_receipts(plan, chosen.vision_output.kept, chosen.order, step)
             usage = ImageUsage(geometry.tokens, unpruned, self.cache.visual_entries_read - before, cuts)
         else:
-            text = prefix.concat(visual)
-            if not parts[-1]:
-                text, suffix = text.split(-1)  # a forward pass without visual tokens has a suffix
-            step = self._step(DecoderInput(text, self._empty, suffix, _NO_ORDER, _NO_GROUPS), INSTRUCTION, cancellation)
+            tokens = DecoderInput(prefix.concat(visual), self._empty, suffix, _NO_ORDER, _NO_GROUPS)
+            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=bool(borrowed))
             usage = ImageUsage(geometry.tokens, unpruned, unpruned, ())
         self.tiers += (tier,)
         self._usages += (usage,)

@@ -28,7 +28,7 @@ from edgeprune.export.verification import verify
 from edgeprune.lint.check import lint
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.registry import FAMILIES, applicability
+from edgeprune.registry import BIDIRECTIONAL, FAMILIES, applicability
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
@@ -170,6 +170,11 @@ def test_several_turns_equal_transformers(name: str, model: LoadedModel) -> None
         said = said_by_transformers(model, reference, messages, pictures[: 1 + len(messages) // 4])
         answer = asked.check(prompt, shown, said)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+
+
+@families
+def test_the_runtime_knows_which_prompts_are_bidirectional(name: str, model: LoadedModel) -> None:
+    assert model.family.decoder().bidirectional == (name in BIDIRECTIONAL)
 
 
 @families
