@@ -49,9 +49,6 @@ FAMILIES = {
     "vipllava": "edgeprune.families.llava:VipLlava",
 }
 
-# Families in whose prompts all tokens attend to each other, so that the KV cache of an image depends on the text after it.
-BIDIRECTIONAL = frozenset({"paligemma"})
-
 TASK = "image-text-to-text"  # the task of every family in transformers and optimum
 
 _EXTERNAL_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)

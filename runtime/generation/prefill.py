@@ -10,13 +10,15 @@ import numpy as np
 
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
-from edgeprune.registry import BIDIRECTIONAL
 from edgeprune.runtime.backends.interface import DecoderOutput, VisionOutput
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.request import DEADLINE, REQUESTED, Request, choose_tier
 from edgeprune.runtime.generation.sequence import PrefixSnapshot, SelectedTokens, SequenceState
 from edgeprune.runtime.telemetry.receipt import ImageUsage
 from edgeprune.runtime.text.prompt import ImagePlaceholders
+
+# Families in whose prompts all tokens attend to each other, so that the KV cache of an image depends on the text after it.
+BIDIRECTIONAL = frozenset({"paligemma"})
 
 
 @dataclass

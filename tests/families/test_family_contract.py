@@ -28,12 +28,13 @@ from edgeprune.export.verification import verify
 from edgeprune.lint.check import lint
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.registry import BIDIRECTIONAL, FAMILIES, applicability
+from edgeprune.registry import FAMILIES, applicability
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
 from edgeprune.runtime.generation.pipeline import Pipeline
+from edgeprune.runtime.generation.prefill import BIDIRECTIONAL
 from edgeprune.runtime.text.prompt import ImagePlaceholders
 from edgeprune.targets import TARGETS, Lowering
 
