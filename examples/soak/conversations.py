@@ -24,13 +24,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import edgeprune.runtime
 from edgeprune.errors import EdgePruneError
-from edgeprune.runtime import Chat, Runtime, load
+from edgeprune.runtime import Chat, Runtime
 from edgeprune.runtime.api.options import AnswerOptions
 
 WORDS = ("what", "colour", "is", "the", "cube", "ball", "left", "of", "nearest", "label", "and", "how", "many", "gripper")
 PICTURES = 6  # different ones; conversations share them, and so what was computed for them
 CACHE_BYTES = 2 << 20  # small, so that entries also make room
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is asked: so many `questions` in conversations of at most so many `turns`, each with at most so many `images`."""
+
+    questions: int
+    threads: int = 3
+    seed: int = 0
+    turns: int = 4
+    images: int = 3
 
 
 @dataclass(frozen=True)
@@ -79,19 +91,20 @@ class Account:
         return self.ended == "done" and self.questions > 0 and not self.different
 
 
-def scripts(questions: int, tiers: Sequence[str], seed: int) -> list[Script]:
-    """Return random conversations of 1 to 4 turns with so many questions in all."""
-    draw, left, found = random.Random(seed), questions, list[Script]()
+def scripts(load: Load, tiers: Sequence[str]) -> list[Script]:
+    """Return the random conversations."""
+    draw, left, found = random.Random(load.seed), load.questions, list[Script]()
     while left:
-        turns = min(left, draw.randint(1, 4))
+        turns = min(left, draw.randint(1, load.turns))
         prune = draw.random() < 0.8
-        asked = [_question(draw, first=number == 0, tiers=tiers if prune else ()) for number in range(turns)]
+        images = [min(load.images, draw.choice((1, 1, 1, 2, 3) if number == 0 else (0, 0, 0, 1, 2))) for number in range(turns)]
+        asked = [_question(draw, count, tiers if prune else ()) for count in images]
         found.append(Script(prune, tuple(asked)))
         left -= turns
     return found
 
 
-def _question(draw: random.Random, *, first: bool, tiers: Sequence[str]) -> Question:
+def _question(draw: random.Random, images: int, tiers: Sequence[str]) -> Question:
     options: AnswerOptions = {"max_tokens": draw.randint(1, 8)}
     if draw.random() < 0.4:
         options |= {"temperature": draw.choice((0.5, 1.0)), "top_p": draw.choice((1.0, 0.9, 0.5)), "seed": draw.randrange(100)}
@@ -99,7 +112,6 @@ def _question(draw: random.Random, *, first: bool, tiers: Sequence[str]) -> Ques
         options["stop"] = [draw.choice("aeiou "), "th"]
     if tiers and draw.random() < 0.5:
         options["tier"] = draw.choice(tiers)
-    images = draw.choice((1, 1, 1, 2, 3)) if first else draw.choice((0, 0, 0, 1, 2))
     prompt = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
     shown = tuple(draw.randrange(PICTURES) for _ in range(images))
     return Question(prompt, shown, options, draw.randint(0, 4) if draw.random() < 0.15 else None)
@@ -134,9 +146,9 @@ def in_threads(work: Sequence[Callable[[], list[Outcome]]], threads: int) -> lis
         return list(executor.map(lambda piece: piece(), work))
 
 
-def compare(bundle: Path, questions: int, threads: int, seed: int) -> Account:
+def compare(bundle: Path, load: Load) -> Account:
     """Hold the conversations with a bundle, alone without a cache and then at once with one, and count."""
-    alone, shared = load(bundle, threads=1, cache_bytes=0), load(bundle, threads=1, cache_bytes=CACHE_BYTES)
+    alone, shared = (edgeprune.runtime.load(bundle, threads=1, cache_bytes=size) for size in (0, CACHE_BYTES))
     reused, lock = [0], threading.Lock()
 
     def count(receipt: object) -> None:
@@ -144,9 +156,9 @@ def compare(bundle: Path, questions: int, threads: int, seed: int) -> Account:
             reused[0] += bool(getattr(receipt, "reused", ()))
 
     shared.watch(count)
-    asked, shown = scripts(questions, alone.tiers, seed), pictures(alone, seed)
+    asked, shown = scripts(load, alone.tiers), pictures(alone, load.seed)
     expected = [hold(alone, script, shown) for script in asked]
-    found = in_threads([lambda script=script: hold(shared, script, shown) for script in asked], threads)  # type: ignore[misc]
+    found = in_threads([lambda script=script: hold(shared, script, shown) for script in asked], load.threads)  # type: ignore[misc]
     pairs = [
         (script, number, one, other)
         for script, before, after in zip(asked, expected, found, strict=True)
@@ -164,16 +176,16 @@ def compare(bundle: Path, questions: int, threads: int, seed: int) -> Account:
     )
 
 
-def _child(bundle: Path, questions: int, threads: int, seed: int, out: Path) -> None:
+def _child(bundle: Path, load: Load, out: Path) -> None:
     faulthandler.enable()
-    out.write_text(json.dumps(asdict(compare(bundle, questions, threads, seed))))
+    out.write_text(json.dumps(asdict(compare(bundle, load))))
 
 
-def run(bundle: Path, questions: int, threads: int, seed: int, minutes: float) -> Account:
+def run(bundle: Path, load: Load, minutes: float) -> Account:
     """Return the account of a bundle, from a process of its own that may take so many minutes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "account.json"
-        child = multiprocessing.get_context("spawn").Process(target=_child, args=(bundle, questions, threads, seed, out))
+        child = multiprocessing.get_context("spawn").Process(target=_child, args=(bundle, load, out))
         child.start()
         child.join(60 * minutes)
         if child.is_alive():
@@ -192,12 +204,14 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=1000, help="For each bundle.")
     options.add_argument("--threads", type=int, default=3)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--turns", type=int, default=4, help="Of a conversation, at most.")
+    options.add_argument("--images", type=int, default=3, help="Of a turn, at most.")
     options.add_argument("--minutes", type=float, default=60, help="After which a bundle's process counts as hung.")
     given = options.parse_args()
     print("| bundle | conversations | questions | refused | reused | different | process |\n|---|---|---|---|---|---|---|")
-    accounts = []
+    accounts, load = [], Load(given.questions, given.threads, given.seed, given.turns, given.images)
     for bundle in given.bundles:
-        account = run(bundle, given.questions, given.threads, given.seed, given.minutes)
+        account = run(bundle, load, given.minutes)
         accounts.append(account)
         row = account.bundle, account.conversations, account.questions, account.refused, account.reused, account.different
         print(f"| {' | '.join(map(str, row))} | {account.ended} |", flush=True)

@@ -33,13 +33,6 @@ class TokenSegment:
             np.concatenate([self.embeds, other.embeds], axis=1), np.concatenate([self.positions, other.positions], axis=1)
         )
 
-    def split(self, index: int) -> tuple[TokenSegment, TokenSegment]:
-        """Return the tokens before `index` and those from it on."""
-        return (
-            TokenSegment(self.embeds[:, :index], self.positions[:, :index]),
-            TokenSegment(self.embeds[:, index:], self.positions[:, index:]),
-        )
-
     def gather(self, indices: np.ndarray, embeds: np.ndarray) -> TokenSegment:
         """Return the tokens at `indices`, with new embeddings."""
         return TokenSegment(embeds, self.positions[:, indices])

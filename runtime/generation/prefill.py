@@ -17,6 +17,9 @@ from edgeprune.runtime.generation.sequence import PrefixSnapshot, SelectedTokens
 from edgeprune.runtime.telemetry.receipt import ImageUsage
 from edgeprune.runtime.text.prompt import ImagePlaceholders
 
+# Families in whose prompts all tokens attend to each other, so that the KV cache of an image depends on the text after it.
+BIDIRECTIONAL = frozenset({"paligemma"})
+
 
 @dataclass
 class ImageInput:
@@ -167,6 +170,8 @@ class Prefill:
 
     def _store_prefix(self, sequence: SequenceState, ids: list[int], images: Sequence[ImageInput], text: int) -> None:
         images, size = images[: sequence.images], sequence.cache.bytes
+        if any(tier != self.tier for tier in sequence.tiers):
+            return  # whoever restores a prefix wants all of its images under one tier
         if self._prefix_cacheable(images) and size <= self._feature_cache.budget:
             end = self._layout.image_ends(ids)[len(images) - 1]
             self._feature_cache.put(self._prefix_key(ids, images), sequence.snapshot(ids[:end], text), size)
@@ -189,7 +194,9 @@ class Prefill:
 
 
 def prefix_cacheable(plan: KeepPlan, *, prune: bool, input_cut_ignores_prompt: bool) -> bool:
-    """Return whether the KV cache of an image is the same for every prompt: no cut of the plan depends on the prompt."""
+    """Return whether the KV cache of an image is the same for every prompt: neither the model nor a cut looks at what follows."""
+    if plan.family in BIDIRECTIONAL:
+        return False
     if not prune:
         return True
     return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or input_cut_ignores_prompt)

@@ -118,13 +118,14 @@ class PrefixSnapshot:
     position: int
     length: int
     accounts: tuple[ImageUsage, ...]
+    tiers: tuple[int, ...]
 
 
 class SequenceState:
     """The KV cache of a conversation and the position of the next token.
 
     `ids`: the tokens in the cache, one per span of an image; `Prefill.run` sets them. `length`: unpruned length of the sequence.
-    `images`: number of images in the cache.
+    `tiers`: the tier of each image in the cache.
     """
 
     def __init__(self, pipeline: Pipeline, spans: tuple[tuple[View, ...], ...], *, prune: bool) -> None:
@@ -133,10 +134,15 @@ class SequenceState:
         shape = pipeline.decoder
         self.cache = KvCache.empty(shape)
         self._empty = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
-        self.length = self.images = 0
-        self._position = 0
+        self.tiers: tuple[int, ...] = ()
+        self.length = self._position = 0
         self._usages: tuple[ImageUsage, ...] = ()
         self._groups = bytearray()  # SYSTEM, INSTRUCTION or GENERATED for each text token in the cache
+
+    @property
+    def images(self) -> int:
+        """Number of images in the cache."""
+        return len(self.tiers)
 
     def continued_by(self, ids: Sequence[int]) -> bool:
         """Return whether `ids` are the tokens in the cache and at least one more, which the next forward pass can run."""
@@ -164,30 +170,26 @@ class SequenceState:
     ) -> tuple[DecoderOutput, ImageUsage]:
         """Run a forward pass over an image with the text before, between and after its spans, with the keep budgets of a tier.
 
-        In an unpruned conversation all visual tokens are passed as text. A pruned forward pass ends with a text token: methods rank
-        by it, and a layer that keeps no visual token would otherwise have nothing to compute. If no text stands between the image
-        and the next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped.
+        In an unpruned conversation all visual tokens are passed as text. A forward pass ends with a text token: methods rank by it,
+        and a layer that keeps no visual token would otherwise have nothing to compute. If no text stands between the image and the
+        next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped.
         """
         plan, geometry = self._pipeline.plans[tier], self._pipeline.plan.geometry
         prefix, visual = self._image_segments(parts[:-1], chosen.embeds if self._prune else chosen.vision_output.embeds)
-        suffix, before = self._text(parts[-1]), self.cache.visual_entries_read
+        borrowed = [following] if not parts[-1] and following is not None else []
+        suffix, before = self._segment(borrowed) if borrowed else self._text(parts[-1]), self.cache.visual_entries_read
         unpruned = geometry.tokens * plan.layers
         if self._prune:
-            visual, borrowed = visual.gather(chosen.order, chosen.embeds), not parts[-1]
-            if borrowed:
-                assert following is not None  # the prompt ends with text
-                suffix = self._segment([following])
+            visual = visual.gather(chosen.order, chosen.embeds)
             tokens = DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier)
-            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=borrowed)
+            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=bool(borrowed))
             cuts = cut_receipts(plan, chosen.vision_output.kept, chosen.order, step)
             usage = ImageUsage(geometry.tokens, unpruned, self.cache.visual_entries_read - before, cuts)
         else:
-            text = prefix.concat(visual)
-            if not parts[-1]:
-                text, suffix = text.split(-1)  # a forward pass without visual tokens has a suffix
-            step = self._step(DecoderInput(text, self._empty, suffix, _NO_ORDER, _NO_GROUPS), INSTRUCTION, cancellation)
+            tokens = DecoderInput(prefix.concat(visual), self._empty, suffix, _NO_ORDER, _NO_GROUPS)
+            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=bool(borrowed))
             usage = ImageUsage(geometry.tokens, unpruned, unpruned, ())
-        self.images += 1
+        self.tiers += (tier,)
         self._usages += (usage,)
         return step, usage
 
@@ -209,7 +211,7 @@ class SequenceState:
     def snapshot(self, ids: Sequence[int], text: int) -> PrefixSnapshot:
         """Return the prefix that ends with the newest image. `ids`: its tokens. `text`: number of later text tokens, left out."""
         cache = self.cache.copy_prefix(self.cache.length - text)
-        return PrefixSnapshot(tuple(ids), cache, self._position - text, self.length - text, self._usages)
+        return PrefixSnapshot(tuple(ids), cache, self._position - text, self.length - text, self._usages, self.tiers)
 
     def restore(self, prefix: PrefixSnapshot) -> tuple[ImageUsage, ...]:
         """Replace the state by a prefix; return the usage of its images.
@@ -218,7 +220,7 @@ class SequenceState:
         have no prefixes.
         """
         self.cache, self._position, self.length = prefix.cache, prefix.position, prefix.length
-        self._usages, self.images = prefix.accounts, len(prefix.accounts)
+        self._usages, self.tiers = prefix.accounts, prefix.tiers
         self._groups, self.ids = bytearray([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
         return prefix.accounts
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_paligemma
 import torch
@@ -15,9 +18,15 @@ from tiny_folders import cut
 from transformers import Gemma2Config, PaliGemmaForConditionalGeneration
 from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
 
+from edgeprune.calibration.replay.reference import reference_model
+from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.errors import UnsupportedModelError, UsageError
 from edgeprune.families.paligemma import PaliGemma
 from edgeprune.plan import Geometry
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime import Runtime
+from edgeprune.runtime.backends.compare import RecordingBackend
+from edgeprune.runtime.generation.pipeline import SharedState
 from edgeprune.runtime.text.prompt import ChatTemplate
 
 SQUARE = Geometry(56, 56, 14, 1)
@@ -134,3 +143,19 @@ def test_images_stand_in_the_text_as_one_token(model: Any) -> None:
     text = PaliGemma(model).image_text(SQUARE)
     assert (text.kind, text.placeholder, text.text, text.token) == ("image", "<image>", "<image>", 456)
     assert PaliGemma.settings(model.config, {"resample": 3}, (28, 28)) == {"resample": 3, "patch_size": 14}
+
+
+def test_an_image_is_not_recalled_with_what_the_question_before_made_of_it(tmp_path: Path) -> None:
+    loaded = load_model(resolve_model(str(tiny_paligemma.folder(tmp_path))))
+    plan = unpruned_plan("paligemma", len(loaded.family.decoder().layers), loaded.geometry(tiny_paligemma.SIZE))
+    recorder = RecordingBackend(reference_model(loaded, plan).backend)
+    pipeline = replace(reference_model(loaded, plan), backend=recorder)
+    image, logits = Image.new("RGB", tiny_paligemma.SIZE[::-1], "red"), []
+    for cache_bytes in (1 << 24, 0):
+        runtime = Runtime(replace(pipeline, state=SharedState(cache_bytes)))
+        for prompt in ("What colour is the cube?", "And the ball?"):
+            reused = runtime.generate(image, prompt, max_tokens=1).receipt.reused
+        logits.append(recorder.steps[-1].logits)
+        assert reused == (("vision",) if cache_bytes else ())
+    after, alone = logits
+    np.testing.assert_array_equal(after, alone)

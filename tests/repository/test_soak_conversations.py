@@ -44,7 +44,7 @@ def withdrawn(base: KeepPlan) -> KeepPlan:
 
 
 def test_conversations_at_once_are_those_alone(soak: Any, tiny_bundle: Bundle) -> None:
-    account = soak.compare(tiny_bundle.path, 30, 3, 1)
+    account = soak.compare(tiny_bundle.path, soak.Load(30, seed=1))
     assert account.passed, account
     assert account.questions == 30
     assert account.reused and not account.refused
@@ -53,9 +53,9 @@ def test_conversations_at_once_are_those_alone(soak: Any, tiny_bundle: Bundle) -
 def test_whatever_differs_crashes_or_hangs_is_counted(soak: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     assert not soak.Account("none").passed
     assert not soak.Account("differs", questions=5, different=1).passed
-    crashed = soak.run(tmp_path / "nowhere", 1, 1, 0, 1)
+    crashed = soak.run(tmp_path / "nowhere", soak.Load(1), 1)
     assert (crashed.ended, crashed.passed) == ("crashed with 1", False)
-    hung = soak.run(tiny_bundle.path, 1, 1, 0, 0.0001)
+    hung = soak.run(tiny_bundle.path, soak.Load(1), 0.0001)
     assert (hung.ended, hung.passed) == ("hung", False)
 
 
@@ -74,7 +74,8 @@ def test_every_family(name: str, plan: Any, soak: Any, request: pytest.FixtureRe
     tiny = import_module(f"tiny_{name}")
     loaded = load_model(resolve_model(str(tiny.folder(tmp_path))))
     bundle = export_bundle(loaded, plan(whole(loaded, name, tiny.SIZE)), tmp_path / "bundle")
-    account = soak.run(bundle.path, request.config.getoption("--questions"), 3, 1, 30)
+    most = {"turns": 1, "images": 1} if getattr(tiny, "ONE_TURN", False) else {}
+    account = soak.run(bundle.path, soak.Load(request.config.getoption("--questions"), seed=1, **most), 30)
     print(f"\n{name}, {plan.__name__}: {account}")
     assert account.passed, account
 
@@ -83,9 +84,8 @@ def test_every_family(name: str, plan: Any, soak: Any, request: pytest.FixtureRe
 def test_tiers(tiny: LoadedModel, soak: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     base = whole(tiny, "qwen2_vl", (84, 112))
     tiers = {name: base.with_cuts(Cut("input", "uniform", keep)) for name, keep in (("quality", 9), ("fast", 3))}
-    account = soak.run(
-        export_bundle(tiny, Tiers.of(tiers), tmp_path / "bundle").path, request.config.getoption("--questions"), 3, 2, 30
-    )
+    bundle = export_bundle(tiny, Tiers.of(tiers), tmp_path / "bundle")
+    account = soak.run(bundle.path, soak.Load(request.config.getoption("--questions"), seed=2), 30)
     print(f"\ntiers: {account}")
     assert account.passed, account
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from device_simulation import SimulatedDriver
 from PIL import Image
+from simulated_device import on_device, prepare
 
 from edgeprune.bundle import Bundle
 from edgeprune.checkpoint.loading import LoadedModel
@@ -17,6 +19,7 @@ from edgeprune.plan import Cut
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.backends.compare import RecordingBackend
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.generation import prefill
 from edgeprune.runtime.text.prompt import ChatTemplate
 
@@ -38,7 +41,11 @@ def withdrawn(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 def adjacent(bundle: Bundle, template: str = ADJACENT) -> tuple[Runtime, RecordingBackend]:
     """Return a model whose template puts nothing around an image, and the recorder of its forward passes."""
-    pipeline = load(bundle.path, threads=1)._pipeline
+    return with_template(load(bundle.path, threads=1), template)
+
+
+def with_template(runtime: Runtime, template: str = ADJACENT) -> tuple[Runtime, RecordingBackend]:
+    pipeline = runtime._pipeline
     recorder = RecordingBackend(pipeline.backend)
     image = replace(pipeline.image, text=PAD, placeholder=PAD)
     return Runtime(replace(pipeline, backend=recorder, image=image, chat_template=ChatTemplate(template))), recorder
@@ -61,6 +68,16 @@ def test_every_forward_pass_ends_with_text(count: int, prune: bool, withdrawn: B
     assert len(suffixes(recorder)) == count + answer.receipt.generated_tokens - 1
     assert min(suffixes(recorder)) >= 1
     assert [cut.after for cut in answer.receipt.cuts] == [0] * count * prune
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_engines_take_adjacent_images(prune: bool, withdrawn: Bundle, tiny_image: Image.Image) -> None:
+    prepare(withdrawn, ProfileLimits(context=512, turn=256, images=3, unpruned=True))
+    runtime, _ = with_template(on_device(withdrawn, SimulatedDriver()))
+    expected, _ = adjacent(withdrawn)
+    images = turned(tiny_image, 3)
+    text = runtime.generate(images, PROMPT, max_tokens=4, prune=prune).text
+    assert text == expected.generate(images, PROMPT, max_tokens=4, prune=prune).text
 
 
 def test_positions_follow_the_unpruned_sequence(withdrawn: Bundle, tiny_image: Image.Image) -> None:
@@ -98,12 +115,11 @@ def test_methods_rank_by_the_text_that_follows(tiny_bundle: Bundle, tiny_image: 
 
 def test_a_prompt_that_ends_with_an_image_is_refused_or_answered_whole(withdrawn: Bundle, tiny_image: Image.Image) -> None:
     last = "{% for m in messages %}{% for p in m['content']|reverse %}{{ p['text'] or '" + PAD + "' }}{% endfor %}{% endfor %}"
-    runtime, recorder = adjacent(withdrawn, last)
+    runtime, _ = adjacent(withdrawn, last)
     with pytest.raises(UsageError, match="prune=False"):
         runtime.generate(tiny_image, PROMPT)
     texts = {runtime.generate(tiny_image, PROMPT, prune=False, max_tokens=3).text for _ in range(2)}  # again from the prefix
     assert len(texts) == 1
-    assert min(suffixes(recorder)) >= 1
 
 
 def test_a_template_that_leaves_the_new_turn_out_still_has_something_to_run(withdrawn: Bundle, tiny_image: Image.Image) -> None:

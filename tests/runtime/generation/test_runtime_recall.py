@@ -16,6 +16,7 @@ from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
+from edgeprune.plan.tiers import Tiers
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.generation.pipeline import LruCache
 from edgeprune.runtime.media.images import image_hash
@@ -164,3 +165,22 @@ def test_the_budget_is_kept(tiny_bundle: Bundle) -> None:
 def test_a_budget_below_zero_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="cache_bytes"):
         load(tiny_bundle.path, cache_bytes=-1)
+
+
+def test_a_prefix_of_several_tiers_is_not_taken_for_one_of_the_last(
+    tiny: LoadedModel, tiny_image: Image.Image, tmp_path: Path
+) -> None:
+    base = unpruned_plan("qwen2_vl", 3, tiny.geometry((84, 112)))
+    tiers = Tiers.of({name: base.with_cuts(Cut("input", "uniform", keep)) for name, keep in (("quality", 9), ("fast", 3))})
+    bundle = export_bundle(tiny, tiers, tmp_path / "bundle")
+    other, stored = tiny_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), []
+    for cache_bytes in (1 << 20, 0):
+        runtime = load(bundle.path, threads=1, cache_bytes=cache_bytes)
+        chat = runtime.chat()
+        first = "".join(chat.ask(PROMPT, tiny_image, tier="fast", max_tokens=1))
+        "".join(chat.ask(OTHER, other, tier="quality", max_tokens=1))
+        history = [Turn("user", PROMPT, [tiny_image]), Turn("assistant", first)]
+        again = runtime.chat(history=history).ask(OTHER, other, tier="quality", max_tokens=1)
+        "".join(again)
+        stored.append(again.receipt.visual_stored)
+    assert stored == [2 * 9 * 3] * 2
