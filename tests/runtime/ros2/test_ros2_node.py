@@ -253,7 +253,7 @@ def test_a_failure_of_the_thread_that_hears_ends_the_process(tiny_bundle: Bundle
 def test_a_bundle_that_is_none_is_one_line(tmp_path: Path) -> None:
     process = start(tmp_path)
     _, errors = process.communicate(timeout=WAIT)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert errors.splitlines()[-1].startswith("Error: ")
     assert "Traceback" not in errors
 
