@@ -129,6 +129,7 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         encoder_blocks=tower.blocks,
         image=loaded.family.image_text(plan.geometry),
         end_tokens=loaded.end_tokens(),
+        generation=loaded.generation_defaults(),
         versions={package: version(package) for package in _PACKAGES},
         graphs=graphs,
         files=record_files(folder, MANIFEST),

@@ -116,6 +116,7 @@ def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") ->
         image_spec=image_spec(loaded.settings(plan.geometry)),
         image=image,
         eos_token_ids=loaded.end_tokens(),
+        generation=loaded.generation_defaults(),
         decoder=loaded.decoder_shape(),
         plan=plan,
     )

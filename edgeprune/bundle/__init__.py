@@ -19,7 +19,17 @@ from edgeprune.bundle.bundle import (
     tier_plan,
     tier_selector,
 )
-from edgeprune.bundle.manifest import MANIFEST, SCHEMA_VERSION, DecoderShape, GraphRecord, ImageText, Manifest, Source, Tensor
+from edgeprune.bundle.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    DecoderShape,
+    GenerationDefaults,
+    GraphRecord,
+    ImageText,
+    Manifest,
+    Source,
+    Tensor,
+)
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -38,6 +48,7 @@ __all__ = [
     "VISION_UNPRUNED",
     "Bundle",
     "DecoderShape",
+    "GenerationDefaults",
     "GraphRecord",
     "ImageText",
     "Manifest",

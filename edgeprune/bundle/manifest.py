@@ -16,11 +16,12 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
-_WITHOUT_TIERS = 5  # the previous schema, which differs only in having no tiers
+# What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
+_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,18 @@ class ImageText:
 
 
 @dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's generation_config.json does to logits when the most probable token is taken.
+
+    `repetition_penalty`: divides positive logits of tokens in the prompt or the answer, and multiplies negative ones (Keskar et
+    al., arXiv 1909.05858). `suppressed`: ids that are never generated.
+    """
+
+    repetition_penalty: float = 1.0
+    suppressed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Tensor:
     """Type and shape of a graph input or output; a dynamic dimension is a name or an expression over names."""
 
@@ -93,8 +106,8 @@ class Manifest:
     """Contents of a bundle.
 
     `encoder_blocks`: blocks of the vision encoder. `image`: how images are represented in the text. `end_tokens`: token ids.
-    `versions`: packages that wrote it. `tiers`: names, best first; empty if there is one plan. `target` and `precision`: how the
-    graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
+    `generation`: how logits are changed. `versions`: packages that wrote it. `tiers`: names, best first; empty for a single plan.
+    `target` and `precision`: how the graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
     """
 
     source: Source
@@ -104,6 +117,7 @@ class Manifest:
     encoder_blocks: int
     image: ImageText
     end_tokens: tuple[int, ...]
+    generation: GenerationDefaults
     versions: Mapping[str, str]
     graphs: Mapping[str, GraphRecord]
     files: Mapping[str, FileRecord]
@@ -137,6 +151,7 @@ class Manifest:
                 encoder_blocks=_size(data["encoder_blocks"]),
                 image=from_json(ImageText, data["image"], "image"),
                 end_tokens=tuple(map(_size, _list(data["end_tokens"]))),
+                generation=_generation(data["generation"]),
                 versions={_text(name): _text(version) for name, version in data["versions"].items()},
                 graphs={_text(name): _graph(record) for name, record in data["graphs"].items()},
                 files={_text(name): from_json(FileRecord, record, name) for name, record in data["files"].items()},
@@ -198,14 +213,16 @@ def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is not int:
         raise BundleError(f"{folder / MANIFEST} is no manifest: it says no schema version.", hint="Export it again.")
-    if not _WITHOUT_TIERS <= version <= SCHEMA_VERSION:
+    oldest = min(_ADDED) - 1
+    if not oldest <= version <= SCHEMA_VERSION:
         newer = version > SCHEMA_VERSION
         raise BundleError(
             f"{folder} has manifest schema version {version}, which is too {'new' if newer else 'old'}: "
-            f"this EdgePrune reads {_WITHOUT_TIERS} to {SCHEMA_VERSION}.",
+            f"this EdgePrune reads {oldest} to {SCHEMA_VERSION}.",
             hint="Update EdgePrune: pip install -U edgeprune" if newer else "Export it again with this version.",
         )
-    return {**data, "tiers": []} if version == _WITHOUT_TIERS else data
+    absent = {name: value for schema, added in _ADDED.items() if version < schema for name, value in added.items()}
+    return {**data, **absent}
 
 
 def _decoder(data: Any) -> DecoderShape:
@@ -214,6 +231,13 @@ def _decoder(data: Any) -> DecoderShape:
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
     return shape
+
+
+def _generation(data: Any) -> GenerationDefaults:
+    defaults = from_json(GenerationDefaults, data, "generation")
+    if defaults.repetition_penalty <= 0 or min(defaults.suppressed, default=0) < 0:
+        raise ValueError(f"{defaults} cannot be applied")
+    return defaults
 
 
 def _graph(record: Any) -> GraphRecord:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.bundle import DecoderShape, ImageText, Source, is_bundle
+from edgeprune.bundle import DecoderShape, GenerationDefaults, ImageText, Source, is_bundle
 from edgeprune.bundle.integrity import sha256_of
 from edgeprune.checkpoint.configuration import (
     check_context,
@@ -30,6 +30,20 @@ if TYPE_CHECKING:
 
 TABLETOP = "tabletop"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+# Settings of transformers' GenerationConfig that change greedy answers, with the values that change nothing.
+_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "sequence_bias": ([], {}),
+    "guidance_scale": (1.0,),
+}
 _LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
 
 
@@ -175,11 +189,34 @@ class LoadedModel:
             raise no_end_token(self.folder.name)
         return tuple(end) if isinstance(end, list) else (int(end),)
 
+    def generation_defaults(self) -> GenerationDefaults:
+        """Return what generation_config.json does to logits in greedy decoding.
+
+        Raises UnsupportedModelError for settings that would change greedy answers and that the runtime cannot apply.
+        """
+        settings = self.model.generation_config
+        for name, neutral in _NOT_APPLIED.items():
+            if getattr(settings, name, None) not in (None, *neutral):
+                raise UnsupportedModelError(
+                    f"{self.folder.name} generates with {name}={getattr(settings, name)}, which the runtime cannot apply.",
+                    hint="Remove it from generation_config.json.",
+                )
+        banned = list(settings.bad_words_ids or ())
+        if any(len(words) != 1 for words in banned):
+            raise UnsupportedModelError(
+                f"{self.folder.name} forbids sequences of tokens (bad_words_ids), which the runtime cannot apply.",
+                hint="Remove all but single tokens from generation_config.json.",
+            )
+        # transformers' NoBadWordsLogitsProcessor lets end tokens pass.
+        suppressed = {words[0] for words in banned} - set(self.end_tokens()) | set(settings.suppress_tokens or ())
+        return GenerationDefaults(float(settings.repetition_penalty or 1.0), tuple(sorted(suppressed)))
+
     def check_prompt(self, geometry: Geometry) -> None:
         """Raise UnsupportedModelError if prompts about such images cannot be written, or answers to them would never end."""
         image = self.family.image_text(geometry)
         self.chat_template(image)
         self.end_tokens()
+        self.generation_defaults()
         count = self.tokenizer.encode(image.text, add_special_tokens=False).count(image.token)
         if count not in (1, len(geometry.layout)):
             raise no_image_token(self.folder.name, image.token)

@@ -18,6 +18,9 @@ from unittest import mock
 from edgeprune.errors import UnsupportedModelError, UsageError
 
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
+_RENAMED = {
+    "Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"
+}  # of checkpoints of February 2025; transformers dropped the name
 
 
 def image_settings(path: Path) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def _processor_class(path: Path, model_type: str) -> Any:
 @contextmanager
 def _image_processor_alone(kind: Any) -> Iterator[None]:
     # Replaces what a processor class loads for images and videos.
+    import transformers
     from transformers import AutoImageProcessor, processing_utils
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -106,6 +110,9 @@ def _image_processor_alone(kind: Any) -> Iterator[None]:
     class PillowImageProcessor:
         @staticmethod
         def from_pretrained(source: Any, **options: Any) -> Any:
+            kind = _RENAMED.get(str(image_settings(Path(source)).get("image_processor_type")))
+            if kind is not None:
+                return getattr(transformers, kind).from_pretrained(source, **options)
             return AutoImageProcessor.from_pretrained(source, backend="pil", **options)
 
     known = processing_utils.MODALITY_TO_AUTOPROCESSOR_MAPPING

@@ -13,7 +13,7 @@ from edgeprune.processors.settings import refusal, variants
 
 __all__ = ["FITS", "ImageSpec", "fit", "image_spec", "read_image_spec"]
 
-_QWEN = variants("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
+_QWEN = variants("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor", "Qwen3VLImageProcessor")
 # Modules are imported on demand: a runtime that serves one bundle needs one.
 _SPECS: dict[str, str] = {
     **dict.fromkeys(_QWEN, "qwen:GridSpec"),

@@ -71,6 +71,7 @@ def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes
         image_spec=read_image_spec(bundle.file(PREPROCESSOR)),
         image=manifest.image,
         eos_token_ids=manifest.end_tokens,
+        generation=manifest.generation,
         decoder=manifest.decoder,
         plan=bundle.plan,
         name=manifest.source.model,

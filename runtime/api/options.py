@@ -17,9 +17,13 @@ class AnswerOptions(TypedDict, total=False):
     deadline_ms: float | None
     max_kv_bytes: int | None
     temperature: float
+    top_k: int
     top_p: float
     seed: int | None
     max_tokens: int
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
     stop: Sequence[str]
     choices: Sequence[str] | None
     json_schema: Mapping[str, Any] | None

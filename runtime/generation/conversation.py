@@ -240,7 +240,7 @@ class Conversation:
         sampling = sampling or Sampling()
         structured = sampling.structured
         constraint = self._pipeline.grammars.constraint(sampling.choices, sampling.json_schema) if structured else None
-        sampler = Sampler(sampling, constraint)
+        sampler = Sampler(sampling, constraint, self._pipeline.generation)
         turns = (*self._history, question)
         for turn in turns:
             reject_control_tokens(turn.words, self._pipeline.tokenizer, self._layout.placeholder)
@@ -335,6 +335,7 @@ class Conversation:
             if not self._sequence.continued_by(ids):
                 self._reset()  # the answer's text tokenizes to other ids than were generated: prefill from the first token
             with self._pipeline.lock.acquire(request.cancellation):
+                request.sampler.begin(ids)
                 step = prefill.run(self._sequence, ids, self._images, request.sampler.sampling.max_tokens)
             return step, request.sampler.sample(step.logits)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgeprune.bundle import DecoderShape, ImageText
+from edgeprune.bundle import DecoderShape, GenerationDefaults, ImageText
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import tier_number
 from edgeprune.processors import ImageSpec
@@ -131,6 +131,7 @@ class Pipeline:
     image_spec: ImageSpec
     image: ImageText
     eos_token_ids: tuple[int, ...]
+    generation: GenerationDefaults
     decoder: DecoderShape
     plan: KeepPlan
     name: str = ""

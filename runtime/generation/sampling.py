@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeprune.bundle import GenerationDefaults
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.runtime.text.tokenizer import reject_unencodable
 
@@ -26,16 +27,23 @@ MAX_STOPS, MAX_STOP_CHARS = 64, 1024
 class Sampling:
     """Options of generation. Raises UsageError for values out of range.
 
-    `temperature`: 0 is greedy. `top_p`: nucleus mass in (0, 1]. `seed`: makes sampling repeatable. `max_tokens`: limit per answer.
+    `temperature`: 0 is greedy. `top_k`: only so many most probable tokens, 0 for all. `top_p`: nucleus mass in (0, 1], of what
+    `top_k` left. `seed`: makes sampling repeatable. `max_tokens`: limit per answer. `repetition_penalty`: divides positive logits
+    and multiplies negative ones of tokens in the prompt or the answer (arXiv 1909.05858), None for the checkpoint's own.
+    `presence_penalty` and `frequency_penalty` are subtracted from the logits of tokens in the answer, once and for each occurrence.
     `stop`: at most 64 strings of at most 1024 characters that end the answer and are excluded from it. A structured answer is
     exactly one of `choices`, or JSON that matches `json_schema`; both need the extra "structured", and `max_tokens` and `stop` can
     still truncate the answer.
     """
 
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
     max_tokens: int = 128
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop: Sequence[str] = ()
     choices: Sequence[str] | None = None
     json_schema: Mapping[str, Any] | None = None
@@ -45,7 +53,12 @@ class Sampling:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}.")
         if not 0 < check_number("top_p", self.top_p) <= 1:
             raise UsageError(f"top_p must be in (0, 1], not {self.top_p}.")
+        check_count("top_k", self.top_k, 0)
         check_count("max_tokens", self.max_tokens, 1)
+        if self.repetition_penalty is not None and check_number("repetition_penalty", self.repetition_penalty) <= 0:
+            raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
+        check_number("presence_penalty", self.presence_penalty)
+        check_number("frequency_penalty", self.frequency_penalty)
         if self.seed is not None:
             check_count("seed", self.seed, 0)
         _check_stop(self.stop)
@@ -58,22 +71,35 @@ class Sampling:
 
 
 class Sampler:
-    """Samples the tokens of one answer. `constraint`: from `GrammarCompiler.constraint`, None for a free answer."""
+    """Samples the tokens of one answer.
 
-    def __init__(self, sampling: Sampling, constraint: TokenConstraint | None = None) -> None:
+    `constraint`: from `GrammarCompiler.constraint`, None for a free answer. `defaults`: what the checkpoint does to logits.
+    """
+
+    def __init__(
+        self, sampling: Sampling, constraint: TokenConstraint | None = None, defaults: GenerationDefaults | None = None
+    ) -> None:
         self.sampling, self._constraint = sampling, constraint
+        self._penalties = LogitPenalties(sampling, defaults or GenerationDefaults())
         self._rng = np.random.default_rng(sampling.seed)
         self._buffers = _Buffers()
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Take the token ids before the answer, which a repetition penalty counts."""
+        self._penalties.begin(prompt)
 
     def sample(self, logits: np.ndarray) -> int:
         """Return the next token id for logits [vocabulary]; ties go to the lowest id. Raises EdgePruneError for NaN logits."""
         if np.isnan(logits.max()):
             raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify")
+        logits = self._penalties.apply(logits)
         if self._constraint is None:
-            return self._sample_token(logits)
-        allowed = self._constraint.allowed_ids(len(logits))
-        token = int(allowed[self._sample_token(logits[allowed])])
-        self._constraint.accept(token)
+            token = self._sample_token(logits)
+        else:
+            allowed = self._constraint.allowed_ids(len(logits))
+            token = int(allowed[self._sample_token(logits[allowed])])
+            self._constraint.accept(token)
+        self._penalties.add(token)
         return token
 
     @property
@@ -85,6 +111,8 @@ class Sampler:
         peak = logits.max()
         if self.sampling.temperature == 0 or not np.isfinite(peak):  # infinite: one token is certain, or none is possible
             return int(logits.argmax())
+        if 0 < self.sampling.top_k < len(logits):
+            logits = _keep_largest(logits, self.sampling.top_k)
         weights, speeds, ahead, products = self._buffers.of(len(logits))
         # Subtract the maximum before dividing: a tiny temperature then gives -inf for all other tokens, never +inf.
         np.subtract(logits, peak, out=weights, casting="same_kind")
@@ -108,6 +136,53 @@ class Sampler:
             if float(np.multiply(weights, ahead, out=products).sum(dtype=np.float64)) < target:
                 return token
             np.multiply(speeds, ahead, out=speeds)
+
+
+class LogitPenalties:
+    """Changes logits by the tokens so far, as the logits processors of transformers and vLLM do.
+
+    The repetition penalty counts the prompt and the answer; the presence and frequency penalties count the answer alone.
+    """
+
+    def __init__(self, sampling: Sampling, defaults: GenerationDefaults) -> None:
+        own = sampling.repetition_penalty
+        self._repetition = np.float32(defaults.repetition_penalty if own is None else own)
+        self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
+        self._suppressed = np.array(defaults.suppressed, np.int64)
+        self._changes = self._repetition != 1 or self._presence != 0 or self._frequency != 0 or len(self._suppressed) > 0
+        self._seen = np.empty(0, np.int64)  # ids in the prompt and the answer, each once
+        self._counts: dict[int, int] = {}  # of the answer
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Take the token ids before the answer."""
+        self._seen = np.unique(np.asarray(prompt, np.int64)) if self._repetition != 1 else self._seen
+
+    def add(self, token: int) -> None:
+        """Take a token of the answer."""
+        if not self._changes:
+            return
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self._repetition != 1 and token not in self._seen:
+            self._seen = np.append(self._seen, token)
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """Return the changed logits [vocabulary]; the given ones stay as they are."""
+        if not self._changes:
+            return logits
+        logits = logits.astype(np.float32)
+        seen = self._seen[self._seen < len(logits)]
+        values = logits[seen]
+        logits[seen] = np.where(values < 0, values * self._repetition, values / self._repetition)
+        for token, count in self._counts.items() if self._presence or self._frequency else ():
+            logits[token] -= self._presence + self._frequency * count
+        logits[self._suppressed[self._suppressed < len(logits)]] = -np.inf
+        return logits
+
+
+def _keep_largest(logits: np.ndarray, count: int) -> np.ndarray:
+    # Ties with the smallest that is kept stay too, as in transformers' TopKLogitsWarper.
+    least = np.partition(logits, -count)[-count]
+    return np.where(logits < least, np.float32(-np.inf), logits)
 
 
 class _Buffers:

@@ -121,16 +121,12 @@ class _Neutral(_Strict):
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none"] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=0)] | None = None  # of vLLM, as the next two: -1 and 0 take all tokens
-    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = None  # of vLLM
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: None = None
     prediction: None = None
@@ -164,6 +160,10 @@ class ChatRequest(_Neutral):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # of vLLM, as the next: -1 and 0 take all tokens
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     stop: Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     user: str | None = None

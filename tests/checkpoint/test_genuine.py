@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from genuine import NAMES, write_files
+from genuine import FILES, NAMES, write_files
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -178,3 +179,15 @@ def test_a_size_that_a_hint_names_works(size: tuple[int, int], tmp_path: Path) -
     for height, width in named:
         geometry = sized_geometry(spec_of, (int(height), int(width)))
         assert abs(geometry.height / geometry.width / (size[0] / size[1]) - 1) < 0.05
+
+
+def test_the_older_name_of_qwens_image_processor_is_known(tmp_path: Path) -> None:
+    # Qwen2.5-VL's checkpoints of February 2025 have it; later ones have Qwen2VLImageProcessor.
+    write_files("qwen2_5-vl-3b", tmp_path)
+    shutil.copy(FILES / "qwen2_5-vl-7b-feb2025" / "preprocessor_config.json", tmp_path)
+    settings = image_settings(tmp_path)
+    assert settings["image_processor_type"] == "Qwen2_5_VLImageProcessor"
+    processor = load_processor(tmp_path, "qwen2_5_vl").image_processor
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8))
+    expected = processor(images=[picture], return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(image_spec(settings).patches([picture]), expected, atol=1e-5)

@@ -235,8 +235,8 @@ def test_control_tokens_in_the_prompt_are_refused(runtime: Runtime, tiny_image: 
 
 
 def test_an_unknown_option_is_refused(runtime: Runtime, tiny_image: Image.Image) -> None:
-    with pytest.raises(UsageError, match="top_k"):
-        runtime.generate(tiny_image, PROMPT, top_k=3)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="min_p"):
+        runtime.generate(tiny_image, PROMPT, min_p=0.1)  # type: ignore[call-arg]
 
 
 def test_the_drawing_has_a_panel_for_each_cut(runtime: Runtime, tiny_image: Image.Image) -> None:

@@ -105,11 +105,11 @@ def test_forms_of_answers(fields: dict[str, Any], sampling: dict[str, Any]) -> N
         ({"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
         ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
         ({"store": True}, "unsupported_parameter", "store"),
-        ({"frequency_penalty": 0.5}, "unsupported_parameter", "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
-        ({"top_k": 5}, "unsupported_parameter", "top_k"),
+        ({"frequency_penalty": 2.5}, "invalid_value", "frequency_penalty"),
+        ({"top_k": -2}, "invalid_value", "top_k"),
+        ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
         ({"min_p": 0.1}, "unsupported_parameter", "min_p"),
-        ({"repetition_penalty": 1.1}, "unsupported_parameter", "repetition_penalty"),
         ({"stop": ["x"] * 17}, "invalid_value", "stop"),
         ({"stop": ["x" * 257]}, "invalid_value", "stop[0]"),
         ({"stop": ""}, "invalid_value", "stop[0]"),
@@ -229,7 +229,13 @@ def test_what_clients_send_beside_their_question() -> None:
         min_p=0,
         repetition_penalty=1.0,
     )
-    assert found.sampling == {} and [turn.words for turn in found.history] == ["Be short.", "", "", ""]
+    assert found.sampling == {"top_k": 0, "repetition_penalty": 1.0}
+    assert [turn.words for turn in found.history] == [
+        "Be short.",
+        "",
+        "",
+        "",
+    ]
 
 
 def test_texts_and_images_keep_their_order() -> None:

@@ -1,0 +1,76 @@
+"""Published checkpoints with random weights: answers are those of transformers' `generate` under the checkpoint's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from genuine import NAMES, write_checkpoint
+from PIL import Image
+
+from edgeprune.calibration.replay.reference import reference_model
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.checkpoint.processor import chat_template
+from edgeprune.export.exporter import export_bundle
+from edgeprune.export.verification import verify
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime import Runtime
+
+QUESTION, TOKENS = "What is the colour of the cube?", 32
+SIZES = {"idefics2-8b": (1960, 1960)}
+# Qwen2.5-VL has a repetition penalty, Idefics2 forbids its image tokens, PaliGemma begins with the image.
+QUICK = ("qwen2_5-vl-3b", "paligemma-3b-pt-448")
+
+
+def opened(name: str, folder: Path) -> tuple[LoadedModel, Image.Image]:
+    loaded = load_model(resolve_model(str(write_checkpoint(name, folder))))
+    size = SIZES.get(name) or loaded._spec(None).default_size() or (448, 448)
+    return loaded, Image.fromarray(np.random.default_rng(3).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dict[str, Any]) -> str:
+    """Return the greedy answer of `generate` about one image, by the checkpoint's own processor and generation_config."""
+    processor, own = loaded.processor, chat_template(loaded.processor)
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    if own is None and loaded.folder.model_type == "paligemma":
+        inputs = processor(text=QUESTION, images=[picture], return_tensors="pt", images_kwargs=changed)
+        inputs.pop("labels", None)
+    else:
+        template = own or loaded.family.chat_template
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            chat_template=template,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"images_kwargs": changed},
+        )
+    with torch.no_grad():
+        made = loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    text: str = loaded.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of transformers' PaliGemma processor, with NumPy 2
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
+def test_greedy_answers_are_those_of_generate(name: str, tmp_path: Path) -> None:
+    loaded, picture = opened(name, tmp_path)
+    plan = unpruned_plan(loaded.folder.model_type, 2, loaded.geometry((picture.height, picture.width)))
+    own = loaded.folder.processor
+    changed = {key: value for key, value in loaded.settings(plan.geometry).items() if value != own.get(key, value)}
+    answer = Runtime(reference_model(loaded, plan)).generate(picture, QUESTION, max_tokens=TOKENS)
+    assert answer.text == text_by_transformers(loaded, picture, changed)
+    assert answer.receipt.generated_tokens > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_of_it_is_verified(name: str, tmp_path: Path) -> None:
+    loaded, picture = opened(name, tmp_path / "model")
+    plan = unpruned_plan(loaded.folder.model_type, 2, loaded.geometry((picture.height, picture.width)))
+    bundle = export_bundle(loaded, plan, tmp_path / "bundle")
+    assert [(stage.name, stage.worst) for stage in verify(bundle, loaded) if not stage.passed] == []
