@@ -18,9 +18,7 @@ from unittest import mock
 from edgeprune.errors import UnsupportedModelError, UsageError
 
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
-_RENAMED = {
-    "Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"
-}  # of checkpoints of February 2025; transformers dropped the name
+_RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
 
 
 def image_settings(path: Path) -> dict[str, Any]:
