@@ -67,8 +67,9 @@ class Service:
             model.watch(observer)
         self._model = model
         for number in range(self._parallel):
-            self._workers.append(threading.Thread(target=self._work, args=(model,), name=f"answering-{number}", daemon=True))
-            self._workers[-1].start()
+            worker = threading.Thread(target=self._work, args=(model,), name=f"answering-{number}", daemon=True)
+            worker.start()
+            self._workers.append(worker)  # once it runs: `join` may come from another thread meanwhile
 
     def _set_phase(self, phase: str) -> None:
         self._phase = phase if phase not in READY else self._phase  # the service is ready only once it has workers
