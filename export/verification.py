@@ -108,12 +108,9 @@ def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> 
 
 
 def _compare_pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Comparison:
-    from transformers import AutoImageProcessor
-
     original, frozen = loaded.folder.processor, loaded.settings(bundle.plan.geometry)
     changed = {name: value for name, value in frozen.items() if name in original and value != original[name]}
-    processor = AutoImageProcessor.from_pretrained(loaded.folder.path, local_files_only=True, backend="pil")
-    expected = processor(images=[image], return_tensors="np", **changed)["pixel_values"]
+    expected = loaded.processor.image_processor(images=[image], return_tensors="np", **changed)["pixel_values"]
     if expected.ndim > 2:
         expected = _patches(expected.reshape(-1, *expected.shape[-3:]), bundle.plan.geometry.patch)
     actual = read_image_spec(bundle.file(PREPROCESSOR)).patches([image])
