@@ -20,6 +20,7 @@ SCHEMA_VERSION = 7
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
+_BIDIRECTIONAL = "paligemma"  # the one family with such prompts before schema 7, whose manifests do not say so
 # What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
 _ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}}
 
@@ -38,7 +39,8 @@ class DecoderShape:
     """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
 
     `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
-    `planes` layers adds plane i. `context`: maximum tokens of a conversation.
+    `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
+    each other, so that the KV cache of an image depends on the text after it.
     """
 
     layers: int
@@ -50,6 +52,7 @@ class DecoderShape:
     context: int
     planes: int = 0
     cache_type: str = "float32"
+    bidirectional: bool = False
 
     @property
     def width(self) -> int:
@@ -143,9 +146,10 @@ class Manifest:
         """Parse the bytes of manifest.json; raise BundleError as `load` does."""
         data = _parse_json(folder, text)
         try:
+            source = from_json(Source, data["source"], "source")
             return cls(
-                source=from_json(Source, data["source"], "source"),
-                decoder=_decoder(data["decoder"]),
+                source=source,
+                decoder=_decoder(data["decoder"], source.family),
                 target=_text(data["target"]),
                 precision=_text(data["precision"]),
                 encoder_blocks=_size(data["encoder_blocks"]),
@@ -225,8 +229,8 @@ def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
     return {**data, **absent}
 
 
-def _decoder(data: Any) -> DecoderShape:
-    shape = from_json(DecoderShape, data, "decoder")
+def _decoder(data: Any, family: str) -> DecoderShape:
+    shape = from_json(DecoderShape, {"bidirectional": family == _BIDIRECTIONAL, **data}, "decoder")
     sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")

@@ -13,8 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.checkpoint.processor import template_in_files
 from edgeprune.errors import ImageError, UnsupportedModelError, UsageError
-from edgeprune.io.files import is_file, is_folder
+from edgeprune.io.files import is_file
 from edgeprune.plan import Geometry
 from edgeprune.processors import ImageSpec, image_spec
 from edgeprune.processors.qwen import GridSpec
@@ -23,19 +24,14 @@ from edgeprune.registry import has_chat_template
 if TYPE_CHECKING:
     from edgeprune.checkpoint.loading import ModelFolder
 
-CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 _LARGEST_SIDE = 4096  # of the sizes that a hint names
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def check_folder(folder: ModelFolder) -> None:
     """Raise UnsupportedModelError for a folder without chat template, end token or image token."""
-    _check_template(folder)
+    if not template_in_files(folder.path) and not has_chat_template(folder.model_type):
+        raise no_chat_template(folder.name)
     path = folder.path / GENERATION
     if is_file(path) and _settings(path).get("eos_token_id") is None:
         raise no_end_token(folder.name)
@@ -141,14 +137,6 @@ def _is_kept(spec_of: Callable[[tuple[int, int]], ImageSpec], size: tuple[int, i
         geometry = spec_of(size).geometry(*size)
         return (geometry.height, geometry.width) == size
     return False
-
-
-def _check_template(folder: ModelFolder) -> None:
-    has_file = any(is_file(folder.path / name) for name in _TEMPLATES) or is_folder(folder.path / "additional_chat_templates")
-    if has_file or has_chat_template(folder.model_type):
-        return
-    if _settings(folder.path / TOKENIZER_CONFIG).get("chat_template") is None:
-        raise no_chat_template(folder.name)
 
 
 def _text_settings(folder: ModelFolder) -> Mapping[str, Any]:

@@ -163,6 +163,7 @@ class LoadedModel:
             position_axes=self.family.position_axes,
             context=parts.context,
             planes=parts.planes,
+            bidirectional=parts.bidirectional,
         )
 
     def chat_template(self, image: ImageText) -> str:

@@ -18,6 +18,7 @@ from unittest import mock
 from edgeprune.errors import UnsupportedModelError, UsageError
 
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
 
 
@@ -64,6 +65,13 @@ def chat_template(processor: Any) -> str | None:
         if isinstance(template, str):
             return template
     return None
+
+
+def template_in_files(path: Path) -> bool:
+    """Return whether the files of the folder `path` have a template for `chat_template` to return, without loading anything."""
+    in_files = any((path / name).is_file() for name in _TEMPLATES) or (path / "additional_chat_templates").is_dir()
+    settings = (path / name for name in (PROCESSOR, TOKENIZER_CONFIG))
+    return in_files or any(read_json(each.parent, each.name).get("chat_template") for each in settings if each.is_file())
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure what choosing a token takes beside the model, in processor time, by temperature, `top_p` and the form of the logits.
+"""Measure what choosing a token takes beside the model, in processor time, by the options of sampling and the form of the logits.
 
 python examples/sampling/sampling_time.py
 python examples/sampling/sampling_time.py --vocabulary 32064 --tokens 200
@@ -16,6 +16,7 @@ from edgeprune.runtime.generation.sampling import Sampler
 
 OPTIONS = {
     "greedy": Sampling(),
+    "greedy, repetition 1.05": Sampling(repetition_penalty=1.05),
     "temperature 1": Sampling(temperature=1.0, seed=0),
     "top_p 0.95": Sampling(temperature=1.0, top_p=0.95, seed=0),
     "top_p 0.5": Sampling(temperature=1.0, top_p=0.5, seed=0),
@@ -33,6 +34,7 @@ def forms(vocabulary: int) -> dict[str, np.ndarray]:
 def token_times(logits: np.ndarray, sampling: Sampling, tokens: int) -> np.ndarray:
     """Return the milliseconds of processor time of each of `tokens` tokens of one answer, after the first."""
     sampler, times = Sampler(sampling), list[float]()
+    sampler.begin(range(1000))  # ids of a prompt
     for _ in range(tokens + 1):
         started = time.thread_time()
         sampler.sample(logits)

@@ -17,9 +17,6 @@ from edgeprune.runtime.generation.sequence import PrefixSnapshot, SelectedTokens
 from edgeprune.runtime.telemetry.receipt import ImageUsage
 from edgeprune.runtime.text.prompt import ImagePlaceholders
 
-# Families in whose prompts all tokens attend to each other, so that the KV cache of an image depends on the text after it.
-BIDIRECTIONAL = frozenset({"paligemma"})
-
 
 @dataclass
 class ImageInput:
@@ -185,6 +182,7 @@ class Prefill:
         return (
             bool(self._feature_cache.budget)
             and all(image.key for image in images)
+            and not self._pipeline.decoder.bidirectional
             and prefix_cacheable(self.plan, prune=self._prune, input_cut_ignores_prompt=self._pipeline.input_cut_ignores_prompt)
         )
 
@@ -194,9 +192,7 @@ class Prefill:
 
 
 def prefix_cacheable(plan: KeepPlan, *, prune: bool, input_cut_ignores_prompt: bool) -> bool:
-    """Return whether the KV cache of an image is the same for every prompt: neither the model nor a cut looks at what follows."""
-    if plan.family in BIDIRECTIONAL:
-        return False
+    """Return whether the cuts leave the KV cache of an image the same for every prompt: none of them depends on the prompt."""
     if not prune:
         return True
     return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or input_cut_ignores_prompt)

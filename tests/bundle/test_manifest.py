@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgeprune.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Manifest
+from edgeprune.bundle import MANIFEST, SCHEMA_VERSION, Bundle, GenerationDefaults, Manifest
 from edgeprune.errors import BundleError
 from edgeprune.runtime import load
 
@@ -18,9 +18,20 @@ BROKEN: list[Any] = [None, "6", 6.5, True, [], {}]
 
 def test_the_schema_before_tiers_is_read(altered_bundle: Path) -> None:
     data = json.loads((altered_bundle / MANIFEST).read_text())
-    del data["tiers"]
+    del data["tiers"], data["generation"], data["decoder"]["bidirectional"]
     (altered_bundle / MANIFEST).write_text(json.dumps(data | {"schema_version": 5}))
     assert load(altered_bundle, threads=1).tiers == ()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "paligemma"])
+def test_the_schema_before_generation_defaults_is_read(family: str, altered_bundle: Path) -> None:
+    data = json.loads((altered_bundle / MANIFEST).read_text())
+    del data["generation"], data["decoder"]["bidirectional"]
+    data["source"]["family"] = family
+    text = json.dumps(data | {"schema_version": 6}).encode()
+    manifest = Manifest.parse(altered_bundle, text)
+    assert manifest.generation == GenerationDefaults()
+    assert manifest.decoder.bidirectional == (family == "paligemma")  # known by the family until manifests said it
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from genuine import FILES, NAMES, write_files
 from PIL import Image
+from tiny_folders import cut
 from tokenizers import Tokenizer
 
-from edgeprune.checkpoint.configuration import sized_geometry
+from edgeprune.checkpoint.configuration import check_folder, check_size, sized_geometry
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder
-from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor
+from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor, template_in_files
 from edgeprune.errors import UsageError
-from edgeprune.export.verification import _patches
 from edgeprune.plan import Geometry
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
@@ -149,8 +150,17 @@ def test_pixels_are_those_of_the_processor(checkpoint: Checkpoint) -> None:
     processor = checkpoint.loaded.processor.image_processor
     expected = processor(images=[picture], return_tensors="np", **checkpoint.changed)["pixel_values"]
     if expected.ndim > 2:
-        expected = _patches(expected.reshape(-1, *expected.shape[-3:]), checkpoint.geometry.patch)
+        expected = cut(torch.from_numpy(expected.reshape(-1, *expected.shape[-3:])), checkpoint.geometry.patch).numpy()
     np.testing.assert_allclose(image_spec(settings).patches([picture]), expected, atol=1e-5)
+
+
+def test_it_is_not_refused_by_its_files(checkpoint: Checkpoint) -> None:
+    # Idefics2 has its template in processor_config.json, ViP-LLaVA and PaliGemma have none.
+    folder = checkpoint.loaded.folder
+    check_folder(folder)
+    check_size(folder, checkpoint.size)
+    assert template_in_files(folder.path) == (folder.name not in WRITTEN)
+    assert template_in_files(folder.path) == (chat_template(checkpoint.loaded.processor) is not None)
 
 
 def test_a_template_for_text_alone_gives_way_to_the_processors(checkpoint: Checkpoint) -> None:

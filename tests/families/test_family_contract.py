@@ -35,7 +35,6 @@ from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
 from edgeprune.runtime.generation.pipeline import Pipeline
-from edgeprune.runtime.generation.prefill import BIDIRECTIONAL
 from edgeprune.runtime.text.prompt import ImagePlaceholders
 from edgeprune.targets import TARGETS, Lowering
 
@@ -181,11 +180,6 @@ def test_several_turns_equal_transformers(name: str, model: LoadedModel) -> None
         said = said_by_transformers(model, reference, messages, pictures[: 1 + len(messages) // 4])
         answer = asked.check(prompt, shown, said)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-
-
-@families
-def test_the_runtime_knows_which_prompts_are_bidirectional(name: str, model: LoadedModel) -> None:
-    assert model.family.decoder().bidirectional == (name in BIDIRECTIONAL)
 
 
 @families

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from genuine import NAMES, write_checkpoint
 from PIL import Image
 
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.checkpoint.processor import chat_template
-from edgeprune.export.exporter import export_bundle
-from edgeprune.export.verification import verify
+from edgeprune.cli import main
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime
 
@@ -69,8 +69,10 @@ def test_greedy_answers_are_those_of_generate(name: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bundle_of_it_is_verified(name: str, tmp_path: Path) -> None:
-    loaded, picture = opened(name, tmp_path / "model")
-    plan = unpruned_plan(loaded.folder.model_type, 2, loaded.geometry((picture.height, picture.width)))
-    bundle = export_bundle(loaded, plan, tmp_path / "bundle")
-    assert [(stage.name, stage.worst) for stage in verify(bundle, loaded) if not stage.passed] == []
+def test_the_commands_export_and_verify_it(name: str, tmp_path: Path) -> None:
+    _, picture = opened(name, tmp_path / "model")
+    bundle = str(tmp_path / "bundle")
+    export = ["export", str(tmp_path / "model"), "-o", bundle, "--image-size", f"{picture.height}x{picture.width}"]
+    for command in (export, ["verify", bundle]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output

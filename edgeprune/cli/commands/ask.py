@@ -43,10 +43,14 @@ if TYPE_CHECKING:
 @force_option
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer, in tokens.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Most probable tokens; 0 is all.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Only the most probable; 0 is all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling.")
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same answer.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="[default: the checkpoint's own]")
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    help="Above 1, tokens that occurred become less likely.  [default: the checkpoint's own]",
+)
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @tier_option
 @click.option(
