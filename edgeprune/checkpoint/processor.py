@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,41 @@ def load_processor(path: Path, model_type: str) -> Any:
     processor.tokenizer.backend_tokenizer.no_truncation()
     processor.tokenizer.backend_tokenizer.no_padding()
     return processor
+
+
+def processor_inputs(
+    processor: Any,
+    messages: Sequence[Mapping[str, Any]],
+    images: Sequence[Any] = (),
+    *,
+    template: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return what `apply_chat_template` of a processor makes of a conversation, up to where the answer begins.
+
+    `messages`: their parts of type "image" take `images` in order. `template`: instead of the processor's own. `settings`: of the
+    image processor, other than its own. The result holds torch tensors, as a model takes them.
+    """
+    pictures = iter(images)
+    filled = [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [part if part["type"] == "text" else {**part, "image": next(pictures)} for part in message["content"]],
+        }
+        for message in messages
+    ]
+    options = {"images_kwargs": dict(settings or {})} if images else None
+    return processor.apply_chat_template(
+        filled,
+        chat_template=template,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=options,
+    )
 
 
 def chat_template(processor: Any) -> str | None:

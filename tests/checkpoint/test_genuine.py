@@ -20,18 +20,21 @@ import transformers
 from genuine import FILES, NAMES, write_files
 from PIL import Image
 from tiny_folders import cut
-from tokenizers import Tokenizer
 
+from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.configuration import check_folder, check_size, sized_geometry
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder
-from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor, template_in_files
+from edgeprune.checkpoint.processor import (
+    chat_template,
+    image_settings,
+    load_processor,
+    processor_inputs,
+    template_in_files,
+)
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
-from edgeprune.runtime.generation.conversation import prompt_ids
-from edgeprune.runtime.text.prompt import ChatTemplate, ImagePlaceholders
-from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 QUESTION, NEXT = "What is the colour of the cube?", "And here? Müller, 你好."
 SIZES = {"idefics2-8b": (1960, 1960)}
@@ -44,6 +47,7 @@ WRITTEN = {
     ),
 }
 IMAGE: dict[str, Any] = {"type": "image"}
+ENDING = transformers.GenerationConfig(eos_token_id=2)
 
 
 def text(words: str) -> dict[str, Any]:
@@ -76,7 +80,11 @@ class Checkpoint:
         family.check(config)
         opened = ModelFolder(name, folder, config.model_type, image_settings(folder))
         processor = load_processor(folder, config.model_type)
-        self.loaded = LoadedModel(opened, SimpleNamespace(config=config), family, processor)
+        family.decoder = lambda: SimpleNamespace(context=1 << 20)
+        generation = (
+            transformers.GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else ENDING
+        )
+        self.loaded = LoadedModel(opened, SimpleNamespace(config=config, generation_config=generation), family, processor)
         self.size = SIZES.get(name) or self.loaded._spec(None).default_size() or (448, 448)
 
     @cached_property
@@ -94,38 +102,17 @@ class Checkpoint:
 
     def ids_by_transformers(self, conversation: list[dict[str, Any]]) -> list[int]:
         """Return what `AutoProcessor.apply_chat_template` makes of a conversation."""
-        processor, pictures = self.loaded.processor, map(self.picture, range(9))
-        filled = [
-            {**turn, "content": [{**part, "image": next(pictures)} if part is IMAGE else part for part in turn["content"]]}
-            for turn in conversation
-        ]
-        options = {"images_kwargs": self.changed} if any(IMAGE in turn["content"] for turn in conversation) else None
+        processor, count = self.loaded.processor, sum(part is IMAGE for turn in conversation for part in turn["content"])
+        pictures = [self.picture(seed) for seed in range(count)]
         if chat_template(processor) is None:
-            made = processor(text=WRITTEN[self.loaded.folder.name], images=[self.picture(0)], images_kwargs=self.changed)[
-                "input_ids"
-            ]
+            made = processor(text=WRITTEN[self.loaded.folder.name], images=pictures, images_kwargs=self.changed)
         else:
-            made = processor.apply_chat_template(filled, tokenize=True, add_generation_prompt=True, processor_kwargs=options)
-        return list(map(int, np.ravel(made)))
+            made = processor_inputs(processor, conversation, pictures, settings=self.changed)
+        return list(map(int, np.ravel(made["input_ids"])))
 
     def ids_by_runtime(self, conversation: list[dict[str, Any]]) -> list[int]:
         """Return what the runtime makes of a conversation, with every visual token as its id."""
-        image = self.loaded.family.image_text(self.geometry)
-        tokenizer = TextTokenizer(Tokenizer.from_str(self.loaded.tokenizer.backend_tokenizer.to_str()))
-        layout = ImagePlaceholders(image, self.geometry, tokenizer)
-        pipeline: Any = SimpleNamespace(
-            chat_template=ChatTemplate(self.loaded.chat_template(image)),
-            tokenizer=tokenizer,
-            special_tokens=self.loaded.special_tokens(),
-            plan=SimpleNamespace(geometry=self.geometry),
-            decoder=SimpleNamespace(context=1 << 20),
-        )
-        count = sum(part is IMAGE for turn in conversation for part in turn["content"])
-        spans = [sum(view.tokens for view in views) for views in layout.spans] * count
-        ids: list[int] = []
-        for token in prompt_ids(pipeline, layout, conversation, count):  # type: ignore[arg-type]
-            ids += [token] * (spans.pop(0) if token == image.token else 1)
-        return ids
+        return prompt_encoder(self.loaded, self.geometry).every_id(conversation)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=NAMES)

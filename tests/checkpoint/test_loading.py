@@ -114,6 +114,8 @@ def test_a_single_token_is_not_kept_inside_the_decoder(tiny: LoadedModel, tiny_p
         ("template", "has no chat template"),
         ("end", "has no end token"),
         ("image", "does not make the image token"),
+        ("image turn", "writes no prompt about an image: The chat template failed: TypeError"),
+        ("image place", "writes no prompt about an image: The chat template of this model does not place"),
     ],
 )
 def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_traced(
@@ -125,6 +127,9 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_traced(
         broken = replace(tiny, folder=replace(tiny.folder, path=tmp_path))
     else:
         broken = tiny
+    written = {"image turn": "{{ 'User: ' + messages[0].content }}", "image place": "User: {{ messages[0].content[1].text }}"}
+    if lacking in written:
+        monkeypatch.setattr(tiny.processor, "chat_template", written[lacking])
     if lacking == "end":
         monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", None)
     if lacking == "image":

@@ -279,14 +279,16 @@ def test_energy_is_power_over_time() -> None:
 
 def prompts(runtime: Runtime) -> tuple[Runtime, list[str]]:
     """Return the same model with a list of the prompts that its chat template writes."""
-    template, written = runtime._pipeline.chat_template, list[str]()
+    pipeline, written = runtime._pipeline, list[str]()
+    template = pipeline.prompts.template
 
     class Spy:
         def render(self, messages: Any, **others: Any) -> str:
             written.append(template.render(messages, **others))
             return written[-1]
 
-    return Runtime(replace(runtime._pipeline, chat_template=Spy())), written  # type: ignore[arg-type]
+    prompts = replace(pipeline.prompts, template=Spy())  # type: ignore[arg-type]
+    return Runtime(replace(pipeline, prompts=prompts)), written
 
 
 def test_texts_and_images_keep_their_order(runtime: Runtime, tiny_image: Image.Image) -> None:
