@@ -326,7 +326,9 @@ class Conversation:
             self._reset()
             raise
         finally:
-            self._messages.append(self._message(Turn("assistant", self._pipeline.tokenizer.decode(answer_ids))))
+            skip = request.sampler.sampling.skip_special_tokens
+            said = self._pipeline.tokenizer.decode(answer_ids, skip_special=skip)
+            self._messages.append(self._message(Turn("assistant", said)))
 
     def _first_token(self, ids: list[int], prefill: Prefill, request: Request) -> tuple[DecoderOutput, int]:
         with request.receipt.times.stage("prefill"), request.cancellation.deadline(request.remaining):

@@ -78,7 +78,7 @@ class Checkpoint:
         config = transformers.AutoConfig.from_pretrained(folder)
         family = family_class(config.model_type)(SimpleNamespace(config=config))
         family.check(config)
-        opened = ModelFolder(name, folder, config.model_type, image_settings(folder))
+        opened = ModelFolder(name, folder, config.model_type, image_settings(folder, config.model_type))
         processor = load_processor(folder, config.model_type)
         family.decoder = lambda: SimpleNamespace(context=1 << 20)
         generation = (
@@ -160,9 +160,23 @@ def test_settings_in_processor_config_come_first(tmp_path: Path) -> None:
     write_files("qwen2-vl-2b", tmp_path)
     own = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": own | {"image_mean": [0.5, 0.5, 0.5]}}))
-    assert image_settings(tmp_path)["image_mean"] == [0.5, 0.5, 0.5]
+    assert image_settings(tmp_path, "qwen2_vl")["image_mean"] == [0.5, 0.5, 0.5]
     loaded = load_processor(tmp_path, "qwen2_vl")
     assert list(loaded.image_processor.image_mean) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_that_is_not_named_is_that_of_the_family(name: str, tmp_path: Path) -> None:
+    write_files(name, tmp_path)
+    for file in (path for path in map(tmp_path.joinpath, ("preprocessor_config.json", "processor_config.json")) if path.is_file()):
+        settings = json.loads(file.read_text())
+        for holder in (settings, settings.get("image_processor", {})):
+            for key in ("image_processor_type", "feature_extractor_type"):
+                holder.pop(key, None)
+        file.write_text(json.dumps(settings))
+    kind = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    loaded = type(load_processor(tmp_path, kind).image_processor).__name__
+    assert image_settings(tmp_path, kind)["image_processor_type"] == loaded.removesuffix("Pil")
 
 
 @pytest.mark.parametrize("size", [(448, 448), (896, 896), (640, 480), (300, 1000)])
@@ -182,7 +196,7 @@ def test_the_older_name_of_qwens_image_processor_is_known(tmp_path: Path) -> Non
     # Qwen2.5-VL's checkpoints of February 2025 have it; later ones have Qwen2VLImageProcessor.
     write_files("qwen2_5-vl-3b", tmp_path)
     shutil.copy(FILES / "qwen2_5-vl-7b-feb2025" / "preprocessor_config.json", tmp_path)
-    settings = image_settings(tmp_path)
+    settings = image_settings(tmp_path, "qwen2_5_vl")
     assert settings["image_processor_type"] == "Qwen2_5_VLImageProcessor"
     processor = load_processor(tmp_path, "qwen2_5_vl").image_processor
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8))

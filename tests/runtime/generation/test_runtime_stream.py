@@ -20,6 +20,7 @@ from edgeprune.runtime.backends.interface import DecoderOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 from edgeprune.runtime.generation import conversation
 from edgeprune.runtime.generation.conversation import Stream
+from edgeprune.runtime.generation.sampling import Sampler
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PROMPT = "What colour is the cube?"
@@ -289,6 +290,23 @@ def prompts(runtime: Runtime) -> tuple[Runtime, list[str]]:
 
     prompts = replace(pipeline.prompts, template=Spy())  # type: ignore[arg-type]
     return Runtime(replace(pipeline, prompts=prompts)), written
+
+
+def test_special_tokens_stay_in_the_answer_and_in_what_was_said(runtime: Runtime, tiny_image: Image.Image) -> None:
+    special = [token for token in range(600) if not runtime._pipeline.tokenizer.is_text(token)]
+    token = next(token for token in special if runtime._pipeline.tokenizer.is_text(token, skip_special=False))
+    assert token not in runtime._pipeline.eos_token_ids
+    sampler = Sampler.sample
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "sample", lambda self, logits: token if self.sampling.max_tokens == 2 else sampler(self, logits))
+        model, written = prompts(runtime)
+        for skip in (True, False):
+            chat = model.chat()
+            said = "".join(chat.ask("What is it?", [tiny_image], max_tokens=2, skip_special_tokens=skip))
+            assert (said == "") == skip
+            "".join(chat.ask("And now?", max_tokens=1))
+            assert skip or said in written[-1]
 
 
 def test_texts_and_images_keep_their_order(runtime: Runtime, tiny_image: Image.Image) -> None:
