@@ -94,8 +94,7 @@ class Checkpoint:
     @cached_property
     def changed(self) -> dict[str, Any]:
         """The settings that a bundle of this size changes."""
-        own = self.loaded.folder.processor
-        return {name: value for name, value in self.loaded.settings(self.geometry).items() if value != own.get(name, value)}
+        return self.loaded.changed_settings(self.geometry)
 
     def picture(self, seed: int) -> Image.Image:
         return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*self.size, 3), dtype=np.uint8))
