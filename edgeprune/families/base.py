@@ -25,13 +25,13 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 class DecoderParts:
     """The modules and dimensions of a decoder.
 
-    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, optionally q_norm and k_norm per
-    head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions
+    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, `scaling`, optionally q_norm and
+    k_norm per head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions
     [axes, S]. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any scaling.
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
-    `context`: the longest supported sequence in tokens.
+    `context`: the longest supported sequence in tokens. `softcap`: the soft cap of attention scores, if any.
     """
 
     layers: nn.ModuleList
@@ -47,6 +47,7 @@ class DecoderParts:
     context: int
     planes: int = 0
     bidirectional: bool = False
+    softcap: float | None = None
 
 
 class Family:

@@ -108,13 +108,13 @@ class Scores:
     They are computed on demand: next to a fused node, a cut that ranks by the last token costs only one row.
     """
 
-    def __init__(self, query: torch.Tensor, keys: Sequence[torch.Tensor], mask: Mask) -> None:
-        self._query, self._keys, self._mask = query, keys, mask  # keys: [kv heads, n, head_dim]
+    def __init__(self, query: torch.Tensor, keys: Sequence[torch.Tensor], mask: Mask, softcap: float | None = None) -> None:
+        self._query, self._keys, self._mask, self._softcap = query, keys, mask, softcap  # keys: [kv heads, n, head_dim]
         self.parts = [key.shape[1] for key in keys]
 
     @cached_property
     def raw(self) -> torch.Tensor:
-        """The scores before mask and softmax [kv heads, group, S, keys]."""
+        """The capped scores before mask and softmax [kv heads, group, S, keys]."""
         return self._of(self._query)
 
     @cached_property
@@ -130,7 +130,8 @@ class Scores:
     def _of(self, query: torch.Tensor) -> torch.Tensor:
         # GQA: query heads that share a KV head are folded into rows, so no key is expanded.
         rows = query.flatten(1, 2)  # [kv heads, group * S, head_dim]
-        return torch.cat([rows @ key.transpose(1, 2) for key in self._keys], dim=2).view(*query.shape[:3], -1)
+        scores = torch.cat([rows @ key.transpose(1, 2) for key in self._keys], dim=2).view(*query.shape[:3], -1)
+        return softcapped(scores, self._softcap)
 
 
 @dataclass(frozen=True)
@@ -182,15 +183,15 @@ def attend(
 
     Products are computed in the type of the cache, the rest in that of `hidden`. `fused` uses one operator each for attention and
     rotation (Attention and RotaryEmbedding of opset 23), over joined keys. TensorRT has kernels for Attention in half precision
-    with head_dim 16 or more; otherwise attention stays decomposed, or is blocked if the mask has `in_row`.
+    with head_dim 16 or more and without a soft cap; otherwise attention stays decomposed, or is blocked if the mask has `in_row`.
     """
     query, key = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
     by_head = [rows.transpose(0, 1) for rows in keys]
-    scores = Scores(query, by_head, mask)
-    use_fused = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
+    scores = Scores(query, by_head, mask, shape.softcap)
+    use_fused = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD and shape.softcap is None
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
@@ -227,7 +228,12 @@ def rotated(
     query = _normed(attn, "q_norm", attn.q_proj(hidden).view(length, shape.heads, shape.head_dim))
     key = _normed(attn, "k_norm", attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim))
     query, key = (rotate(states, tokens.cos, tokens.sin) for states in (query, key))
-    return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5, key
+    return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * attn.scaling, key
+
+
+def softcapped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return scores brought smoothly between -cap and cap, in float32, or as they are without a cap."""
+    return scores if cap is None else torch.tanh(scores.float() / cap) * cap
 
 
 def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.Tensor:

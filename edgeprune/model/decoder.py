@@ -17,7 +17,7 @@ from torch import nn
 
 from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
-from edgeprune.model.attention import AttentionOutput, Mask, TokenRows, attend, causal_mask, places_of, rotated
+from edgeprune.model.attention import AttentionOutput, Mask, TokenRows, attend, causal_mask, places_of, rotated, softcapped
 from edgeprune.model.cache import LayerCache, NewKv
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.tiers import budgets, cache_group, tokens_at_layer
@@ -70,7 +70,7 @@ class PrunedDecoder(nn.Module):
         self.layers, self.norm, self.lm_head, self.rope = parts.layers, parts.norm, parts.lm_head, parts.rope
         self.shape = parts
         self.plan, self._plans = plan, (plan, *lower_tiers)
-        self.fused, self.blocked = fused, blocked
+        self.fused, self.blocked = fused, blocked and parts.softcap is None  # a block's node has no soft cap
         self.layer_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.layer_cuts}
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
         self._budgets = {str(c): budgets(self._plans, c) for c in (*plan.layer_cuts, *plan.cache_cuts)}
@@ -194,7 +194,8 @@ class PrunedDecoder(nn.Module):
 
         def next_attention() -> torch.Tensor:
             query, key = rotated(next_layer.self_attn, self.shape, next_layer.input_layernorm(tokens.hidden), tokens)
-            row = torch.softmax(query[:, :, -1] @ key.permute(1, 2, 0), dim=-1).flatten(0, 1)
+            scores = softcapped(query[:, :, -1] @ key.permute(1, 2, 0), self.shape.softcap)
+            row = torch.softmax(scores, dim=-1).flatten(0, 1)
             return torch.split(row, list(tokens.sizes), dim=1)[1]
 
         return LayerView(

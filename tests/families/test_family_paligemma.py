@@ -1,4 +1,4 @@
-"""PaliGemma against transformers: visual tokens, the prompt's form, who sees whom, and what is refused."""
+"""PaliGemma and PaliGemma 2 against transformers: visual tokens, the prompt's form, who sees whom, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_paligemma
+import tiny_paligemma2
 import torch
 from PIL import Image
 from test_family_encoder import error
 from test_family_llava import first_logits
 from tiny_folders import cut
-from transformers import Gemma2Config, PaliGemmaForConditionalGeneration
+from transformers import LlamaConfig, PaliGemmaForConditionalGeneration
 from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
 
 from edgeprune.calibration.replay.reference import reference_model
@@ -32,11 +33,11 @@ from edgeprune.runtime.text.prompt import ChatTemplate
 SQUARE = Geometry(56, 56, 14, 1)
 
 
-@pytest.fixture
-def model() -> Any:
-    """Return a model of random weights."""
+@pytest.fixture(params=[tiny_paligemma, tiny_paligemma2], ids=["gemma", "gemma2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """Return a model of random weights, with Gemma and with Gemma 2."""
     torch.manual_seed(0)
-    model = PaliGemmaForConditionalGeneration(tiny_paligemma.config()).eval()
+    model = PaliGemmaForConditionalGeneration(request.param.config()).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model
@@ -70,7 +71,8 @@ def test_visual_tokens_enter_the_decoder_as_they_are_and_text_scaled(model: Any)
         visual, text = PaliGemma(model).vision(SQUARE)(cut(pixels, 14)), parts.embed_tokens(ids[:, 16:])
     assert error(torch.cat([visual, text], dim=1), entered[0]) < 1e-5
     assert error(text, 48**0.5 * parts.embed_tokens.weight.detach()[ids[:, 16:]]) < 1e-6
-    assert (parts.heads, parts.kv_heads, parts.head_dim, parts.bidirectional, parts.context) == (4, 1, 16, True, 1024)
+    heads, context = (1, 1024) if model.config.text_config.model_type == "gemma" else (2, 300)
+    assert (parts.heads, parts.kv_heads, parts.head_dim, parts.bidirectional, parts.context) == (4, heads, 16, True, context)
 
 
 def test_the_first_logits_equal_transformers(model: Any) -> None:
@@ -82,6 +84,25 @@ def test_the_first_logits_equal_transformers(model: Any) -> None:
         )
         actual = first_logits(PaliGemma(model), SQUARE, cut(pixels, 14), ids)
     assert error(actual, expected) < 1e-5 and error(actual, causal) > 1e-2
+
+
+@pytest.mark.parametrize("model", [tiny_paligemma2], indirect=True)
+@pytest.mark.parametrize("broken", ["attention cap", "last cap", "scale", "norm after attention", "norm after the MLP"])
+def test_what_gemma_2_adds_is_noticed(broken: str, model: Any) -> None:
+    ids, pixels = torch.tensor([[456] * 16 + [3, 4, 5, 6]]), torch.randn(1, 3, 56, 56)
+    layer, config = model.model.language_model.layers[0], model.config.text_config
+    with torch.no_grad():
+        expected = model(input_ids=ids, pixel_values=pixels, token_type_ids=torch.zeros_like(ids)).logits[:, -1]
+        if broken == "attention cap":
+            config.attn_logit_softcapping = None
+        elif broken == "last cap":
+            config.final_logit_softcapping = None
+        elif broken == "scale":
+            layer.self_attn.scaling = 16**-0.5
+        else:
+            norm = layer.post_attention_layernorm if broken.endswith("attention") else layer.post_feedforward_layernorm
+            norm.weight.add_(0.3)
+        assert error(first_logits(PaliGemma(model), SQUARE, cut(pixels, 14), ids), expected) > 1e-3
 
 
 @pytest.mark.parametrize("typed", [True, False])
@@ -126,7 +147,7 @@ def test_it_holds_no_conversation(messages: list[Any], what: str) -> None:
     ("change", "what"),
     [
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
-        ({"text_config": Gemma2Config()}, "'gemma2'"),
+        ({"text_config": LlamaConfig()}, "'llama'"),
         ({"vision_config": SimpleNamespace(model_type="clip_vision_model")}, "'clip_vision_model'"),
     ],
 )
