@@ -164,6 +164,7 @@ class LoadedModel:
             context=parts.context,
             planes=parts.planes,
             bidirectional=parts.bidirectional,
+            local_layers=parts.local_layers,
         )
 
     def chat_template(self, image: ImageText) -> str:

@@ -23,6 +23,8 @@ def gemma_decoder(text: Any, lm_head: nn.Module) -> DecoderParts:
         text_decoder(text, nn.Sequential(lm_head, SoftCap(cap)) if cap else lm_head),
         layers=nn.ModuleList(map(_Layer, text.layers)),
         softcap=config.attn_logit_softcapping,
+        windows=tuple(layer.self_attn.sliding_window or 0 for layer in text.layers),
+        context=config.max_position_embeddings,
     )
 
 
@@ -54,4 +56,4 @@ class _Attention(nn.Module):
             if hasattr(attn, name):
                 setattr(self, name, getattr(attn, name))
         self.o_proj = nn.Sequential(attn.o_proj, norm)
-        self.scaling = attn.scaling
+        self.scaling, self.local = attn.scaling, attn.sliding_window is not None

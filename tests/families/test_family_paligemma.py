@@ -71,8 +71,9 @@ def test_visual_tokens_enter_the_decoder_as_they_are_and_text_scaled(model: Any)
         visual, text = PaliGemma(model).vision(SQUARE)(cut(pixels, 14)), parts.embed_tokens(ids[:, 16:])
     assert error(torch.cat([visual, text], dim=1), entered[0]) < 1e-5
     assert error(text, 48**0.5 * parts.embed_tokens.weight.detach()[ids[:, 16:]]) < 1e-6
-    heads, context = (1, 1024) if model.config.text_config.model_type == "gemma" else (2, 300)
-    assert (parts.heads, parts.kv_heads, parts.head_dim, parts.bidirectional, parts.context) == (4, heads, 16, True, context)
+    heads, windows = (1, ()) if model.config.text_config.model_type == "gemma" else (2, (12, 0))
+    assert (parts.heads, parts.kv_heads, parts.head_dim, parts.bidirectional, parts.context) == (4, heads, 16, True, 1024)
+    assert parts.windows == windows
 
 
 def test_the_first_logits_equal_transformers(model: Any) -> None:
@@ -109,14 +110,18 @@ def test_what_gemma_2_adds_is_noticed(broken: str, model: Any) -> None:
 def test_the_oracle_lets_the_prompt_see_all_of_itself(model: Any, typed: bool) -> None:
     # Only where it is told so: zeros are the prompt, which generated tokens are no part of.
     ids, pixels, masks = torch.tensor([[456] * 16 + [3, 4, 5]]), torch.randn(1, 3, 56, 56), []
-    layer = model.model.language_model.layers[0].self_attn
     model.model.language_model.set_attn_implementation("eager")
-    layer.register_forward_hook(lambda layer, given, made: masks.append(made[1][0].gt(0).all(dim=0)))
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_hook(lambda layer, given, made: masks.append(made[1][0].gt(0).all(dim=0)))
     kinds = {"token_type_ids": torch.zeros_like(ids)} if typed else {}
     model.generation_config.eos_token_id = None
     model.generate(ids, pixel_values=pixels, **kinds, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-    assert masks[0].equal(torch.ones(19, 19, dtype=torch.bool) if typed else torch.ones(19, 19, dtype=torch.bool).tril())
-    assert [(tuple(mask.shape), bool(mask.all())) for mask in masks[1:]] == [((1, 20), True), ((1, 21), True)]
+    window = model.config.text_config.to_dict().get("sliding_window", 99)  # of the first layer of Gemma 2, in answers only
+    causal = torch.ones(19, 19, dtype=torch.bool).tril()
+    for mask, seen in zip(masks, (window, 99), strict=False):
+        assert mask.equal(torch.ones_like(causal) if typed else causal.triu(1 - seen))
+    ends = [min(20, window), 20, min(21, window), 21]
+    assert [(tuple(mask.shape), bool(mask.all())) for mask in masks[2:]] == [((1, end), True) for end in ends]
 
 
 def test_the_prompt_is_that_of_transformers() -> None:

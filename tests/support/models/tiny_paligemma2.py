@@ -20,7 +20,7 @@ GEMMA2 = {
     "query_pre_attn_scalar": 25,
     "attn_logit_softcapping": 1.5,
     "final_logit_softcapping": 3.0,
-    "sliding_window": 300,
+    "sliding_window": 12,  # fewer than visual tokens
 }
 
 
