@@ -44,10 +44,11 @@ class LayerCache:
     def append(self, rows: NewKv, before: int, after: int) -> LayerCache:
         """Return the cache with the rows of a step appended; its prefix has `before` tokens and its suffix `after`."""
         end = rows.key.shape[0] - after
-        added = (rows.key, rows.value, *(() if rows.place is None else (rows.place,)))
-        text, visual = (self.key, self.value, self.place), (self.visual_key, self.visual_value, self.visual_place)
-        texts = [torch.cat([old, new[:before], new[end:]]) for old, new in zip(text, added, strict=False)]
-        images = [torch.cat([old, new[before:end]]) for old, new in zip(visual, added, strict=False)]
+        pairs = [(self.key, self.visual_key, rows.key), (self.value, self.visual_value, rows.value)]
+        if self.place is not None and self.visual_place is not None and rows.place is not None:
+            pairs.append((self.place, self.visual_place, rows.place))
+        texts = [torch.cat([text, new[:before], new[end:]]) for text, _, new in pairs]
+        images = [torch.cat([visual, new[before:end]]) for _, visual, new in pairs]
         return LayerCache(*texts[:2], *images[:2], *texts[2:], *images[2:])
 
 
