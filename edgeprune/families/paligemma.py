@@ -22,11 +22,11 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, refuse_quantized, text_decoder
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
 from edgeprune.families.encoder_pruning import EncoderPruning
-from edgeprune.families.gemma import gemma_decoder
+from edgeprune.families.gemma import gemma2_decoder
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
-_DECODERS = {"gemma": text_decoder, "gemma2": gemma_decoder}
+_DECODERS = {"gemma": text_decoder, "gemma2": gemma2_decoder}
 _TEMPLATE = """\
 {%- if messages | length != 1 or messages[0].role != 'user' -%}
 {{ raise_exception('PaliGemma answers one prompt and holds no conversation') }}

@@ -44,7 +44,7 @@ NAMES = sorted([*FAMILIES, "paligemma2"])
 families = pytest.mark.parametrize("name", NAMES)
 TWINS = ("paligemma2", "smolvlm", "vipllava")  # of paligemma, idefics3 and llava: the same encoders
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
-DECODERS = ("llava", "paligemma", "paligemma2", "qwen2_vl", "qwen3_vl")
+DECODERS = ("gemma3", "llava", "paligemma", "paligemma2", "qwen2_vl", "qwen3_vl")
 
 
 def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:
@@ -107,7 +107,8 @@ def said_by_transformers(
     kinds = (tokens == model.image.token).long() * (1 if clip is None else 2)
     accepted = inspect.signature(loaded.model.forward).parameters
     # PaliGemma's say what is prompt (0) and what is answer, not what is an image.
-    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds}.items() if kind in accepted}
+    others = 0 * kinds if loaded.folder.model_type == "paligemma" else kinds
+    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": others}.items() if kind in accepted}
     given = clip or (tiny(model.plan.family).inputs(loaded.folder.path, images) if images else {})
     found: list[torch.Tensor] = []
     hook = loaded.model.register_forward_hook(lambda _, given, made: found.append(made.logits[0, -1]))
