@@ -64,7 +64,8 @@ class Family:
     `position_axes`: 3 with mRoPE; 2 if the visual tokens of an image attend to each other: the place of a token in the sequence,
     and the last place that it attends to. `signals`: extra outputs of the vision encoder, for input methods that name them in
     `needs`; `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if
-    so. `videos`: whether the model was trained on videos. `chat_template`: the default for model folders without one.
+    so. `videos`: whether the model was trained on videos. `several_as_one`: whether transformers encodes several images of one
+    prompt as it encodes one. `chat_template`: the default for model folders without one.
     """
 
     name: ClassVar[str]
@@ -73,6 +74,7 @@ class Family:
     no_signals_reason: ClassVar[str] = ""
     no_encoder_cuts_reason: ClassVar[str] = ""
     videos: ClassVar[bool] = False
+    several_as_one: ClassVar[bool] = True
     chat_template: ClassVar[str | None] = None
 
     def __init__(self, model: Any) -> None:
