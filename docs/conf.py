@@ -1,6 +1,6 @@
 """Sphinx builds the documentation from these pages, the examples' READMEs and the code: `make docs`.
 
-Pages are Markdown and can be read in the repository too. Before Sphinx reads a page, `<!-- page: PATH -->` is replaced by that file,
+Pages are Markdown, to be read in the repository too. Before Sphinx reads one, `<!-- page: PATH -->` is replaced by that file,
 `<!-- methods -->` by the docstrings of all methods, and links out of this folder lead to the repository.
 """
 
