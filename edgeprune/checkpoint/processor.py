@@ -19,6 +19,7 @@ from edgeprune.errors import UnsupportedModelError, UsageError
 
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_NAMING = (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG)  # the order in which AutoProcessor looks for the name of the class
 _RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
 
 
@@ -58,6 +59,13 @@ def load_processor(path: Path, model_type: str) -> Any:
     return processor
 
 
+def processor_names(path: Path) -> list[str]:
+    """Return the classes that the files of the folder `path` name for its processor and its image processor, if they do."""
+    named = (read_json(path, name).get("processor_class") for name in _NAMING if (path / name).is_file())
+    found = (next(filter(None, named), None), image_settings(path).get("image_processor_type"))
+    return [name for name in found if isinstance(name, str)]
+
+
 def chat_template(processor: Any) -> str | None:
     """Return the template that `apply_chat_template` renders: the processor's, else its tokenizer's; the default of several."""
     for template in (processor.chat_template, processor.tokenizer.chat_template):
@@ -88,11 +96,11 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _processor_class(path: Path, model_type: str) -> Any:
-    # The class that the files name, in AutoProcessor's order, else the one of the model type.
+    # The class that the files name, else the one of the model type.
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    for name in (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG):
+    for name in _NAMING:
         named = read_json(path, name).get("processor_class") if (path / name).is_file() else None
         if isinstance(named, str) and hasattr(transformers, named):
             return getattr(transformers, named)

@@ -44,13 +44,12 @@ def test_code_of_a_folder_runs_only_where_it_is_trusted(folder: Path, on_disk: b
     save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "ours.py").write_text(OWN)
     change(folder, auto_map={"AutoModelForImageTextToText": "ours.Ours"})
-    with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
-        resolve_model(str(folder))
+    assert type(load_model(resolve_model(str(folder)), on_disk=on_disk).model).__name__ == "Qwen2VLForConditionalGeneration"
     loaded = load_model(resolve_model(str(folder), trust_remote_code=True), on_disk=on_disk)
     assert type(loaded.model).__name__ == "Ours"
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "mllama", "internvl_chat", "qwen2"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "mllama", "qwen2"])
 def test_other_architectures_are_named_with_what_is_supported(folder: Path, name: str) -> None:
     change(folder, model_type=name)
     with pytest.raises(UnsupportedModelError, match=rf"'{name}' are not supported.*qwen3_vl, smolvlm"):
@@ -70,12 +69,6 @@ def test_twists_are_named(folder: Path, part: str | None, values: dict[str, Any]
     change(folder, part, **values)
     with pytest.raises(UnsupportedModelError, match=named):
         load_model(resolve_model(str(folder)))
-
-
-def test_pickles_are_refused(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UnsupportedModelError, match="pickle"):
-        resolve_model(str(folder))
 
 
 def test_truncation_and_padding_of_the_last_call_before_saving_are_not_taken_over(folder: Path, tmp_path: Path) -> None:
