@@ -35,12 +35,12 @@ def change(folder: Path, name: str = CONFIG, **values: Any) -> None:
     path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | values))
 
 
-def config(**values: Any) -> Callable[[Path], None]:
+def config(**values: Any) -> Callable[[Path], object]:
     return lambda folder: change(folder, **values)
 
 
-def renamed(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / WEIGHTS).rename(folder / name)  # type: ignore[func-returns-value]
+def renamed(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / WEIGHTS).rename(folder / name)
 
 
 def gguf(folder: Path) -> None:
@@ -73,7 +73,7 @@ def mistral(folder: Path) -> None:
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 AUTO_MAP = {"AutoConfig": "configuration_tiny.TinyConfig"}
 # What is done to a folder, words of the message, words of the remedy.
-REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "GGUF": (gguf, "is GGUF, the format of llama.cpp", "the original safetensors checkpoint: maker/tiny-VL."),
     "InternVL of its authors": (
         config(model_type="internvl_chat", auto_map=AUTO_MAP),
@@ -106,12 +106,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a partial file": (renamed(f"{WEIGHTS}.part"), f"is half a download: {WEIGHTS}.part", "Run the same download again"),
     "a missing shard": (lacking, "lacks 1 of the 2 files", "the same download goes on where it stopped"),
     "a pointer of git-lfs": (
-        lambda folder: (folder / WEIGHTS).write_text(POINTER),  # type: ignore[arg-type, return-value]
+        lambda folder: (folder / WEIGHTS).write_text(POINTER),
         f"{WEIGHTS} in ",
         "lfs pull",
     ),
     "another pointer": (
-        lambda folder: (folder / "tokenizer.json").write_text(POINTER),  # type: ignore[arg-type, return-value]
+        lambda folder: (folder / "tokenizer.json").write_text(POINTER),
         "tokenizer.json in ",
         "lfs pull",
     ),

@@ -37,7 +37,7 @@ def hub(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """Serve the tiny model as maker/tiny-VL, with files that are never needed; the cache is empty."""
     constants = huggingface_hub.constants
     with serve() as hub:
-        hub.add(NAME, tiny_folder, **NEVER)
+        hub.add(NAME, tiny_folder, NEVER)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -87,7 +87,7 @@ def test_weights_in_several_files_come_by_their_index(hub: Hub, tiny_folder: Pat
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, tiny_folder: Path) -> None:
     first = commit_of(hub)
-    second = hub.add(NAME, tiny_folder, "next", **{"LICENSE.txt": b"new"})
+    second = hub.add(NAME, tiny_folder, {"LICENSE.txt": b"new"}, "next")
     assert resolve_model(NAME).commit == resolve_model(NAME, revision=first).commit == first
     assert resolve_model(NAME, revision="next").commit == resolve_model(NAME, revision=second).commit == second
     with pytest.raises(UsageError, match=f"{NAME} has no revision v9.*{hub.url}/{NAME}/tree/main"):
@@ -237,18 +237,18 @@ def test_models_that_are_refused_cost_no_weights(hub: Hub, tiny_folder: Path, tm
     pickles.mkdir()
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(tiny_folder / name, pickles)
-    hub.add("maker/pickles", pickles, **{"pytorch_model.bin": b"x"})
+    hub.add("maker/pickles", pickles, {"pytorch_model.bin": b"x"})
     with pytest.raises(UnsupportedModelError, match="maker/pickles has no safetensors weights; pickle"):
         resolve_model("maker/pickles")
     (tmp_path / "none").mkdir()
-    hub.add("maker/tiny-VL-GGUF", tmp_path / "none", **{"tiny-Q4_K_M.gguf": b"GGUF", "README.md": b"base_model: maker/tiny-VL\n"})
+    hub.add("maker/tiny-VL-GGUF", tmp_path / "none", {"tiny-Q4_K_M.gguf": b"GGUF", "README.md": b"base_model: maker/tiny-VL\n"})
     with pytest.raises(UnsupportedModelError, match=r"maker/tiny-VL-GGUF is GGUF.*original safetensors checkpoint: maker/tiny-VL"):
         resolve_model("maker/tiny-VL-GGUF")
 
 
 def test_code_is_downloaded_only_where_it_is_trusted(hub: Hub, tiny_folder: Path) -> None:
     config = json.loads((tiny_folder / "config.json").read_text()) | {"auto_map": {"AutoModelForImageTextToText": "ours.Ours"}}
-    hub.add(NAME, tiny_folder, **{"ours.py": b"pass", "config.json": json.dumps(config).encode()})
+    hub.add(NAME, tiny_folder, {"ours.py": b"pass", "config.json": json.dumps(config).encode()})
     assert not resolve_model(NAME).trusted and "ours.py" not in hub.loaded(NAME)
     assert resolve_model(NAME, trust_remote_code=True).trusted and "ours.py" in hub.loaded(NAME)
 
@@ -284,7 +284,7 @@ def test_a_bundle_remembers_the_commit(hub: Hub, tiny_folder: Path, tmp_path: Pa
     assert source.weights_sha256 == resolve_model(str(tiny_folder)).source().weights_sha256
     assert f"revision       {commit}" in run("inspect", bundle)
     assert json.loads(run("inspect", bundle, "--json"))["revision"] == commit
-    changed = hub.add(NAME, tiny_folder, **{WEIGHTS: b"other weights"})
+    changed = hub.add(NAME, tiny_folder, {WEIGHTS: b"other weights"})
     assert resolve_model(NAME).commit == changed
     run("verify", bundle)
 

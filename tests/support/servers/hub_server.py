@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,10 +39,10 @@ class Hub:
     models: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def add(self, name: str, folder: Path, branch: str = "main", **more: bytes) -> str:
+    def add(self, name: str, folder: Path, more: Mapping[str, bytes] | None = None, branch: str = "main") -> str:
         """Publish the files of a folder, and `more`, as the newest commit of a branch; return the commit."""
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-        files |= more
+        files |= more or {}
         commit = hashlib.sha1(repr(sorted(files.items())).encode() + branch.encode()).hexdigest()
         repository = self.models.setdefault(name, Repository({}, {}))
         repository.commits[commit] = files
