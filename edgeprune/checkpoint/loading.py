@@ -261,8 +261,9 @@ def resolve_model(
     check_files(name, path, files)
     config = read_json(path, "config.json")
     check_config(name, path, config)
-    settings, model_type = image_settings(path), str(config["model_type"])
-    check_processor(name, model_type, processor_names(path))
+    model_type = str(config["model_type"])
+    settings = image_settings(path, model_type)
+    check_processor(name, model_type, processor_names(path, settings))
     weight_names(name, path, files)
     merged = None if adapter is None else resolve_adapter(adapter)
     trusted = trust_remote_code and "auto_map" in config

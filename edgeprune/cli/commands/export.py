@@ -100,7 +100,7 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
     name, revision, adapter = _source(opened.manifest.source, request["against"], request["revision"], request["adapter"])
     folder = resolve_model(name, revision=revision, adapter=adapter, trust_remote_code=request["trust_remote_code"])
     fetch_weights(folder)
-    with StageProgress(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
+    with StageProgress(["model", "prompts", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
         stages.begin("model")
         report = verify_bundle(opened, load_model(folder), stages.begin, request["tier"])
     show_verification(report, as_json)
