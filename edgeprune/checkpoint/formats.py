@@ -118,9 +118,11 @@ def check_files(name: str, folder: Path, files: Collection[str]) -> None:
 def check_config(name: str, folder: Path, config: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError for a config.json of a type, layout or quantization that is not read."""
     kind = str(config.get("model_type"))
-    original = _ORIGINAL.get(kind) or (_ORIGINAL["llava_llama"] if "mm_vision_tower" in config else None)
-    if kind == "internvl_chat":
-        original = f"{name}-hf" if "/" in name and not name.endswith("-hf") else original
+    original = _ORIGINAL.get(kind)
+    if kind == "llava" and "mm_vision_tower" in config and "text_config" not in config:  # LLaVA 1.5
+        original = _ORIGINAL["llava_llama"]
+    if kind == "internvl_chat" and "/" in name:
+        original = f"{name}-hf"
     if original is not None:
         raise UnsupportedModelError(
             f"{name} is in the original layout of its authors (model_type {kind!r}), which needs code of its own.",
@@ -132,12 +134,7 @@ def check_config(name: str, folder: Path, config: Mapping[str, Any]) -> None:
             hint=f"Supported: {', '.join(sorted(FAMILIES))}.",
         )
     check_family(kind)
-    own = config.get("quantization")
-    if isinstance(own, Mapping) and "group_size" in own:
-        raise _quantized(name, folder, "weights of MLX")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method in _QUANTIZED:
-        raise _quantized(name, folder, _QUANTIZED[method])
+    _check_quantization(name, folder, config.get("quantization"), config.get("quantization_config"))
 
 
 def check_processor(name: str, model_type: str, processors: Collection[str]) -> None:
@@ -162,6 +159,14 @@ def gguf(name: str, folder: Path) -> UnsupportedModelError:
 def base_option(base: object) -> str:
     """Return the name of an adapter's base model for a command: the weights that bitsandbytes was given, or BASE if unknown."""
     return _quoted(_CODED.sub("", base)) if isinstance(base, str) and base else "BASE"
+
+
+def _check_quantization(name: str, folder: Path, mlx: object, settings: object) -> None:
+    if isinstance(mlx, Mapping) and "group_size" in mlx:
+        raise _quantized(name, folder, "weights of MLX")
+    method = str(settings.get("quant_method")) if isinstance(settings, Mapping) else ""
+    if method in _QUANTIZED:
+        raise _quantized(name, folder, _QUANTIZED[method])
 
 
 def _adapter_alone(name: str, folder: Path) -> UnsupportedModelError:

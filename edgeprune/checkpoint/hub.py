@@ -63,7 +63,7 @@ def local_snapshot(path: Path, revision: str | None) -> Snapshot:
                 f"{path.parent.parent} lacks the files of its commit {cached}.", hint=f"Download it: {_download(path, cached)}"
             )
     commit = path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else ""
-    if revision not in (None, commit, *([revision] if cached is not None else ())):
+    if revision is not None and cached is None and revision != commit:
         at = f"is at commit {commit}" if commit else "has no revisions"
         raise UsageError(f"{path} {at}: it is a folder.", hint="Leave --revision out, or give the model's id on the hub.")
     return Snapshot(path, commit=commit, sizes=sizes_in(path))

@@ -65,6 +65,11 @@ def lacking(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": shards}))
 
 
+def llava_1_5(folder: Path) -> None:
+    settings = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
+    (folder / CONFIG).write_text(json.dumps(settings))
+
+
 def mistral(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
     (folder / CONFIG).rename(folder / "params.json")
@@ -83,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "LLaVA of its authors": (config(model_type="llava_llama"), "(model_type 'llava_llama')", "https://huggingface.co/llava-hf"),
     "LLaVA-OneVision of its authors": (config(model_type="llava_qwen"), "(model_type 'llava_qwen')", "huggingface.co/llava-hf"),
     "LLaVA 1.5 of its authors": (
-        config(model_type="llava", mm_vision_tower="openai/clip-vit-large-patch14-336"),
+        llava_1_5,
         "in the original layout of its authors",
         "https://huggingface.co/llava-hf",
     ),

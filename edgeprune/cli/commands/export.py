@@ -60,9 +60,9 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     check_output(output, force=force, folder=True)
     lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
     folder = resolve_model(model, **{name: request.pop(name) for name in ("revision", "adapter", "trust_remote_code")})
-    check_output(
-        output, force=force, inputs=[folder.path, request["plan_file"], *tier_files(request["tier"]).values()], folder=True
-    )
+    adapter = folder.adapter.path if folder.adapter else None
+    inputs = [folder.path, adapter, request["plan_file"], *tier_files(request["tier"]).values()]
+    check_output(output, force=force, inputs=inputs, folder=True)
     check_tier_options(folder, **request)
     check_folder(folder)
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
