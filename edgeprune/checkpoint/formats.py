@@ -19,6 +19,7 @@ from edgeprune.registry import FAMILIES, check_family
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GGUF = ".gguf"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PARTIAL, _PICKLES = (".incomplete", ".part", ".crdownload"), (".bin", ".pth", ".pt", ".ckpt")
 _POINTER = b"version https://git-lfs"
@@ -121,7 +122,7 @@ def check_config(name: str, folder: Path, config: Mapping[str, Any]) -> None:
     original = _ORIGINAL.get(kind)
     if kind == "llava" and "mm_vision_tower" in config and "text_config" not in config:  # LLaVA 1.5
         original = _ORIGINAL["llava_llama"]
-    if kind == "internvl_chat" and "/" in name:
+    if kind == "internvl_chat" and HUB_ID.fullmatch(name):
         original = f"{name}-hf"
     if original is not None:
         raise UnsupportedModelError(

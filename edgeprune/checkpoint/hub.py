@@ -17,12 +17,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from edgeprune.checkpoint.formats import sizes_in
+from edgeprune.checkpoint.formats import HUB_ID, sizes_in
 from edgeprune.errors import EdgePruneError, UsageError, require_extra
 from edgeprune.io.files import is_file, is_folder
 
 MAIN = "main"
-_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = (".json", ".jinja", ".txt", ".model")  # settings, vocabularies, templates
 _CODE = ".py"
@@ -47,7 +46,7 @@ class Snapshot:
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form of an id of the hub, such as Qwen/Qwen2.5-VL-3B-Instruct."""
-    return _ID.fullmatch(name) is not None
+    return HUB_ID.fullmatch(name) is not None
 
 
 def local_snapshot(path: Path, revision: str | None) -> Snapshot:

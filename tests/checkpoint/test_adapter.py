@@ -214,8 +214,8 @@ def test_a_bundle_knows_its_adapter(copy: Path, tiny_folder: Path, tmp_path: Pat
     assert source.weights_sha256 != plain.source().weights_sha256
     assert f"adapter        {copy}" in run("inspect", bundle)
     run("verify", bundle)
-    run("verify", bundle, "--against", tiny_folder, "--adapter", copy)
     refusal = run("verify", bundle, "--against", tiny_folder, code=2)
     assert f"has the adapter {copy} merged" in refusal and f"--adapter {copy}" in refusal
     change(copy, lora_alpha=7)
-    assert "its adapter with --adapter" in run("verify", bundle, code=1)
+    for again in ((), ("--against", tiny_folder, "--adapter", copy)):
+        assert "its adapter with --adapter" in run("verify", bundle, *again, code=1)

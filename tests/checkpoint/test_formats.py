@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "InternVL of its authors": (
         config(model_type="internvl_chat", auto_map=AUTO_MAP),
         "in the original layout of its authors (model_type 'internvl_chat')",
-        "model-hf.",
+        "the repository of the same name with -hf",
     ),
     "LLaVA of its authors": (config(model_type="llava_llama"), "(model_type 'llava_llama')", "https://huggingface.co/llava-hf"),
     "LLaVA-OneVision of its authors": (config(model_type="llava_qwen"), "(model_type 'llava_qwen')", "huggingface.co/llava-hf"),
