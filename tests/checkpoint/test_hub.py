@@ -316,3 +316,4 @@ def test_commands_take_the_settings_of_the_hub_and_refuse_without_torch(command:
     (line,) = ran.stderr.splitlines()
     assert line.startswith(f"Error: {NAME} is given only to those who accepted its licence.")
     assert (ran.returncode, ran.stdout) == (1, "False\n")
+    assert "Bearer hf_mine" in hub.tokens

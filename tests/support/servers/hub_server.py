@@ -33,11 +33,12 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The models by id, and the requests so far: method, path and Range."""
+    """The models by id, the requests so far (method, path and Range), and the tokens that came with them."""
 
     url: str = ""
     models: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
 
     def add(self, name: str, folder: Path, more: Mapping[str, bytes] | None = None, branch: str = "main") -> str:
         """Publish the files of a folder, and `more`, as the newest commit of a branch; return the commit."""
@@ -91,6 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         self.hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
+        self.hub.tokens.add(self.headers.get("Authorization", ""))
         api, file = _API.fullmatch(self.path), _FILE.fullmatch(self.path)
         found = api or file
         repository = self.hub.models.get(found[1]) if found else None
