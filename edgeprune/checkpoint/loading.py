@@ -127,6 +127,11 @@ class LoadedModel:
         """Return the image-processor settings that bring every image to the area of one geometry."""
         return self._settings((geometry.height, geometry.width))
 
+    def changed_settings(self, geometry: Geometry) -> dict[str, Any]:
+        """Return those of `settings` that are other than the checkpoint's own, as transformers' processor takes them."""
+        own = self.folder.processor
+        return {name: value for name, value in self.settings(geometry).items() if value != own.get(name, value)}
+
     def _settings(self, size: tuple[int, int] | None) -> dict[str, Any]:
         settings: dict[str, Any] = self.family.settings(self.model.config, self.folder.processor, size)
         return settings

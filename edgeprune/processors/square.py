@@ -86,7 +86,7 @@ class SquareSpec(PatchSpec):
         require_pixels(height, width)
         if self.squared and max(height, width) > MAX_SIDE:
             raise ImageError(
-                f"A {width}x{height} image makes too large a square: the limit is {MAX_SIDE} pixels.", hint="Shrink it."
+                f"A {height}x{width} image makes too large a square: the limit is {MAX_SIDE} pixels.", hint="Shrink it."
             )
         if isinstance(self.whole, int) and not self.squared:
             require_aspect(height, width)

@@ -125,9 +125,8 @@ def said_by_transformers(
 
 def ids_by_processor(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: list[Image.Image]) -> torch.Tensor:
     """Return the tokens [1, n] of a prompt by transformers' processor."""
-    own, frozen = loaded.folder.processor, loaded.settings(model.plan.geometry)
-    changed = {key: value for key, value in frozen.items() if value != own.get(key, value)}
-    tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=changed)["input_ids"]
+    settings = loaded.changed_settings(model.plan.geometry)
+    tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=settings)["input_ids"]
     return tokens
 
 

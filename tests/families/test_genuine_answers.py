@@ -60,8 +60,7 @@ def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dic
 def test_greedy_answers_are_those_of_generate(name: str, tmp_path: Path) -> None:
     loaded, picture = opened(name, tmp_path)
     plan = unpruned_plan(loaded.folder.model_type, 2, loaded.geometry((picture.height, picture.width)))
-    own = loaded.folder.processor
-    changed = {key: value for key, value in loaded.settings(plan.geometry).items() if value != own.get(key, value)}
+    changed = loaded.changed_settings(plan.geometry)
     answer = Runtime(reference_model(loaded, plan)).generate(picture, QUESTION, max_tokens=TOKENS)
     assert answer.text == text_by_transformers(loaded, picture, changed)
     assert answer.receipt.generated_tokens > 4

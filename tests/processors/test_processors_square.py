@@ -124,7 +124,7 @@ def test_exact_takes_every_image() -> None:
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [((0, 5), "is empty"), ((1, 201), r"201x1 image is too oblong: the limit is 200:1\. Crop"), ((300, 1), "too oblong")],
+    [((0, 5), "is empty"), ((1, 201), r"1x201 image is too oblong: the limit is 200:1\. Crop"), ((300, 1), "too oblong")],
 )
 def test_sizes_not_taken(size: tuple[int, int], words: str) -> None:
     with pytest.raises(ImageError, match=words):
