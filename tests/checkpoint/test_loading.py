@@ -65,6 +65,7 @@ def test_other_architectures_are_named_with_what_is_supported(folder: Path, name
         ("text_config", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}, "sliding"),
         ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "depend on the length"),
         (None, {"architectures": ["Qwen9VLForEverything"]}, "Qwen9VLForEverything"),
+        (None, {"architectures": ["Ours"], "auto_map": {"AutoModelForImageTextToText": "ours.Ours"}}, "give --trust-remote-code"),
     ],
 )
 def test_twists_are_named(folder: Path, part: str | None, values: dict[str, Any], named: str) -> None:
