@@ -25,13 +25,7 @@ _PARTIAL, _PICKLES = (".incomplete", ".part", ".crdownload"), (".bin", ".pth", "
 _POINTER = b"version https://git-lfs"
 _BASE = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)  # in the head of a model card
 _CODED = re.compile(r"[-_.](unsloth-bnb-4bit|bnb-[48]bit|gguf|fp8(-\w+)?|mlx.*|[48]bit)/?$", re.IGNORECASE)
-# The values of `quant_method` that are refused, with what they are.
-_QUANTIZED = {
-    "bitsandbytes": "weights of bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "fbgemm_fp8": "FP8 weights",
-    "fp8": "FP8 weights",
-}
+_QUANTIZED = ("bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8")  # values of `quant_method`
 # Types of original repositories, in a layout that transformers does not read, with where the others are.
 _ORIGINAL = {
     "internvl_chat": "the repository of the same name with -hf at its end",
@@ -164,10 +158,10 @@ def base_option(base: object) -> str:
 
 def _check_quantization(name: str, folder: Path, mlx: object, settings: object) -> None:
     if isinstance(mlx, Mapping) and "group_size" in mlx:
-        raise _quantized(name, folder, "weights of MLX")
+        raise _quantized(name, folder, "MLX")
     method = str(settings.get("quant_method")) if isinstance(settings, Mapping) else ""
     if method in _QUANTIZED:
-        raise _quantized(name, folder, _QUANTIZED[method])
+        raise _quantized(name, folder, method)
 
 
 def _adapter_alone(name: str, folder: Path) -> UnsupportedModelError:
@@ -197,10 +191,10 @@ def _no_weights(name: str, folder: Path, files: Collection[str]) -> UnsupportedM
     )
 
 
-def _quantized(name: str, folder: Path, what: str) -> UnsupportedModelError:
+def _quantized(name: str, folder: Path, method: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{name} has {what}, which are not read.",
-        hint=f"Take the checkpoint that they were made from, in BF16 or FP16{_base(name, folder)}; EdgePrune quantizes by itself.",
+        f"{name} is quantized with {method}, which is not read.",
+        hint=f"Give a GPTQ or AWQ (gemm) checkpoint, or the original weights in BF16 or FP16{_base(name, folder)}.",
     )
 
 

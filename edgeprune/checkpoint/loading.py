@@ -53,7 +53,7 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "sequence_bias": ([], {}),
     "guidance_scale": (1.0,),
 }
-_LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
+_LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": {"": "sdpa"}, "output_loading_info": True}
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class LoadedModel:
             context=parts.context,
             planes=parts.planes,
             bidirectional=parts.bidirectional,
+            local_layers=parts.local_layers,
         )
 
     def chat_template(self, image: ImageText) -> str:

@@ -97,16 +97,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a type that is not exported": (config(model_type="mllama"), "'mllama' are not supported", "Supported: "),
     "bitsandbytes": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "has weights of bitsandbytes",
+        "is quantized with bitsandbytes",
         "in BF16 or FP16",
     ),
-    "FP8": (config(quantization_config=FP8), "has FP8 weights", "in BF16 or FP16"),
+    "FP8": (config(quantization_config=FP8), "is quantized with fp8", "in BF16 or FP16"),
     "compressed-tensors": (
         config(quantization_config={"quant_method": "compressed-tensors", "format": "float-quantized"}),
-        "has compressed-tensors",
+        "is quantized with compressed-tensors",
         "in BF16 or FP16",
     ),
-    "MLX": (mlx, "has weights of MLX", "in BF16 or FP16: maker/tiny-VL;"),
+    "MLX": (mlx, "is quantized with MLX", "in BF16 or FP16: maker/tiny-VL."),
     "half a download": (half, "is half a download: x.4d7a.incomplete", "Run the same download again"),
     "a partial file": (renamed(f"{WEIGHTS}.part"), f"is half a download: {WEIGHTS}.part", "Run the same download again"),
     "a missing shard": (lacking, "lacks 1 of the 2 files", "the same download goes on where it stopped"),
@@ -180,7 +180,7 @@ def test_a_file_of_llama_cpp_is_named(tmp_path: Path) -> None:
 def test_hf_repositories_of_original_ones_are_named() -> None:
     with pytest.raises(UnsupportedModelError, match=r"for transformers: OpenGVLab/InternVL3-1B-hf\."):
         formats.check_config("OpenGVLab/InternVL3-1B", Path(), {"model_type": "internvl_chat"})
-    with pytest.raises(UnsupportedModelError, match=r", the one named unsloth/Qwen2\.5-VL-3B-Instruct;"):
+    with pytest.raises(UnsupportedModelError, match=r", the one named unsloth/Qwen2\.5-VL-3B-Instruct\."):
         formats.check_config(
             "unsloth/Qwen2.5-VL-3B-Instruct-unsloth-bnb-4bit",
             Path(),

@@ -43,6 +43,7 @@ SIZES = {"idefics2-8b": (1960, 1960)}
 # Checkpoints without a template: what their documentation writes for the processor.
 WRITTEN = {
     "paligemma-3b-pt-448": QUESTION,
+    "paligemma2-3b-pt-224": QUESTION,
     "vip-llava-7b-hf": (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
         f"polite answers to the human's questions.###Human: <image>\n{QUESTION}###Assistant:"

@@ -21,8 +21,8 @@ from edgeprune.runtime import Runtime
 
 QUESTION, TOKENS = "What is the colour of the cube?", 32
 SIZES = {"idefics2-8b": (1960, 1960)}
-# Qwen2.5-VL has a repetition penalty, Idefics2 forbids its image tokens, PaliGemma begins with the image.
-QUICK = ("qwen2_5-vl-3b", "paligemma-3b-pt-448")
+# Qwen2.5-VL has a repetition penalty, Idefics2 forbids its image tokens, PaliGemma begins with the image, Gemma 3 surrounds it.
+QUICK = ("gemma-3-4b-it", "qwen2_5-vl-3b", "paligemma-3b-pt-448")
 
 
 def opened(name: str, folder: Path) -> tuple[LoadedModel, Image.Image]:
