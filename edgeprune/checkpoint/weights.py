@@ -126,7 +126,7 @@ def attach(model: Any, stored: list[StoredTensor], state: Mapping[str, torch.Ten
 
 
 def stored_in(module: nn.Module) -> dict[int, Matrix]:
-    """Return the stored matrices of a module's placeholders, keyed by `address`."""
+    """Return the sources of a module's parameters that `attach` noted, keyed by `address`."""
     found: dict[int, Any] = {address(parameter): getattr(parameter, "stored", None) for parameter in module.parameters()}
     return {key: source for key, source in found.items() if source is not None}
 

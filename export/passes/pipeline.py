@@ -80,7 +80,7 @@ def _use_stored_weights(graph: ir.Graph, stored: Mapping[int, Matrix]) -> None:
             continue
         source = stored.get(address(tensor))
         if source is not None:
-            assert tuple(tensor.shape) == source.shape and not any(tensor.stride())
+            assert tuple(tensor.shape) == source.shape
             value.const_value = LazyInitializer(source, str(value.name))
         elif tensor.is_floating_point() and tensor.isnan().any():
             # Placeholders are NaN, so a family that computes with a large matrix ends here too.
