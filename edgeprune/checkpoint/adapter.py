@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.bundle.integrity import sha256_of
 from edgeprune.checkpoint.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sizes_in
-from edgeprune.checkpoint.hub import download_files, is_hub_id
+from edgeprune.checkpoint.hub import download, download_files, files_of, is_hub_id
 from edgeprune.checkpoint.processor import read_json
 from edgeprune.errors import UnsupportedModelError, UsageError
 from edgeprune.io.files import is_folder
@@ -51,16 +51,25 @@ _INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # that leave the base
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter that was checked but not loaded. `name`: as the user gave it. `settings`: its adapter_config.json."""
+    """A LoRA adapter that was checked but not loaded. `name`: as the user gave it. `settings`: its adapter_config.json.
+
+    `hub_id`: of an adapter of the hub, whose weights `fetch` downloads; else empty.
+    """
 
     name: str
     path: Path
     settings: Mapping[str, Any]
+    hub_id: str = ""
 
     @cached_property
     def sha256(self) -> str:
         """The sha256 of the adapter's weights."""
         return sha256_of(self.path / ADAPTER_WEIGHTS)
+
+    def fetch(self) -> None:
+        """Download the weights of an adapter of the hub that are not in its folder yet; raises as `hub.download`."""
+        if self.hub_id:
+            download(self.hub_id, self.path.name, [ADAPTER_WEIGHTS])
 
     def digests(self) -> str:
         """Return the sha256 of all that changes the merged weights, one after the other."""
@@ -93,13 +102,13 @@ class MergedMatrix:
 
 
 def resolve_adapter(name: str) -> Adapter:
-    """Return the checked adapter of `name`: a folder, or an id of the hub.
+    """Return the checked adapter of `name`: a folder, or an id of the hub, of which the settings are downloaded.
 
     Raises UsageError if there is none, and UnsupportedModelError for other adapters than plain LoRA in safetensors.
     """
-    path = Path(name)
+    path, hub_id = Path(name), ""
     if not is_folder(path) and is_hub_id(name):
-        path = download_files(name, None, [ADAPTER_CONFIG, ADAPTER_WEIGHTS], visible=True)
+        path, hub_id = download_files(name, None, [ADAPTER_CONFIG]), name
     elif not is_folder(path):
         raise UsageError(f"There is no adapter folder {name}.", hint=f"Give a folder with {ADAPTER_CONFIG}, as peft writes it.")
     settings = read_json(path, ADAPTER_CONFIG)
@@ -108,9 +117,9 @@ def resolve_adapter(name: str) -> Adapter:
         raise _refused(name, reason)
     if not isinstance(settings.get("lora_alpha"), (int, float)):
         raise UsageError(f"{path / ADAPTER_CONFIG} has no lora_alpha.", hint="Save the adapter again with peft.")
-    if ADAPTER_WEIGHTS not in sizes_in(path):
+    if ADAPTER_WEIGHTS not in (files_of(hub_id, path) if hub_id else sizes_in(path)):
         raise UnsupportedModelError(f"{name} has no {ADAPTER_WEIGHTS}; pickles are refused.", hint="Save it again with peft.")
-    return Adapter(name, path, settings)
+    return Adapter(name, path, settings, hub_id)
 
 
 def _reason_to_refuse(settings: Mapping[str, Any]) -> str:

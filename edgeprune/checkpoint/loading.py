@@ -95,7 +95,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model, its family and its processor, of transformers' own class for it."""
+    """A loaded model, its family and its processor, of transformers' own class for it; an outline has no processor."""
 
     folder: ModelFolder
     model: Any
@@ -277,13 +277,15 @@ def resolve_model(
 
 
 def fetch_weights(folder: ModelFolder) -> None:
-    """Download the weights of a model of the hub that are not in its folder yet.
+    """Download the weights of a model of the hub, and of its adapter, that are not in their folders yet.
 
     Raises EdgePruneError if the disk is too small for them, access is not granted, or the download is interrupted.
     """
     if folder.hub_id:
         names = weight_names(folder.name, folder.path, files_of(folder.hub_id, folder.path))
         download(folder.hub_id, folder.commit, names)
+    if folder.adapter is not None:
+        folder.adapter.fetch()
 
 
 def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Snapshot:
@@ -333,6 +335,32 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
     if folder.adapter is not None:
         merge(folder.adapter, model)
     return LoadedModel(folder, model.eval(), family(model), load_processor(folder.path, folder.model_type))
+
+
+def load_outline(folder: ModelFolder) -> LoadedModel:
+    """Return the model without its weights, which are neither read nor downloaded, and without a processor: for what sizes decide.
+
+    Every parameter is a placeholder of its true shape. Of a quantized checkpoint it is the model before it was quantized. Raises
+    UnsupportedModelError for a configuration that the family does not support.
+    """
+    require_extra("export", "torch", "transformers", "optimum")
+    import torch
+    import transformers
+
+    from edgeprune.checkpoint.weights import placeholder_state
+
+    transformers.utils.logging.disable_progress_bar()
+    family = family_class(folder.model_type)
+    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=folder.trusted)
+    for part in (config, getattr(config, "text_config", config)):
+        part.__dict__.pop("quantization_config", None)  # with it, transformers asks for the packages of its method
+    family.check(config)
+    model_class = _class_of(folder, config)
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    state = placeholder_state(skeleton)
+    model, _ = model_class.from_pretrained(None, config=config, state_dict=state, **_LOAD_OPTIONS)
+    return LoadedModel(folder, model.eval(), family(model), None)
 
 
 def _class_of(folder: ModelFolder, config: Any) -> Any:

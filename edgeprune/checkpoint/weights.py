@@ -106,6 +106,12 @@ def state_of(stored: list[StoredTensor]) -> dict[str, torch.Tensor]:
     return {tensor.name: _placeholder(tensor.size) if tensor.large else tensor.read() for tensor in stored}
 
 
+def placeholder_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a state dict for a model on the device meta: a placeholder for every parameter, zeros for every buffer."""
+    buffers = {name: torch.zeros_like(buffer, device="cpu") for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return buffers | {name: _placeholder(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+
+
 def attach(model: Any, stored: list[StoredTensor], state: Mapping[str, torch.Tensor]) -> None:
     """Attach stored tensors to the parameters of a transformers model that are placeholders of `state`; `stored_in` finds them.
 

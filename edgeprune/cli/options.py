@@ -222,6 +222,14 @@ def check_tier_options(folder: Any, tier: tuple[str, ...], **plan_request: Any) 
         check_plan_options(folder, plan_file=path, **unset, **geometry)
 
 
+def refuse_model_options(bundle: Path, revision: str | None, adapter: str | None, plan_request: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that say which model and plan are meant: a bundle has its own."""
+    if revision or adapter:
+        raise UsageError(f"{bundle} is a bundle: its model is frozen in.", hint="Leave --revision and --adapter out.")
+    if any(value for name, value in plan_request.items() if name != "seed"):
+        raise UsageError(f"{bundle} is a bundle: its plan is frozen in.", hint="Export another bundle for another plan.")
+
+
 def resolve_plan(
     loaded: Any,
     plan_file: Path | None,

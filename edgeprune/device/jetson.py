@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from edgeprune.device.system import version_numbers
 from edgeprune.errors import UsageError
+from edgeprune.targets import TARGETS, Target
 
 # Dense operations per SM and clock, in thousands. Orin: 170 sparse INT8 TOPS on 16 SMs at 1.3 GHz are 8.17 per SM and GHz; dense
 # is half of sparse, FP16 half of INT8, TF32 (used by engines for float32) half of FP16. Thor: 2070 sparse FP4 TFLOPS on 20 SMs at
@@ -169,6 +170,11 @@ class Module:
         if arithmetic not in rates:
             raise UsageError(f"{self.title} has no {arithmetic} arithmetic.", hint=f"It has: {', '.join(rates)}.")
         return self.sms * self.clock * rates[arithmetic]
+
+    @property
+    def target(self) -> Target:
+        """What reads graphs on it with the oldest JetPack that is supported."""
+        return TARGETS["jetpack6" if self.sm == (8, 7) else "jetpack7"]
 
     @property
     def ram_bytes(self) -> int:

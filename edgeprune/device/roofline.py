@@ -51,6 +51,8 @@ _LAUNCH_MS = Interval(0.001, 0.006)  # per kernel, with or without a CUDA graph:
 _KERNELS = 12  # per transformer layer in an engine: products, attention, rotary embedding, norms, cache
 # CUDA context, libraries and workspaces: published memory of Orin Nano and NX minus the weights.
 _RUNTIME_BYTES = Interval(1.0e9, 2.0e9)
+# Orin Nano's firmware keeps 0.6 GB (tegrastats shows 7620 of 8192 MiB); the rest, without and with a desktop, is assumed.
+_SYSTEM_BYTES = Interval(1.0e9, 2.5e9)
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of memory, which CPU and GPU share on the module. Memory of the operating system is not counted.
+    """Bytes of memory, which CPU and GPU share on the module.
 
-    `file_cache`: cached pages of the weight files, which the system reclaims when needed.
+    `file_cache`: cached pages of the weight files, which the system reclaims when needed. `system`: what firmware and operating
+    system take, which is not counted at rest and at peak.
     """
 
     weights: float
@@ -107,6 +110,7 @@ class MemoryEstimate:
     activations: float
     runtime: Interval
     file_cache: float
+    system: Interval
     ram: int
 
     @property
@@ -122,10 +126,11 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> str:
-        """Whether the peak fits in the module's memory: "yes", "no", or "perhaps" if only the lower bound does."""
-        if self.at_peak.high < self.ram:
+        """Whether the peak fits in memory beside the system: "yes", "no", or "perhaps" if only the lower bounds do."""
+        needed = self.at_peak + self.system
+        if needed.high < self.ram:
             return "yes"
-        return "perhaps" if self.at_peak.low < self.ram else "no"
+        return "perhaps" if needed.low < self.ram else "no"
 
 
 @dataclass(frozen=True)
@@ -158,13 +163,13 @@ def estimate(work: Workload, module: Module) -> Estimate:
 
 
 def vision_operations(work: Workload) -> Operations:
-    """Return the vision encoder's operations for one image, assuming attention over the complete image."""
+    """Return the vision encoder's operations for one image, assuming attention over each complete view."""
     tower, blocks = work.tower, work.tower.blocks
     if not sum(blocks):  # no image
         return Operations(0.0, 0.0)
     tokens = tower.tokens * blocks[-1] // tower.patches
     products = 2.0 * (tower.parameters * sum(blocks) / len(blocks) + tower.merger * tokens)
-    return Operations(products, 4.0 * tower.hidden * sum(patches**2 for patches in blocks))
+    return Operations(products, 4.0 * tower.hidden * sum(patches**2 for patches in blocks) / tower.views)
 
 
 def prefill_operations(work: Workload) -> Operations:
@@ -236,4 +241,5 @@ def _memory(work: Workload, module: Module) -> MemoryEstimate:
     prefill = (max(work.alive) + work.text_tokens) * (2 * decoder.hidden + widest)
     vision = tower.patches * (2 * tower.hidden + max(4 * tower.hidden, 2 * tower.mlp))
     activations = float(max(prefill, vision) * work.precision.number)
-    return MemoryEstimate(weights, work.kv_bytes(work.generated), activations, _RUNTIME_BYTES, weights, module.ram_bytes)
+    kv = work.kv_bytes(work.generated)
+    return MemoryEstimate(weights, kv, activations, _RUNTIME_BYTES, weights, _SYSTEM_BYTES, module.ram_bytes)

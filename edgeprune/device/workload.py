@@ -1,4 +1,7 @@
-"""The workload of one question about one image: sizes, token counts and precision, and how to read them from a bundle."""
+"""The workload of one question about one image: sizes, token counts and precision, and how to read them from a bundle.
+
+`edgeprune.export.sizes` reads the same sizes from a model that is not exported yet.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
-from edgeprune.device.onnx_file import Graph, read_graph
+from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle, DecoderShape
+from edgeprune.device.onnx_file import read_graph
 from edgeprune.errors import UsageError
-from edgeprune.plan import KeepPlan
+from edgeprune.plan import Geometry, KeepPlan
+
+Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class VisionWorkload:
     """The vision encoder: `layers` blocks of width `hidden` and MLP width `mlp` over `patches`, giving `tokens` visual tokens.
 
     `parameters` are multiplied once per patch, `merger` (the projector into the decoder) once per visual token. `left`: patches of
-    each block if vision cuts drop some; () without vision cuts.
+    each block if vision cuts drop some; () without vision cuts. `views`: tiles or frames of equal size, each of which attends to
+    itself alone.
     """
 
     layers: int
@@ -67,6 +73,7 @@ class VisionWorkload:
     parameters: int
     merger: int
     left: tuple[int, ...] = ()
+    views: int = 1
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -156,39 +163,76 @@ class Workload:
         return replace(self, tower=replace(self.tower, left=()), alive=counts, stored=counts, selector=0)
 
 
-def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: str = "fp32") -> Workload:
-    """Return the workload of a question to a bundle, as if it were exported in `precision`.
+@dataclass(frozen=True)
+class ModelSizes:
+    """What is known of a model: the shapes of the weights that its vision encoder and its decoder multiply by, rank 2 and more.
 
-    Sizes that the manifest lacks are inferred from the shapes of the graphs' weights. The vision encoder's width is the most common
-    dimension of its matrices, and its attention is assumed to span the image. Raises UsageError for an unknown precision and
-    BundleError for a graph that cannot be read.
+    `blocks`, `patches`: of the vision encoder. `selector`: nodes of the input cut's graph, 0 without one.
+    """
+
+    decoder: DecoderShape
+    vision_weights: Shapes
+    decoder_weights: Shapes
+    blocks: int
+    patches: int
+    selector: int = 0
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> ModelSizes:
+        """Return the sizes of a bundle; raise BundleError for a graph that cannot be read."""
+        manifest = bundle.manifest
+        return cls(
+            decoder=manifest.decoder,
+            vision_weights=read_graph(bundle.file(VISION)).weights,
+            decoder_weights=read_graph(bundle.file(DECODER)).weights,
+            blocks=manifest.encoder_blocks,
+            patches=int(manifest.graphs[VISION].inputs["pixel_values"].shape[0]),
+            selector=read_graph(bundle.file(SELECTOR)).nodes if SELECTOR in manifest.files else 0,
+        )
+
+
+def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: str = "fp32") -> Workload:
+    """Return the workload of a question to a bundle, as if it were exported in `precision`; raises as the two do that it calls."""
+    return workload(ModelSizes.of(bundle), bundle.plan, text_tokens=text_tokens, generated=generated, precision=precision)
+
+
+def workload(sizes: ModelSizes, plan: KeepPlan, *, text_tokens: int, generated: int, precision: str = "fp32") -> Workload:
+    """Return the workload of a question to a model under a plan, in `precision`.
+
+    Other sizes are inferred from the shapes of the weights. The vision encoder's width is the most common dimension of its
+    matrices, and its attention is assumed to span each view of the image. Raises UsageError for an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"Unknown precision {precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
-    plan, manifest = bundle.plan, bundle.manifest
-    patches = int(manifest.graphs[VISION].inputs["pixel_values"].shape[0])
     layers = range(plan.layers)
     return Workload(
-        tower=_with_vision_cuts(
-            _tower(read_graph(bundle.file(VISION)), manifest.encoder_blocks, patches, plan.geometry.tokens), plan
-        ),
-        decoder=_decoder(read_graph(bundle.file(DECODER)), bundle),
+        tower=_with_vision_cuts(_tower(sizes, plan.geometry), plan),
+        decoder=_decoder(sizes.decoder_weights, sizes.decoder),
         precision=PRECISIONS[precision],
         alive=tuple(map(plan.tokens_at_layer, layers)),
         stored=tuple(map(plan.tokens_cached, layers)),
         text_tokens=text_tokens,
         generated=generated,
-        selector=read_graph(bundle.file(SELECTOR)).nodes if SELECTOR in manifest.files else 0,
+        selector=sizes.selector,
     )
 
 
-def _tower(graph: Graph, layers: int, patches: int, tokens: int) -> VisionWorkload:
-    hidden = _most_common(size for shape in graph.weights for size in set(shape)) or 1
-    block_shapes = [shape for shape in graph.weights if hidden in shape]
+def _tower(sizes: ModelSizes, geometry: Geometry) -> VisionWorkload:
+    weights = sizes.vision_weights
+    hidden = _most_common(size for shape in weights for size in set(shape)) or 1
+    block_shapes = [shape for shape in weights if hidden in shape]
     mlp = _most_common(size for shape in block_shapes if len(shape) == 2 for size in shape if size not in (hidden, 3 * hidden))
     parameters = sum(map(math.prod, block_shapes))
+    merger = sum(map(math.prod, weights)) - parameters
     return VisionWorkload(
-        layers, hidden, mlp or 4 * hidden, patches, tokens, parameters, sum(map(math.prod, graph.weights)) - parameters
+        layers=sizes.blocks,
+        hidden=hidden,
+        mlp=mlp or 4 * hidden,
+        patches=sizes.patches,
+        tokens=geometry.tokens,
+        parameters=parameters,
+        merger=merger,
+        views=len(geometry.layout),
     )
 
 
@@ -199,9 +243,8 @@ def _with_vision_cuts(tower: VisionWorkload, plan: KeepPlan) -> VisionWorkload:
     return replace(tower, left=tuple(tower.patches * keep // tower.tokens for keep in keeps))
 
 
-def _decoder(graph: Graph, bundle: Bundle) -> Decoder:
-    shape = bundle.manifest.decoder
-    matrices = [sizes for sizes in graph.weights if shape.vocabulary not in sizes]
+def _decoder(weights: Shapes, shape: DecoderShape) -> Decoder:
+    matrices = [sizes for sizes in weights if shape.vocabulary not in sizes]
     others = Counter(size for sizes in matrices if shape.hidden in sizes for size in sizes if size != shape.hidden)
     kv = shape.kv_heads * shape.head_dim
     # Gate, up and down have the MLP's width; keys and values have the cache's width. The remaining size is that of the queries, or,

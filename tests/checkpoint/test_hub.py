@@ -257,11 +257,22 @@ def test_an_adapter_of_the_hub_is_merged(hub: Hub, tiny_folder: Path) -> None:
     plain = TESTS / "support" / "adapters" / "plain"
     hub.add("maker/lora", plain)
     folder = resolve_model(NAME, adapter="maker/lora")
-    assert sorted(hub.loaded("maker/lora")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert hub.loaded("maker/lora") == ["adapter_config.json"]
     fetch_weights(folder)
+    assert sorted(hub.loaded("maker/lora")) == ["adapter_config.json", "adapter_model.safetensors"]
     assert folder.source().weights_sha256 == resolve_model(str(tiny_folder), adapter=str(plain)).source().weights_sha256
     with pytest.raises(UnsupportedModelError, match=r"maker/lora is an adapter of maker/tiny-VL.*--adapter maker/lora -o BUNDLE"):
         resolve_model("maker/lora")
+
+
+def test_an_estimate_downloads_no_weights(hub: Hub) -> None:
+    hub.add("maker/lora", TESTS / "support" / "adapters" / "plain")
+    options = ("--device", "orin-nano", "--adapter", "maker/lora", "--image-size", "84x112", "--revision", commit_of(hub))
+    result = CliRunner().invoke(main, ["estimate", NAME, *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Fits in 8 GiB")
+    assert "config.json" in hub.loaded(NAME) and WEIGHTS not in hub.loaded(NAME)
+    assert hub.loaded("maker/lora") == ["adapter_config.json"]
 
 
 def test_what_the_library_logs_is_left_as_it_was(hub: Hub) -> None:

@@ -291,6 +291,10 @@ EARLY = (
     ("calibrate", "tabletop", *DATA, "--method", "auto", "-o", "p.json", "--max-drop", "200%"),
     ("run", "table.bundle", *ASK, "--overlay", "0.png"),
     ("run", "table.bundle", *ASK, "--max-tokens", "0"),
+    ("estimate", "no-template", "--device", "thor"),
+    ("estimate", "tabletop", "--device", "toaster"),
+    ("estimate", "tabletop", "--device", "thor", "--method", "fastv"),
+    ("estimate", "table.bundle", "--device", "thor", "--keep", "0.5"),
 )
 
 

@@ -18,6 +18,7 @@ from edgeprune.cli.options import (
     json_option,
     plan_options,
     provider_option,
+    refuse_model_options,
     resolve_plan,
     signature_option,
     skip_option,
@@ -156,10 +157,7 @@ def _open_model(
     from edgeprune.bundle import is_bundle
 
     if is_bundle(Path(model)):
-        if revision or adapter:
-            raise UsageError(f"{model} is a bundle: its model is frozen in.", hint="Leave --revision and --adapter out.")
-        if any(value for name, value in plan_request.items() if name != "seed"):
-            raise UsageError(f"{model} is a bundle: its plan is frozen in.", hint="Export another bundle for another plan.")
+        refuse_model_options(Path(model), revision, adapter, plan_request)
         from edgeprune.runtime import load
 
         return load(model, provider=provider, cache_bytes=0)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeprune.cli.help import command
-from edgeprune.cli.options import bundle_argument, fit_option, force_option, json_option, provider_option, threads_option
+from edgeprune.cli.options import (
+    bundle_argument,
+    check_plan_options,
+    fit_option,
+    force_option,
+    json_option,
+    plan_options,
+    provider_option,
+    refuse_model_options,
+    resolve_plan,
+    source_options,
+    threads_option,
+    trust_option,
+)
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import check_output
-from edgeprune.targets import PRECISIONS
+from edgeprune.targets import PRECISIONS, Lowering
 
 if TYPE_CHECKING:
-    from edgeprune.device.jetson import Module
-    from edgeprune.device.roofline import Estimate, Interval, MemoryEstimate
-    from edgeprune.device.workload import Workload
+    from edgeprune.device.workload import ModelSizes
+    from edgeprune.plan import KeepPlan
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -97,94 +108,70 @@ def _check_picture(plot: Path) -> None:
 
 
 @command()
-@bundle_argument
-@click.option("--device", required=True, help="A Jetson module, such as orin-nano, orin-nx, agx-orin or thor.")
+@click.argument("model", metavar="MODEL_OR_BUNDLE")
+@click.option("--device", "module_name", required=True, help="A Jetson module, such as orin-nano, orin-nx, agx-orin or thor.")
 @click.option("--text-tokens", default=32, show_default=True, help="Tokens of the question.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens of the answer.")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Of the engines.  [default: the bundle's; fp16 for one of fp32]")
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Of the engines.  [default: the bundle's; fp16 for a model or fp32]"
+)
+@source_options
+@plan_options
+@trust_option
 @json_option
-def estimate(bundle: Path, device: str, text_tokens: int, tokens: int, precision: str | None, as_json: bool) -> None:
-    """Estimate what an answer of BUNDLE costs on a Jetson.
+def estimate(
+    model: str, module_name: str, text_tokens: int, tokens: int, precision: str | None, as_json: bool, **request: Any
+) -> None:
+    """Estimate what an answer costs on a Jetson: whether it fits, first token, ms a token.
 
-    Times are ranges with what limits them; memory is at rest and at peak.
+    MODEL_OR_BUNDLE is a bundle, or what `edgeprune export` takes, with the same plan options: a transformers folder, an id of the
+    Hugging Face Hub, or `tabletop`. Of a model no weights are read or downloaded. A checkpoint that is quantized counts in
+    --precision, and so does an adapter, merged.
 
     A roofline of the module's peak numbers, not a measurement; `edgeprune profile` measures.
+
+    \b
+    Example: edgeprune estimate Qwen/Qwen2-VL-2B-Instruct --device orin-nano --precision int4 --image-size 448x448
     """
+    from edgeprune.bundle import is_bundle
+    from edgeprune.cli.output.estimate import show_estimate
+    from edgeprune.device import jetson, workload
+
+    module, bundle_precision = jetson.module_named(module_name), None
+    question = {"text_tokens": text_tokens, "generated": tokens}
+    if is_bundle(Path(model)):
+        sizes, plan, bundle_precision = _sizes_of_bundle(Path(model), request)
+        # Engines of float32 graphs are usually built with FP16 allowed; the output states this assumption.
+        chosen = precision or ("fp16" if bundle_precision == "fp32" else bundle_precision)
+    else:
+        chosen = precision or "fp16"
+        sizes, plan = _sizes_of_model(model, Lowering(module.target, chosen), request)
+    show_estimate(workload.workload(sizes, plan, **question, precision=chosen), module, bundle_precision, as_json)
+
+
+def _sizes_of_bundle(path: Path, request: dict[str, Any]) -> tuple[ModelSizes, KeepPlan, str]:
     from edgeprune.bundle import Bundle
-    from edgeprune.device import jetson as modules
-    from edgeprune.device import roofline, workload
+    from edgeprune.device.workload import ModelSizes
 
-    module, opened = modules.module_named(device), Bundle.load(bundle)
-    chosen = precision or _engine_precision(opened.manifest.precision)
-    work = workload.workload_of(opened, text_tokens=text_tokens, generated=tokens, precision=chosen)
-    pruned, unpruned = roofline.estimate(work, module), roofline.estimate(work.unpruned(), module)
-    _show(work, module, opened.manifest.precision, pruned, unpruned, as_json)
+    del request["trust_remote_code"]
+    refuse_model_options(path, request.pop("revision"), request.pop("adapter"), request)
+    bundle = Bundle.load(path)
+    return ModelSizes.of(bundle), bundle.plan, bundle.manifest.precision
 
 
-def _engine_precision(precision: str) -> str:
-    # Engines of float32 graphs are usually built with FP16 allowed; the output states this assumption.
-    return "fp16" if precision == "fp32" else precision
+def _sizes_of_model(model: str, lowering: Lowering, request: dict[str, Any]) -> tuple[ModelSizes, KeepPlan]:
+    from edgeprune.checkpoint.configuration import check_folder
+    from edgeprune.checkpoint.loading import load_outline, resolve_model
 
+    folder = resolve_model(model, **{name: request.pop(name) for name in ("revision", "adapter", "trust_remote_code")})
+    check_plan_options(folder, **request)
+    check_folder(folder)
+    require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
+    from edgeprune.export.sizes import sizes_of
 
-def _show(work: Workload, module: Module, bundle_precision: str, pruned: Estimate, unpruned: Estimate, as_json: bool) -> None:
-    from edgeprune.cli.output.basic import show_facts, show_json, show_table
-
-    if as_json:
-        request = {"device": module.name, "precision": work.precision.name, "bundle_precision": bundle_precision}
-        tokens = {"visual_tokens": work.tower.tokens, "text_tokens": work.text_tokens, "tokens": work.generated}
-        show_json({**request, **tokens, "pruned": _to_json(pruned), "unpruned": _to_json(unpruned)})
-        return
-    assumed = "" if work.precision.name == bundle_precision else f", assumed: the bundle is {bundle_precision}"
-    facts = {
-        "device": f"{module.title}: {module.tflops():.1f} TFLOPS dense FP16, {module.bandwidth:g} GB/s, {module.ram} GiB",
-        "workload": f"{work.tower.tokens} visual tokens, {work.text_tokens} of the question, {work.generated} of the answer",
-        "precision": f"{work.precision.name}{assumed}",
-    }
-    show_facts(facts, as_json=False)
-    click.echo()
-    show_table(["stage", "ms", "limit", "unpruned ms", "limit"], _time_rows(pruned, unpruned), as_json=False)
-    click.echo()
-    show_table(["memory", "MB", "unpruned MB"], _memory_rows(pruned.memory, unpruned.memory), as_json=False)
-    click.echo(f"\nfits in {module.ram} GiB, the system's own not counted: {pruned.memory.fits}")
-    click.echo("A roofline of peak numbers, not a measurement; how far off it was: docs/roofline.md")
-
-
-def _time_rows(pruned: Estimate, unpruned: Estimate) -> list[list[str]]:
-    rows = []
-    for stage in pruned.stages:
-        other = unpruned.stage(stage.name)
-        unpruned_cells = ["-", ""] if other is None else [_span(other.ms), other.limit]
-        rows.append(["decode, a token" if stage.name == "decode" else stage.name, _span(stage.ms), stage.limit, *unpruned_cells])
-    rows.insert(-1, ["first token", _span(pruned.ttft_ms), "", _span(unpruned.ttft_ms), ""])
-    return rows
-
-
-def _memory_rows(pruned: MemoryEstimate, unpruned: MemoryEstimate) -> list[list[str]]:
-    return [
-        ["weights", *(f"{memory.weights / 1e6:.1f}" for memory in (pruned, unpruned))],
-        ["runtime", *(_span(memory.runtime, 1e-6) for memory in (pruned, unpruned))],
-        ["at rest", *(_span(memory.at_rest, 1e-6) for memory in (pruned, unpruned))],
-        ["KV cache", *(f"{memory.kv / 1e6:.1f}" for memory in (pruned, unpruned))],
-        ["activations", *(f"{memory.activations / 1e6:.1f}" for memory in (pruned, unpruned))],
-        ["at peak", *(_span(memory.at_peak, 1e-6) for memory in (pruned, unpruned))],
-        ["file cache, given back", *(f"{memory.file_cache / 1e6:.1f}" for memory in (pruned, unpruned))],
-    ]
-
-
-def _span(value: Interval, scale: float = 1.0) -> str:
-    digits = 2 if value.high * scale < 1 else 1 if value.high * scale < 100 else 0
-    return f"{value.low * scale:.{digits}f} to {value.high * scale:.{digits}f}"
-
-
-def _to_json(result: Estimate) -> dict[str, Any]:
-    memory = result.memory
-    totals = {"at_rest": asdict(memory.at_rest), "at_peak": asdict(memory.at_peak), "fits": memory.fits}
-    return {
-        "stages": [asdict(stage) for stage in result.stages],
-        "ttft_ms": asdict(result.ttft_ms),
-        "token_ms": asdict(result.token_ms),
-        "memory": {**asdict(memory), **totals},
-    }
+    outline = load_outline(folder)
+    plan = resolve_plan(outline, **request)
+    return sizes_of(outline, plan, lowering), plan
 
 
 @command()
