@@ -23,7 +23,7 @@ from edgeprune.export.passes.pipeline import drop_unused_inputs, graph_record, r
 from edgeprune.export.torch_exporter import quick_exporter
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
-from edgeprune.model.cache import caches_of, flat_rows
+from edgeprune.model.cache import caches_of, flat_rows, flat_states
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import cache_group
 from edgeprune.registry import method_class
@@ -107,7 +107,8 @@ def trace_decoder(
     ]
     tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower_tiers))} if lower_tiers else None
     shapes += [tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
-    names = decoder_inputs(plan, tiers=bool(lower_tiers)), decoder_outputs(plan)
+    states = parts.layer_states
+    names = decoder_inputs(plan, states, tiers=bool(lower_tiers)), decoder_outputs(plan, states)
     return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
 
 
@@ -134,26 +135,28 @@ class _FlatDecoder(nn.Module):
             Segment(prefix, prefix_positions),
             Segment(visual, visual_positions),
             Segment(suffix, suffix_positions),
-            caches_of(past),
+            caches_of(past, len(self.decoder.layers), self.decoder.shape.states),
             order,
             tier=tier,
             text_groups=groups,
         )
-        return (output.logits, *flat_rows(output.rows), *output.kept, *(() if output.split is None else (output.split,)))
+        rows = *flat_rows(output.rows), *flat_states(output.rows)
+        return (output.logits, *rows, *output.kept, *(() if output.split is None else (output.split,)))
 
 
 def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
     # All example lengths differ, so that the exporter does not identify independent dimensions.
     text = torch.export.Dim("past_text", min=1, max=MAX_LENGTH)
     stages: dict[Any, Any] = {}
-    layers = plans[0].layers
+    layers = [layer for layer in range(plans[0].layers) if layer not in parts.states]
     visual: list[tuple[torch.Tensor, Any]] = []
-    for layer in range(layers):
+    for layer in layers:
         stage = cache_group(plans, layer)
         length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
         rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim, dtype=kind)
         visual += [(rows, {0: length})] * 2
-    past = [(torch.zeros(7, parts.kv_heads, parts.head_dim, dtype=kind), {0: text})] * (2 * layers) + visual
+    past = [(torch.zeros(7, parts.kv_heads, parts.head_dim, dtype=kind), {0: text})] * (2 * len(layers)) + visual
+    past += [(torch.zeros(state.shape), None) for state in parts.layer_states]
     return [example.clone() for example, _ in past], [shape for _, shape in past]
 
 

@@ -80,8 +80,9 @@ def verify(
         conversation = Conversation(replace(reference, backend=recorder))
         text = "".join(conversation.ask(DESCRIBE_PROMPT, [image], Sampling(max_tokens=MAX_TOKENS)))
     backend = OnnxRuntimeBackend(bundle, exact=True)
-    # The video processor of transformers needs torchvision; frames are prepared like images.
-    comparisons = [_compare_pixels(loaded, bundle, frames[0])] if len(frames) == 1 else []
+    # Some processors of transformers need torchvision, as those of all videos do. Frames are prepared like images.
+    has_own = len(frames) == 1 and callable(loaded.processor.image_processor)
+    comparisons = [_compare_pixels(loaded, bundle, frames[0])] if has_own else []
     progress("vision")
     comparisons += _compare_vision(backend, recorder)
     progress("decoder")
@@ -128,15 +129,15 @@ def _compare_decoder(backend: OnnxRuntimeBackend, recorder: RecordingBackend, ti
     # Every step starts from the reference's cache, so that errors do not propagate to later steps.
     selections = zip(recorder.prompts, recorder.selected, strict=True)
     kept = [(expected, backend.select_tokens(recorder.seen[0], prompt, tier)[1]) for prompt, expected in selections]
-    logits: list[tuple[np.ndarray, np.ndarray]] = []
+    outputs: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for (tokens, cache), expected in zip(recorder.inputs, recorder.steps, strict=True):
         actual = backend.forward(replace(tokens, tier=tier), cache)
-        logits.append((expected.logits, actual.logits))
+        outputs.append([(expected.logits, actual.logits), *zip(expected.states, actual.states, strict=True)])
         kept += zip(expected.kept, actual.kept, strict=True)
     return [
         _compare_kept("kept", kept),
-        _compare("prefill", logits[:1], "logits of the last prompt token"),
-        _compare("generation", logits[1:], f"logits of {len(logits) - 1} generated tokens"),
+        _compare("prefill", outputs[0], "logits of the last prompt token"),
+        _compare("generation", [pair for step in outputs[1:] for pair in step], f"logits of {len(outputs) - 1} generated tokens"),
     ]
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
-from edgeprune.model.cache import caches_of, flat_rows
+from edgeprune.model.cache import caches_of, flat_rows, flat_states
 from edgeprune.model.quantization import at_precision
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import image_spec
@@ -84,7 +84,8 @@ class TorchBackend:
             Segment(self._tensor(part.embeds), self._tensor(part.positions))
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
         ]
-        caches = caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
+        flat = [self._tensor(rows) for rows in (*cache.text, *cache.visual, *cache.states)]
+        caches = caches_of(flat, len(self._parts.layers), self._parts.states)
         groups = self._tensor(tokens.text_groups) if self._rate_predictor is not None else None
         output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), text_groups=groups)
         return DecoderOutput(
@@ -92,6 +93,7 @@ class TorchBackend:
             tuple(_array(rows) for rows in flat_rows(output.rows)),
             tuple(_array(kept) for kept in output.kept),
             None if output.split is None else _array(output.split),
+            states=tuple(_array(state) for state in flat_states(output.rows)),
         )
 
     @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from edgeprune.bundle.manifest import LayerState, attention_layers
 from edgeprune.plan import KeepPlan
 
 SEGMENTS = ("prefix", "visual", "suffix")
@@ -25,6 +28,12 @@ def rows_name(layer: int, part: str) -> str:
     return f"present.{layer}.{part}"
 
 
+def state_names(states: Sequence[LayerState], when: str) -> list[str]:
+    """Return the input names ("past") or output names ("present") of the states of layers without a KV cache."""
+    layers = [state.layer for state in states]
+    return [f"{when}_state.{layer}.{layers[:index].count(layer)}" for index, layer in enumerate(layers)]
+
+
 def kept_name(cut: int) -> str:
     """Return the output name of the kept indices of the plan's cut with this index."""
     return f"kept.{cut}"
@@ -35,16 +44,20 @@ def kept_names(plan: KeepPlan, *sites: str) -> list[str]:
     return [kept_name(index) for index, cut in enumerate(plan.cuts) if cut.site in sites]
 
 
-def decoder_inputs(plan: KeepPlan, *, tiers: bool = False) -> list[str]:
+def decoder_inputs(plan: KeepPlan, states: Sequence[LayerState] = (), *, tiers: bool = False) -> list[str]:
     """Return the decoder's input names in graph order; `tiers`: whether the bundle has several tiers."""
-    layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
+    layers = _cached(plan, states)
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
     names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
-    return names + [cache_name(*layer) for layer in layers] + [visual_cache_name(*layer) for layer in layers]
+    names += [cache_name(*layer) for layer in layers] + [visual_cache_name(*layer) for layer in layers]
+    return names + state_names(states, "past")
 
 
-def decoder_outputs(plan: KeepPlan) -> list[str]:
+def decoder_outputs(plan: KeepPlan, states: Sequence[LayerState] = ()) -> list[str]:
     """Return the decoder's output names in graph order."""
-    layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
-    names = ["logits", *(rows_name(*layer) for layer in layers), *kept_names(plan, "layer", "cache")]
-    return names + (["attention_split"] if plan.follows_attention else [])
+    names = ["logits", *(rows_name(*layer) for layer in _cached(plan, states)), *state_names(states, "present")]
+    return [*names, *kept_names(plan, "layer", "cache"), *(["attention_split"] if plan.follows_attention else [])]
+
+
+def _cached(plan: KeepPlan, states: Sequence[LayerState]) -> list[tuple[int, str]]:
+    return [(layer, part) for layer in attention_layers(plan.layers, states) for part in ("key", "value")]

@@ -20,6 +20,7 @@ from edgeprune.errors import UnsupportedModelError, UsageError
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
+_WITHOUT_PILLOW = ("Lfm2VlImageProcessor",)  # transformers has them for torchvision alone; EdgePrune has its own
 
 
 def image_settings(path: Path) -> dict[str, Any]:
@@ -116,7 +117,10 @@ def _image_processor_alone(kind: Any) -> Iterator[None]:
     class PillowImageProcessor:
         @staticmethod
         def from_pretrained(source: Any, **options: Any) -> Any:
-            kind = _RENAMED.get(str(image_settings(Path(source)).get("image_processor_type")))
+            named = str(image_settings(Path(source)).get("image_processor_type"))
+            if named.removesuffix("Fast") in _WITHOUT_PILLOW:
+                return Placeholder()
+            kind = _RENAMED.get(named)
             if kind is not None:
                 return getattr(transformers, kind).from_pretrained(source, **options)
             return AutoImageProcessor.from_pretrained(source, backend="pil", **options)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from edgeprune.bundle import ImageText
+from edgeprune.bundle import ImageText, LayerState
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.plan import Cut, Geometry
 
@@ -31,7 +31,9 @@ class DecoderParts:
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
-    `context`: the longest supported sequence in tokens.
+    `context`: the longest supported sequence in tokens. `states`: the shapes of the states of each layer without attention. Such a
+    layer has a `mixer` in place of `self_attn`: it maps hidden states [S, hidden] in the order of the sequence, and the states
+    before them, to its output [S, hidden] and the new states.
     """
 
     layers: nn.ModuleList
@@ -47,6 +49,12 @@ class DecoderParts:
     context: int
     planes: int = 0
     bidirectional: bool = False
+    states: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+
+    @property
+    def layer_states(self) -> tuple[LayerState, ...]:
+        """The states of all layers, in the order of the layers."""
+        return tuple(LayerState(layer, shape) for layer, shapes in sorted(self.states.items()) for shape in shapes)
 
 
 class Family:
@@ -54,7 +62,8 @@ class Family:
 
     `position_axes`: 3 with mRoPE. `signals`: extra outputs of the vision encoder, for input methods that name them in `needs`;
     `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so.
-    `videos`: whether the model was trained on videos. `chat_template`: the default for model folders without one.
+    `stateful`: what most layers have instead of attention, if so. `videos`: whether the model was trained on videos.
+    `chat_template`: the default for model folders without one.
     """
 
     name: ClassVar[str]
@@ -62,6 +71,7 @@ class Family:
     signals: ClassVar[tuple[str, ...]] = ("vision attention",)
     no_signals_reason: ClassVar[str] = ""
     no_encoder_cuts_reason: ClassVar[str] = ""
+    stateful: ClassVar[str] = ""
     videos: ClassVar[bool] = False
     chat_template: ClassVar[str | None] = None
 

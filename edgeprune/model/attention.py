@@ -240,6 +240,12 @@ def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.
     return torch.zeros_like(row) if bidirectional else positions[0] * _ROWS + row
 
 
+def sequence_order(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows [S] in the order of the sequence and the rank [S] of each row in it, given different `places` [S]."""
+    ranks = torch.where(places[None] < places[:, None], 1.0, 0.0).sum(dim=1).long()
+    return torch.zeros_like(ranks).scatter(0, ranks, torch.arange(ranks.shape[0], device=ranks.device)), ranks
+
+
 def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
     """Return the mask of new tokens after caches of `past_text` and `past_visual` rows, which are visible to all except null rows.
 

@@ -1,5 +1,7 @@
 """The KV cache of a layer, with separate tensors for text and visual tokens, and the rows that one step adds to it.
 
+A layer without attention has states of fixed size in its place, which a step replaces.
+
 A step returns only its new rows, and the owner of the caches appends them: no growing tensor is copied. Visual tokens have caches
 of their own, so that a prefix of them can be read.
 
@@ -9,7 +11,7 @@ text yet: ONNX Runtime 1.31.1 divides by zero there in a matrix product with a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +42,36 @@ class LayerCache:
         return LayerCache(*texts, *(torch.cat([old, new[before:end]]) for old, new in pairs))
 
 
-def caches_of(flat: Sequence[torch.Tensor]) -> list[LayerCache]:
-    """Return the caches of a flat sequence: key and value of each layer for text, then the same for visual tokens."""
-    half = len(flat) // 2
-    text, visual = flat[:half], flat[half:]
-    return [LayerCache(*text[i : i + 2], *visual[i : i + 2]) for i in range(0, half, 2)]
+@dataclass(frozen=True)
+class LayerStates:
+    """The states of one layer without attention, float32, in the order of its shapes in DecoderParts."""
+
+    tensors: tuple[torch.Tensor, ...]
 
 
-def flat_rows(rows: Sequence[NewKv]) -> tuple[torch.Tensor, ...]:
-    """Return the rows as a flat sequence: key and value of each layer."""
-    return tuple(part for layer in rows for part in (layer.key, layer.value))
+StateShapes = Mapping[int, tuple[tuple[int, ...], ...]]  # of the layers without attention
+
+
+def caches_of(flat: Sequence[torch.Tensor], layers: int, states: StateShapes) -> list[LayerCache | LayerStates]:
+    """Return each layer's cache, of a flat sequence of tensors.
+
+    These are key and value of each layer with attention for text, then the same for visual tokens, then the states.
+    """
+    half = (len(flat) - sum(map(len, states.values()))) // 2
+    text, visual, rest = iter(flat[:half]), iter(flat[half : 2 * half]), iter(flat[2 * half :])
+    return [
+        LayerStates(tuple(next(rest) for _ in states[layer]))
+        if layer in states
+        else LayerCache(next(text), next(text), next(visual), next(visual))
+        for layer in range(layers)
+    ]
+
+
+def flat_rows(rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
+    """Return the rows as a flat sequence: key and value of each layer with attention."""
+    return tuple(part for layer in rows if isinstance(layer, NewKv) for part in (layer.key, layer.value))
+
+
+def flat_states(rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
+    """Return the states as a flat sequence, layer by layer."""
+    return tuple(state for layer in rows if isinstance(layer, LayerStates) for state in layer.tensors)

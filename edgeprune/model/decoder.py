@@ -17,8 +17,17 @@ from torch import nn
 
 from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
-from edgeprune.model.attention import AttentionOutput, Mask, TokenRows, attend, causal_mask, places_of, rotated
-from edgeprune.model.cache import LayerCache, NewKv
+from edgeprune.model.attention import (
+    AttentionOutput,
+    Mask,
+    TokenRows,
+    attend,
+    causal_mask,
+    places_of,
+    rotated,
+    sequence_order,
+)
+from edgeprune.model.cache import LayerCache, LayerStates, NewKv
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.tiers import budgets, cache_group, tokens_at_layer
 from edgeprune.registry import method_class
@@ -38,14 +47,14 @@ class Segment:
 class StepOutput:
     """The output of one forward pass.
 
-    `logits` [1, n, vocabulary]: of the last token, or of all n tokens of the suffix. `rows`: the new KV rows of each layer.
-    `kept`: for each layer and cache cut, in plan order, the kept indices in the image, [K] or [kv heads, K]. `split` [layers, 4],
-    if text groups were given: the shares of the last token's attention to the system prompt, the image, the instruction and
-    generated text, averaged over heads.
+    `logits` [1, n, vocabulary]: of the last token, or of all n tokens of the suffix. `rows`: the new KV rows of each layer, or
+    its new states. `kept`: for each layer and cache cut, in plan order, the kept indices in the image, [K] or [kv heads, K].
+    `split` [layers, 4], if text groups were given: the shares of the last token's attention to the system prompt, the image, the
+    instruction and generated text, averaged over heads.
     """
 
     logits: torch.Tensor
-    rows: tuple[NewKv, ...]
+    rows: tuple[NewKv | LayerStates, ...]
     kept: tuple[torch.Tensor, ...]
     split: torch.Tensor | None
 
@@ -75,17 +84,23 @@ class PrunedDecoder(nn.Module):
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
         self._budgets = {str(c): budgets(self._plans, c) for c in (*plan.layer_cuts, *plan.cache_cuts)}
 
-    def empty_caches(self) -> tuple[LayerCache, ...]:
-        """Return one cache per layer that holds only its null rows."""
-        null = next(self.parameters()).new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
-        return tuple(LayerCache(null, null, null, null) for _ in self.layers)
+    def empty_caches(self) -> tuple[LayerCache | LayerStates, ...]:
+        """Return one cache per layer that holds only its null rows, or states of zeros."""
+        weight, states = next(self.parameters()), self.shape.states
+        null = weight.new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
+        return tuple(
+            LayerStates(tuple(weight.new_zeros(shape) for shape in states[layer]))
+            if layer in states
+            else LayerCache(null, null, null, null)
+            for layer in range(len(self.layers))
+        )
 
     def forward(
         self,
         prefix: Segment,
         visual: Segment,
         suffix: Segment,
-        caches: Sequence[LayerCache],
+        caches: Sequence[LayerCache | LayerStates],
         order: torch.Tensor | None = None,
         *,
         tier: torch.Tensor | None = None,
@@ -99,13 +114,14 @@ class PrunedDecoder(nn.Module):
         `order` [V]: indices of the visual tokens in the image, by default all of them. `tier`: a marker whose length selects the
         budgets, 1 (the default) for the plan, 2 for the first of `lower_tiers`, and so on. `text_groups` [text, 3]: one-hot group
         (system, instruction, generated) of each text key, cached and new. `probe(layer, view)` is called after the attention of
-        each layer. `hide`, one per layer [S, K]: added to the scores of the last K cached visual tokens. `every_logit`: return
-        the logits of the whole suffix.
+        each layer that has it. `hide`, one per layer [S, K]: added to the scores of the last K cached visual tokens.
+        `every_logit`: return the logits of the whole suffix.
         """
         tokens = self._join(prefix, visual, suffix, order)
         embeds = tokens.split(tokens.hidden)[1:]
-        rows, kept, splits = [], dict[str, torch.Tensor](), []
+        rows, kept, splits = list[NewKv | LayerStates](), dict[str, torch.Tensor](), []
         masks: dict[Any, Mask] = {}
+        orders: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         attended: AttentionOutput | None = None
         for index, layer in enumerate(self._layers()):
             if index in self.layer_cuts:
@@ -113,17 +129,22 @@ class PrunedDecoder(nn.Module):
                 view = self._view(tokens, attended, embeds, layer)
                 chosen = method.select(view, self._keep(cut, tier))
                 tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
-                kept[str(cut)] = tokens.order
-            mask = self._mask(index, tokens, caches[index], masks)
-            mask = mask if hide is None else _hide(mask, hide[index])
-            hidden = layer.input_layernorm(tokens.hidden)
-            attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask, fused=self.fused)
-            if probe is not None:
-                probe(index, self._view(tokens, attended, embeds, None))
-            rows.append(self._cut_rows(index, tokens, attended, embeds, kept, tier))
-            if text_groups is not None:
-                splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
-            hidden = tokens.hidden + attended.output
+                kept[str(cut)], attended = tokens.order, None
+            hidden, cache = layer.input_layernorm(tokens.hidden), caches[index]
+            if isinstance(cache, LayerStates):
+                mixed, states = self._mix(index, layer, hidden, tokens, cache, orders)
+                rows.append(states)
+            else:
+                mask = self._mask(index, tokens, cache, masks)
+                mask = mask if hide is None else _hide(mask, hide[index])
+                attended = attend(layer.self_attn, self.shape, hidden, tokens, cache, mask, fused=self.fused)
+                if probe is not None:
+                    probe(index, self._view(tokens, attended, embeds, None))
+                rows.append(self._cut_rows(index, tokens, attended, embeds, kept, tier))
+                if text_groups is not None:
+                    splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
+                mixed = attended.output
+            hidden = tokens.hidden + mixed
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             tokens = tokens.with_hidden(self._with_plane(index, hidden, tokens))
         last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
@@ -151,6 +172,17 @@ class PrunedDecoder(nn.Module):
         if tokens.planes is None or index >= self.shape.planes:
             return hidden
         return hidden + tokens.planes[:, index * self.shape.hidden : (index + 1) * self.shape.hidden]
+
+    def _mix(
+        self, index: int, layer: Any, hidden: torch.Tensor, tokens: TokenRows, cache: LayerStates, orders: dict[Any, Any]
+    ) -> tuple[torch.Tensor, LayerStates]:
+        # A layer without attention takes its rows in the order of the sequence. Dropped tokens do not enter its states.
+        stage = tokens_at_layer(self._plans, index)
+        if stage not in orders:
+            orders[stage] = sequence_order(tokens.places)
+        order, ranks = orders[stage]
+        mixed, *states = layer.mixer(hidden.index_select(0, order), *cache.tensors)
+        return mixed.index_select(0, ranks), LayerStates(tuple(states))
 
     def _mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
         # Layers with equally many new and cached visual tokens share a mask.
@@ -189,7 +221,6 @@ class PrunedDecoder(nn.Module):
         return NewKv(*(_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value)))
 
     def _view(self, tokens: TokenRows, attended: AttentionOutput | None, embeds: Any, next_layer: Any) -> LayerView:
-        assert attended is not None  # plans are validated: no layer cut acts before layer 0
         before, visual = tokens.sizes[:2]
 
         def next_attention() -> torch.Tensor:
@@ -197,6 +228,8 @@ class PrunedDecoder(nn.Module):
             row = torch.softmax(query[:, :, -1] @ key.permute(1, 2, 0), dim=-1).flatten(0, 1)
             return torch.split(row, list(tokens.sizes), dim=1)[1]
 
+        if attended is None:  # no layer has attended to these tokens, and plans are validated: the method does not ask for it
+            return LayerView(tokens.order, self.shape.kv_heads, next_attention=next_attention, embeds=lambda: embeds)
         return LayerView(
             tokens.order,
             self.shape.kv_heads,

@@ -43,7 +43,7 @@ PROMPTS = ("What colour is the cube?", "And the ball?")
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
 TWINS = ("smolvlm", "vipllava")  # of idefics3 and llava: the same encoders and decoders
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
-DECODERS = ("llava", "paligemma", "qwen2_vl", "qwen3_vl")
+DECODERS = ("lfm2_vl", "llava", "paligemma", "qwen2_vl", "qwen3_vl")
 
 
 def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:
@@ -229,8 +229,9 @@ def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_pa
     views = geometry.layout
     base = unpruned_plan(name, len(model.family.decoder().layers), geometry)
     first = Cut("input", "uniform" if views[-1].separators else "evs", geometry.tokens - 3)
+    layers = model.decoder_shape().attention_layers
     plan = base.with_cuts(
-        first, Cut("layer", "fastv", geometry.tokens // 2, layer=1), Cut("cache", "plphp", 3, layer=base.layers - 1)
+        first, Cut("layer", "fastv", geometry.tokens // 2, layer=layers[0] + 1), Cut("cache", "plphp", 3, layer=layers[-1])
     )
     bundle = export_bundle(model, plan, tmp_path / "bundle")
     assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []
@@ -245,12 +246,13 @@ def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_pa
 def pruned(loaded: LoadedModel, name: str) -> KeepPlan:
     """Return a plan with cuts at every site but the last."""
     plan, first = whole(loaded, name), in_encoder(loaded, name, "evit")
+    layers = loaded.decoder_shape().attention_layers
     tokens, left = plan.geometry.tokens, plan.with_cuts(*first).tokens_from_encoder
     ranked = "visionzip" if loaded.family.signals else "divprune"
     cuts = [
         Cut("input", ranked, left - 2),
-        Cut("layer", "fastv", tokens // 2, layer=1),
-        Cut("cache", "plphp", tokens // 4, layer=plan.layers - 1),
+        Cut("layer", "fastv", tokens // 2, layer=layers[0] + 1),
+        Cut("cache", "plphp", tokens // 4, layer=layers[-1]),
     ]
     return plan.with_cuts(*first, *cuts[: plan.layers])
 
@@ -314,7 +316,7 @@ def test_every_method_applies_or_says_why_not(name: str, model: LoadedModel) -> 
     for field in applicability(model.family):
         if field.reason or field.site == "decode" or field.method == "evs":  # test_dyrate.py, test_methods_evs.py
             continue
-        layer = 0 if field.site == "input" else 1
+        layer = {"input": 0, "vision": 1}.get(field.site, model.decoder_shape().attention_layers[1])
         keep = 0 if field.method == "vtw" else base.geometry.tokens // 2
         if field.site == "vision":
             keep = in_encoder(model, name, field.method)[0].keep
