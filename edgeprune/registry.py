@@ -46,6 +46,7 @@ FAMILIES = {
     "paligemma": "edgeprune.families.paligemma:PaliGemma",
     "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
+    "qwen3_5": "edgeprune.families.qwen3_5:Qwen35",
     "qwen3_vl": "edgeprune.families.qwen3_vl:Qwen3VL",
     "smolvlm": "edgeprune.families.idefics3:SmolVLM",
     "vipllava": "edgeprune.families.llava:VipLlava",

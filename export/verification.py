@@ -29,11 +29,13 @@ from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 
 MAX_TOKENS = 32  # generated tokens
 Comparison = tuple[str, float, str]  # stage, worst difference, what was compared
-_FP32 = {"pixels": 1e-5, "vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0}
+_FP32 = {"pixels": 1e-5, "vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3}
+_FP32 |= {"states": 1e-3, "text": 0.0}
 # Half precision rounds at 5e-4, and errors accumulate over the layers; nearly equal scores may swap ranks.
 _FP16 = {"pixels": 1e-5, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill": 3e-3, "generation": 5e-3}
+_FP16["states"] = 0.02  # sums over all tokens before them
 # If activations are quantized to 8 bits too, a difference in the last digit may become a step of 1/255 of their range.
-_DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02}
+_DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "states": 0.05}
 TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "int8": _FP16, "int4": _FP16}
 
 
@@ -129,15 +131,17 @@ def _compare_decoder(backend: OnnxRuntimeBackend, recorder: RecordingBackend, ti
     # Every step starts from the reference's cache, so that errors do not propagate to later steps.
     selections = zip(recorder.prompts, recorder.selected, strict=True)
     kept = [(expected, backend.select_tokens(recorder.seen[0], prompt, tier)[1]) for prompt, expected in selections]
-    outputs: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    logits, states = list[tuple[np.ndarray, np.ndarray]](), list[tuple[np.ndarray, np.ndarray]]()
     for (tokens, cache), expected in zip(recorder.inputs, recorder.steps, strict=True):
         actual = backend.forward(replace(tokens, tier=tier), cache)
-        outputs.append([(expected.logits, actual.logits), *zip(expected.states, actual.states, strict=True)])
+        logits.append((expected.logits, actual.logits))
+        states += zip(expected.states, actual.states, strict=True)
         kept += zip(expected.kept, actual.kept, strict=True)
     return [
         _compare_kept("kept", kept),
-        _compare("prefill", outputs[0], "logits of the last prompt token"),
-        _compare("generation", [pair for step in outputs[1:] for pair in step], f"logits of {len(outputs) - 1} generated tokens"),
+        _compare("prefill", logits[:1], "logits of the last prompt token"),
+        _compare("generation", logits[1:], f"logits of {len(logits) - 1} generated tokens"),
+        *([_compare("states", states, "states of layers without attention")] if states else []),
     ]
 
 

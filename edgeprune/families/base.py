@@ -26,14 +26,16 @@ class DecoderParts:
     """The modules and dimensions of a decoder.
 
     `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, optionally q_norm and k_norm per
-    head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions
-    [axes, S]. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any scaling.
+    head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim] or of a first part of
+    it, of integer positions [axes, S]. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any
+    scaling.
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
-    `context`: the longest supported sequence in tokens. `states`: the shapes of the states of each layer without attention. Such a
-    layer has a `mixer` in place of `self_attn`: it maps hidden states [S, hidden] in the order of the sequence, and the states
-    before them, to its output [S, hidden] and the new states.
+    `gated`: q_proj gives each head a gate of the attention's output after its query. `context`: the longest supported sequence in
+    tokens. `states`: the shapes of the states of each layer without attention. Such a layer has a `mixer` in place of
+    `self_attn`: it maps hidden states [S, hidden] in the order of the sequence, and the states before them, to its output [S,
+    hidden] and the new states.
     """
 
     layers: nn.ModuleList
@@ -49,6 +51,7 @@ class DecoderParts:
     context: int
     planes: int = 0
     bidirectional: bool = False
+    gated: bool = False
     states: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property

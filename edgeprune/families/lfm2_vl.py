@@ -19,6 +19,7 @@ from edgeprune.errors import PlanError, UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, refuse_quantized, text_rope
 from edgeprune.families.encoder import ViewEncoder, attend_within, check_encoder
 from edgeprune.families.encoder_pruning import EncoderPruning, UnequalViews
+from edgeprune.families.recurrent import shifted_sum
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE, _START, _END, _THUMBNAIL = "<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"
@@ -116,10 +117,7 @@ class _Attention(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """A gated causal convolution over few tokens: hidden states [S, hidden], state [kernel - 1, hidden], the inputs before them.
-
-    It is a sum of shifted rows: TensorRT's convolutions need a constant length to be fast, and quantization leaves it alone.
-    """
+    """A gated causal convolution over few tokens: hidden states [S, hidden], state [kernel - 1, hidden], the inputs before them."""
 
     def __init__(self, conv: Any) -> None:
         super().__init__()
@@ -130,16 +128,6 @@ class ShortConvolution(nn.Module):
         before, after, values = self.in_proj(hidden).chunk(3, dim=1)
         mixed, state = shifted_sum(torch.cat([state, before * values]), self.conv)
         return self.out_proj(after * mixed), state
-
-
-def shifted_sum(rows: torch.Tensor, convolution: nn.Conv1d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a causal depthwise convolution [S, width] of rows [kernel - 1 + S, width], and its last kernel - 1 rows."""
-    kernel = convolution.weight.shape[2]
-    length = rows.shape[0] - (kernel - 1)
-    mixed = rows[:length] * convolution.weight[:, 0, 0]
-    for tap in range(1, kernel):
-        mixed = mixed + rows[tap : tap + length] * convolution.weight[:, 0, tap]
-    return mixed if convolution.bias is None else mixed + convolution.bias, rows[length:]
 
 
 class NaflexTower(nn.Module):

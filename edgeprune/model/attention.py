@@ -65,8 +65,8 @@ class TokenRows:
     """The S tokens between two layers: prefix, visual tokens, suffix."""
 
     hidden: torch.Tensor  # [S, hidden]
-    cos: torch.Tensor  # [S, head_dim]
-    sin: torch.Tensor  # [S, head_dim]
+    cos: torch.Tensor  # [S, head_dim], or a first part of it
+    sin: torch.Tensor  # of the same shape
     places: torch.Tensor  # [S] in the sequence: a token attends to those of lower or equal place
     planes: torch.Tensor | None  # [S, planes * hidden] added after the first layers, 0 for text
     order: torch.Tensor  # [V] indices of the visual tokens in the image
@@ -184,7 +184,7 @@ def attend(
     rotation (Attention and RotaryEmbedding of opset 23), over joined keys. TensorRT has kernels for Attention in half precision
     with head_dim 16 or more; otherwise attention stays decomposed, or is blocked if the mask has `in_row`.
     """
-    query, key = rotated(attn, shape, hidden, tokens, fused=fused)
+    query, key, gate = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
@@ -196,7 +196,8 @@ def attend(
     else:
         values_by_head = [rows.transpose(0, 1) for rows in values]
         mixed = _fused(query, by_head, values_by_head, mask) if use_fused else _mixed(scores, query, values_by_head)
-    output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
+    output = mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype)
+    output = attn.o_proj(output if gate is None else output * gate.sigmoid())
     return AttentionOutput(output, NewKv(key, value), scores, tokens.sizes)
 
 
@@ -220,14 +221,22 @@ def _fused(query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[t
 
 def rotated(
     attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: TokenRows, *, fused: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both with rotary positions."""
-    length, group = hidden.shape[0], shape.heads // shape.kv_heads
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both with rotary positions.
+
+    The third result is the gate [S, heads * head_dim] of the output, None without one.
+    """
+    length, group, gate = hidden.shape[0], shape.heads // shape.kv_heads, None
     rotate = _rotate_fused if fused else _rotate
-    query = _normed(attn, "q_norm", attn.q_proj(hidden).view(length, shape.heads, shape.head_dim))
+    query = attn.q_proj(hidden)
+    if shape.gated:
+        query, gate = query.view(length, shape.heads, 2 * shape.head_dim).chunk(2, dim=2)
+        gate = gate.flatten(1)
+    query = _normed(attn, "q_norm", query.reshape(length, shape.heads, shape.head_dim))
     key = _normed(attn, "k_norm", attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim))
-    query, key = (rotate(states, tokens.cos, tokens.sin) for states in (query, key))
-    return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5, key
+    query, key = (_in_part(rotate, states, tokens) for states in (query, key))
+    scaled = query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5
+    return scaled, key, gate
 
 
 def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.Tensor:
@@ -264,6 +273,15 @@ def _normed(attn: Any, name: str, states: torch.Tensor) -> torch.Tensor:
     # Some families normalize the queries and keys of each head.
     norm = getattr(attn, name, None)
     return states if norm is None else norm(states)
+
+
+def _in_part(rotate: Any, states: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
+    # Some families rotate only the first part of each head.
+    width = tokens.cos.shape[1]
+    if width == states.shape[2]:
+        turned: torch.Tensor = rotate(states, tokens.cos, tokens.sin)
+        return turned
+    return torch.cat([rotate(states[..., :width], tokens.cos, tokens.sin), states[..., width:]], dim=2)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

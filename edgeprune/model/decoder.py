@@ -224,7 +224,7 @@ class PrunedDecoder(nn.Module):
         before, visual = tokens.sizes[:2]
 
         def next_attention() -> torch.Tensor:
-            query, key = rotated(next_layer.self_attn, self.shape, next_layer.input_layernorm(tokens.hidden), tokens)
+            query, key, _ = rotated(next_layer.self_attn, self.shape, next_layer.input_layernorm(tokens.hidden), tokens)
             row = torch.softmax(query[:, :, -1] @ key.permute(1, 2, 0), dim=-1).flatten(0, 1)
             return torch.split(row, list(tokens.sizes), dim=1)[1]
 
