@@ -32,10 +32,10 @@ class DecoderParts:
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
-    `gated`: q_proj gives each head a gate of the attention's output after its query. `context`: the longest supported sequence in
-    tokens. `states`: the shapes of the states of each layer without attention. Such a layer has a `mixer` in place of
-    `self_attn`: it maps hidden states [S, hidden] in the order of the sequence, and the states before them, to its output [S,
-    hidden] and the new states.
+    `gated`: q_proj gives each head a gate of the attention's output after its query. `loops`: a mixer carries its states through
+    a loop. `context`: the longest supported sequence in tokens. `states`: the shapes of the states of each layer without
+    attention. Such a layer has a `mixer` in place of `self_attn`: it maps hidden states [S, hidden] in the order of the sequence,
+    and the states before them, to its output [S, hidden] and the new states.
     """
 
     layers: nn.ModuleList
@@ -52,6 +52,7 @@ class DecoderParts:
     planes: int = 0
     bidirectional: bool = False
     gated: bool = False
+    loops: bool = False
     states: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property

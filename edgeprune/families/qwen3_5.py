@@ -58,6 +58,7 @@ class Qwen35(Qwen3VL):
             head_dim=config.head_dim,
             context=config.max_position_embeddings,
             gated=True,
+            loops=True,
             states={
                 index: _state_shapes(text.layers[index].linear_attn)
                 for index, kind in enumerate(config.layer_types)

@@ -182,7 +182,8 @@ def attend(
 
     Products are computed in the type of the cache, the rest in that of `hidden`. `fused` uses one operator each for attention and
     rotation (Attention and RotaryEmbedding of opset 23), over joined keys. TensorRT has kernels for Attention in half precision
-    with head_dim 16 or more; otherwise attention stays decomposed, or is blocked if the mask has `in_row`.
+    with head_dim 16 or more, and its builder fails where a graph has a loop too (TensorRT-RTX 1.7.1); otherwise attention stays
+    decomposed, or is blocked if the mask has `in_row`.
     """
     query, key, gate = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
@@ -190,7 +191,7 @@ def attend(
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
     by_head = [rows.transpose(0, 1) for rows in keys]
     scores = Scores(query, by_head, mask)
-    use_fused = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
+    use_fused = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD and not shape.loops
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
