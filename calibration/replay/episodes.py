@@ -14,7 +14,6 @@ from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
-from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
@@ -113,7 +112,7 @@ class Recorder:
         return output
 
     def _caches(self, cache: KvCache) -> tuple[LayerCache, ...]:
-        caches = caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)], self.plan.layers, {})
+        caches = self.decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
         return tuple(each for each in caches if isinstance(each, LayerCache))  # of a family without states
 
     def _segment(self, tokens: TokenSegment) -> Segment:
@@ -165,7 +164,9 @@ def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: f
     for layer in layers:
         cache = caches[layer]
         end = 1 + keep_count_up(cache.visual_key.shape[0] - 1, share)
-        changed[layer] = replace(cache, visual_key=cache.visual_key[:end], visual_value=cache.visual_value[:end])
+        place = None if cache.visual_place is None else cache.visual_place[:end]
+        keys, values = cache.visual_key[:end], cache.visual_value[:end]
+        changed[layer] = replace(cache, visual_key=keys, visual_value=values, visual_place=place)
     return tuple(changed)
 
 

@@ -11,20 +11,24 @@ SEGMENTS = ("prefix", "visual", "suffix")
 TIER = "tier"  # an input whose length selects the tier: 1 for the first, 2 for the second, and so on
 GROUPS = "text_groups"  # the group of each text token, if the decode cut follows attention
 SIGNALS = ("vision_attention", "vision_keys")
+PLACE = "place"  # the part of a cache that holds the tokens' places in the sequence, for layers with a window
 
 
 def cache_name(layer: int, part: str) -> str:
-    """Return the input name of a layer's "key" or "value" cache of text tokens [1 + T, kv heads, head_dim]."""
+    """Return the input name of a layer's "key" or "value" cache of text tokens [1 + T, kv heads, head_dim].
+
+    The "place" cache of a layer is [1 + T, 1], or [1 + T, kv heads] if a cache cut gives each head tokens of its own.
+    """
     return f"past_key_values.{layer}.{part}"
 
 
 def visual_cache_name(layer: int, part: str) -> str:
-    """Return the input name of a layer's "key" or "value" cache of visual tokens [1 + K, kv heads, head_dim]."""
+    """Return the input name of a layer's cache of visual tokens [1 + K, ...], with the parts of `cache_name`."""
     return f"visual_{cache_name(layer, part)}"
 
 
 def rows_name(layer: int, part: str) -> str:
-    """Return the output name of the rows that a step adds to a layer's "key" or "value" cache [n, kv heads, head_dim]."""
+    """Return the output name of the rows [n, ...] that a step adds to a layer's cache, with the parts of `cache_name`."""
     return f"present.{layer}.{part}"
 
 
@@ -44,20 +48,36 @@ def kept_names(plan: KeepPlan, *sites: str) -> list[str]:
     return [kept_name(index) for index, cut in enumerate(plan.cuts) if cut.site in sites]
 
 
-def decoder_inputs(plan: KeepPlan, states: Sequence[LayerState] = (), *, tiers: bool = False) -> list[str]:
-    """Return the decoder's input names in graph order; `tiers`: whether the bundle has several tiers."""
-    layers = _cached(plan, states)
+def cache_slots(plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = ()) -> list[tuple[int, str]]:
+    """Return the layer and the part of each cache, in graph order; `local`: the layers whose attention has a window.
+
+    Keys and values of all layers without `states` come first. Local layers whose caches hold the same tokens share one cache of
+    places.
+    """
+    layers = [(layer, part) for layer in attention_layers(plan.layers, states) for part in ("key", "value")]
+    return layers + [(layer, PLACE) for layer in sorted(set(plan.place_layers(local).values()))]
+
+
+def place_heads(plan: KeepPlan, layer: int, kv_heads: int) -> int:
+    """Return the columns of a layer's cache of places: one for each head if each keeps tokens of its own, otherwise one."""
+    return kv_heads if any(cut.layer == layer for cut in plan.cache_cuts) else 1
+
+
+def decoder_inputs(
+    plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = (), *, tiers: bool = False
+) -> list[str]:
+    """Return the decoder's input names in graph order.
+
+    `local` and `states` as in `cache_slots`, `tiers`: whether there are several tiers.
+    """
+    slots = cache_slots(plan, local, states)
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
     names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
-    names += [cache_name(*layer) for layer in layers] + [visual_cache_name(*layer) for layer in layers]
+    names += [cache_name(*slot) for slot in slots] + [visual_cache_name(*slot) for slot in slots]
     return names + state_names(states, "past")
 
 
-def decoder_outputs(plan: KeepPlan, states: Sequence[LayerState] = ()) -> list[str]:
-    """Return the decoder's output names in graph order."""
-    names = ["logits", *(rows_name(*layer) for layer in _cached(plan, states)), *state_names(states, "present")]
+def decoder_outputs(plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = ()) -> list[str]:
+    """Return the decoder's output names in graph order; `local` and `states` as in `cache_slots`."""
+    names = ["logits", *(rows_name(*slot) for slot in cache_slots(plan, local, states)), *state_names(states, "present")]
     return [*names, *kept_names(plan, "layer", "cache"), *(["attention_split"] if plan.follows_attention else [])]
-
-
-def _cached(plan: KeepPlan, states: Sequence[LayerState]) -> list[tuple[int, str]]:
-    return [(layer, part) for layer in attention_layers(plan.layers, states) for part in ("key", "value")]

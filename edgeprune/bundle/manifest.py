@@ -44,12 +44,12 @@ class LayerState:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
+    """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions, 2 if a visual token sees its image.
 
     `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
     `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
-    each other, so that the KV cache of an image depends on the text after it. `states`: in the order of the layers; a layer with
-    states has no KV cache.
+    each other, so that the KV cache of an image depends on the text after it. `local_layers`: those whose attention has a window.
+    `states`: in the order of the layers; a layer with states has no KV cache.
     """
 
     layers: int
@@ -62,6 +62,7 @@ class DecoderShape:
     planes: int = 0
     cache_type: str = "float32"
     bidirectional: bool = False
+    local_layers: tuple[int, ...] = ()
     states: tuple[LayerState, ...] = ()
 
     @property
@@ -257,6 +258,8 @@ def _decoder(data: Any, family: str) -> DecoderShape:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
     if any(state.layer not in range(shape.layers) or min(state.shape, default=0) < 1 for state in shape.states):
         raise ValueError(f"a decoder of {shape.layers} layers with the states {shape.states}")
+    if not set(shape.local_layers) <= set(range(shape.layers)):
+        raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
     return shape
 
 

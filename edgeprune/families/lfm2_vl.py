@@ -113,7 +113,7 @@ class _Attention(nn.Module):
     def __init__(self, attn: Any) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj
-        self.q_norm, self.k_norm = attn.q_layernorm, attn.k_layernorm
+        self.q_norm, self.k_norm, self.scaling = attn.q_layernorm, attn.k_layernorm, attn.scaling
 
 
 class ShortConvolution(nn.Module):

@@ -19,27 +19,39 @@ import torch
 
 @dataclass(frozen=True)
 class NewKv:
-    """The rows a step adds to one layer: `key` and `value` [n, kv heads, head_dim] of its prefix, kept visual tokens and suffix."""
+    """The rows a step adds to one layer: `key` and `value` [n, kv heads, head_dim] of its prefix, kept visual tokens and suffix.
+
+    `place`, for layers with a window: the tokens' places in the sequence, [n, 1], or [n, kv heads] if each head keeps its own.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
+    place: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim]."""
+    """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim].
+
+    `place` and `visual_place`, for layers with a window: the places of the tokens as in `NewKv`, also with null rows.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
     visual_key: torch.Tensor
     visual_value: torch.Tensor
+    place: torch.Tensor | None = None
+    visual_place: torch.Tensor | None = None
 
     def append(self, rows: NewKv, before: int, after: int) -> LayerCache:
         """Return the cache with the rows of a step appended; its prefix has `before` tokens and its suffix `after`."""
         end = rows.key.shape[0] - after
-        texts = [torch.cat([old, new[:before], new[end:]]) for old, new in ((self.key, rows.key), (self.value, rows.value))]
-        pairs = (self.visual_key, rows.key), (self.visual_value, rows.value)
-        return LayerCache(*texts, *(torch.cat([old, new[before:end]]) for old, new in pairs))
+        pairs = [(self.key, self.visual_key, rows.key), (self.value, self.visual_value, rows.value)]
+        if self.place is not None and self.visual_place is not None and rows.place is not None:
+            pairs.append((self.place, self.visual_place, rows.place))
+        texts = [torch.cat([text, new[:before], new[end:]]) for text, _, new in pairs]
+        images = [torch.cat([visual, new[before:end]]) for _, visual, new in pairs]
+        return LayerCache(*texts[:2], *images[:2], *texts[2:], *images[2:])
 
 
 @dataclass(frozen=True)
@@ -49,27 +61,35 @@ class LayerStates:
     tensors: tuple[torch.Tensor, ...]
 
 
-StateShapes = Mapping[int, tuple[tuple[int, ...], ...]]  # of the layers without attention
+def caches_of(
+    flat: Sequence[torch.Tensor], holders: Mapping[int, int], states: Mapping[int, int]
+) -> list[LayerCache | LayerStates]:
+    """Return the caches of a flat sequence.
 
-
-def caches_of(flat: Sequence[torch.Tensor], layers: int, states: StateShapes) -> list[LayerCache | LayerStates]:
-    """Return each layer's cache, of a flat sequence of tensors.
-
-    These are key and value of each layer with attention for text, then the same for visual tokens, then the states.
+    It has key and value of each layer with attention and places for text, then the same for visual tokens, then states. `holders`:
+    for each layer with a window, the layer that holds its places (`KeepPlan.place_layers`). `states`: for each layer without
+    attention, the number of its states.
     """
-    half = (len(flat) - sum(map(len, states.values()))) // 2
-    text, visual, rest = iter(flat[:half]), iter(flat[half : 2 * half]), iter(flat[2 * half :])
-    return [
-        LayerStates(tuple(next(rest) for _ in states[layer]))
-        if layer in states
-        else LayerCache(next(text), next(text), next(visual), next(visual))
-        for layer in range(layers)
-    ]
+    half, held = (len(flat) - sum(states.values())) // 2, sorted(set(holders.values()))
+    text, visual, rest = flat[:half], flat[half : 2 * half], iter(flat[2 * half :])
+    first = half - len(held)
+    places = {layer: first + held.index(holder) for layer, holder in holders.items()}
+    pairs, caches = iter(range(0, first, 2)), list[LayerCache | LayerStates]()
+    for layer in range(first // 2 + len(states)):
+        if layer in states:
+            caches.append(LayerStates(tuple(next(rest) for _ in range(states[layer]))))
+            continue
+        pair = slice(begin := next(pairs), begin + 2)
+        place = (text[places[layer]], visual[places[layer]]) if layer in places else ()
+        caches.append(LayerCache(*text[pair], *visual[pair], *place))
+    return caches
 
 
-def flat_rows(rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
-    """Return the rows as a flat sequence: key and value of each layer with attention."""
-    return tuple(part for layer in rows if isinstance(layer, NewKv) for part in (layer.key, layer.value))
+def flat_rows(rows: Sequence[NewKv | LayerStates], holders: Mapping[int, int]) -> tuple[torch.Tensor, ...]:
+    """Return the rows as a flat sequence: key and value of each layer with attention, then places; as in `caches_of`."""
+    pairs = [part for layer in rows if isinstance(layer, NewKv) for part in (layer.key, layer.value)]
+    places = [rows[layer].place for layer in sorted(set(holders.values()))]  # type: ignore[union-attr]  # it has attention
+    return (*pairs, *(place for place in places if place is not None))
 
 
 def flat_states(rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:

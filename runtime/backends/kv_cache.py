@@ -18,11 +18,11 @@ from typing import TypeVar
 import numpy as np
 
 from edgeprune.bundle import DecoderShape
-from edgeprune.bundle.graph_io import GROUPS, TIER
-from edgeprune.plan import keep_count_up
+from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, cache_slots, place_heads
+from edgeprune.plan import KeepPlan, keep_count_up
 
 T = TypeVar("T")
-KvArrays = tuple[np.ndarray, ...]  # key and value of the first layer with attention, of the next such layer, ...
+KvArrays = tuple[np.ndarray, ...]  # key and value of each layer with attention, in order; then places, for layers with a window
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,29 @@ class KvCache:
     """An immutable view of the keys and values of a conversation.
 
     `buffers`: text; the first `length` rows are valid. `images`: the complete arrays [1 + K, kv heads, head_dim] of each image.
-    `visual`: the rows that decode steps read, image after image. `capacity`: minimum number of text rows of the next allocation.
-    `states`: of the layers without attention, after all tokens of the cache. A cache and those derived from it share buffers: only
-    the newest may grow.
+    `visual`: the rows that decode steps read, image after image. `layers`: the layer of each array. `capacity`: minimum number of
+    text rows of the next allocation. `states`: of the layers without attention, after all tokens of the cache.
+    A cache and those derived from it share buffers: only the newest may grow.
     """
 
     buffers: KvArrays
     length: int
     images: tuple[KvArrays, ...]
     visual: KvArrays
+    layers: tuple[int, ...]
     capacity: int = 0
     states: tuple[np.ndarray, ...] = ()
 
     @classmethod
-    def empty(cls, shape: DecoderShape) -> KvCache:
-        """Return an empty cache."""
-        nulls = (np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type),) * (2 * len(shape.attention_layers))
-        return cls(nulls, 1, (), nulls, states=tuple(np.zeros(state.shape, np.float32) for state in shape.states))
+    def empty(cls, shape: DecoderShape, plan: KeepPlan) -> KvCache:
+        """Return an empty cache of a decoder under a plan."""
+        null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type)
+        slots = cache_slots(plan, shape.local_layers, shape.states)
+        nulls = tuple(
+            np.zeros((1, place_heads(plan, layer, shape.kv_heads)), np.int64) if part == PLACE else null for layer, part in slots
+        )
+        states = tuple(np.zeros(state.shape, np.float32) for state in shape.states)
+        return cls(nulls, 1, (), nulls, tuple(layer for layer, _ in slots), states=states)
 
     @property
     def text(self) -> KvArrays:
@@ -133,8 +139,8 @@ class KvCache:
             return self
         parts = tuple(
             tuple(
-                rows if slot < 2 * first_layer else rows[: 1 + keep_count_up(len(rows) - 1, share)]
-                for slot, rows in enumerate(image)
+                rows if layer < first_layer else rows[: 1 + keep_count_up(len(rows) - 1, share)]
+                for layer, rows in zip(self.layers, image, strict=True)
             )
             for image in self.images
         )
@@ -150,7 +156,8 @@ class KvCache:
     @property
     def visual_entries_read(self) -> int:
         """Visual tokens that a decode step reads, summed over the layers with attention."""
-        return sum(len(rows) - 1 for rows in self.visual[::2])
+        keys = 2 * len(set(self.layers))
+        return sum(len(rows) - 1 for rows in self.visual[:keys:2])
 
 
 def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) -> dict[str, np.ndarray]:
@@ -162,11 +169,9 @@ def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) ->
     return dict(zip(names, (*values, *cache.text, *cache.visual, *cache.states), strict=True))
 
 
-def split_outputs(shape: DecoderShape, outputs: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
-    """Return the new KV rows, the states and the kept indices among a decoder's outputs after the logits."""
-    rows = 2 * len(shape.attention_layers)
-    states = rows + len(shape.states)
-    return tuple(outputs[:rows]), tuple(outputs[rows:states]), tuple(outputs[states:])
+def split_outputs(outputs: Sequence[T], slots: int, states: int) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
+    """Return the new rows of the caches, the states and the kept indices among a decoder's outputs after the logits."""
+    return tuple(outputs[:slots]), tuple(outputs[slots : slots + states]), tuple(outputs[slots + states :])
 
 
 def _with_null_row(rows: np.ndarray) -> np.ndarray:

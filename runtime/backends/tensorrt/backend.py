@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
-from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
@@ -138,9 +138,11 @@ class TensorRTBackend:
         except EngineError:
             self.close()
             raise
-        self._shape = bundle.manifest.decoder
-        self._inputs = decoder_inputs(bundle.plan, self._shape.states, tiers=bool(bundle.lower_tiers))
-        self._outputs = decoder_outputs(bundle.plan, self._shape.states)
+        shape = bundle.manifest.decoder
+        kinds = shape.local_layers, shape.states
+        self._inputs = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers))
+        self._outputs = decoder_outputs(bundle.plan, *kinds)
+        self._slots, self._states = len(cache_slots(bundle.plan, *kinds)), len(shape.states)
 
     def _executor(
         self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[ShapeProfile]
@@ -219,7 +221,7 @@ class TensorRTBackend:
     def _step(self, outputs: Mapping[str, DeviceArray]) -> DecoderOutput:
         logits, *rest = (outputs[name] for name in self._outputs)
         split = _array(rest.pop()) if self._has_attention_split else None
-        rows, states, kept = split_outputs(self._shape, rest)
+        rows, states, kept = split_outputs(rest, self._slots, self._states)
         return DecoderOutput(
             logits.numpy()[0, 0],
             tuple(map(_array, rows)),

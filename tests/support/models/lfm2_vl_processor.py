@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import image_processing_backends
+from transformers import BatchFeature, image_processing_backends
 
 _MODULE = "transformers.models.lfm2_vl.image_processing_lfm2_vl"
+_BASE = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample", "do_resize")
 _TORCHVISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
 
 
@@ -31,6 +32,21 @@ class PillowBackend:
     def __init__(self, **settings: Any) -> None:
         for name, value in settings.items():
             setattr(self, name, value)
+
+    def __call__(self, images: Sequence[Any], **changed: Any) -> BatchFeature:
+        """Return what the model takes, given the images of one prompt or a list for each prompt."""
+        flat = [image for each in images for image in (each if isinstance(each, list) else [each])]
+        kind: Any = type(self)
+        names = {*kind.valid_kwargs.__annotations__, *_BASE}
+        settings = {name: changed.get(name, getattr(self, name)) for name in names if hasattr(self, name)}
+        made: BatchFeature = kind._preprocess(
+            self, [pixels_of(image) for image in flat], **settings, return_tensors="pt", disable_grouping=True
+        )
+        return made
+
+    def fetch_images(self, images: Any) -> Any:
+        """Return the images, which are loaded already."""
+        return images
 
     def resize(self, images: torch.Tensor, size: Any, resample: Any = None, antialias: bool = True) -> torch.Tensor:
         """Return the images resized by Pillow."""
@@ -63,20 +79,10 @@ def upstream_class() -> Any:
         return importlib.import_module(_MODULE).Lfm2VlImageProcessor
 
 
-def upstream_processor(settings: Path | dict[str, Any]) -> Callable[[list[Image.Image]], dict[str, torch.Tensor]]:
-    """Return a function from the images of one prompt to what the model takes, by the settings of a preprocessor_config.json."""
+def upstream_processor(settings: Path | dict[str, Any]) -> Any:
+    """Return transformers' image processor of the settings in a preprocessor_config.json."""
     given = json.loads(settings.read_text()) if isinstance(settings, Path) else settings
-    kind = upstream_class()
-    names = kind.valid_kwargs.__annotations__.keys() | {"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
-    names |= {"resample", "do_resize"}
-    chosen = {name: given.get(name, getattr(kind, name)) for name in names if hasattr(kind, name)}
-
-    def process(images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        processor = kind(**chosen)
-        made = processor._preprocess([pixels_of(image) for image in images], **chosen, return_tensors="pt", disable_grouping=True)
-        return {name: made[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
-
-    return process
+    return upstream_class()(**given)
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:

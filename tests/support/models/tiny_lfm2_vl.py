@@ -82,6 +82,12 @@ def folder(path: Path) -> Path:
     return write_model(path, Lfm2VlForConditionalGeneration, sizes, processor())
 
 
+def image_processor(loaded_folder: Path) -> Any:
+    """Return transformers' own image processor, which cannot be loaded without torchvision."""
+    return upstream_processor(loaded_folder / "preprocessor_config.json")
+
+
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
     """Return what transformers' own image processor makes of the images of one prompt."""
-    return upstream_processor(loaded_folder / "preprocessor_config.json")(list(images))
+    made = image_processor(loaded_folder)(list(images))
+    return {name: made[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
