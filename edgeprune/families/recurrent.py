@@ -64,7 +64,7 @@ def _in_chunks(packed: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor,
     # Tokens of zeros change no state.
     padded = nn.functional.pad(packed, (0, 0, 0, 0, 0, -length % CHUNK))
     chunks = padded.view(-1, CHUNK, *packed.shape[1:]).transpose(1, 2)  # [chunks, heads, CHUNK, width]
-    query, key, value, decay, beta = chunks.split([keys, keys, values, 1, 1], dim=3)
+    query, key, value, decay, beta = torch.split(chunks, [keys, keys, values, 1, 1], dim=3)
     lower = torch.ones(CHUNK, CHUNK, device=packed.device).tril()
     faded = lower @ decay  # the logarithm of what stays since the start of the chunk
     between = torch.where(lower > 0, faded - faded.transpose(2, 3), float("-inf")).exp()

@@ -30,6 +30,18 @@ class NewKv:
 
 
 @dataclass(frozen=True)
+class LayerStates:
+    """The states of one layer without attention, float32, in the order of its shapes in DecoderParts."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+    def append(self, rows: NewKv | LayerStates, before: int, after: int) -> LayerStates:
+        """Return the states after a step, which are among its rows."""
+        assert isinstance(rows, LayerStates)
+        return rows
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim].
 
@@ -43,8 +55,9 @@ class LayerCache:
     place: torch.Tensor | None = None
     visual_place: torch.Tensor | None = None
 
-    def append(self, rows: NewKv, before: int, after: int) -> LayerCache:
+    def append(self, rows: NewKv | LayerStates, before: int, after: int) -> LayerCache:
         """Return the cache with the rows of a step appended; its prefix has `before` tokens and its suffix `after`."""
+        assert isinstance(rows, NewKv)
         end = rows.key.shape[0] - after
         pairs = [(self.key, self.visual_key, rows.key), (self.value, self.visual_value, rows.value)]
         if self.place is not None and self.visual_place is not None and rows.place is not None:
@@ -52,13 +65,6 @@ class LayerCache:
         texts = [torch.cat([text, new[:before], new[end:]]) for text, _, new in pairs]
         images = [torch.cat([visual, new[before:end]]) for _, visual, new in pairs]
         return LayerCache(*texts[:2], *images[:2], *texts[2:], *images[2:])
-
-
-@dataclass(frozen=True)
-class LayerStates:
-    """The states of one layer without attention, float32, in the order of its shapes in DecoderParts."""
-
-    tensors: tuple[torch.Tensor, ...]
 
 
 def caches_of(

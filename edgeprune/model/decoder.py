@@ -62,6 +62,11 @@ class StepOutput:
     kept: tuple[torch.Tensor, ...]
     split: torch.Tensor | None
 
+    @property
+    def kv_rows(self) -> tuple[NewKv, ...]:
+        """The new KV rows of the layers with attention."""
+        return tuple(rows for rows in self.rows if isinstance(rows, NewKv))
+
 
 class PrunedDecoder(nn.Module):
     """A decoder that prunes visual tokens by a plan. `lower_tiers`: plans with the same cuts and other budgets.

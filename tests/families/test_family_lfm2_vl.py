@@ -110,7 +110,7 @@ def test_a_convolution_in_two_parts_is_one(loaded: LoadedModel) -> None:
         expected = conv(hidden)[0]
         state = torch.zeros(2, 48)
         parts = []
-        for rows in hidden[0].split([1, 4, 2]):
+        for rows in torch.split(hidden[0], [1, 4, 2]):
             mixed, state = ours(rows, state)
             parts.append(mixed)
     torch.testing.assert_close(torch.cat(parts), expected, atol=2e-4, rtol=1e-4)

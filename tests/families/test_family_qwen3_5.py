@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_qwen3_5
 import torch
+from transformers import Qwen3_5Config
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
@@ -15,6 +16,7 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.families import recurrent
 from edgeprune.families.qwen3_5 import GatedDeltaNet, Qwen35
 from edgeprune.families.recurrent import CHUNK, gated_delta_rule
+from edgeprune.plan import Geometry
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_a_net_in_parts_is_one(loaded: LoadedModel) -> None:
     with torch.no_grad():
         expected = net(hidden)[0]
         parts = []
-        for rows in hidden[0].split([1, 1, 30, 8]):
+        for rows in torch.split(hidden[0], [1, 1, 30, 8]):
             mixed, *states = ours(rows, *states)
             parts.append(mixed)
     torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=1e-4)
@@ -72,8 +74,6 @@ def test_visual_tokens_equal_transformers(loaded: LoadedModel, size: tuple[int, 
     # One view of 16-pixel patches, each twice in time: the grid alone decides.
     rows, columns = size[0] // 16, size[1] // 16
     patches = torch.from_numpy(np.random.default_rng(0).normal(size=(rows * columns, 3 * 2 * 16 * 16)).astype(np.float32))
-    from edgeprune.plan import Geometry
-
     tower = loaded.family.vision(Geometry(*size, 16, 2), signals=True).eval()
     with torch.no_grad():
         visual, received, _ = tower(patches)
@@ -91,7 +91,7 @@ def test_visual_tokens_equal_transformers(loaded: LoadedModel, size: tuple[int, 
     ],
 )
 def test_other_configurations_are_refused(loaded: LoadedModel, changed: dict[str, Any], words: str) -> None:
-    config = tiny_qwen3_5.Qwen3_5Config()
+    config = Qwen3_5Config()
     for name, value in changed.items():
         object.__setattr__(config.text_config, name, value)
     with pytest.raises(UnsupportedModelError, match=words):

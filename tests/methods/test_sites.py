@@ -116,7 +116,7 @@ def test_a_smaller_budget_is_a_prefix(tiny: LoadedModel) -> None:
     large, small = (run(tiny, ranked_plan(BASE, [keep] * 3, **RANKED), prompt) for keep in (9, 4))
     for whole, part in zip(large.kept, small.kept, strict=True):
         assert torch.equal(whole[:, :4], part)
-    for longer, shorter in zip(large.rows, small.rows, strict=True):
+    for longer, shorter in zip(large.kv_rows, small.kv_rows, strict=True):
         assert torch.equal(longer.key[prompt.before :][:4], shorter.key[prompt.before :][:4])
 
 

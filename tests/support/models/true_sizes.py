@@ -84,7 +84,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_patches": 256,
         },
         "top": {"tie_word_embeddings": True, "projector_hidden_size": 2560},
-        "processor": {"min_image_tokens": 64, "max_image_tokens": 256, "tile_size": 512, "max_tiles": 10},
+        "processor": {"encoder_patch_size": 16, "min_image_tokens": 64, "max_image_tokens": 256, "tile_size": 512, "max_tiles": 10},
         "size": (512, 512),
     },
     "qwen3_5": {  # Qwen3.5-0.8B
