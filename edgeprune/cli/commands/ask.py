@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune.cli.help import command
 from edgeprune.cli.options import (
     bundle_argument,
     check_option,
@@ -20,6 +21,7 @@ from edgeprune.cli.options import (
     resolve_plan,
     signature_option,
     skip_option,
+    source_options,
     threads_option,
     tier_option,
     trust_option,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.data.samples import BadSampleError
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option(
     "--image", multiple=True, type=click.Path(path_type=Path), help="The image to ask about; repeat it for the frames of a video."
@@ -66,7 +68,13 @@ if TYPE_CHECKING:
 @signature_option
 @json_option
 def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
+    """Ask BUNDLE one question about images or a video.
+
+    The answer is streamed. A receipt says what was pruned and how long it took.
+
+    \b
+    Example: edgeprune run table.bundle --image scene.png --prompt "What does the label say?"
+    """
     prompt = _require_image_and_prompt(image, prompt)
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
     options["skip_special_tokens"] = not options.pop("keep_special_tokens")
@@ -88,7 +96,7 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
         save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"]), overlay)
 
 
-@click.command("eval")
+@command("eval")
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt, answer, kind.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N samples.")
@@ -96,13 +104,18 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
 @provider_option
 @fit_option
 @tier_option
+@source_options
 @plan_options
 @trust_option
 @json_option
 def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **options: Any) -> None:
-    """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
+    """Measure accuracy over a file of questions, pruned and not.
 
-    The plan options apply to a transformers folder only; a bundle has its plan frozen in.
+    MODEL is a bundle, a transformers folder, an id of the Hugging Face Hub, or `tabletop`. Agreement is the share of answers that
+    equal those without pruning. The plan options are for models: a bundle has its plan.
+
+    \b
+    Example: edgeprune eval table.bundle --data scenes/dataset.jsonl
     """
     from edgeprune.calibration.data.samples import read_samples
     from edgeprune.calibration.evaluation import EvaluationError, evaluate
@@ -137,10 +150,14 @@ def _require_image_and_prompt(image: tuple[Path, ...], prompt: str | None) -> st
     return prompt
 
 
-def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_request: Any) -> Any:
+def _open_model(
+    model: str, provider: str, revision: str | None, adapter: str | None, trust_remote_code: bool, **plan_request: Any
+) -> Any:
     from edgeprune.bundle import is_bundle
 
     if is_bundle(Path(model)):
+        if revision or adapter:
+            raise UsageError(f"{model} is a bundle: its model is frozen in.", hint="Leave --revision and --adapter out.")
         if any(value for name, value in plan_request.items() if name != "seed"):
             raise UsageError(f"{model} is a bundle: its plan is frozen in.", hint="Export another bundle for another plan.")
         from edgeprune.runtime import load
@@ -149,12 +166,13 @@ def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_reque
     if provider != "cpu":
         raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
     from edgeprune.checkpoint.configuration import check_folder
-    from edgeprune.checkpoint.loading import load_model, resolve_model
+    from edgeprune.checkpoint.loading import fetch_weights, load_model, resolve_model
 
-    folder = resolve_model(model, trust_remote_code=trust_remote_code)
+    folder = resolve_model(model, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code)
     check_plan_options(folder, **plan_request)
     check_folder(folder)
     require_extra("export", "torch", "transformers", "optimum")
+    fetch_weights(folder)
     from edgeprune.calibration.replay.reference import reference_model
     from edgeprune.runtime import Runtime
 
