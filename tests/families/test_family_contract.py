@@ -84,8 +84,9 @@ def picture(name: str, seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def whole(loaded: LoadedModel, name: str) -> KeepPlan:
-    return unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(tiny(name).SIZE))
+def whole(loaded: LoadedModel, name: str, size: tuple[int, int] | None = None) -> KeepPlan:
+    geometry = loaded.geometry(size or tiny(name).SIZE)
+    return unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), geometry)
 
 
 @dataclass(frozen=True)
@@ -262,9 +263,9 @@ def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_pa
         runtime.generate(frames[0], PROMPTS[0])
 
 
-def pruned(loaded: LoadedModel, name: str) -> KeepPlan:
+def pruned(loaded: LoadedModel, name: str, size: tuple[int, int] | None = None) -> KeepPlan:
     """Return a plan with cuts at every site but the last."""
-    plan, first = whole(loaded, name), in_encoder(loaded, name, "evit")
+    plan, first = whole(loaded, name, size), in_encoder(loaded, name, "evit", size)
     layers = loaded.decoder_shape().attention_layers
     tokens, left = plan.geometry.tokens, plan.with_cuts(*first).tokens_from_encoder
     ranked = "visionzip" if loaded.family.signals else "divprune"
@@ -276,9 +277,9 @@ def pruned(loaded: LoadedModel, name: str) -> KeepPlan:
     return plan.with_cuts(*first, *cuts[: plan.layers])
 
 
-def in_encoder(loaded: LoadedModel, name: str, method: str) -> list[Cut]:
+def in_encoder(loaded: LoadedModel, name: str, method: str, size: tuple[int, int] | None = None) -> list[Cut]:
     """Return a cut inside the vision encoder that takes a token or more of every view, where the family has such cuts."""
-    layout = whole(loaded, name).geometry.layout
+    layout = whole(loaded, name, size).geometry.layout
     keep = max(1, int(0.8 * layout[0].tokens)) * len(layout)
     return [] if loaded.family.no_encoder_cuts_reason else [Cut("vision", method, keep, layer=1)]
 

@@ -15,6 +15,7 @@ from simulated_device import on_device, prepare
 from edgeprune.bundle import Bundle
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.checkpoint.loading import load_model, resolve_model
+from edgeprune.device.workload import workload_of
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import Cut
@@ -117,6 +118,11 @@ def test_the_manifest_names_the_states(bundle: Bundle) -> None:
     record = bundle.manifest.graphs["onnx/decoder.onnx"]
     assert record.inputs["past_state.0.0"].shape == record.outputs["present_state.0.0"].shape == shape.states[0].shape
     assert "past_key_values.0.key" not in record.inputs and "past_key_values.1.key" in record.inputs
+
+
+def test_the_workload_counts_the_caches_there_are(bundle: Bundle) -> None:
+    work, shape = workload_of(bundle, text_tokens=10, generated=4), bundle.manifest.decoder
+    assert work.kv_bytes(4) == 2 * (8 + 10 + 4) * 2 * shape.kv_heads * shape.head_dim * 4
 
 
 def test_states_of_no_layer_are_malformed(bundle: Bundle) -> None:
