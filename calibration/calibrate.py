@@ -58,7 +58,7 @@ class CalibrationResult:
 def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> CalibrationResult:
     """Collect statistics, or make and save a plan, as the options specify."""
     options, folder = calibration.options, calibration.folder
-    _check_statistics(options, folder.model_type)
+    check_statistics(options.method, folder.model_type)
     progress.say("loading the model")
     loaded = load_model(folder)
     geometry = loaded.geometry(options.image_size)
@@ -80,9 +80,9 @@ def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> Calibr
     return replace(result, skipped=tuple(map(str, skipped)))
 
 
-def _check_statistics(options: CalibrateOptions, model_type: str) -> None:
-    # Statistics are of the attention in every layer.
-    if options.method in (None, AUTO, DYRATE, *STATISTICAL) and family_class(model_type).stateful:
+def check_statistics(method: str | None, model_type: str) -> None:
+    """Raise UsageError for a method that needs statistics of a family most of whose layers have no attention."""
+    if method in (None, AUTO, DYRATE, *STATISTICAL) and family_class(model_type).stateful:
         raise UsageError(
             f"Statistics are of attention in every layer, and most of a {model_type} have none.",
             hint="Use a method without statistics: --method divprune or fastv, say.",

@@ -15,8 +15,9 @@ from tiny_folders import write_tokenizer
 from transformers import Lfm2VlForConditionalGeneration
 from transformers.models.lfm2_vl.processing_lfm2_vl import Lfm2VlProcessor
 
+from edgeprune.calibration.calibrate import check_statistics
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
-from edgeprune.errors import PlanError, UnsupportedModelError
+from edgeprune.errors import PlanError, UnsupportedModelError, UsageError
 from edgeprune.families.lfm2_vl import Lfm2VL, ShortConvolution
 from edgeprune.plan import Cut
 from edgeprune.plan.presets import unpruned_plan
@@ -169,3 +170,11 @@ def test_tiles_without_thumbnail_are_all_tiles(loaded: LoadedModel, tmp_path: Pa
     geometry = image_spec(tiny_lfm2_vl.processor() | {"use_thumbnail": False}).geometry(64, 96)
     text = family.image_text(geometry).text
     assert text.count("<image>") == 6 and "thumbnail" not in text
+
+
+def test_statistics_are_refused_and_other_methods_are_not() -> None:
+    for method in (None, "auto", "dyrate", "fitprune", "plphp", "vtw"):
+        with pytest.raises(UsageError, match="most of a lfm2_vl have none"):
+            check_statistics(method, "lfm2_vl")
+    check_statistics("divprune", "lfm2_vl")
+    check_statistics("plphp", "qwen2_vl")
