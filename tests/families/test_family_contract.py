@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -129,9 +130,10 @@ def said_by_transformers(
 def ids_by_processor(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: list[Image.Image]) -> torch.Tensor:
     """Return the tokens [1, n] of a prompt by transformers' processor."""
     settings = loaded.changed_settings(model.plan.geometry)
-    if (own := getattr(tiny(model.plan.family), "image_processor", None)) is not None:
-        loaded.processor.image_processor = own(loaded.folder.path)
-    tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=settings)["input_ids"]
+    own = getattr(tiny(model.plan.family), "image_processor", None)  # where load_processor has none
+    kept = loaded.processor.image_processor if own is None else own(loaded.folder.path)
+    with mock.patch.object(loaded.processor, "image_processor", kept):
+        tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=settings)["input_ids"]
     return tokens
 
 
