@@ -41,6 +41,7 @@ FAMILIES = {
     "idefics3": "edgeprune.families.idefics3:Idefics3",
     "internvl": "edgeprune.families.internvl:InternVL",
     "llava": "edgeprune.families.llava:Llava",
+    "llava_next": "edgeprune.families.llava_onevision:LlavaNext",
     "llava_onevision": "edgeprune.families.llava_onevision:LlavaOneVision",
     "paligemma": "edgeprune.families.paligemma:PaliGemma",
     "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",

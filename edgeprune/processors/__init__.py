@@ -20,7 +20,7 @@ _SPECS: dict[str, str] = {
     **dict.fromkeys(variants("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"), "square:SquareSpec"),
     **dict.fromkeys(variants("Idefics2ImageProcessor"), "idefics:Idefics2Spec"),
     **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics:Idefics3Spec"),
-    **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
+    **dict.fromkeys(variants("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
     **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiling:TileSpec"),
 }
 

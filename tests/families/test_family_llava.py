@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-OneVision against transformers: visual tokens of all layouts, signals, and what is refused."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision against transformers: visual tokens of all layouts, signals, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_llava
+import tiny_llava_next
 import tiny_llava_onevision
 import torch
 from PIL import Image
 from test_family_encoder import error
 from tiny_folders import cut
-from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.llava import Llava
-from edgeprune.families.llava_onevision import LlavaOneVision
+from edgeprune.families.llava_onevision import LlavaNext, LlavaOneVision
 from edgeprune.model.decoder import PrunedDecoder, Segment
 from edgeprune.plan import Geometry
 from edgeprune.plan.presets import unpruned_plan
@@ -46,6 +48,12 @@ def llava(encoder: str = CLIP, **changes: Any) -> Any:
 
 def onevision(**changes: Any) -> Any:
     return random(LlavaOnevisionForConditionalGeneration, tiny_llava_onevision.config(**changes))
+
+
+def llava_next(encoder: str = CLIP, **changes: Any) -> Any:
+    vision = tiny_llava.VISION | {"model_type": encoder, "patch_size": 14, "image_size": 72}
+    changes = {"vision_config": vision, "vision_feature_select_strategy": "default" if encoder == CLIP else "full"} | changes
+    return random(LlavaNextForConditionalGeneration, tiny_llava_next.config(**changes))
 
 
 @pytest.mark.parametrize("encoder", [CLIP, SIGLIP])
@@ -94,6 +102,36 @@ def test_tiles_are_packed_as_in_transformers(size: tuple[int, int], most: int, t
     assert error(visual[0], expected) < 1e-5
     assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
     assert tower.takes == (25 * (1 + tiles), 588)
+
+
+@pytest.mark.parametrize("encoder", [CLIP, SIGLIP])
+@pytest.mark.parametrize(
+    ("size", "tiles", "tokens", "layer"),
+    [
+        ((60, 60), 1, 5 * 6, -2),
+        ((80, 120), 4, 6 * 11, [-2, 1]),  # bars above and below
+        ((200, 100), 6, 15 * 9, -1),  # bars on the sides
+        ((288, 288), 16, 20 * 21, -2),  # never shrunk
+    ],
+)
+def test_tiles_of_llava_next_are_packed_as_in_transformers(
+    encoder: str, size: tuple[int, int], tiles: int, tokens: int, layer: int | list[int]
+) -> None:
+    model = llava_next(encoder, image_grid_pinpoints=MANY, vision_feature_layer=layer)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8))
+    own = tiny_llava_next.processor(MANY)
+    made = LlavaNextImageProcessorPil(**own)([image], return_tensors="pt")
+    spec = image_spec(LlavaNext.settings(model.config, own, size))
+    geometry = spec.geometry(*size)
+    with torch.no_grad():
+        expected = model.get_image_features(made["pixel_values"], made["image_sizes"]).pooler_output[0]
+        tower: Any = LlavaNext(model).vision(geometry, signals=True)
+        visual, received, keys = tower(torch.from_numpy(spec.patches([image])))
+        assert error(visual[0], expected) < 1e-5
+        model.model.image_newline.zero_()
+        assert error(tower(torch.from_numpy(spec.patches([image])))[0][0], expected) > 1e-2
+    assert (len(made["pixel_values"][0]), geometry.tokens) == (1 + tiles, 25 + tokens)
+    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
 
 
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2", "qwen3"])
@@ -168,10 +206,10 @@ def test_packing_is_traced_with_constant_shapes() -> None:
 
 def test_images_and_videos_stand_in_the_text_as_tokens() -> None:
     still, clip = Geometry(80, 120, 14, 1), Geometry(80, 120, 14, 1, (), 2, 1.0)
-    texts = [Llava(llava()).image_text(SQUARE), *(LlavaOneVision(onevision()).image_text(shown) for shown in (still, clip))]
+    texts = [family.image_text(still) for family in (Llava(llava()), LlavaNext(llava_next()), LlavaOneVision(onevision()))]
+    texts.append(LlavaOneVision(onevision()).image_text(clip))
     assert [(text.kind, text.placeholder, text.text, text.token) for text in texts] == [
-        ("image", "<image>", "<image>", 456),
-        ("image", "<image>", "<image>", 456),
+        *[("image", "<image>", "<image>", 456)] * 3,
         ("video", "<video>", "<video>", 457),
     ]
 
@@ -190,13 +228,17 @@ def test_the_decoder_looks_no_further_than_its_window() -> None:
         (Llava, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),
         (Llava, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
         (Llava, {"vision_config": SimpleNamespace(model_type=SIGLIP)}, "'default' drops the first patch"),
+        (LlavaNext, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
+        (LlavaNext, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
+        (LlavaNext, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),
+        (LlavaNext, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
         (LlavaOneVision, {"vision_config": SimpleNamespace(model_type=CLIP)}, "'clip_vision_model'"),
         (LlavaOneVision, {"vision_feature_select_strategy": "default"}, "'default' drops the first patch"),
         (LlavaOneVision, {"text_config": SimpleNamespace(model_type="qwen2_moe")}, "'qwen2_moe'"),
     ],
 )
 def test_twists_are_refused(family: Any, change: dict[str, Any], what: str) -> None:
-    config = tiny_llava.config() if family is Llava else tiny_llava_onevision.config()
+    config = {Llava: tiny_llava, LlavaNext: tiny_llava_next, LlavaOneVision: tiny_llava_onevision}[family].config()
     family.check(config)
     for name, value in change.items():
         object.__setattr__(config, name, value)

@@ -1,7 +1,7 @@
 """The sizes of real checkpoints, by family: what their config.json and preprocessor_config.json say of widths and depths.
 
 `text`, `vision` and `top` go over the parts of a tiny configuration, `processor` over its image processor's settings; `size` is
-that of the test image. Four are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
+that of the test image. Five are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
 their true width.
 """
 
@@ -19,6 +19,15 @@ QWEN2 = {
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
 }
+CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+ANYRES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -162,16 +171,29 @@ SIZES: dict[str, dict[str, Any]] = {
             "vocab_size": 32064,
             "max_position_embeddings": 4096,
         },
-        "vision": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-        },
+        "vision": CLIP,
         "processor": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
         "size": (336, 336),
+        "layers": 8,
+    },
+    "llava_next": {  # llava-v1.6-mistral-7b
+        "text": {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32064,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "vision": CLIP,
+        "top": {"image_grid_pinpoints": ANYRES},
+        "processor": {
+            "size": {"shortest_edge": 336},
+            "crop_size": {"height": 336, "width": 336},
+            "image_grid_pinpoints": ANYRES,
+        },
+        "size": (336, 672),
         "layers": 8,
     },
     "llava_onevision": {  # llava-onevision-qwen2-0.5b-ov
