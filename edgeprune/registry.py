@@ -43,6 +43,7 @@ FAMILIES = {
     "llava": "edgeprune.families.llava:Llava",
     "llava_next": "edgeprune.families.llava_onevision:LlavaNext",
     "llava_onevision": "edgeprune.families.llava_onevision:LlavaOneVision",
+    "mistral3": "edgeprune.families.mistral3:Mistral3",
     "paligemma": "edgeprune.families.paligemma:PaliGemma",
     "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",

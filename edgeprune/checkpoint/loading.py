@@ -219,7 +219,7 @@ class LoadedModel:
         self.end_tokens()
         self.generation_defaults()
         count = self.tokenizer.encode(image.text, add_special_tokens=False).count(image.token)
-        if count not in (1, len(geometry.layout)):
+        if geometry.spans(count) is None:
             raise no_image_token(self.folder.name, image.token)
 
 

@@ -1,7 +1,8 @@
-"""The interface of model families, and the plain text decoders that several of them share: Llama, Mistral, Qwen2 and Qwen3.
+"""The interface of model families, and the plain text decoders that they share: Llama, Mistral, Ministral 3, Qwen2 and Qwen3.
 
-The decoder modules are those of transformers' models/llama, models/mistral, models/qwen2 and models/qwen3. A sliding window and
-dynamic scaling of the rotary positions have no effect up to their length, so they bound `context` instead of being refused.
+The decoder modules are those of transformers' models/llama, models/mistral, models/ministral3, models/qwen2 and models/qwen3. A
+sliding window and dynamic scaling of the rotary positions have no effect up to their length, so they bound `context` instead of
+being refused. Ministral 3 scales its queries by their position, in steps of the length of its first training.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.plan import Cut, Geometry
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = ("llama", "ministral3", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class DecoderParts:
     `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, optionally q_norm and k_norm per
     head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions
     [axes, S]. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any scaling.
+    `query_scale(positions)`: factors [S, 1] of the queries, if these depend on the position.
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
@@ -47,6 +49,7 @@ class DecoderParts:
     context: int
     planes: int = 0
     bidirectional: bool = False
+    query_scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class Family:
@@ -123,6 +126,15 @@ class _TextRope(nn.Module):
         return cos[0], sin[0]
 
 
+def _query_scale(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    # Ministral 3: get_llama_4_attn_scale, for positions [1, S].
+    if config.model_type != "ministral3":
+        return None
+    rope = config.rope_parameters
+    beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+    return lambda positions: 1 + beta * torch.log(1 + torch.floor(positions[0, :, None] / length))
+
+
 def check_text(config: Any) -> None:
     """Refuse quantized weights, unsupported text models (including mixtures of experts) and longrope positions."""
     refuse_quantized(config)
@@ -154,4 +166,5 @@ def text_decoder(text: Any, lm_head: nn.Module) -> DecoderParts:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         context=min(config.max_position_embeddings, getattr(config, "sliding_window", None) or config.max_position_embeddings),
+        query_scale=_query_scale(config),
     )

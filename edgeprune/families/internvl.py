@@ -119,7 +119,7 @@ class TileTower(nn.Module):
 class ScaledEncoder(ViewEncoder):
     """InternViT's layers: queries and keys may be normalized, and residual branches are scaled per channel."""
 
-    def layer(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def layer(self, layer: Any, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output of one layer, its attention weights and its keys."""
         attn, normed = layer.attention, layer.layernorm_before(hidden)
         keys = attn.k_norm(attn.k_proj(normed))

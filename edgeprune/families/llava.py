@@ -1,9 +1,9 @@
-"""LLaVA-1.5 and ViP-LLaVA: one square view in CLIP or SigLIP, a projector of two layers, and a plain text decoder.
+"""LLaVA-1.5, Pixtral and ViP-LLaVA: one view in CLIP, SigLIP or Pixtral, a projector of two layers, and a plain text decoder.
 
 LLaVA: Liu et al., arXiv 2310.03744; the modules are those of transformers' models/llava/modeling_llava.py. This family supports all
 checkpoints of the `model_type` with a CLIP encoder (without its class token) or a SigLIP encoder (with all patches), features of
 any layers, and a Llama (Vicuna), Mistral, Qwen2 or Qwen3 decoder: LLaVA-1.5, BakLLaVA, LLaVA-Interleave and
-Mantis-8B-siglip-llama3. Pixtral's encoder is refused.
+Mantis-8B-siglip-llama3. Pixtral-12B has an encoder for images of any size, and the text of an image, in common with Mistral 3.
 
 ViP-LLaVA: Cai et al., arXiv 2312.00784; the modules are those of transformers' models/vipllava/modeling_vipllava.py. The projector
 normalizes the concatenated features of several CLIP layers, the configuration's `vision_feature_layers`. It always drops the class
@@ -21,8 +21,9 @@ from torch import nn
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
-from edgeprune.families.encoder import CLIP, SIGLIP, FeatureEncoder, check_encoder, check_selection, projected_view
+from edgeprune.families.encoder import CLIP, PIXTRAL, SIGLIP, FeatureEncoder, check_encoder, check_selection, projected_view
 from edgeprune.families.encoder_pruning import EncoderPruning
+from edgeprune.families.mistral3 import pixtral_settings, pixtral_text, pixtral_view
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
@@ -50,25 +51,31 @@ class Llava(Family):
     def check(config: Any) -> None:
         """Refuse quantized weights, unsupported encoders and decoders, and a class token among the visual tokens."""
         check_text(config)
-        check_encoder(config, CLIP, SIGLIP)
+        check_encoder(config, CLIP, SIGLIP, PIXTRAL)
         check_selection(config)
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the image processor's settings with the model's patches; images have a fixed size, so `size` has no effect."""
+        """Return the image processor's settings with the model's patches; `size` has an effect only with Pixtral's encoder."""
+        if config.vision_config.model_type == PIXTRAL:
+            return pixtral_settings(config, processor, size, 1)
         return {**processor, "patch_size": config.vision_config.patch_size}
 
     def image_text(self, geometry: Geometry) -> ImageText:
-        """Return the placeholder token of an image."""
-        return ImageText("image", _IMAGE, _IMAGE, self._model.config.image_token_id)
+        """Return the placeholder token of an image, or Pixtral's text of its rows."""
+        config = self._model.config
+        if config.vision_config.model_type == PIXTRAL:
+            return pixtral_text(config, geometry)
+        return ImageText("image", _IMAGE, _IMAGE, config.image_token_id)
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
         """Return the encoder and projector; signals come from the layer before the features."""
         model, config = self._model.model, self._model.config
-        encoder = FeatureEncoder(
-            model.vision_tower, 1, config.vision_feature_layer, signals=signals, thinning=EncoderPruning(cuts, geometry)
-        )
-        return projected_view(config, geometry, encoder, model.multi_modal_projector)
+        tower, layers, projector = model.vision_tower, config.vision_feature_layer, model.multi_modal_projector
+        if config.vision_config.model_type == PIXTRAL:
+            return pixtral_view(tower, geometry, layers, cuts, projector, signals=signals)
+        encoder = FeatureEncoder(tower, 1, layers, signals=signals, thinning=EncoderPruning(cuts, geometry))
+        return projected_view(config, geometry, encoder, projector)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""

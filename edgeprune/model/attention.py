@@ -71,13 +71,15 @@ class TokenRows:
     planes: torch.Tensor | None  # [S, planes * hidden] added after the first layers, 0 for text
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
+    query_scale: torch.Tensor | None = None  # [S, 1] of the queries, by position; None for 1
 
     def keep(self, chosen: torch.Tensor) -> TokenRows:
         """Return the tokens with only the visual tokens at the positions `chosen` [K]."""
         sizes = (self.sizes[0], chosen.shape[0], self.sizes[2])
         rows = [self._pick(rows, chosen) for rows in (self.hidden, self.cos, self.sin, self.places)]
         planes = None if self.planes is None else self._pick(self.planes, chosen)
-        return TokenRows(rows[0], rows[1], rows[2], rows[3], planes, self.order.index_select(0, chosen), sizes)
+        scale = None if self.query_scale is None else self._pick(self.query_scale, chosen)
+        return TokenRows(rows[0], rows[1], rows[2], rows[3], planes, self.order.index_select(0, chosen), sizes, scale)
 
     def _pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         before, visual, after = self.split(rows)
@@ -227,6 +229,7 @@ def rotated(
     query = _normed(attn, "q_norm", attn.q_proj(hidden).view(length, shape.heads, shape.head_dim))
     key = _normed(attn, "k_norm", attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim))
     query, key = (rotate(states, tokens.cos, tokens.sin) for states in (query, key))
+    query = query if tokens.query_scale is None else query * tokens.query_scale[:, None]
     return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5, key
 
 

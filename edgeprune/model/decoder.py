@@ -144,7 +144,8 @@ class PrunedDecoder(nn.Module):
         sizes = (prefix.embeds.shape[1], visual.embeds.shape[1], suffix.embeds.shape[1])
         order = torch.arange(sizes[1], device=hidden.device) if order is None else order
         places = places_of(positions, bidirectional=self.shape.bidirectional)
-        return TokenRows(hidden, cos, sin, places, planes, order, sizes)
+        scale = None if self.shape.query_scale is None else self.shape.query_scale(positions)
+        return TokenRows(hidden, cos, sin, places, planes, order, sizes, scale)
 
     def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
         # DeepStack: features of the encoder's earlier blocks are added after the first layers.

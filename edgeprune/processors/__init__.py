@@ -22,6 +22,7 @@ _SPECS: dict[str, str] = {
     **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics:Idefics3Spec"),
     **dict.fromkeys(variants("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
     **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiling:TileSpec"),
+    **dict.fromkeys(variants("PixtralImageProcessor"), "pixtral:PixtralSpec"),
 }
 
 

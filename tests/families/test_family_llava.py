@@ -225,7 +225,7 @@ def test_the_decoder_looks_no_further_than_its_window() -> None:
     [
         (Llava, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
         (Llava, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
-        (Llava, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),
+        (Llava, {"vision_config": SimpleNamespace(model_type="dinov2")}, "'dinov2'"),
         (Llava, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
         (Llava, {"vision_config": SimpleNamespace(model_type=SIGLIP)}, "'default' drops the first patch"),
         (LlavaNext, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
