@@ -43,7 +43,7 @@ PROMPTS = ("What colour is the cube?", "And the ball?")
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
 TWINS = ("smolvlm", "vipllava")  # of idefics3 and llava: the same encoders and decoders
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
-DECODERS = ("llava", "paligemma", "qwen2_vl", "qwen3_vl")
+DECODERS = ("llava", "mistral3", "paligemma", "qwen2_vl", "qwen3_vl")
 
 
 def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from repository import TESTS
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 FILES = TESTS / "support" / "genuine"
 NAMES = sorted(path.name for path in FILES.iterdir() if (path / "config.json").is_file())
@@ -83,6 +83,7 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
         config["vision_config"] |= {**sizes, "fullatt_block_indexes": [1, 3]}
     else:
         config["vision_config"] |= _VISION | ({"num_hidden_layers": 12} if kind == "vipllava" else {})
+        config["vision_config"] |= {"head_dim": 8} if "head_dim" in config["vision_config"] else {}
     if kind == "idefics2":
         resampler = {"resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 8}
         config["perceiver_config"] |= {**resampler, "num_key_value_heads": 1, "hidden_size": 32, "rms_norm_eps": 1e-5}
@@ -116,6 +117,10 @@ def _tokenizer(folder: Path) -> Tokenizer:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        if settings.get("add_bos_token"):
+            begin = settings["bos_token"]
+            special = [(begin, vocabulary[begin])]
+            tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
     tokenizer.add_special_tokens([added[number] for number in sorted(added)])
     return tokenizer
 
