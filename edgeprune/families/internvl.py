@@ -1,7 +1,8 @@
-"""InternVL3: tiles and a thumbnail in InternViT with class tokens, pixel shuffle into fewer tokens, and a Qwen2 decoder.
+"""InternVL3 and 3.5: tiles and a thumbnail in InternViT with class tokens, pixel shuffle, and a Qwen2, Qwen3 or Llama decoder.
 
-Zhu et al., arXiv 2504.10479; the modules are those of transformers' models/internvl/modeling_internvl.py, which is for the "-hf"
-checkpoints. The position table is interpolated to the tile size once, as a constant. The text is that of processing_internvl.py.
+Zhu et al., arXiv 2504.10479, and Wang et al., arXiv 2508.18265; the modules are those of transformers'
+models/internvl/modeling_internvl.py, which is for the "-hf" checkpoints. The position table is interpolated to the tile size once,
+as a constant. The text is that of processing_internvl.py.
 """
 
 from __future__ import annotations

@@ -81,6 +81,9 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     elif kind == "qwen2_5_vl":
         sizes = {"depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
         config["vision_config"] |= {**sizes, "fullatt_block_indexes": [1, 3]}
+    elif kind == "qwen3_vl":
+        sizes = {"depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
+        config["vision_config"] |= {**sizes, "deepstack_visual_indexes": [0, 1]}
     else:
         config["vision_config"] |= _VISION | ({"num_hidden_layers": 12} if kind == "vipllava" else {})
         config["vision_config"] |= {"head_dim": 8} if "head_dim" in config["vision_config"] else {}
