@@ -26,7 +26,10 @@ from edgeprune.registry import check_family, family_class, method_class, unsuppo
 from edgeprune.tabletop import MODEL_FOLDER
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from edgeprune.checkpoint.weights import StoredTensor
+    from edgeprune.families.base import OutsideChat
 
 TABLETOP = "tabletop"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -169,8 +172,11 @@ class LoadedModel:
     def chat_template(self, image: ImageText) -> str:
         """Return the checkpoint's chat template, or the family's if it has none or its own lacks the image placeholder.
 
-        Raises UnsupportedModelError if there is no template.
+        One whose processor transformers does not have is asked as the code beside it does. Raises UnsupportedModelError if there is
+        no template.
         """
+        if (outside := self._outside_chat()) is not None:
+            return outside.template
         template = chat_template(self.processor)
         default: str | None = self.family.chat_template
         if default is not None and (template is None or (image.placeholder in default and image.placeholder not in template)):
@@ -188,7 +194,14 @@ class LoadedModel:
         end = self.model.generation_config.eos_token_id
         if end is None or end == []:
             raise no_end_token(self.folder.name)
-        return tuple(end) if isinstance(end, list) else (int(end),)
+        ends = tuple(end) if isinstance(end, list) else (int(end),)
+        if (outside := self._outside_chat()) is not None:
+            ends = tuple(dict.fromkeys((*ends, self.tokenizer.convert_tokens_to_ids(outside.end))))
+        return ends
+
+    def _outside_chat(self) -> OutsideChat | None:
+        chats: Mapping[str, OutsideChat] = self.family.outside_chats
+        return chats.get(str(self.folder.processor.get("processor_class")))
 
     def generation_defaults(self) -> GenerationDefaults:
         """Return what generation_config.json does to logits in greedy decoding.
@@ -215,12 +228,23 @@ class LoadedModel:
     def check_prompt(self, geometry: Geometry) -> None:
         """Raise UnsupportedModelError if prompts about such images cannot be written, or answers to them would never end."""
         image = self.family.image_text(geometry)
-        self.chat_template(image)
+        self._check_question(self.chat_template(image), image.kind)
         self.end_tokens()
         self.generation_defaults()
         count = self.tokenizer.encode(image.text, add_special_tokens=False).count(image.token)
         if geometry.spans(count) is None:
             raise no_image_token(self.folder.name, image.token)
+
+    def _check_question(self, template: str, kind: str) -> None:
+        # The template of Pixtral-12B's first weeks reads part["content"], and would leave out every text without a word.
+        word = "xylophone"
+        messages = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": word}]}]
+        prompt = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        if word not in prompt:
+            raise UnsupportedModelError(
+                f"The chat template of {self.folder.name} leaves out the text of a question.",
+                hint='Have it write part["text"] of the parts of type "text", in chat_template.jinja or chat_template.json.',
+            )
 
 
 def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:

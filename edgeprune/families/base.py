@@ -52,12 +52,21 @@ class DecoderParts:
     query_scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class OutsideChat:
+    """How the code beside a checkpoint asks it: a chat `template` that writes the same, and the token that ends a turn."""
+
+    template: str
+    end: str
+
+
 class Family:
     """An adapter to one architecture: checks its configuration, formats images in the text and locates its modules.
 
     `position_axes`: 3 with mRoPE. `signals`: extra outputs of the vision encoder, for input methods that name them in `needs`;
     `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so.
     `videos`: whether the model was trained on videos. `chat_template`: the default for model folders without one.
+    `outside_chats`: by `processor_class`, how checkpoints are asked whose processor transformers does not have.
     """
 
     name: ClassVar[str]
@@ -67,6 +76,7 @@ class Family:
     no_encoder_cuts_reason: ClassVar[str] = ""
     videos: ClassVar[bool] = False
     chat_template: ClassVar[str | None] = None
+    outside_chats: ClassVar[Mapping[str, OutsideChat]] = {}
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -123,7 +123,8 @@ class FeatureEncoder(nn.Module):
     `layers`: how many layers run before the features, negative if counted back from the output (-1); the features of a list are
     concatenated. With `signals`, it also returns the attention that each patch receives [views * patches], from the class token or
     averaged over all queries if there is none, and its keys [views * patches, width]. They come from the layer before the last
-    feature, but never from the encoder's last layer. `thinning`: the cuts inside the encoder.
+    feature, but never from the encoder's last layer. `thinning`: the cuts inside the encoder. `left_out`: whether the first patch
+    of each view has no features.
     """
 
     places: torch.Tensor
@@ -136,6 +137,7 @@ class FeatureEncoder(nn.Module):
         *,
         signals: bool = False,
         thinning: EncoderPruning | None = None,
+        left_out: bool = False,
     ) -> None:
         super().__init__()
         depth, chosen = len(tower.encoder.layers), [layers] if isinstance(layers, int) else layers
@@ -149,7 +151,7 @@ class FeatureEncoder(nn.Module):
         self.first = places.shape[1] - embeddings.num_patches  # the class token comes before the patches
         self.register_buffer("places", places, persistent=False)
         signal_layer = max(min(run, depth - 1) - 1, 0) if signals else None
-        rows, layers_run = RowLayout(views, self.first), tower.encoder.layers[:run]
+        rows, layers_run = RowLayout(views, self.first + left_out, left_out=left_out), tower.encoder.layers[:run]
         self.encoder = ViewEncoder(layers_run, rows, features=features, signal_layer=signal_layer, thinning=thinning)
         self.blocks = run
 

@@ -41,7 +41,7 @@ def render_template(template: Template, **values: Any) -> str:
     """Render a template; raise UsageError when it rejects the values, BundleError when it fails."""
     try:
         return template.render(**values)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise BundleError(f"The chat template failed: {error}.", hint="Export the bundle again.") from error
 
 

@@ -22,7 +22,7 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.llava import Llava
 from edgeprune.families.llava_onevision import LlavaNext, LlavaOneVision
 from edgeprune.model.decoder import PrunedDecoder, Segment
-from edgeprune.plan import Geometry
+from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 
@@ -66,6 +66,24 @@ def test_a_view_is_encoded_as_in_transformers(encoder: str, layer: int | list[in
         assert error(tower(cut(pixels, 14))[0], expected) < 1e-5 and tower.takes == (25, 588)
         visual, received, keys = Llava(model).vision(SQUARE, signals=True)(cut(pixels, 14))
     assert error(visual[0], expected) < 1e-5 and received.shape == (25,) and keys.shape == (25, 24)
+
+
+@pytest.mark.parametrize("layer", [-2, [-2, 1]])
+def test_mantis_leaves_out_the_first_patch_as_in_transformers(layer: int | list[int]) -> None:
+    model, pixels = llava(SIGLIP, vision_feature_layer=layer, vision_feature_select_strategy="default"), torch.randn(1, 3, 70, 70)
+    spec = image_spec(Llava.settings(model.config, tiny_llava.processor() | {"image_processor_type": "SiglipImageProcessor"}))
+    geometry, first = spec.geometry(70, 70), Cut("vision", "evit", 7, layer=1)
+    assert geometry.layout == (View(0, 14, 14, 56, 1, 4), View(14, 0, 56, 70, 4, 5)) and geometry.tokens == 24
+    Llava.check(model.config)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output[0]
+        visual, received, keys = Llava(model).vision(geometry, signals=True)(cut(pixels, 14))
+        few, kept = Llava(model).vision(geometry, cuts=(first,))(cut(pixels, 14))
+        model.model.vision_tower.set_attn_implementation("eager")
+        seen = model.model.vision_tower(pixels, output_attentions=True).attentions
+    assert error(visual[0], expected) < 1e-5 and keys.shape == (24, 24)
+    assert error(received, seen[2][0].mean(dim=(0, 1))[1:]) < 1e-5
+    assert few.shape == (1, 7, 48) and kept.tolist() == sorted(seen[0][0].mean(dim=(0, 1))[1:].topk(7).indices.tolist())
 
 
 def test_a_layer_too_many_would_be_noticed() -> None:
@@ -227,7 +245,7 @@ def test_the_decoder_looks_no_further_than_its_window() -> None:
         (Llava, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
         (Llava, {"vision_config": SimpleNamespace(model_type="dinov2")}, "'dinov2'"),
         (Llava, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
-        (Llava, {"vision_config": SimpleNamespace(model_type=SIGLIP)}, "'default' drops the first patch"),
+        (LlavaNext, {"vision_config": SimpleNamespace(model_type=SIGLIP)}, "'default' drops the first patch"),
         (LlavaNext, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
         (LlavaNext, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
         (LlavaNext, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from genuine import NAMES, write_checkpoint
+from genuine import NAMES, completed, write_checkpoint
 from PIL import Image
 
 from edgeprune.calibration.replay.reference import reference_model
@@ -33,13 +33,14 @@ def opened(name: str, folder: Path) -> tuple[LoadedModel, Image.Image]:
 
 def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dict[str, Any]) -> str:
     """Return the greedy answer of `generate` about one image, by the checkpoint's own processor and generation_config."""
-    processor, own = loaded.processor, chat_template(loaded.processor)
+    processor, own = completed(loaded.processor, loaded.model.config), chat_template(loaded.processor)
     parts = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
     if own is None and loaded.folder.model_type == "paligemma":
         inputs = processor(text=QUESTION, images=[picture], return_tensors="pt", images_kwargs=changed)
         inputs.pop("labels", None)
     else:
-        template = own or loaded.family.chat_template
+        outside = loaded.family.outside_chats.get(str(loaded.folder.processor.get("processor_class")))
+        template = outside.template if outside else own or loaded.family.chat_template
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": parts}],
             chat_template=template,
@@ -50,7 +51,7 @@ def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dic
             processor_kwargs={"images_kwargs": changed},
         )
     with torch.no_grad():
-        made = loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        made = loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=list(loaded.end_tokens()))
     text: str = loaded.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 

@@ -67,7 +67,7 @@ def test_parity_check_can_fail(change: dict[str, Any]) -> None:
     views = processor(images=[image])["pixel_values"]
     assert_patches(spec, [image], views, 14)
     with pytest.raises(AssertionError):
-        assert_patches(dataclasses.replace(spec, **change), [image], views, 14)  # type: ignore[type-var]
+        assert_patches(dataclasses.replace(spec, **change), [image], views, 14)
 
 
 def test_real_settings() -> None:

@@ -63,6 +63,13 @@ def test_a_template_can_refuse_messages() -> None:
         template.render([{"role": "tool", "content": "x"}], add_generation_prompt=True)
 
 
+def test_a_template_that_adds_parts_to_text_fails_in_one_line() -> None:
+    # Pixtral-12B's does, of a system prompt given as parts.
+    template = ChatTemplate("{{ '[INST]' + messages[0]['content'] }}")
+    with pytest.raises(BundleError, match="chat template failed: can only concatenate str"):
+        template.render([{"role": "system", "content": [{"type": "text", "text": "x"}]}], add_generation_prompt=True)
+
+
 @pytest.mark.parametrize(
     "source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__.os.getcwd() }}"]
 )

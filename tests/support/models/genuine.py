@@ -65,6 +65,16 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
+def completed(processor: Any, config: Any) -> Any:
+    """Give the processor of a LLaVA what files of early 2024 leave out, as transformers asks for; return it."""
+    if getattr(processor, "patch_size", 0) is None:
+        processor.patch_size, processor.vision_feature_select_strategy = (
+            config.vision_config.patch_size,
+            config.vision_feature_select_strategy,
+        )
+    return processor
+
+
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     # The same configuration with small sizes.
     kind = config["model_type"]
@@ -120,7 +130,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        if settings.get("add_bos_token"):
+        if settings.get("add_bos_token") or settings.get("processor_class") == "MLlavaProcessor":
             begin = settings["bos_token"]
             special = [(begin, vocabulary[begin])]
             tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
