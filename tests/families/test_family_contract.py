@@ -41,7 +41,7 @@ from edgeprune.targets import TARGETS, Lowering
 WORDS = 16
 PROMPTS = ("What colour is the cube?", "And the ball?")
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
-TWINS = ("smolvlm", "vipllava")  # of idefics3 and llava: the same encoders and decoders
+TWINS = ("llava_next", "smolvlm", "vipllava")  # of llava, llava_onevision and idefics3: the same encoders and decoders
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
 DECODERS = ("llava", "mistral3", "paligemma", "qwen2_vl", "qwen3_vl")
 
