@@ -47,7 +47,7 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "sequence_bias": ([], {}),
     "guidance_scale": (1.0,),
 }
-_LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
+_LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": {"": "sdpa"}, "output_loading_info": True}
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,11 @@ class LoadedModel:
         """Return the image-processor settings that bring every image to the area of one geometry."""
         return self._settings((geometry.height, geometry.width))
 
+    def changed_settings(self, geometry: Geometry) -> dict[str, Any]:
+        """Return those of `settings` that are other than the checkpoint's own, as transformers' processor takes them."""
+        own = self.folder.processor
+        return {name: value for name, value in self.settings(geometry).items() if value != own.get(name, value)}
+
     def _settings(self, size: tuple[int, int] | None) -> dict[str, Any]:
         settings: dict[str, Any] = self.family.settings(self.model.config, self.folder.processor, size)
         return settings
@@ -167,6 +172,7 @@ class LoadedModel:
             context=parts.context,
             planes=parts.planes,
             bidirectional=parts.bidirectional,
+            local_layers=parts.local_layers,
         )
 
     def chat_template(self, image: ImageText) -> str:
@@ -263,8 +269,9 @@ def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
         )
     config = read_json(path, "config.json")
     own_code = "auto_map" in config
-    folder = ModelFolder(name, path, str(config.get("model_type")), image_settings(path), own_code and trust_remote_code)
-    check_family(folder.model_type)
+    model_type = str(config.get("model_type"))
+    check_family(model_type)
+    folder = ModelFolder(name, path, model_type, image_settings(path, model_type), own_code and trust_remote_code)
     if own_code and not trust_remote_code:
         raise UnsupportedModelError(
             f"{name} brings Python code of its own, which would run here.", hint="Read it, then give --trust-remote-code."

@@ -26,14 +26,16 @@ KINDS = ("llama", "ministral3", "mistral", "qwen2", "qwen3")
 class DecoderParts:
     """The modules and dimensions of a decoder.
 
-    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, optionally q_norm and k_norm per
-    head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions
-    [axes, S]. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any scaling.
-    `query_scale(positions)`: factors [S, 1] of the queries, if these depend on the position.
+    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, `scaling`, optionally q_norm and
+    k_norm per head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer
+    positions [axes, S]; [S, 2 * head_dim] if layers with a window have angles of their own, which come second. `embed_tokens`:
+    the module from ids to the embeddings that enter layer 0, including any scaling. `query_scale(positions)`: factors [S, 1] of the
+    queries, if these depend on the position.
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
-    `context`: the longest supported sequence in tokens.
+    `context`: the longest supported sequence in tokens. `softcap`: the soft cap of attention scores, if any. `windows`: for each
+    layer, how many of the last tokens of the sequence a token attends to, itself included, 0 for all; empty if no layer has one.
     """
 
     layers: nn.ModuleList
@@ -50,6 +52,13 @@ class DecoderParts:
     planes: int = 0
     bidirectional: bool = False
     query_scale: Callable[[torch.Tensor], torch.Tensor] | None = None
+    softcap: float | None = None
+    windows: tuple[int, ...] = ()
+
+    @property
+    def local_layers(self) -> tuple[int, ...]:
+        """The layers with a window."""
+        return tuple(layer for layer, window in enumerate(self.windows) if window)
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,12 @@ class OutsideChat:
 class Family:
     """An adapter to one architecture: checks its configuration, formats images in the text and locates its modules.
 
-    `position_axes`: 3 with mRoPE. `signals`: extra outputs of the vision encoder, for input methods that name them in `needs`;
-    `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so.
-    `videos`: whether the model was trained on videos. `chat_template`: the default for model folders without one.
-    `outside_chats`: by `processor_class`, how checkpoints are asked whose processor transformers does not have.
+    `position_axes`: 3 with mRoPE; 2 if the visual tokens of an image attend to each other: the place of a token in the sequence,
+    and the last place that it attends to. `signals`: extra outputs of the vision encoder, for input methods that name them in
+    `needs`; `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if
+    so. `videos`: whether the model was trained on videos. `several_as_one`: whether transformers encodes several images of one
+    prompt as it encodes one. `chat_template`: the default for model folders without one. `outside_chats`: by
+    `processor_class`, how checkpoints are asked whose processor transformers does not have.
     """
 
     name: ClassVar[str]
@@ -75,6 +86,7 @@ class Family:
     no_signals_reason: ClassVar[str] = ""
     no_encoder_cuts_reason: ClassVar[str] = ""
     videos: ClassVar[bool] = False
+    several_as_one: ClassVar[bool] = True
     chat_template: ClassVar[str | None] = None
     outside_chats: ClassVar[Mapping[str, OutsideChat]] = {}
 

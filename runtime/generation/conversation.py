@@ -16,6 +16,7 @@ from edgeprune.errors import UsageError
 from edgeprune.processors import fit
 from edgeprune.runtime.backends.interface import CANCELLED, DEADLINE, CancellationToken, Cancelled, DecoderOutput
 from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.shared import closed_model
 from edgeprune.runtime.generation.decode import DecodeLoop
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.prefill import ImageInput, Prefill
@@ -23,13 +24,11 @@ from edgeprune.runtime.generation.request import UNFINISHED, Request, RequestLim
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
 from edgeprune.runtime.media.images import image_hash
-from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt
-from edgeprune.runtime.text.prompt import ImagePlaceholders, Message
-from edgeprune.runtime.text.tokenizer import TextTokenizer, reject_control_tokens, reject_unencodable
+from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt, shorten
+from edgeprune.runtime.text.prompt import CHARS_PER_TOKEN, Message
+from edgeprune.runtime.text.tokenizer import reject_control_tokens, reject_unencodable
 
 ROLES = ("system", "user", "assistant")
-_CHARS_PER_TOKEN = 16  # more than texts have
-_JOINT = 16  # tokens that a text may have more where it is tokenized in two parts
 _LARGE = 3  # times the bundle's pixels, whose float32 patches then take less memory than the image
 
 
@@ -113,7 +112,7 @@ class Turn:
 
 
 class Stream:
-    """An answer in progress: an iterator of text pieces. Nothing runs before the first `next`.
+    """An answer in progress: an iterator of text pieces, for `for` and `async for`. Nothing runs before the first is asked for.
 
     Any thread may iterate, one at a time, and any may cancel. `text`: the answer so far. `receipt`: updated during generation,
     final at the end. `generating`: whether the next piece is being computed.
@@ -154,6 +153,25 @@ class Stream:
         owners, current = (self._asker, self._reader), threading.current_thread()
         return self.receipt.finish_reason == RUNNING and current not in owners and any(owner.is_alive() for owner in owners)
 
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> str:
+        # A thread of the event loop computes each piece. A task that is cancelled cancels the answer.
+        import asyncio  # slow to import
+
+        try:
+            piece = await asyncio.to_thread(next, self, None)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def __repr__(self) -> str:
+        return f"<Stream {self.receipt.finish_reason}: {shorten(self.text)!r}>"
+
     def cancel(self) -> None:
         """Request cancellation and return at once. Iteration ends within one decode step; the text so far is the answer."""
         self._cancellation.cancel(CANCELLED)
@@ -174,7 +192,7 @@ class Conversation:
 
     def __init__(self, pipeline: Pipeline, *, prune: bool = True, fit: str = "exact", history: Sequence[Turn] = ()) -> None:
         self._pipeline, self._prune, self._fit = pipeline, prune, fit
-        self._layout = ImagePlaceholders(pipeline.image, pipeline.plan.geometry, pipeline.tokenizer)
+        self._layout = pipeline.prompts.placeholders
         self._messages: list[Message] = []
         self._images: list[ImageInput] = []  # in the order of the messages
         self._history = tuple(history)  # turns not yet in `_messages`
@@ -189,6 +207,11 @@ class Conversation:
     def kind(self) -> str:
         """The input kind of the conversation: "image" or "video"."""
         return self._layout.kind
+
+    @property
+    def turns(self) -> int:
+        """Number of turns so far, of the user and of the assistant."""
+        return len(self._messages)
 
     @property
     def cache(self) -> KvCache:
@@ -228,6 +251,8 @@ class Conversation:
         self, prompt: Prompt, images: Sequence[ImageOrFrames], sampling: Sampling | None, limits: RequestLimits | None
     ) -> Stream:
         started_s = time.monotonic()  # compiling a grammar and preparing images count against the deadline
+        if self._pipeline.state.closed:
+            raise closed_model()
         question = Turn("user", prompt, images)
         image_alone = not isinstance(prompt, str) and bool(question.all_images)
         if not image_alone and self._is_empty(question.words):
@@ -264,7 +289,7 @@ class Conversation:
 
     def _is_empty(self, words: str) -> bool:
         # A tokenizer may drop characters, but not so many. A long text is not tokenized before its length is checked.
-        return not words.strip() or (len(words) < _CHARS_PER_TOKEN and not self._pipeline.tokenizer.encode(words))
+        return not words.strip() or (len(words) < CHARS_PER_TOKEN and not self._pipeline.tokenizer.encode(words))
 
     def _message(self, turn: Turn) -> Message:
         kind = self._layout.kind
@@ -328,7 +353,9 @@ class Conversation:
             self._reset()
             raise
         finally:
-            self._messages.append(self._message(Turn("assistant", self._pipeline.tokenizer.decode(answer_ids))))
+            skip = request.sampler.sampling.skip_special_tokens
+            said = self._pipeline.tokenizer.decode(answer_ids, skip_special=skip)
+            self._messages.append(self._message(Turn("assistant", said)))
 
     def _first_token(self, ids: list[int], prefill: Prefill, request: Request) -> tuple[DecoderOutput, int]:
         with request.receipt.times.stage("prefill"), request.cancellation.deadline(request.remaining):
@@ -356,7 +383,7 @@ class Conversation:
     def _tokenize(self, new_messages: list[Message], new_images: int) -> list[int]:
         # Ids of the entire conversation with the new messages. Raises UsageError before any state changes.
         messages, images = [*self._messages, *new_messages], len(self._images) + new_images
-        ids = prompt_ids(self._pipeline, self._layout, messages, images)
+        ids = self._pipeline.prompts.ids(messages)
         if self._prune and images and self._layout.image_ends(ids)[-1] == len(ids):
             raise UsageError(
                 "The chat template of this model puts no text after the last image, and the last token must not be pruned.",
@@ -374,39 +401,6 @@ class Conversation:
         text = len(ids) - (0 if restart else len(self._sequence.ids)) - images * len(self._layout.spans)
         prefill.choose_tier(0 if restart else self._sequence.cache.bytes, images, text)
         return prefill
-
-
-def prompt_ids(pipeline: Pipeline, layout: ImagePlaceholders, messages: Sequence[Message], images: int) -> list[int]:
-    """Return the token ids of a conversation with `images` images, up to where the answer begins; one id for each span of an image.
-
-    Raises UsageError if the template does not place the images or the conversation is longer than the model's context.
-    """
-    context = pipeline.decoder.context
-    prompt = pipeline.chat_template.render(messages, add_generation_prompt=True, **pipeline.special_tokens)
-    _check_length(prompt, pipeline.tokenizer, context)
-    ids = pipeline.tokenizer.encode_prompt(layout.expand(prompt), pipeline.special_tokens.get("bos_token"))
-    if layout.count(ids) != images:
-        raise UsageError("The chat template of this model does not place one image token for each image.")
-    length = len(ids) + images * (pipeline.plan.geometry.tokens - len(layout.spans))
-    if length > context:
-        raise UsageError(
-            f"The conversation would be {length} tokens long, but the model takes {context}.",
-            hint="Begin a new one, or ask with fewer images.",
-        )
-    return ids
-
-
-def _check_length(prompt: str, tokenizer: TextTokenizer, context: int) -> None:
-    # Tokens take hundreds of bytes each. A text far beyond the context is refused before all of it has become tokens.
-    step = _CHARS_PER_TOKEN * context
-    count = 0
-    for part, begin in enumerate(range(0, len(prompt) if len(prompt) > step else 0, step), start=1):
-        count += len(tokenizer.encode(prompt[begin : begin + step]))
-        if count > context + _JOINT * part:
-            raise UsageError(
-                f"The conversation would be more than {count - _JOINT * part} tokens long, but the model takes {context}.",
-                hint="Begin a new one, or ask for less at once.",
-            )
 
 
 def _question(turns: Sequence[Turn]) -> str:

@@ -22,6 +22,7 @@ from simulated_device import on_device, prepare
 
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.checkpoint.processor import chat_template, processor_inputs
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.tracing import trace_decoder, trace_vision
@@ -40,15 +41,17 @@ from edgeprune.targets import TARGETS, Lowering
 
 WORDS = 16
 PROMPTS = ("What colour is the cube?", "And the ball?")
-families = pytest.mark.parametrize("name", sorted(FAMILIES))
-TWINS = ("llava_next", "smolvlm", "vipllava")  # of llava, llava_onevision and idefics3: the same encoders and decoders
+NAMES = sorted([*FAMILIES, "paligemma2"])
+families = pytest.mark.parametrize("name", NAMES)
+# Of llava and llava_onevision, paligemma, idefics3 and llava: the same encoders.
+TWINS = ("llava_next", "paligemma2", "smolvlm", "vipllava")
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
-DECODERS = ("llava", "mistral3", "paligemma", "qwen2_vl", "qwen3_vl")
+DECODERS = ("gemma3", "llava", "mistral3", "paligemma", "paligemma2", "qwen2_vl", "qwen3_vl")
 
 
 def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:
     """Return the mark that runs a test for every family, for those that are not `quick` only with `--all`."""
-    names = [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES)]
+    names = [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
     return pytest.mark.parametrize("name", names)
 
 
@@ -83,7 +86,7 @@ def picture(name: str, seed: int) -> Image.Image:
 
 
 def whole(loaded: LoadedModel, name: str) -> KeepPlan:
-    return unpruned_plan(name, len(loaded.family.decoder().layers), loaded.geometry(tiny(name).SIZE))
+    return unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(tiny(name).SIZE))
 
 
 @dataclass(frozen=True)
@@ -102,14 +105,19 @@ def said_by_transformers(
     clip: dict[str, torch.Tensor] | None = None,
 ) -> Said:
     """Return what `generate` adds to a conversation about images, or about one video: `clip`, as the model takes it."""
-    tokens = torch.tensor([ids_by_transformers(loaded, model, messages, len(images) or int(clip is not None))])
+    by_processor = chat_template(loaded.processor) is not None and (len(images) < 2 or loaded.family.several_as_one)
+    if by_processor and clip is None:
+        tokens = ids_by_processor(loaded, model, messages, images)
+    else:
+        tokens = torch.tensor([ids_by_tokenizer(loaded, model, messages, len(images) or 1)])
     kinds = (tokens == model.image.token).long() * (1 if clip is None else 2)
     accepted = inspect.signature(loaded.model.forward).parameters
     # PaliGemma's say what is prompt (0) and what is answer, not what is an image.
-    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds}.items() if kind in accepted}
+    others = 0 * kinds if loaded.folder.model_type == "paligemma" else kinds
+    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": others}.items() if kind in accepted}
     given = clip or (tiny(model.plan.family).inputs(loaded.folder.path, images) if images else {})
     found: list[torch.Tensor] = []
-    hook = loaded.model.get_output_embeddings().register_forward_hook(lambda _, given, made: found.append(made[0, -1]))
+    hook = loaded.model.register_forward_hook(lambda _, given, made: found.append(made.logits[0, -1]))
     with torch.no_grad():
         mask = torch.ones_like(tokens)
         generated = loaded.model.generate(tokens, attention_mask=mask, **typed, **given, max_new_tokens=WORDS, do_sample=False)
@@ -118,8 +126,18 @@ def said_by_transformers(
     return Said(said[: said.index(2)] if 2 in said else said, found[0].numpy())
 
 
-def ids_by_transformers(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: int) -> list[int]:
-    """Return the tokens of a prompt by transformers' tokenizer, which puts its own first token unless the prompt has it."""
+def ids_by_processor(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: list[Image.Image]) -> torch.Tensor:
+    """Return the tokens [1, n] of a prompt by transformers' processor."""
+    settings = loaded.changed_settings(model.plan.geometry)
+    tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=settings)["input_ids"]
+    return tokens
+
+
+def ids_by_tokenizer(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: int) -> list[int]:
+    """Return the tokens of a prompt that no processor makes here: of a video, for which it needs torchvision.
+
+    transformers' tokenizer puts its own first token unless the prompt has it.
+    """
     layout, tokenizer = ImagePlaceholders(model.image, model.plan.geometry, model.tokenizer), loaded.tokenizer
     template = loaded.chat_template(model.image)
     prompt = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
