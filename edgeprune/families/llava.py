@@ -1,4 +1,4 @@
-"""LLaVA-1.5, Pixtral and ViP-LLaVA: one view in CLIP, SigLIP or Pixtral, a projector of two layers, and a plain text decoder.
+"""LLaVA-1.5, Mantis, Pixtral-12B and ViP-LLaVA: one view in CLIP, SigLIP or Pixtral, a projector, and a plain text decoder.
 
 LLaVA: Liu et al., arXiv 2310.03744; the modules are those of transformers' models/llava/modeling_llava.py. This family supports all
 checkpoints of the `model_type` with a CLIP encoder (without its class token) or a SigLIP encoder (with all patches), features of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from tiny_folders import write_model, write_tokenizer
-from tiny_llava import TEXT, VISION
+from tiny_llava import COMBINED, TEXT, VISION
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -62,7 +62,9 @@ def folder(path: Path) -> Path:
     """Write the model folder and return it."""
     tokenizer = write_tokenizer(path, TEMPLATE, "<image>")
     sizes = config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    return write_model(path, LlavaNextForConditionalGeneration, sizes, processor())
+    return write_model(
+        path, LlavaNextForConditionalGeneration, sizes, processor(), **COMBINED | {"processor_class": "LlavaNextProcessor"}
+    )
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

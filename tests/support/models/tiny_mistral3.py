@@ -78,7 +78,7 @@ def folder(path: Path) -> Path:
     """Write the model folder and return it."""
     tokenizer = write_tokenizer(path, TEMPLATE, *TOKENS)
     sizes = config(len(tokenizer), tokenizer.convert_tokens_to_ids("[IMG]"))
-    return write_model(path, Mistral3ForConditionalGeneration, sizes, processor())
+    return write_model(path, Mistral3ForConditionalGeneration, sizes, processor(), patch_size=14, spatial_merge_size=2)
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
