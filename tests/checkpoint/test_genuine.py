@@ -230,12 +230,12 @@ def test_a_template_that_leaves_out_the_question_is_refused(tmp_path: Path) -> N
     # Pixtral-12B's reads chunk["content"], for which transformers has another form of messages.
     checkpoint = Checkpoint("pixtral-12b", tmp_path)
     checkpoint.loaded.model.generation_config = transformers.GenerationConfig.from_pretrained(tmp_path)
-    checkpoint.loaded.check_prompt(checkpoint.geometry)
+    prompt_encoder(checkpoint.loaded, checkpoint.geometry)
     template = chat_template(checkpoint.loaded.processor)
     assert template is not None
     checkpoint.loaded.processor.chat_template = template.replace('chunk["text"]', 'chunk["content"]')
     with pytest.raises(UnsupportedModelError, match="leaves out the text of a question"):
-        checkpoint.loaded.check_prompt(checkpoint.geometry)
+        prompt_encoder(checkpoint.loaded, checkpoint.geometry)
 
 
 def test_settings_in_processor_config_come_first(tmp_path: Path) -> None:
