@@ -16,22 +16,37 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
 _BIDIRECTIONAL = "paligemma"  # the one family with such prompts before schema 7, whose manifests do not say so
 # What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
-_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}}
+_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}}
+
+
+@dataclass(frozen=True)
+class SourceQuantization:
+    """What became of the layers that the checkpoint holds quantized by `method`, such as gptq: how many layers of each kind.
+
+    `kept`: integers, zero points and scales are those of the checkpoint. `requantized`: quantized again, to another precision.
+    `dequantized`: written as floats, exact but for the precision.
+    """
+
+    method: str
+    kept: int
+    requantized: int
+    dequantized: int
 
 
 @dataclass(frozen=True)
 class Source:
-    """The exported model: name as given by the user, `model_type`, and sha256 of the weights."""
+    """The exported model: name as given by the user, `model_type`, sha256 of the weights, and how it was quantized, if so."""
 
     model: str
     family: str
     weights_sha256: str
+    quantization: SourceQuantization | None = None
 
 
 @dataclass(frozen=True)
