@@ -63,14 +63,14 @@ class Scheme:
 
     def _pack(self, integers: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
         # Columns become words; place i of a word holds column order[i].
-        words = integers.long().unflatten(1, (-1, len(order)))[:, :, list(order)]
+        words = integers.long().reshape(len(integers), -1, len(order))[:, :, list(order)]
         summed = (words << (self.bits * torch.arange(len(order)))).sum(dim=2)
         return torch.where(summed >= 1 << 31, summed - (1 << 32), summed).int()
 
 
 def quantize_folder(folder: Path, scheme: Scheme, layers: str = LAYERS) -> dict[str, torch.Tensor]:
     """Quantize a folder in place; return the weights that its quantized layers stand for, by the names of the tensors."""
-    tensors, restored = {}, {}
+    tensors, restored = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if re.search(layers, name):
             parts, restored[name] = scheme.packed(tensor.float())
