@@ -36,6 +36,7 @@ from edgeprune.bundle import (
     tier_selector,
 )
 from edgeprune.bundle.integrity import record_files
+from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
@@ -73,7 +74,7 @@ def export_bundle(
     lower_tiers = dict(others)
     for tier in tiers.values():
         loaded.check_plan(tier)
-    loaded.check_prompt(first.geometry)
+    prompt_encoder(loaded, first.geometry)
     with new_folder(output, force=force) as folder:
         _check_space(loaded, lowering, folder)
         graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)

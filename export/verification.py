@@ -1,40 +1,65 @@
 """Verify a bundle stage by stage against the eager PyTorch reference under the same plan.
 
 The reference generates one answer. All inputs of its model are replayed on the bundle, so that the first stage that differs is
-the faulty one. Stages: processor pixels, vision embeddings, kept indices of each cut, prefill logits, logits of every generated
-token, and the text that the bundle generates by itself. The reference uses the weights and rounding of the bundle's precision, so
-the comparison covers the graph, not the quantization error.
+the faulty one. Stages: prompts, processor pixels, vision embeddings, kept indices of each cut, prefill logits, logits of every
+generated token, and the text that the bundle generates by itself. The reference uses the weights and rounding of the bundle's
+precision, so the comparison covers the graph, not the quantization error.
+
+Two stages compare with transformers itself: prompts are those of `apply_chat_template` of the checkpoint's own processor, and an
+answer without pruning is that of `generate` under the checkpoint's generation_config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from edgeprune.bundle import PREPROCESSOR, Bundle
 from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.errors import VerificationError
+from edgeprune.checkpoint.processor import chat_template, processor_inputs
+from edgeprune.errors import EdgePruneError, VerificationError, one_line
+from edgeprune.plan import Geometry
 from edgeprune.processors import read_image_spec
-from edgeprune.runtime import load
+from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
 from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
 from edgeprune.runtime.generation.sampling import Sampling
+from edgeprune.runtime.text.prompt import Message, PromptEncoder
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 
 MAX_TOKENS = 32  # generated tokens
+_NO_TEMPLATE = "nothing: the checkpoint has no chat template"
 Comparison = tuple[str, float, str]  # stage, worst difference, what was compared
-_FP32 = {"pixels": 1e-5, "vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0}
+_INPUTS = {"prompts": 0.0, "pixels": 1e-5}
+_FP32 = {"vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0, "unpruned text": 0.0}
+_FP32 = {**_INPUTS, **_FP32}
 # Half precision rounds at 5e-4, and errors accumulate over the layers; nearly equal scores may swap ranks.
-_FP16 = {"pixels": 1e-5, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill": 3e-3, "generation": 5e-3}
+_FP16 = {**_INPUTS, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill": 3e-3, "generation": 5e-3}
 # If activations are quantized to 8 bits too, a difference in the last digit may become a step of 1/255 of their range.
 _DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02}
 TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "int8": _FP16, "int4": _FP16}
+
+
+def _turn(text: str, images: int = 0, role: str = "user") -> Message:
+    return {"role": role, "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
+
+
+_IMAGES = {"one image": 1, "two images": 2, "a system prompt": 1, "two turns": 2, "text alone": 0}
+_CONVERSATIONS = {
+    "one image": [_turn(DESCRIBE_PROMPT, 1)],
+    "two images": [_turn(DESCRIBE_PROMPT, 2)],
+    "a system prompt": [_turn("Be brief.", role="system"), _turn(DESCRIBE_PROMPT, 1)],
+    "two turns": [_turn(DESCRIBE_PROMPT, 1), _turn("A table.", role="assistant"), _turn("Look again.", 1)],
+    "text alone": [_turn(DESCRIBE_PROMPT)],
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +67,7 @@ class ParityStage:
     """One stage of the report: the `worst` difference, the `tolerance`, and a description of the compared values.
 
     Differences are relative to the largest magnitude of the reference. For kept indices, `worst` is the share of indices that
-    differ; for text, it is 1 if the text differs.
+    differ; for prompts, the share of conversations with other ids; for text, it is 1 if the text differs.
     """
 
     name: str
@@ -73,6 +98,8 @@ def verify(
     reference = replace(reference_model(loaded, (bundle.plan, *bundle.lower_tiers)[tier_index]), decoder=bundle.manifest.decoder)
     frames = frames_for(bundle.plan.geometry)
     image: ImageOrFrames = frames if bundle.manifest.image.kind == "video" else frames[0]
+    progress("prompts")
+    prompts = _compare_prompts(loaded, bundle, frames[0])
     progress("reference")
     recorder = RecordingBackend(reference.backend)
     assert isinstance(reference.backend, TorchBackend)
@@ -81,7 +108,7 @@ def verify(
         text = "".join(conversation.ask(DESCRIBE_PROMPT, [image], Sampling(max_tokens=MAX_TOKENS)))
     backend = OnnxRuntimeBackend(bundle, exact=True)
     # The video processor of transformers needs torchvision; frames are prepared like images.
-    comparisons = [_compare_pixels(loaded, bundle, frames[0])] if len(frames) == 1 else []
+    comparisons = [prompts, *([_compare_pixels(loaded, bundle, frames[0])] if len(frames) == 1 else [])]
     progress("vision")
     comparisons += _compare_vision(backend, recorder)
     progress("decoder")
@@ -89,9 +116,65 @@ def verify(
     tolerances = _DYNAMIC_INT8 if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
     if "text" in tolerances:  # with rounding, one near tie changes all later text; `edgeprune eval` scores such bundles
         progress("text")
-        generated = load(bundle.path).generate(frames, DESCRIBE_PROMPT, max_tokens=MAX_TOKENS, tier=tier).text
+        runtime = load(bundle.path)
+        generated = runtime.generate(frames, DESCRIBE_PROMPT, max_tokens=MAX_TOKENS, tier=tier).text
         comparisons.append(("text", float(generated != text), f"{len(text.split())} words"))
+        if len(frames) == 1:
+            comparisons.append(_compare_unpruned(loaded, bundle, runtime, frames[0]))
     return [ParityStage(name, worst, tolerances[name], compared) for name, worst, compared in comparisons]
+
+
+def _compare_prompts(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Comparison:
+    # The video processor of transformers needs torchvision: of a video bundle only conversations without one are compared.
+    if chat_template(loaded.processor) is None:
+        return ("prompts", 0.0, _NO_TEMPLATE)
+    encoder = PromptEncoder.of(bundle)
+    compared, differing = list[str](), list[str]()
+    for name, messages in _CONVERSATIONS.items():
+        images = _IMAGES[name]
+        if images and (bundle.manifest.image.kind == "video" or (images > 1 and not loaded.family.several_as_one)):
+            continue
+        try:
+            expected = _processor_inputs(loaded, bundle, encoder, messages, [image] * images)["input_ids"][0].tolist()
+        except Exception:  # a template may refuse a conversation, and a processor may lack a setting
+            continue
+        compared.append(name)
+        try:
+            actual = encoder.every_id(messages)
+        except EdgePruneError:
+            actual = []
+        differing += [name] if actual != expected else []
+    what = f"differs for {', '.join(differing)}" if differing else ", ".join(compared) or "nothing: the processor writes no prompt"
+    return ("prompts", len(differing) / max(len(compared), 1), what)
+
+
+def _compare_unpruned(loaded: LoadedModel, bundle: Bundle, runtime: Runtime, image: Image.Image) -> Comparison:
+    name, encoder = "unpruned text", PromptEncoder.of(bundle)
+    if chat_template(loaded.processor) is None:
+        return (name, 0.0, _NO_TEMPLATE)
+    try:
+        inputs = _processor_inputs(loaded, bundle, encoder, [_turn(DESCRIBE_PROMPT, 1)], [image])
+    except Exception as error:  # a processor may lack a setting
+        return (name, 0.0, f"nothing: {one_line(str(error))[:80]}")
+    with torch.no_grad():
+        made = loaded.model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
+    text = loaded.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = runtime.generate(image, DESCRIBE_PROMPT, max_tokens=MAX_TOKENS, prune=False).text
+    return (name, float(answer != text), f"{len(text.split())} words of generate()")
+
+
+def _processor_inputs(
+    loaded: LoadedModel, bundle: Bundle, encoder: PromptEncoder, messages: Sequence[Message], images: Sequence[Image.Image]
+) -> Any:
+    written = encoder.template.in_their_form(messages, **encoder.special_tokens)
+    settings = _changed_settings(loaded, bundle.plan.geometry)
+    return processor_inputs(loaded.processor, written, images, template=loaded.chat_template(encoder.image), settings=settings)
+
+
+def _changed_settings(loaded: LoadedModel, geometry: Geometry) -> dict[str, Any]:
+    # Those of the image processor that a bundle of this geometry changes.
+    original = loaded.folder.processor
+    return {name: value for name, value in loaded.settings(geometry).items() if value != original.get(name, value)}
 
 
 def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> list[Comparison]:
@@ -108,8 +191,7 @@ def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> 
 
 
 def _compare_pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Comparison:
-    original, frozen = loaded.folder.processor, loaded.settings(bundle.plan.geometry)
-    changed = {name: value for name, value in frozen.items() if name in original and value != original[name]}
+    changed = _changed_settings(loaded, bundle.plan.geometry)
     expected = loaded.processor.image_processor(images=[image], return_tensors="np", **changed)["pixel_values"]
     if expected.ndim > 2:
         expected = _patches(expected.reshape(-1, *expected.shape[-3:]), bundle.plan.geometry.patch)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from edgeprune.bundle.graph_io import SIGNALS
+from edgeprune.checkpoint.configuration import check_context
 from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.errors import EdgePruneError, UnsupportedModelError
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
 from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.model.quantization import at_precision
-from edgeprune.plan import KeepPlan
+from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.processors import image_spec
 from edgeprune.registry import method_class
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 from edgeprune.runtime.generation.pipeline import Pipeline
-from edgeprune.runtime.text.prompt import ChatTemplate
+from edgeprune.runtime.text.prompt import ChatTemplate, PromptEncoder
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.targets import Lowering
+
+_UNLIMITED = 1 << 40  # tokens
 
 
 class TorchBackend:
@@ -107,19 +112,42 @@ class TorchBackend:
 def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Pipeline:
     """Return a pipeline on the PyTorch model; wrap it in `edgeprune.runtime.Runtime` to generate answers."""
     loaded.check_plan(plan)
-    image = loaded.family.image_text(plan.geometry)
     return Pipeline(
         backend=TorchBackend(loaded, plan, device),
-        tokenizer=TextTokenizer(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
-        chat_template=ChatTemplate(loaded.chat_template(image)),
-        special_tokens=loaded.special_tokens(),
+        prompts=prompt_encoder(loaded, plan.geometry),
         image_spec=image_spec(loaded.settings(plan.geometry)),
-        image=image,
         eos_token_ids=loaded.end_tokens(),
         generation=loaded.generation_defaults(),
         decoder=loaded.decoder_shape(),
         plan=plan,
     )
+
+
+def prompt_encoder(loaded: LoadedModel, geometry: Geometry) -> PromptEncoder:
+    """Return the encoder of prompts about images of one geometry, after writing one with it.
+
+    Raises UnsupportedModelError if prompts cannot be written, or answers to them would never end. Raises UsageError if the context
+    does not hold an image with a question.
+    """
+    loaded.check_prompt(geometry)
+    name, image, context = loaded.folder.name, loaded.family.image_text(geometry), loaded.family.decoder().context
+    encoder = PromptEncoder(
+        ChatTemplate(loaded.chat_template(image)),
+        TextTokenizer(Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())),
+        loaded.special_tokens(),
+        image,
+        geometry,
+        _UNLIMITED,
+    )
+    try:
+        ids = encoder.ids([{"role": "user", "content": [{"type": image.kind}, {"type": "text", "text": "What is this?"}]}])
+    except EdgePruneError as error:
+        raise UnsupportedModelError(
+            f"The chat template of {name} writes no prompt about an image: {error.message}",
+            hint="Copy all processor files of the checkpoint into the folder.",
+        ) from error
+    check_context(name, geometry, context, text=len(ids) - len(encoder.placeholders.spans))
+    return replace(encoder, context=context)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

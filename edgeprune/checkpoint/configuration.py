@@ -126,9 +126,9 @@ def sized_geometry(
     )
 
 
-def check_context(name: str, geometry: Geometry, context: int) -> None:
-    """Raise UsageError if the visual tokens of an image leave no place for a question in the model's `context`."""
-    if geometry.tokens >= context:
+def check_context(name: str, geometry: Geometry, context: int, text: int = 0) -> None:
+    """Raise UsageError if an image and `text` tokens leave no place for an answer in the model's `context`."""
+    if geometry.tokens + text >= context:
         raise UsageError(
             f"{geometry} are {geometry.tokens} tokens, but {name} takes {context} with the question.",
             hint="Give a smaller --image-size" + (", or fewer --frames." if geometry.frames > 1 else "."),

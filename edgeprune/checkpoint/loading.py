@@ -240,8 +240,9 @@ def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
         )
     config = read_json(path, "config.json")
     own_code = "auto_map" in config
-    folder = ModelFolder(name, path, str(config.get("model_type")), image_settings(path), own_code and trust_remote_code)
-    check_family(folder.model_type)
+    model_type = str(config.get("model_type"))
+    check_family(model_type)
+    folder = ModelFolder(name, path, model_type, image_settings(path, model_type), own_code and trust_remote_code)
     if own_code and not trust_remote_code:
         raise UnsupportedModelError(
             f"{name} brings Python code of its own, which would run here.", hint="Read it, then give --trust-remote-code."

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from edgeprune.errors import UnsupportedModelError, UsageError
+from edgeprune.processors import named_processor
 
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
 
 
-def image_settings(path: Path) -> dict[str, Any]:
+def image_settings(path: Path, model_type: str) -> dict[str, Any]:
     """Return the settings of the image processor of the folder `path`; raise UsageError if there are none.
 
-    Those in processor_config.json come first, as in transformers.
+    Those in processor_config.json come first, and a class that they do not name is that of the model type, as in transformers.
     """
     combined = read_json(path, PROCESSOR).get("image_processor") if (path / PROCESSOR).is_file() else None
     if combined is not None and not isinstance(combined, dict):
@@ -34,7 +35,7 @@ def image_settings(path: Path) -> dict[str, Any]:
     older = settings.pop("feature_extractor_type", None)  # its name up to transformers 4.26
     if isinstance(older, str):
         settings.setdefault("image_processor_type", older.replace("FeatureExtractor", "ImageProcessor"))
-    return settings
+    return named_processor(settings, model_type)
 
 
 def load_processor(path: Path, model_type: str) -> Any:
@@ -44,7 +45,7 @@ def load_processor(path: Path, model_type: str) -> Any:
     """
     try:
         kind = _processor_class(path, model_type)
-        with _image_processor_alone(kind):
+        with _image_processor_alone(kind, model_type):
             processor = kind.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
@@ -56,6 +57,41 @@ def load_processor(path: Path, model_type: str) -> Any:
     processor.tokenizer.backend_tokenizer.no_truncation()
     processor.tokenizer.backend_tokenizer.no_padding()
     return processor
+
+
+def processor_inputs(
+    processor: Any,
+    messages: Sequence[Mapping[str, Any]],
+    images: Sequence[Any] = (),
+    *,
+    template: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return what `apply_chat_template` of a processor makes of a conversation, up to where the answer begins.
+
+    `messages`: their parts of type "image" take `images` in order. `template`: instead of the processor's own. `settings`: of the
+    image processor, other than its own. The result holds torch tensors, as a model takes them.
+    """
+    pictures = iter(images)
+    filled = [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [part if part["type"] == "text" else {**part, "image": next(pictures)} for part in message["content"]],
+        }
+        for message in messages
+    ]
+    options = {"images_kwargs": dict(settings or {})} if images else None
+    return processor.apply_chat_template(
+        filled,
+        chat_template=template,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=options,
+    )
 
 
 def chat_template(processor: Any) -> str | None:
@@ -100,7 +136,7 @@ def _processor_class(path: Path, model_type: str) -> Any:
 
 
 @contextmanager
-def _image_processor_alone(kind: Any) -> Iterator[None]:
+def _image_processor_alone(kind: Any, model_type: str) -> Iterator[None]:
     # Replaces what a processor class loads for images and videos.
     import transformers
     from transformers import AutoImageProcessor, processing_utils
@@ -116,7 +152,7 @@ def _image_processor_alone(kind: Any) -> Iterator[None]:
     class PillowImageProcessor:
         @staticmethod
         def from_pretrained(source: Any, **options: Any) -> Any:
-            kind = _RENAMED.get(str(image_settings(Path(source)).get("image_processor_type")))
+            kind = _RENAMED.get(str(image_settings(Path(source), model_type)["image_processor_type"]))
             if kind is not None:
                 return getattr(transformers, kind).from_pretrained(source, **options)
             return AutoImageProcessor.from_pretrained(source, backend="pil", **options)

@@ -54,7 +54,8 @@ class Family:
 
     `position_axes`: 3 with mRoPE. `signals`: extra outputs of the vision encoder, for input methods that name them in `needs`;
     `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so.
-    `videos`: whether the model was trained on videos. `chat_template`: the default for model folders without one.
+    `videos`: whether the model was trained on videos. `several_as_one`: whether transformers encodes several images of one prompt
+    as it encodes one. `chat_template`: the default for model folders without one.
     """
 
     name: ClassVar[str]
@@ -63,6 +64,7 @@ class Family:
     no_signals_reason: ClassVar[str] = ""
     no_encoder_cuts_reason: ClassVar[str] = ""
     videos: ClassVar[bool] = False
+    several_as_one: ClassVar[bool] = True
     chat_template: ClassVar[str | None] = None
 
     def __init__(self, model: Any) -> None:

@@ -27,6 +27,7 @@ class LlavaOneVision(Family):
     """The family of LlavaOnevisionForConditionalGeneration."""
 
     name = "llava_onevision"
+    several_as_one = False
     no_encoder_cuts_reason = "a token is woven of up to four patches of several tiles, which would have to stay together"
     videos = True
 

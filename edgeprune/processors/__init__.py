@@ -11,7 +11,7 @@ from typing import Any
 from edgeprune.processors.base import FITS, ImageSpec, fit
 from edgeprune.processors.settings import refusal, variants
 
-__all__ = ["FITS", "ImageSpec", "fit", "image_spec", "read_image_spec"]
+__all__ = ["FITS", "ImageSpec", "fit", "image_spec", "named_processor", "read_image_spec"]
 
 _QWEN = variants("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor", "Qwen3VLImageProcessor")
 # Modules are imported on demand: a runtime that serves one bundle needs one.
@@ -23,6 +23,27 @@ _SPECS: dict[str, str] = {
     **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
     **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiling:TileSpec"),
 }
+
+# By model_type: the class that transformers takes where the settings name none.
+_BY_FAMILY = {
+    "idefics2": "Idefics2ImageProcessor",
+    "idefics3": "Idefics3ImageProcessor",
+    "internvl": "GotOcr2ImageProcessor",
+    "llava": "LlavaImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+    "paligemma": "SiglipImageProcessor",
+    "qwen2_5_vl": "Qwen2VLImageProcessor",
+    "qwen2_vl": "Qwen2VLImageProcessor",
+    "qwen3_vl": "Qwen2VLImageProcessor",
+    "smolvlm": "SmolVLMImageProcessor",
+    "vipllava": "CLIPImageProcessor",
+}
+
+
+def named_processor(settings: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Return the settings of a family's image processor with the name of its class, which older checkpoints leave out."""
+    default = _BY_FAMILY.get(model_type)
+    return dict(settings) if default is None else {"image_processor_type": default, **settings}
 
 
 def image_spec(settings: Mapping[str, Any]) -> ImageSpec:

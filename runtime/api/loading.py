@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from edgeprune.bundle import CHAT_TEMPLATE, PREPROCESSOR, SELECTOR, SPECIAL_TOKENS, TOKENIZER, Bundle
+from edgeprune.bundle import PREPROCESSOR, SELECTOR, Bundle
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.errors import UsageError
 from edgeprune.processors import read_image_spec
@@ -17,8 +16,7 @@ from edgeprune.runtime.backends.providers import open_backend
 from edgeprune.runtime.backends.shared import FifoLock, GuardedBackend
 from edgeprune.runtime.generation.pipeline import EnergyReader, Pipeline, SharedState
 from edgeprune.runtime.generation.request import RequestLimits
-from edgeprune.runtime.text.prompt import ChatTemplate
-from edgeprune.runtime.text.tokenizer import TextTokenizer
+from edgeprune.runtime.text.prompt import PromptEncoder
 
 CACHE_BYTES = 128 << 20
 
@@ -65,11 +63,8 @@ def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes
     manifest, lock = bundle.manifest, FifoLock()
     return Pipeline(
         backend=GuardedBackend(backend, lock),
-        tokenizer=TextTokenizer(bundle.file(TOKENIZER)),
-        chat_template=ChatTemplate(bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")),
-        special_tokens=json.loads(bundle.file(SPECIAL_TOKENS).read_text(encoding="utf-8")),
+        prompts=PromptEncoder.of(bundle),
         image_spec=read_image_spec(bundle.file(PREPROCESSOR)),
-        image=manifest.image,
         eos_token_ids=manifest.end_tokens,
         generation=manifest.generation,
         decoder=manifest.decoder,

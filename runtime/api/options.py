@@ -27,6 +27,7 @@ class AnswerOptions(TypedDict, total=False):
     stop: Sequence[str]
     choices: Sequence[str] | None
     json_schema: Mapping[str, Any] | None
+    skip_special_tokens: bool
 
 
 def parse_options(options: AnswerOptions) -> tuple[Sampling, RequestLimits]:

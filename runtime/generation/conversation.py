@@ -24,12 +24,10 @@ from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
 from edgeprune.runtime.media.images import image_hash
 from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt
-from edgeprune.runtime.text.prompt import ImagePlaceholders, Message
-from edgeprune.runtime.text.tokenizer import TextTokenizer, reject_control_tokens, reject_unencodable
+from edgeprune.runtime.text.prompt import CHARS_PER_TOKEN, Message
+from edgeprune.runtime.text.tokenizer import reject_control_tokens, reject_unencodable
 
 ROLES = ("system", "user", "assistant")
-_CHARS_PER_TOKEN = 16  # more than texts have
-_JOINT = 16  # tokens that a text may have more where it is tokenized in two parts
 _LARGE = 3  # times the bundle's pixels, whose float32 patches then take less memory than the image
 
 
@@ -174,7 +172,7 @@ class Conversation:
 
     def __init__(self, pipeline: Pipeline, *, prune: bool = True, fit: str = "exact", history: Sequence[Turn] = ()) -> None:
         self._pipeline, self._prune, self._fit = pipeline, prune, fit
-        self._layout = ImagePlaceholders(pipeline.image, pipeline.plan.geometry, pipeline.tokenizer)
+        self._layout = pipeline.prompts.placeholders
         self._messages: list[Message] = []
         self._images: list[ImageInput] = []  # in the order of the messages
         self._history = tuple(history)  # turns not yet in `_messages`
@@ -264,7 +262,7 @@ class Conversation:
 
     def _is_empty(self, words: str) -> bool:
         # A tokenizer may drop characters, but not so many. A long text is not tokenized before its length is checked.
-        return not words.strip() or (len(words) < _CHARS_PER_TOKEN and not self._pipeline.tokenizer.encode(words))
+        return not words.strip() or (len(words) < CHARS_PER_TOKEN and not self._pipeline.tokenizer.encode(words))
 
     def _message(self, turn: Turn) -> Message:
         kind = self._layout.kind
@@ -328,7 +326,9 @@ class Conversation:
             self._reset()
             raise
         finally:
-            self._messages.append(self._message(Turn("assistant", self._pipeline.tokenizer.decode(answer_ids))))
+            skip = request.sampler.sampling.skip_special_tokens
+            said = self._pipeline.tokenizer.decode(answer_ids, skip_special=skip)
+            self._messages.append(self._message(Turn("assistant", said)))
 
     def _first_token(self, ids: list[int], prefill: Prefill, request: Request) -> tuple[DecoderOutput, int]:
         with request.receipt.times.stage("prefill"), request.cancellation.deadline(request.remaining):
@@ -356,7 +356,7 @@ class Conversation:
     def _tokenize(self, new_messages: list[Message], new_images: int) -> list[int]:
         # Ids of the entire conversation with the new messages. Raises UsageError before any state changes.
         messages, images = [*self._messages, *new_messages], len(self._images) + new_images
-        ids = prompt_ids(self._pipeline, self._layout, messages, images)
+        ids = self._pipeline.prompts.ids(messages)
         if self._prune and images and self._layout.image_ends(ids)[-1] == len(ids):
             raise UsageError(
                 "The chat template of this model puts no text after the last image, and the last token must not be pruned.",
@@ -374,39 +374,6 @@ class Conversation:
         text = len(ids) - (0 if restart else len(self._sequence.ids)) - images * len(self._layout.spans)
         prefill.choose_tier(0 if restart else self._sequence.cache.bytes, images, text)
         return prefill
-
-
-def prompt_ids(pipeline: Pipeline, layout: ImagePlaceholders, messages: Sequence[Message], images: int) -> list[int]:
-    """Return the token ids of a conversation with `images` images, up to where the answer begins; one id for each span of an image.
-
-    Raises UsageError if the template does not place the images or the conversation is longer than the model's context.
-    """
-    context = pipeline.decoder.context
-    prompt = pipeline.chat_template.render(messages, add_generation_prompt=True, **pipeline.special_tokens)
-    _check_length(prompt, pipeline.tokenizer, context)
-    ids = pipeline.tokenizer.encode_prompt(layout.expand(prompt), pipeline.special_tokens.get("bos_token"))
-    if layout.count(ids) != images:
-        raise UsageError("The chat template of this model does not place one image token for each image.")
-    length = len(ids) + images * (pipeline.plan.geometry.tokens - len(layout.spans))
-    if length > context:
-        raise UsageError(
-            f"The conversation would be {length} tokens long, but the model takes {context}.",
-            hint="Begin a new one, or ask with fewer images.",
-        )
-    return ids
-
-
-def _check_length(prompt: str, tokenizer: TextTokenizer, context: int) -> None:
-    # Tokens take hundreds of bytes each. A text far beyond the context is refused before all of it has become tokens.
-    step = _CHARS_PER_TOKEN * context
-    count = 0
-    for part, begin in enumerate(range(0, len(prompt) if len(prompt) > step else 0, step), start=1):
-        count += len(tokenizer.encode(prompt[begin : begin + step]))
-        if count > context + _JOINT * part:
-            raise UsageError(
-                f"The conversation would be more than {count - _JOINT * part} tokens long, but the model takes {context}.",
-                hint="Begin a new one, or ask for less at once.",
-            )
 
 
 def _question(turns: Sequence[Turn]) -> str:

@@ -21,8 +21,9 @@ class DecodeLoop:
     ) -> None:
         self._pipeline, self._sequence, self._request = pipeline, sequence, request
         self._keep_ratio, self._max_kv_bytes = keep_ratio, room
-        self._detokenizer = IncrementalDetokenizer(pipeline.tokenizer)
-        self._stop_filter = StopStringFilter(request.sampler.sampling.stop)
+        sampling = request.sampler.sampling
+        self._detokenizer = IncrementalDetokenizer(pipeline.tokenizer, skip_special=sampling.skip_special_tokens)
+        self._stop_filter = StopStringFilter(sampling.stop)
         self._receipt, self._deadline_s = request.receipt, request.deadline_s
         self.token_ids: list[int] = []
 

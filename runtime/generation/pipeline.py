@@ -24,7 +24,7 @@ from edgeprune.runtime.backends.shared import FifoLock
 from edgeprune.runtime.generation.request import LatencyEstimate
 from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.text.grammar import GrammarCompiler
-from edgeprune.runtime.text.prompt import ChatTemplate
+from edgeprune.runtime.text.prompt import PromptEncoder
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 ReceiptCallback = Callable[[Receipt], None]
@@ -117,7 +117,7 @@ class SharedState:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Everything that conversations share: backend, tokenizer, chat template, image processing and plan.
+    """Everything that conversations share: backend, prompts, image processing and plan.
 
     `tiers`: names and plans, highest quality first, empty for a single plan; `plan` is the first. `input_cut_ignores_prompt`: the
     input cut does not depend on the prompt. `max_kv_bytes`: limit per conversation, unless a request overrides it. `lock`:
@@ -125,11 +125,8 @@ class Pipeline:
     """
 
     backend: Backend
-    tokenizer: TextTokenizer
-    chat_template: ChatTemplate
-    special_tokens: dict[str, str]
+    prompts: PromptEncoder
     image_spec: ImageSpec
-    image: ImageText
     eos_token_ids: tuple[int, ...]
     generation: GenerationDefaults
     decoder: DecoderShape
@@ -140,6 +137,16 @@ class Pipeline:
     max_kv_bytes: int | None = None
     lock: FifoLock = field(default_factory=FifoLock)
     state: SharedState = field(default_factory=SharedState)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of prompts and answers."""
+        return self.prompts.tokenizer
+
+    @property
+    def image(self) -> ImageText:
+        """The text that represents an image in a prompt."""
+        return self.prompts.image
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

@@ -33,7 +33,7 @@ class Sampling:
     `presence_penalty` and `frequency_penalty` are subtracted from the logits of tokens in the answer, once and for each occurrence.
     `stop`: at most 64 strings of at most 1024 characters that end the answer and are excluded from it. A structured answer is
     exactly one of `choices`, or JSON that matches `json_schema`; both need the extra "structured", and `max_tokens` and `stop` can
-    still truncate the answer.
+    still truncate the answer. `skip_special_tokens`: False keeps special tokens in the text, such as those around boxes.
     """
 
     temperature: float = 0.0
@@ -47,6 +47,7 @@ class Sampling:
     stop: Sequence[str] = ()
     choices: Sequence[str] | None = None
     json_schema: Mapping[str, Any] | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if check_number("temperature", self.temperature) < 0:
@@ -61,6 +62,8 @@ class Sampling:
         check_number("frequency_penalty", self.frequency_penalty)
         if self.seed is not None:
             check_count("seed", self.seed, 0)
+        if not isinstance(self.skip_special_tokens, bool):
+            raise UsageError(f"skip_special_tokens must be True or False, not {self.skip_special_tokens!r}.")
         _check_stop(self.stop)
         _check_structured(self.choices, self.json_schema)
 

@@ -203,6 +203,7 @@ def sampling_options(request: ChatRequest) -> dict[str, Any]:
         "stop": request.stop,
         "choices": request.guided_choice,
         "json_schema": _schema(request),
+        "skip_special_tokens": request.skip_special_tokens,
     }
     return {name: value for name, value in options.items() if value is not None}
 

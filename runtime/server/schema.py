@@ -162,8 +162,9 @@ class ChatRequest(_Neutral):
     seed: int | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None  # of vLLM, as the next: -1 and 0 take all tokens
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # of vLLM, as the next two: -1 and 0 take all tokens
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    skip_special_tokens: bool | None = None
     stop: Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     user: str | None = None

@@ -11,7 +11,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from edgeprune.errors import BundleError, UsageError
+from edgeprune.errors import BundleError, EdgePruneError, UsageError
 
 
 class _Generation(Extension):
@@ -41,8 +41,11 @@ def render_template(template: Template, **values: Any) -> str:
     """Render a template; raise UsageError when it rejects the values, BundleError when it fails."""
     try:
         return template.render(**values)
-    except TemplateError as error:
-        raise BundleError(f"The chat template failed: {error}.", hint="Export the bundle again.") from error
+    except EdgePruneError:
+        raise
+    except Exception as error:  # a template is code of its own: it may add a list to a text, or recurse
+        cause = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise BundleError(f"The chat template failed: {cause}.", hint="Check the template of the checkpoint.") from error
 
 
 def _raise_exception(message: str) -> NoReturn:

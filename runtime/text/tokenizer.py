@@ -5,6 +5,7 @@ jinja2 and tokenizers take 50 ms to import, a quarter of `import edgeprune.runti
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +18,8 @@ from edgeprune.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# Of Qwen2-VL's tokenizers, and of InternVL's.
+_GROUNDING = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>|</?(ref|box|quad)>")
 _REPLACEMENT = "\ufffd"  # decoders emit it for bytes that do not (yet) form a character
 
 
@@ -52,15 +55,15 @@ class TextTokenizer:
         text: str = self._tokenizer.to_str()
         return text
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Return the text of ids, without special tokens if `skip_special`."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
-    def is_text(self, token: int) -> bool:
-        """Return whether `decode` does not leave the token out: it is in the vocabulary and not special."""
+    def is_text(self, token: int, *, skip_special: bool = True) -> bool:
+        """Return whether `decode` does not leave the token out: it is in the vocabulary and, if `skip_special`, not special."""
         content = self._tokenizer.id_to_token(token)
-        return content is not None and content not in self.special
+        return content is not None and not (skip_special and content in self.special)
 
     @cached_property
     def byte_tokens(self) -> frozenset[int]:
@@ -85,8 +88,8 @@ class IncrementalDetokenizer:
     strip the beginning of a text, and the anchor takes that upon itself.
     """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._before: list[int] = []  # decoded with the window: empty for the first, then the anchor and a token
         self._known = 0  # characters of the text of `_before`
         self._window: list[int] = []
@@ -94,7 +97,7 @@ class IncrementalDetokenizer:
 
     def push(self, token: int) -> str:
         """Add one token and return the text that is now final, possibly empty."""
-        if not self._tokenizer.is_text(token):
+        if not self._tokenizer.is_text(token, skip_special=self._skip_special):
             return ""
         self._window.append(token)
         if token in self._tokenizer.byte_tokens:
@@ -125,16 +128,19 @@ class IncrementalDetokenizer:
             # A character that spans a token boundary has more than its share in the texts of the two sides: each byte after the
             # boundary is invalid by itself. So none spans it, and none will, if the text is the sum of the two.
             earlier, last = self._window[:-1], self._window[-1]
-            begin, end = self._decode(earlier), self._tokenizer.decode([anchor, last])[1:]
+            begin, end = self._decode(earlier), self._text([anchor, last])[1:]
             if begin and end and begin + end == text:
                 self._begin_after(anchor, earlier, [last], end.removesuffix(_REPLACEMENT))
 
     def _begin_after(self, anchor: int, earlier: list[int], window: list[int], emitted: str) -> None:
         self._before, self._window, self._emitted = [anchor, earlier[-1]], window, emitted
-        self._known = len(self._tokenizer.decode(self._before))
+        self._known = len(self._text(self._before))
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(self._before + ids)[self._known :]
+        return self._text(self._before + ids)[self._known :]
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)
 
 
 class StopStringFilter:
@@ -219,8 +225,11 @@ def reject_unencodable(text: object, name: str) -> None:
 
 
 def reject_control_tokens(text: str, tokenizer: TextTokenizer, placeholder: str) -> None:
-    """Raise UsageError when a text spells a special token or the image placeholder, which would act as control tokens."""
-    for token in sorted({*tokenizer.special, placeholder}):
+    """Raise UsageError when a text spells a special token or the image placeholder, which would act as control tokens.
+
+    Grounding tokens mark objects and boxes within a text, and begin or end nothing else.
+    """
+    for token in sorted({*(each for each in tokenizer.special if not _GROUNDING.fullmatch(each)), placeholder}):
         if token in text:
             raise UsageError(f"The prompt contains the control token {token}.", hint="Remove it from the prompt.")
 

@@ -20,18 +20,21 @@ import transformers
 from genuine import FILES, NAMES, write_files
 from PIL import Image
 from tiny_folders import cut
-from tokenizers import Tokenizer
 
+from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.configuration import check_folder, check_size, sized_geometry
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder
-from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor, template_in_files
+from edgeprune.checkpoint.processor import (
+    chat_template,
+    image_settings,
+    load_processor,
+    processor_inputs,
+    template_in_files,
+)
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry
 from edgeprune.processors import image_spec
 from edgeprune.registry import family_class
-from edgeprune.runtime.generation.conversation import prompt_ids
-from edgeprune.runtime.text.prompt import ChatTemplate, ImagePlaceholders
-from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 QUESTION, NEXT = "What is the colour of the cube?", "And here? Müller, 你好."
 SIZES = {"idefics2-8b": (1960, 1960)}
@@ -44,6 +47,7 @@ WRITTEN = {
     ),
 }
 IMAGE: dict[str, Any] = {"type": "image"}
+ENDING = transformers.GenerationConfig(eos_token_id=2)
 
 
 def text(words: str) -> dict[str, Any]:
@@ -74,9 +78,13 @@ class Checkpoint:
         config = transformers.AutoConfig.from_pretrained(folder)
         family = family_class(config.model_type)(SimpleNamespace(config=config))
         family.check(config)
-        opened = ModelFolder(name, folder, config.model_type, image_settings(folder))
+        opened = ModelFolder(name, folder, config.model_type, image_settings(folder, config.model_type))
         processor = load_processor(folder, config.model_type)
-        self.loaded = LoadedModel(opened, SimpleNamespace(config=config), family, processor)
+        family.decoder = lambda: SimpleNamespace(context=1 << 20)
+        generation = (
+            transformers.GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else ENDING
+        )
+        self.loaded = LoadedModel(opened, SimpleNamespace(config=config, generation_config=generation), family, processor)
         self.size = SIZES.get(name) or self.loaded._spec(None).default_size() or (448, 448)
 
     @cached_property
@@ -94,38 +102,17 @@ class Checkpoint:
 
     def ids_by_transformers(self, conversation: list[dict[str, Any]]) -> list[int]:
         """Return what `AutoProcessor.apply_chat_template` makes of a conversation."""
-        processor, pictures = self.loaded.processor, map(self.picture, range(9))
-        filled = [
-            {**turn, "content": [{**part, "image": next(pictures)} if part is IMAGE else part for part in turn["content"]]}
-            for turn in conversation
-        ]
-        options = {"images_kwargs": self.changed} if any(IMAGE in turn["content"] for turn in conversation) else None
+        processor, count = self.loaded.processor, sum(part is IMAGE for turn in conversation for part in turn["content"])
+        pictures = [self.picture(seed) for seed in range(count)]
         if chat_template(processor) is None:
-            made = processor(text=WRITTEN[self.loaded.folder.name], images=[self.picture(0)], images_kwargs=self.changed)[
-                "input_ids"
-            ]
+            made = processor(text=WRITTEN[self.loaded.folder.name], images=pictures, images_kwargs=self.changed)
         else:
-            made = processor.apply_chat_template(filled, tokenize=True, add_generation_prompt=True, processor_kwargs=options)
-        return list(map(int, np.ravel(made)))
+            made = processor_inputs(processor, conversation, pictures, settings=self.changed)
+        return list(map(int, np.ravel(made["input_ids"])))
 
     def ids_by_runtime(self, conversation: list[dict[str, Any]]) -> list[int]:
         """Return what the runtime makes of a conversation, with every visual token as its id."""
-        image = self.loaded.family.image_text(self.geometry)
-        tokenizer = TextTokenizer(Tokenizer.from_str(self.loaded.tokenizer.backend_tokenizer.to_str()))
-        layout = ImagePlaceholders(image, self.geometry, tokenizer)
-        pipeline: Any = SimpleNamespace(
-            chat_template=ChatTemplate(self.loaded.chat_template(image)),
-            tokenizer=tokenizer,
-            special_tokens=self.loaded.special_tokens(),
-            plan=SimpleNamespace(geometry=self.geometry),
-            decoder=SimpleNamespace(context=1 << 20),
-        )
-        count = sum(part is IMAGE for turn in conversation for part in turn["content"])
-        spans = [sum(view.tokens for view in views) for views in layout.spans] * count
-        ids: list[int] = []
-        for token in prompt_ids(pipeline, layout, conversation, count):  # type: ignore[arg-type]
-            ids += [token] * (spans.pop(0) if token == image.token else 1)
-        return ids
+        return prompt_encoder(self.loaded, self.geometry).every_id(conversation)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -173,9 +160,23 @@ def test_settings_in_processor_config_come_first(tmp_path: Path) -> None:
     write_files("qwen2-vl-2b", tmp_path)
     own = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": own | {"image_mean": [0.5, 0.5, 0.5]}}))
-    assert image_settings(tmp_path)["image_mean"] == [0.5, 0.5, 0.5]
+    assert image_settings(tmp_path, "qwen2_vl")["image_mean"] == [0.5, 0.5, 0.5]
     loaded = load_processor(tmp_path, "qwen2_vl")
     assert list(loaded.image_processor.image_mean) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_that_is_not_named_is_that_of_the_family(name: str, tmp_path: Path) -> None:
+    write_files(name, tmp_path)
+    for file in (path for path in map(tmp_path.joinpath, ("preprocessor_config.json", "processor_config.json")) if path.is_file()):
+        settings = json.loads(file.read_text())
+        for holder in (settings, settings.get("image_processor", {})):
+            for key in ("image_processor_type", "feature_extractor_type"):
+                holder.pop(key, None)
+        file.write_text(json.dumps(settings))
+    kind = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    loaded = type(load_processor(tmp_path, kind).image_processor).__name__
+    assert image_settings(tmp_path, kind)["image_processor_type"] == loaded.removesuffix("Pil")
 
 
 @pytest.mark.parametrize("size", [(448, 448), (896, 896), (640, 480), (300, 1000)])
@@ -195,7 +196,7 @@ def test_the_older_name_of_qwens_image_processor_is_known(tmp_path: Path) -> Non
     # Qwen2.5-VL's checkpoints of February 2025 have it; later ones have Qwen2VLImageProcessor.
     write_files("qwen2_5-vl-3b", tmp_path)
     shutil.copy(FILES / "qwen2_5-vl-7b-feb2025" / "preprocessor_config.json", tmp_path)
-    settings = image_settings(tmp_path)
+    settings = image_settings(tmp_path, "qwen2_5_vl")
     assert settings["image_processor_type"] == "Qwen2_5_VLImageProcessor"
     processor = load_processor(tmp_path, "qwen2_5_vl").image_processor
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny_models import TINY_GEOMETRY
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
@@ -20,6 +21,7 @@ from edgeprune.errors import PlanError, UnsupportedModelError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
+from edgeprune.processors import named_processor
 from edgeprune.registry import FAMILIES, family_class, has_chat_template
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 
@@ -114,6 +116,8 @@ def test_a_single_token_is_not_kept_inside_the_decoder(tiny: LoadedModel, tiny_p
         ("template", "has no chat template"),
         ("end", "has no end token"),
         ("image", "does not make the image token"),
+        ("image turn", "writes no prompt about an image: The chat template failed: TypeError"),
+        ("image place", "writes no prompt about an image: The chat template of this model does not place"),
     ],
 )
 def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_traced(
@@ -125,6 +129,9 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_traced(
         broken = replace(tiny, folder=replace(tiny.folder, path=tmp_path))
     else:
         broken = tiny
+    written = {"image turn": "{{ 'User: ' + messages[0].content }}", "image place": "User: {{ messages[0].content[1].text }}"}
+    if lacking in written:
+        monkeypatch.setattr(tiny.processor, "chat_template", written[lacking])
     if lacking == "end":
         monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", None)
     if lacking == "image":
@@ -143,3 +150,9 @@ def test_an_image_that_fills_the_context_is_refused(tiny: LoadedModel) -> None:
 def test_families_with_a_template_of_their_own_need_no_file() -> None:
     for name in FAMILIES:
         assert has_chat_template(name) == (family_class(name).chat_template is not None)
+
+
+def test_every_family_knows_its_image_processor() -> None:
+    for name in FAMILIES:
+        theirs = IMAGE_PROCESSOR_MAPPING_NAMES[name].get("pil", IMAGE_PROCESSOR_MAPPING_NAMES[name].get("torchvision"))
+        assert named_processor({}, name)["image_processor_type"] == str(theirs).removesuffix("Pil")

@@ -10,17 +10,36 @@ import numpy as np
 import pytest
 from altered import change_weight, first_failure, sealed
 
-from edgeprune.bundle import DECODER, PREPROCESSOR, VISION, Bundle
+from edgeprune.bundle import CHAT_TEMPLATE, DECODER, MANIFEST, PREPROCESSOR, VISION, Bundle
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.errors import VerificationError
 from edgeprune.export.verification import verify
 from edgeprune.runtime.backends.compare import differing_indices, largest_difference
 
+STAGES = ["prompts", "pixels", "vision", "kept", "prefill", "generation", "text", "unpruned text"]
+
 
 def test_an_exported_bundle_verifies(tiny_bundle: Bundle, tiny: LoadedModel) -> None:
     report = verify(tiny_bundle, tiny)
-    assert [stage.name for stage in report] == ["pixels", "vision", "kept", "prefill", "generation", "text"]
+    assert [stage.name for stage in report] == STAGES
     assert first_failure(report) is None, report
+
+
+def test_a_wrong_chat_template_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
+    path = altered_bundle / CHAT_TEMPLATE
+    path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>model"))
+    report = verify(sealed(altered_bundle), tiny)
+    assert first_failure(report) == "prompts"
+    assert report[0].compared.startswith("differs for one image, two images")
+
+
+def test_a_lost_repetition_penalty_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
+    # Both answers of the bundle would follow its manifest, and the reference is ours.
+    path = altered_bundle / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["generation"]["repetition_penalty"] = 5.0
+    path.write_text(json.dumps(manifest))
+    assert {"unpruned text"} <= {stage.name for stage in verify(sealed(altered_bundle), tiny) if not stage.passed}
 
 
 def test_a_wrong_pixel_setting_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:

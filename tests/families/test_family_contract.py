@@ -22,6 +22,7 @@ from simulated_device import on_device, prepare
 
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.checkpoint.processor import chat_template, processor_inputs
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.tracing import trace_decoder, trace_vision
@@ -102,7 +103,11 @@ def said_by_transformers(
     clip: dict[str, torch.Tensor] | None = None,
 ) -> Said:
     """Return what `generate` adds to a conversation about images, or about one video: `clip`, as the model takes it."""
-    tokens = torch.tensor([ids_by_transformers(loaded, model, messages, len(images) or int(clip is not None))])
+    by_processor = chat_template(loaded.processor) is not None and (len(images) < 2 or loaded.family.several_as_one)
+    if by_processor and clip is None:
+        tokens = ids_by_processor(loaded, model, messages, images)
+    else:
+        tokens = torch.tensor([ids_by_tokenizer(loaded, model, messages, len(images) or 1)])
     kinds = (tokens == model.image.token).long() * (1 if clip is None else 2)
     accepted = inspect.signature(loaded.model.forward).parameters
     # PaliGemma's say what is prompt (0) and what is answer, not what is an image.
@@ -118,8 +123,19 @@ def said_by_transformers(
     return Said(said[: said.index(2)] if 2 in said else said, found[0].numpy())
 
 
-def ids_by_transformers(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: int) -> list[int]:
-    """Return the tokens of a prompt by transformers' tokenizer, which puts its own first token unless the prompt has it."""
+def ids_by_processor(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: list[Image.Image]) -> torch.Tensor:
+    """Return the tokens [1, n] of a prompt by transformers' processor."""
+    own, frozen = loaded.folder.processor, loaded.settings(model.plan.geometry)
+    changed = {key: value for key, value in frozen.items() if value != own.get(key, value)}
+    tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=changed)["input_ids"]
+    return tokens
+
+
+def ids_by_tokenizer(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: int) -> list[int]:
+    """Return the tokens of a prompt that no processor makes here: of a video, for which it needs torchvision.
+
+    transformers' tokenizer puts its own first token unless the prompt has it.
+    """
     layout, tokenizer = ImagePlaceholders(model.image, model.plan.geometry, model.tokenizer), loaded.tokenizer
     template = loaded.chat_template(model.image)
     prompt = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)

@@ -24,7 +24,6 @@ from edgeprune.registry import family_class
 from edgeprune.runtime import Runtime
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.sequence import span_positions, text_positions
-from edgeprune.runtime.text.prompt import ImagePlaceholders
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PROMPT = "What colour is the cube?"
@@ -135,18 +134,13 @@ def asked(model: LoadedModel, geometry: Geometry, images: int) -> tuple[Pipeline
     reference = reference_model(model, unpruned_plan(model.folder.model_type, len(model.family.decoder().layers), geometry))
     content = [{"type": reference.image.kind}] * images + [{"type": "text", "text": PROMPT}]
     turn: Any = [{"role": "user", "content": content}]
-    text = reference.chat_template.render(turn, add_generation_prompt=True, **reference.special_tokens)
-    return reference, reference.tokenizer.encode(layout(reference).expand(text))
-
-
-def layout(model: Pipeline) -> ImagePlaceholders:
-    return ImagePlaceholders(model.image, model.plan.geometry, model.tokenizer)
+    return reference, reference.prompts.ids(turn)
 
 
 def inputs(model: Pipeline, ids: list[int]) -> dict[str, Any]:
     """Return the arguments of transformers that say what and where the images are."""
-    spans = layout(model).spans
-    images, tokens = layout(model).count(ids), [sum(view.tokens for view in views) for views in spans]
+    layout = model.prompts.placeholders
+    images, tokens = layout.count(ids), [sum(view.tokens for view in views) for views in layout.spans]
     counts = iter(tokens * images)
     whole = torch.tensor([[token for id_ in ids for token in [id_] * (next(counts) if id_ == model.image.token else 1)]])
     kind, geometry = model.image.kind, model.plan.geometry
@@ -161,7 +155,7 @@ def inputs(model: Pipeline, ids: list[int]) -> dict[str, Any]:
 @pytest.mark.parametrize(("steps", "images", "fps"), [(1, 1, FPS), (1, 2, FPS), (2, 1, FPS), (3, 2, FPS), (3, 1, 3.0), (4, 1, 7.0)])
 def test_positions_equal_transformers(name: str, model: LoadedModel, steps: int, images: int, fps: float) -> None:
     reference, ids = asked(model, clip(model, steps, fps=fps), images)
-    spans = iter(layout(reference).spans * images)
+    spans = iter(reference.prompts.placeholders.spans * images)
     parts, position = [], 0
     for token in ids:
         if token == reference.image.token:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, min_open=True),
     help="Above 1, tokens that occurred become less likely.  [default: the checkpoint's own]",
 )
+@click.option("--keep-special-tokens", is_flag=True, help="Keep special tokens in the answer, such as those around boxes.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @tier_option
 @click.option(
@@ -68,6 +69,7 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
     """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
     prompt = _require_image_and_prompt(image, prompt)
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
+    options["skip_special_tokens"] = not options.pop("keep_special_tokens")
     if overlay is not None:
         check_output(overlay, force=force, inputs=[bundle, *image])
         image_format(overlay)

@@ -89,7 +89,7 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
     from edgeprune.export.verification import verify as verify_bundle
 
     folder = resolve_model(request["against"] or opened.manifest.source.model, trust_remote_code=request["trust_remote_code"])
-    with StageProgress(["model", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
+    with StageProgress(["model", "prompts", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
         stages.begin("model")
         report = verify_bundle(opened, load_model(folder), stages.begin, request["tier"])
     show_verification(report, as_json)

@@ -48,7 +48,8 @@ def with_template(runtime: Runtime, template: str = ADJACENT) -> tuple[Runtime, 
     pipeline = runtime._pipeline
     recorder = RecordingBackend(pipeline.backend)
     image = replace(pipeline.image, text=PAD, placeholder=PAD)
-    return Runtime(replace(pipeline, backend=recorder, image=image, chat_template=ChatTemplate(template))), recorder
+    prompts = replace(pipeline.prompts, image=image, template=ChatTemplate(template))
+    return Runtime(replace(pipeline, backend=recorder, prompts=prompts)), recorder
 
 
 def turned(image: Image.Image, count: int) -> list[Image.Image]:

@@ -20,6 +20,7 @@ from edgeprune.runtime.backends.interface import DecoderOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 from edgeprune.runtime.generation import conversation
 from edgeprune.runtime.generation.conversation import Stream
+from edgeprune.runtime.generation.sampling import Sampler
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PROMPT = "What colour is the cube?"
@@ -279,14 +280,33 @@ def test_energy_is_power_over_time() -> None:
 
 def prompts(runtime: Runtime) -> tuple[Runtime, list[str]]:
     """Return the same model with a list of the prompts that its chat template writes."""
-    template, written = runtime._pipeline.chat_template, list[str]()
+    pipeline, written = runtime._pipeline, list[str]()
+    template = pipeline.prompts.template
 
     class Spy:
         def render(self, messages: Any, **others: Any) -> str:
             written.append(template.render(messages, **others))
             return written[-1]
 
-    return Runtime(replace(runtime._pipeline, chat_template=Spy())), written  # type: ignore[arg-type]
+    prompts = replace(pipeline.prompts, template=Spy())  # type: ignore[arg-type]
+    return Runtime(replace(pipeline, prompts=prompts)), written
+
+
+def test_special_tokens_stay_in_the_answer_and_in_what_was_said(runtime: Runtime, tiny_image: Image.Image) -> None:
+    special = [token for token in range(600) if not runtime._pipeline.tokenizer.is_text(token)]
+    token = next(token for token in special if runtime._pipeline.tokenizer.is_text(token, skip_special=False))
+    assert token not in runtime._pipeline.eos_token_ids
+    sampler = Sampler.sample
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "sample", lambda self, logits: token if self.sampling.max_tokens == 2 else sampler(self, logits))
+        model, written = prompts(runtime)
+        for skip in (True, False):
+            chat = model.chat()
+            said = "".join(chat.ask("What is it?", [tiny_image], max_tokens=2, skip_special_tokens=skip))
+            assert (said == "") == skip
+            "".join(chat.ask("And now?", max_tokens=1))
+            assert skip or said in written[-1]
 
 
 def test_texts_and_images_keep_their_order(runtime: Runtime, tiny_image: Image.Image) -> None:

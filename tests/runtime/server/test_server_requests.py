@@ -228,8 +228,9 @@ def test_what_clients_send_beside_their_question() -> None:
         top_k=-1,
         min_p=0,
         repetition_penalty=1.0,
+        skip_special_tokens=False,
     )
-    assert found.sampling == {"top_k": 0, "repetition_penalty": 1.0}
+    assert found.sampling == {"top_k": 0, "repetition_penalty": 1.0, "skip_special_tokens": False}
     assert [turn.words for turn in found.history] == [
         "Be short.",
         "",

@@ -27,9 +27,14 @@ def write_tokenizer(path: Path, template: str, *tokens: str, **named: str) -> An
     return tokenizer
 
 
-def write_model(path: Path, kind: Any, config: Any, processor: Mapping[str, Any]) -> Path:
-    """Write a model of random weights, large enough that attention is not flat, and the settings of its image processor."""
+def write_model(path: Path, kind: Any, config: Any, processor: Mapping[str, Any], **combined: Any) -> Path:
+    """Write a model of random weights, large enough that attention is not flat, and the settings of its image processor.
+
+    `combined`: settings of its processor_config.json, if it has one.
+    """
     (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    if combined:
+        (path / "processor_config.json").write_text(json.dumps(combined))
     torch.manual_seed(0)
     model = kind(config)
     for parameter in model.parameters():

@@ -70,7 +70,7 @@ def folder(path: Path) -> Path:
     """Write the model folder and return it."""
     tokenizer = write_tokenizer(path, TEMPLATE, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
     sizes = config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    return write_model(path, Idefics2ForConditionalGeneration, sizes, processor())
+    return write_model(path, Idefics2ForConditionalGeneration, sizes, processor(), image_seq_len=12)
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ def folder(path: Path) -> Path:
     markers = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<|begin_of_text|>")
     tokenizer = write_tokenizer(path, TEMPLATE, *markers)
     sizes = config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    return write_model(path, Idefics3ForConditionalGeneration, sizes, processor())
+    return write_model(path, Idefics3ForConditionalGeneration, sizes, processor(), image_seq_len=4)
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

@@ -69,7 +69,7 @@ def folder(path: Path) -> Path:
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     tokenizer = write_tokenizer(path, TEMPLATE, **named, video_token="<video>")
     sizes = config(len(tokenizer), tokenizer.context_image_token_id)
-    return write_model(path, InternVLForConditionalGeneration, sizes, processor())
+    return write_model(path, InternVLForConditionalGeneration, sizes, processor(), image_seq_length=4)
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

@@ -22,6 +22,14 @@ TEMPLATE = (
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+# Of its processor, as llava-1.5-7b-hf ships it.
+COMBINED = {
+    "image_token": "<image>",
+    "num_additional_image_tokens": 1,
+    "patch_size": 14,
+    "processor_class": "LlavaProcessor",
+    "vision_feature_select_strategy": "default",
+}
 TEXT = {
     "hidden_size": 48,
     "intermediate_size": 56,
@@ -69,7 +77,7 @@ def folder(path: Path) -> Path:
     """Write the model folder and return it."""
     tokenizer = write_tokenizer(path, TEMPLATE, "<image>")
     sizes = config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    return write_model(path, LlavaForConditionalGeneration, sizes, processor())
+    return write_model(path, LlavaForConditionalGeneration, sizes, processor(), **COMBINED)
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

@@ -66,7 +66,9 @@ def folder(path: Path) -> Path:
     """Write the model folder and return it."""
     tokenizer = write_tokenizer(path, TEMPLATE, "<image>", "<video>")
     sizes = config(len(tokenizer), *tokenizer.convert_tokens_to_ids(["<image>", "<video>"]))
-    return write_model(path, LlavaOnevisionForConditionalGeneration, sizes, processor())
+    settings = {"processor_class": "LlavaOnevisionProcessor", "image_token": "<image>", "video_token": "<video>"}
+    combined = {**settings, "num_image_tokens": 25, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_1"}
+    return write_model(path, LlavaOnevisionForConditionalGeneration, sizes, processor(), **combined)
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

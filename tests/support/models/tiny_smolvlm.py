@@ -51,7 +51,7 @@ def folder(path: Path) -> Path:
     markers = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
     tokenizer = write_tokenizer(path, TEMPLATE, *markers, *tags)
     sizes = config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    return write_model(path, SmolVLMForConditionalGeneration, sizes, processor())
+    return write_model(path, SmolVLMForConditionalGeneration, sizes, processor(), image_seq_len=4)
 
 
 def inputs(loaded_folder: Path, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_folders import write_model, write_tokenizer
-from tiny_llava import SIZE, TEXT, VISION, inputs, processor
+from tiny_llava import COMBINED, SIZE, TEXT, VISION, inputs, processor
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 __all__ = ["SIZE", "config", "folder", "inputs"]
@@ -37,4 +37,4 @@ def folder(path: Path) -> Path:
     """Write the model folder and return it."""
     tokenizer = write_tokenizer(path, TEMPLATE, "<image>")
     sizes = config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-    return write_model(path, VipLlavaForConditionalGeneration, sizes, processor())
+    return write_model(path, VipLlavaForConditionalGeneration, sizes, processor(), **COMBINED)
