@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import numpy_helper
 from quantized_folders import Scheme, quantize_folder
 from repository import TESTS
@@ -24,6 +27,7 @@ from edgeprune.checkpoint.configuration import Packing, check_folder, packing_of
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.checkpoint.packed import PackedMatrix, with_packed_layers
 from edgeprune.checkpoint.weights import stored_tensors
+from edgeprune.cli import main
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
@@ -32,6 +36,7 @@ from edgeprune.targets import TARGETS, Lowering
 
 GOLDEN = TESTS / "support" / "genuine" / "packed-layers" / "layers.safetensors"
 MADE = {name.partition(".")[0] for name in load_file(GOLDEN)}
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GPTQ, GPTQ_V2, AWQ = Packing("gptq", "gptq"), Packing("gptq", "gptq_v2"), Packing("awq", "gemm")
 SCHEMES = {
     "gptq": Scheme(),
@@ -120,7 +125,7 @@ def plain(folder: Path, restored: dict[str, torch.Tensor], to: Path) -> Path:
     """Write a float checkpoint of the weights that a quantized one stands for."""
     shutil.copytree(folder, to)
     stored = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in stored.items() if name.endswith((".weight", ".bias"))}
+    kept = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] not in PARTS}
     save_file(kept | restored, to / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
@@ -176,7 +181,13 @@ def initializers(bundle: Bundle) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("gptq", "jetpack7.2"), ("gptq-128", "onnxruntime"), ("awq", "onnxruntime"), ("awq", "jetpack7.2"), ("gptq-act-order", "cpu")],
+    [
+        ("gptq", "jetpack7.2"),
+        ("awq", "onnxruntime"),
+        pytest.param("gptq-128", "onnxruntime", marks=pytest.mark.slow),
+        pytest.param("awq", "jetpack7.2", marks=pytest.mark.slow),
+        pytest.param("gptq-act-order", "cpu", marks=pytest.mark.slow),
+    ],
 )
 def test_int4_graphs_have_the_integers_of_the_checkpoint(
     name: str, target: str, quantized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -216,7 +227,7 @@ def test_int4_graphs_have_the_integers_of_the_checkpoint(
         ("gptq", "jetpack7.2", "int4", (14, 0, 0)),
         ("gptq", "onnxruntime", "fp32", (0, 0, 14)),
         pytest.param("gptq", "jetpack6", "fp16", (0, 0, 14), marks=pytest.mark.slow),
-        ("gptq", "onnxruntime", "int8", (0, 14, 0)),
+        pytest.param("gptq", "onnxruntime", "int8", (0, 14, 0), marks=pytest.mark.slow),
         pytest.param("gptq-8", "onnxruntime", "int8", (0, 14, 0), marks=pytest.mark.slow),
         ("gptq-8-channel", "onnxruntime", "int8", (14, 0, 0)),
         pytest.param("gptq-8-channel", "jetpack7.2", "int8", (14, 0, 0), marks=pytest.mark.slow),
@@ -384,7 +395,31 @@ def test_converters_of_other_tensors_leave_quantized_layers_alone(quantized: Any
     assert sum(isinstance(source, PackedMatrix) for source in weights.stored_in(model).values()) == 14
 
 
-@pytest.mark.parametrize(("name", "target"), [("awq", "jetpack6"), ("awq", "jetpack7.2"), ("gptq-act-order", "jetpack7.2")])
+@pytest.mark.parametrize("name", ["internvl", "llava", "paligemma", "qwen2_5_vl"])
+def test_families_load_quantized_layers_wherever_they_are(name: str, tmp_path: Path) -> None:
+    folder = import_module(f"tiny_{name}").folder(tmp_path)
+    restored = quantize_folder(folder, Scheme("awq", group=8, symmetric=False))
+    expected = dict(load_model(resolve_model(str(plain(folder, restored, tmp_path / "plain")))).model.named_parameters())
+    model = load_model(resolve_model(str(folder))).model
+    assert len(weights.stored_in(model)) == len(restored) >= 14
+    assert all(torch.equal(parameter, expected[key]) for key, parameter in model.named_parameters())
+
+
+def test_what_became_of_the_layers_is_said(quantized: Any, tmp_path: Path) -> None:
+    bundle = exported(quantized("gptq")[0], "onnxruntime", "int4", tmp_path / "out")
+    shown = [CliRunner().invoke(main, ["inspect", str(bundle.path), *option]).output for option in ([], ["--json"])]
+    assert re.search(r"quantized +gptq; layers of the checkpoint: 14 kept\n", shown[0])
+    assert json.loads(shown[1])["quantization"] == {"method": "gptq", "kept": 14, "requantized": 0, "dequantized": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("awq", "jetpack7.2"),
+        pytest.param("awq", "jetpack6", marks=pytest.mark.slow),
+        pytest.param("gptq-act-order", "jetpack7.2", marks=pytest.mark.slow),
+    ],
+)
 def test_tensorrt_builds_what_becomes_of_zero_points_and_of_groups_out_of_order(
     name: str, target: str, quantized: Any, tmp_path: Path
 ) -> None:

@@ -178,8 +178,12 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
         facts |= {"target": manifest.target, "precision": manifest.precision}
-        facts |= {"quantization": asdict(quantized)} if (quantized := manifest.source.quantization) else {}
-        plans = {"plan": plan.to_dict(), "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers}}
+        quantized = manifest.source.quantization
+        plans = {
+            "quantization": quantized and asdict(quantized),
+            "plan": plan.to_dict(),
+            "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers},
+        }
         show_json({**facts, **plans, "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files})
         return
     facts = {
