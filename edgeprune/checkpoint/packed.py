@@ -199,7 +199,10 @@ def _matrix(layer: str, parts: Mapping[str, StoredTensor], packing: Packing) -> 
     inputs = rows if packing.method == "awq" else rows * 32 // bits
     words = (inputs, outputs * bits // 32) if packing.method == "awq" else (inputs * bits // 32, outputs)
     expected = {_WEIGHT: words, _ZEROS: (groups, outputs * bits // 32), _SCALES: (groups, outputs), _GROUPS: (inputs,)}
-    if any(size != expected[part] for part, size in sizes.items()) or not 0 < groups <= inputs:
+    kinds = {part: tensor.kind for part, tensor in parts.items()}
+    if any(kind != "I32" for part, kind in kinds.items() if part != _SCALES) or not kinds[_SCALES].endswith(("F16", "F32")):
+        raise UnsupportedModelError(f"The parts of the quantized layer {layer} have types that are not read: {kinds}.")
+    if sizes != {part: expected[part] for part in sizes} or not 0 < groups <= inputs:
         raise UnsupportedModelError(f"The parts of the quantized layer {layer} do not fit: they have the sizes {sizes}.")
     if _GROUPS in parts and not 0 <= (named := parts[_GROUPS].read()).min() <= named.max() < groups:
         raise UnsupportedModelError(f"{layer}.{_GROUPS} names groups that the quantized layer does not have.")

@@ -163,7 +163,7 @@ def attach(model: Any, sources: Iterable[CheckpointTensor], state: Mapping[str, 
     return attached
 
 
-def stored_in(module: nn.Module) -> dict[int, CheckpointTensor]:
+def stored_in(module: nn.Module) -> dict[int, Matrix]:
     """Return the sources of a module's parameters that `attach` noted, keyed by `address`."""
     found: dict[int, Any] = {address(parameter): getattr(parameter, "stored", None) for parameter in module.parameters()}
     return {key: source for key, source in found.items() if source is not None}

@@ -354,6 +354,7 @@ def changed(folder: Path, change: Any) -> None:
         (lambda tensors, layer: tensors.update({f"{layer}qzeros": torch.zeros(4, 8, dtype=torch.int32)}), "2 bits, which are not"),
         (lambda tensors, layer: tensors.update({f"{layer}qweight": tensors[f"{layer}qweight"][:, :-8].clone()}), "do not fit"),
         (lambda tensors, layer: tensors.update({f"{layer}g_idx": tensors[f"{layer}g_idx"] + 1}), "names groups that"),
+        (lambda tensors, layer: tensors.update({f"{layer}qweight": tensors[f"{layer}qweight"].long()}), "types that are not read"),
         (
             lambda tensors, layer: tensors.update(
                 {f"{layer}side.{part}": tensors[f"{layer}{part}"].clone() for part in ("qweight", "qzeros", "scales")}
