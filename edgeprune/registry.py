@@ -37,6 +37,7 @@ METHODS = {
 
 # By `model_type` of a transformers config.json.
 FAMILIES = {
+    "gemma3": "edgeprune.families.gemma3:Gemma3",
     "idefics2": "edgeprune.families.idefics2:Idefics2",
     "idefics3": "edgeprune.families.idefics3:Idefics3",
     "internvl": "edgeprune.families.internvl:InternVL",

@@ -17,13 +17,22 @@ import torch
 from torch import nn
 
 from edgeprune.bundle import GraphRecord
-from edgeprune.bundle.graph_io import SEGMENTS, SIGNALS, TIER, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import (
+    PLACE,
+    SEGMENTS,
+    SIGNALS,
+    TIER,
+    cache_slots,
+    decoder_inputs,
+    decoder_outputs,
+    kept_names,
+    place_heads,
+)
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.export.passes.pipeline import drop_unused_inputs, graph_record, run_passes
 from edgeprune.export.torch_exporter import quick_exporter
 from edgeprune.families.base import DecoderParts, Family
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
-from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import cache_group
 from edgeprune.registry import method_class
@@ -107,7 +116,8 @@ def trace_decoder(
     ]
     tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower_tiers))} if lower_tiers else None
     shapes += [tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
-    names = decoder_inputs(plan, tiers=bool(lower_tiers)), decoder_outputs(plan)
+    local = parts.local_layers
+    names = decoder_inputs(plan, local, tiers=bool(lower_tiers)), decoder_outputs(plan, local)
     return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
 
 
@@ -134,27 +144,34 @@ class _FlatDecoder(nn.Module):
             Segment(prefix, prefix_positions),
             Segment(visual, visual_positions),
             Segment(suffix, suffix_positions),
-            caches_of(past),
+            self.decoder.caches(past),
             order,
             tier=tier,
             text_groups=groups,
         )
-        return (output.logits, *flat_rows(output.rows), *output.kept, *(() if output.split is None else (output.split,)))
+        return (
+            output.logits,
+            *self.decoder.flat_rows(output.rows),
+            *output.kept,
+            *(() if output.split is None else (output.split,)),
+        )
 
 
 def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
     # All example lengths differ, so that the exporter does not identify independent dimensions.
     text = torch.export.Dim("past_text", min=1, max=MAX_LENGTH)
     stages: dict[Any, Any] = {}
-    layers = plans[0].layers
+    past: list[tuple[torch.Tensor, Any]] = []
     visual: list[tuple[torch.Tensor, Any]] = []
-    for layer in range(layers):
+    for layer, part in cache_slots(plans[0], parts.local_layers):
         stage = cache_group(plans, layer)
         length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
-        rows = torch.zeros(11 + list(stages).index(stage), parts.kv_heads, parts.head_dim, dtype=kind)
-        visual += [(rows, {0: length})] * 2
-    past = [(torch.zeros(7, parts.kv_heads, parts.head_dim, dtype=kind), {0: text})] * (2 * layers) + visual
-    return [example.clone() for example, _ in past], [shape for _, shape in past]
+        row = torch.zeros(1, parts.kv_heads, parts.head_dim, dtype=kind)
+        if part == PLACE:
+            row = torch.zeros(1, place_heads(plans[0], layer, parts.kv_heads), dtype=torch.int64)
+        past.append((row.repeat(7, *[1] * (row.ndim - 1)), {0: text}))
+        visual.append((row.repeat(11 + list(stages).index(stage), *[1] * (row.ndim - 1)), {0: length}))
+    return [example for example, _ in past + visual], [shape for _, shape in past + visual]
 
 
 @dataclass(frozen=True)

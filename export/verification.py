@@ -24,7 +24,6 @@ from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.processor import chat_template, processor_inputs
 from edgeprune.errors import EdgePruneError, VerificationError, one_line
-from edgeprune.plan import Geometry
 from edgeprune.processors import read_image_spec
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
@@ -167,14 +166,8 @@ def _processor_inputs(
     loaded: LoadedModel, bundle: Bundle, encoder: PromptEncoder, messages: Sequence[Message], images: Sequence[Image.Image]
 ) -> Any:
     written = encoder.template.in_their_form(messages, **encoder.special_tokens)
-    settings = _changed_settings(loaded, bundle.plan.geometry)
+    settings = loaded.changed_settings(bundle.plan.geometry)
     return processor_inputs(loaded.processor, written, images, template=loaded.chat_template(encoder.image), settings=settings)
-
-
-def _changed_settings(loaded: LoadedModel, geometry: Geometry) -> dict[str, Any]:
-    # Those of the image processor that a bundle of this geometry changes.
-    original = loaded.folder.processor
-    return {name: value for name, value in loaded.settings(geometry).items() if value != original.get(name, value)}
 
 
 def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> list[Comparison]:
@@ -191,7 +184,7 @@ def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> 
 
 
 def _compare_pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Comparison:
-    changed = _changed_settings(loaded, bundle.plan.geometry)
+    changed = loaded.changed_settings(bundle.plan.geometry)
     expected = loaded.processor.image_processor(images=[image], return_tensors="np", **changed)["pixel_values"]
     if expected.ndim > 2:
         expected = _patches(expected.reshape(-1, *expected.shape[-3:]), bundle.plan.geometry.patch)

@@ -14,7 +14,6 @@ from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
-from edgeprune.model.cache import caches_of
 from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, TokenSegment
@@ -64,7 +63,7 @@ class Recorder:
                 pass
         (prefill, _), *steps = recorder.inputs
         cache = steps[0][1] if steps else conversation.cache
-        caches = tuple(caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)]))
+        caches = tuple(self.decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)]))
         inputs = [tokens.suffix for tokens, _ in steps]
         embeds = [self._tensor(part.embeds) for part in inputs] or [self._tensor(prefill.suffix.embeds[:, :0])]
         positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(prefill.suffix.positions[:, :0])]
@@ -84,7 +83,7 @@ class Recorder:
             return first
         positions = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)
         answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), positions)
-        caches = tuple(caches_of([self._tensor(rows) for rows in (*conversation.cache.text, *conversation.cache.visual)]))
+        caches = tuple(self.decoder.caches([self._tensor(rows) for rows in (*conversation.cache.text, *conversation.cache.visual)]))
         replayed = self.replay(Recording(tokens, caches, answer, self._tensor(tokens.text_groups)))
         return torch.cat([first, replayed.logits[0]])
 
@@ -162,7 +161,9 @@ def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: f
     for layer in layers:
         cache = caches[layer]
         end = 1 + keep_count_up(cache.visual_key.shape[0] - 1, share)
-        changed[layer] = replace(cache, visual_key=cache.visual_key[:end], visual_value=cache.visual_value[:end])
+        place = None if cache.visual_place is None else cache.visual_place[:end]
+        keys, values = cache.visual_key[:end], cache.visual_value[:end]
+        changed[layer] = replace(cache, visual_key=keys, visual_value=values, visual_place=place)
     return tuple(changed)
 
 

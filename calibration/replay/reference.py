@@ -15,7 +15,6 @@ from edgeprune.checkpoint.configuration import check_context
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import EdgePruneError, UnsupportedModelError
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
-from edgeprune.model.cache import caches_of, flat_rows
 from edgeprune.model.quantization import at_precision
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.processors import image_spec
@@ -89,12 +88,12 @@ class TorchBackend:
             Segment(self._tensor(part.embeds), self._tensor(part.positions))
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
         ]
-        caches = caches_of([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
+        caches = self._decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
         groups = self._tensor(tokens.text_groups) if self._rate_predictor is not None else None
         output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), text_groups=groups)
         return DecoderOutput(
             _array(output.logits)[0, 0],
-            tuple(_array(rows) for rows in flat_rows(output.rows)),
+            tuple(_array(rows) for rows in self._decoder.flat_rows(output.rows)),
             tuple(_array(kept) for kept in output.kept),
             None if output.split is None else _array(output.split),
         )

@@ -141,7 +141,7 @@ def profile(
     patch_shape = map(int, bundle.manifest.graphs[VISION].inputs["pixel_values"].shape)
     patches = rng.standard_normal(tuple(patch_shape), np.float32)
     vision = _median_ms(lambda: backend.encode_image(patches, unpruned=True), repeats)
-    empty = KvCache.empty(shape)
+    empty = KvCache.empty(shape, bundle.plan)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
     prefill = [_prefill_ms(backend, rng, count, shape.width, shape.position_axes, empty, repeats) for count in counts]
     peaks = measure_peaks(threads) if provider == "cpu" else None

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgeprune.plan import KeepPlan
 
 SEGMENTS = ("prefix", "visual", "suffix")
 TIER = "tier"  # an input whose length selects the tier: 1 for the first, 2 for the second, and so on
 GROUPS = "text_groups"  # the group of each text token, if the decode cut follows attention
 SIGNALS = ("vision_attention", "vision_keys")
+PLACE = "place"  # the part of a cache that holds the tokens' places in the sequence, for layers with a window
 
 
 def cache_name(layer: int, part: str) -> str:
-    """Return the input name of a layer's "key" or "value" cache of text tokens [1 + T, kv heads, head_dim]."""
+    """Return the input name of a layer's "key" or "value" cache of text tokens [1 + T, kv heads, head_dim].
+
+    The "place" cache of a layer is [1 + T, 1], or [1 + T, kv heads] if a cache cut gives each head tokens of its own.
+    """
     return f"past_key_values.{layer}.{part}"
 
 
 def visual_cache_name(layer: int, part: str) -> str:
-    """Return the input name of a layer's "key" or "value" cache of visual tokens [1 + K, kv heads, head_dim]."""
+    """Return the input name of a layer's cache of visual tokens [1 + K, ...], with the parts of `cache_name`."""
     return f"visual_{cache_name(layer, part)}"
 
 
 def rows_name(layer: int, part: str) -> str:
-    """Return the output name of the rows that a step adds to a layer's "key" or "value" cache [n, kv heads, head_dim]."""
+    """Return the output name of the rows [n, ...] that a step adds to a layer's cache, with the parts of `cache_name`."""
     return f"present.{layer}.{part}"
 
 
@@ -35,16 +41,29 @@ def kept_names(plan: KeepPlan, *sites: str) -> list[str]:
     return [kept_name(index) for index, cut in enumerate(plan.cuts) if cut.site in sites]
 
 
-def decoder_inputs(plan: KeepPlan, *, tiers: bool = False) -> list[str]:
-    """Return the decoder's input names in graph order; `tiers`: whether the bundle has several tiers."""
+def cache_slots(plan: KeepPlan, local: Sequence[int] = ()) -> list[tuple[int, str]]:
+    """Return the layer and the part of each cache, in graph order; `local`: the layers whose attention has a window.
+
+    Keys and values of all layers come first. Local layers whose caches hold the same tokens share one cache of places.
+    """
     layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
+    return layers + [(layer, PLACE) for layer in sorted(set(plan.place_layers(local).values()))]
+
+
+def place_heads(plan: KeepPlan, layer: int, kv_heads: int) -> int:
+    """Return the columns of a layer's cache of places: one for each head if each keeps tokens of its own, otherwise one."""
+    return kv_heads if any(cut.layer == layer for cut in plan.cache_cuts) else 1
+
+
+def decoder_inputs(plan: KeepPlan, local: Sequence[int] = (), *, tiers: bool = False) -> list[str]:
+    """Return the decoder's input names in graph order; `local` as in `cache_slots`, `tiers`: whether there are several tiers."""
+    slots = cache_slots(plan, local)
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
     names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
-    return names + [cache_name(*layer) for layer in layers] + [visual_cache_name(*layer) for layer in layers]
+    return names + [cache_name(*slot) for slot in slots] + [visual_cache_name(*slot) for slot in slots]
 
 
-def decoder_outputs(plan: KeepPlan) -> list[str]:
-    """Return the decoder's output names in graph order."""
-    layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
-    names = ["logits", *(rows_name(*layer) for layer in layers), *kept_names(plan, "layer", "cache")]
+def decoder_outputs(plan: KeepPlan, local: Sequence[int] = ()) -> list[str]:
+    """Return the decoder's output names in graph order; `local` as in `cache_slots`."""
+    names = ["logits", *(rows_name(*slot) for slot in cache_slots(plan, local)), *kept_names(plan, "layer", "cache")]
     return names + (["attention_split"] if plan.follows_attention else [])

@@ -51,11 +51,11 @@ class Source:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions.
+    """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions, 2 if a visual token sees its image.
 
     `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
     `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
-    each other, so that the KV cache of an image depends on the text after it.
+    each other, so that the KV cache of an image depends on the text after it. `local_layers`: those whose attention has a window.
     """
 
     layers: int
@@ -68,6 +68,7 @@ class DecoderShape:
     planes: int = 0
     cache_type: str = "float32"
     bidirectional: bool = False
+    local_layers: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -249,6 +250,8 @@ def _decoder(data: Any, family: str) -> DecoderShape:
     sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
+    if not set(shape.local_layers) <= set(range(shape.layers)):
+        raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
     return shape
 
 

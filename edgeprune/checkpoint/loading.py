@@ -45,7 +45,7 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "sequence_bias": ([], {}),
     "guidance_scale": (1.0,),
 }
-_LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": "sdpa", "output_loading_info": True}
+_LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": {"": "sdpa"}, "output_loading_info": True}
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ class LoadedModel:
         """Return the image-processor settings that bring every image to the area of one geometry."""
         return self._settings((geometry.height, geometry.width))
 
+    def changed_settings(self, geometry: Geometry) -> dict[str, Any]:
+        """Return those of `settings` that are other than the checkpoint's own, as transformers' processor takes them."""
+        own = self.folder.processor
+        return {name: value for name, value in self.settings(geometry).items() if value != own.get(name, value)}
+
     def _settings(self, size: tuple[int, int] | None) -> dict[str, Any]:
         settings: dict[str, Any] = self.family.settings(self.model.config, self.folder.processor, size)
         return settings
@@ -165,6 +170,7 @@ class LoadedModel:
             context=parts.context,
             planes=parts.planes,
             bidirectional=parts.bidirectional,
+            local_layers=parts.local_layers,
         )
 
     def chat_template(self, image: ImageText) -> str:

@@ -25,13 +25,15 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 class DecoderParts:
     """The modules and dimensions of a decoder.
 
-    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, optionally q_norm and k_norm per
-    head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer positions
-    [axes, S]. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any scaling.
+    `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, `scaling`, optionally q_norm and
+    k_norm per head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer
+    positions [axes, S]; [S, 2 * head_dim] if layers with a window have angles of their own, which come second. `embed_tokens`:
+    the module from ids to the embeddings that enter layer 0, including any scaling.
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
-    `context`: the longest supported sequence in tokens.
+    `context`: the longest supported sequence in tokens. `softcap`: the soft cap of attention scores, if any. `windows`: for each
+    layer, how many of the last tokens of the sequence a token attends to, itself included, 0 for all; empty if no layer has one.
     """
 
     layers: nn.ModuleList
@@ -47,15 +49,23 @@ class DecoderParts:
     context: int
     planes: int = 0
     bidirectional: bool = False
+    softcap: float | None = None
+    windows: tuple[int, ...] = ()
+
+    @property
+    def local_layers(self) -> tuple[int, ...]:
+        """The layers with a window."""
+        return tuple(layer for layer, window in enumerate(self.windows) if window)
 
 
 class Family:
     """An adapter to one architecture: checks its configuration, formats images in the text and locates its modules.
 
-    `position_axes`: 3 with mRoPE. `signals`: extra outputs of the vision encoder, for input methods that name them in `needs`;
-    `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so.
-    `videos`: whether the model was trained on videos. `several_as_one`: whether transformers encodes several images of one prompt
-    as it encodes one. `chat_template`: the default for model folders without one.
+    `position_axes`: 3 with mRoPE; 2 if the visual tokens of an image attend to each other: the place of a token in the sequence,
+    and the last place that it attends to. `signals`: extra outputs of the vision encoder, for input methods that name them in
+    `needs`; `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if
+    so. `videos`: whether the model was trained on videos. `several_as_one`: whether transformers encodes several images of one
+    prompt as it encodes one. `chat_template`: the default for model folders without one.
     """
 
     name: ClassVar[str]

@@ -1,12 +1,12 @@
-"""PaliGemma: one square view in SigLIP, a linear projector, and a Gemma decoder with a bidirectional prompt.
+"""PaliGemma: one square view in SigLIP, a linear projector, and a Gemma or Gemma 2 decoder with a bidirectional prompt.
 
-Beyer et al., arXiv 2407.07726; the modules are those of transformers' models/paligemma/modeling_paligemma.py and models/gemma.
+Beyer et al., arXiv 2407.07726, and Steiner et al., arXiv 2412.03555 (PaliGemma 2); the modules are those of transformers'
+models/paligemma/modeling_paligemma.py, models/gemma and models/gemma2.
 The image comes first, then the bos token, the prompt and a line break, as in processing_paligemma.py. All of them attend to each
 other; only the answer is causal. A second turn would have to be visible to the first, so there is one turn with one image. Token
 embeddings are scaled, visual tokens are not.
 
-Departures: rotary positions begin at 0 instead of 1, which changes no score. PaliGemma 2 is refused: its Gemma 2 has soft caps and
-sliding windows.
+Departures: rotary positions begin at 0 instead of 1, which changes no score.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, text_decoder
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
 from edgeprune.families.encoder_pruning import EncoderPruning
+from edgeprune.families.gemma import gemma2_decoder
 from edgeprune.plan import Cut, Geometry
 
 _IMAGE = "<image>"
+_DECODERS = {"gemma": text_decoder, "gemma2": gemma2_decoder}
 _TEMPLATE = """\
 {%- if messages | length != 1 or messages[0].role != 'user' -%}
 {{ raise_exception('PaliGemma answers one prompt and holds no conversation') }}
@@ -47,11 +49,13 @@ class PaliGemma(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse unsupported encoders and decoders (including Gemma 2)."""
+        """Refuse unsupported encoders and decoders."""
         check_encoder(config, SIGLIP)
         text = config.text_config.model_type
-        if text != "gemma":
-            raise UnsupportedModelError(f"Its text model {text!r} is not supported behind 'paligemma'.", hint="Supported: 'gemma'.")
+        if text not in _DECODERS:
+            raise UnsupportedModelError(
+                f"Its text model {text!r} is not supported behind 'paligemma'.", hint=f"Supported: {', '.join(_DECODERS)}."
+            )
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -71,4 +75,5 @@ class PaliGemma(Family):
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts, with a bidirectional prompt."""
-        return replace(text_decoder(self._model.model.language_model, self._model.lm_head), bidirectional=True)
+        text = self._model.model.language_model
+        return replace(_DECODERS[text.config.model_type](text, self._model.lm_head), bidirectional=True)

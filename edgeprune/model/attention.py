@@ -41,9 +41,10 @@ class BlockMask:
     reach: torch.Tensor
 
     @classmethod
-    def of(cls, places: torch.Tensor, past: int) -> BlockMask:
-        """Return the mask for tokens at `places` [S] in the sequence, after `past` keys that are visible to all of them."""
-        visible = places[None] <= places[:, None]
+    def of(cls, tokens: TokenRows, past: int) -> BlockMask:
+        """Return the mask for tokens after `past` keys that are visible to all of them."""
+        places = tokens.places
+        visible = places[None] <= tokens.reach[:, None]
         row = torch.arange(1, places.shape[0] + 1, device=places.device)
         added = torch.where(visible, 0.0, float("-inf"))
         mask = torch.cat([added.new_zeros(places.shape[0], past), added], dim=1)
@@ -65,9 +66,10 @@ class TokenRows:
     """The S tokens between two layers: prefix, visual tokens, suffix."""
 
     hidden: torch.Tensor  # [S, hidden]
-    cos: torch.Tensor  # [S, head_dim]
-    sin: torch.Tensor  # [S, head_dim]
-    places: torch.Tensor  # [S] in the sequence: a token attends to those of lower or equal place
+    cos: torch.Tensor  # [S, head_dim], or [S, 2 * head_dim]: layers with a window have the second half
+    sin: torch.Tensor  # as cos
+    places: torch.Tensor  # [S] in the sequence
+    reach: torch.Tensor  # [S]: a token attends to those whose place is not beyond
     planes: torch.Tensor | None  # [S, planes * hidden] added after the first layers, 0 for text
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
@@ -75,9 +77,10 @@ class TokenRows:
     def keep(self, chosen: torch.Tensor) -> TokenRows:
         """Return the tokens with only the visual tokens at the positions `chosen` [K]."""
         sizes = (self.sizes[0], chosen.shape[0], self.sizes[2])
-        rows = [self._pick(rows, chosen) for rows in (self.hidden, self.cos, self.sin, self.places)]
+        names = ("hidden", "cos", "sin", "places", "reach")
+        rows = {name: self._pick(getattr(self, name), chosen) for name in names}
         planes = None if self.planes is None else self._pick(self.planes, chosen)
-        return TokenRows(rows[0], rows[1], rows[2], rows[3], planes, self.order.index_select(0, chosen), sizes)
+        return TokenRows(**rows, planes=planes, order=self.order.index_select(0, chosen), sizes=sizes)
 
     def _pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         before, visual, after = self.split(rows)
@@ -95,11 +98,27 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Mask:
-    """The attention mask [S, keys]: `visible` as booleans, `added` to scores as 0 or -inf; `in_row` for blocked attention only."""
+    """The attention mask: `visible` as booleans, `added` to scores as 0 or -inf; `in_row` for blocked attention only.
+
+    Both are [S, keys], or [kv heads, 1, S, keys] where a window meets keys that each head chose. `whole`: the mask without the
+    window, if there is one.
+    """
 
     visible: torch.Tensor
     added: torch.Tensor
     in_row: BlockMask | None = None
+    whole: Mask | None = None
+
+    @classmethod
+    def of(cls, visible: torch.Tensor, in_row: BlockMask | None = None, whole: Mask | None = None) -> Mask:
+        """Return the mask of the keys that are `visible`."""
+        return cls(visible, torch.where(visible, 0.0, float("-inf")), in_row, whole)
+
+    def hide(self, added: torch.Tensor) -> Mask:
+        """Return the mask with `added` [S, K] on top for the last K keys, which are cached visual tokens."""
+        before = self.added.shape[-1] - added.shape[1]
+        joined = torch.cat([self.added[..., :before], self.added[..., before:] + added], dim=-1)
+        return Mask(self.visible, joined, whole=None if self.whole is None else self.whole.hide(added))
 
 
 class Scores:
@@ -108,19 +127,25 @@ class Scores:
     They are computed on demand: next to a fused node, a cut that ranks by the last token costs only one row.
     """
 
-    def __init__(self, query: torch.Tensor, keys: Sequence[torch.Tensor], mask: Mask) -> None:
-        self._query, self._keys, self._mask = query, keys, mask  # keys: [kv heads, n, head_dim]
+    def __init__(self, query: torch.Tensor, keys: Sequence[torch.Tensor], mask: Mask, softcap: float | None = None) -> None:
+        self._query, self._keys, self._mask, self._softcap = query, keys, mask, softcap  # keys: [kv heads, n, head_dim]
         self.parts = [key.shape[1] for key in keys]
 
     @cached_property
     def raw(self) -> torch.Tensor:
-        """The scores before mask and softmax [kv heads, group, S, keys]."""
+        """The capped scores before mask and softmax [kv heads, group, S, keys]."""
         return self._of(self._query)
 
     @cached_property
     def weights(self) -> torch.Tensor:
         """The attention weights, after mask and softmax, in float32 [kv heads, group, S, keys]."""
         return torch.softmax(self.raw.float() + self._mask.added, dim=-1)
+
+    def under(self, mask: Mask) -> Scores:
+        """Return the same scores under another mask."""
+        other = Scores(self._query, self._keys, mask, self._softcap)
+        other.__dict__ |= {"raw": self.raw} if "raw" in self.__dict__ else {}
+        return other
 
     def last(self) -> torch.Tensor:
         """Return the raw scores of the last token [kv heads, group, keys]."""
@@ -130,14 +155,16 @@ class Scores:
     def _of(self, query: torch.Tensor) -> torch.Tensor:
         # GQA: query heads that share a KV head are folded into rows, so no key is expanded.
         rows = query.flatten(1, 2)  # [kv heads, group * S, head_dim]
-        return torch.cat([rows @ key.transpose(1, 2) for key in self._keys], dim=2).view(*query.shape[:3], -1)
+        scores = torch.cat([rows @ key.transpose(1, 2) for key in self._keys], dim=2).view(*query.shape[:3], -1)
+        return softcapped(scores, self._softcap)
 
 
 @dataclass(frozen=True)
 class AttentionOutput:
     """One layer's attention: its `output` [S, hidden], this step's KV `rows` and the `sizes` of its three segments.
 
-    The parts of `scores` are cached text, this step, and cached visual tokens, including the null rows of the caches.
+    The parts of `scores` are cached text, this step, and cached visual tokens, including the null rows of the caches. Cuts rank by
+    scores without the window of a layer: what one layer cannot see is still seen by others.
     """
 
     output: torch.Tensor
@@ -182,22 +209,26 @@ def attend(
 
     Products are computed in the type of the cache, the rest in that of `hidden`. `fused` uses one operator each for attention and
     rotation (Attention and RotaryEmbedding of opset 23), over joined keys. TensorRT has kernels for Attention in half precision
-    with head_dim 16 or more; otherwise attention stays decomposed, or is blocked if the mask has `in_row`.
+    with head_dim 16 or more; with a soft cap, or a mask for each head, attention stays decomposed. It is blocked if the mask has
+    `in_row`.
     """
     query, key = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
     by_head = [rows.transpose(0, 1) for rows in keys]
-    scores = Scores(query, by_head, mask)
-    use_fused = fused and query.dtype is torch.float16 and shape.head_dim >= _SMALLEST_HEAD
+    scores = Scores(query, by_head, mask, shape.softcap)
+    fits = shape.head_dim >= _SMALLEST_HEAD and shape.softcap is None and mask.visible.ndim == 2
+    use_fused = fused and query.dtype is torch.float16 and fits
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
         values_by_head = [rows.transpose(0, 1) for rows in values]
         mixed = _fused(query, by_head, values_by_head, mask) if use_fused else _mixed(scores, query, values_by_head)
     output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
-    return AttentionOutput(output, NewKv(key, value), scores, tokens.sizes)
+    ranked = scores if mask.whole is None else scores.under(mask.whole)
+    place = None if cache.place is None else tokens.places[:, None]
+    return AttentionOutput(output, NewKv(key, value, place), ranked, tokens.sizes)
 
 
 def _mixed(scores: Scores, query: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -226,18 +257,28 @@ def rotated(
     rotate = _rotate_fused if fused else _rotate
     query = _normed(attn, "q_norm", attn.q_proj(hidden).view(length, shape.heads, shape.head_dim))
     key = _normed(attn, "k_norm", attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim))
-    query, key = (rotate(states, tokens.cos, tokens.sin) for states in (query, key))
-    return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * shape.head_dim**-0.5, key
+    angles = [_angles(attn, rows, shape.head_dim) for rows in (tokens.cos, tokens.sin)]
+    query, key = (rotate(states, *angles) for states in (query, key))
+    return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * attn.scaling, key
 
 
-def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> torch.Tensor:
-    """Return the place [S] in the sequence of the tokens at `positions` [axes, S], which are in the order of their segments.
+def softcapped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return scores brought smoothly between -cap and cap, in float32, or as they are without a cap."""
+    return scores if cap is None else torch.tanh(scores.float() / cap) * cap
+
+
+def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the place [S] in the sequence of the tokens at `positions` [axes, S], and the last place [S] that each attends to.
 
     Text between the tiles of an image is in the prefix, so rows are not in sequence order. The first axis of the positions is.
-    With mRoPE the tokens of one image share their time and keep the order of their rows. Bidirectional tokens share one place.
+    With mRoPE the tokens of one image share their time and keep the order of their rows. Bidirectional tokens attend to all.
     """
-    row = torch.arange(positions.shape[1], device=positions.device)
-    return torch.zeros_like(row) if bidirectional else positions[0] * _ROWS + row
+    if positions.shape[0] == 2:
+        return positions[0], positions[1]
+    if bidirectional:
+        return positions[0], torch.full_like(positions[0], _NEVER - 1)
+    places = positions[0] * _ROWS + torch.arange(positions.shape[1], device=positions.device)
+    return places, places
 
 
 def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
@@ -249,9 +290,27 @@ def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked:
     null = torch.full_like(tokens.places[-1:], _NEVER)
     text, visual = (torch.full((rows - 1,), -1, device=null.device) for rows in (past_text, past_visual))
     column = torch.cat([null, text, tokens.places, null, visual])
-    visible = column[None] <= tokens.places[:, None]
-    in_row = BlockMask.of(tokens.places, past_text + past_visual - 2) if blocked else None
-    return Mask(visible, torch.where(visible, 0.0, float("-inf")), in_row)
+    in_row = BlockMask.of(tokens, past_text + past_visual - 2) if blocked else None
+    return Mask.of(column[None] <= tokens.reach[:, None], in_row)
+
+
+def windowed_mask(whole: Mask, tokens: TokenRows, cache: LayerCache, window: int, *, bidirectional: bool = False) -> Mask:
+    """Return a mask without the keys that are `window` or more places before a token.
+
+    Bidirectional tokens of one step attend to each other at any distance, as in transformers' masks of PaliGemma 2.
+    """
+    assert cache.place is not None and cache.visual_place is not None
+    # [1 or kv heads, keys], in the order of the parts. Null rows are hidden by `whole`.
+    step = torch.full_like(tokens.places, _NEVER) if bidirectional else tokens.places
+    heads = cache.visual_place.shape[1]
+    column = torch.cat([cache.place.expand(-1, heads), step[:, None].expand(-1, heads), cache.visual_place])
+    near = column.transpose(0, 1)[:, None] > tokens.places[:, None] - window  # [1 or kv heads, S, keys]
+    return Mask.of(whole.visible & (near[0] if heads == 1 else near[:, None]), whole=whole)
+
+
+def _angles(attn: Any, rows: torch.Tensor, width: int) -> torch.Tensor:
+    # The cosines or sines [S, width] of a layer.
+    return rows if rows.shape[1] == width else rows[:, width:] if attn.local else rows[:, :width]
 
 
 def _normed(attn: Any, name: str, states: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ text yet: ONNX Runtime 1.31.1 divides by zero there in a matrix product with a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,36 +17,61 @@ import torch
 
 @dataclass(frozen=True)
 class NewKv:
-    """The rows a step adds to one layer: `key` and `value` [n, kv heads, head_dim] of its prefix, kept visual tokens and suffix."""
+    """The rows a step adds to one layer: `key` and `value` [n, kv heads, head_dim] of its prefix, kept visual tokens and suffix.
+
+    `place`, for layers with a window: the tokens' places in the sequence, [n, 1], or [n, kv heads] if each head keeps its own.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
+    place: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim]."""
+    """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim].
+
+    `place` and `visual_place`, for layers with a window: the places of the tokens as in `NewKv`, also with null rows.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
     visual_key: torch.Tensor
     visual_value: torch.Tensor
+    place: torch.Tensor | None = None
+    visual_place: torch.Tensor | None = None
 
     def append(self, rows: NewKv, before: int, after: int) -> LayerCache:
         """Return the cache with the rows of a step appended; its prefix has `before` tokens and its suffix `after`."""
         end = rows.key.shape[0] - after
-        texts = [torch.cat([old, new[:before], new[end:]]) for old, new in ((self.key, rows.key), (self.value, rows.value))]
-        pairs = (self.visual_key, rows.key), (self.visual_value, rows.value)
-        return LayerCache(*texts, *(torch.cat([old, new[before:end]]) for old, new in pairs))
+        pairs = [(self.key, self.visual_key, rows.key), (self.value, self.visual_value, rows.value)]
+        if self.place is not None and self.visual_place is not None and rows.place is not None:
+            pairs.append((self.place, self.visual_place, rows.place))
+        texts = [torch.cat([text, new[:before], new[end:]]) for text, _, new in pairs]
+        images = [torch.cat([visual, new[before:end]]) for _, visual, new in pairs]
+        return LayerCache(*texts[:2], *images[:2], *texts[2:], *images[2:])
 
 
-def caches_of(flat: Sequence[torch.Tensor]) -> list[LayerCache]:
-    """Return the caches of a flat sequence: key and value of each layer for text, then the same for visual tokens."""
-    half = len(flat) // 2
+def caches_of(flat: Sequence[torch.Tensor], holders: Mapping[int, int]) -> list[LayerCache]:
+    """Return the caches of a flat sequence: key and value of each layer and places for text, then the same for visual tokens.
+
+    `holders`: for each layer with a window, the layer that holds its places (`KeepPlan.place_layers`).
+    """
+    half, held = len(flat) // 2, sorted(set(holders.values()))
     text, visual = flat[:half], flat[half:]
-    return [LayerCache(*text[i : i + 2], *visual[i : i + 2]) for i in range(0, half, 2)]
+    first = half - len(held)
+    places = {layer: first + held.index(holder) for layer, holder in holders.items()}
+    return [
+        LayerCache(
+            *text[2 * layer : 2 * layer + 2],
+            *visual[2 * layer : 2 * layer + 2],
+            *((text[places[layer]], visual[places[layer]]) if layer in places else ()),
+        )
+        for layer in range(first // 2)
+    ]
 
 
-def flat_rows(rows: Sequence[NewKv]) -> tuple[torch.Tensor, ...]:
-    """Return the rows as a flat sequence: key and value of each layer."""
-    return tuple(part for layer in rows for part in (layer.key, layer.value))
+def flat_rows(rows: Sequence[NewKv], holders: Mapping[int, int]) -> tuple[torch.Tensor, ...]:
+    """Return the rows as a flat sequence: key and value of each layer, then places; `holders` as in `caches_of`."""
+    places = [rows[layer].place for layer in sorted(set(holders.values()))]
+    return (*(part for layer in rows for part in (layer.key, layer.value)), *(place for place in places if place is not None))

@@ -10,15 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgeprune.bundle.graph_io import place_heads
 from edgeprune.families.base import DecoderParts
 from edgeprune.methods.base import LayerView, rank
-from edgeprune.model.attention import AttentionOutput, Mask, TokenRows, attend, causal_mask, places_of, rotated
-from edgeprune.model.cache import LayerCache, NewKv
+from edgeprune.model.attention import (
+    AttentionOutput,
+    Mask,
+    TokenRows,
+    attend,
+    causal_mask,
+    places_of,
+    rotated,
+    softcapped,
+    windowed_mask,
+)
+from edgeprune.model.cache import LayerCache, NewKv, caches_of, flat_rows
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.tiers import budgets, cache_group, tokens_at_layer
 from edgeprune.registry import method_class
@@ -70,7 +82,8 @@ class PrunedDecoder(nn.Module):
         self.layers, self.norm, self.lm_head, self.rope = parts.layers, parts.norm, parts.lm_head, parts.rope
         self.shape = parts
         self.plan, self._plans = plan, (plan, *lower_tiers)
-        self.fused, self.blocked = fused, blocked
+        self.fused, self.blocked = fused, blocked and parts.softcap is None and not parts.windows  # a block's node has neither
+        self.places = plan.place_layers(parts.local_layers)
         self.layer_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.layer_cuts}
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
         self._budgets = {str(c): budgets(self._plans, c) for c in (*plan.layer_cuts, *plan.cache_cuts)}
@@ -78,7 +91,20 @@ class PrunedDecoder(nn.Module):
     def empty_caches(self) -> tuple[LayerCache, ...]:
         """Return one cache per layer that holds only its null rows."""
         null = next(self.parameters()).new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
-        return tuple(LayerCache(null, null, null, null) for _ in self.layers)
+        place = torch.zeros(1, 1, dtype=torch.int64, device=null.device)
+        heads = partial(place_heads, self.plan, kv_heads=self.shape.kv_heads)
+        return tuple(
+            LayerCache(null, null, null, null, *([place.expand(1, heads(layer))] * 2 if layer in self.places else ()))
+            for layer in range(len(self.layers))
+        )
+
+    def caches(self, flat: Sequence[torch.Tensor]) -> list[LayerCache]:
+        """Return the caches of a flat sequence in the order of the graph's inputs."""
+        return caches_of(flat, self.places)
+
+    def flat_rows(self, rows: Sequence[NewKv]) -> tuple[torch.Tensor, ...]:
+        """Return the rows of a step in the order of the graph's outputs."""
+        return flat_rows(rows, self.places)
 
     def forward(
         self,
@@ -115,7 +141,7 @@ class PrunedDecoder(nn.Module):
                 tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
                 kept[str(cut)] = tokens.order
             mask = self._mask(index, tokens, caches[index], masks)
-            mask = mask if hide is None else _hide(mask, hide[index])
+            mask = mask if hide is None else mask.hide(hide[index])
             hidden = layer.input_layernorm(tokens.hidden)
             attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask, fused=self.fused)
             if probe is not None:
@@ -143,8 +169,8 @@ class PrunedDecoder(nn.Module):
         hidden, planes = (embeds[:, :width], embeds[:, width:]) if self.shape.planes else (embeds, None)
         sizes = (prefix.embeds.shape[1], visual.embeds.shape[1], suffix.embeds.shape[1])
         order = torch.arange(sizes[1], device=hidden.device) if order is None else order
-        places = places_of(positions, bidirectional=self.shape.bidirectional)
-        return TokenRows(hidden, cos, sin, places, planes, order, sizes)
+        places, reach = places_of(positions, bidirectional=self.shape.bidirectional)
+        return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes)
 
     def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
         # DeepStack: features of the encoder's earlier blocks are added after the first layers.
@@ -158,7 +184,13 @@ class PrunedDecoder(nn.Module):
         stage = (tokens_at_layer(self._plans, index), length if isinstance(length, int) else cache_group(self._plans, index))
         if stage not in masks:
             masks[stage] = causal_mask(tokens, cache.key.shape[0], length, blocked=self.blocked)
-        return masks[stage]
+        if index not in self.places:
+            return masks[stage]
+        window = self.shape.windows[index]
+        local = (*stage, window, self.places[index])
+        if local not in masks:
+            masks[local] = windowed_mask(masks[stage], tokens, cache, window, bidirectional=self.shape.bidirectional)
+        return masks[local]
 
     def _keep(self, cut: Cut, tier: torch.Tensor | None) -> Any:
         # TensorRT's profiles fix lengths, so a count derived from a length is a constant there.
@@ -186,7 +218,11 @@ class PrunedDecoder(nn.Module):
         cut, method = self.cache_cuts[index]
         chosen = rank(method.score_heads(self._view(tokens, attended, embeds, None)), self._keep(cut, tier))  # [kv heads, K]
         kept[str(cut)] = tokens.order.index_select(0, chosen.flatten()).view(chosen.shape)
-        return NewKv(*(_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value)))
+        key, value = (_pick_heads(tokens, rows, chosen) for rows in (attended.rows.key, attended.rows.value))
+        place = attended.rows.place
+        if place is not None:
+            place = _pick_heads(tokens, place.expand(-1, self.shape.kv_heads)[:, :, None], chosen)[:, :, 0]
+        return NewKv(key, value, place)
 
     def _view(self, tokens: TokenRows, attended: AttentionOutput | None, embeds: Any, next_layer: Any) -> LayerView:
         assert attended is not None  # plans are validated: no layer cut acts before layer 0
@@ -194,7 +230,8 @@ class PrunedDecoder(nn.Module):
 
         def next_attention() -> torch.Tensor:
             query, key = rotated(next_layer.self_attn, self.shape, next_layer.input_layernorm(tokens.hidden), tokens)
-            row = torch.softmax(query[:, :, -1] @ key.permute(1, 2, 0), dim=-1).flatten(0, 1)
+            scores = softcapped(query[:, :, -1] @ key.permute(1, 2, 0), self.shape.softcap)
+            row = torch.softmax(scores, dim=-1).flatten(0, 1)
             return torch.split(row, list(tokens.sizes), dim=1)[1]
 
         return LayerView(
@@ -216,12 +253,6 @@ def _pick_heads(tokens: TokenRows, rows: torch.Tensor, chosen: torch.Tensor) -> 
     flat = chosen.transpose(0, 1) * heads + torch.arange(heads, device=rows.device)
     picked = visual.flatten(0, 1).index_select(0, flat.flatten()).view(chosen.shape[1], heads, rows.shape[2])
     return torch.cat([before, picked, after])
-
-
-def _hide(mask: Mask, hide: torch.Tensor) -> Mask:
-    # Cached visual tokens are the last columns.
-    before = mask.added.shape[1] - hide.shape[1]
-    return Mask(mask.visible, torch.cat([mask.added[:, :before], mask.added[:, before:] + hide], dim=1))
 
 
 def _split(attended: AttentionOutput, text_groups: torch.Tensor, rows: int) -> torch.Tensor:

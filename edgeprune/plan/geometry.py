@@ -83,7 +83,7 @@ class Geometry:
         return found
 
     def __str__(self) -> str:
-        size = f"{self.width}x{self.height} px"
+        size = f"{self.height}x{self.width} px"  # height first, as in --image-size
         clip = f"{self.frames} frames of {size}" if self.frames > 1 else size
         if not self.views:
             return f"{clip} = {self.rows} x {self.columns} visual tokens"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,16 @@ class KeepPlan:
     def cache_group(self, layer: int) -> tuple[int, bool]:
         """Return a key that is equal for layers whose visual caches have the same length throughout generation."""
         return self.tokens_cached(layer), self.decode is not None and layer >= self.decode.layer
+
+    def place_layers(self, local: Sequence[int]) -> dict[int, int]:
+        """Return, for each of the layers `local`, the first of them whose caches hold the same tokens in every tier."""
+        first: dict[Any, int] = {}
+        return {layer: first.setdefault(self._same_tokens(layer), layer) for layer in local}
+
+    def _same_tokens(self, layer: int) -> tuple[int, int | None, bool]:
+        # A cache cut gives each head tokens of its own, in an order of their own.
+        ranked = layer if any(cut.layer == layer for cut in self.cache_cuts) else None
+        return sum(cut.layer <= layer for cut in self.layer_cuts), ranked, self.decode is not None and layer >= self.decode.layer
 
     def with_cuts(self, *cuts: Cut) -> KeepPlan:
         """Return this plan with the cuts added, in plan order."""

@@ -14,10 +14,11 @@ from edgeprune.processors.settings import refusal, variants
 __all__ = ["FITS", "ImageSpec", "fit", "image_spec", "named_processor", "read_image_spec"]
 
 _QWEN = variants("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor", "Qwen3VLImageProcessor")
+_SQUARES = variants("CLIPImageProcessor", "Gemma3ImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
 # Modules are imported on demand: a runtime that serves one bundle needs one.
 _SPECS: dict[str, str] = {
     **dict.fromkeys(_QWEN, "qwen:GridSpec"),
-    **dict.fromkeys(variants("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"), "square:SquareSpec"),
+    **dict.fromkeys(_SQUARES, "square:SquareSpec"),
     **dict.fromkeys(variants("Idefics2ImageProcessor"), "idefics:Idefics2Spec"),
     **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics:Idefics3Spec"),
     **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),

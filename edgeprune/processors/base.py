@@ -152,13 +152,13 @@ def require_whole(side: int, patch: int, merge: int) -> None:
 def require_pixels(height: int, width: int) -> None:
     """Raise ImageError for a size without pixels."""
     if min(height, width) < 1:
-        raise ImageError(f"An image of {width}x{height} pixels is empty.", hint="Give an image with pixels in it.")
+        raise ImageError(f"An image of {height}x{width} pixels is empty.", hint="Give an image with pixels in it.")
 
 
 def require_aspect(height: int, width: int) -> None:
     """Raise ImageError for an aspect ratio above the limit."""
     if max(height, width) > _MAX_ASPECT * min(height, width):
-        raise ImageError(f"A {width}x{height} image is too oblong: the limit is {_MAX_ASPECT}:1.", hint="Crop it or pad it.")
+        raise ImageError(f"A {height}x{width} image is too oblong: the limit is {_MAX_ASPECT}:1.", hint="Crop it or pad it.")
 
 
 def require_rgb(image: Image.Image) -> Image.Image:
@@ -208,7 +208,7 @@ def fit(image: Image.Image, geometry: Geometry, how: str, spec: ImageSpec) -> Im
     own = spec.geometry(image.height, image.width, geometry.frames, geometry.fps)
     if own.layout != geometry.layout:
         raise ImageError(
-            f"The bundle takes {geometry}, but this {image.width}x{image.height} image makes {own}.",
+            f"The bundle takes {geometry}, but this {image.height}x{image.width} image makes {own} (height x width).",
             hint="Give an image of that shape, or fit it: --fit pad (adds grey bars) or --fit stretch (distorts it); "
             'in Python fit="pad".',
         )

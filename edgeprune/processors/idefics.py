@@ -120,7 +120,7 @@ class Idefics2Spec(PatchSpec):
         size = self._scaled(height, width)
         if self.splits and not self._equal_sizes(height, width):
             raise ImageError(
-                f"The quarters of a {width}x{height} image become other sizes than the whole, which is not supported.",
+                f"The quarters of a {height}x{width} image become other sizes than the whole, which is not supported.",
                 hint="Export the bundle for a size that works, and stretch images to it.",
             )
         return size

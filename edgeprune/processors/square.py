@@ -1,9 +1,10 @@
-"""The image processors of CLIP, SigLIP and LLaVA, which make one view of a fixed size.
+"""The image processors of CLIP, SigLIP, Gemma 3 and LLaVA, which make one view of a fixed size.
 
 They are bit-identical to those of transformers: models/clip/image_processing_pil_clip.py (resize of the shorter edge, center crop),
-models/siglip/image_processing_pil_siglip.py (stretch) and models/llava/image_processing_pil_llava.py (as CLIP, optionally after
-padding to a square with bars of the mean colour). A crop larger than the image is filled with black. Departure: very oblong images,
-whose intermediate size would be huge, are refused.
+models/siglip/image_processing_pil_siglip.py and models/gemma3/image_processing_pil_gemma3.py (stretch), and
+models/llava/image_processing_pil_llava.py (as CLIP, optionally after padding to a square with bars of the mean colour). A crop
+larger than the image is filled with black. Departure: very oblong images, whose intermediate size would be huge, are refused, and
+so is Gemma 3's pan and scan, which adds crops to oblong images.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from edgeprune.processors.settings import plain_name, refusal, require_off, side
 
 MAX_SIDE = 16384  # of the padded square, in pixels
 _CLIP, _SIGLIP, _LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
+_GEMMA = "Gemma3ImageProcessor"
+_STRETCHING = (_SIGLIP, _GEMMA)
+_BILINEAR, _BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquareSpec(PatchSpec):
-    """CLIP, SigLIP and LLaVA: the view is a center crop of `height` x `width` pixels from the resized image.
+    """CLIP, SigLIP, Gemma 3 and LLaVA: the view is a center crop of `height` x `width` pixels from the resized image.
 
     `whole`: the size (height, width) to stretch the image to, or the length of its shorter edge. `squared`: pad to a square first.
     """
@@ -50,10 +54,10 @@ class SquareSpec(PatchSpec):
     def from_settings(cls, settings: Mapping[str, Any]) -> SquareSpec:
         """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones."""
         kind = plain_name(settings, _CLIP)
-        require_off(settings, "use_square_size", *(() if kind == _LLAVA else ("do_pad",)))
+        require_off(settings, "use_square_size", "do_pan_and_scan", *(() if kind == _LLAVA else ("do_pad",)))
         target = _resize_target(settings, kind)
         height, width = _crop_size(settings, kind, target)
-        shared = patch_settings(settings, HALF if kind == _SIGLIP else CLIP)
+        shared = patch_settings(settings, HALF if kind in _STRETCHING else CLIP, _BILINEAR if kind == _GEMMA else _BICUBIC)
         for side in (height, width):
             require_whole(side, shared["patch"], shared["merge"])
         squared = kind == _LLAVA and switch(settings, "do_pad", False)
@@ -86,7 +90,7 @@ class SquareSpec(PatchSpec):
         require_pixels(height, width)
         if self.squared and max(height, width) > MAX_SIDE:
             raise ImageError(
-                f"A {width}x{height} image makes too large a square: the limit is {MAX_SIDE} pixels.", hint="Shrink it."
+                f"A {height}x{width} image makes too large a square: the limit is {MAX_SIDE} pixels.", hint="Shrink it."
             )
         if isinstance(self.whole, int) and not self.squared:
             require_aspect(height, width)
@@ -106,8 +110,8 @@ class SquareSpec(PatchSpec):
 
 
 def _resize_target(settings: Mapping[str, Any], kind: str) -> tuple[int, int] | int:
-    default = {"height": 224, "width": 224} if kind == _SIGLIP else {"shortest_edge": 224}
-    size = sides(settings, "size", default, square=switch(settings, "default_to_square", False))
+    default = {"height": 224, "width": 224} if kind in _STRETCHING else {"shortest_edge": 224}
+    size = sides(settings, "size", default, square=switch(settings, "default_to_square", kind == _GEMMA))
     if set(size) == {"height", "width"}:
         return size["height"], size["width"]
     if set(size) == {"shortest_edge"}:
@@ -116,8 +120,8 @@ def _resize_target(settings: Mapping[str, Any], kind: str) -> tuple[int, int] | 
 
 
 def _crop_size(settings: Mapping[str, Any], kind: str, target: tuple[int, int] | int) -> tuple[int, int]:
-    if switch(settings, "do_center_crop", kind != _SIGLIP):
-        crop = sides(settings, "crop_size", {} if kind == _SIGLIP else {"height": 224, "width": 224}, square=True)
+    if switch(settings, "do_center_crop", kind not in _STRETCHING):
+        crop = sides(settings, "crop_size", {} if kind in _STRETCHING else {"height": 224, "width": 224}, square=True)
         if set(crop) != {"height", "width"}:
             raise refusal("crop_size", crop, "height and width")
         return crop["height"], crop["width"]

@@ -192,7 +192,7 @@ class AnyResSpec(PatchSpec):
             rows, columns = int(rows // ratio), int(columns // ratio)
         if min(rows, columns) < 1:
             raise ImageError(
-                f"A {width}x{height} image is too oblong: nothing would be left of its tiles.", hint="Crop it or pad it."
+                f"A {height}x{width} image is too oblong: nothing would be left of its tiles.", hint="Crop it or pad it."
             )
         return View(*box, rows, columns, separators=1)
 

@@ -12,6 +12,7 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.processors import fit as fit_image
 from edgeprune.runtime.api.options import AnswerOptions, parse_options
+from edgeprune.runtime.backends.shared import GuardedBackend
 from edgeprune.runtime.generation.conversation import (
     Conversation,
     ImageOrFrames,
@@ -26,7 +27,7 @@ from edgeprune.runtime.generation.request import LatencyEstimate, RequestLimits
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.feed import Feed
 from edgeprune.runtime.media.images import ImageSource, read_image
-from edgeprune.runtime.telemetry.receipt import ImageCuts, Receipt
+from edgeprune.runtime.telemetry.receipt import ImageCuts, Receipt, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -46,13 +47,45 @@ class Answer:
     text: str
     receipt: Receipt
 
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Answer({shorten(self.text)!r}, {self.receipt!r})"
+
 
 class Runtime:
-    """A loaded model. Thread-safe: each conversation holds its own state, and graphs run one at a time."""
+    """A loaded model. Thread-safe: each conversation holds its own state, and graphs run one at a time.
+
+    As a context manager, `with load(...) as model:`, it is closed at the end of the block.
+    """
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._warming = False
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._pipeline.state.closed else self.phase
+        return f"<Runtime {state}: {self.name}, {self.kind}s of {self.plan.geometry}, {len(self.plan.cuts)} cuts>"
+
+    def close(self) -> None:
+        """Wait for the graph that runs and release the memory of graphs, engines and caches; a second call does nothing.
+
+        Later questions raise UsageError, and so does an answer that has not ended.
+        """
+        state = self._pipeline.state
+        if state.closed:
+            return
+        state.closed = True
+        if isinstance(self._pipeline.backend, GuardedBackend):
+            self._pipeline.backend.close()
+        self.forget()
 
     @property
     def plan(self) -> KeepPlan:
@@ -217,6 +250,9 @@ class Chat:
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
+
+    def __repr__(self) -> str:
+        return f"<Chat of {self._conversation.turns} turns>"
 
     def ask(self, prompt: Prompt, image: ImageOrImages | None = None, **options: Unpack[AnswerOptions]) -> Stream:
         """Start the next user turn, with or without new images. Exhaust the stream before the next call.

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgeprune.bundle import DecoderShape
-from edgeprune.bundle.graph_io import GROUPS, TIER
-from edgeprune.plan import keep_count_up
+from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, cache_slots, place_heads
+from edgeprune.plan import KeepPlan, keep_count_up
 
-KvArrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...
+KvArrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...; then places, for layers with a window
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class KvCache:
     """An immutable view of the keys and values of a conversation.
 
     `buffers`: text; the first `length` rows are valid. `images`: the complete arrays [1 + K, kv heads, head_dim] of each image.
-    `visual`: the rows that decode steps read, image after image. `capacity`: minimum number of text rows of the next allocation.
+    `visual`: the rows that decode steps read, image after image. `layers`: the layer of each array. `capacity`: minimum number of
+    text rows of the next allocation.
     A cache and those derived from it share buffers: only the newest may grow.
     """
 
@@ -67,13 +68,18 @@ class KvCache:
     length: int
     images: tuple[KvArrays, ...]
     visual: KvArrays
+    layers: tuple[int, ...]
     capacity: int = 0
 
     @classmethod
-    def empty(cls, shape: DecoderShape) -> KvCache:
-        """Return an empty cache."""
-        nulls = (np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type),) * (2 * shape.layers)
-        return cls(nulls, 1, (), nulls)
+    def empty(cls, shape: DecoderShape, plan: KeepPlan) -> KvCache:
+        """Return an empty cache of a decoder under a plan."""
+        null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type)
+        slots = cache_slots(plan, shape.local_layers)
+        nulls = tuple(
+            np.zeros((1, place_heads(plan, layer, shape.kv_heads)), np.int64) if part == PLACE else null for layer, part in slots
+        )
+        return cls(nulls, 1, (), nulls, tuple(layer for layer, _ in slots))
 
     @property
     def text(self) -> KvArrays:
@@ -125,8 +131,8 @@ class KvCache:
             return self
         parts = tuple(
             tuple(
-                rows if slot < 2 * first_layer else rows[: 1 + keep_count_up(len(rows) - 1, share)]
-                for slot, rows in enumerate(image)
+                rows if layer < first_layer else rows[: 1 + keep_count_up(len(rows) - 1, share)]
+                for layer, rows in zip(self.layers, image, strict=True)
             )
             for image in self.images
         )
@@ -141,7 +147,8 @@ class KvCache:
     @property
     def visual_entries_read(self) -> int:
         """Visual tokens that a decode step reads, summed over the layers."""
-        return sum(len(rows) - 1 for rows in self.visual[::2])
+        keys = 2 * (1 + max(self.layers))
+        return sum(len(rows) - 1 for rows in self.visual[:keys:2])
 
 
 def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) -> dict[str, np.ndarray]:

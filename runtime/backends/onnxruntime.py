@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, tier_selector
-from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import run_in_threads
 from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput, VisionOutput
@@ -49,8 +49,10 @@ class OnnxRuntimeBackend:
         # Loaded with the first unpruned request.
         self._open_unpruned, self._unpruned = partial(_open_session, bundle.file(VISION_UNPRUNED), options, providers), None
         self._kept_names = kept_names(bundle.plan, "vision")
-        self._input_names = decoder_inputs(bundle.plan, tiers=bool(bundle.lower_tiers))
-        self._output_names = decoder_outputs(bundle.plan)
+        local = bundle.manifest.decoder.local_layers
+        self._input_names = decoder_inputs(bundle.plan, local, tiers=bool(bundle.lower_tiers))
+        self._output_names = decoder_outputs(bundle.plan, local)
+        self._slots = len(cache_slots(bundle.plan, local))
         # A decoder without cuts has no input for the token indices.
         self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
 
@@ -92,7 +94,7 @@ class OnnxRuntimeBackend:
         logits, *rest = _run(self._decoder, self._output_names, feeds, cancellation)
         run_ms = 1e3 * (time.perf_counter() - started)
         split = rest.pop() if self._follows_attention else None
-        count = 2 * self._plan.layers
+        count = self._slots
         return DecoderOutput(logits[0, 0], tuple(rest[:count]), tuple(rest[count:]), split, run_ms)
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:

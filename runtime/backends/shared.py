@@ -13,10 +13,11 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import numpy as np
 
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, UsageError
 from edgeprune.runtime.backends.interface import Backend, BackendProxy, CancellationToken, Cancelled, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 
@@ -97,6 +98,15 @@ class GuardedBackend(BackendProxy):
         super().__init__(backend)
         self._lock = lock
 
+    def close(self) -> None:
+        """Wait for the graph that runs and release the backend's memory. Later calls raise UsageError."""
+        closed: Any = _Closed()
+        with self._lock.acquire():
+            backend, self._backend = self._backend, closed
+        close = getattr(backend, "close", None)  # ONNX Runtime frees a session with its last reference
+        if close is not None:
+            close()
+
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
@@ -123,6 +133,17 @@ class GuardedBackend(BackendProxy):
         """Run the predictor under the lock."""
         with self._lock.acquire(), _out_of_memory_as_error("the predictor"):
             return self._backend.predict_keep_ratio(split, step)
+
+
+def closed_model() -> UsageError:
+    """Return the error for a question to a model that was closed."""
+    return UsageError("This model was closed.", hint="Load the bundle again.")
+
+
+class _Closed:
+    # Stands for a backend that was closed.
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(name) if name == "close" else closed_model()
 
 
 @contextmanager

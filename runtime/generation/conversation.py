@@ -16,6 +16,7 @@ from edgeprune.errors import UsageError
 from edgeprune.processors import fit
 from edgeprune.runtime.backends.interface import CANCELLED, DEADLINE, CancellationToken, Cancelled, DecoderOutput
 from edgeprune.runtime.backends.kv_cache import KvCache
+from edgeprune.runtime.backends.shared import closed_model
 from edgeprune.runtime.generation.decode import DecodeLoop
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.prefill import ImageInput, Prefill
@@ -23,7 +24,7 @@ from edgeprune.runtime.generation.request import UNFINISHED, Request, RequestLim
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
 from edgeprune.runtime.media.images import image_hash
-from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt
+from edgeprune.runtime.telemetry.receipt import RUNNING, Receipt, shorten
 from edgeprune.runtime.text.prompt import CHARS_PER_TOKEN, Message
 from edgeprune.runtime.text.tokenizer import reject_control_tokens, reject_unencodable
 
@@ -111,7 +112,7 @@ class Turn:
 
 
 class Stream:
-    """An answer in progress: an iterator of text pieces. Nothing runs before the first `next`.
+    """An answer in progress: an iterator of text pieces, for `for` and `async for`. Nothing runs before the first is asked for.
 
     Any thread may iterate, one at a time, and any may cancel. `text`: the answer so far. `receipt`: updated during generation,
     final at the end. `generating`: whether the next piece is being computed.
@@ -152,6 +153,25 @@ class Stream:
         owners, current = (self._asker, self._reader), threading.current_thread()
         return self.receipt.finish_reason == RUNNING and current not in owners and any(owner.is_alive() for owner in owners)
 
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> str:
+        # A thread of the event loop computes each piece. A task that is cancelled cancels the answer.
+        import asyncio  # slow to import
+
+        try:
+            piece = await asyncio.to_thread(next, self, None)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def __repr__(self) -> str:
+        return f"<Stream {self.receipt.finish_reason}: {shorten(self.text)!r}>"
+
     def cancel(self) -> None:
         """Request cancellation and return at once. Iteration ends within one decode step; the text so far is the answer."""
         self._cancellation.cancel(CANCELLED)
@@ -187,6 +207,11 @@ class Conversation:
     def kind(self) -> str:
         """The input kind of the conversation: "image" or "video"."""
         return self._layout.kind
+
+    @property
+    def turns(self) -> int:
+        """Number of turns so far, of the user and of the assistant."""
+        return len(self._messages)
 
     @property
     def cache(self) -> KvCache:
@@ -226,6 +251,8 @@ class Conversation:
         self, prompt: Prompt, images: Sequence[ImageOrFrames], sampling: Sampling | None, limits: RequestLimits | None
     ) -> Stream:
         started_s = time.monotonic()  # compiling a grammar and preparing images count against the deadline
+        if self._pipeline.state.closed:
+            raise closed_model()
         question = Turn("user", prompt, images)
         image_alone = not isinstance(prompt, str) and bool(question.all_images)
         if not image_alone and self._is_empty(question.words):

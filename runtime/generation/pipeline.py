@@ -88,6 +88,7 @@ class SharedState:
         self.feature_cache, self.latency, self.energy = LruCache(cache_bytes), latency or LatencyEstimate(), energy
         self.watchers: list[ReceiptCallback] = []
         self.running = 0
+        self.closed = False
         self._lock = threading.Lock()
 
     @contextmanager

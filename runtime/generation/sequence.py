@@ -37,11 +37,13 @@ def span_positions(start: int, views: Sequence[View], axes: int) -> tuple[np.nda
 
     With mRoPE all views share the same grid and differ in time, as the frames of a video do. The next token follows the largest
     position, as in training. transformers 5.23 continues after the grid only, which differs for videos with more time steps than
-    tokens along a side.
+    tokens along a side. With two axes the second is the last position that a token attends to: the end of the span.
     """
     tokens = sum(view.tokens for view in views)
-    if axes == 1:
-        return text_positions(start, tokens, axes), start + tokens
+    if axes < 3:
+        positions = text_positions(start, tokens, axes)
+        positions[1:] = start + tokens - 1
+        return positions, start + tokens
     grids = [np.indices((1, view.rows, view.columns), dtype=np.int64).reshape(3, -1) for view in views]
     for grid, view in zip(grids, views, strict=True):
         grid[0] += view.time - views[0].time
@@ -132,7 +134,7 @@ class SequenceState:
         self._pipeline, self._spans, self._prune = pipeline, spans, prune
         self.ids: list[int] = []
         shape = pipeline.decoder
-        self.cache = KvCache.empty(shape)
+        self.cache = KvCache.empty(shape, pipeline.plan)
         self._empty = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
         self.tiers: tuple[int, ...] = ()
         self.length = self._position = 0

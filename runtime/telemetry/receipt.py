@@ -140,6 +140,11 @@ class Receipt:
     frames_dropped: int | None = None
     energy_j: float | None = None
 
+    def __repr__(self) -> str:
+        kept = f", {len(self.cuts)} cuts" if self.cuts else ""
+        times = f"{self.times.ttft_ms:.0f} ms to the first token, {self.times.ms_per_token:.1f} ms a token"
+        return f"<Receipt {self.finish_reason}: {self.generated_tokens} tokens, {times}, {self.visual_tokens} visual tokens{kept}>"
+
     def account(self, image: ImageUsage) -> None:
         """Add the accounting of one image."""
         self.visual_tokens += image.tokens
@@ -200,6 +205,11 @@ class Receipt:
             "frames_dropped": self.frames_dropped,
             "energy_j": self.energy_j,
         }
+
+
+def shorten(text: str, characters: int = 60) -> str:
+    """Return the beginning of a text, for a repr."""
+    return text if len(text) <= characters else f"{text[:characters]}..."
 
 
 def _by_kind(cuts: Sequence[CutReceipt]) -> ImageCuts:

@@ -113,7 +113,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         2,
     ),
     "folder as data": (("eval", "table.bundle", "--data", "scenes"), "scenes is a folder", "--data scenes/dataset.jsonl", 2),
-    "aspect": (("run", "table.bundle", "--image", "camera.png", "--prompt", "x"), "480x640 image makes", "--fit pad", 2),
+    "aspect": (("run", "table.bundle", "--image", "camera.png", "--prompt", "x"), "640x480 image makes", "--fit pad", 2),
     "address": (
         ("run", "table.bundle", "--image", "http://example.com/a.png", "--prompt", "x"),
         "http://example.com/a.png is an address",

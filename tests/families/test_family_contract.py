@@ -41,15 +41,16 @@ from edgeprune.targets import TARGETS, Lowering
 
 WORDS = 16
 PROMPTS = ("What colour is the cube?", "And the ball?")
-families = pytest.mark.parametrize("name", sorted(FAMILIES))
-TWINS = ("smolvlm", "vipllava")  # of idefics3 and llava: the same encoders and decoders
+NAMES = sorted([*FAMILIES, "paligemma2"])
+families = pytest.mark.parametrize("name", NAMES)
+TWINS = ("paligemma2", "smolvlm", "vipllava")  # of paligemma, idefics3 and llava: the same encoders
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
-DECODERS = ("llava", "paligemma", "qwen2_vl", "qwen3_vl")
+DECODERS = ("gemma3", "llava", "paligemma", "paligemma2", "qwen2_vl", "qwen3_vl")
 
 
 def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:
     """Return the mark that runs a test for every family, for those that are not `quick` only with `--all`."""
-    names = [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES)]
+    names = [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
     return pytest.mark.parametrize("name", names)
 
 
@@ -84,7 +85,7 @@ def picture(name: str, seed: int) -> Image.Image:
 
 
 def whole(loaded: LoadedModel, name: str) -> KeepPlan:
-    return unpruned_plan(name, len(loaded.family.decoder().layers), loaded.geometry(tiny(name).SIZE))
+    return unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(tiny(name).SIZE))
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,11 @@ def said_by_transformers(
     kinds = (tokens == model.image.token).long() * (1 if clip is None else 2)
     accepted = inspect.signature(loaded.model.forward).parameters
     # PaliGemma's say what is prompt (0) and what is answer, not what is an image.
-    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds}.items() if kind in accepted}
+    others = 0 * kinds if loaded.folder.model_type == "paligemma" else kinds
+    typed = {kind: made for kind, made in {"mm_token_type_ids": kinds, "token_type_ids": others}.items() if kind in accepted}
     given = clip or (tiny(model.plan.family).inputs(loaded.folder.path, images) if images else {})
     found: list[torch.Tensor] = []
-    hook = loaded.model.get_output_embeddings().register_forward_hook(lambda _, given, made: found.append(made[0, -1]))
+    hook = loaded.model.register_forward_hook(lambda _, given, made: found.append(made.logits[0, -1]))
     with torch.no_grad():
         mask = torch.ones_like(tokens)
         generated = loaded.model.generate(tokens, attention_mask=mask, **typed, **given, max_new_tokens=WORDS, do_sample=False)
@@ -125,9 +127,8 @@ def said_by_transformers(
 
 def ids_by_processor(loaded: LoadedModel, model: Pipeline, messages: list[Any], images: list[Image.Image]) -> torch.Tensor:
     """Return the tokens [1, n] of a prompt by transformers' processor."""
-    own, frozen = loaded.folder.processor, loaded.settings(model.plan.geometry)
-    changed = {key: value for key, value in frozen.items() if value != own.get(key, value)}
-    tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=changed)["input_ids"]
+    settings = loaded.changed_settings(model.plan.geometry)
+    tokens: torch.Tensor = processor_inputs(loaded.processor, messages, images, settings=settings)["input_ids"]
     return tokens
 
 

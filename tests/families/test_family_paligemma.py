@@ -1,4 +1,4 @@
-"""PaliGemma against transformers: visual tokens, the prompt's form, who sees whom, and what is refused."""
+"""PaliGemma and PaliGemma 2 against transformers: visual tokens, the prompt's form, who sees whom, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_paligemma
+import tiny_paligemma2
 import torch
 from PIL import Image
 from test_family_encoder import error
 from test_family_llava import first_logits
 from tiny_folders import cut
-from transformers import Gemma2Config, PaliGemmaForConditionalGeneration
+from transformers import LlamaConfig, PaliGemmaForConditionalGeneration
 from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
 
 from edgeprune.calibration.replay.reference import reference_model
@@ -32,11 +33,11 @@ from edgeprune.runtime.text.prompt import ChatTemplate
 SQUARE = Geometry(56, 56, 14, 1)
 
 
-@pytest.fixture
-def model() -> Any:
-    """Return a model of random weights."""
+@pytest.fixture(params=[tiny_paligemma, tiny_paligemma2], ids=["gemma", "gemma2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """Return a model of random weights, with Gemma and with Gemma 2."""
     torch.manual_seed(0)
-    model = PaliGemmaForConditionalGeneration(tiny_paligemma.config()).eval()
+    model = PaliGemmaForConditionalGeneration(request.param.config()).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model
@@ -70,7 +71,9 @@ def test_visual_tokens_enter_the_decoder_as_they_are_and_text_scaled(model: Any)
         visual, text = PaliGemma(model).vision(SQUARE)(cut(pixels, 14)), parts.embed_tokens(ids[:, 16:])
     assert error(torch.cat([visual, text], dim=1), entered[0]) < 1e-5
     assert error(text, 48**0.5 * parts.embed_tokens.weight.detach()[ids[:, 16:]]) < 1e-6
-    assert (parts.heads, parts.kv_heads, parts.head_dim, parts.bidirectional, parts.context) == (4, 1, 16, True, 1024)
+    heads, windows = (1, ()) if model.config.text_config.model_type == "gemma" else (2, (12, 0))
+    assert (parts.heads, parts.kv_heads, parts.head_dim, parts.bidirectional, parts.context) == (4, heads, 16, True, 1024)
+    assert parts.windows == windows
 
 
 def test_the_first_logits_equal_transformers(model: Any) -> None:
@@ -84,18 +87,41 @@ def test_the_first_logits_equal_transformers(model: Any) -> None:
     assert error(actual, expected) < 1e-5 and error(actual, causal) > 1e-2
 
 
+@pytest.mark.parametrize("model", [tiny_paligemma2], indirect=True)
+@pytest.mark.parametrize("broken", ["attention cap", "last cap", "scale", "norm after attention", "norm after the MLP"])
+def test_what_gemma_2_adds_is_noticed(broken: str, model: Any) -> None:
+    ids, pixels = torch.tensor([[456] * 16 + [3, 4, 5, 6]]), torch.randn(1, 3, 56, 56)
+    layer, config = model.model.language_model.layers[0], model.config.text_config
+    with torch.no_grad():
+        expected = model(input_ids=ids, pixel_values=pixels, token_type_ids=torch.zeros_like(ids)).logits[:, -1]
+        if broken == "attention cap":
+            config.attn_logit_softcapping = None
+        elif broken == "last cap":
+            config.final_logit_softcapping = None
+        elif broken == "scale":
+            layer.self_attn.scaling = 16**-0.5
+        else:
+            norm = layer.post_attention_layernorm if broken.endswith("attention") else layer.post_feedforward_layernorm
+            norm.weight.add_(0.3)
+        assert error(first_logits(PaliGemma(model), SQUARE, cut(pixels, 14), ids), expected) > 1e-3
+
+
 @pytest.mark.parametrize("typed", [True, False])
 def test_the_oracle_lets_the_prompt_see_all_of_itself(model: Any, typed: bool) -> None:
     # Only where it is told so: zeros are the prompt, which generated tokens are no part of.
     ids, pixels, masks = torch.tensor([[456] * 16 + [3, 4, 5]]), torch.randn(1, 3, 56, 56), []
-    layer = model.model.language_model.layers[0].self_attn
     model.model.language_model.set_attn_implementation("eager")
-    layer.register_forward_hook(lambda layer, given, made: masks.append(made[1][0].gt(0).all(dim=0)))
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_hook(lambda layer, given, made: masks.append(made[1][0].gt(0).all(dim=0)))
     kinds = {"token_type_ids": torch.zeros_like(ids)} if typed else {}
     model.generation_config.eos_token_id = None
     model.generate(ids, pixel_values=pixels, **kinds, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-    assert masks[0].equal(torch.ones(19, 19, dtype=torch.bool) if typed else torch.ones(19, 19, dtype=torch.bool).tril())
-    assert [(tuple(mask.shape), bool(mask.all())) for mask in masks[1:]] == [((1, 20), True), ((1, 21), True)]
+    window = model.config.text_config.to_dict().get("sliding_window", 99)  # of the first layer of Gemma 2, in answers only
+    causal = torch.ones(19, 19, dtype=torch.bool).tril()
+    for mask, seen in zip(masks, (window, 99), strict=False):
+        assert mask.equal(torch.ones_like(causal) if typed else causal.triu(1 - seen))
+    ends = [min(20, window), 20, min(21, window), 21]
+    assert [(tuple(mask.shape), bool(mask.all())) for mask in masks[2:]] == [((1, end), True) for end in ends]
 
 
 def test_the_prompt_is_that_of_transformers() -> None:
@@ -125,7 +151,7 @@ def test_it_holds_no_conversation(messages: list[Any], what: str) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"text_config": Gemma2Config()}, "'gemma2'"),
+        ({"text_config": LlamaConfig()}, "'llama'"),
         ({"vision_config": SimpleNamespace(model_type="clip_vision_model")}, "'clip_vision_model'"),
     ],
 )

@@ -21,8 +21,8 @@ from edgeprune.runtime import Runtime
 
 QUESTION, TOKENS = "What is the colour of the cube?", 32
 SIZES = {"idefics2-8b": (1960, 1960)}
-# Qwen2.5-VL has a repetition penalty, Idefics2 forbids its image tokens, PaliGemma begins with the image.
-QUICK = ("qwen2_5-vl-3b", "paligemma-3b-pt-448")
+# Qwen2.5-VL has a repetition penalty, Idefics2 forbids its image tokens, PaliGemma begins with the image, Gemma 3 surrounds it.
+QUICK = ("gemma-3-4b-it", "qwen2_5-vl-3b", "paligemma-3b-pt-448")
 
 
 def opened(name: str, folder: Path) -> tuple[LoadedModel, Image.Image]:
@@ -60,8 +60,7 @@ def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dic
 def test_greedy_answers_are_those_of_generate(name: str, tmp_path: Path) -> None:
     loaded, picture = opened(name, tmp_path)
     plan = unpruned_plan(loaded.folder.model_type, 2, loaded.geometry((picture.height, picture.width)))
-    own = loaded.folder.processor
-    changed = {key: value for key, value in loaded.settings(plan.geometry).items() if value != own.get(key, value)}
+    changed = loaded.changed_settings(plan.geometry)
     answer = Runtime(reference_model(loaded, plan)).generate(picture, QUESTION, max_tokens=TOKENS)
     assert answer.text == text_by_transformers(loaded, picture, changed)
     assert answer.receipt.generated_tokens > 4

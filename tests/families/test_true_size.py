@@ -64,7 +64,8 @@ def report(name: str, **figures: Any) -> None:
 def watched(loaded: LoadedModel) -> Iterator[list[torch.Tensor]]:
     """Keep what enters transformers' first decoder layer."""
     found: list[torch.Tensor] = []
-    hook = loaded.family.decoder().layers[0].register_forward_pre_hook(lambda _, given: found.append(given[0][0]))
+    norm = loaded.family.decoder().layers[0].input_layernorm
+    hook = norm.register_forward_pre_hook(lambda _, given: found.append(given[0][0]))
     yield found
     hook.remove()
 
@@ -77,7 +78,7 @@ def relative(expected: np.ndarray, actual: np.ndarray) -> float:
 def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     started = time.perf_counter()
     loaded = load_model(resolve_model(str(folder_of(name, tmp_path / "model"))))
-    plan = unpruned_plan(name, len(loaded.family.decoder().layers), loaded.geometry(SIZES[name]["size"]))
+    plan = unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(SIZES[name]["size"]))
     image = frames_for(plan.geometry)[0]
     reference = reference_model(loaded, plan)
     asked = Asked(reference)

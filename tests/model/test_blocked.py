@@ -17,7 +17,7 @@ from edgeprune.export.tracing import trace_decoder
 from edgeprune.families.base import DecoderParts
 from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.model.attention import BlockMask
-from edgeprune.model.cache import LayerCache, flat_rows
+from edgeprune.model.cache import LayerCache
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.targets import TARGETS, Lowering
@@ -60,7 +60,7 @@ class Pair:
         caches = [LayerCache(*(torch.randn(count, heads, width, generator=generator) for count in held)) for _ in range(2)]
         with torch.no_grad():
             output = self.eager(*segments, caches, torch.arange(visual))
-        expected = [output.logits, *flat_rows(output.rows), *output.kept]
+        expected = [output.logits, *self.eager.flat_rows(output.rows), *output.kept]
         past = [rows for cache in caches for rows in (cache.key, cache.value)]
         past += [rows for cache in caches for rows in (cache.visual_key, cache.visual_value)]
         values = [*embeds, *places, torch.arange(visual), *past]

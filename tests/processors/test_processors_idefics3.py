@@ -151,7 +151,7 @@ def test_exact_takes_images_of_the_same_tiles() -> None:
     geometry = spec.geometry(120, 168)
     image = noise(235, 330)
     assert fit(image, geometry, "exact", spec) is image
-    with pytest.raises(ImageError, match="168x120 px in 10 views = 40 visual tokens, but this 168x56 image makes"):
+    with pytest.raises(ImageError, match="120x168 px in 10 views = 40 visual tokens, but this 56x168 image makes"):
         fit(noise(56, 168), geometry, "exact", spec)
     assert spec.patches([fit(noise(56, 168), geometry, "pad", spec)]).shape == (10 * 16, 588)
 

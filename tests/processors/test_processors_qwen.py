@@ -235,7 +235,10 @@ def test_exact_names_the_choices(fixed: GridSpec) -> None:
     with pytest.raises(ImageError) as caught:
         fit(noise(100, 200), FIXED, "exact", fixed)
     message = str(caught.value)
-    assert "192x192 px = 6 x 6 visual tokens, but this 200x100 image makes 288x160 px = 5 x 9 visual tokens." in message
+    assert (
+        "192x192 px = 6 x 6 visual tokens, but this 100x200 image makes 160x288 px = 5 x 9 visual tokens (height x width)."
+        in message
+    )
     assert "--fit stretch" in message and "--fit pad" in message
     assert '"pad"' in message
 

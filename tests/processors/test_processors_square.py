@@ -51,6 +51,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("CLIPImageProcessor", {"size": 70, "default_to_square": True, "do_center_crop": False}),
     ("SiglipImageProcessor", {"size": EIGHTY, "image_mean": [0.1, 0.2, 0.3], "rescale_factor": 1 / 127.5}),
     ("SiglipImageProcessor", {"size": {"height": 100, "width": 80}, "do_center_crop": True, "crop_size": [70, 60]}),
+    ("Gemma3ImageProcessor", {"size": EIGHTY}),
+    ("Gemma3ImageProcessor", {"size": 80, "do_pan_and_scan": False, "image_std": [0.4, 0.5, 0.6]}),
     ("LlavaImageProcessor", {"size": 70, "crop_size": 70}),
     ("LlavaImageProcessor", {"size": 70, "crop_size": 70, "do_pad": True}),
     ("LlavaImageProcessor", {"size": EIGHTY, "do_center_crop": False, "do_pad": True, "image_mean": [0.7, 0.01, 0.999]}),
@@ -124,7 +126,7 @@ def test_exact_takes_every_image() -> None:
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [((0, 5), "is empty"), ((1, 201), r"201x1 image is too oblong: the limit is 200:1\. Crop"), ((300, 1), "too oblong")],
+    [((0, 5), "is empty"), ((1, 201), r"1x201 image is too oblong: the limit is 200:1\. Crop"), ((300, 1), "too oblong")],
 )
 def test_sizes_not_taken(size: tuple[int, int], words: str) -> None:
     with pytest.raises(ImageError, match=words):
@@ -154,7 +156,7 @@ def test_patches_want_rgb() -> None:
             image_spec(config | {"patch_size": 14}).patches([Image.new("L", (60, 50))])
 
 
-@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"])
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "SiglipImageProcessor", "Gemma3ImageProcessor", "LlavaImageProcessor"])
 @pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
 def test_class_names(kind: str, suffix: str) -> None:
     spec, _ = pair(kind, {"patch_size": 14})
@@ -168,6 +170,7 @@ def test_class_names(kind: str, suffix: str) -> None:
         ({"do_convert_rgb": False}, "do_convert_rgb is False"),
         ({"do_pad": True}, "do_pad is True, but must be false"),
         ({"use_square_size": True}, "use_square_size is True"),
+        ({"image_processor_type": "Gemma3ImageProcessor", "do_pan_and_scan": True}, "do_pan_and_scan is True"),
         ({"do_center_crop": "no"}, "do_center_crop is 'no', but must be true or false"),
         ({"do_center_crop": False}, "size is {'shortest_edge': 336}, but must be height and width, since nothing is cropped"),
         ({"size": {"shortest_edge": 336, "longest_edge": 500}}, "size is {'shortest_edge': 336, 'longest_edge': 500}"),
@@ -196,5 +199,5 @@ def test_null_is_the_default() -> None:
     null = dict.fromkeys(
         ("image_mean", "image_std", "resample", "rescale_factor", "size", "crop_size", "do_center_crop", "do_resize")
     )
-    for kind in ("CLIPImageProcessor", "SiglipImageProcessor"):
+    for kind in ("CLIPImageProcessor", "SiglipImageProcessor", "Gemma3ImageProcessor"):
         assert image_spec({"image_processor_type": kind, "patch_size": 14} | null) == pair(kind, {"patch_size": 14})[0]

@@ -128,7 +128,7 @@ def test_exact_takes_images_of_the_same_tiles() -> None:
     geometry = spec.geometry(200, 300)
     image = noise(400, 600)
     assert fit(image, geometry, "exact", spec) is image
-    with pytest.raises(ImageError, match="300x200 px in 7 views"):
+    with pytest.raises(ImageError, match="200x300 px in 7 views"):
         fit(noise(600, 400), geometry, "exact", spec)
     video = spec.geometry(200, 300, frames=2, fps=1.0)
     assert fit(noise(600, 400), video, "exact", spec).size == (400, 600)

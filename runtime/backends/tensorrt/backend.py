@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
-from edgeprune.bundle.graph_io import SIGNALS, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds
@@ -138,7 +138,9 @@ class TensorRTBackend:
         except EngineError:
             self.close()
             raise
-        self._inputs, self._outputs = decoder_inputs(bundle.plan, tiers=bool(bundle.lower_tiers)), decoder_outputs(bundle.plan)
+        local = bundle.manifest.decoder.local_layers
+        self._inputs = decoder_inputs(bundle.plan, local, tiers=bool(bundle.lower_tiers))
+        self._outputs, self._slots = decoder_outputs(bundle.plan, local), len(cache_slots(bundle.plan, local))
 
     def _executor(
         self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[ShapeProfile]
@@ -217,7 +219,7 @@ class TensorRTBackend:
     def _step(self, outputs: Mapping[str, DeviceArray]) -> DecoderOutput:
         logits, *rest = (outputs[name] for name in self._outputs)
         split = _array(rest.pop()) if self._has_attention_split else None
-        count = 2 * self._plan.layers
+        count = self._slots
         return DecoderOutput(
             logits.numpy()[0, 0], tuple(map(_array, rest[:count])), tuple(part.numpy() for part in rest[count:]), split
         )

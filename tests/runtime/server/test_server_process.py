@@ -104,7 +104,7 @@ def test_structured_answers(asked: openai.OpenAI, tiny_image: Image.Image) -> No
 
 @pytest.mark.parametrize(
     ("url", "words"),
-    [(data_url(Image.new("RGB", (300, 20))), "this 300x20 image makes"), ("https://example.com/a.png", "Nothing is downloaded")],
+    [(data_url(Image.new("RGB", (300, 20))), "this 20x300 image makes"), ("https://example.com/a.png", "Nothing is downloaded")],
 )
 def test_images_that_are_refused(asked: openai.OpenAI, url: str, words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):

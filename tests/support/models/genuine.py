@@ -72,6 +72,8 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     text |= {name: size for name, size in _TEXT.items() if name in text or name not in ("head_dim", "max_window_layers")}
     if text.get("rope_scaling", {}) and "mrope_section" in text["rope_scaling"]:
         text["rope_scaling"] = {**text["rope_scaling"], "mrope_section": [2, 3, 3]}
+    if kind == "gemma3":
+        text |= {"head_dim": 16, "sliding_window_pattern": 2}
     if kind == "paligemma":
         config |= {"hidden_size": 32, "projection_dim": 32}
         config["vision_config"] |= {"projection_dim": 32}

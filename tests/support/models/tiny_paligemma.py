@@ -5,7 +5,7 @@ Its head is not tied to the scaled embeddings, as the real one's is: so small a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ def processor() -> dict[str, Any]:
     }
 
 
-def folder(path: Path) -> Path:
-    """Write the model folder and return it."""
+def folder(path: Path, config: Callable[[int, int], PaliGemmaConfig] = config) -> Path:
+    """Write the model folder and return it; `config`: the configuration for a vocabulary and an image token."""
     write_tokenizer(path, "", "<image>")
     (path / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -1,7 +1,7 @@
 """The sizes of real checkpoints, by family: what their config.json and preprocessor_config.json say of widths and depths.
 
 `text`, `vision` and `top` go over the parts of a tiny configuration, `processor` over its image processor's settings; `size` is
-that of the test image. Four are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
+that of the test image. Five are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
 their true width.
 """
 
@@ -197,6 +197,24 @@ SIZES: dict[str, dict[str, Any]] = {
         "processor": {"size": {"height": 448, "width": 448}},
         "size": (448, 896),
     },
+    "gemma3": {  # gemma-3-4b-it
+        "text": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+        },
+        "vision": {**SIGLIP, "num_hidden_layers": 27, "image_size": 896, "patch_size": 14},
+        "top": {"mm_tokens_per_image": 256, "tie_word_embeddings": True},
+        "processor": {"size": {"height": 896, "width": 896}},
+        "size": (896, 896),
+        "layers": 12,
+    },
     "paligemma": {  # paligemma-3b-pt-224
         "text": {
             "hidden_size": 2048,
@@ -213,6 +231,24 @@ SIZES: dict[str, dict[str, Any]] = {
         "processor": {"size": {"height": 224, "width": 224}},
         "size": (224, 224),
     },
+}
+SIZES["paligemma2"] = SIZES["paligemma"] | {  # paligemma2-3b-pt-224
+    "text": {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "vocab_size": 257216,
+        "max_position_embeddings": 8192,
+    },
+    "vision": {**SIGLIP, "num_hidden_layers": 27, "image_size": 224, "patch_size": 14, "projection_dim": 2304},
+    "top": {"projection_dim": 2304, "hidden_size": 2304},
 }
 SIZES["vipllava"] = SIZES["llava"] | {"top": {"vision_feature_layer": [-2, -5, -8, -11, 6]}}  # ViP-LLaVA-7B
 
