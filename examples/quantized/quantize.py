@@ -65,12 +65,12 @@ def quantize_by_rounding(out: str) -> None:
 
 def conversations() -> list[list[dict[str, Any]]]:
     """Return questions about scenes with their answers, as messages."""
-    found = []
+    found: list[list[dict[str, Any]]] = []
     for scene, questions in scenes(SEED, SCENES):
         image = draw_scene(scene).convert("RGB")
         for question in questions[:QUESTIONS]:
-            asked = [{"type": "image", "image": image}, {"type": "text", "text": question.prompt}]
-            answered = [{"type": "text", "text": question.answer}]
+            asked: list[Any] = [{"type": "image", "image": image}, {"type": "text", "text": question.prompt}]
+            answered: list[Any] = [{"type": "text", "text": question.answer}]
             found.append([{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
     return found
 
