@@ -41,11 +41,19 @@ class SourceQuantization:
 
 @dataclass(frozen=True)
 class Source:
-    """The exported model: name as given by the user, `model_type`, sha256 of the weights, and how it was quantized, if so."""
+    """The exported model: name as given by the user, `model_type`, and sha256 of the weights.
+
+    `revision`: the commit of a model of the Hugging Face Hub. `adapter`: the name of the LoRA adapter that was merged into it, with
+    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8. `quantization`: what became of
+    layers that the checkpoint holds quantized, if there are any.
+    """
 
     model: str
     family: str
     weights_sha256: str
+    revision: str = ""
+    adapter: str = ""
+    adapter_sha256: str = ""
     quantization: SourceQuantization | None = None
 
 

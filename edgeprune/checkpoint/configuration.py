@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,57 +26,16 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 _LARGEST_SIDE = 4096  # of the sizes that a hint names
-_QUANTIZATION = "quantization_config"
-# The layouts of packed layers that are read, the default first, and the settings that name them in AutoGPTQ, GPTQModel and AutoAWQ.
-_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
-_LAYOUT_SETTINGS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format", "checkpoint_format")}
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a checkpoint packs its quantized layers: `method` ("gptq" or "awq"), and its `layout`, such as gptq_v2 or gemm."""
-
-    method: str
-    layout: str
-
-
-def packing_of(name: str, config: Mapping[str, Any]) -> Packing | None:
-    """Return how the checkpoint with the contents of config.json packs quantized layers, None if it holds none.
-
-    Bits, groups and which layers are quantized follow from the tensors themselves. Raises UnsupportedModelError for a method or a
-    layout that is not read.
-    """
-    text = config.get("text_config")
-    settings = config.get(_QUANTIZATION) or (text.get(_QUANTIZATION) if isinstance(text, Mapping) else None)
-    if not settings:
-        return None
-    method = str(settings.get("quant_method", "an unnamed method") if isinstance(settings, Mapping) else settings).lower()
-    if method not in _LAYOUTS:
-        raise _unread(name, f"quantized with {method}")
-    default, *_ = layouts = _LAYOUTS[method]
-    named = next((settings[key] for key in _LAYOUT_SETTINGS[method] if settings.get(key)), default)
-    layout = "marlin" if settings.get("is_marlin_format") else str(named).lower()
-    if layout not in layouts:
-        raise _unread(name, f"quantized with {method} in the layout {layout}")
-    return Packing(method, layout)
-
-
-def _unread(name: str, what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{name} is {what}, which is not read.",
-        hint="Give a GPTQ or AWQ (gemm) checkpoint, or the original weights, to be quantized here.",
-    )
 
 
 def check_folder(folder: ModelFolder) -> None:
-    """Raise UnsupportedModelError for a folder without chat template, end token or image token, or of a quantization not read."""
+    """Raise UnsupportedModelError for a folder without chat template, end token or image token."""
     if not template_in_files(folder.path) and not has_chat_template(folder.model_type):
         raise no_chat_template(folder.name)
     path = folder.path / GENERATION
     if is_file(path) and _settings(path).get("eos_token_id") is None:
         raise no_end_token(folder.name)
     config = _settings(folder.path / CONFIG)
-    packing_of(folder.name, config)
     token = config.get("image_token_id", config.get("image_token_index"))
     if token is not None and is_file(folder.path / TOKENIZER) and token not in set(_token_ids(folder.path / TOKENIZER)):
         raise no_image_token(folder.name, token)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from edgeprune.checkpoint import weights
-from edgeprune.checkpoint.configuration import Packing
+from edgeprune.checkpoint.formats import Packing
 from edgeprune.checkpoint.weights import CheckpointTensor, StoredTensor
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.targets import Lowering

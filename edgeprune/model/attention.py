@@ -273,12 +273,12 @@ def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> tuple[
     Text between the tiles of an image is in the prefix, so rows are not in sequence order. The first axis of the positions is.
     With mRoPE the tokens of one image share their time and keep the order of their rows. Bidirectional tokens attend to all.
     """
-    if positions.shape[0] == 2:
-        return positions[0], positions[1]
+    places = positions[0]
     if bidirectional:
-        return positions[0], torch.full_like(positions[0], _NEVER - 1)
-    places = positions[0] * _ROWS + torch.arange(positions.shape[1], device=positions.device)
-    return places, places
+        return places, torch.full_like(places, _NEVER - 1)
+    if positions.shape[0] == 3:
+        places = places * _ROWS + torch.arange(positions.shape[1], device=positions.device)
+    return places, positions[1] if positions.shape[0] == 2 else places
 
 
 def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:

@@ -126,9 +126,10 @@ class PrunedDecoder(nn.Module):
         budgets, 1 (the default) for the plan, 2 for the first of `lower_tiers`, and so on. `text_groups` [text, 3]: one-hot group
         (system, instruction, generated) of each text key, cached and new. `probe(layer, view)` is called after the attention of
         each layer. `hide`, one per layer [S, K]: added to the scores of the last K cached visual tokens. `every_logit`: return
-        the logits of the whole suffix.
+        the logits of the whole suffix, which is an answer: its tokens are causal in every family.
         """
-        tokens = self._join(prefix, visual, suffix, order)
+        mutual = self.shape.bidirectional and not every_logit
+        tokens = self._join((prefix, visual, suffix), order, mutual)
         embeds = tokens.split(tokens.hidden)[1:]
         rows, kept, splits = [], dict[str, torch.Tensor](), []
         masks: dict[Any, Mask] = {}
@@ -140,7 +141,7 @@ class PrunedDecoder(nn.Module):
                 chosen = method.select(view, self._keep(cut, tier))
                 tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
                 kept[str(cut)] = tokens.order
-            mask = self._mask(index, tokens, caches[index], masks)
+            mask = self._mask(index, tokens, caches[index], masks, mutual)
             mask = mask if hide is None else mask.hide(hide[index])
             hidden = layer.input_layernorm(tokens.hidden)
             attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask, fused=self.fused)
@@ -160,16 +161,15 @@ class PrunedDecoder(nn.Module):
     def _layers(self) -> list[Any]:
         return list(self.layers)
 
-    def _join(self, prefix: Segment, visual: Segment, suffix: Segment, order: torch.Tensor | None) -> TokenRows:
-        segments = (prefix, visual, suffix)
+    def _join(self, segments: tuple[Segment, Segment, Segment], order: torch.Tensor | None, mutual: bool) -> TokenRows:
         positions = torch.cat([segment.positions for segment in segments], dim=1)
         cos, sin = self.rope(positions)
         embeds = torch.cat([segment.embeds[0] for segment in segments])
         width = self.shape.hidden
         hidden, planes = (embeds[:, :width], embeds[:, width:]) if self.shape.planes else (embeds, None)
-        sizes = (prefix.embeds.shape[1], visual.embeds.shape[1], suffix.embeds.shape[1])
+        sizes = (segments[0].embeds.shape[1], segments[1].embeds.shape[1], segments[2].embeds.shape[1])
         order = torch.arange(sizes[1], device=hidden.device) if order is None else order
-        places, reach = places_of(positions, bidirectional=self.shape.bidirectional)
+        places, reach = places_of(positions, bidirectional=mutual)
         return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes)
 
     def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
@@ -178,8 +178,8 @@ class PrunedDecoder(nn.Module):
             return hidden
         return hidden + tokens.planes[:, index * self.shape.hidden : (index + 1) * self.shape.hidden]
 
-    def _mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask]) -> Mask:
-        # Layers with equally many new and cached visual tokens share a mask.
+    def _mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask], mutual: bool) -> Mask:
+        # Layers with equally many new and cached visual tokens share a mask. `mutual`: all new tokens attend to each other.
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan tells which layers have equal lengths
         stage = (tokens_at_layer(self._plans, index), length if isinstance(length, int) else cache_group(self._plans, index))
         if stage not in masks:
@@ -189,7 +189,7 @@ class PrunedDecoder(nn.Module):
         window = self.shape.windows[index]
         local = (*stage, window, self.places[index])
         if local not in masks:
-            masks[local] = windowed_mask(masks[stage], tokens, cache, window, bidirectional=self.shape.bidirectional)
+            masks[local] = windowed_mask(masks[stage], tokens, cache, window, bidirectional=mutual)
         return masks[local]
 
     def _keep(self, cut: Cut, tier: torch.Tensor | None) -> Any:

@@ -27,6 +27,7 @@ _SPECS: dict[str, str] = {
 
 # By model_type: the class that transformers takes where the settings name none.
 _BY_FAMILY = {
+    "gemma3": "Gemma3ImageProcessor",
     "idefics2": "Idefics2ImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
     "internvl": "GotOcr2ImageProcessor",

@@ -23,7 +23,7 @@ from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, Bundle, SourceQuantization
 from edgeprune.checkpoint import weights
-from edgeprune.checkpoint.configuration import Packing, check_folder, packing_of
+from edgeprune.checkpoint.formats import Packing, packing_of
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.checkpoint.packed import PackedMatrix, with_packed_layers
 from edgeprune.checkpoint.weights import stored_tensors
@@ -98,7 +98,7 @@ def test_the_writer_of_these_tests_and_the_reader_agree(name: str, tmp_path: Pat
     scheme = SCHEMES[name]
     parts, restored = scheme.packed(weight)
     save_file({f"layer.{key}": value for key, value in parts.items()}, tmp_path / "model.safetensors")
-    packing = packing_of("it", {"quantization_config": scheme.settings()})
+    packing = packing_of("it", Path(), {"quantization_config": scheme.settings()})
     (matrix,) = with_packed_layers("it", stored_tensors(tmp_path), packing)
     assert isinstance(matrix, PackedMatrix)
     assert torch.equal(matrix.read(), restored)
@@ -304,13 +304,17 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Packing]] = {
 
 def test_how_layers_are_packed_follows_from_the_settings() -> None:
     def packing(**settings: Any) -> Packing | None:
-        return packing_of("it", {"quantization_config": settings})
+        return packing_of("it", Path(), {"quantization_config": settings})
 
-    assert packing() is None and packing_of("it", {}) is None and packing_of("it", {"quantization_config": None}) is None
+    assert (
+        packing() is None
+        and packing_of("it", Path(), {}) is None
+        and packing_of("it", Path(), {"quantization_config": None}) is None
+    )
     assert packing(quant_method="gptq", bits=4, desc_act=True) == GPTQ
     assert packing(quant_method="gptq", checkpoint_format="gptq_v2", format="gptq") == GPTQ_V2
     assert packing(quant_method="AWQ", version="GEMM") == packing(quant_method="awq", w_bit=4) == AWQ
-    assert packing_of("it", {"text_config": {"quantization_config": {"quant_method": "awq", "version": "gemm"}}}) == AWQ
+    assert packing_of("it", Path(), {"text_config": {"quantization_config": {"quant_method": "awq", "version": "gemm"}}}) == AWQ
     assert all(packing(**settings) == expected for settings, expected in PUBLISHED.values())
 
 
@@ -331,9 +335,8 @@ def test_other_quantizations_are_refused_by_name(settings: Any, words: str, quan
     folder = shutil.copytree(quantized("gptq")[0], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    for refuse in (check_folder, load_model):
-        with pytest.raises(UnsupportedModelError, match=rf"{words}.*Give a GPTQ or AWQ \(gemm\) checkpoint"):
-            refuse(resolve_model(str(folder)))
+    with pytest.raises(UnsupportedModelError, match=rf"{words}.*Give a GPTQ or AWQ \(gemm\) checkpoint"):
+        resolve_model(str(folder))
 
 
 def changed(folder: Path, change: Any) -> None:

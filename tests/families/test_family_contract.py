@@ -33,7 +33,7 @@ from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import FAMILIES, applicability
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend
-from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, decoder_ranges, shapes_of
 from edgeprune.runtime.backends.tensorrt.trial import substitute_capability, try_build
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.text.prompt import ImagePlaceholders
@@ -317,6 +317,20 @@ def test_its_fused_decoder_has_no_finding(name: str, model: LoadedModel, tmp_pat
     lowering, graph = Lowering(TARGETS["jetpack7.2"], "fp16"), tmp_path / "decoder.onnx"
     trace_decoder(model.family.decoder(), model.family.position_axes, pruned(model, name), lowering, graph)
     assert [finding for finding in lint(graph, lowering.target) if finding.severity == "error"] == []
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("paligemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", [pytest.param("jetpack6", marks=pytest.mark.slow), "jetpack7.2"])
+def test_decoders_with_windows_are_built(name: str, target: str, model: LoadedModel, tmp_path: Path) -> None:
+    # Those without are built for every method in test_builds.py.
+    pytest.importorskip("tensorrt_rtx")
+    lowering, graph, plan = Lowering(TARGETS[target], "fp16"), tmp_path / "decoder.onnx", pruned(model, name)
+    record = trace_decoder(model.family.decoder(), model.family.position_axes, plan, lowering, graph)
+    assert [finding for finding in lint(graph, lowering.target) if finding.severity == "error"] == []
+    limits = ProfileLimits(context=256, turn=64, images=2, unpruned=True)
+    dynamic = {key: at.shape for key, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
+    profiles = [{key: shapes_of(shape, each) for key, shape in dynamic.items()} for each in decoder_ranges((plan,), limits)]
+    assert try_build(graph, "decoder", profiles, substitute_capability(lowering.target)).error == ""
 
 
 @once_per_decoder

@@ -109,7 +109,8 @@ class Replay:
             ends = segments[0].embeds.shape[1], segments[2].embeds.shape[1]
             caches = [cache.append(new, *ends) for cache, new in zip(caches, output.rows, strict=True)]
             at += sum(sizes)
-        return output.logits[0, -1]
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
 
     def _rest(self, start: int, visual: int, after: int) -> list[torch.Tensor]:
         span, end = span_positions(start, SQUARE.layout, 2) if visual else (text_positions(start, 0, 2), start)

@@ -23,6 +23,7 @@ from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.errors import UnsupportedModelError, UsageError
 from edgeprune.families.paligemma import PaliGemma
+from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.plan import Geometry
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime
@@ -122,6 +123,24 @@ def test_the_oracle_lets_the_prompt_see_all_of_itself(model: Any, typed: bool) -
         assert mask.equal(torch.ones_like(causal) if typed else causal.triu(1 - seen))
     ends = [min(20, window), 20, min(21, window), 21]
     assert [(tuple(mask.shape), bool(mask.all())) for mask in masks[2:]] == [((1, end), True) for end in ends]
+
+
+def test_an_answer_that_is_replayed_at_once_stays_causal(model: Any) -> None:
+    parts = PaliGemma(model).decoder()
+    decoder = PrunedDecoder(parts, unpruned_plan("paligemma", 2, SQUARE)).eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.split(torch.randn(1, 25, 48, generator=generator), [0, 16, 4, 5], dim=1)
+    places = torch.split(torch.arange(25)[None], [0, 16, 4, 5], dim=1)
+    prefix, visual, suffix, answer = map(Segment, rows, places)
+    with torch.no_grad():
+        prompt = decoder(prefix, visual, suffix, decoder.empty_caches())
+        caches = [cache.append(new, 0, 4) for cache, new in zip(decoder.empty_caches(), prompt.rows, strict=True)]
+        replayed = decoder(prefix, prefix, answer, caches, every_logit=True).logits[0]
+        for step in range(5):
+            token = Segment(answer.embeds[:, step : step + 1], answer.positions[:, step : step + 1])
+            output = decoder(prefix, prefix, token, caches)
+            caches = [cache.append(new, 0, 1) for cache, new in zip(caches, output.rows, strict=True)]
+            assert error(replayed[step], output.logits[0, -1]) < 1e-5
 
 
 def test_the_prompt_is_that_of_transformers() -> None:

@@ -177,6 +177,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
     if as_json:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
+        facts |= {"revision": manifest.source.revision, "adapter": manifest.source.adapter}
         facts |= {"target": manifest.target, "precision": manifest.precision}
         quantized = manifest.source.quantization
         plans = {
@@ -189,6 +190,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
     facts = {
         "bundle": str(bundle.path),
         "model": f"{manifest.source.model} ({manifest.source.family}, {manifest.decoder.layers} layers)",
+        **{name: value for name in ("revision", "adapter") if (value := getattr(manifest.source, name))},
         "geometry": str(plan.geometry),
         "lowered": f"{manifest.precision} for {manifest.target}, opset {manifest.lowering.opset}",
         **_quantized_layers(manifest),
