@@ -234,7 +234,7 @@ def test_int4_graphs_have_the_integers_of_the_checkpoint(
         pytest.param("gptq-8", "jetpack7.2", "int4", (0, 14, 0), marks=pytest.mark.slow),
         ("gptq-act-order", "onnxruntime", "int4", (14, 0, 0)),
         pytest.param("gptq-act-order", "jetpack7.2", "int4", (14, 0, 0), marks=pytest.mark.slow),
-        pytest.param("gptq-asymmetric", "cpu", "int4", (14, 0, 0), marks=pytest.mark.slow),
+        pytest.param("gptq-asymmetric", "onnxruntime", "int4", (14, 0, 0), marks=pytest.mark.slow),
         ("awq", "onnxruntime", "int4", (14, 0, 0)),
         ("awq", "jetpack7.2", "int4", (14, 0, 0)),
         pytest.param("awq", "cpu", "int4", (14, 0, 0), marks=pytest.mark.slow),
