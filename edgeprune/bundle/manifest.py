@@ -26,11 +26,26 @@ _ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8:
 
 
 @dataclass(frozen=True)
+class SourceQuantization:
+    """What became of the layers that the checkpoint holds quantized by `method`, such as gptq: how many layers of each kind.
+
+    `kept`: integers, zero points and scales are those of the checkpoint. `requantized`: quantized again, to another precision.
+    `dequantized`: written as floats, exact but for the precision.
+    """
+
+    method: str
+    kept: int
+    requantized: int
+    dequantized: int
+
+
+@dataclass(frozen=True)
 class Source:
     """The exported model: name as given by the user, `model_type`, and sha256 of the weights.
 
     `revision`: the commit of a model of the Hugging Face Hub. `adapter`: the name of the LoRA adapter that was merged into it, with
-    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8.
+    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8. `quantization`: what became of
+    layers that the checkpoint holds quantized, if there are any.
     """
 
     model: str
@@ -39,6 +54,7 @@ class Source:
     revision: str = ""
     adapter: str = ""
     adapter_sha256: str = ""
+    quantization: SourceQuantization | None = None
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,6 @@ class Family:
         raise NotImplementedError
 
 
-def refuse_quantized(config: Any) -> None:
-    """Raise UnsupportedModelError for a quantized checkpoint."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
-
-
 def text_rope(rotary: nn.Module) -> nn.Module:
     """Return the rope of a Hugging Face text model with 1-D positions: integers [1, S] to cosines and sines [S, head_dim]."""
     return _TextRope(rotary)
@@ -136,8 +130,7 @@ class _TextRope(nn.Module):
 
 
 def check_text(config: Any) -> None:
-    """Refuse quantized weights, unsupported text models (including mixtures of experts) and longrope positions."""
-    refuse_quantized(config)
+    """Refuse unsupported text models (including mixtures of experts) and longrope positions."""
     text = config.text_config
     if text.model_type not in KINDS:
         raise UnsupportedModelError(

@@ -48,7 +48,7 @@ class Llava(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and a class token among the visual tokens."""
+        """Refuse unsupported encoders and decoders, and a class token among the visual tokens."""
         check_text(config)
         check_encoder(config, CLIP, SIGLIP)
         check_selection(config)
@@ -83,7 +83,7 @@ class VipLlava(Llava):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and features of a single layer."""
+        """Refuse unsupported encoders and decoders, and features of a single layer."""
         check_text(config)
         check_encoder(config, CLIP)
         layers = config.vision_feature_layer

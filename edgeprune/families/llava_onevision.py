@@ -33,7 +33,7 @@ class LlavaOneVision(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and fewer features than patches."""
+        """Refuse unsupported encoders and decoders, and fewer features than patches."""
         check_text(config)
         check_encoder(config, SIGLIP)
         check_selection(config)

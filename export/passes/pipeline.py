@@ -31,8 +31,8 @@ def run_passes(
     """Apply all passes of a lowering to a traced graph and return the result.
 
     `dimensions`: names of the dynamic axes of inputs. `part`: the part of the model, "layers" (the decoder), "vision", "embedding",
-    or "" for a graph whose precision does not change. `stored`: the stored tensors behind placeholder weights, by address; they are
-    read when the graph is saved.
+    or "" for a graph whose precision does not change. `stored`: the sources of weights that are read when the graph is
+    saved, by address.
     """
     _use_stored_weights(model.graph, stored)
     optimize(model)

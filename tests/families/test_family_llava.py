@@ -185,7 +185,6 @@ def test_the_decoder_looks_no_further_than_its_window() -> None:
 @pytest.mark.parametrize(
     ("family", "change", "what"),
     [
-        (Llava, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
         (Llava, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
         (Llava, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),
         (Llava, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
