@@ -4,6 +4,7 @@
 # make check   the checks alone (ruff, mypy, import contracts)
 # make coverage  the tests with a count of the lines and branches that they reach, in build/coverage
 # make fuzz    a million made-up inputs for everything that reads what others wrote; with CASES=10000 so many
+# make docs    the documentation as a site, in build/docs; open build/docs/index.html
 # make lock    solve locks/ again after pyproject.toml has changed; with UPGRADE=--upgrade to newer versions
 # make wheel   the wheel, the same bytes from the same sources, in dist/
 # make runtime the base runtime without what it never opens, in dist/runtime
@@ -21,10 +22,10 @@ UV_LOCKED = $(BIN)/uv pip install --quiet --python $(BIN)/python $(EXACT) $(1) |
 # Without a hash: builds for the CPU have other hashes on other indexes. It installs without its dependencies while the lock installs
 # them; a second `pip install` then adds only what a build for CUDA needs.
 TORCH := torch==2.13.0
-EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 test
+EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 docs test
 RELEASE := build/release/bin
 
-.PHONY: demo test test-all check coverage fuzz lock wheel runtime sbom licences clean
+.PHONY: demo test test-all check coverage fuzz docs lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
@@ -54,6 +55,10 @@ fuzz: .venv/.test
 	-$(BIN)/python $(LOCKED) locks/fuzz.txt --only-binary :all:
 	rm -rf build/fuzz
 	PYTHONPATH=tests:tests/support/servers:tests/support/devices OMP_NUM_THREADS=1 $(BIN)/python -m fuzz run --cases $(CASES) -o build/fuzz
+
+# A warning is an error: a link that leads nowhere, a name that is not there.
+docs: .venv/.test
+	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs build/docs
 
 check: .venv/.test
 	$(BIN)/ruff check .

@@ -78,6 +78,8 @@ class CalibrateOptions:
     times: Path | None
     curve: Path | None
     skip_bad: bool = False
+    revision: str | None = None
+    adapter: str | None = None
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the options among `names` that the user gave."""
@@ -156,7 +158,9 @@ def prepare(options: CalibrateOptions) -> CalibrationRequest:
     Raises UsageError for options, files or samples that cannot be used, and UnsupportedModelError for such a model folder.
     """
     options.check()
-    folder = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
+    folder = resolve_model(
+        options.model, revision=options.revision, adapter=options.adapter, trust_remote_code=options.trust_remote_code
+    )
     check_size(folder, options.image_size)
     check_folder(folder)
     _check_layer(options, folder)

@@ -88,9 +88,10 @@ def verify(
     Raises VerificationError if the bundle was exported from other weights, UsageError for an unknown tier.
     """
     if loaded.folder.source().weights_sha256 != bundle.manifest.source.weights_sha256:
+        adapter = bundle.manifest.source.adapter
         raise VerificationError(
             f"{loaded.folder.name} has other weights than the model that {bundle.path} was exported from.",
-            hint="Give that model with --against.",
+            hint=f"Give that model with --against{f', and its adapter with --adapter: {adapter}' if adapter else ''}.",
         )
     lowering = bundle.manifest.lowering
     tier_index = bundle.tier(tier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_models import TINY_GEOMETRY, model_folder, qwen2_vl_config
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the internet
 
 from edgeprune.bundle import Bundle
 from edgeprune.plan import KeepPlan

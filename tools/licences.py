@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-PYTHONS = ("3.10", "3.11", "3.12")  # later ones have the packages of 3.12
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # later ones have the packages of 3.13
 LOCKS = ("test", "release", "fuzz")
 RUNTIME = "runtime"
 _FLAGS = {

@@ -22,16 +22,23 @@ _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # o
 _AGAIN = "Copy the bundle again, or export it again."
 _BIDIRECTIONAL = "paligemma"  # the one family with such prompts before schema 7, whose manifests do not say so
 # What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
-_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}}
+_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}}
 
 
 @dataclass(frozen=True)
 class Source:
-    """The exported model: name as given by the user, `model_type`, and sha256 of the weights."""
+    """The exported model: name as given by the user, `model_type`, and sha256 of the weights.
+
+    `revision`: the commit of a model of the Hugging Face Hub. `adapter`: the name of the LoRA adapter that was merged into it, with
+    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8.
+    """
 
     model: str
     family: str
     weights_sha256: str
+    revision: str = ""
+    adapter: str = ""
+    adapter_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Loading of transformers model folders, with large weights left in their files. Imports neither runtime nor export."""
+"""Models in folders and on the hub: checked, then loaded with large weights left in files. Imports neither runtime nor export."""

@@ -1,15 +1,15 @@
-"""Load a transformers model folder in float32, from safetensors only; it is checked before any weight is read."""
+"""Find a transformers model, in a folder or on the hub, and load it in float32; it is checked before any weight is read."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.bundle import DecoderShape, GenerationDefaults, ImageText, Source, is_bundle
 from edgeprune.bundle.integrity import sha256_of
+from edgeprune.checkpoint.adapter import Adapter, merge, resolve_adapter
 from edgeprune.checkpoint.configuration import (
     check_context,
     no_chat_template,
@@ -17,19 +17,28 @@ from edgeprune.checkpoint.configuration import (
     no_image_token,
     sized_geometry,
 )
-from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor, read_json
+from edgeprune.checkpoint.formats import (
+    GGUF,
+    check_config,
+    check_files,
+    check_processor,
+    gguf,
+    weight_files,
+    weight_names,
+)
+from edgeprune.checkpoint.hub import Snapshot, download, files_of, hub_snapshot, is_hub_id, local_snapshot
+from edgeprune.checkpoint.processor import chat_template, image_settings, load_processor, processor_names, read_json
 from edgeprune.errors import PlanError, UnsupportedModelError, UsageError, did_you_mean, require_extra
 from edgeprune.io.files import is_file, is_folder
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.processors import ImageSpec, image_spec
-from edgeprune.registry import check_family, family_class, method_class, unsupported_reason
+from edgeprune.registry import family_class, method_class, unsupported_reason
 from edgeprune.tabletop import MODEL_FOLDER
 
 if TYPE_CHECKING:
     from edgeprune.checkpoint.weights import StoredTensor
 
 TABLETOP = "tabletop"
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # Settings of transformers' GenerationConfig that change greedy answers, with the values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -49,9 +58,10 @@ _LOAD_OPTIONS = {"dtype": "float32", "attn_implementation": {"": "sdpa"}, "outpu
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder that was checked but not loaded.
+    """A model that was checked but not loaded.
 
-    `name`: as the user gave it. `trusted`: whether Python code in the folder may run.
+    `name`: as the user gave it. `trusted`: whether Python code in the folder may run. `commit`: where it is known. `hub_id`: of a
+    model of the hub, whose weights `fetch_weights` downloads into the folder; else empty. `adapter`: to be merged into it.
     """
 
     name: str
@@ -59,11 +69,14 @@ class ModelFolder:
     model_type: str
     processor: dict[str, Any]
     trusted: bool = False
+    commit: str = ""
+    hub_id: str = ""
+    adapter: Adapter | None = None
 
     @property
     def weights(self) -> list[Path]:
-        """The safetensors files, sorted by name."""
-        return sorted(self.path.glob("*.safetensors"))
+        """The safetensors files that transformers loads, sorted by name; raises UnsupportedModelError if one is missing."""
+        return weight_files(self.path)
 
     @property
     def bytes(self) -> int:
@@ -71,9 +84,13 @@ class ModelFolder:
         return sum(path.stat().st_size for path in self.weights)
 
     def source(self) -> Source:
-        """Return the record of this model for the manifest; hashes all weight files."""
-        digest = hashlib.sha256("".join(sha256_of(path) for path in self.weights).encode())
-        return Source(self.name, self.model_type, digest.hexdigest())
+        """Return the record of this model for the manifest; hashes all weight files, and those of the adapter."""
+        digests = [sha256_of(path) for path in self.weights]
+        merged = Source(self.name, self.model_type, "", revision=self.commit)
+        if self.adapter is not None:
+            digests.append(self.adapter.digests())
+            merged = replace(merged, adapter=self.adapter.name, adapter_sha256=self.adapter.sha256)
+        return replace(merged, weights_sha256=hashlib.sha256("".join(digests).encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -229,48 +246,61 @@ class LoadedModel:
             raise no_image_token(self.folder.name, image.token)
 
 
-def resolve_model(name: str, *, trust_remote_code: bool = False) -> ModelFolder:
-    """Return the checked model folder of `name`: a path, or "tabletop" for the bundled model.
+def resolve_model(
+    name: str, *, revision: str | None = None, adapter: str | None = None, trust_remote_code: bool = False
+) -> ModelFolder:
+    """Return the checked model of `name`: a folder, an id of the hub, or "tabletop" for the bundled model.
 
-    Raises UsageError for a folder that is missing or incomplete, and UnsupportedModelError for an unknown model type, for weights
-    other than safetensors, and for Python code in the folder without `trust_remote_code`.
+    `revision`: branch, tag or commit of a model of the hub. `adapter`: a LoRA adapter to merge, a folder or an id of the hub. Of a
+    model of the hub the small files are downloaded; `fetch_weights` downloads the rest.
+
+    Raises UsageError for a model that is missing or incomplete, and UnsupportedModelError for an unknown model type, another
+    format than safetensors, and weights of a quantization that is not read.
     """
-    path = MODEL_FOLDER if name == TABLETOP else Path(name)
-    if not is_folder(path):
-        raise _no_model_folder(name, path)
+    snapshot = _snapshot(name, revision, trust_remote_code)
+    path, files = snapshot.path, snapshot.sizes
     if is_bundle(path):
         raise UsageError(
             f"{name} is a bundle: its model is exported already.",
             hint="Give the transformers folder that it was exported from, or tabletop for the bundled model.",
         )
+    check_files(name, path, files)
     config = read_json(path, "config.json")
-    own_code = "auto_map" in config
-    model_type = str(config.get("model_type"))
-    check_family(model_type)
-    folder = ModelFolder(name, path, model_type, image_settings(path, model_type), own_code and trust_remote_code)
-    if own_code and not trust_remote_code:
-        raise UnsupportedModelError(
-            f"{name} brings Python code of its own, which would run here.", hint="Read it, then give --trust-remote-code."
-        )
-    if not folder.weights:
-        raise UnsupportedModelError(
-            f"{name} has no safetensors weights; pickle checkpoints are refused because loading one runs code.",
-            hint="Convert it with save_pretrained in transformers.",
-        )
-    return folder
+    check_config(name, path, config)
+    model_type = str(config["model_type"])
+    settings = image_settings(path, model_type)
+    check_processor(name, model_type, processor_names(path, settings))
+    weight_names(name, path, files)
+    merged = None if adapter is None else resolve_adapter(adapter)
+    trusted = trust_remote_code and "auto_map" in config
+    return ModelFolder(name, path, model_type, settings, trusted, snapshot.commit, snapshot.hub_id, merged)
 
 
-def _no_model_folder(name: str, path: Path) -> UsageError:
-    message, folder = f"There is no model folder {name}.", "Give a transformers folder, or tabletop for the bundled model."
+def fetch_weights(folder: ModelFolder) -> None:
+    """Download the weights of a model of the hub that are not in its folder yet.
+
+    Raises EdgePruneError if the disk is too small for them, access is not granted, or the download is interrupted.
+    """
+    if folder.hub_id:
+        names = weight_names(folder.name, folder.path, files_of(folder.hub_id, folder.path))
+        download(folder.hub_id, folder.commit, names)
+
+
+def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Snapshot:
+    path = MODEL_FOLDER if name == TABLETOP else Path(name)
+    if is_folder(path):
+        return local_snapshot(path, revision)
+    if is_file(path) and path.suffix == GGUF:
+        raise gguf(name, path.parent)
     if is_file(path):
-        return UsageError(f"{name} is a file.", hint=folder)
-    if _HUB_ID.fullmatch(name):
-        target = name.partition("/")[2]
-        return UsageError(
-            message,
-            hint=f"{folder} EdgePrune downloads nothing: hf download {name} --local-dir {target} does, then give {target}.",
-        )
-    return UsageError(message, hint=f"{did_you_mean(name, [TABLETOP])}{folder}")
+        raise UsageError(f"{name} is a file.", hint="Give a transformers folder.")
+    if is_hub_id(name):
+        return hub_snapshot(name, revision, code=trust_remote_code)
+    raise UsageError(
+        f"There is no model folder {name}.",
+        hint=f"{did_you_mean(name, [TABLETOP])}Give a transformers folder, an id of the Hugging Face Hub such as "
+        "Qwen/Qwen2.5-VL-3B-Instruct, or tabletop for the bundled model.",
+    )
 
 
 def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
@@ -279,6 +309,7 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
     `on_disk`: large matrices stay in their files until a graph is written. Such a model can be exported but not run.
     """
     require_extra("export", "torch", "transformers", "optimum")
+    fetch_weights(folder)
     import transformers
 
     from edgeprune.checkpoint.weights import stored_tensors
@@ -299,6 +330,8 @@ def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             raise UnsupportedModelError(f"{folder.name} has {problem.replace('_', ' ')}: {sorted(report[problem])[:3]}.")
+    if folder.adapter is not None:
+        merge(folder.adapter, model)
     return LoadedModel(folder, model.eval(), family(model), load_processor(folder.path, folder.model_type))
 
 
@@ -309,9 +342,12 @@ def _class_of(folder: ModelFolder, config: Any) -> Any:
     own = {name: where for name, where in (getattr(config, "auto_map", None) or {}).items() if name.startswith("AutoModelFor")}
     if folder.trusted and own:
         return get_class_from_dynamic_module(next(iter(own.values())), str(folder.path), local_files_only=True)
-    named = (config.architectures or ["none"])[0]
+    if not config.architectures:
+        return transformers.AutoModelForImageTextToText._model_mapping[type(config)]
+    named = config.architectures[0]
     if not hasattr(transformers, named):
-        raise UnsupportedModelError(f"{folder.name} names the architecture {named}, which transformers does not have.")
+        hint = "Its own code may have it: read that, then give --trust-remote-code." if own else ""
+        raise UnsupportedModelError(f"{folder.name} names the architecture {named}, which transformers does not have.", hint=hint)
     return getattr(transformers, named)
 
 

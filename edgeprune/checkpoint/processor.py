@@ -20,6 +20,7 @@ from edgeprune.processors import named_processor
 
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_NAMING = (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG)  # the order in which AutoProcessor looks for the name of the class
 _RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
 
 
@@ -57,6 +58,12 @@ def load_processor(path: Path, model_type: str) -> Any:
     processor.tokenizer.backend_tokenizer.no_truncation()
     processor.tokenizer.backend_tokenizer.no_padding()
     return processor
+
+
+def processor_names(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Return the classes of its processor that the files of the folder `path` name, and of its image processor with `settings`."""
+    named = (read_json(path, name).get("processor_class") for name in _NAMING if (path / name).is_file())
+    return [name for name in (next(filter(None, named), None), settings.get("image_processor_type")) if isinstance(name, str)]
 
 
 def processor_inputs(
@@ -124,11 +131,11 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _processor_class(path: Path, model_type: str) -> Any:
-    # The class that the files name, in AutoProcessor's order, else the one of the model type.
+    # The class that the files name, else the one of the model type.
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    for name in (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG):
+    for name in _NAMING:
         named = read_json(path, name).get("processor_class") if (path / name).is_file() else None
         if isinstance(named, str) and hasattr(transformers, named):
             return getattr(transformers, named)

@@ -6,7 +6,6 @@ and is refused when a graph is written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from edgeprune.checkpoint.formats import weight_files
 from edgeprune.errors import UnsupportedModelError
 
 LARGE = 1 << 20  # elements; the graph optimizer reads constants of up to 8192
-_INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SUPPORTED = (*_FLOATS, "I64", "I32", "BOOL")  # the integers are positions and masks
 
@@ -92,7 +91,7 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
 
     Raises UnsupportedModelError if a file is missing or broken, or holds a quantized tensor.
     """
-    stored = [tensor for path in _files(folder) for tensor in _header(path)]
+    stored = [tensor for path in weight_files(folder) for tensor in _header(path)]
     for tensor in stored:
         if tensor.kind not in _SUPPORTED:
             raise UnsupportedModelError(
@@ -126,8 +125,8 @@ def attach(model: Any, stored: list[StoredTensor], state: Mapping[str, torch.Ten
             parameter.data = source.rows(0, source.size[0])
 
 
-def stored_in(module: nn.Module) -> dict[int, StoredTensor]:
-    """Return the stored tensors of a module's placeholders, keyed by `address`."""
+def stored_in(module: nn.Module) -> dict[int, Matrix]:
+    """Return the sources of a module's parameters that `attach` noted, keyed by `address`."""
     found: dict[int, Any] = {address(parameter): getattr(parameter, "stored", None) for parameter in module.parameters()}
     return {key: source for key, source in found.items() if source is not None}
 
@@ -139,27 +138,6 @@ def address(tensor: torch.Tensor) -> int:
 
 def _placeholder(size: tuple[int, ...]) -> torch.Tensor:
     return torch.full((1,), float("nan")).expand(size)
-
-
-def _files(folder: Path) -> list[Path]:
-    # The order of transformers: the single file, or else the files in the index. Other files do not belong to the model.
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    present = {path.name: path for path in folder.glob("*.safetensors")}
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        names = sorted({str(name) for name in index["weight_map"].values()})
-    except FileNotFoundError as error:
-        raise UnsupportedModelError(f"{folder} has neither model.safetensors nor {_INDEX}.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(f"Cannot read {folder / _INDEX}: {error}.") from error
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise UnsupportedModelError(
-            f"{folder} lacks {len(missing)} of the {len(names)} files that its index names: {missing[0]}.",
-            hint="Download the whole checkpoint.",
-        )
-    return [present[name] for name in names]
 
 
 def _header(path: Path) -> Iterator[StoredTensor]:

@@ -28,7 +28,7 @@ class ExportEdgePrune(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum i
     def parse_args(parser: ArgumentParser) -> None:
         """Add the arguments."""
         parser.description = export.get_short_help_str(limit=200)
-        parser.add_argument("-m", "--model", required=True, help="A transformers folder, or tabletop for the bundled model.")
+        parser.add_argument("-m", "--model", required=True, help="A transformers folder, an id of the hub, or tabletop.")
         parser.add_argument("--task", choices=("auto", TASK), default="auto", help="The task; all families have the same.")
         parser.add_argument("output", nargs="?", help="The bundle folder to write.")
         parser.add_argument("-o", "--output", dest="output_option", metavar="OUTPUT", help="The same, as an option.")

@@ -109,10 +109,21 @@ def plan_options(command: F) -> F:
     return command
 
 
+def source_options(command: F) -> F:
+    """Add the options that say which model is meant, and what is merged into it."""
+    options = (
+        click.option("--revision", help="Branch, tag or commit of a model of the Hugging Face Hub.  [default: main]"),
+        click.option("--adapter", help="Merge this LoRA adapter: a folder as peft writes it, or an id of the hub."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def trust_option(command: F) -> F:
     """Add the options that allow external code to run."""
     options = (
-        click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings along."),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along."),
         click.option(
             "--own-method",
             multiple=True,

@@ -17,7 +17,8 @@ from edgeprune.calibration.data.samples import Sample, score
 from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.cli.output.basic import StageProgress
 from edgeprune.export.exporter import STAGES, export_bundle
-from edgeprune.plan.presets import staircase_plan, unpruned_plan
+from edgeprune.plan import Cut
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Answer
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import ask_one
@@ -27,12 +28,12 @@ KINDS = ("colour", "where", "label", "nearest", "describe")
 
 
 def make_bundle(folder: Path) -> Path:
-    """Export `tabletop` with half of the visual tokens from layer 2 on, and a quarter from layer 4 on."""
+    """Export `tabletop` with the quarter of the visual tokens that ZSPAPrune keeps: a core near the question, then what differs."""
     with StageProgress(["model", *STAGES], quiet=False) as stages:
         stages.begin("model")
         loaded = load_model(resolve_model("tabletop"))
         base = unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(None))
-        plan = staircase_plan(base, "fastv", keeps=[0.5, 0.25], at_layers=[2, 4])
+        plan = base.with_cuts(Cut("input", "zspaprune", base.geometry.tokens // 4, options={"core": 0.15}))
         return export_bundle(loaded, plan, folder / "tabletop.bundle", force=True, progress=stages.begin).path
 
 

@@ -42,7 +42,7 @@ def command(*words: object) -> None:
 def main() -> None:
     """Parse the command line and do the steps; what is not known here is an option of `edgeprune export`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a transformers folder, or tabletop")
+    parser.add_argument("model", help="a transformers folder, an id of the Hugging Face Hub, or tabletop")
     parser.add_argument("out", type=Path, help="the folder to copy to the Jetson; not there yet")
     parser.add_argument("--module", default="orin-nano", help="a module that `edgeprune estimate --device` knows")
     parser.add_argument("--target", default="jetpack6", choices=("jetpack6", "jetpack7", "jetpack7.2"))

@@ -12,7 +12,7 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
 from edgeprune.bundle import GraphRecord, Tensor
-from edgeprune.checkpoint.weights import StoredTensor, address
+from edgeprune.checkpoint.weights import Matrix, address
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.passes.attention import expand_blocked, tile_encoder_attention
 from edgeprune.export.passes.fusion import fuse_qkv, fuse_rotation, optimize
@@ -26,7 +26,7 @@ def run_passes(
     dimensions: Mapping[str, Mapping[int, str]],
     lowering: Lowering,
     part: str,
-    stored: Mapping[int, StoredTensor],
+    stored: Mapping[int, Matrix],
 ) -> ir.Model:
     """Apply all passes of a lowering to a traced graph and return the result.
 
@@ -73,14 +73,14 @@ def _tensor(value: ir.Value) -> Tensor:
     return Tensor(str(value.dtype.numpy()), tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape))
 
 
-def _use_stored_weights(graph: ir.Graph, stored: Mapping[int, StoredTensor]) -> None:
+def _use_stored_weights(graph: ir.Graph, stored: Mapping[int, Matrix]) -> None:
     for value in graph.initializers.values():
         tensor = value.const_value.raw if value.const_value is not None else None
         if not isinstance(tensor, torch.Tensor):
             continue
         source = stored.get(address(tensor))
         if source is not None:
-            assert tensor.shape == source.size and not any(tensor.stride())
+            assert tuple(tensor.shape) == source.shape
             value.const_value = LazyInitializer(source, str(value.name))
         elif tensor.is_floating_point() and tensor.isnan().any():
             # Placeholders are NaN, so a family that computes with a large matrix ends here too.

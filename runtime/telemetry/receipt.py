@@ -57,7 +57,7 @@ class Times:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the duration of the block to `name`_ms, without the stages nested in it."""
+        """Add the duration of the block to the milliseconds of stage `name`, without the stages nested in it."""
         outer, self._nested_s = self._nested_s, 0.0
         began_ns, started = time.time_ns(), time.perf_counter()
         try:

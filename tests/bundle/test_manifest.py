@@ -44,6 +44,14 @@ def test_the_schema_before_windows_is_read(altered_bundle: Path) -> None:
         Manifest.parse(altered_bundle, json.dumps(data).encode())
 
 
+def test_the_schema_before_commits_and_adapters_is_read(altered_bundle: Path) -> None:
+    data = json.loads((altered_bundle / MANIFEST).read_text())
+    for name in ("revision", "adapter", "adapter_sha256"):
+        del data["source"][name]
+    source = Manifest.parse(altered_bundle, json.dumps(data | {"schema_version": 7}).encode()).source
+    assert (source.revision, source.adapter, source.adapter_sha256) == ("", "", "")
+
+
 @pytest.mark.parametrize(
     ("version", "words"), [(4, "too old"), (1, "too old"), (-1, "too old"), (SCHEMA_VERSION + 1, "too new"), (10**30, "too new")]
 )

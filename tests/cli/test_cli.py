@@ -194,8 +194,8 @@ def test_export_refuses_bad_models(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "qwen2_vl"}')
     (tmp_path / "bert" / "pytorch_model.bin").write_bytes(b"")
     assert "pickle" in refused("export", tmp_path / "bert", "-o", out, code=1)
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "qwen2_vl", "auto_map": {}}')
-    assert "--trust-remote-code" in refused("export", tmp_path / "bert", "-o", out, code=1)
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "ours", "auto_map": {}}')
+    assert "need code of their own" in refused("export", tmp_path / "bert", "-o", out, code=1)
     assert not out.exists()
 
 

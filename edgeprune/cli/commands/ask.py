@@ -20,6 +20,7 @@ from edgeprune.cli.options import (
     resolve_plan,
     signature_option,
     skip_option,
+    source_options,
     threads_option,
     tier_option,
     trust_option,
@@ -96,13 +97,15 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
 @provider_option
 @fit_option
 @tier_option
+@source_options
 @plan_options
 @trust_option
 @json_option
 def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **options: Any) -> None:
-    """Measure MODEL, a bundle or a transformers folder, over a JSONL file: accuracy and agreement, pruned and unpruned.
+    """Measure MODEL, a bundle or a model, over a JSONL file: accuracy and agreement, pruned and unpruned.
 
-    The plan options apply to a transformers folder only; a bundle has its plan frozen in.
+    A model is a transformers folder, an id of the Hugging Face Hub, or `tabletop`. The plan options apply to a model only; a bundle
+    has its plan frozen in.
     """
     from edgeprune.calibration.data.samples import read_samples
     from edgeprune.calibration.evaluation import EvaluationError, evaluate
@@ -137,10 +140,14 @@ def _require_image_and_prompt(image: tuple[Path, ...], prompt: str | None) -> st
     return prompt
 
 
-def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_request: Any) -> Any:
+def _open_model(
+    model: str, provider: str, revision: str | None, adapter: str | None, trust_remote_code: bool, **plan_request: Any
+) -> Any:
     from edgeprune.bundle import is_bundle
 
     if is_bundle(Path(model)):
+        if revision or adapter:
+            raise UsageError(f"{model} is a bundle: its model is frozen in.", hint="Leave --revision and --adapter out.")
         if any(value for name, value in plan_request.items() if name != "seed"):
             raise UsageError(f"{model} is a bundle: its plan is frozen in.", hint="Export another bundle for another plan.")
         from edgeprune.runtime import load
@@ -149,12 +156,13 @@ def _open_model(model: str, provider: str, trust_remote_code: bool, **plan_reque
     if provider != "cpu":
         raise UsageError(f"{model} is no bundle: PyTorch computes it on the CPU.", hint="Export it, or leave --provider out.")
     from edgeprune.checkpoint.configuration import check_folder
-    from edgeprune.checkpoint.loading import load_model, resolve_model
+    from edgeprune.checkpoint.loading import fetch_weights, load_model, resolve_model
 
-    folder = resolve_model(model, trust_remote_code=trust_remote_code)
+    folder = resolve_model(model, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code)
     check_plan_options(folder, **plan_request)
     check_folder(folder)
     require_extra("export", "torch", "transformers", "optimum")
+    fetch_weights(folder)
     from edgeprune.calibration.replay.reference import reference_model
     from edgeprune.runtime import Runtime
 

@@ -18,6 +18,7 @@ from edgeprune.cli.options import (
     parse_size,
     provider_option,
     skip_option,
+    source_options,
     threads_option,
     trust_option,
 )
@@ -93,10 +94,11 @@ def _all_options(command: Any) -> Any:
 @skip_option
 @_all_options
 @fit_option
+@source_options
 @trust_option
 @json_option
 def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
-    """Learn a keep plan for MODEL, a transformers folder or tabletop, from samples.
+    """Learn a keep plan for MODEL, a transformers folder, an id of the Hugging Face Hub or `tabletop`, from samples.
 
     K means what the method spends: visual tokens (input methods), their mean over the layers (layer methods), the visual KV cache
     (plphp), or its reads while answering (dyrate).
@@ -111,6 +113,9 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     options["target_ttft"] = _parse_milliseconds(options["target_ttft"])
     request = prepare(CalibrateOptions(model=model, data=data, **options))  # before torch is imported, which takes seconds
     require_extra("export", "torch", "transformers", "optimum")
+    from edgeprune.checkpoint.loading import fetch_weights
+
+    fetch_weights(request.folder)
     from edgeprune.calibration.calibrate import run_calibrate
     from edgeprune.cli.output.basic import ActivityProgress, show_calibration
 

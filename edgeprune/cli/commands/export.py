@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,18 +17,23 @@ from edgeprune.cli.options import (
     plan_options,
     resolve_tiers,
     signature_option,
+    source_options,
     tier_files,
     tier_option,
     trust_option,
 )
-from edgeprune.errors import require_extra
+from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import check_output
 from edgeprune.targets import PRECISIONS, Lowering, target_named
+
+if TYPE_CHECKING:
+    from edgeprune.bundle import Source
 
 
 @click.command()
 @click.argument("model", default="tabletop")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
+@source_options
 @plan_options
 @trust_option
 @click.option("--target", type=TargetName(), default="onnxruntime", show_default=True, help="What will read the graphs.")
@@ -41,24 +47,26 @@ from edgeprune.targets import PRECISIONS, Lowering, target_named
 @force_option
 @json_option
 def export(model: str, output: Path, force: bool, as_json: bool, **request: Any) -> None:
-    """Export MODEL, a transformers folder or `tabletop`, as a bundle of ONNX graphs under a keep plan.
+    """Export MODEL as a bundle of ONNX graphs under a keep plan.
 
+    MODEL is a transformers folder, an id of the Hugging Face Hub such as Qwen/Qwen2.5-VL-3B-Instruct, or `tabletop`.
     Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
     --method fastv --keep 0.5 --layer 2 --keep 0.25 --layer 4.
     """
     from edgeprune.checkpoint.configuration import check_folder
-    from edgeprune.checkpoint.loading import load_model, resolve_model
+    from edgeprune.checkpoint.loading import fetch_weights, load_model, resolve_model
 
     # What can be refused by files and options alone is refused before torch is imported, which takes seconds.
     check_output(output, force=force, folder=True)
     lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
-    folder = resolve_model(model, trust_remote_code=request.pop("trust_remote_code"))
-    check_output(
-        output, force=force, inputs=[folder.path, request["plan_file"], *tier_files(request["tier"]).values()], folder=True
-    )
+    folder = resolve_model(model, **{name: request.pop(name) for name in ("revision", "adapter", "trust_remote_code")})
+    adapter = folder.adapter.path if folder.adapter else None
+    inputs = [folder.path, adapter, request["plan_file"], *tier_files(request["tier"]).values()]
+    check_output(output, force=force, inputs=inputs, folder=True)
     check_tier_options(folder, **request)
     check_folder(folder)
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
+    fetch_weights(folder)
     from edgeprune.cli.output.basic import StageProgress, show_export
     from edgeprune.export.exporter import STAGES, export_bundle
 
@@ -73,7 +81,8 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
 @click.command()
 @bundle_argument
 @tier_option
-@click.option("--against", help="The model it was exported from.  [default: the name in the manifest]")
+@click.option("--against", help="The model it was exported from.  [default: the name, commit and adapter in the manifest]")
+@source_options
 @signature_option
 @trust_option
 @json_option
@@ -84,16 +93,30 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
 
     opened = Bundle.load(bundle, require_signature=require_signature)
     require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.checkpoint.loading import load_model, resolve_model
+    from edgeprune.checkpoint.loading import fetch_weights, load_model, resolve_model
     from edgeprune.cli.output.basic import StageProgress, show_verification
     from edgeprune.export.verification import verify as verify_bundle
 
-    folder = resolve_model(request["against"] or opened.manifest.source.model, trust_remote_code=request["trust_remote_code"])
+    name, revision, adapter = _source(opened.manifest.source, request["against"], request["revision"], request["adapter"])
+    folder = resolve_model(name, revision=revision, adapter=adapter, trust_remote_code=request["trust_remote_code"])
+    fetch_weights(folder)
     with StageProgress(["model", "prompts", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
         stages.begin("model")
         report = verify_bundle(opened, load_model(folder), stages.begin, request["tier"])
     show_verification(report, as_json)
     ctx.exit(0 if all(stage.passed for stage in report) else 1)
+
+
+def _source(source: Source, against: str | None, revision: str | None, adapter: str | None) -> tuple[str, str | None, str | None]:
+    # The model, revision and adapter to compare with: the bundle's own, unless another model is named.
+    if against is None:
+        return source.model, revision or source.revision or None, adapter or source.adapter or None
+    if source.adapter and adapter is None:
+        raise UsageError(
+            f"The bundle has the adapter {source.adapter} merged into its model.",
+            hint=f"Give it too: --adapter {shlex.quote(source.adapter)}",
+        )
+    return against, revision or (source.revision if against == source.model else None) or None, adapter
 
 
 @click.command()

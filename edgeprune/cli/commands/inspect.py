@@ -34,7 +34,7 @@ def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> N
 
 @click.command()
 @bundle_argument
-@click.option("--model", help="What LightCompress's YAML is read for: a transformers folder, or tabletop.")
+@click.option("--model", help="What LightCompress's YAML is read for: a transformers folder, an id of the hub, or tabletop.")
 @click.option("--image-size", help="And for which height x width in pixels.  [default: the model's own]")
 @json_option
 def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bool) -> None:

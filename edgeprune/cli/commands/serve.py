@@ -21,7 +21,7 @@ from edgeprune.errors import require_extra
 @click.option("--no-auth", is_flag=True, help="Answer anyone, even on a host that other machines reach.")
 @click.option("--forwarded-allow-ips", multiple=True, metavar="ADDRESS", help="A proxy whose X-Forwarded-For names the client.")
 @click.option(
-    "--allow-origin", multiple=True, metavar="ORIGIN", help="Web pages of this origin may ask, as https://a.example; or *."
+    "--allow-origin", multiple=True, metavar="ORIGIN", help="Web pages of this origin may ask, as https://a.example; '*' for all."
 )
 @click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Answers at once, step by step in turns.")
 @click.option("--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that may wait besides those.")

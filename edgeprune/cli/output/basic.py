@@ -177,6 +177,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
     if as_json:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
+        facts |= {"revision": manifest.source.revision, "adapter": manifest.source.adapter}
         facts |= {"target": manifest.target, "precision": manifest.precision}
         plans = {"plan": plan.to_dict(), "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers}}
         show_json({**facts, **plans, "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files})
@@ -184,6 +185,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
     facts = {
         "bundle": str(bundle.path),
         "model": f"{manifest.source.model} ({manifest.source.family}, {manifest.decoder.layers} layers)",
+        **{name: value for name in ("revision", "adapter") if (value := getattr(manifest.source, name))},
         "geometry": str(plan.geometry),
         "lowered": f"{manifest.precision} for {manifest.target}, opset {manifest.lowering.opset}",
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
