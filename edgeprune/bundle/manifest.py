@@ -258,7 +258,7 @@ def _decoder(data: Any, family: str) -> DecoderShape:
     sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
-    if not set(shape.local_layers) <= set(range(shape.layers)):
+    if not all(0 <= layer < shape.layers for layer in shape.local_layers):
         raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
     return shape
 

@@ -100,8 +100,8 @@ def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]
             continue
         value.shape = ir.Shape(
             [
-                pattern.sub(lambda match: renamed[match[0]], str(axis.value))
-                if renamed and isinstance(axis, ir.SymbolicDim)
+                pattern.sub(lambda match: renamed[match[0]], axis.value)
+                if renamed and isinstance(axis, ir.SymbolicDim) and axis.value is not None  # a length that is not known has no name
                 else axis
                 for axis in value.shape
             ]
