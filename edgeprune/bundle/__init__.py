@@ -28,6 +28,7 @@ from edgeprune.bundle.manifest import (
     ImageText,
     Manifest,
     Source,
+    SourceQuantization,
     Tensor,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "ImageText",
     "Manifest",
     "Source",
+    "SourceQuantization",
     "Tensor",
     "files_of",
     "is_bundle",

@@ -11,7 +11,7 @@ from edgeprune.cli.commands.ask import eval_command, run
 from edgeprune.cli.commands.calibrate import calibrate, merge, profile, report
 from edgeprune.cli.commands.engines import build, check, selftest
 from edgeprune.cli.commands.export import export, keygen, sign, verify
-from edgeprune.cli.commands.inspect import inspect, methods, models, tabletop
+from edgeprune.cli.commands.inspect import completion, inspect, methods, models, tabletop
 from edgeprune.cli.commands.measure import bench, doctor, estimate
 from edgeprune.cli.commands.serve import ros2, serve
 from edgeprune.errors import EdgePruneError
@@ -38,7 +38,7 @@ def _dashed(token: str) -> str:
 )
 @click.version_option(__version__, message="edgeprune %(version)s")
 def main() -> None:
-    """Export vision-language models with pruned visual tokens to ONNX, and run them without torch."""
+    """Prune visual tokens of vision-language models, export to ONNX, run without torch."""
 
 
 for _command in (
@@ -62,6 +62,7 @@ for _command in (
     methods,
     bench,
     doctor,
+    completion,
     ros2,
     serve,
 ):

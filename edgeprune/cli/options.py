@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from edgeprune.cli.help import MethodName
 from edgeprune.errors import UsageError
 from edgeprune.io.files import is_file
 from edgeprune.targets import TARGETS, target_hint
@@ -95,7 +96,9 @@ def plan_options(command: F) -> F:
     """Add the options that select a plan: a plan file, or a method with keep ratios and layers."""
     options = (
         click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A keep plan (JSON), or LightCompress's YAML."),
-        click.option("--method", help="Which tokens to keep: see `edgeprune methods`; or MODULE:CLASS of your own."),
+        click.option(
+            "--method", type=MethodName(), help="Which tokens to keep: see `edgeprune methods`; or MODULE:CLASS of your own."
+        ),
         click.option("--keep", multiple=True, type=Share(), help="Share of all visual tokens kept, in (0, 1]; repeatable."),
         click.option("--layer", multiple=True, type=int, help="Layer before which a --keep acts (0: the decoder's input)."),
         click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),

@@ -127,12 +127,6 @@ class Family:
         raise NotImplementedError
 
 
-def refuse_quantized(config: Any) -> None:
-    """Raise UnsupportedModelError for a quantized checkpoint."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
-
-
 def text_rope(rotary: nn.Module) -> nn.Module:
     """Return the rope of a Hugging Face text model with 1-D positions: integers [1, S] to cosines and sines [S, head_dim]."""
     return _TextRope(rotary)
@@ -158,8 +152,7 @@ def _query_scale(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 
 def check_text(config: Any) -> None:
-    """Refuse quantized weights, unsupported text models (including mixtures of experts) and longrope positions."""
-    refuse_quantized(config)
+    """Refuse unsupported text models (including mixtures of experts) and longrope positions."""
     text = config.text_config
     if text.model_type not in KINDS:
         raise UnsupportedModelError(

@@ -31,7 +31,7 @@ class InternVL(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and features other than the encoder's last."""
+        """Refuse unsupported encoders and decoders, and features other than the encoder's last."""
         check_text(config)
         vision = config.vision_config
         if vision.model_type != "internvl_vision":

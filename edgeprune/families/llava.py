@@ -76,7 +76,7 @@ class Llava(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and a class token among the visual tokens."""
+        """Refuse unsupported encoders and decoders, and a class token among the visual tokens."""
         check_text(config)
         check_encoder(config, CLIP, SIGLIP, PIXTRAL)
         if not _leaves_out(config):
@@ -125,7 +125,7 @@ class VipLlava(Llava):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and features of a single layer."""
+        """Refuse unsupported encoders and decoders, and features of a single layer."""
         check_text(config)
         check_encoder(config, CLIP)
         layers = config.vision_feature_layer

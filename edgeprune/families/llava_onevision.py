@@ -35,7 +35,7 @@ class LlavaNext(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and features with a class token or without a patch."""
+        """Refuse unsupported encoders and decoders, and features with a class token or without a patch."""
         check_text(config)
         check_encoder(config, CLIP, SIGLIP)
         check_selection(config)
@@ -75,7 +75,7 @@ class LlavaOneVision(LlavaNext):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and fewer features than patches."""
+        """Refuse unsupported encoders and decoders, and fewer features than patches."""
         check_encoder(config, SIGLIP)
         LlavaNext.check(config)
 

@@ -33,7 +33,7 @@ class Mistral3(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and features of several layers."""
+        """Refuse unsupported encoders and decoders, and features of several layers."""
         check_text(config)
         check_encoder(config, PIXTRAL)
         if not isinstance(config.vision_feature_layer, int):

@@ -257,7 +257,7 @@ def test_an_adapter_of_the_hub_is_merged(hub: Hub, tiny_folder: Path) -> None:
     plain = TESTS / "support" / "adapters" / "plain"
     hub.add("maker/lora", plain)
     folder = resolve_model(NAME, adapter="maker/lora")
-    assert hub.loaded("maker/lora") == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(hub.loaded("maker/lora")) == ["adapter_config.json", "adapter_model.safetensors"]
     fetch_weights(folder)
     assert folder.source().weights_sha256 == resolve_model(str(tiny_folder), adapter=str(plain)).source().weights_sha256
     with pytest.raises(UnsupportedModelError, match=r"maker/lora is an adapter of maker/tiny-VL.*--adapter maker/lora -o BUNDLE"):

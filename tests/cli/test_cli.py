@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -309,3 +310,39 @@ def test_models_says_which_method_acts_where() -> None:
 )
 def test_videos_have_frames_and_a_rate(given: tuple[str, ...], named: str, tmp_path: Path) -> None:
     assert named in refused("export", "tabletop", "-o", tmp_path / "out", *given)
+
+
+def test_every_summary_is_one_whole_line() -> None:
+    lines = CliRunner().invoke(main, ["--help"], terminal_width=80).output.partition("Commands:\n")[2].splitlines()
+    assert len(lines) == len(main.commands)
+    for line in lines:
+        name, _, summary = line.strip().partition(" ")
+        first = str(main.commands[name].help).partition("\n")[0]
+        assert summary.strip() == first and first.endswith("."), line
+
+
+def test_options_stand_by_subject() -> None:
+    shown = CliRunner().invoke(main, ["calibrate", "--help"]).output
+    sections = ("Model:", "Samples:", "Plan:", "Options of methods:", "Search:", "Output:")
+    places = [shown.index(f"\n{section}\n") for section in sections]
+    assert places == sorted(places)
+    assert "1%]" in shown and shown.count("--help") == 1
+    every = {option.opts[0] for option in main.commands["calibrate"].params if isinstance(option, click.Option)}
+    assert all(option in shown for option in every)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_that_of_click(shell: str) -> None:
+    assert "_EDGEPRUNE_COMPLETE" in CliRunner().invoke(main, ["completion", shell]).output
+    completed = CliRunner().invoke(
+        main,
+        prog_name="edgeprune",
+        env={"_EDGEPRUNE_COMPLETE": "bash_complete", "COMP_WORDS": "edgeprune export --method zs", "COMP_CWORD": "3"},
+        standalone_mode=True,
+    )
+    assert "zspaprune" in completed.output
+
+
+def test_export_asks_for_a_model() -> None:
+    result = CliRunner().invoke(main, ["export", "-o", "b"])
+    assert result.exit_code == 2 and "Missing argument 'MODEL'" in result.output

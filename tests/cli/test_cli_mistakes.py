@@ -27,6 +27,7 @@ from edgeprune.targets import TARGETS
 
 HUB = "nobody/no-VL"  # tests are offline, and no cache has it
 FASTV = ("--method", "fastv", "--keep", "0.5")
+EXPORT = ("export", "tabletop", "-o", "b")
 
 
 def run(*arguments: object) -> Result:
@@ -73,7 +74,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "hub id to eval": (("eval", HUB, *DATA), f"has nothing of {HUB}", "Unset HF_HUB_OFFLINE", 1),
     "folder that is not there": (("export", "./modle", "-o", "b"), "no model folder ./modle", "an id of the Hugging Face Hub", 2),
     "revision of a folder": (("export", "model", "-o", "b", "--revision", "v1"), "has no revisions", "Leave --revision out", 2),
-    "revision of tabletop": (("export", "tabletop", "-o", "b", "--revision", "v1"), "has no revisions", "Leave --revision out", 2),
+    "revision of tabletop": ((*EXPORT, "--revision", "v1"), "has no revisions", "Leave --revision out", 2),
     "adapter of a bundle": (("eval", "table.bundle", *DATA, "--adapter", "a"), "is a bundle", "Leave --revision and --adapter", 2),
     "no adapter": (("export", "model", "-o", "b", "--adapter", "a"), "no adapter folder a", "adapter_config.json", 2),
     "model to run": (("run", "model", *ASK), "model is no bundle", EXPORT_TINY, 2),
@@ -84,32 +85,52 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "bundle to export": (("export", "table.bundle", "-o", "b"), "is a bundle", "Give the transformers folder", 2),
     "bundle to calibrate": (("calibrate", "table.bundle", *DATA, *PLAN), "is a bundle", "Give the transformers folder", 2),
     "wrong bundle": (("run", "none.bundle", *ASK), "no bundle at none.bundle", "edgeprune export MODEL -o none.bundle", 2),
-    "percent": (("export", "-o", "b", "--method", "fastv", "--keep", "50%"), "'50%' is no share", "Write it as 0.5.", 2),
-    "comma": (("export", "-o", "b", "--method", "fastv", "--keep", "0,5"), "'0,5' is no share", "Write it as 0.5.", 2),
+    "percent": (
+        (*EXPORT, "--method", "fastv", "--keep", "50%"),
+        "'50%' is no share",
+        "Write it as 0.5.",
+        2,
+    ),
+    "comma": ((*EXPORT, "--method", "fastv", "--keep", "0,5"), "'0,5' is no share", "Write it as 0.5.", 2),
     "percent to calibrate": (("calibrate", "model", *DATA, "--keep", "50%"), "'50%' is no share", "Write it as 0.5.", 2),
-    "word": (("export", "-o", "b", "--method", "fastv", "--keep", "half"), "'half' is no share", "such as 0.25", 2),
-    "layer -1": (("export", "-o", "b", *FASTV, "--layer", "-1"), "cannot act at layer -1", "Layers are 0 to 7.", 2),
+    "word": ((*EXPORT, "--method", "fastv", "--keep", "half"), "'half' is no share", "such as 0.25", 2),
+    "layer -1": ((*EXPORT, *FASTV, "--layer", "-1"), "cannot act at layer -1", "Layers are 0 to 7.", 2),
     "layer -1 to calibrate": (
         ("calibrate", "tabletop", *DATA, "--method", "fastv", "--keep", "0.9", "-o", "p.json", "--layer", "-1"),
         "cannot act at layer -1",
         "Layers are 0 to 7.",
         2,
     ),
-    "layer 0": (("export", "-o", "b", *FASTV, "--layer", "0"), "cannot act at site 'input'", "Give --layer 1 or more.", 2),
+    "layer 0": (
+        (*EXPORT, *FASTV, "--layer", "0"),
+        "cannot act at site 'input'",
+        "Give --layer 1 or more.",
+        2,
+    ),
     "method of the input": (
-        ("export", "-o", "b", "--method", "divprune", "--keep", "0.5", "--layer", "2"),
+        (*EXPORT, "--method", "divprune", "--keep", "0.5", "--layer", "2"),
         "divprune cannot act at site 'layer'",
         "It acts at: input. Leave --layer out.",
         2,
     ),
-    "FastV": (("export", "-o", "b", "--method", "FastV", "--keep", "0.5"), "Unknown method 'FastV'", "Did you mean fastv?", 2),
+    "FastV": (
+        (*EXPORT, "--method", "FastV", "--keep", "0.5"),
+        "Unknown method 'FastV'",
+        "Did you mean fastv?",
+        2,
+    ),
     "PLPHP": (("calibrate", "model", *DATA, "--method", "PLPHP", *PLAN[2:]), "Unknown method 'PLPHP'", "Did you mean plphp?", 2),
     "family": (("models", "qwen2vl"), "'qwen2vl' are not supported", "Did you mean qwen2_vl?", 1),
     "450x450": (("export", "model", "-o", "b", "--image-size", "450x450"), "does not divide", "--image-size 448x448 or 476x476", 2),
     "450x448": (("export", "model", "-o", "b", "--image-size", "450x448"), "does not divide", "448x448 or 476x448", 2),
-    "orin": (("export", "-o", "b", "--target", "orin"), "'orin' is no target", "jetpack6 (Orin with JetPack 6.1 or 6.2)", 2),
+    "orin": (
+        (*EXPORT, "--target", "orin"),
+        "'orin' is no target",
+        "jetpack6 (Orin with JetPack 6.1 or 6.2)",
+        2,
+    ),
     "check orin": (("check", "table.bundle", "--target", "orin-nano"), "'orin-nano' is no target", "jetpack6 (", 2),
-    "jetpack": (("export", "-o", "b", "--target", "jetpack-6"), "'jetpack-6' is no target", "jetpack6 (", 2),
+    "jetpack": ((*EXPORT, "--target", "jetpack-6"), "'jetpack-6' is no target", "jetpack6 (", 2),
     "manifest": (("inspect", "table.bundle/manifest.json"), "is the manifest of a bundle", "edgeprune inspect table.bundle", 2),
     "picture to inspect": (
         ("inspect", "0.png"),
@@ -145,21 +166,46 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "stages 0": (("calibrate", "tabletop", *DATA, "--method", "fitprune", "--stages", "0"), "0 is not in the range", "x>=1", 2),
     "threads -1": (("profile", "table.bundle", "-o", "t.json", "--threads", "-1"), "-1 is not in the range", "x>=1", 2),
-    "seed -1": (("export", "-o", "b", "--method", "random", "--keep", "0.5", "--seed", "-1"), "-1 is not in the range", "x>=0", 2),
+    "seed -1": (
+        (*EXPORT, "--method", "random", "--keep", "0.5", "--seed", "-1"),
+        "-1 is not in the range",
+        "x>=0",
+        2,
+    ),
     "no GPU": (("build", "table.bundle"), "an engine fits one GPU", "edgeprune build table.bundle --dry-run", 1),
     # These helped before.
     "keep 25": (
-        ("export", "-o", "b", "--method", "fastv", "--keep", "25"),
+        (*EXPORT, "--method", "fastv", "--keep", "25"),
         "Keep ratio 25.0 is outside",
         "--keep 0.25 keeps 25 %",
         2,
     ),
-    "layer 99": (("export", "-o", "b", *FASTV, "--layer", "99"), "fastv @ layer 99 lies beyond", "8 layers (0 to 7)", 2),
-    "two ratios": (("export", "-o", "b", *FASTV, *FASTV[2:], "--layer", "2"), "2 keep ratios but 1 layers", "Give one --layer", 2),
-    "needs budgets": (("export", "-o", "b", *PLAN[:4]), "plphp needs calibrated budgets", "edgeprune calibrate --method plphp", 2),
-    "exists": (("export", "-o", "table.bundle"), "table.bundle exists already", "--force", 2),
-    "one number": (("export", "-o", "b", "--image-size", "448"), "'448' is no image size", "Write height x width", 2),
-    "precision": (("export", "-o", "b", "--target", "cpu", "--precision", "fp16"), "has no fp16", "Choose --precision", 2),
+    "layer 99": (
+        (*EXPORT, *FASTV, "--layer", "99"),
+        "fastv @ layer 99 lies beyond",
+        "8 layers (0 to 7)",
+        2,
+    ),
+    "two ratios": (
+        (*EXPORT, *FASTV, *FASTV[2:], "--layer", "2"),
+        "2 keep ratios but 1 layers",
+        "Give one --layer",
+        2,
+    ),
+    "needs budgets": (
+        (*EXPORT, *PLAN[:4]),
+        "plphp needs calibrated budgets",
+        "edgeprune calibrate --method plphp",
+        2,
+    ),
+    "exists": (("export", "tabletop", "-o", "table.bundle"), "table.bundle exists already", "--force", 2),
+    "one number": ((*EXPORT, "--image-size", "448"), "'448' is no image size", "Write height x width", 2),
+    "precision": (
+        (*EXPORT, "--target", "cpu", "--precision", "fp16"),
+        "has no fp16",
+        "Choose --precision",
+        2,
+    ),
     "no image": (("run", "table.bundle", "--prompt", "x"), "There is no image to ask about", "For example: --image", 2),
     "no output": (("calibrate", "model", *DATA, *PLAN[:4]), "no file for the plan", "(-o)", 2),
 }
@@ -227,15 +273,15 @@ def test_copied_choices_are_those_of_plphp() -> None:
 
 
 EARLY = (
-    ("export", "tabletop", "-o", "b", "--method", "fastv", "--keep", "25"),
+    (*EXPORT, "--method", "fastv", "--keep", "25"),
     ("export", "tabletop", "-o", "0.png/b"),
     ("export", "model", "-o", "b", "--image-size", "28000x28000"),
     ("export", "no-template", "-o", "b"),
     ("export", "no-end", "-o", "b"),
     ("export", "no-token", "-o", "b"),
-    ("export", "tabletop", "-o", "b", *FASTV, "--layer", "99"),
-    ("export", "tabletop", "-o", "b", "--plan", "none.json"),
-    ("export", "tabletop", "-o", "b", "--tier", "a=none.json"),
+    (*EXPORT, *FASTV, "--layer", "99"),
+    (*EXPORT, "--plan", "none.json"),
+    (*EXPORT, "--tier", "a=none.json"),
     ("eval", "model", *DATA, "--method", "fastv", "--keep", "25"),
     ("eval", "no-end", *DATA),
     ("calibrate", "tabletop", *DATA, "--method", "plphp", "--keep", "25", "-o", "p.json"),

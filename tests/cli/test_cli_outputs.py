@@ -38,7 +38,7 @@ def place(tiny_bundle: Bundle, tiny_image: Image.Image, tmp_path: Path, monkeypa
 
 EXISTING = (
     (*ASK, "--overlay", "mine.png"),
-    ("export", "-o", "mine.json"),
+    ("export", "tabletop", "-o", "mine.json"),
     (*CALIBRATE, "--method", "divprune", "--keep", "0.5", "-o", "mine.json"),
     (*AUTO, "--curve", "mine.json"),
     ("merge", "part", "-o", "mine.json"),

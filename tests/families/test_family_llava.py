@@ -241,12 +241,10 @@ def test_the_decoder_looks_no_further_than_its_window() -> None:
 @pytest.mark.parametrize(
     ("family", "change", "what"),
     [
-        (Llava, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
         (Llava, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
         (Llava, {"vision_config": SimpleNamespace(model_type="dinov2")}, "'dinov2'"),
         (Llava, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
         (LlavaNext, {"vision_config": SimpleNamespace(model_type=SIGLIP)}, "'default' drops the first patch"),
-        (LlavaNext, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
         (LlavaNext, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
         (LlavaNext, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),
         (LlavaNext, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),

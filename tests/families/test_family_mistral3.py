@@ -197,7 +197,6 @@ def test_queries_are_scaled_as_in_transformers() -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         ({"text_config": SimpleNamespace(model_type="mistral4")}, "'mistral4'"),
         ({"vision_config": SimpleNamespace(model_type="siglip_vision_model")}, "'siglip_vision_model'"),
         ({"vision_feature_layer": [-1, -2]}, r"several layers \(\[-1, -2\]\) do not fit"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune.cli.help import command
 from edgeprune.cli.options import (
     bundle_argument,
     check_option,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.data.samples import BadSampleError
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option(
     "--image", multiple=True, type=click.Path(path_type=Path), help="The image to ask about; repeat it for the frames of a video."
@@ -67,7 +68,13 @@ if TYPE_CHECKING:
 @signature_option
 @json_option
 def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Ask BUNDLE one question about images or a video; the answer is streamed, and a receipt says what was pruned."""
+    """Ask BUNDLE one question about images or a video.
+
+    The answer is streamed. A receipt says what was pruned and how long it took.
+
+    \b
+    Example: edgeprune run table.bundle --image scene.png --prompt "What does the label say?"
+    """
     prompt = _require_image_and_prompt(image, prompt)
     overlay, prune = options.pop("overlay"), not options.pop("no_prune")
     options["skip_special_tokens"] = not options.pop("keep_special_tokens")
@@ -89,7 +96,7 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
         save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"]), overlay)
 
 
-@click.command("eval")
+@command("eval")
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt, answer, kind.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N samples.")
@@ -102,10 +109,13 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
 @trust_option
 @json_option
 def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str | None, as_json: bool, **options: Any) -> None:
-    """Measure MODEL, a bundle or a model, over a JSONL file: accuracy and agreement, pruned and unpruned.
+    """Measure accuracy over a file of questions, pruned and not.
 
-    A model is a transformers folder, an id of the Hugging Face Hub, or `tabletop`. The plan options apply to a model only; a bundle
-    has its plan frozen in.
+    MODEL is a bundle, a transformers folder, an id of the Hugging Face Hub, or `tabletop`. Agreement is the share of answers that
+    equal those without pruning. The plan options are for models: a bundle has its plan.
+
+    \b
+    Example: edgeprune eval table.bundle --data scenes/dataset.jsonl
     """
     from edgeprune.calibration.data.samples import read_samples
     from edgeprune.calibration.evaluation import EvaluationError, evaluate

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from edgeprune.cli.help import MethodName, command
 from edgeprune.cli.options import (
     Share,
     bundle_argument,
@@ -83,10 +84,10 @@ def _all_options(command: Any) -> Any:
     return command
 
 
-@click.command()
+@command()
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt; answers are not needed.")
-@click.option("--method", help="Method to make a plan of, or auto; without one, statistics alone are collected.")
+@click.option("--method", type=MethodName(), help="Method to make a plan of, or auto; without one, statistics alone are collected.")
 @click.option("--keep", type=Share(), help="Share of the method's cost that stays, in (0, 1].")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The plan to write.")
 @click.option("--statistics", type=click.Path(path_type=Path), help="Kept here, and used from here.  [default: beside the plan]")
@@ -98,10 +99,15 @@ def _all_options(command: Any) -> Any:
 @trust_option
 @json_option
 def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
-    """Learn a keep plan for MODEL, a transformers folder, an id of the Hugging Face Hub or `tabletop`, from samples.
+    """Learn a keep plan for MODEL from samples.
 
-    K means what the method spends: visual tokens (input methods), their mean over the layers (layer methods), the visual KV cache
-    (plphp), or its reads while answering (dyrate).
+    MODEL is a transformers folder, an id of the Hugging Face Hub, or `tabletop`. Samples need no answers.
+
+    --keep is a share of what the method spends: visual tokens (input methods), their mean over the layers (layer methods), the
+    visual KV cache (plphp), or its reads while answering (dyrate).
+
+    \b
+    Example: edgeprune calibrate tabletop --data samples.jsonl --method plphp --keep 0.5 -o plan.json
     """
     from edgeprune.calibration.options import CalibrateOptions, prepare
 
@@ -124,13 +130,16 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     show_calibration(result, as_json)
 
 
-@click.command()
+@command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The statistics of all.")
 @force_option
 @json_option
 def merge(parts: tuple[Path, ...], output: Path, force: bool, as_json: bool) -> None:
-    """Add the statistics of shards; the result is that of one pass over all their samples."""
+    """Add the statistics of calibration shards.
+
+    The result is that of one pass over all their samples.
+    """
     check_output(output, force=force, inputs=parts)
     require_extra("export", "safetensors")
     from edgeprune.calibration.data.statistics import merge_files
@@ -140,7 +149,7 @@ def merge(parts: tuple[Path, ...], output: Path, force: bool, as_json: bool) -> 
     show_facts({"statistics": str(output), "samples": merged.samples}, as_json)
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The times to write.")
 @force_option
@@ -149,7 +158,10 @@ def merge(parts: tuple[Path, ...], output: Path, force: bool, as_json: bool) -> 
 @provider_option
 @json_option
 def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int | None, provider: str, as_json: bool) -> None:
-    """Measure on this device what a first token of BUNDLE is made of, for `calibrate --method auto --target-ttft`."""
+    """Measure the parts of a first token on this device.
+
+    `edgeprune calibrate --method auto --target-ttft` takes the file that -o writes.
+    """
     check_output(output, force=force, inputs=[bundle])
     from dataclasses import asdict
 
@@ -181,7 +193,7 @@ def _parse_milliseconds(text: str | None) -> float | None:
         raise UsageError(f"{text!r} is no time.", hint="Write milliseconds or seconds, such as 250ms or 0.25s.") from error
 
 
-@click.command()
+@command()
 @click.argument("target", metavar="PLAN|BUNDLE", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The HTML page to write.")
 @click.option("--statistics", type=click.Path(path_type=Path), help="What `edgeprune calibrate` collected for this model.")
@@ -193,9 +205,10 @@ def _parse_milliseconds(text: str | None) -> float | None:
 @fit_option
 @json_option
 def report(output: Path, force: bool, as_json: bool, **request: Any) -> None:
-    """Draw PLAN, a JSON file, or BUNDLE, a folder, as one HTML page that needs no network.
+    """Draw a plan or a bundle as one HTML page.
 
-    Budgets per layer and head, what calibration saw, the search's curve, and a bundle's answers with the patches that they saw.
+    The page needs no network. It shows budgets per layer and head, what calibration saw, the search's curve, and a bundle's answers
+    with the patches that they saw.
     """
     check_output(output, force=force, inputs=[request[name] for name in ("target", "statistics", "curve", "image")])
     require_extra("plot", "matplotlib")

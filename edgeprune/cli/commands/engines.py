@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from edgeprune.cli.help import command
 from edgeprune.cli.options import TargetName, bundle_argument, force_option, json_option, signature_option
 from edgeprune.errors import EngineError, require_extra
 from edgeprune.io.files import check_output
@@ -31,7 +32,7 @@ def limit_options(command: F) -> F:
     return command
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("--target", type=TargetName(), help="What would read the graphs.  [default: the bundle's own]")
 @limit_options
@@ -41,8 +42,10 @@ def limit_options(command: F) -> F:
 def check(
     ctx: click.Context, /, bundle: Path, target: str | None, require_signature: tuple[Path, ...], as_json: bool, **limits: Any
 ) -> None:
-    """Check every graph of BUNDLE for a target: a lint against what its TensorRT takes, and real builds where tensorrt-rtx is
-    installed (no GPU is needed).
+    """Check the graphs of BUNDLE against what a target takes.
+
+    Rules know what each TensorRT parses. With the extra `check`, NVIDIA's own parser and builder try every graph too; that needs no
+    GPU.
     """
     from edgeprune.bundle import Bundle
     from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
@@ -60,7 +63,7 @@ def check(
     ctx.exit(0 if report.passed else 1)
 
 
-@click.command()
+@command()
 @bundle_argument
 @limit_options
 @click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True, help="How long the builder searches.")
@@ -77,7 +80,10 @@ def check(
 @signature_option
 @json_option
 def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, **request: Any) -> None:
-    """Build the TensorRT engines of BUNDLE, on the device that will run them."""
+    """Build the TensorRT engines of BUNDLE on this device.
+
+    Engines fit one GPU and one TensorRT: build them where they will run. --dry-run shows what would be built anywhere.
+    """
     from edgeprune.cli.output.engines import EngineProgress, show_engines, show_jobs
     from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, plan_build
 
@@ -94,14 +100,17 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
     show_engines(bundle, results, as_json)
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report as JSON, to send it to somebody.")
 @force_option
 @json_option
 @click.pass_context
 def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, force: bool, as_json: bool) -> None:
-    """Compare the engines of BUNDLE on this device with ONNX Runtime on its CPU, step by step."""
+    """Compare the engines of BUNDLE with ONNX Runtime here.
+
+    Every step runs on both, so that the first one that differs is named. The report can be sent to us.
+    """
     if output is not None:
         check_output(output, force=force, inputs=[bundle])
     from edgeprune.benchmark.selftest import selftest as run_selftest

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune.cli.help import command
 from edgeprune.cli.options import (
     TargetName,
     bundle_argument,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from edgeprune.bundle import Source
 
 
-@click.command()
-@click.argument("model", default="tabletop")
+@command()
+@click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @source_options
 @plan_options
@@ -49,9 +50,12 @@ if TYPE_CHECKING:
 def export(model: str, output: Path, force: bool, as_json: bool, **request: Any) -> None:
     """Export MODEL as a bundle of ONNX graphs under a keep plan.
 
-    MODEL is a transformers folder, an id of the Hugging Face Hub such as Qwen/Qwen2.5-VL-3B-Instruct, or `tabletop`.
-    Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
+    MODEL is a transformers folder, an id of the Hugging Face Hub such as Qwen/Qwen2.5-VL-3B-Instruct, or `tabletop`, the bundled
+    model. Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
     --method fastv --keep 0.5 --layer 2 --keep 0.25 --layer 4.
+
+    \b
+    Example: edgeprune export tabletop -o table.bundle --method zspaprune --keep 0.25
     """
     from edgeprune.checkpoint.configuration import check_folder
     from edgeprune.checkpoint.loading import fetch_weights, load_model, resolve_model
@@ -78,7 +82,7 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     show_export(bundle, as_json)
 
 
-@click.command()
+@command()
 @bundle_argument
 @tier_option
 @click.option("--against", help="The model it was exported from.  [default: the name, commit and adapter in the manifest]")
@@ -88,7 +92,10 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, ...], as_json: bool, **request: Any) -> None:
-    """Compare BUNDLE, stage by stage, with its model run eagerly in PyTorch under the same plan."""
+    """Compare BUNDLE with its model, stage by stage.
+
+    Prompts and an answer without pruning are compared with transformers, everything else with the same model and plan in PyTorch.
+    """
     from edgeprune.bundle import Bundle
 
     opened = Bundle.load(bundle, require_signature=require_signature)
@@ -119,11 +126,14 @@ def _source(source: Source, against: str | None, revision: str | None, adapter: 
     return against, revision or (source.revision if against == source.model else None) or None, adapter
 
 
-@click.command()
+@command()
 @click.argument("key", type=click.Path(path_type=Path))
 @json_option
 def keygen(key: Path, as_json: bool) -> None:
-    """Make a key pair to sign bundles with: KEY (such as robots.pem), which is secret, and robots.pub, which robots are given."""
+    """Make a pair of keys to sign bundles with.
+
+    KEY, such as robots.pem, is secret. robots.pub beside it goes to the robots.
+    """
     from edgeprune.bundle.signing import make_key
     from edgeprune.cli.output.basic import show_facts
 
@@ -131,13 +141,16 @@ def keygen(key: Path, as_json: bool) -> None:
     show_facts({"private": str(key), "public": str(public), "key": name}, as_json)
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("--key", required=True, type=click.Path(path_type=Path), help="Private Ed25519 key: see `edgeprune keygen`.")
 @click.option("--force", is_flag=True, help="Replace a signature.")
 @json_option
 def sign(bundle: Path, key: Path, force: bool, as_json: bool) -> None:
-    """Check every file of BUNDLE and sign its manifest, for those who load it with --require-signature."""
+    """Sign the manifest of BUNDLE after checking every file.
+
+    --require-signature of other commands then takes this bundle and refuses altered ones.
+    """
     from edgeprune.bundle import Bundle
     from edgeprune.bundle.signing import SIGNATURE, sign_manifest
     from edgeprune.cli.output.basic import show_facts

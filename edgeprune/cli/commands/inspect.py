@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeprune.cli.help import command
 from edgeprune.cli.options import bundle_argument, force_option, json_option, open_plan
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import is_file
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
     from edgeprune.plan import KeepPlan
 
 
-@click.command()
+@command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--scenes", default=100, show_default=True, help="How many scenes to draw.")
 @click.option("--seed", default=0, show_default=True, help="The same seed draws the same scenes.")
 @force_option
 @json_option
 def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> None:
-    """Draw TableTop scenes into the folder OUT: images and dataset.jsonl with image, prompt, answer, kind."""
+    """Draw TableTop scenes with questions and answers into OUT.
+
+    OUT/dataset.jsonl has a line for each question: image, prompt, answer, kind.
+    """
     from edgeprune.cli.output.basic import ProgressBar, show_facts
     from edgeprune.tabletop.dataset import write_dataset
 
@@ -32,15 +36,15 @@ def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> N
     show_facts({"dataset": str(out / "dataset.jsonl"), "scenes": scenes, "questions": questions, "seed": seed}, as_json)
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("--model", help="What LightCompress's YAML is read for: a transformers folder, an id of the hub, or tabletop.")
 @click.option("--image-size", help="And for which height x width in pixels.  [default: the model's own]")
 @json_option
 def inspect(bundle: Path, model: str | None, image_size: str | None, as_json: bool) -> None:
-    """Show what BUNDLE holds, after checking every file against its manifest; or the cuts of a plan.
+    """Show what a bundle or a plan holds.
 
-    --json of a plan is the plan itself: so a YAML file of LightCompress becomes a keep plan.
+    Every file of a bundle is checked against its manifest. --json of a plan is the plan itself, also of LightCompress's YAML.
     """
     from edgeprune.bundle import Bundle
     from edgeprune.calibration.interop.lightcompress import is_lightcompress
@@ -79,11 +83,14 @@ def _lightcompress_plan(path: Path, model: str | None, image_size: str | None) -
     return plan
 
 
-@click.command()
+@command()
 @click.argument("model_type", required=False)
 @json_option
 def models(model_type: str | None, as_json: bool) -> None:
-    """List the model families that can be exported; of one MODEL_TYPE, which method acts at which site, and why not."""
+    """List the model families and which method acts where.
+
+    With MODEL_TYPE, such as qwen2_vl: which method acts at which site of it, and why not.
+    """
     from edgeprune.cli.output.basic import show_table
     from edgeprune.registry import FAMILIES, family_class, summary_of
 
@@ -98,7 +105,23 @@ def models(model_type: str | None, as_json: bool) -> None:
     show_table(["method", "site", "applies"], [[field.method, field.site, field.reason or "yes"] for field in found], as_json)
 
 
-@click.command()
+@command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print what makes SHELL complete commands and options.
+
+    \b
+    Example: edgeprune completion bash >> ~/.bashrc
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has all three
+    click.echo(kind(ctx.find_root().command, {}, "edgeprune", "_EDGEPRUNE_COMPLETE").source())
+
+
+@command()
 @json_option
 def methods(as_json: bool) -> None:
     """List the pruning methods."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune.cli.help import command
 from edgeprune.cli.options import bundle_argument, fit_option, force_option, json_option, provider_option, threads_option
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import check_output
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option(
     "--compare",
@@ -55,7 +56,13 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure what a question costs with BUNDLE here, beside what it costs otherwise: times, memory, energy, roofline."""
+    """Measure what a question costs with BUNDLE on this machine.
+
+    Times, memory, energy and share of the roofline, beside no pruning, other methods or other bundles.
+
+    \b
+    Example: edgeprune bench table.bundle --compare none,uniform
+    """
     options["contexts"], options["kept"] = parse_counts(contexts, "--contexts 200,1000,2000"), parse_counts(kept, "--kept 256,1024")
     names = [name.strip() for name in compare.split(",") if name.strip()]
     if plot is not None:
@@ -89,7 +96,7 @@ def _check_picture(plot: Path) -> None:
         raise UsageError(f"Cannot draw {plot}.", hint=f"Name a file as {', '.join(_PICTURES)}.")
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("--device", required=True, help="A Jetson module, such as orin-nano, orin-nx, agx-orin or thor.")
 @click.option("--text-tokens", default=32, show_default=True, help="Tokens of the question.")
@@ -97,7 +104,9 @@ def _check_picture(plot: Path) -> None:
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Of the engines.  [default: the bundle's; fp16 for one of fp32]")
 @json_option
 def estimate(bundle: Path, device: str, text_tokens: int, tokens: int, precision: str | None, as_json: bool) -> None:
-    """Compute what an answer of BUNDLE costs on a module: times as ranges, what limits them, memory.
+    """Estimate what an answer of BUNDLE costs on a Jetson.
+
+    Times are ranges with what limits them; memory is at rest and at peak.
 
     A roofline of the module's peak numbers, not a measurement; `edgeprune profile` measures.
     """
@@ -178,11 +187,14 @@ def _to_json(result: Estimate) -> dict[str, Any]:
     }
 
 
-@click.command()
+@command()
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Say what can be done on this machine, what stands in the way, and the command that removes it."""
+    """Say what this machine can do, and what stands in the way.
+
+    Each obstacle comes with the command that removes it.
+    """
     from edgeprune.cli.output.measure import show_diagnosis
     from edgeprune.device.doctor import diagnose
     from edgeprune.device.machine import read_machine

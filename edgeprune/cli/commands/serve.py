@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
+from edgeprune.cli.help import command
 from edgeprune.cli.options import bundle_argument, check_option, fit_option, provider_option, signature_option
 from edgeprune.errors import require_extra
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; the default is this machine alone.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any that is free.")
@@ -57,7 +58,13 @@ from edgeprune.errors import require_extra
 @check_option
 @signature_option
 def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
-    """Answer OpenAI-compatible requests with BUNDLE, and show a page for the browser at the same address."""
+    """Answer over HTTP as OpenAI's API does, with a web page.
+
+    The page for the browser is at the same address.
+
+    \b
+    Example: edgeprune serve table.bundle --port 8000
+    """
     require_extra("serve", "starlette", "uvicorn", "pydantic", "prometheus_client")
     from dataclasses import fields
 
@@ -79,7 +86,7 @@ def _announce(url: str) -> None:
     click.echo(f"Listening on {url} (the page, and OpenAI's API under /v1); the model is loading.")
 
 
-@click.command()
+@command()
 @bundle_argument
 @click.option("--node", default="edgeprune", show_default=True, help="The node's name; /robot/edgeprune has a namespace.")
 @click.option("--image-topic", help="sensor_msgs/Image.  [default: image]")
@@ -107,7 +114,13 @@ def _announce(url: str) -> None:
 @check_option
 @signature_option
 def ros2(bundle: Path, **options: Any) -> None:
-    """Answer questions about camera images over ROS 2, without ROS installed, until it is stopped."""
+    """Answer questions about camera images over ROS 2.
+
+    ROS need not be installed: messages are read and written over DDS.
+
+    \b
+    Example: edgeprune ros2 table.bundle --image-topic /camera/image_raw
+    """
     require_extra("ros2", "cyclonedds")
     from edgeprune.device.memory import limit_malloc_arenas
     from edgeprune.runtime.ros2.service import serve
