@@ -88,7 +88,7 @@ class TorchBackend:
             Segment(self._tensor(part.embeds), self._tensor(part.positions))
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
         ]
-        caches = self._decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
+        caches = self._decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual, *cache.states)])
         groups = self._tensor(tokens.text_groups) if self._rate_predictor is not None else None
         output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), text_groups=groups)
         return DecoderOutput(
@@ -96,6 +96,7 @@ class TorchBackend:
             tuple(_array(rows) for rows in self._decoder.flat_rows(output.rows)),
             tuple(_array(kept) for kept in output.kept),
             None if output.split is None else _array(output.split),
+            states=tuple(_array(state) for state in self._decoder.flat_states(output.rows)),
         )
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,12 +58,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class LayerState:
+    """A float32 state of fixed `shape` that decoder layer `layer` has instead of keys and values."""
+
+    layer: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions, 2 if a visual token sees its image.
 
     `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
     `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
     each other, so that the KV cache of an image depends on the text after it. `local_layers`: those whose attention has a window.
+    `states`: in the order of the layers; a layer with states has no KV cache.
     """
 
     layers: int
@@ -77,11 +86,23 @@ class DecoderShape:
     cache_type: str = "float32"
     bidirectional: bool = False
     local_layers: tuple[int, ...] = ()
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers with a KV cache."""
+        return attention_layers(self.layers, self.states)
 
     @property
     def width(self) -> int:
         """Columns of the decoder's input embeddings, planes included."""
         return (1 + self.planes) * self.hidden
+
+
+def attention_layers(layers: int, states: Sequence[LayerState]) -> tuple[int, ...]:
+    """Return which of a decoder's layers have a KV cache: those without states."""
+    without = {state.layer for state in states}
+    return tuple(layer for layer in range(layers) if layer not in without)
 
 
 @dataclass(frozen=True)
@@ -258,6 +279,8 @@ def _decoder(data: Any, family: str) -> DecoderShape:
     sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
+    if any(not 0 <= state.layer < shape.layers or min(state.shape, default=0) < 1 for state in shape.states):
+        raise ValueError(f"a decoder of {shape.layers} layers with the states {shape.states}")
     if not all(0 <= layer < shape.layers for layer in shape.local_layers):
         raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
     return shape

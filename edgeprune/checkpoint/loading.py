@@ -11,6 +11,7 @@ from edgeprune.bundle import DecoderShape, GenerationDefaults, ImageText, Source
 from edgeprune.bundle.integrity import sha256_of
 from edgeprune.checkpoint.adapter import Adapter, merge, resolve_adapter
 from edgeprune.checkpoint.configuration import (
+    check_attention,
     check_context,
     no_chat_template,
     no_end_token,
@@ -157,6 +158,7 @@ class LoadedModel:
             raise PlanError(f"The plan was made for {plan.geometry}, but {name} divides that into {own}.")
         for cut in plan.cuts:
             self._check_cut(cut, geometry)
+        check_attention(plan, self.family.decoder().states)
         self._check_vision(plan)
 
     def _check_cut(self, cut: Cut, geometry: Geometry) -> None:
@@ -191,6 +193,7 @@ class LoadedModel:
             planes=parts.planes,
             bidirectional=parts.bidirectional,
             local_layers=parts.local_layers,
+            states=parts.layer_states,
         )
 
     def chat_template(self, image: ImageText) -> str:

@@ -23,6 +23,7 @@ PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "process
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMING = (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG)  # the order in which AutoProcessor looks for the name of the class
 _RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
+_WITHOUT_PILLOW = ("Lfm2VlImageProcessor",)  # transformers has them for torchvision alone; EdgePrune has its own
 
 
 def image_settings(path: Path, model_type: str) -> dict[str, Any]:
@@ -184,7 +185,10 @@ def _image_processor_alone(kind: Any, model_type: str) -> Iterator[None]:
     class PillowImageProcessor:
         @staticmethod
         def from_pretrained(source: Any, **options: Any) -> Any:
-            kind = _RENAMED.get(str(image_settings(Path(source), model_type)["image_processor_type"]))
+            named = str(image_settings(Path(source), model_type)["image_processor_type"])
+            if named.removesuffix("Fast") in _WITHOUT_PILLOW:
+                return Placeholder()
+            kind = _RENAMED.get(named)
             if kind is not None:
                 return getattr(transformers, kind).from_pretrained(source, **options)
             return AutoImageProcessor.from_pretrained(source, backend="pil", **options)

@@ -75,10 +75,17 @@ class ViewEncoder(nn.Module):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the attention within each view [views * patches, width] and its weights [views, heads, patches, patches]."""
-        shape = (self.views, -1, heads, query.shape[1] // heads)
-        query, key, value = (rows.view(shape).transpose(1, 2) for rows in (query, key, value))
-        weights = torch.softmax((query * shape[-1] ** -0.5) @ key.transpose(2, 3), dim=-1)
-        return (weights @ value).transpose(1, 2).flatten(0, 1).flatten(1), weights
+        return attend_within(query, key, value, heads, self.views)
+
+
+def attend_within(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, views: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attention of rows [views * patches, width] within each view, and its weights [views, heads, patches, patches]."""
+    shape = (views, -1, heads, query.shape[1] // heads)
+    query, key, value = (rows.view(shape).transpose(1, 2) for rows in (query, key, value))
+    weights = torch.softmax((query * shape[-1] ** -0.5) @ key.transpose(2, 3), dim=-1)
+    return (weights @ value).transpose(1, 2).flatten(0, 1).flatten(1), weights
 
 
 def patch_linear(convolution: nn.Conv2d) -> nn.Linear:

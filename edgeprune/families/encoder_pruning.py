@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +48,39 @@ class RowLayout:
         """
         judges = None if self.left_out else self.first or None
         return self.means(weights[:, :, :judges, self.first :].mean(dim=(1, 2)).flatten())
+
+    def best(self, scores: torch.Tensor, each: int) -> torch.Tensor:
+        """Return the ascending positions [views * each] of the highest scores [V] of every view."""
+        by_view = scores.view(self.views, -1)
+        best = torch.topk(by_view, each, dim=1).indices
+        return (_ascending(best)[0] + _starts(self.views, by_view.shape[1], best)).flatten()
+
+
+@dataclass(frozen=True)
+class UnequalViews(RowLayout):
+    """The layout of views of different sizes: `tokens` of each view, until a cut leaves every view as many.
+
+    Attention weights come as one tensor for each of `runs`, the lengths of successive views of equal size.
+    """
+
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """How many views there are in each run of equal ones."""
+        return tuple(len(list(run)) for _, run in groupby(self.tokens))
+
+    def received(self, weights: Any) -> torch.Tensor:
+        """Return the attention that each visual token receives [V]."""
+        return torch.cat([super(UnequalViews, self).received(part) for part in weights])
+
+    def best(self, scores: torch.Tensor, each: int) -> torch.Tensor:
+        """Return the ascending positions [views * each] of the highest scores [V] of every view."""
+        if scores.shape[0] != sum(self.tokens):
+            return super().best(scores, each)
+        parts, starts = torch.split(scores, list(self.tokens)), accumulate(self.tokens, initial=0)
+        best = [_ascending(torch.topk(part[None], each, dim=1).indices)[0][0] for part in parts]
+        return torch.cat([positions + start for positions, start in zip(best, starts, strict=False)])
 
 
 @dataclass(frozen=True)
@@ -107,9 +142,7 @@ class EncoderPruning(nn.Module):
     def pick(self, index: int, living: SurvivingTokens, rows: RowLayout) -> TokenSelection:
         """Return the tokens that the cut before block `index` keeps of the remaining ones."""
         cut, method = self.cuts[index]
-        scores = method.score(living).view(rows.views, -1)
-        best = torch.topk(scores, cut.keep // rows.views, dim=1).indices
-        return TokenSelection((_ascending(best)[0] + _starts(rows.views, scores.shape[1], best)).flatten(), rows)
+        return TokenSelection(rows.best(method.score(living), cut.keep // rows.views), rows)
 
 
 def _ascending(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

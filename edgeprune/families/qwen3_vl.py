@@ -69,9 +69,9 @@ class DeepTower(VisionTower):
         )
         places = (tower.pos_embed(table) * weights[:, :, None]).sum(dim=1).detach()
         self.register_buffer("places", places, persistent=False)  # [patches of a frame, hidden]
-        self.deep = sorted(tower.deepstack_visual_indexes)
-        order = [list(tower.deepstack_visual_indexes).index(block) for block in self.deep]
-        self.mergers = nn.ModuleList([*(tower.deepstack_merger_list[index] for index in order), tower.merger])
+        blocks = list(getattr(tower, "deepstack_visual_indexes", ()))  # Qwen3.5 has none
+        self.deep = sorted(blocks)
+        self.mergers = nn.ModuleList([*(tower.deepstack_merger_list[blocks.index(block)] for block in self.deep), tower.merger])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the visual tokens of one image or video with their planes, the signals, and the indices that each cut kept."""

@@ -24,6 +24,7 @@ _SPECS: dict[str, str] = {
     **dict.fromkeys(variants("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
     **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiling:TileSpec"),
     **dict.fromkeys(variants("PixtralImageProcessor"), "pixtral:PixtralSpec"),
+    **dict.fromkeys(variants("Lfm2VlImageProcessor"), "lfm2_vl:NaflexSpec"),
 }
 
 # By model_type: the class that transformers takes where the settings name none.
@@ -32,6 +33,7 @@ _BY_FAMILY = {
     "idefics2": "Idefics2ImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
+    "lfm2_vl": "Lfm2VlImageProcessor",
     "llava": "LlavaImageProcessor",
     "llava_next": "LlavaNextImageProcessor",
     "llava_onevision": "LlavaOnevisionImageProcessor",
@@ -39,6 +41,7 @@ _BY_FAMILY = {
     "paligemma": "SiglipImageProcessor",
     "qwen2_5_vl": "Qwen2VLImageProcessor",
     "qwen2_vl": "Qwen2VLImageProcessor",
+    "qwen3_5": "Qwen2VLImageProcessor",
     "qwen3_vl": "Qwen2VLImageProcessor",
     "smolvlm": "SmolVLMImageProcessor",
     "vipllava": "CLIPImageProcessor",

@@ -17,6 +17,7 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.passes.attention import expand_blocked, tile_encoder_attention
 from edgeprune.export.passes.fusion import fuse_qkv, fuse_rotation, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
+from edgeprune.export.passes.recurrence import expand_delta_rules
 from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
 
@@ -37,6 +38,7 @@ def run_passes(
     _use_stored_weights(model.graph, stored)
     optimize(model)
     expand_blocked(model.graph)
+    expand_delta_rules(model.graph, single=lowering.target.blocked)
     # The exporter records the source line of every node, including paths of the exporting machine.
     ClearMetadataAndDocStringPass()(model)
     _name_dimensions(model.graph, dimensions)

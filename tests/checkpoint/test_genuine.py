@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from genuine import FILES, NAMES, write_files
+from lfm2_vl_processor import upstream_processor
 from PIL import Image
 from tiny_folders import cut
 from transformers.video_utils import VideoMetadata
@@ -98,6 +99,8 @@ class Checkpoint:
         family.check(config)
         opened = ModelFolder(name, folder, config.model_type, image_settings(folder, config.model_type))
         processor = load_processor(folder, config.model_type)
+        if config.model_type == "lfm2_vl":
+            processor.image_processor = upstream_processor(opened.processor)
         family.decoder = lambda: SimpleNamespace(context=1 << 20)
         generation = (
             transformers.GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else ENDING
@@ -175,7 +178,7 @@ class Clip:
 
 def test_prompts_about_a_video_are_those_of_the_processor(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = checkpoint.loaded
-    if not loaded.family.videos or loaded.folder.model_type == "qwen3_vl":
+    if not loaded.family.videos or loaded.folder.model_type in ("qwen3_vl", "qwen3_5"):
         pytest.skip("takes no video, or differs by design: docs/families.md")
     geometry = loaded.geometry(checkpoint.size, 4, 2.0)
     processor = copy(loaded.processor)
@@ -192,6 +195,8 @@ def test_prompts_about_a_video_are_those_of_the_processor(checkpoint: Checkpoint
 
 
 def test_pixels_are_those_of_the_processor(checkpoint: Checkpoint) -> None:
+    if checkpoint.loaded.folder.model_type == "lfm2_vl":
+        pytest.skip("its patches are padded: test_processors_lfm2_vl.py")
     settings, picture = checkpoint.loaded.settings(checkpoint.geometry), checkpoint.picture(0)
     processor = checkpoint.loaded.processor.image_processor
     expected = processor(images=[picture], return_tensors="np", **checkpoint.changed)["pixel_values"]
@@ -258,7 +263,8 @@ def test_a_class_that_is_not_named_is_that_of_the_family(name: str, tmp_path: Pa
         file.write_text(json.dumps(settings))
     kind = json.loads((tmp_path / "config.json").read_text())["model_type"]
     loaded = type(load_processor(tmp_path, kind).image_processor).__name__
-    assert image_settings(tmp_path, kind)["image_processor_type"] == loaded.removesuffix("Pil")
+    without_pillow = {"lfm2_vl": "Lfm2VlImageProcessor"}
+    assert image_settings(tmp_path, kind)["image_processor_type"] == without_pillow.get(kind, loaded.removesuffix("Pil"))
 
 
 @pytest.mark.parametrize("size", [(448, 448), (896, 896), (640, 480), (300, 1000)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from genuine import NAMES, write_checkpoint
+from lfm2_vl_processor import upstream_processor
 from PIL import Image
 
 from edgeprune.calibration.replay.reference import reference_model
@@ -22,11 +23,13 @@ from edgeprune.runtime import Runtime
 QUESTION, TOKENS = "What is the colour of the cube?", 32
 SIZES = {"idefics2-8b": (1960, 1960)}
 # Qwen2.5-VL has a repetition penalty, Idefics2 forbids its image tokens, PaliGemma begins with the image, Gemma 3 surrounds it.
-QUICK = ("gemma-3-4b-it", "qwen2_5-vl-3b", "paligemma-3b-pt-448")
+QUICK = ("gemma-3-4b-it", "lfm2_5-vl-1.6b", "qwen2_5-vl-3b", "qwen3_5-0.8b", "paligemma-3b-pt-448")
 
 
 def opened(name: str, folder: Path) -> tuple[LoadedModel, Image.Image]:
     loaded = load_model(resolve_model(str(write_checkpoint(name, folder))))
+    if loaded.folder.model_type == "lfm2_vl":
+        loaded.processor.image_processor = upstream_processor(loaded.folder.processor)
     size = SIZES.get(name) or loaded._spec(None).default_size() or (448, 448)
     return loaded, Image.fromarray(np.random.default_rng(3).integers(0, 256, (*size, 3), dtype=np.uint8))
 
