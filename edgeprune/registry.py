@@ -43,7 +43,9 @@ FAMILIES = {
     "internvl": "edgeprune.families.internvl:InternVL",
     "lfm2_vl": "edgeprune.families.lfm2_vl:Lfm2VL",
     "llava": "edgeprune.families.llava:Llava",
+    "llava_next": "edgeprune.families.llava_onevision:LlavaNext",
     "llava_onevision": "edgeprune.families.llava_onevision:LlavaOneVision",
+    "mistral3": "edgeprune.families.mistral3:Mistral3",
     "paligemma": "edgeprune.families.paligemma:PaliGemma",
     "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
@@ -96,10 +98,16 @@ def sites_of(name: str) -> tuple[str, ...]:
     return sites
 
 
-def has_chat_template(model_type: str) -> bool:
-    """Return whether a family has a chat template of its own. Its file is parsed, not imported: it needs torch."""
-    assigned = (target for node in _class_body(FAMILIES[model_type]) if isinstance(node, ast.Assign) for target in node.targets)
-    return any(_sets(target, "chat_template") for target in assigned)
+def has_chat_template(model_type: str, processor_class: str = "") -> bool:
+    """Return whether a family has a chat template of its own, for all checkpoints or for those that name this processor.
+
+    Its file is parsed, not imported: it needs torch.
+    """
+    assigned = [node for node in _class_body(FAMILIES[model_type]) if isinstance(node, ast.Assign)]
+    named = [node.value for node in assigned if any(_sets(target, "outside_chats") for target in node.targets)]
+    if any(isinstance(key, ast.Constant) and key.value == processor_class for value in named for key in getattr(value, "keys", ())):
+        return True
+    return any(_sets(target, "chat_template") for node in assigned for target in node.targets)
 
 
 def _class_body(reference: str) -> list[ast.stmt]:

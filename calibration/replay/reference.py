@@ -22,7 +22,7 @@ from edgeprune.registry import method_class
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 from edgeprune.runtime.generation.pipeline import Pipeline
-from edgeprune.runtime.text.prompt import ChatTemplate, PromptEncoder
+from edgeprune.runtime.text.prompt import ChatTemplate, Message, PromptEncoder
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.targets import Lowering
 
@@ -139,13 +139,21 @@ def prompt_encoder(loaded: LoadedModel, geometry: Geometry) -> PromptEncoder:
         geometry,
         _UNLIMITED,
     )
+    question = "What is this?"
+    messages: list[Message] = [{"role": "user", "content": [{"type": image.kind}, {"type": "text", "text": question}]}]
     try:
-        ids = encoder.ids([{"role": "user", "content": [{"type": image.kind}, {"type": "text", "text": "What is this?"}]}])
+        ids = encoder.ids(messages)
+        written = encoder.template.render(messages, add_generation_prompt=True, **encoder.special_tokens)
     except EdgePruneError as error:
         raise UnsupportedModelError(
             f"The chat template of {name} writes no prompt about an image: {error.message}",
             hint="Copy all processor files of the checkpoint into the folder.",
         ) from error
+    if question not in written:  # Pixtral-12B's reads part["content"], and would leave out every text without a word
+        raise UnsupportedModelError(
+            f"The chat template of {name} leaves out the text of a question.",
+            hint='Have it write part["text"] of the parts of type "text", in chat_template.jinja or chat_template.json.',
+        )
     check_context(name, geometry, context, text=len(ids) - len(encoder.placeholders.spans))
     return replace(encoder, context=context)
 

@@ -29,6 +29,7 @@ from edgeprune.bundle.manifest import (
     LayerState,
     Manifest,
     Source,
+    SourceQuantization,
     Tensor,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "LayerState",
     "Manifest",
     "Source",
+    "SourceQuantization",
     "Tensor",
     "files_of",
     "is_bundle",

@@ -26,11 +26,26 @@ _ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8:
 
 
 @dataclass(frozen=True)
+class SourceQuantization:
+    """What became of the layers that the checkpoint holds quantized by `method`, such as gptq: how many layers of each kind.
+
+    `kept`: integers, zero points and scales are those of the checkpoint. `requantized`: quantized again, to another precision.
+    `dequantized`: written as floats, exact but for the precision.
+    """
+
+    method: str
+    kept: int
+    requantized: int
+    dequantized: int
+
+
+@dataclass(frozen=True)
 class Source:
     """The exported model: name as given by the user, `model_type`, and sha256 of the weights.
 
     `revision`: the commit of a model of the Hugging Face Hub. `adapter`: the name of the LoRA adapter that was merged into it, with
-    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8.
+    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8. `quantization`: what became of
+    layers that the checkpoint holds quantized, if there are any.
     """
 
     model: str
@@ -39,6 +54,7 @@ class Source:
     revision: str = ""
     adapter: str = ""
     adapter_sha256: str = ""
+    quantization: SourceQuantization | None = None
 
 
 @dataclass(frozen=True)
@@ -263,9 +279,9 @@ def _decoder(data: Any, family: str) -> DecoderShape:
     sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
-    if any(state.layer not in range(shape.layers) or min(state.shape, default=0) < 1 for state in shape.states):
+    if any(not 0 <= state.layer < shape.layers or min(state.shape, default=0) < 1 for state in shape.states):
         raise ValueError(f"a decoder of {shape.layers} layers with the states {shape.states}")
-    if not set(shape.local_layers) <= set(range(shape.layers)):
+    if not all(0 <= layer < shape.layers for layer in shape.local_layers):
         raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
     return shape
 

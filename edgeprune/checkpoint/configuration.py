@@ -30,7 +30,8 @@ _LARGEST_SIDE = 4096  # of the sizes that a hint names
 
 def check_folder(folder: ModelFolder) -> None:
     """Raise UnsupportedModelError for a folder without chat template, end token or image token."""
-    if not template_in_files(folder.path) and not has_chat_template(folder.model_type):
+    named = str(folder.processor.get("processor_class"))
+    if not template_in_files(folder.path) and not has_chat_template(folder.model_type, named):
         raise no_chat_template(folder.name)
     path = folder.path / GENERATION
     if is_file(path) and _settings(path).get("eos_token_id") is None:

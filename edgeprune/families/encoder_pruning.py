@@ -20,14 +20,16 @@ from edgeprune.registry import method_class
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The layout of an encoder's rows: view after view, each with `first` rows that are no patch (a class token) and its patches.
+    """The layout of an encoder's rows: view after view, each with `first` rows that make no visual token, and its patches.
 
-    The `merged` patches of a visual token are adjacent.
+    Those rows are class tokens, or patches that the model leaves out (`left_out`). The `merged` patches of a visual token are
+    adjacent.
     """
 
     views: int
     first: int = 0
     merged: int = 1
+    left_out: bool = False
 
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows of patches [views * patches, width]."""
@@ -44,7 +46,8 @@ class RowLayout:
         It comes from the class token, or is averaged over all queries if there is none. It is averaged over heads and over the
         token's patches.
         """
-        return self.means(weights[:, :, : self.first or None, self.first :].mean(dim=(1, 2)).flatten())
+        judges = None if self.left_out else self.first or None
+        return self.means(weights[:, :, :judges, self.first :].mean(dim=(1, 2)).flatten())
 
     def best(self, scores: torch.Tensor, each: int) -> torch.Tensor:
         """Return the ascending positions [views * each] of the highest scores [V] of every view."""
@@ -100,7 +103,7 @@ class TokenSelection:
         return rows.index_select(0, self.chosen)
 
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the kept rows, given an encoder's rows; class tokens are kept."""
+        """Return the kept rows, given an encoder's rows; those that make no token are kept."""
         width, first = rows.shape[1], self.rows.first
         kept = self.tokens(self.rows.patches(rows).reshape(-1, self.rows.merged * width)).reshape(-1, width)
         if not first:
@@ -112,15 +115,15 @@ class TokenSelection:
 class EncoderPruning(nn.Module):
     """The vision cuts of one geometry, keyed by the block before which they act.
 
-    `order` [V]: the index in the image of each visual token, in the order of the encoder. Raises PlanError for a count that does
-    not divide among the views.
+    `order` [V]: the index in the image of each visual token, in the order of the encoder. `views`: how many views the encoder
+    takes, by default those of the geometry. Raises PlanError for a count that does not divide among them.
     """
 
     order: torch.Tensor
 
-    def __init__(self, cuts: Sequence[Cut], geometry: Geometry) -> None:
+    def __init__(self, cuts: Sequence[Cut], geometry: Geometry, views: int | None = None) -> None:
         super().__init__()
-        views = len(geometry.layout)
+        views = len(geometry.layout) if views is None else views
         for cut in cuts:
             if cut.keep % views:
                 raise PlanError(

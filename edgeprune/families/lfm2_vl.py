@@ -16,7 +16,7 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import PlanError, UnsupportedModelError
-from edgeprune.families.base import DecoderParts, Family, refuse_quantized, text_rope
+from edgeprune.families.base import DecoderParts, Family, text_rope
 from edgeprune.families.encoder import ViewEncoder, attend_within, check_encoder
 from edgeprune.families.encoder_pruning import EncoderPruning, UnequalViews
 from edgeprune.families.recurrent import shifted_sum
@@ -33,8 +33,7 @@ class Lfm2VL(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, other encoders and decoders, and rotary positions that depend on the length."""
-        refuse_quantized(config)
+        """Refuse other encoders and decoders, and rotary positions that depend on the length."""
         check_encoder(config, "siglip2_vision_model")
         text = config.text_config
         if text.model_type != "lfm2":

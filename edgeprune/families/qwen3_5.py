@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts, refuse_quantized
+from edgeprune.families.base import DecoderParts
 from edgeprune.families.qwen3_vl import InterleavedRope, Qwen3VL
 from edgeprune.families.recurrent import gated_delta_rule, shifted_sum
 
@@ -28,7 +28,7 @@ class Qwen35(Qwen3VL):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse layers of other kinds, rotary positions that depend on the length, and quantized weights."""
+        """Refuse layers of other kinds and rotary positions that depend on the length."""
         text = config.text_config
         unknown = sorted(set(text.layer_types) - set(_KINDS))
         if unknown or _KINDS[0] not in text.layer_types:
@@ -36,7 +36,6 @@ class Qwen35(Qwen3VL):
             raise UnsupportedModelError(f"This model has {kinds}, which is not supported.")
         if (rope := text.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
             raise UnsupportedModelError(f"This model's {rope!r} rotary positions depend on the length, which is not supported.")
-        refuse_quantized(config)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""

@@ -1,10 +1,10 @@
-"""Qwen3-VL: a learned position table and DeepStack in the vision tower, interleaved mRoPE and normalized heads in the decoder.
+"""Qwen3-VL and Cosmos-Reason2: a learned position table, DeepStack, interleaved mRoPE, and normalized heads in the decoder.
 
-Bai et al., arXiv 2511.21631; the modules are those of transformers' models/qwen3_vl/modeling_qwen3_vl.py. For one fixed grid the
-interpolated position table is a constant. DeepStack (Meng et al., arXiv 2406.04334): separate mergers turn the outputs of some
-blocks into planes beside the visual tokens, which the first decoder layers add. Every frame of a video follows its timestamp, as in
-transformers 4.57, where the frames replace the markers that the chat template writes around a video; 5.23 leaves these markers
-around all frames.
+Bai et al., arXiv 2511.21631; the modules are those of transformers' models/qwen3_vl/modeling_qwen3_vl.py, also for Cosmos-Reason2.
+For one fixed grid the interpolated position table is a constant. DeepStack (Meng et al., arXiv 2406.04334): separate mergers turn
+the outputs of some blocks into planes beside the visual tokens, which the first decoder layers add. Every frame of a video follows
+its timestamp, as in transformers 4.57, where the frames replace the markers that the chat template writes around a video; 5.23
+leaves these markers around all frames.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ class TokenRows:
     planes: torch.Tensor | None  # [S, planes * hidden] added after the first layers, 0 for text
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
+    query_scale: torch.Tensor | None = None  # [S, 1] of the queries, by position; None for 1
 
     def keep(self, chosen: torch.Tensor) -> TokenRows:
         """Return the tokens with only the visual tokens at the positions `chosen` [K]."""
@@ -80,7 +81,9 @@ class TokenRows:
         names = ("hidden", "cos", "sin", "places", "reach")
         rows = {name: self._pick(getattr(self, name), chosen) for name in names}
         planes = None if self.planes is None else self._pick(self.planes, chosen)
-        return TokenRows(**rows, planes=planes, order=self.order.index_select(0, chosen), sizes=sizes)
+        scale = None if self.query_scale is None else self._pick(self.query_scale, chosen)
+        order = self.order.index_select(0, chosen)
+        return TokenRows(**rows, planes=planes, order=order, sizes=sizes, query_scale=scale)
 
     def _pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         before, visual, after = self.split(rows)
@@ -267,6 +270,7 @@ def rotated(
     key = _normed(attn, "k_norm", attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim))
     angles = [_angles(attn, rows, shape.head_dim) for rows in (tokens.cos, tokens.sin)]
     query, key = (_in_part(rotate, states, *angles) for states in (query, key))
+    query = query if tokens.query_scale is None else query * tokens.query_scale[:, None]
     return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * attn.scaling, key, gate
 
 

@@ -188,7 +188,8 @@ class PrunedDecoder(nn.Module):
         sizes = (segments[0].embeds.shape[1], segments[1].embeds.shape[1], segments[2].embeds.shape[1])
         order = torch.arange(sizes[1], device=hidden.device) if order is None else order
         places, reach = places_of(positions, bidirectional=mutual)
-        return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes)
+        scale = None if self.shape.query_scale is None else self.shape.query_scale(positions)
+        return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes, scale)
 
     def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
         # DeepStack: features of the encoder's earlier blocks are added after the first layers.

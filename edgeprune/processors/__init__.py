@@ -21,8 +21,9 @@ _SPECS: dict[str, str] = {
     **dict.fromkeys(_SQUARES, "square:SquareSpec"),
     **dict.fromkeys(variants("Idefics2ImageProcessor"), "idefics:Idefics2Spec"),
     **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics:Idefics3Spec"),
-    **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
+    **dict.fromkeys(variants("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
     **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiling:TileSpec"),
+    **dict.fromkeys(variants("PixtralImageProcessor"), "pixtral:PixtralSpec"),
     **dict.fromkeys(variants("Lfm2VlImageProcessor"), "lfm2_vl:NaflexSpec"),
 }
 
@@ -34,7 +35,9 @@ _BY_FAMILY = {
     "internvl": "GotOcr2ImageProcessor",
     "lfm2_vl": "Lfm2VlImageProcessor",
     "llava": "LlavaImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
     "llava_onevision": "LlavaOnevisionImageProcessor",
+    "mistral3": "PixtralImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "qwen2_5_vl": "Qwen2VLImageProcessor",
     "qwen2_vl": "Qwen2VLImageProcessor",

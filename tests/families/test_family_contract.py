@@ -44,9 +44,10 @@ WORDS = 16
 PROMPTS = ("What colour is the cube?", "And the ball?")
 NAMES = sorted([*FAMILIES, "paligemma2"])
 families = pytest.mark.parametrize("name", NAMES)
-TWINS = ("paligemma2", "smolvlm", "vipllava")  # of paligemma, idefics3 and llava: the same encoders
+# Of llava and llava_onevision, paligemma, idefics3 and llava: the same encoders.
+TWINS = ("llava_next", "paligemma2", "smolvlm", "vipllava")
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
-DECODERS = ("gemma3", "lfm2_vl", "llava", "paligemma", "paligemma2", "qwen2_vl", "qwen3_5", "qwen3_vl")
+DECODERS = ("gemma3", "lfm2_vl", "llava", "mistral3", "paligemma", "paligemma2", "qwen2_vl", "qwen3_5", "qwen3_vl")
 
 
 def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:

@@ -231,7 +231,6 @@ def _text(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"vision_config": SimpleNamespace(model_type="clip_vision_model")}, "'clip_vision_model'"),
         ({"text_config": SimpleNamespace(model_type="gemma2")}, "'gemma2'"),
         ({"text_config": _text(use_bidirectional_attention=True)}, "bidirectional"),

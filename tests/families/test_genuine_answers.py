@@ -42,7 +42,8 @@ def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dic
         inputs = processor(text=QUESTION, images=[picture], return_tensors="pt", images_kwargs=changed)
         inputs.pop("labels", None)
     else:
-        template = own or loaded.family.chat_template
+        outside = loaded.family.outside_chats.get(str(loaded.folder.processor.get("processor_class")))
+        template = outside.template if outside else own or loaded.family.chat_template
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": parts}],
             chat_template=template,
@@ -53,7 +54,7 @@ def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dic
             processor_kwargs={"images_kwargs": changed},
         )
     with torch.no_grad():
-        made = loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        made = loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=list(loaded.end_tokens()))
     text: str = loaded.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from repository import TESTS
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 FILES = TESTS / "support" / "genuine"
 NAMES = sorted(path.name for path in FILES.iterdir() if (path / "config.json").is_file())
@@ -49,6 +49,7 @@ _VISION_OF: dict[str, dict[str, Any]] = {
     "qwen2_vl": {**_QWEN_TOWER, "depth": 2, "embed_dim": 32},
     "qwen2_5_vl": {**_QWEN_TOWER, "depth": 4, "intermediate_size": 40, "out_hidden_size": 32, "fullatt_block_indexes": [1, 3]},
     "qwen3_5": {**_QWEN_TOWER, "depth": 2, "intermediate_size": 40, "out_hidden_size": 32},
+    "qwen3_vl": {**_QWEN_TOWER, "depth": 4, "intermediate_size": 40, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]},
     "vipllava": {**_VISION, "num_hidden_layers": 12},
 }
 _SENTENCEPIECE = ("LlamaTokenizer", "GemmaTokenizer")
@@ -100,7 +101,8 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
         config |= {"hidden_size": 32, "projection_dim": 32}
     if kind == "lfm2_vl":
         config["projector_hidden_size"] = 32
-    config["vision_config"] |= _VISION_OF.get(kind, _VISION)
+    vision = config["vision_config"]
+    vision |= _VISION_OF.get(kind, _VISION) | ({"head_dim": 8} if "head_dim" in vision else {})
     if kind == "idefics2":
         resampler = {"resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 8}
         config["perceiver_config"] |= {**resampler, "num_key_value_heads": 1, "hidden_size": 32, "rms_norm_eps": 1e-5}
@@ -134,6 +136,10 @@ def _tokenizer(folder: Path) -> Tokenizer:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        if settings.get("add_bos_token") or settings.get("processor_class") == "MLlavaProcessor":
+            begin = settings["bos_token"]
+            special = [(begin, vocabulary[begin])]
+            tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
     tokenizer.add_special_tokens([added[number] for number in sorted(added)])
     return tokenizer
 
