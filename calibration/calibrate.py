@@ -25,6 +25,7 @@ from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
+from edgeprune.registry import family_class
 
 
 class Progress(ProgressReporter, Protocol):
@@ -57,6 +58,7 @@ class CalibrationResult:
 def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> CalibrationResult:
     """Collect statistics, or make and save a plan, as the options specify."""
     options, folder = calibration.options, calibration.folder
+    check_statistics(options.method, folder.model_type)
     progress.say("loading the model")
     loaded = load_model(folder)
     geometry = loaded.geometry(options.image_size)
@@ -76,6 +78,15 @@ def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> Calibr
         samples = usable_samples(loaded, unpruned, samples, options.fit, skipped.append)
     result = _calibrate(options, loaded, samples, request, unpruned, progress)
     return replace(result, skipped=tuple(map(str, skipped)))
+
+
+def check_statistics(method: str | None, model_type: str) -> None:
+    """Raise UsageError for a method that needs statistics of a family most of whose layers have no attention."""
+    if method in (None, AUTO, DYRATE, *STATISTICAL) and family_class(model_type).stateful:
+        raise UsageError(
+            f"Statistics are of attention in every layer, and most of a {model_type} have none.",
+            hint="Use a method without statistics: --method divprune or fastv, say.",
+        )
 
 
 def _calibrate(

@@ -41,11 +41,15 @@ FAMILIES = {
     "idefics2": "edgeprune.families.idefics2:Idefics2",
     "idefics3": "edgeprune.families.idefics3:Idefics3",
     "internvl": "edgeprune.families.internvl:InternVL",
+    "lfm2_vl": "edgeprune.families.lfm2_vl:Lfm2VL",
     "llava": "edgeprune.families.llava:Llava",
+    "llava_next": "edgeprune.families.llava_onevision:LlavaNext",
     "llava_onevision": "edgeprune.families.llava_onevision:LlavaOneVision",
+    "mistral3": "edgeprune.families.mistral3:Mistral3",
     "paligemma": "edgeprune.families.paligemma:PaliGemma",
     "qwen2_5_vl": "edgeprune.families.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "edgeprune.families.qwen2_vl:Qwen2VL",
+    "qwen3_5": "edgeprune.families.qwen3_5:Qwen35",
     "qwen3_vl": "edgeprune.families.qwen3_vl:Qwen3VL",
     "smolvlm": "edgeprune.families.idefics3:SmolVLM",
     "vipllava": "edgeprune.families.llava:VipLlava",
@@ -94,10 +98,16 @@ def sites_of(name: str) -> tuple[str, ...]:
     return sites
 
 
-def has_chat_template(model_type: str) -> bool:
-    """Return whether a family has a chat template of its own. Its file is parsed, not imported: it needs torch."""
-    assigned = (target for node in _class_body(FAMILIES[model_type]) if isinstance(node, ast.Assign) for target in node.targets)
-    return any(_sets(target, "chat_template") for target in assigned)
+def has_chat_template(model_type: str, processor_class: str = "") -> bool:
+    """Return whether a family has a chat template of its own, for all checkpoints or for those that name this processor.
+
+    Its file is parsed, not imported: it needs torch.
+    """
+    assigned = [node for node in _class_body(FAMILIES[model_type]) if isinstance(node, ast.Assign)]
+    named = [node.value for node in assigned if any(_sets(target, "outside_chats") for target in node.targets)]
+    if any(isinstance(key, ast.Constant) and key.value == processor_class for value in named for key in getattr(value, "keys", ())):
+        return True
+    return any(_sets(target, "chat_template") for node in assigned for target in node.targets)
 
 
 def _class_body(reference: str) -> list[ast.stmt]:
@@ -156,16 +166,35 @@ def _resolve(reference: str) -> Any:
 
 @dataclass(frozen=True)
 class Applicability:
-    """A method at a site. `reason`: why it does not apply there; empty if it does."""
+    """A method at a site. `reason`: why it does not apply there; empty if it does. `layers`: those it is limited to, if so."""
 
     method: str
     site: str
     reason: str
+    layers: str = ""
 
 
 def applicability(family: Any) -> list[Applicability]:
     """Return an entry for every method and site, for a family class or an instance."""
-    return [Applicability(method, site, unsupported_reason(method, site, family)) for method in sorted(METHODS) for site in SITES]
+    return [
+        Applicability(method, site, unsupported_reason(method, site, family), _limit(method, site, family))
+        for method in sorted(METHODS)
+        for site in SITES
+    ]
+
+
+def attention_needed(method: str) -> str:
+    """Return whose attention the method ranks by at site "layer": "previous", "next", or "" for none."""
+    return str(getattr(method_class(method), "attention", "previous"))
+
+
+def _limit(method: str, site: str, family: Any) -> str:
+    if not family.stateful:
+        return ""
+    if site == "cache":
+        return "of layers with attention"
+    where = {"previous": "after a layer with attention", "next": "before a layer with attention", "": ""}
+    return where[attention_needed(method)] if site == "layer" else ""
 
 
 def unsupported_reason(method: str, site: str, family: Any) -> str:
@@ -175,6 +204,8 @@ def unsupported_reason(method: str, site: str, family: Any) -> str:
         return f"acts at: {', '.join(kind.sites)}"
     if site == "vision" and family.no_encoder_cuts_reason:
         return f"needs an encoder whose tokens can leave: {family.no_encoder_cuts_reason}"
+    if site == "decode" and family.stateful:
+        return f"needs a KV cache in every layer: most have {family.stateful} instead"
     for signal in kind.needs:
         if signal not in family.signals:
             return f"needs the signal {signal!r}" + (f": {family.no_signals_reason}" if family.no_signals_reason else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from torch import nn
 
 from edgeprune.bundle import (
     CHAT_TEMPLATE,
@@ -29,12 +31,15 @@ from edgeprune.bundle import (
     Bundle,
     GraphRecord,
     Manifest,
+    SourceQuantization,
     tier_plan,
     tier_selector,
 )
 from edgeprune.bundle.integrity import record_files
 from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.checkpoint.packed import PackedMatrix
+from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.io.files import new_folder
@@ -123,7 +128,7 @@ def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:
 def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: Mapping[str, GraphRecord], folder: Path) -> Manifest:
     tower: Any = loaded.family.vision(plan.geometry)
     return Manifest(
-        source=loaded.folder.source(),
+        source=replace(loaded.folder.source(), quantization=_quantization(loaded, tower, lowering)),
         decoder=replace(loaded.decoder_shape(), cache_type=lowering.products),
         target=lowering.target.name,
         precision=lowering.precision,
@@ -135,6 +140,25 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         graphs=graphs,
         files=record_files(folder, MANIFEST),
     )
+
+
+def _quantization(loaded: LoadedModel, tower: nn.Module, lowering: Lowering) -> SourceQuantization | None:
+    decoder = loaded.family.decoder()
+    parts = {"layers": decoder.layers, "head": decoder.lm_head, "vision": tower}
+    found = [(part, source) for part, module in parts.items() for source in stored_in(module).values()]
+    packed = [(part, source) for part, source in found if isinstance(source, PackedMatrix)]
+    if not packed:
+        return None
+    counts = Counter(
+        "kept"
+        if source.own_kind(lowering, part)
+        else "requantized"
+        if lowering.weights_of(part) in ("int8", "int4")
+        else "dequantized"
+        for part, source in packed
+    )
+    method = packed[0][1].packing.method
+    return SourceQuantization(method, counts["kept"], counts["requantized"], counts["dequantized"])
 
 
 def _check_space(loaded: LoadedModel, lowering: Lowering, folder: Path) -> None:

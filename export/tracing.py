@@ -116,8 +116,8 @@ def trace_decoder(
     ]
     tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower_tiers))} if lower_tiers else None
     shapes += [tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
-    local = parts.local_layers
-    names = decoder_inputs(plan, local, tiers=bool(lower_tiers)), decoder_outputs(plan, local)
+    kinds = parts.local_layers, parts.layer_states
+    names = decoder_inputs(plan, *kinds, tiers=bool(lower_tiers)), decoder_outputs(plan, *kinds)
     return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
 
 
@@ -152,6 +152,7 @@ class _FlatDecoder(nn.Module):
         return (
             output.logits,
             *self.decoder.flat_rows(output.rows),
+            *self.decoder.flat_states(output.rows),
             *output.kept,
             *(() if output.split is None else (output.split,)),
         )
@@ -163,7 +164,7 @@ def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.
     stages: dict[Any, Any] = {}
     past: list[tuple[torch.Tensor, Any]] = []
     visual: list[tuple[torch.Tensor, Any]] = []
-    for layer, part in cache_slots(plans[0], parts.local_layers):
+    for layer, part in cache_slots(plans[0], parts.local_layers, parts.layer_states):
         stage = cache_group(plans, layer)
         length = stages.setdefault(stage, torch.export.Dim(f"past_visual_{len(stages)}", min=1, max=MAX_LENGTH))
         row = torch.zeros(1, parts.kv_heads, parts.head_dim, dtype=kind)
@@ -171,7 +172,9 @@ def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.
             row = torch.zeros(1, place_heads(plans[0], layer, parts.kv_heads), dtype=torch.int64)
         past.append((row.repeat(7, *[1] * (row.ndim - 1)), {0: text}))
         visual.append((row.repeat(11 + list(stages).index(stage), *[1] * (row.ndim - 1)), {0: length}))
-    return [example for example, _ in past + visual], [shape for _, shape in past + visual]
+    states = [(torch.zeros(state.shape), None) for state in parts.layer_states]
+    caches = [*past, *visual, *states]
+    return [example for example, _ in caches], [shape for _, shape in caches]
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,12 @@ _NO_TEMPLATE = "nothing: the checkpoint has no chat template"
 Comparison = tuple[str, float, str]  # stage, worst difference, what was compared
 _INPUTS = {"prompts": 0.0, "pixels": 1e-5}
 _FP32 = {"vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0, "unpruned text": 0.0}
-_FP32 = {**_INPUTS, **_FP32}
+_FP32 = {**_INPUTS, **_FP32, "states": 1e-3}
 # Half precision rounds at 5e-4, and errors accumulate over the layers; nearly equal scores may swap ranks.
 _FP16 = {**_INPUTS, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill": 3e-3, "generation": 5e-3}
+_FP16["states"] = 0.02  # sums over all tokens before them
 # If activations are quantized to 8 bits too, a difference in the last digit may become a step of 1/255 of their range.
-_DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02}
+_DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "states": 0.05}
 TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "int8": _FP16, "int4": _FP16}
 
 
@@ -107,8 +108,9 @@ def verify(
         conversation = Conversation(replace(reference, backend=recorder))
         text = "".join(conversation.ask(DESCRIBE_PROMPT, [image], Sampling(max_tokens=MAX_TOKENS)))
     backend = OnnxRuntimeBackend(bundle, exact=True)
-    # The video processor of transformers needs torchvision; frames are prepared like images.
-    comparisons = [prompts, *([_compare_pixels(loaded, bundle, frames[0])] if len(frames) == 1 else [])]
+    # Some processors of transformers need torchvision, as those of all videos do. Frames are prepared like images.
+    has_own = len(frames) == 1 and callable(loaded.processor.image_processor)
+    comparisons = [prompts, *([_compare_pixels(loaded, bundle, frames[0])] if has_own else [])]
     progress("vision")
     comparisons += _compare_vision(backend, recorder)
     progress("decoder")
@@ -204,15 +206,17 @@ def _compare_decoder(backend: OnnxRuntimeBackend, recorder: RecordingBackend, ti
     # Every step starts from the reference's cache, so that errors do not propagate to later steps.
     selections = zip(recorder.prompts, recorder.selected, strict=True)
     kept = [(expected, backend.select_tokens(recorder.seen[0], prompt, tier)[1]) for prompt, expected in selections]
-    logits: list[tuple[np.ndarray, np.ndarray]] = []
+    logits, states = list[tuple[np.ndarray, np.ndarray]](), list[tuple[np.ndarray, np.ndarray]]()
     for (tokens, cache), expected in zip(recorder.inputs, recorder.steps, strict=True):
         actual = backend.forward(replace(tokens, tier=tier), cache)
         logits.append((expected.logits, actual.logits))
+        states += zip(expected.states, actual.states, strict=True)
         kept += zip(expected.kept, actual.kept, strict=True)
     return [
         _compare_kept("kept", kept),
         _compare("prefill", logits[:1], "logits of the last prompt token"),
         _compare("generation", logits[1:], f"logits of {len(logits) - 1} generated tokens"),
+        *([_compare("states", states, "states of layers without attention")] if states else []),
     ]
 
 

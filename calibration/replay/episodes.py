@@ -16,7 +16,7 @@ from edgeprune.errors import UsageError
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
-from edgeprune.runtime.backends.kv_cache import DecoderInput, TokenSegment
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.generation.conversation import Conversation
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
@@ -63,7 +63,7 @@ class Recorder:
                 pass
         (prefill, _), *steps = recorder.inputs
         cache = steps[0][1] if steps else conversation.cache
-        caches = tuple(self.decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)]))
+        caches = self._caches(cache)
         inputs = [tokens.suffix for tokens, _ in steps]
         embeds = [self._tensor(part.embeds) for part in inputs] or [self._tensor(prefill.suffix.embeds[:, :0])]
         positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(prefill.suffix.positions[:, :0])]
@@ -83,8 +83,7 @@ class Recorder:
             return first
         positions = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)
         answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), positions)
-        caches = tuple(self.decoder.caches([self._tensor(rows) for rows in (*conversation.cache.text, *conversation.cache.visual)]))
-        replayed = self.replay(Recording(tokens, caches, answer, self._tensor(tokens.text_groups)))
+        replayed = self.replay(Recording(tokens, self._caches(conversation.cache), answer, self._tensor(tokens.text_groups)))
         return torch.cat([first, replayed.logits[0]])
 
     def segments(self, recording: Recording) -> tuple[Segment, Segment, Segment]:
@@ -111,6 +110,10 @@ class Recorder:
         empty = Segment(recording.answer.embeds[:, :0], recording.answer.positions[:, :0])
         output: StepOutput = self.decoder(empty, empty, recording.answer, caches or recording.caches, every_logit=True, **options)
         return output
+
+    def _caches(self, cache: KvCache) -> tuple[LayerCache, ...]:
+        caches = self.decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
+        return tuple(each for each in caches if isinstance(each, LayerCache))  # of a family without states
 
     def _segment(self, tokens: TokenSegment) -> Segment:
         return Segment(self._tensor(tokens.embeds), self._tensor(tokens.positions))

@@ -22,7 +22,7 @@ from edgeprune.registry import method_class
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 from edgeprune.runtime.generation.pipeline import Pipeline
-from edgeprune.runtime.text.prompt import ChatTemplate, PromptEncoder
+from edgeprune.runtime.text.prompt import ChatTemplate, Message, PromptEncoder
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.targets import Lowering
 
@@ -88,7 +88,7 @@ class TorchBackend:
             Segment(self._tensor(part.embeds), self._tensor(part.positions))
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
         ]
-        caches = self._decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
+        caches = self._decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual, *cache.states)])
         groups = self._tensor(tokens.text_groups) if self._rate_predictor is not None else None
         output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), text_groups=groups)
         return DecoderOutput(
@@ -96,6 +96,7 @@ class TorchBackend:
             tuple(_array(rows) for rows in self._decoder.flat_rows(output.rows)),
             tuple(_array(kept) for kept in output.kept),
             None if output.split is None else _array(output.split),
+            states=tuple(_array(state) for state in self._decoder.flat_states(output.rows)),
         )
 
     @torch.no_grad()
@@ -138,13 +139,21 @@ def prompt_encoder(loaded: LoadedModel, geometry: Geometry) -> PromptEncoder:
         geometry,
         _UNLIMITED,
     )
+    question = "What is this?"
+    messages: list[Message] = [{"role": "user", "content": [{"type": image.kind}, {"type": "text", "text": question}]}]
     try:
-        ids = encoder.ids([{"role": "user", "content": [{"type": image.kind}, {"type": "text", "text": "What is this?"}]}])
+        ids = encoder.ids(messages)
+        written = encoder.template.render(messages, add_generation_prompt=True, **encoder.special_tokens)
     except EdgePruneError as error:
         raise UnsupportedModelError(
             f"The chat template of {name} writes no prompt about an image: {error.message}",
             hint="Copy all processor files of the checkpoint into the folder.",
         ) from error
+    if question not in written:  # Pixtral-12B's reads part["content"], and would leave out every text without a word
+        raise UnsupportedModelError(
+            f"The chat template of {name} leaves out the text of a question.",
+            hint='Have it write part["text"] of the parts of type "text", in chat_template.jinja or chat_template.json.',
+        )
     check_context(name, geometry, context, text=len(ids) - len(encoder.placeholders.spans))
     return replace(encoder, context=context)
 

@@ -26,8 +26,10 @@ from edgeprune.bundle.manifest import (
     GenerationDefaults,
     GraphRecord,
     ImageText,
+    LayerState,
     Manifest,
     Source,
+    SourceQuantization,
     Tensor,
 )
 
@@ -51,8 +53,10 @@ __all__ = [
     "GenerationDefaults",
     "GraphRecord",
     "ImageText",
+    "LayerState",
     "Manifest",
     "Source",
+    "SourceQuantization",
     "Tensor",
     "files_of",
     "is_bundle",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edgeprune.bundle.manifest import LayerState, attention_layers
 from edgeprune.plan import KeepPlan
 
 SEGMENTS = ("prefix", "visual", "suffix")
@@ -31,6 +32,12 @@ def rows_name(layer: int, part: str) -> str:
     return f"present.{layer}.{part}"
 
 
+def state_names(states: Sequence[LayerState], when: str) -> list[str]:
+    """Return the input names ("past") or output names ("present") of the states of layers without a KV cache."""
+    layers = [state.layer for state in states]
+    return [f"{when}_state.{layer}.{layers[:index].count(layer)}" for index, layer in enumerate(layers)]
+
+
 def kept_name(cut: int) -> str:
     """Return the output name of the kept indices of the plan's cut with this index."""
     return f"kept.{cut}"
@@ -41,12 +48,13 @@ def kept_names(plan: KeepPlan, *sites: str) -> list[str]:
     return [kept_name(index) for index, cut in enumerate(plan.cuts) if cut.site in sites]
 
 
-def cache_slots(plan: KeepPlan, local: Sequence[int] = ()) -> list[tuple[int, str]]:
+def cache_slots(plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = ()) -> list[tuple[int, str]]:
     """Return the layer and the part of each cache, in graph order; `local`: the layers whose attention has a window.
 
-    Keys and values of all layers come first. Local layers whose caches hold the same tokens share one cache of places.
+    Keys and values of all layers without `states` come first. Local layers whose caches hold the same tokens share one cache of
+    places.
     """
-    layers = [(layer, part) for layer in range(plan.layers) for part in ("key", "value")]
+    layers = [(layer, part) for layer in attention_layers(plan.layers, states) for part in ("key", "value")]
     return layers + [(layer, PLACE) for layer in sorted(set(plan.place_layers(local).values()))]
 
 
@@ -55,15 +63,21 @@ def place_heads(plan: KeepPlan, layer: int, kv_heads: int) -> int:
     return kv_heads if any(cut.layer == layer for cut in plan.cache_cuts) else 1
 
 
-def decoder_inputs(plan: KeepPlan, local: Sequence[int] = (), *, tiers: bool = False) -> list[str]:
-    """Return the decoder's input names in graph order; `local` as in `cache_slots`, `tiers`: whether there are several tiers."""
-    slots = cache_slots(plan, local)
+def decoder_inputs(
+    plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = (), *, tiers: bool = False
+) -> list[str]:
+    """Return the decoder's input names in graph order.
+
+    `local` and `states` as in `cache_slots`, `tiers`: whether there are several tiers.
+    """
+    slots = cache_slots(plan, local, states)
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
     names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
-    return names + [cache_name(*slot) for slot in slots] + [visual_cache_name(*slot) for slot in slots]
+    names += [cache_name(*slot) for slot in slots] + [visual_cache_name(*slot) for slot in slots]
+    return names + state_names(states, "past")
 
 
-def decoder_outputs(plan: KeepPlan, local: Sequence[int] = ()) -> list[str]:
-    """Return the decoder's output names in graph order; `local` as in `cache_slots`."""
-    names = ["logits", *(rows_name(*slot) for slot in cache_slots(plan, local)), *kept_names(plan, "layer", "cache")]
-    return names + (["attention_split"] if plan.follows_attention else [])
+def decoder_outputs(plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = ()) -> list[str]:
+    """Return the decoder's output names in graph order; `local` and `states` as in `cache_slots`."""
+    names = ["logits", *(rows_name(*slot) for slot in cache_slots(plan, local, states)), *state_names(states, "present")]
+    return [*names, *kept_names(plan, "layer", "cache"), *(["attention_split"] if plan.follows_attention else [])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +26,26 @@ _ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8:
 
 
 @dataclass(frozen=True)
+class SourceQuantization:
+    """What became of the layers that the checkpoint holds quantized by `method`, such as gptq: how many layers of each kind.
+
+    `kept`: integers, zero points and scales are those of the checkpoint. `requantized`: quantized again, to another precision.
+    `dequantized`: written as floats, exact but for the precision.
+    """
+
+    method: str
+    kept: int
+    requantized: int
+    dequantized: int
+
+
+@dataclass(frozen=True)
 class Source:
     """The exported model: name as given by the user, `model_type`, and sha256 of the weights.
 
     `revision`: the commit of a model of the Hugging Face Hub. `adapter`: the name of the LoRA adapter that was merged into it, with
-    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8.
+    the sha256 of its weights. Each is empty where there is none, and in bundles before schema 8. `quantization`: what became of
+    layers that the checkpoint holds quantized, if there are any.
     """
 
     model: str
@@ -39,6 +54,15 @@ class Source:
     revision: str = ""
     adapter: str = ""
     adapter_sha256: str = ""
+    quantization: SourceQuantization | None = None
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """A float32 state of fixed `shape` that decoder layer `layer` has instead of keys and values."""
+
+    layer: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,7 @@ class DecoderShape:
     `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
     `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
     each other, so that the KV cache of an image depends on the text after it. `local_layers`: those whose attention has a window.
+    `states`: in the order of the layers; a layer with states has no KV cache.
     """
 
     layers: int
@@ -61,11 +86,23 @@ class DecoderShape:
     cache_type: str = "float32"
     bidirectional: bool = False
     local_layers: tuple[int, ...] = ()
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers with a KV cache."""
+        return attention_layers(self.layers, self.states)
 
     @property
     def width(self) -> int:
         """Columns of the decoder's input embeddings, planes included."""
         return (1 + self.planes) * self.hidden
+
+
+def attention_layers(layers: int, states: Sequence[LayerState]) -> tuple[int, ...]:
+    """Return which of a decoder's layers have a KV cache: those without states."""
+    without = {state.layer for state in states}
+    return tuple(layer for layer in range(layers) if layer not in without)
 
 
 @dataclass(frozen=True)
@@ -242,7 +279,9 @@ def _decoder(data: Any, family: str) -> DecoderShape:
     sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden, shape.vocabulary, shape.position_axes, shape.context)
     if min(sizes) < 1 or shape.planes < 0:
         raise ValueError(f"a decoder of sizes {sizes} with {shape.planes} planes")
-    if not set(shape.local_layers) <= set(range(shape.layers)):
+    if any(not 0 <= state.layer < shape.layers or min(state.shape, default=0) < 1 for state in shape.states):
+        raise ValueError(f"a decoder of {shape.layers} layers with the states {shape.states}")
+    if not all(0 <= layer < shape.layers for layer in shape.local_layers):
         raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
     return shape
 

@@ -6,7 +6,7 @@ Only what the files say is judged. What transformers fills in, such as default s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.checkpoint.processor import template_in_files
-from edgeprune.errors import ImageError, UnsupportedModelError, UsageError
+from edgeprune.errors import ImageError, PlanError, UnsupportedModelError, UsageError
 from edgeprune.io.files import is_file
-from edgeprune.plan import Geometry
+from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.processors import ImageSpec, image_spec
 from edgeprune.processors.qwen import GridSpec
-from edgeprune.registry import has_chat_template
+from edgeprune.registry import attention_needed, has_chat_template
 
 if TYPE_CHECKING:
     from edgeprune.checkpoint.loading import ModelFolder
@@ -30,7 +30,8 @@ _LARGEST_SIDE = 4096  # of the sizes that a hint names
 
 def check_folder(folder: ModelFolder) -> None:
     """Raise UnsupportedModelError for a folder without chat template, end token or image token."""
-    if not template_in_files(folder.path) and not has_chat_template(folder.model_type):
+    named = str(folder.processor.get("processor_class"))
+    if not template_in_files(folder.path) and not has_chat_template(folder.model_type, named):
         raise no_chat_template(folder.name)
     path = folder.path / GENERATION
     if is_file(path) and _settings(path).get("eos_token_id") is None:
@@ -92,6 +93,32 @@ def check_context(name: str, geometry: Geometry, context: int, text: int = 0) ->
             f"{geometry} are {geometry.tokens} tokens, but {name} takes {context} with the question.",
             hint="Give a smaller --image-size" + (", or fewer --frames." if geometry.frames > 1 else "."),
         )
+
+
+def check_attention(plan: KeepPlan, without: Collection[int]) -> None:
+    """Raise PlanError for a cut that needs attention of layers `without` it, which have states instead."""
+    layers = [layer for layer in range(plan.layers) if layer not in without]
+    for cut in plan.cache_cuts:
+        if cut.layer in without:
+            raise PlanError(
+                f"{cut} prunes a KV cache, and layer {cut.layer} has none.", hint=f"Layers with one: {_listed(layers)}."
+            )
+    start = 0  # of the layers that see the tokens which this cut sees
+    for cut in plan.layer_cuts:
+        needed = attention_needed(cut.method)
+        if needed == "next" and cut.layer in without:
+            reason, possible = "the attention of its layer", layers
+        elif needed == "previous" and not any(start <= layer < cut.layer for layer in layers):
+            reason = "attention, and no layer has it " + (f"since the cut before layer {start}" if start else "before it")
+            possible = list(range(next((layer for layer in layers if layer >= start), plan.layers) + 1, plan.layers))
+        else:
+            start = cut.layer
+            continue
+        raise PlanError(f"{cut} ranks by {reason}.", hint=f"Layers where it can act: {_listed(possible) or 'none'}.")
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def no_end_token(name: str) -> UnsupportedModelError:

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ _PARTIAL, _PICKLES = (".incomplete", ".part", ".crdownload"), (".bin", ".pth", "
 _POINTER = b"version https://git-lfs"
 _BASE = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)  # in the head of a model card
 _CODED = re.compile(r"[-_.](unsloth-bnb-4bit|bnb-[48]bit|gguf|fp8(-\w+)?|mlx.*|[48]bit)/?$", re.IGNORECASE)
-_QUANTIZED = ("bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8")  # values of `quant_method`
+# The layouts of quantized layers that are read, the default first, and the settings that name them.
+_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+_LAYOUT_SETTINGS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format", "checkpoint_format")}
 # Types of original repositories, in a layout that transformers does not read, with where the others are.
 _ORIGINAL = {
     "internvl_chat": "the repository of the same name with -hf at its end",
@@ -38,8 +41,10 @@ _PROCESSORS = {
     "idefics2": ("Idefics2",),
     "idefics3": ("Idefics3", "SmolVLM"),
     "internvl": ("InternVL", "GotOcr2"),
-    "llava": ("Llava", "CLIP", "Siglip"),
+    "llava": ("Llava", "CLIP", "Pixtral", "Siglip"),
+    "llava_next": ("LlavaNext",),
     "llava_onevision": ("LlavaOnevision",),
+    "mistral3": ("Pixtral",),
     "paligemma": ("PaliGemma", "Siglip"),
     "qwen2_5_vl": ("Qwen2_5_VL", "Qwen2VL"),
     "qwen2_vl": ("Qwen2VL", "Qwen2_5_VL"),
@@ -48,6 +53,38 @@ _PROCESSORS = {
     "vipllava": ("Llava", "CLIP"),
 }
 _PROCESSOR_NAME = re.compile(r"(\w+?)(?:Image)?Processor(?:Fast|Pil)?")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a checkpoint packs its quantized layers: `method` ("gptq" or "awq"), and its `layout`, such as gptq_v2 or gemm."""
+
+    method: str
+    layout: str
+
+
+def packing_of(name: str, folder: Path, config: Mapping[str, Any]) -> Packing | None:
+    """Return how the checkpoint with the contents of config.json packs quantized layers, None if it holds none.
+
+    Bits, groups and which layers are quantized follow from the tensors themselves. Raises UnsupportedModelError for a method or a
+    layout that is not read.
+    """
+    mlx, text = config.get("quantization"), config.get("text_config")
+    if isinstance(mlx, Mapping) and "group_size" in mlx:
+        raise _quantized(name, folder, "MLX")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
+    settings = config.get("quantization_config") or nested
+    if not settings:
+        return None
+    method = str(settings.get("quant_method", "an unnamed method") if isinstance(settings, Mapping) else settings).lower()
+    if method not in _LAYOUTS:
+        raise _quantized(name, folder, method)
+    default, *_ = layouts = _LAYOUTS[method]
+    named = next((settings[key] for key in _LAYOUT_SETTINGS[method] if settings.get(key)), default)
+    layout = "marlin" if settings.get("is_marlin_format") else str(named).lower()
+    if layout not in layouts:
+        raise _quantized(name, folder, f"{method} in the layout {layout}")
+    return Packing(method, layout)
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
@@ -129,7 +166,7 @@ def check_config(name: str, folder: Path, config: Mapping[str, Any]) -> None:
             hint=f"Supported: {', '.join(sorted(FAMILIES))}.",
         )
     check_family(kind)
-    _check_quantization(name, folder, config.get("quantization"), config.get("quantization_config"))
+    packing_of(name, folder, config)
 
 
 def check_processor(name: str, model_type: str, processors: Collection[str]) -> None:
@@ -154,14 +191,6 @@ def gguf(name: str, folder: Path) -> UnsupportedModelError:
 def base_option(base: object) -> str:
     """Return the name of an adapter's base model for a command: the weights that bitsandbytes was given, or BASE if unknown."""
     return _quoted(_CODED.sub("", base)) if isinstance(base, str) and base else "BASE"
-
-
-def _check_quantization(name: str, folder: Path, mlx: object, settings: object) -> None:
-    if isinstance(mlx, Mapping) and "group_size" in mlx:
-        raise _quantized(name, folder, "MLX")
-    method = str(settings.get("quant_method")) if isinstance(settings, Mapping) else ""
-    if method in _QUANTIZED:
-        raise _quantized(name, folder, method)
 
 
 def _adapter_alone(name: str, folder: Path) -> UnsupportedModelError:

@@ -11,6 +11,7 @@ from edgeprune.bundle import DecoderShape, GenerationDefaults, ImageText, Source
 from edgeprune.bundle.integrity import sha256_of
 from edgeprune.checkpoint.adapter import Adapter, merge, resolve_adapter
 from edgeprune.checkpoint.configuration import (
+    check_attention,
     check_context,
     no_chat_template,
     no_end_token,
@@ -23,6 +24,7 @@ from edgeprune.checkpoint.formats import (
     check_files,
     check_processor,
     gguf,
+    packing_of,
     weight_files,
     weight_names,
 )
@@ -36,7 +38,10 @@ from edgeprune.registry import family_class, method_class, unsupported_reason
 from edgeprune.tabletop import MODEL_FOLDER
 
 if TYPE_CHECKING:
-    from edgeprune.checkpoint.weights import StoredTensor
+    from collections.abc import Mapping
+
+    from edgeprune.checkpoint.weights import CheckpointTensor
+    from edgeprune.families.base import OutsideChat
 
 TABLETOP = "tabletop"
 # Settings of transformers' GenerationConfig that change greedy answers, with the values that change nothing.
@@ -153,6 +158,7 @@ class LoadedModel:
             raise PlanError(f"The plan was made for {plan.geometry}, but {name} divides that into {own}.")
         for cut in plan.cuts:
             self._check_cut(cut, geometry)
+        check_attention(plan, self.family.decoder().states)
         self._check_vision(plan)
 
     def _check_cut(self, cut: Cut, geometry: Geometry) -> None:
@@ -187,13 +193,17 @@ class LoadedModel:
             planes=parts.planes,
             bidirectional=parts.bidirectional,
             local_layers=parts.local_layers,
+            states=parts.layer_states,
         )
 
     def chat_template(self, image: ImageText) -> str:
         """Return the checkpoint's chat template, or the family's if it has none or its own lacks the image placeholder.
 
-        Raises UnsupportedModelError if there is no template.
+        One whose processor transformers does not have is asked as the code beside it does. Raises UnsupportedModelError if there is
+        no template.
         """
+        if (outside := self._outside_chat()) is not None:
+            return outside.template
         template = chat_template(self.processor)
         default: str | None = self.family.chat_template
         if default is not None and (template is None or (image.placeholder in default and image.placeholder not in template)):
@@ -211,7 +221,14 @@ class LoadedModel:
         end = self.model.generation_config.eos_token_id
         if end is None or end == []:
             raise no_end_token(self.folder.name)
-        return tuple(end) if isinstance(end, list) else (int(end),)
+        ends = tuple(end) if isinstance(end, list) else (int(end),)
+        if (outside := self._outside_chat()) is not None:
+            ends = tuple(dict.fromkeys((*ends, self.tokenizer.convert_tokens_to_ids(outside.end))))
+        return ends
+
+    def _outside_chat(self) -> OutsideChat | None:
+        chats: Mapping[str, OutsideChat] = self.family.outside_chats
+        return chats.get(str(self.folder.processor.get("processor_class")))
 
     def generation_defaults(self) -> GenerationDefaults:
         """Return what generation_config.json does to logits in greedy decoding.
@@ -242,7 +259,7 @@ class LoadedModel:
         self.end_tokens()
         self.generation_defaults()
         count = self.tokenizer.encode(image.text, add_special_tokens=False).count(image.token)
-        if count not in (1, len(geometry.layout)):
+        if geometry.spans(count) is None:
             raise no_image_token(self.folder.name, image.token)
 
 
@@ -306,29 +323,23 @@ def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Snaps
 
 
 def load_model(folder: ModelFolder, *, on_disk: bool = False) -> LoadedModel:
-    """Load the weights; raise UnsupportedModelError if tensors are missing, unexpected, quantized or of another shape.
+    """Load the weights; raise UnsupportedModelError if tensors are missing, unexpected or of another shape or type.
 
     `on_disk`: large matrices stay in their files until a graph is written. Such a model can be exported but not run.
     """
     require_extra("export", "torch", "transformers", "optimum")
     fetch_weights(folder)
-    import transformers
-
+    from edgeprune.checkpoint.packed import spare_biases, with_packed_layers
     from edgeprune.checkpoint.weights import stored_tensors
 
-    transformers.utils.logging.disable_progress_bar()  # the command shows its own stages
-    family = family_class(folder.model_type)
-    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=folder.trusted)
-    family.check(config)
-    stored = stored_tensors(folder.path)
-    model_class = _class_of(folder, config)
+    packing = packing_of(folder.name, folder.path, read_json(folder.path, "config.json"))
+    family, config, model_class = _configured(folder)
+    sources = with_packed_layers(folder.name, stored_tensors(folder.path), packing)
     try:
-        if on_disk:
-            model, report = _stored_model(model_class, folder.path, config, stored)
-        else:
-            model, report = _in_memory_model(model_class, folder.path, config)
+        model, report = _model(model_class, folder, config, sources, on_disk=on_disk)
     except (OSError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(f"Cannot load {folder.name}: {str(error).splitlines()[0]}") from error
+    report["unexpected_keys"] = set(report["unexpected_keys"]) - set(spare_biases(model, sources))
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             raise UnsupportedModelError(f"{folder.name} has {problem.replace('_', ' ')}: {sorted(report[problem])[:3]}.")
@@ -345,22 +356,28 @@ def load_outline(folder: ModelFolder) -> LoadedModel:
     """
     require_extra("export", "torch", "transformers", "optimum")
     import torch
-    import transformers
 
     from edgeprune.checkpoint.weights import placeholder_state
 
-    transformers.utils.logging.disable_progress_bar()
-    family = family_class(folder.model_type)
-    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=folder.trusted)
-    for part in (config, getattr(config, "text_config", config)):
-        part.__dict__.pop("quantization_config", None)  # with it, transformers asks for the packages of its method
-    family.check(config)
-    model_class = _class_of(folder, config)
+    family, config, model_class = _configured(folder)
     with torch.device("meta"):
         skeleton = model_class(config)
     state = placeholder_state(skeleton)
     model, _ = model_class.from_pretrained(None, config=config, state_dict=state, **_LOAD_OPTIONS)
     return LoadedModel(folder, model.eval(), family(model), None)
+
+
+def _configured(folder: ModelFolder) -> tuple[Any, Any, Any]:
+    # The family, the configuration without its quantization, and the class of the model.
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # the command shows its own stages
+    family = family_class(folder.model_type)
+    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=folder.trusted)
+    family.check(config)
+    for part in (config, getattr(config, "text_config", config)):
+        part.__dict__.pop("quantization_config", None)  # with it, transformers asks for the packages of its method
+    return family, config, _class_of(folder, config)
 
 
 def _class_of(folder: ModelFolder, config: Any) -> Any:
@@ -379,23 +396,26 @@ def _class_of(folder: ModelFolder, config: Any) -> Any:
     return getattr(transformers, named)
 
 
-def _in_memory_model(model_class: Any, path: Path, config: Any) -> tuple[Any, dict[str, Any]]:
-    model, report = model_class.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True, **_LOAD_OPTIONS)
-    return model, report
-
-
-def _stored_model(model_class: Any, path: Path, config: Any, stored: list[StoredTensor]) -> tuple[Any, dict[str, Any]]:
+def _model(
+    model_class: Any, folder: ModelFolder, config: Any, sources: list[CheckpointTensor], *, on_disk: bool
+) -> tuple[Any, dict[str, Any]]:
     import transformers
     from transformers.core_model_loading import WeightConverter
 
+    from edgeprune.checkpoint.packed import PackedMatrix
     from edgeprune.checkpoint.weights import attach, state_of
 
-    state = state_of(stored)
+    state = state_of(sources)
     model, report = model_class.from_pretrained(None, config=config, state_dict=state, **_LOAD_OPTIONS)
     # Tensors may be renamed on loading, but converters that split or join them need the values.
     if any(isinstance(change, WeightConverter) for change in model._weight_conversions):
-        return _in_memory_model(model_class, path, config)
-    attach(model, stored, state)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+        state = state_of(sources, whole=True)
+        model, report = model_class.from_pretrained(None, config=config, state_dict=state, **_LOAD_OPTIONS)
+    attached = attach(model, sources, state, on_disk=on_disk)
+    strange = [source.name for source in sources if isinstance(source, PackedMatrix) and source.name not in attached]
+    if strange:
+        raise ValueError(f"{strange[0]} is quantized, but no linear layer has it as it is.")
+    path = folder.path / "generation_config.json"
+    if path.is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder.path, local_files_only=True)
     return model, report

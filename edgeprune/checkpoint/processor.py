@@ -1,12 +1,13 @@
 """The processor of a checkpoint: its image settings, and tokenizer and chat template as transformers' own class makes them.
 
 Some classes change their tokenizer: PaliGemma's switches `add_bos_token` off. A tokenizer loaded alone would give other ids.
-`AutoProcessor` needs torchvision for all models that take videos, and EdgePrune does not. So the class is loaded with the image
-processor that uses Pillow, and without its video processor.
+`AutoProcessor` needs torchvision for Pixtral and for all models that take videos, and EdgePrune does not. So the class is loaded
+with the image processor that uses Pillow, and without its video processor.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "process
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMING = (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG)  # the order in which AutoProcessor looks for the name of the class
 _RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessorPil"}  # transformers dropped the name of early 2025
+_WITHOUT_PILLOW = ("Lfm2VlImageProcessor",)  # transformers has them for torchvision alone; EdgePrune has its own
 
 
 def image_settings(path: Path, model_type: str) -> dict[str, Any]:
@@ -54,10 +56,21 @@ def load_processor(path: Path, model_type: str) -> Any:
             f"transformers cannot load the processor of {path}: {cause}",
             hint="Copy all tokenizer and processor files of the checkpoint into the folder.",
         ) from error
+    if getattr(processor, "patch_size", 0) is None:
+        _complete(processor, path)
     # transformers sets both at each call: those of the file are of the last call before it was saved, and no bundle must have them.
     processor.tokenizer.backend_tokenizer.no_truncation()
     processor.tokenizer.backend_tokenizer.no_padding()
     return processor
+
+
+def _complete(processor: Any, path: Path) -> None:
+    # Files of LLaVA from before transformers 4.44 (Mantis) lack what its processor counts tokens with.
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
 def processor_names(path: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -138,8 +151,21 @@ def _processor_class(path: Path, model_type: str) -> Any:
     for name in _NAMING:
         named = read_json(path, name).get("processor_class") if (path / name).is_file() else None
         if isinstance(named, str) and hasattr(transformers, named):
-            return getattr(transformers, named)
-    return getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+            return _without_torchvision(named)
+    return _without_torchvision(PROCESSOR_MAPPING_NAMES[model_type])
+
+
+def _without_torchvision(name: str) -> Any:
+    # Pixtral's module takes a function from one that imports torchvision, only to count tokens without making pixels.
+    import transformers
+    from transformers.utils.import_utils import DummyObject
+
+    kind = getattr(transformers, name)
+    if not isinstance(kind, DummyObject):
+        return kind
+    importlib.import_module("transformers.processing_utils")  # what the module imports must not see the replacement
+    with mock.patch.object(transformers.utils, "is_vision_available", lambda: False):
+        return getattr(importlib.import_module(kind.__module__), name)
 
 
 @contextmanager
@@ -159,7 +185,10 @@ def _image_processor_alone(kind: Any, model_type: str) -> Iterator[None]:
     class PillowImageProcessor:
         @staticmethod
         def from_pretrained(source: Any, **options: Any) -> Any:
-            kind = _RENAMED.get(str(image_settings(Path(source), model_type)["image_processor_type"]))
+            named = str(image_settings(Path(source), model_type)["image_processor_type"])
+            if named.removesuffix("Fast") in _WITHOUT_PILLOW:
+                return Placeholder()
+            kind = _RENAMED.get(named)
             if kind is not None:
                 return getattr(transformers, kind).from_pretrained(source, **options)
             return AutoImageProcessor.from_pretrained(source, backend="pil", **options)

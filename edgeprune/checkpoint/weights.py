@@ -6,7 +6,7 @@ and is refused when a graph is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _SUPPORTED = (*_FLOATS, "I64", "I32", "BOOL")  # the integers are positions and masks
 
 
+def is_large(size: tuple[int, ...]) -> bool:
+    """Return whether a tensor of this size is a matrix with LARGE elements or more."""
+    return len(size) == 2 and size[0] * size[1] >= LARGE
+
+
 class Matrix(Protocol):
     """A float32 matrix that can be read in slices of rows."""
 
@@ -33,6 +38,29 @@ class Matrix(Protocol):
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return the rows from `start` to `stop` [stop - start, columns]."""
+        ...
+
+
+class CheckpointTensor(Matrix, Protocol):
+    """A tensor of the model in the files of a checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name of the tensor."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Its shape, of any rank."""
+        ...
+
+    @property
+    def large(self) -> bool:
+        """Whether this is the weight matrix of a layer with LARGE elements or more."""
+        ...
+
+    def read(self) -> torch.Tensor:
+        """Return the whole tensor."""
         ...
 
 
@@ -70,14 +98,19 @@ class StoredTensor:
     @property
     def large(self) -> bool:
         """Whether this is the weight matrix of a layer with LARGE elements or more."""
-        count = self.size[0] * self.size[1] if len(self.size) == 2 else 0
-        return count >= LARGE and self.kind in _FLOATS and self.name.endswith(".weight")
+        return is_large(self.size) and self.kind in _FLOATS and self.name.endswith(".weight")
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return the rows from `start` to `stop` in float32. Opens the file each time: pages of an open file count as memory."""
         with safe_open(self.path, framework="pt") as file:
             part: torch.Tensor = file.get_slice(self.name)[start:stop]
         return part.float()
+
+    def columns(self, start: int, stop: int) -> torch.Tensor:
+        """Return the columns from `start` to `stop` of a matrix in their stored type."""
+        with safe_open(self.path, framework="pt") as file:
+            part: torch.Tensor = file.get_slice(self.name)[:, start:stop]
+        return part
 
     def read(self) -> torch.Tensor:
         """Return the tensor in its stored type."""
@@ -101,34 +134,39 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     return stored
 
 
-def state_of(stored: list[StoredTensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict in which large matrices are placeholders."""
-    return {tensor.name: _placeholder(tensor.size) if tensor.large else tensor.read() for tensor in stored}
+def state_of(sources: Iterable[CheckpointTensor], *, whole: bool = False) -> dict[str, torch.Tensor]:
+    """Return a state dict in which large matrices are placeholders, unless all is read because `whole`."""
+    return {source.name: _placeholder(source.size) if source.large and not whole else source.read() for source in sources}
 
 
 def placeholder_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return a state dict for a model on the device meta: a placeholder for every parameter, zeros for every buffer."""
-    buffers = {name: torch.zeros_like(buffer, device="cpu") for name, buffer in model.named_buffers() if name in model.state_dict()}
+    names = model.state_dict().keys()  # of parameters and of the buffers that are stored
+    buffers = {name: torch.zeros_like(buffer, device="cpu") for name, buffer in model.named_buffers() if name in names}
     return buffers | {name: _placeholder(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
 
 
-def attach(model: Any, stored: list[StoredTensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Attach stored tensors to the parameters of a transformers model that are placeholders of `state`; `stored_in` finds them.
+def attach(model: Any, sources: Iterable[CheckpointTensor], state: Mapping[str, torch.Tensor], *, on_disk: bool) -> set[str]:
+    """Read the placeholders of `state` among the parameters of a transformers model; return the names of attached sources.
 
-    Only linear layers and the token embedding keep placeholders. Families compute with other parameters, which are read now.
+    With `on_disk`, linear layers and the token embedding keep their placeholders: families compute with all other parameters.
+    Such parameters know their source, and so do all that are quantized in the checkpoint; `stored_in` finds it.
     """
-    kept = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    kept.add(id(model.get_input_embeddings().weight))
-    sources = {address(state[tensor.name]): tensor for tensor in stored if tensor.large}
+    multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    multiplied.add(id(model.get_input_embeddings().weight))
+    by_address, attached = {address(state[source.name]): source for source in sources}, set[str]()
     for parameter in model.parameters():
-        source = sources.get(address(parameter))
-        if source is None:
+        source = by_address.get(address(parameter))
+        if source is None or parameter.shape != source.size:  # a part that a converter split off shares the storage
             continue
-        assert parameter.shape == source.size
-        if id(parameter) in kept:
-            parameter.stored = source
-        else:
+        placeholder = source.large and not any(parameter.stride())
+        kept = placeholder and on_disk and id(parameter) in multiplied
+        if placeholder and not kept:
             parameter.data = source.rows(0, source.size[0])
+        if kept or (not isinstance(source, StoredTensor) and id(parameter) in multiplied):
+            parameter.stored = source
+            attached.add(source.name)
+    return attached
 
 
 def stored_in(module: nn.Module) -> dict[int, Matrix]:

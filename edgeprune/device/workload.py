@@ -83,7 +83,10 @@ class VisionWorkload:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The language model; `parameters` counts the matrices of all layers, without embedding and output head."""
+    """The language model; `parameters` counts the matrices of all layers, without embedding and output head.
+
+    `without_cache`: the layers that have states of fixed size instead.
+    """
 
     layers: int
     hidden: int
@@ -93,6 +96,7 @@ class Decoder:
     intermediate: int
     vocabulary: int
     parameters: int
+    without_cache: tuple[int, ...] = ()
 
     @property
     def head(self) -> int:
@@ -154,7 +158,8 @@ class Workload:
 
     def kv_bytes(self, generated: float) -> float:
         """Return the bytes of the KV cache after `generated` tokens; reductions by a decode cut are not subtracted."""
-        tokens = sum(self.stored) + self.decoder.layers * (self.text_tokens + generated)
+        caches = [count for layer, count in enumerate(self.stored) if layer not in self.decoder.without_cache]
+        tokens = sum(caches) + len(caches) * (self.text_tokens + generated)
         return float(tokens * self.decoder.kv_width * self.precision.number)
 
     def unpruned(self) -> Workload:
@@ -261,6 +266,7 @@ def _decoder(weights: Shapes, shape: DecoderShape) -> Decoder:
         intermediate=intermediate,
         vocabulary=shape.vocabulary,
         parameters=sum(map(math.prod, matrices)),
+        without_cache=tuple(sorted(set(range(shape.layers)) - set(shape.attention_layers))),
     )
 
 

@@ -1,24 +1,25 @@
-"""The interface of model families, and the plain text decoders that several of them share: Llama, Mistral, Qwen2 and Qwen3.
+"""The interface of model families, and the plain text decoders that they share: Llama, Mistral, Ministral 3, Qwen2 and Qwen3.
 
-The decoder modules are those of transformers' models/llama, models/mistral, models/qwen2 and models/qwen3. A sliding window and
-dynamic scaling of the rotary positions have no effect up to their length, so they bound `context` instead of being refused.
+The decoder modules are those of transformers' models/llama, models/mistral, models/ministral3, models/qwen2 and models/qwen3. A
+sliding window and dynamic scaling of the rotary positions have no effect up to their length, so they bound `context` instead of
+being refused. Ministral 3 scales its queries by their position, in steps of the length of its first training.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from edgeprune.bundle import ImageText
+from edgeprune.bundle import ImageText, LayerState
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.plan import Cut, Geometry
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = ("llama", "ministral3", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,19 @@ class DecoderParts:
     """The modules and dimensions of a decoder.
 
     `layers`: decoder layers with `input_layernorm`, `self_attn` (q_proj, k_proj, v_proj, o_proj, `scaling`, optionally q_norm and
-    k_norm per head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim], of integer
-    positions [axes, S]; [S, 2 * head_dim] if layers with a window have angles of their own, which come second. `embed_tokens`:
-    the module from ids to the embeddings that enter layer 0, including any scaling.
+    k_norm per head), `post_attention_layernorm` and `mlp`. `rope(positions)`: cosines and sines, each [S, head_dim] or of a first
+    part of it, of integer positions [axes, S]; [S, 2 * head_dim] if layers with a window have angles of their own, which come
+    second. `embed_tokens`: the module from ids to the embeddings that enter layer 0, including any scaling.
+    `query_scale(positions)`: factors [S, 1] of the queries, if these depend on the position.
 
     `planes`: the number of first layers that add an extra feature to every visual token (DeepStack); visual tokens and embeddings
     are (1 + planes) * hidden wide. `bidirectional`: all tokens of one step attend to each other (a prefix language model).
     `context`: the longest supported sequence in tokens. `softcap`: the soft cap of attention scores, if any. `windows`: for each
     layer, how many of the last tokens of the sequence a token attends to, itself included, 0 for all; empty if no layer has one.
+
+    `gated`: q_proj gives each head a gate of the attention's output after its query. `states`: the shapes of the states of each
+    layer without attention. Such a layer has a `mixer` in place of `self_attn`: it maps hidden states [S, hidden] in the order of
+    the sequence, and the states before them, to its output [S, hidden] and the new states. `loops`: a mixer does so in a loop.
     """
 
     layers: nn.ModuleList
@@ -49,13 +55,30 @@ class DecoderParts:
     context: int
     planes: int = 0
     bidirectional: bool = False
+    query_scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     softcap: float | None = None
     windows: tuple[int, ...] = ()
+    gated: bool = False
+    loops: bool = False
+    states: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
     def local_layers(self) -> tuple[int, ...]:
         """The layers with a window."""
         return tuple(layer for layer, window in enumerate(self.windows) if window)
+
+    @property
+    def layer_states(self) -> tuple[LayerState, ...]:
+        """The states of all layers, in the order of the layers."""
+        return tuple(LayerState(layer, shape) for layer, shapes in sorted(self.states.items()) for shape in shapes)
+
+
+@dataclass(frozen=True)
+class OutsideChat:
+    """How the code beside a checkpoint asks it: a chat `template` that writes the same, and the token that ends a turn."""
+
+    template: str
+    end: str
 
 
 class Family:
@@ -64,8 +87,10 @@ class Family:
     `position_axes`: 3 with mRoPE; 2 if the visual tokens of an image attend to each other: the place of a token in the sequence,
     and the last place that it attends to. `signals`: extra outputs of the vision encoder, for input methods that name them in
     `needs`; `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if
-    so. `videos`: whether the model was trained on videos. `several_as_one`: whether transformers encodes several images of one
-    prompt as it encodes one. `chat_template`: the default for model folders without one.
+    so. `stateful`: what most layers have instead of attention, if so. `videos`: whether the model was trained on videos.
+    `several_as_one`: whether transformers encodes several images of one prompt as it encodes one. `chat_template`: the default
+    for model folders without one. `outside_chats`: by `processor_class`, how checkpoints are asked whose processor transformers
+    does not have.
     """
 
     name: ClassVar[str]
@@ -73,9 +98,11 @@ class Family:
     signals: ClassVar[tuple[str, ...]] = ("vision attention",)
     no_signals_reason: ClassVar[str] = ""
     no_encoder_cuts_reason: ClassVar[str] = ""
+    stateful: ClassVar[str] = ""
     videos: ClassVar[bool] = False
     several_as_one: ClassVar[bool] = True
     chat_template: ClassVar[str | None] = None
+    outside_chats: ClassVar[Mapping[str, OutsideChat]] = {}
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -114,12 +141,6 @@ class Family:
         raise NotImplementedError
 
 
-def refuse_quantized(config: Any) -> None:
-    """Raise UnsupportedModelError for a quantized checkpoint."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("This checkpoint is quantized.", hint="Give the original weights, to be quantized here.")
-
-
 def text_rope(rotary: nn.Module) -> nn.Module:
     """Return the rope of a Hugging Face text model with 1-D positions: integers [1, S] to cosines and sines [S, head_dim]."""
     return _TextRope(rotary)
@@ -135,9 +156,17 @@ class _TextRope(nn.Module):
         return cos[0], sin[0]
 
 
+def _query_scale(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    # Ministral 3: get_llama_4_attn_scale, for positions [1, S].
+    if config.model_type != "ministral3":
+        return None
+    rope = config.rope_parameters
+    beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+    return lambda positions: 1 + beta * torch.log(1 + torch.floor(positions[0, :, None] / length))
+
+
 def check_text(config: Any) -> None:
-    """Refuse quantized weights, unsupported text models (including mixtures of experts) and longrope positions."""
-    refuse_quantized(config)
+    """Refuse unsupported text models (including mixtures of experts) and longrope positions."""
     text = config.text_config
     if text.model_type not in KINDS:
         raise UnsupportedModelError(
@@ -166,4 +195,5 @@ def text_decoder(text: Any, lm_head: nn.Module) -> DecoderParts:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         context=min(config.max_position_embeddings, getattr(config, "sliding_window", None) or config.max_position_embeddings),
+        query_scale=_query_scale(config),
     )

@@ -20,7 +20,7 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout, SurvivingTokens
 from edgeprune.plan import Geometry
 
-CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+CLIP, SIGLIP, PIXTRAL = "clip_vision_model", "siglip_vision_model", "pixtral"
 
 
 class ViewEncoder(nn.Module):
@@ -45,25 +45,27 @@ class ViewEncoder(nn.Module):
         if thinning is not None:
             thinning.check(len(layers))
 
-    def forward(self, hidden: torch.Tensor) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    def forward(self, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Return the features, and a tuple of the signals and the indices in the image [K] that each cut kept.
 
-        Signals are the attention that each visual token receives [V] and its keys [V, width].
+        Signals are the attention that each visual token receives [V] and its keys [V, width]. `tables`: constants of each row that
+        the layers need, such as rotary positions; they go along with the rows.
         """
         states, signals, kept = {0: hidden}, tuple[torch.Tensor, ...](), [] if self.thinning is None else [self.thinning.order]
         for index, layer in enumerate(self.layers):
-            hidden, weights, keys = self.layer(layer, states[index])
+            hidden, weights, keys = self.layer(layer, states[index], *tables)
             states = {number: rows for number, rows in states.items() if number in self.features} | {index + 1: hidden}
             if index == self.signal_layer:
                 signals = self.rows.received(weights), self.rows.means(keys)
             if self.thinning is not None and index + 1 in self.thinning.cuts:
                 pick = self.thinning.pick(index + 1, SurvivingTokens(kept[-1], partial(self.rows.received, weights)), self.rows)
                 states = {number: pick.patches(rows) for number, rows in states.items()}
+                tables = tuple(map(pick.patches, tables))
                 signals = tuple(map(pick.tokens, signals))
                 kept.append(pick.tokens(kept[-1]))
         return [self.rows.patches(states[number]) for number in self.features], (*signals, *kept[1:])
 
-    def layer(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def layer(self, layer: Any, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output of one layer, its attention weights and its keys."""
         attn, normed = layer.self_attn, layer.layer_norm1(hidden)
         keys = attn.k_proj(normed)
@@ -73,10 +75,17 @@ class ViewEncoder(nn.Module):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the attention within each view [views * patches, width] and its weights [views, heads, patches, patches]."""
-        shape = (self.views, -1, heads, query.shape[1] // heads)
-        query, key, value = (rows.view(shape).transpose(1, 2) for rows in (query, key, value))
-        weights = torch.softmax((query * shape[-1] ** -0.5) @ key.transpose(2, 3), dim=-1)
-        return (weights @ value).transpose(1, 2).flatten(0, 1).flatten(1), weights
+        return attend_within(query, key, value, heads, self.views)
+
+
+def attend_within(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, views: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attention of rows [views * patches, width] within each view, and its weights [views, heads, patches, patches]."""
+    shape = (views, -1, heads, query.shape[1] // heads)
+    query, key, value = (rows.view(shape).transpose(1, 2) for rows in (query, key, value))
+    weights = torch.softmax((query * shape[-1] ** -0.5) @ key.transpose(2, 3), dim=-1)
+    return (weights @ value).transpose(1, 2).flatten(0, 1).flatten(1), weights
 
 
 def patch_linear(convolution: nn.Conv2d) -> nn.Linear:
@@ -121,7 +130,8 @@ class FeatureEncoder(nn.Module):
     `layers`: how many layers run before the features, negative if counted back from the output (-1); the features of a list are
     concatenated. With `signals`, it also returns the attention that each patch receives [views * patches], from the class token or
     averaged over all queries if there is none, and its keys [views * patches, width]. They come from the layer before the last
-    feature, but never from the encoder's last layer. `thinning`: the cuts inside the encoder.
+    feature, but never from the encoder's last layer. `thinning`: the cuts inside the encoder. `left_out`: whether the first patch
+    of each view has no features.
     """
 
     places: torch.Tensor
@@ -134,6 +144,7 @@ class FeatureEncoder(nn.Module):
         *,
         signals: bool = False,
         thinning: EncoderPruning | None = None,
+        left_out: bool = False,
     ) -> None:
         super().__init__()
         depth, chosen = len(tower.encoder.layers), [layers] if isinstance(layers, int) else layers
@@ -147,7 +158,7 @@ class FeatureEncoder(nn.Module):
         self.first = places.shape[1] - embeddings.num_patches  # the class token comes before the patches
         self.register_buffer("places", places, persistent=False)
         signal_layer = max(min(run, depth - 1) - 1, 0) if signals else None
-        rows, layers_run = RowLayout(views, self.first), tower.encoder.layers[:run]
+        rows, layers_run = RowLayout(views, self.first + left_out, left_out=left_out), tower.encoder.layers[:run]
         self.encoder = ViewEncoder(layers_run, rows, features=features, signal_layer=signal_layer, thinning=thinning)
         self.blocks = run
 
@@ -161,9 +172,12 @@ class FeatureEncoder(nn.Module):
 
 
 class ProjectedView(nn.Module):
-    """The encoder and projector: patches [patches, 3 * P * P] to visual tokens [1, V, hidden] and the encoder's other outputs."""
+    """The encoder and projector: patches [patches, 3 * P * P] to visual tokens [1, V, hidden] and the encoder's other outputs.
 
-    def __init__(self, encoder: FeatureEncoder, projector: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    `encoder`: a FeatureEncoder, or a module with its outputs and attributes.
+    """
+
+    def __init__(self, encoder: Any, projector: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.encoder, self.projector, self.takes = encoder, projector, encoder.takes
         self.blocks = encoder.blocks

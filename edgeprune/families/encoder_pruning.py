@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +20,16 @@ from edgeprune.registry import method_class
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The layout of an encoder's rows: view after view, each with `first` rows that are no patch (a class token) and its patches.
+    """The layout of an encoder's rows: view after view, each with `first` rows that make no visual token, and its patches.
 
-    The `merged` patches of a visual token are adjacent.
+    Those rows are class tokens, or patches that the model leaves out (`left_out`). The `merged` patches of a visual token are
+    adjacent.
     """
 
     views: int
     first: int = 0
     merged: int = 1
+    left_out: bool = False
 
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows of patches [views * patches, width]."""
@@ -42,7 +46,41 @@ class RowLayout:
         It comes from the class token, or is averaged over all queries if there is none. It is averaged over heads and over the
         token's patches.
         """
-        return self.means(weights[:, :, : self.first or None, self.first :].mean(dim=(1, 2)).flatten())
+        judges = None if self.left_out else self.first or None
+        return self.means(weights[:, :, :judges, self.first :].mean(dim=(1, 2)).flatten())
+
+    def best(self, scores: torch.Tensor, each: int) -> torch.Tensor:
+        """Return the ascending positions [views * each] of the highest scores [V] of every view."""
+        by_view = scores.view(self.views, -1)
+        best = torch.topk(by_view, each, dim=1).indices
+        return (_ascending(best)[0] + _starts(self.views, by_view.shape[1], best)).flatten()
+
+
+@dataclass(frozen=True)
+class UnequalViews(RowLayout):
+    """The layout of views of different sizes: `tokens` of each view, until a cut leaves every view as many.
+
+    Attention weights come as one tensor for each of `runs`, the lengths of successive views of equal size.
+    """
+
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """How many views there are in each run of equal ones."""
+        return tuple(len(list(run)) for _, run in groupby(self.tokens))
+
+    def received(self, weights: Any) -> torch.Tensor:
+        """Return the attention that each visual token receives [V]."""
+        return torch.cat([super(UnequalViews, self).received(part) for part in weights])
+
+    def best(self, scores: torch.Tensor, each: int) -> torch.Tensor:
+        """Return the ascending positions [views * each] of the highest scores [V] of every view."""
+        if scores.shape[0] != sum(self.tokens):
+            return super().best(scores, each)
+        parts, starts = torch.split(scores, list(self.tokens)), accumulate(self.tokens, initial=0)
+        best = [_ascending(torch.topk(part[None], each, dim=1).indices)[0][0] for part in parts]
+        return torch.cat([positions + start for positions, start in zip(best, starts, strict=False)])
 
 
 @dataclass(frozen=True)
@@ -65,7 +103,7 @@ class TokenSelection:
         return rows.index_select(0, self.chosen)
 
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the kept rows, given an encoder's rows; class tokens are kept."""
+        """Return the kept rows, given an encoder's rows; those that make no token are kept."""
         width, first = rows.shape[1], self.rows.first
         kept = self.tokens(self.rows.patches(rows).reshape(-1, self.rows.merged * width)).reshape(-1, width)
         if not first:
@@ -77,15 +115,15 @@ class TokenSelection:
 class EncoderPruning(nn.Module):
     """The vision cuts of one geometry, keyed by the block before which they act.
 
-    `order` [V]: the index in the image of each visual token, in the order of the encoder. Raises PlanError for a count that does
-    not divide among the views.
+    `order` [V]: the index in the image of each visual token, in the order of the encoder. `views`: how many views the encoder
+    takes, by default those of the geometry. Raises PlanError for a count that does not divide among them.
     """
 
     order: torch.Tensor
 
-    def __init__(self, cuts: Sequence[Cut], geometry: Geometry) -> None:
+    def __init__(self, cuts: Sequence[Cut], geometry: Geometry, views: int | None = None) -> None:
         super().__init__()
-        views = len(geometry.layout)
+        views = len(geometry.layout) if views is None else views
         for cut in cuts:
             if cut.keep % views:
                 raise PlanError(
@@ -104,9 +142,7 @@ class EncoderPruning(nn.Module):
     def pick(self, index: int, living: SurvivingTokens, rows: RowLayout) -> TokenSelection:
         """Return the tokens that the cut before block `index` keeps of the remaining ones."""
         cut, method = self.cuts[index]
-        scores = method.score(living).view(rows.views, -1)
-        best = torch.topk(scores, cut.keep // rows.views, dim=1).indices
-        return TokenSelection((_ascending(best)[0] + _starts(rows.views, scores.shape[1], best)).flatten(), rows)
+        return TokenSelection(rows.best(method.score(living), cut.keep // rows.views), rows)
 
 
 def _ascending(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts, Family, refuse_quantized
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.encoder import SIGLIP, ViewEncoder, check_encoder, check_grid, patch_linear
 from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout
 from edgeprune.families.gemma import gemma3_decoder
@@ -32,8 +32,7 @@ class Gemma3(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, other encoders, bidirectional text, and positions or pooling of another kind."""
-        refuse_quantized(config)
+        """Refuse other encoders, bidirectional text, and positions or pooling of another kind."""
         check_encoder(config, SIGLIP)
         text, side = config.text_config, config.vision_config.image_size // config.vision_config.patch_size
         if text.model_type != "gemma3_text":

@@ -32,7 +32,7 @@ class Idefics2(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights and unsupported text models."""
+        """Refuse unsupported text models."""
         check_text(config)
 
     @staticmethod

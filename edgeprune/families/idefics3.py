@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles of one size in a SigLIP-like encoder, pixel shuffle into fewer tokens, and a Llama decoder.
+"""Idefics3, SmolVLM and SmolVLM2: tiles of one size in a SigLIP-like encoder, pixel shuffle into fewer tokens, and a Llama decoder.
 
 Idefics3: Laurençon et al., arXiv 2408.12637; the modules are those of transformers' models/idefics3/modeling_idefics3.py. A tile is
 completely filled, so its position ids are constants. The text is that of processing_idefics3.py: a tag before each tile, and the
@@ -47,7 +47,7 @@ class Idefics3(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights and unsupported text models."""
+        """Refuse unsupported text models."""
         check_text(config)
 
     @staticmethod

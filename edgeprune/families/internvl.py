@@ -1,7 +1,8 @@
-"""InternVL3: tiles and a thumbnail in InternViT with class tokens, pixel shuffle into fewer tokens, and a Qwen2 decoder.
+"""InternVL3 and 3.5: tiles and a thumbnail in InternViT with class tokens, pixel shuffle, and a Qwen2, Qwen3 or Llama decoder.
 
-Zhu et al., arXiv 2504.10479; the modules are those of transformers' models/internvl/modeling_internvl.py, which is for the "-hf"
-checkpoints. The position table is interpolated to the tile size once, as a constant. The text is that of processing_internvl.py.
+Zhu et al., arXiv 2504.10479, and Wang et al., arXiv 2508.18265; the modules are those of transformers'
+models/internvl/modeling_internvl.py, which is for the "-hf" checkpoints. The position table is interpolated to the tile size once,
+as a constant. The text is that of processing_internvl.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class InternVL(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and features other than the encoder's last."""
+        """Refuse unsupported encoders and decoders, and features other than the encoder's last."""
         check_text(config)
         vision = config.vision_config
         if vision.model_type != "internvl_vision":
@@ -119,7 +120,7 @@ class TileTower(nn.Module):
 class ScaledEncoder(ViewEncoder):
     """InternViT's layers: queries and keys may be normalized, and residual branches are scaled per channel."""
 
-    def layer(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def layer(self, layer: Any, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the output of one layer, its attention weights and its keys."""
         attn, normed = layer.attention, layer.layernorm_before(hidden)
         keys = attn.k_norm(attn.k_proj(normed))

@@ -1,11 +1,15 @@
-"""LLaVA-OneVision: an overview and tiles in SigLIP, packed into one grid with newlines, and a Qwen2 decoder; also videos.
+"""LLaVA-NeXT and LLaVA-OneVision: an overview and tiles, packed into one grid with newlines, and a plain text decoder.
 
-Li et al., arXiv 2408.03326; the modules are those of transformers' models/llava_onevision/modeling_llava_onevision.py. Joining the
-tiles, removing padding bars, shrinking the grid by bilinear interpolation (for a video, pooling every frame) and adding newlines
-depend on the geometry alone. One gather of at most four patches per token and a weighted sum do all of it.
+LLaVA-NeXT (1.6): Liu et al., llava-vl.github.io/blog/2024-01-30-llava-next; the modules are those of transformers'
+models/llava_next/modeling_llava_next.py. It has CLIP or SigLIP, and a Vicuna, Mistral, Llama 3 or Qwen decoder. Joining the tiles,
+removing padding bars and adding newlines depend on the geometry alone: one gather does all of it.
 
-Departure: every image has tiles; for a prompt with several images, transformers' processor has an option for overviews only. A
-newline has no place in the image, so its signals are zero.
+LLaVA-OneVision: Li et al., arXiv 2408.03326; the modules are those of models/llava_onevision/modeling_llava_onevision.py. It has
+SigLIP and a Qwen2 decoder, and takes videos. It shrinks large grids by bilinear interpolation and pools the frames of a video: one
+gather of at most four patches per token and a weighted sum.
+
+Departure: every image has tiles; for a prompt with several images, LLaVA-OneVision's processor in transformers has an option for
+overviews only. A newline has no place in the image, so its signals are zero.
 """
 
 from __future__ import annotations
@@ -19,23 +23,21 @@ from transformers.image_processing_utils import select_best_resolution
 
 from edgeprune.bundle import ImageText
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
-from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, check_grid, check_selection
+from edgeprune.families.encoder import CLIP, SIGLIP, FeatureEncoder, check_encoder, check_grid, check_selection
 from edgeprune.plan import Cut, Geometry, View
 
 
-class LlavaOneVision(Family):
-    """The family of LlavaOnevisionForConditionalGeneration."""
+class LlavaNext(Family):
+    """The family of LlavaNextForConditionalGeneration."""
 
-    name = "llava_onevision"
-    several_as_one = False
-    no_encoder_cuts_reason = "a token is woven of up to four patches of several tiles, which would have to stay together"
-    videos = True
+    name = "llava_next"
+    no_encoder_cuts_reason = "newlines are no patches and patches under bars are no tokens, so tiles differ in their tokens"
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights, unsupported encoders and decoders, and fewer features than patches."""
+        """Refuse unsupported encoders and decoders, and features with a class token or without a patch."""
         check_text(config)
-        check_encoder(config, SIGLIP)
+        check_encoder(config, CLIP, SIGLIP)
         check_selection(config)
 
     @staticmethod
@@ -45,7 +47,6 @@ class LlavaOneVision(Family):
         return {
             **processor,
             "patch_size": config.vision_config.patch_size,
-            "vision_aspect_ratio": config.vision_aspect_ratio,
             "image_grid_pinpoints": pinpoints if size is None else [list(select_best_resolution(size, pinpoints))],
         }
 
@@ -55,13 +56,33 @@ class LlavaOneVision(Family):
         return ImageText(kind, f"<{kind}>", f"<{kind}>", getattr(self._model.config, f"{kind}_token_id"))
 
     def vision(self, geometry: Geometry, *, signals: bool = False, cuts: Sequence[Cut] = ()) -> nn.Module:
-        """Return the encoder, projector and packing; signals come from the penultimate layer."""
+        """Return the encoder, projector and packing; signals come from the layer before the features."""
         del cuts  # this family supports none
         return PackedTower(self._model.model, geometry, signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
         return text_decoder(self._model.model.language_model, self._model.lm_head)
+
+
+class LlavaOneVision(LlavaNext):
+    """The family of LlavaOnevisionForConditionalGeneration."""
+
+    name = "llava_onevision"
+    several_as_one = False
+    no_encoder_cuts_reason = "a token is woven of up to four patches of several tiles, which would have to stay together"
+    videos = True
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Refuse unsupported encoders and decoders, and fewer features than patches."""
+        check_encoder(config, SIGLIP)
+        LlavaNext.check(config)
+
+    @staticmethod
+    def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return LLaVA-NeXT's settings and the limit of the packed grid."""
+        return LlavaNext.settings(config, processor, size) | {"vision_aspect_ratio": config.vision_aspect_ratio}
 
 
 class PackedTower(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts, Family, refuse_quantized, text_decoder
+from edgeprune.families.base import DecoderParts, Family, text_decoder
 from edgeprune.families.encoder import SIGLIP, FeatureEncoder, check_encoder, projected_view
 from edgeprune.families.encoder_pruning import EncoderPruning
 from edgeprune.families.gemma import gemma2_decoder
@@ -49,8 +49,7 @@ class PaliGemma(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse quantized weights and unsupported encoders and decoders."""
-        refuse_quantized(config)
+        """Refuse unsupported encoders and decoders."""
         check_encoder(config, SIGLIP)
         text = config.text_config.model_type
         if text not in _DECODERS:

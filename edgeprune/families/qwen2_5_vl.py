@@ -1,9 +1,9 @@
-"""Qwen2.5-VL: Qwen2-VL's decoder, and a vision tower with window attention in most blocks.
+"""Qwen2.5-VL and Cosmos-Reason1: Qwen2-VL's decoder, and a vision tower with window attention in most blocks.
 
 Bai et al., arXiv 2502.13923; the modules are those of transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py. A bundle's image has
 one fixed grid, so the windows are constants. Patches are ordered by window once, and windows of equal size attend in one batch.
 There are at most four sizes: inner windows, and those cut by the right edge, the bottom edge and the corner. Windows lie within a
-frame, and all frames of a video have the same windows.
+frame, and all frames of a video have the same windows. Cosmos-Reason1 (NVIDIA, arXiv 2503.15558) has the same modules.
 """
 
 from __future__ import annotations

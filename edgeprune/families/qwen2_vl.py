@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb,
 
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import DecoderParts, Family, refuse_quantized
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout, SurvivingTokens
 from edgeprune.plan import Cut, Geometry
 
@@ -32,12 +32,11 @@ class Qwen2VL(Family):
 
     @staticmethod
     def check(config: Any) -> None:
-        """Refuse sliding windows, rotary positions that depend on the length, and quantized weights."""
+        """Refuse sliding windows, and rotary positions that depend on the length."""
         if any(kind != "full_attention" for kind in getattr(config.text_config, "layer_types", None) or ()):
             raise UnsupportedModelError("This model uses sliding-window attention, which is not supported.")
         if (rope := config.text_config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
             raise UnsupportedModelError(f"This model's {rope!r} rotary positions depend on the length, which is not supported.")
-        refuse_quantized(config)
 
     @staticmethod
     def settings(config: Any, processor: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Qwen3-VL: a learned position table and DeepStack in the vision tower, interleaved mRoPE and normalized heads in the decoder.
+"""Qwen3-VL and Cosmos-Reason2: a learned position table, DeepStack, interleaved mRoPE, and normalized heads in the decoder.
 
-Bai et al., arXiv 2511.21631; the modules are those of transformers' models/qwen3_vl/modeling_qwen3_vl.py. For one fixed grid the
-interpolated position table is a constant. DeepStack (Meng et al., arXiv 2406.04334): separate mergers turn the outputs of some
-blocks into planes beside the visual tokens, which the first decoder layers add. Every frame of a video follows its timestamp, as in
-transformers 4.57, where the frames replace the markers that the chat template writes around a video; 5.23 leaves these markers
-around all frames.
+Bai et al., arXiv 2511.21631; the modules are those of transformers' models/qwen3_vl/modeling_qwen3_vl.py, also for Cosmos-Reason2.
+For one fixed grid the interpolated position table is a constant. DeepStack (Meng et al., arXiv 2406.04334): separate mergers turn
+the outputs of some blocks into planes beside the visual tokens, which the first decoder layers add. Every frame of a video follows
+its timestamp, as in transformers 4.57, where the frames replace the markers that the chat template writes around a video; 5.23
+leaves these markers around all frames.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class DeepTower(VisionTower):
         )
         places = (tower.pos_embed(table) * weights[:, :, None]).sum(dim=1).detach()
         self.register_buffer("places", places, persistent=False)  # [patches of a frame, hidden]
-        self.deep = sorted(tower.deepstack_visual_indexes)
-        order = [list(tower.deepstack_visual_indexes).index(block) for block in self.deep]
-        self.mergers = nn.ModuleList([*(tower.deepstack_merger_list[index] for index in order), tower.merger])
+        blocks = list(getattr(tower, "deepstack_visual_indexes", ()))  # Qwen3.5 has none
+        self.deep = sorted(blocks)
+        self.mergers = nn.ModuleList([*(tower.deepstack_merger_list[blocks.index(block)] for block in self.deep), tower.merger])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the visual tokens of one image or video with their planes, the signals, and the indices that each cut kept."""

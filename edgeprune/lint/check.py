@@ -39,6 +39,7 @@ TENSORRT_RULES: tuple[Rule, ...] = (
     arguments.odd_einsum,
     arguments.refused_attributes,
     operators.partial_attention,
+    operators.quantized_weights_beside_loops,
     shapes.uneven_branches,
     shapes.growing_loops,
     shapes.open_loops,

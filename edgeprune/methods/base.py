@@ -88,7 +88,11 @@ class LayerView:
 
 
 class Method(Protocol):
-    """A pruning method. `sites`: where it can act. `needs`: signals of the vision encoder that it requires."""
+    """A pruning method. `sites`: where it can act. `needs`: signals of the vision encoder that it requires.
+
+    `attention`: whose attention a layer cut ranks by, for decoders that have it in some layers only: that of the "previous" layer
+    (the default), of the "next" one, or "" for none.
+    """
 
     sites: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]
@@ -100,6 +104,7 @@ class Scored:
     """A method that scores every token and keeps the highest scores."""
 
     needs: ClassVar[tuple[str, ...]] = ()
+    attention: ClassVar[str] = "previous"
 
     def score(self, view: Any) -> torch.Tensor:
         """Return one score per visual token [V]."""

@@ -22,6 +22,7 @@ class PyramidDrop(Scored):
     """Keep the tokens with the highest head-mean attention in the next layer."""
 
     sites: ClassVar[tuple[str, ...]] = ("layer",)
+    attention: ClassVar[str] = "next"
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry

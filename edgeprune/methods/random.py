@@ -20,6 +20,7 @@ class Random(Scored):
     """Keep the highest ranks of a seeded permutation of the image's tokens."""
 
     sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer", "cache")
+    attention: ClassVar[str] = ""
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         cut.settings()

@@ -21,6 +21,7 @@ class Uniform(Scored):
     """Keep the first tokens of a farthest-point order of the grid."""
 
     sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer", "cache")
+    attention: ClassVar[str] = ""
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         cut.settings()  # the ranking has no parameters

@@ -21,6 +21,7 @@ class VTW(Scored):
     """Keep no visual token."""
 
     sites: ClassVar[tuple[str, ...]] = ("layer",)
+    attention: ClassVar[str] = ""
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry

@@ -66,13 +66,14 @@ class TokenRows:
     """The S tokens between two layers: prefix, visual tokens, suffix."""
 
     hidden: torch.Tensor  # [S, hidden]
-    cos: torch.Tensor  # [S, head_dim], or [S, 2 * head_dim]: layers with a window have the second half
+    cos: torch.Tensor  # [S, head_dim] or a first part of it, or [S, 2 * head_dim]: layers with a window have the second half
     sin: torch.Tensor  # as cos
     places: torch.Tensor  # [S] in the sequence
     reach: torch.Tensor  # [S]: a token attends to those whose place is not beyond
     planes: torch.Tensor | None  # [S, planes * hidden] added after the first layers, 0 for text
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
+    query_scale: torch.Tensor | None = None  # [S, 1] of the queries, by position; None for 1
 
     def keep(self, chosen: torch.Tensor) -> TokenRows:
         """Return the tokens with only the visual tokens at the positions `chosen` [K]."""
@@ -80,7 +81,9 @@ class TokenRows:
         names = ("hidden", "cos", "sin", "places", "reach")
         rows = {name: self._pick(getattr(self, name), chosen) for name in names}
         planes = None if self.planes is None else self._pick(self.planes, chosen)
-        return TokenRows(**rows, planes=planes, order=self.order.index_select(0, chosen), sizes=sizes)
+        scale = None if self.query_scale is None else self._pick(self.query_scale, chosen)
+        order = self.order.index_select(0, chosen)
+        return TokenRows(**rows, planes=planes, order=order, sizes=sizes, query_scale=scale)
 
     def _pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         before, visual, after = self.split(rows)
@@ -209,23 +212,24 @@ def attend(
 
     Products are computed in the type of the cache, the rest in that of `hidden`. `fused` uses one operator each for attention and
     rotation (Attention and RotaryEmbedding of opset 23), over joined keys. TensorRT has kernels for Attention in half precision
-    with head_dim 16 or more; with a soft cap, or a mask for each head, attention stays decomposed. It is blocked if the mask has
-    `in_row`.
+    with head_dim 16 or more; with a soft cap, or a mask for each head, attention stays decomposed. So it does in a graph with
+    loops, where NVIDIA's builder fails on the operator (TensorRT-RTX 1.7.1). It is blocked if the mask has `in_row`.
     """
-    query, key = rotated(attn, shape, hidden, tokens, fused=fused)
+    query, key, gate = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
     by_head = [rows.transpose(0, 1) for rows in keys]
     scores = Scores(query, by_head, mask, shape.softcap)
-    fits = shape.head_dim >= _SMALLEST_HEAD and shape.softcap is None and mask.visible.ndim == 2
+    fits = shape.head_dim >= _SMALLEST_HEAD and shape.softcap is None and mask.visible.ndim == 2 and not shape.loops
     use_fused = fused and query.dtype is torch.float16 and fits
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
         values_by_head = [rows.transpose(0, 1) for rows in values]
         mixed = _fused(query, by_head, values_by_head, mask) if use_fused else _mixed(scores, query, values_by_head)
-    output = attn.o_proj(mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype))
+    output = mixed.permute(2, 0, 1, 3).flatten(1).to(hidden.dtype)
+    output = attn.o_proj(output if gate is None else output * gate.sigmoid())
     ranked = scores if mask.whole is None else scores.under(mask.whole)
     place = None if cache.place is None else tokens.places[:, None]
     return AttentionOutput(output, NewKv(key, value, place), ranked, tokens.sizes)
@@ -251,15 +255,23 @@ def _fused(query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[t
 
 def rotated(
     attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: TokenRows, *, fused: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both with rotary positions."""
-    length, group = hidden.shape[0], shape.heads // shape.kv_heads
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both with rotary positions.
+
+    The third result is the gate [S, heads * head_dim] of the output, None without one.
+    """
+    length, group, gate = hidden.shape[0], shape.heads // shape.kv_heads, None
     rotate = _rotate_fused if fused else _rotate
-    query = _normed(attn, "q_norm", attn.q_proj(hidden).view(length, shape.heads, shape.head_dim))
+    query = attn.q_proj(hidden)
+    if shape.gated:
+        query, gate = query.view(length, shape.heads, 2 * shape.head_dim).chunk(2, dim=2)
+        gate = gate.flatten(1)
+    query = _normed(attn, "q_norm", query.reshape(length, shape.heads, shape.head_dim))
     key = _normed(attn, "k_norm", attn.k_proj(hidden).view(length, shape.kv_heads, shape.head_dim))
     angles = [_angles(attn, rows, shape.head_dim) for rows in (tokens.cos, tokens.sin)]
-    query, key = (rotate(states, *angles) for states in (query, key))
-    return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * attn.scaling, key
+    query, key = (_in_part(rotate, states, *angles) for states in (query, key))
+    query = query if tokens.query_scale is None else query * tokens.query_scale[:, None]
+    return query.view(length, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3) * attn.scaling, key, gate
 
 
 def softcapped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -279,6 +291,12 @@ def places_of(positions: torch.Tensor, *, bidirectional: bool = False) -> tuple[
     if positions.shape[0] == 3:
         places = places * _ROWS + torch.arange(positions.shape[1], device=positions.device)
     return places, positions[1] if positions.shape[0] == 2 else places
+
+
+def sequence_order(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows [S] in the order of the sequence and the rank [S] of each row in it, given different `places` [S]."""
+    ranks = torch.where(places[None] < places[:, None], 1.0, 0.0).sum(dim=1).long()
+    return torch.zeros_like(ranks).scatter(0, ranks, torch.arange(ranks.shape[0], device=ranks.device)), ranks
 
 
 def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
@@ -310,13 +328,20 @@ def windowed_mask(whole: Mask, tokens: TokenRows, cache: LayerCache, window: int
 
 def _angles(attn: Any, rows: torch.Tensor, width: int) -> torch.Tensor:
     # The cosines or sines [S, width] of a layer.
-    return rows if rows.shape[1] == width else rows[:, width:] if attn.local else rows[:, :width]
+    return rows if rows.shape[1] <= width else rows[:, width:] if attn.local else rows[:, :width]
 
 
 def _normed(attn: Any, name: str, states: torch.Tensor) -> torch.Tensor:
     # Some families normalize the queries and keys of each head.
     norm = getattr(attn, name, None)
     return states if norm is None else norm(states)
+
+
+def _in_part(rotate: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    # Some families rotate only the first part of each head.
+    width = cos.shape[1]
+    turned: torch.Tensor = rotate(states[..., :width], cos, sin) if width < states.shape[2] else rotate(states, cos, sin)
+    return turned if width == states.shape[2] else torch.cat([turned, states[..., width:]], dim=2)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The KV cache of a layer, with separate tensors for text and visual tokens, and the rows that one step adds to it.
 
+A layer without attention has states of fixed size in its place, which a step replaces.
+
 A step returns only its new rows, and the owner of the caches appends them: no growing tensor is copied. Visual tokens have caches
 of their own, so that a prefix of them can be read.
 
@@ -28,6 +30,18 @@ class NewKv:
 
 
 @dataclass(frozen=True)
+class LayerStates:
+    """The states of one layer without attention, float32, in the order of its shapes in DecoderParts."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+    def append(self, rows: NewKv | LayerStates, before: int, after: int) -> LayerStates:
+        """Return the states after a step, which are among its rows."""
+        assert isinstance(rows, LayerStates)
+        return rows
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim].
 
@@ -41,8 +55,9 @@ class LayerCache:
     place: torch.Tensor | None = None
     visual_place: torch.Tensor | None = None
 
-    def append(self, rows: NewKv, before: int, after: int) -> LayerCache:
+    def append(self, rows: NewKv | LayerStates, before: int, after: int) -> LayerCache:
         """Return the cache with the rows of a step appended; its prefix has `before` tokens and its suffix `after`."""
+        assert isinstance(rows, NewKv)
         end = rows.key.shape[0] - after
         pairs = [(self.key, self.visual_key, rows.key), (self.value, self.visual_value, rows.value)]
         if self.place is not None and self.visual_place is not None and rows.place is not None:
@@ -52,26 +67,37 @@ class LayerCache:
         return LayerCache(*texts[:2], *images[:2], *texts[2:], *images[2:])
 
 
-def caches_of(flat: Sequence[torch.Tensor], holders: Mapping[int, int]) -> list[LayerCache]:
-    """Return the caches of a flat sequence: key and value of each layer and places for text, then the same for visual tokens.
+def caches_of(
+    flat: Sequence[torch.Tensor], holders: Mapping[int, int], states: Mapping[int, int]
+) -> list[LayerCache | LayerStates]:
+    """Return the caches of a flat sequence.
 
-    `holders`: for each layer with a window, the layer that holds its places (`KeepPlan.place_layers`).
+    It has key and value of each layer with attention and places for text, then the same for visual tokens, then states. `holders`:
+    for each layer with a window, the layer that holds its places (`KeepPlan.place_layers`). `states`: for each layer without
+    attention, the number of its states.
     """
-    half, held = len(flat) // 2, sorted(set(holders.values()))
-    text, visual = flat[:half], flat[half:]
+    half, held = (len(flat) - sum(states.values())) // 2, sorted(set(holders.values()))
+    text, visual, rest = flat[:half], flat[half : 2 * half], iter(flat[2 * half :])
     first = half - len(held)
     places = {layer: first + held.index(holder) for layer, holder in holders.items()}
-    return [
-        LayerCache(
-            *text[2 * layer : 2 * layer + 2],
-            *visual[2 * layer : 2 * layer + 2],
-            *((text[places[layer]], visual[places[layer]]) if layer in places else ()),
-        )
-        for layer in range(first // 2)
-    ]
+    pairs, caches = iter(range(0, first, 2)), list[LayerCache | LayerStates]()
+    for layer in range(first // 2 + len(states)):
+        if layer in states:
+            caches.append(LayerStates(tuple(next(rest) for _ in range(states[layer]))))
+            continue
+        pair = slice(begin := next(pairs), begin + 2)
+        place = (text[places[layer]], visual[places[layer]]) if layer in places else ()
+        caches.append(LayerCache(*text[pair], *visual[pair], *place))
+    return caches
 
 
-def flat_rows(rows: Sequence[NewKv], holders: Mapping[int, int]) -> tuple[torch.Tensor, ...]:
-    """Return the rows as a flat sequence: key and value of each layer, then places; `holders` as in `caches_of`."""
-    places = [rows[layer].place for layer in sorted(set(holders.values()))]
-    return (*(part for layer in rows for part in (layer.key, layer.value)), *(place for place in places if place is not None))
+def flat_rows(rows: Sequence[NewKv | LayerStates], holders: Mapping[int, int]) -> tuple[torch.Tensor, ...]:
+    """Return the rows as a flat sequence: key and value of each layer with attention, then places; as in `caches_of`."""
+    pairs = [part for layer in rows if isinstance(layer, NewKv) for part in (layer.key, layer.value)]
+    places = [rows[layer].place for layer in sorted(set(holders.values()))]  # type: ignore[union-attr]  # it has attention
+    return (*pairs, *(place for place in places if place is not None))
+
+
+def flat_states(rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
+    """Return the states as a flat sequence, layer by layer."""
+    return tuple(state for layer in rows if isinstance(layer, LayerStates) for state in layer.tensors)

@@ -27,10 +27,11 @@ from edgeprune.model.attention import (
     causal_mask,
     places_of,
     rotated,
+    sequence_order,
     softcapped,
     windowed_mask,
 )
-from edgeprune.model.cache import LayerCache, NewKv, caches_of, flat_rows
+from edgeprune.model.cache import LayerCache, LayerStates, NewKv, caches_of, flat_rows, flat_states
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.tiers import budgets, cache_group, tokens_at_layer
 from edgeprune.registry import method_class
@@ -50,16 +51,21 @@ class Segment:
 class StepOutput:
     """The output of one forward pass.
 
-    `logits` [1, n, vocabulary]: of the last token, or of all n tokens of the suffix. `rows`: the new KV rows of each layer.
-    `kept`: for each layer and cache cut, in plan order, the kept indices in the image, [K] or [kv heads, K]. `split` [layers, 4],
-    if text groups were given: the shares of the last token's attention to the system prompt, the image, the instruction and
-    generated text, averaged over heads.
+    `logits` [1, n, vocabulary]: of the last token, or of all n tokens of the suffix. `rows`: the new KV rows of each layer, or
+    its new states. `kept`: for each layer and cache cut, in plan order, the kept indices in the image, [K] or [kv heads, K].
+    `split` [layers, 4], if text groups were given: the shares of the last token's attention to the system prompt, the image, the
+    instruction and generated text, averaged over heads.
     """
 
     logits: torch.Tensor
-    rows: tuple[NewKv, ...]
+    rows: tuple[NewKv | LayerStates, ...]
     kept: tuple[torch.Tensor, ...]
     split: torch.Tensor | None
+
+    @property
+    def kv_rows(self) -> tuple[NewKv, ...]:
+        """The new KV rows of the layers with attention."""
+        return tuple(rows for rows in self.rows if isinstance(rows, NewKv))
 
 
 class PrunedDecoder(nn.Module):
@@ -88,30 +94,36 @@ class PrunedDecoder(nn.Module):
         self.cache_cuts = {c.layer: (c, method_class(c.method)(c, plan.geometry)) for c in plan.cache_cuts}
         self._budgets = {str(c): budgets(self._plans, c) for c in (*plan.layer_cuts, *plan.cache_cuts)}
 
-    def empty_caches(self) -> tuple[LayerCache, ...]:
-        """Return one cache per layer that holds only its null rows."""
+    def empty_caches(self) -> tuple[LayerCache | LayerStates, ...]:
+        """Return one cache per layer that holds only its null rows, or states of zeros."""
         null = next(self.parameters()).new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
         place = torch.zeros(1, 1, dtype=torch.int64, device=null.device)
         heads = partial(place_heads, self.plan, kv_heads=self.shape.kv_heads)
         return tuple(
-            LayerCache(null, null, null, null, *([place.expand(1, heads(layer))] * 2 if layer in self.places else ()))
+            LayerStates(tuple(null.new_zeros(shape) for shape in self.shape.states[layer]))
+            if layer in self.shape.states
+            else LayerCache(null, null, null, null, *([place.expand(1, heads(layer))] * 2 if layer in self.places else ()))
             for layer in range(len(self.layers))
         )
 
-    def caches(self, flat: Sequence[torch.Tensor]) -> list[LayerCache]:
+    def caches(self, flat: Sequence[torch.Tensor]) -> list[LayerCache | LayerStates]:
         """Return the caches of a flat sequence in the order of the graph's inputs."""
-        return caches_of(flat, self.places)
+        return caches_of(flat, self.places, {layer: len(shapes) for layer, shapes in self.shape.states.items()})
 
-    def flat_rows(self, rows: Sequence[NewKv]) -> tuple[torch.Tensor, ...]:
+    def flat_rows(self, rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
         """Return the rows of a step in the order of the graph's outputs."""
         return flat_rows(rows, self.places)
+
+    def flat_states(self, rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
+        """Return the states after a step in the order of the graph's outputs."""
+        return flat_states(rows)
 
     def forward(
         self,
         prefix: Segment,
         visual: Segment,
         suffix: Segment,
-        caches: Sequence[LayerCache],
+        caches: Sequence[LayerCache | LayerStates],
         order: torch.Tensor | None = None,
         *,
         tier: torch.Tensor | None = None,
@@ -125,14 +137,15 @@ class PrunedDecoder(nn.Module):
         `order` [V]: indices of the visual tokens in the image, by default all of them. `tier`: a marker whose length selects the
         budgets, 1 (the default) for the plan, 2 for the first of `lower_tiers`, and so on. `text_groups` [text, 3]: one-hot group
         (system, instruction, generated) of each text key, cached and new. `probe(layer, view)` is called after the attention of
-        each layer. `hide`, one per layer [S, K]: added to the scores of the last K cached visual tokens. `every_logit`: return
-        the logits of the whole suffix, which is an answer: its tokens are causal in every family.
+        each layer that has it. `hide`, one per layer [S, K]: added to the scores of the last K cached visual tokens.
+        `every_logit`: return the logits of the whole suffix, which is an answer: its tokens are causal in every family.
         """
         mutual = self.shape.bidirectional and not every_logit
         tokens = self._join((prefix, visual, suffix), order, mutual)
         embeds = tokens.split(tokens.hidden)[1:]
-        rows, kept, splits = [], dict[str, torch.Tensor](), []
+        rows, kept, splits = list[NewKv | LayerStates](), dict[str, torch.Tensor](), []
         masks: dict[Any, Mask] = {}
+        orders: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         attended: AttentionOutput | None = None
         for index, layer in enumerate(self._layers()):
             if index in self.layer_cuts:
@@ -140,17 +153,22 @@ class PrunedDecoder(nn.Module):
                 view = self._view(tokens, attended, embeds, layer)
                 chosen = method.select(view, self._keep(cut, tier))
                 tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
-                kept[str(cut)] = tokens.order
-            mask = self._mask(index, tokens, caches[index], masks, mutual)
-            mask = mask if hide is None else mask.hide(hide[index])
-            hidden = layer.input_layernorm(tokens.hidden)
-            attended = attend(layer.self_attn, self.shape, hidden, tokens, caches[index], mask, fused=self.fused)
-            if probe is not None:
-                probe(index, self._view(tokens, attended, embeds, None))
-            rows.append(self._cut_rows(index, tokens, attended, embeds, kept, tier))
-            if text_groups is not None:
-                splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
-            hidden = tokens.hidden + attended.output
+                kept[str(cut)], attended = tokens.order, None
+            hidden, cache = layer.input_layernorm(tokens.hidden), caches[index]
+            if isinstance(cache, LayerStates):
+                mixed, states = self._mix(index, layer, hidden, tokens, cache, orders)
+                rows.append(states)
+            else:
+                mask = self._mask(index, tokens, cache, masks, mutual)
+                mask = mask if hide is None else mask.hide(hide[index])
+                attended = attend(layer.self_attn, self.shape, hidden, tokens, cache, mask, fused=self.fused)
+                if probe is not None:
+                    probe(index, self._view(tokens, attended, embeds, None))
+                rows.append(self._cut_rows(index, tokens, attended, embeds, kept, tier))
+                if text_groups is not None:
+                    splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
+                mixed = attended.output
+            hidden = tokens.hidden + mixed
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             tokens = tokens.with_hidden(self._with_plane(index, hidden, tokens))
         last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
@@ -170,13 +188,25 @@ class PrunedDecoder(nn.Module):
         sizes = (segments[0].embeds.shape[1], segments[1].embeds.shape[1], segments[2].embeds.shape[1])
         order = torch.arange(sizes[1], device=hidden.device) if order is None else order
         places, reach = places_of(positions, bidirectional=mutual)
-        return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes)
+        scale = None if self.shape.query_scale is None else self.shape.query_scale(positions)
+        return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes, scale)
 
     def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
         # DeepStack: features of the encoder's earlier blocks are added after the first layers.
         if tokens.planes is None or index >= self.shape.planes:
             return hidden
         return hidden + tokens.planes[:, index * self.shape.hidden : (index + 1) * self.shape.hidden]
+
+    def _mix(
+        self, index: int, layer: Any, hidden: torch.Tensor, tokens: TokenRows, cache: LayerStates, orders: dict[Any, Any]
+    ) -> tuple[torch.Tensor, LayerStates]:
+        # A layer without attention takes its rows in the order of the sequence. Dropped tokens do not enter its states.
+        stage = tokens_at_layer(self._plans, index)
+        if stage not in orders:
+            orders[stage] = sequence_order(tokens.places)
+        order, ranks = orders[stage]
+        mixed, *states = layer.mixer(hidden.index_select(0, order), *cache.tensors)
+        return mixed.index_select(0, ranks), LayerStates(tuple(states))
 
     def _mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask], mutual: bool) -> Mask:
         # Layers with equally many new and cached visual tokens share a mask. `mutual`: all new tokens attend to each other.
@@ -225,15 +255,16 @@ class PrunedDecoder(nn.Module):
         return NewKv(key, value, place)
 
     def _view(self, tokens: TokenRows, attended: AttentionOutput | None, embeds: Any, next_layer: Any) -> LayerView:
-        assert attended is not None  # plans are validated: no layer cut acts before layer 0
         before, visual = tokens.sizes[:2]
 
         def next_attention() -> torch.Tensor:
-            query, key = rotated(next_layer.self_attn, self.shape, next_layer.input_layernorm(tokens.hidden), tokens)
+            query, key, _ = rotated(next_layer.self_attn, self.shape, next_layer.input_layernorm(tokens.hidden), tokens)
             scores = softcapped(query[:, :, -1] @ key.permute(1, 2, 0), self.shape.softcap)
             row = torch.softmax(scores, dim=-1).flatten(0, 1)
             return torch.split(row, list(tokens.sizes), dim=1)[1]
 
+        if attended is None:  # no layer has attended to these tokens, and plans are validated: the method does not ask for it
+            return LayerView(tokens.order, self.shape.kv_heads, next_attention=next_attention, embeds=lambda: embeds)
         return LayerView(
             tokens.order,
             self.shape.kv_heads,

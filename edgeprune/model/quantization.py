@@ -24,6 +24,7 @@ BLOCK = 128  # inputs that share an int4 scale
 _LARGEST = {"int8": 127, "int4": 7}
 _CLIPS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
 
+_TAKEN = "taken"  # weights that are in the checkpoint as the lowering holds them
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -94,12 +95,19 @@ def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> 
         for part, module in modules:
             for matrix in module.modules():
                 if isinstance(matrix, nn.Linear):
-                    kind = kind_for(matrix.in_features, lowering.weights_of(part))
-                    changes.enter_context(_lowered(matrix, kind, _TYPES[lowering.products]))
+                    own = _own_kind(matrix, lowering, part)
+                    kind = own or kind_for(matrix.in_features, lowering.weights_of(part))
+                    changes.enter_context(_lowered(matrix, _TAKEN if own else kind, _TYPES[lowering.products]))
                     if kind == "int8" and lowering.rounds(kind):
                         changes.enter_context(_rounded(matrix, normed))
         changes.enter_context(_lowered(parts.embed_tokens, lowering.weights_of("embedding"), torch.float32))
         yield
+
+
+def _own_kind(matrix: nn.Linear, lowering: Lowering, part: str) -> str | None:
+    # Layers of a quantized checkpoint know what of a lowering holds their own integers (edgeprune/checkpoint/packed.py).
+    own_kind = getattr(getattr(matrix.weight, "stored", None), "own_kind", None)
+    return own_kind and own_kind(lowering, part)
 
 
 @contextmanager
@@ -141,7 +149,7 @@ def _lowered(module: Any, kind: str, products: torch.dtype) -> Iterator[None]:
     with torch.no_grad():
         if kind in ("int8", "int4"):
             module.weight = nn.Parameter(quantize(weight, kind, products).restored().to(products).float())
-        elif kind == "fp16":
+        elif kind == "fp16" or (kind == _TAKEN and products is torch.float16):
             module.weight = nn.Parameter(weight.half().float())
     hooks = []
     if products is torch.float16:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgeprune.io.typed_json import from_json
@@ -33,6 +33,11 @@ class View:
     def tokens(self) -> int:
         """Visual tokens of the view, separators included."""
         return self.rows * (self.columns + self.separators)
+
+    def split(self) -> tuple[View, ...]:
+        """Return the rows of the view, each as a view."""
+        height = self.height // max(self.rows, 1)
+        return tuple(replace(self, top=self.top + row * height, height=height, rows=1) for row in range(self.rows))
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,16 @@ class Geometry:
     def tokens(self) -> int:
         """Visual tokens of one image, or of one video."""
         return sum(view.tokens for view in self.layout)
+
+    def spans(self, count: int) -> tuple[tuple[View, ...], ...] | None:
+        """Return the views that stand at each of `count` places of an image in a prompt, with text between them.
+
+        All views stand at one place, or each view at its own, or each row of every view. Returns None for any other count.
+        """
+        rows = [row for view in self.layout for row in view.split()]
+        if count == 1:
+            return (self.layout,)
+        return next((tuple((view,) for view in views) for views in (self.layout, rows) if count == len(views)), None)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Geometry:

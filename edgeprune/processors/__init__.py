@@ -21,8 +21,10 @@ _SPECS: dict[str, str] = {
     **dict.fromkeys(_SQUARES, "square:SquareSpec"),
     **dict.fromkeys(variants("Idefics2ImageProcessor"), "idefics:Idefics2Spec"),
     **dict.fromkeys(variants("Idefics3ImageProcessor", "SmolVLMImageProcessor"), "idefics:Idefics3Spec"),
-    **dict.fromkeys(variants("LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
+    **dict.fromkeys(variants("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"), "tiling:AnyResSpec"),
     **dict.fromkeys(variants("GotOcr2ImageProcessor"), "tiling:TileSpec"),
+    **dict.fromkeys(variants("PixtralImageProcessor"), "pixtral:PixtralSpec"),
+    **dict.fromkeys(variants("Lfm2VlImageProcessor"), "lfm2_vl:NaflexSpec"),
 }
 
 # By model_type: the class that transformers takes where the settings name none.
@@ -31,11 +33,15 @@ _BY_FAMILY = {
     "idefics2": "Idefics2ImageProcessor",
     "idefics3": "Idefics3ImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
+    "lfm2_vl": "Lfm2VlImageProcessor",
     "llava": "LlavaImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
     "llava_onevision": "LlavaOnevisionImageProcessor",
+    "mistral3": "PixtralImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "qwen2_5_vl": "Qwen2VLImageProcessor",
     "qwen2_vl": "Qwen2VLImageProcessor",
+    "qwen3_5": "Qwen2VLImageProcessor",
     "qwen3_vl": "Qwen2VLImageProcessor",
     "smolvlm": "SmolVLMImageProcessor",
     "vipllava": "CLIPImageProcessor",

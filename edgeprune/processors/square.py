@@ -5,6 +5,8 @@ models/siglip/image_processing_pil_siglip.py and models/gemma3/image_processing_
 models/llava/image_processing_pil_llava.py (as CLIP, optionally after padding to a square with bars of the mean colour). A crop
 larger than the image is filled with black. Departure: very oblong images, whose intermediate size would be huge, are refused, and
 so is Gemma 3's pan and scan, which adds crops to oblong images.
+
+Mantis drops the first patch of SigLIP as if it were a class token: `drop_first_patch`, which its family sets.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ class SquareSpec(PatchSpec):
     """CLIP, SigLIP, Gemma 3 and LLaVA: the view is a center crop of `height` x `width` pixels from the resized image.
 
     `whole`: the size (height, width) to stretch the image to, or the length of its shorter edge. `squared`: pad to a square first.
+    `headless`: the first patch makes no visual token; the rest of its row is a view of its own.
     """
 
     height: int
     width: int
     whole: tuple[int, int] | int
     squared: bool = False
+    headless: bool = False
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> SquareSpec:
@@ -60,8 +64,8 @@ class SquareSpec(PatchSpec):
         shared = patch_settings(settings, HALF if kind in _STRETCHING else CLIP, _BILINEAR if kind == _GEMMA else _BICUBIC)
         for side in (height, width):
             require_whole(side, shared["patch"], shared["merge"])
-        squared = kind == _LLAVA and switch(settings, "do_pad", False)
-        return cls(**shared, height=height, width=width, whole=target, squared=squared)
+        squared, headless = kind == _LLAVA and switch(settings, "do_pad", False), switch(settings, "drop_first_patch", False)
+        return cls(**shared, height=height, width=width, whole=target, squared=squared, headless=headless)
 
     def default_size(self) -> tuple[int, int] | None:
         """Return the size of the view."""
@@ -71,7 +75,11 @@ class SquareSpec(PatchSpec):
         """Return the geometry of the single view, the same for all images."""
         refuse_video(frames)
         self._require_size(height, width)
-        return self.arranged(height, width, [self.view(0, 0, self.height, self.width)])
+        if not self.headless:
+            return self.arranged(height, width, [self.view(0, 0, self.height, self.width)])
+        side = self.patch * self.merge
+        beside, below = self.view(0, side, side, self.width - side), self.view(side, 0, self.height - side, self.width)
+        return self.arranged(height, width, [view for view in (beside, below) if view.tokens])
 
     def canvas(self, image: Image.Image, frames: int = 1) -> Image.Image:
         """Return the view as an image."""

@@ -1,4 +1,4 @@
-"""The tiling image processors of GotOcr2, which InternVL3 uses, and LLaVA-OneVision, bit-identical to those of transformers.
+"""The tiling image processors of GotOcr2, which InternVL3 uses, and of LLaVA-NeXT and -OneVision, bit-identical to transformers'.
 
 GotOcr2 (models/got_ocr2/image_processing_pil_got_ocr2.py): the grid of tiles nearest to the image's aspect, and an overview last.
 The image is stretched to the grid, and separately to the overview; a grid of one tile has no overview. Of equally near grids the
@@ -12,6 +12,9 @@ aspect and black bars. The encoder takes the overview and then the tiles, row by
 a newline after every row. The grid is shrunk if its tokens exceed the number of tiles in `vision_aspect_ratio`. Both views have the
 same box, the picture without bars. Video frames are stretched to overviews, whose tokens are halved along each side, and one
 newline ends the video (get_video_features).
+
+LLaVA-NeXT (models/llava_next/image_processing_pil_llava_next.py) has the same views and never shrinks the grid. It takes no videos.
+Its center crop is of the size of a tile and changes nothing.
 
 Departure: upstream resizes video frames with torchvision, this module with Pillow.
 """
@@ -30,9 +33,14 @@ from PIL import Image
 from edgeprune.errors import ImageError
 from edgeprune.plan import Geometry, View
 from edgeprune.processors.base import CLIP, PatchSpec, patch_settings, pieces, require_pixels, require_whole
-from edgeprune.processors.settings import positive, refusal, require_off, sides, switch
+from edgeprune.processors.settings import plain_name, positive, refusal, require_off, sides, switch
 
+_NEXT, _ONEVISION = "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"
 _SIDES = range(384, 2305, 384)
+_PINPOINTS = {
+    _NEXT: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    _ONEVISION: [[height, width] for height in _SIDES for width in _SIDES],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,30 +112,33 @@ class TileSpec(PatchSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class AnyResSpec(PatchSpec):
-    """LLaVA-OneVision: `side` of the overview and of a tile in pixels; `pinpoints`: resolutions (height, width).
+    """LLaVA-NeXT and -OneVision: `side` of the overview and of a tile in pixels; `pinpoints`: resolutions (height, width).
 
-    `most`: the limit of the packed grid, in tiles.
+    `most`: the limit of the packed grid, in tiles; None if there is none, as in LLaVA-NeXT.
     """
 
     side: int
     pinpoints: tuple[tuple[int, int], ...]
-    most: int
+    most: int | None
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> AnyResSpec:
         """Return the spec of the settings in a preprocessor_config.json; raise BundleError for unsupported ones.
 
-        The settings also have the `vision_aspect_ratio` of the model's configuration.
+        Those of LLaVA-OneVision also have the `vision_aspect_ratio` of the model's configuration.
         """
-        require_off(settings, "do_center_crop")
-        side = _side(settings, "size")
-        if settings.get("crop_size") is not None and _side(settings, "crop_size") != side:
-            raise refusal("crop_size", settings["crop_size"], f"left out, or {side} pixels as the size is")
+        kind = plain_name(settings, _ONEVISION)
+        side = _side(settings, "size", kind)
+        if kind == _ONEVISION:
+            require_off(settings, "do_center_crop")
+        if (kind == _NEXT or settings.get("crop_size") is not None) and _side(settings, "crop_size", kind) != side:
+            raise refusal("crop_size", settings.get("crop_size"), f"{side} pixels as the size is")
         shared = patch_settings(settings, CLIP)
         if shared["merge"] != 1:
             raise refusal("merge_size", shared["merge"], "1")
         require_whole(side, shared["patch"], 1)
-        return cls(**shared, side=side, pinpoints=_pinpoints(settings, side), most=_max_tiles(settings))
+        most = _max_tiles(settings) if kind == _ONEVISION else None
+        return cls(**shared, side=side, pinpoints=_pinpoints(settings, side, kind), most=most)
 
     def default_size(self) -> tuple[int, int] | None:
         """Return None: there is no default."""
@@ -187,7 +198,7 @@ class AnyResSpec(PatchSpec):
             columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
         top, left = ((full - kept) // 2 * self.side / across for full, kept in zip(total, (rows, columns), strict=True))
         box = round(top), round(left), round(rows * self.side / across), round(columns * self.side / across)
-        ratio = math.sqrt(rows * columns / (self.most * across**2))
+        ratio = 0.0 if self.most is None else math.sqrt(rows * columns / (self.most * across**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
         if min(rows, columns) < 1:
@@ -197,17 +208,18 @@ class AnyResSpec(PatchSpec):
         return View(*box, rows, columns, separators=1)
 
 
-def _side(settings: Mapping[str, Any], key: str) -> int:
+def _side(settings: Mapping[str, Any], key: str, kind: str) -> int:
     square = key == "crop_size" or switch(settings, "default_to_square", False)
-    size = sides(settings, key, {"height": 384, "width": 384}, square=square)
+    default = {"height": 384, "width": 384} if kind == _ONEVISION else {"height": 224, "width": 224}
+    size = sides(settings, key, default, square=square)
     if set(size) not in ({"height", "width"}, {"shortest_edge"}) or len(set(size.values())) != 1:
         raise refusal(key, size, "equal height and width")
     return next(iter(size.values()))
 
 
-def _pinpoints(settings: Mapping[str, Any], side: int) -> tuple[tuple[int, int], ...]:
+def _pinpoints(settings: Mapping[str, Any], side: int, kind: str) -> tuple[tuple[int, int], ...]:
     value = settings.get("image_grid_pinpoints")
-    value = [[height, width] for height in _SIDES for width in _SIDES] if value is None else value
+    value = _PINPOINTS[kind] if value is None else value
     pairs = isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value)
     if not pairs or not value or any(not isinstance(edge, int) or edge < 1 or edge % side for pair in value for edge in pair):
         raise refusal("image_grid_pinpoints", value, f"pairs of multiples of {side} pixels")

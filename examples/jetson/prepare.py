@@ -8,17 +8,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from edgeprune.cli import main as edgeprune
+from edgeprune.errors import install_command
 from edgeprune.io.files import write_text
 
+ROOT = Path(__file__).resolve().parents[2]
 REMAINING = """\
 #!/bin/sh
 # On the Jetson, in the folder with the bundle. Stops at the first step that fails.
 set -e
 python3 -m venv --system-site-packages venv   # JetPack's own TensorRT is a system package
-venv/bin/pip install "edgeprune[tensorrt,serve]"
+venv/bin/pip install "$(ls edgeprune-*.whl)[tensorrt,serve]"
 PATH="$PWD/venv/bin:$PATH"
 edgeprune doctor
 edgeprune build {name} --context {context} --unpruned   # bench compares with no pruning; leave it out to save memory
@@ -54,8 +58,10 @@ def main() -> None:
     if importlib.util.find_spec("tensorrt_rtx"):
         command("check", bundle, "--context", options.context)
     else:
-        print('Not checked: pip install "edgeprune[check]" has the builder that tries every graph.')
+        print(f"Not checked: the builder that tries every graph is missing. {install_command('check')}")
     command("estimate", bundle, "--device", options.module)
+    print("$ python tools/build_wheel.py", options.out, flush=True)
+    subprocess.run([sys.executable, ROOT / "tools" / "build_wheel.py", options.out], check=True)
     script = options.out / "on_device.sh"
     write_text(script, REMAINING.format(name=bundle.name, context=options.context))
     script.chmod(0o755)

@@ -1,8 +1,10 @@
 """Export checkpoints of Qwen2-VL's shape from 0.25B to 8B parameters, and report time, peak memory and size of the bundle.
 
     python examples/sizes/sizes.py OUT --precision int4 --size 0.25B --size 2B
+    python examples/sizes/sizes.py OUT --precision int4 --gptq
 
-Weights are meaningless: exporting looks at shapes alone. Checkpoints and bundles are deleted as soon as they are measured.
+With --gptq, the decoder's layers are quantized in the checkpoint. Weights are meaningless: exporting looks at shapes alone.
+Checkpoints and bundles are deleted as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from edgeprune.targets import PRECISIONS
 
 EXPORT = "from edgeprune.cli import main; main()"
 REQUEST = ("--image-size", "448x448", "--method", "fastv", "--keep", "0.5", "--layer", "2")
-Shapes = dict[str, tuple[int, ...]]
+GROUP = 128  # inputs that share a scale in a GPTQ checkpoint
+BYTES = {"BF16": 2, "F16": 2, "I32": 4}
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # safetensors' name of the type, and the shape
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--precision", choices=PRECISIONS, default="int4")
+    parser.add_argument("--gptq", action="store_true", help="Checkpoints whose decoder layers GPTQ has quantized to 4 bits.")
     parser.add_argument("--size", action="append", choices=list(SIZES), help="Repeatable.  [default: all]")
     request = parser.parse_args()
     request.out.mkdir(parents=True, exist_ok=True)
     print("size   parameters  checkpoint   seconds  peak memory    bundle", flush=True)
     rows = []
     for name in request.size or SIZES:
-        row = measured(name, request.precision, request.out)
+        row = measured(name, request.precision, request.out, gptq=request.gptq)
         print(
             f"{name:<6} {row.parameters:>9.2f}B {row.checkpoint:>8.2f} GB {row.seconds:>9.1f} {row.memory:>9.2f} GB "
             f"{row.bundle:>6.2f} GB",
@@ -86,15 +91,21 @@ def main() -> None:
         rows.append(row)
     slopes = fitted(rows)
     print("\n".join(f"{what}: {slope:.3g} per billion parameters" for what, slope in slopes.items()))
-    report = {"precision": request.precision, "request": REQUEST, "rows": [asdict(row) for row in rows], "slopes": slopes}
+    report = {
+        "precision": request.precision,
+        "gptq": request.gptq,
+        "request": REQUEST,
+        "rows": [asdict(row) for row in rows],
+        "slopes": slopes,
+    }
     (request.out / "sizes.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def measured(name: str, precision: str, out: Path) -> Row:
+def measured(name: str, precision: str, out: Path, *, gptq: bool = False) -> Row:
     """Export one size; nothing is left of it."""
     model, bundle = out / f"{name}.model", out / f"{name}.bundle"
     try:
-        parameters = write_model(SIZES[name], model)
+        parameters = write_model(SIZES[name], model, gptq=gptq)
         command = [
             sys.executable,
             "-c",
@@ -135,17 +146,22 @@ def fitted(rows: list[Row]) -> dict[str, float]:
     return {what: float(np.polyfit(at, [getattr(row, key) for row in rows], 1)[0]) for what, key in columns.items()}
 
 
-def write_model(size: Size, folder: Path) -> int:
-    """Write a transformers folder with weights in bf16; return how many numbers they are."""
+def write_model(size: Size, folder: Path, *, gptq: bool = False) -> int:
+    """Write a transformers folder with weights in bf16, or partly in 4 bits; return how many numbers they are."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(MODEL_FOLDER / name, folder)
     processor = json.loads((MODEL_FOLDER / "preprocessor_config.json").read_text(encoding="utf-8"))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"patch_size": 14, "merge_size": 2}))
-    (folder / "config.json").write_text(json.dumps(config(size)))
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+    (folder / "config.json").write_text(json.dumps(config(size) | ({"quantization_config": settings} if gptq else {})))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     shapes = dict(tensors(size))
-    write_weights(shapes, folder / "model.safetensors")
+    stored: Shapes = {}
+    for name, shape in shapes.items():
+        packed = gptq and name.startswith("model.layers.") and len(shape) == 2
+        stored |= packed_tensors(name.removesuffix("weight"), *shape) if packed else {name: ("BF16", shape)}
+    write_weights(stored, folder / "model.safetensors")
     return sum(prod(shape) for shape in shapes.values())
 
 
@@ -226,12 +242,23 @@ def norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.bias", (width,)
 
 
+def packed_tensors(layer: str, outputs: int, inputs: int) -> Shapes:
+    """Return the tensors of a linear layer that GPTQ has quantized."""
+    groups = inputs // GROUP
+    return {
+        f"{layer}qweight": ("I32", (inputs // 8, outputs)),
+        f"{layer}qzeros": ("I32", (groups, outputs // 8)),
+        f"{layer}scales": ("F16", (groups, outputs)),
+        f"{layer}g_idx": ("I32", (inputs,)),
+    }
+
+
 def write_weights(shapes: Shapes, path: Path) -> None:
-    """Write a safetensors file of small random numbers in bf16, tensor by tensor."""
+    """Write a safetensors file of small random numbers, tensor by tensor."""
     header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+    for name, (kind, shape) in shapes.items():
+        end = offset + BYTES[kind] * prod(shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -239,11 +266,18 @@ def write_weights(shapes: Shapes, path: Path) -> None:
     numbers = (drawn.view(np.uint32) >> 16).astype(np.uint16)  # bf16 is the first half of float32
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            whole, rest = divmod(prod(shape), len(numbers))
-            for _ in range(whole):
-                file.write(numbers.data)
-            file.write(numbers[:rest].data)
+        for name, (kind, shape) in shapes.items():
+            if name.endswith("qzeros"):
+                file.write(np.full(shape, 0x77777777, np.int32).data)  # 8, less one
+            elif name.endswith("g_idx"):
+                file.write((np.arange(shape[0], dtype=np.int32) // GROUP).data)
+            elif name.endswith("scales"):
+                file.write(np.full(shape, 0.002, np.float16).data)
+            else:
+                whole, rest = divmod(BYTES[kind] // 2 * prod(shape), len(numbers))
+                for _ in range(whole):
+                    file.write(numbers.data)
+                file.write(numbers[:rest].data)
 
 
 if __name__ == "__main__":

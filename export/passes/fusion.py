@@ -36,6 +36,7 @@ from onnxscript.rewriter._matcher import PatternMatcher
 from onnxscript.rewriter.onnx_fusions import fuse
 from onnxscript.rewriter.rules.common._basic_rules import slice_split_rule
 
+from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import Matrix
 from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import LazyInitializer, matrix_of
@@ -158,7 +159,10 @@ def _replace_rotation(
 
 
 def fuse_qkv(graph: ir.Graph) -> None:
-    """Replace a layer's three Gemm nodes for query, key and value of one state by one Gemm and a Split."""
+    """Replace a layer's three Gemm nodes for query, key and value of one state by one Gemm and a Split.
+
+    Layers that are quantized in the checkpoint stay three, each with its own integers.
+    """
     groups: dict[tuple[ir.Value, str], dict[str, ir.Node]] = {}
     for node in graph:
         if node.op_type == "Gemm" and (name := str(node.inputs[1].name if node.inputs[1] else "")).endswith(".weight"):
@@ -166,7 +170,8 @@ def fuse_qkv(graph: ir.Graph) -> None:
             assert node.inputs[0] is not None
             groups.setdefault((node.inputs[0], layer), {})[part] = node
     for (state, layer), nodes in groups.items():
-        if set(_PROJECTIONS) <= set(nodes):
+        quantized = any(isinstance(matrix_of(node.inputs[1]), PackedMatrix) for node in nodes.values() if node.inputs[1])
+        if set(_PROJECTIONS) <= set(nodes) and not quantized:
             _join_gemms(graph, state, layer, [nodes[name] for name in _PROJECTIONS])
 
 

@@ -17,6 +17,7 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.passes.attention import expand_blocked, tile_encoder_attention
 from edgeprune.export.passes.fusion import fuse_qkv, fuse_rotation, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
+from edgeprune.export.passes.recurrence import expand_delta_rules
 from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
 
@@ -31,12 +32,13 @@ def run_passes(
     """Apply all passes of a lowering to a traced graph and return the result.
 
     `dimensions`: names of the dynamic axes of inputs. `part`: the part of the model, "layers" (the decoder), "vision", "embedding",
-    or "" for a graph whose precision does not change. `stored`: the stored tensors behind placeholder weights, by address; they are
-    read when the graph is saved.
+    or "" for a graph whose precision does not change. `stored`: the sources of weights that are read when the graph is
+    saved, by address.
     """
     _use_stored_weights(model.graph, stored)
     optimize(model)
     expand_blocked(model.graph)
+    expand_delta_rules(model.graph, single=lowering.target.blocked)
     # The exporter records the source line of every node, including paths of the exporting machine.
     ClearMetadataAndDocStringPass()(model)
     _name_dimensions(model.graph, dimensions)
@@ -100,8 +102,8 @@ def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]
             continue
         value.shape = ir.Shape(
             [
-                pattern.sub(lambda match: renamed[match[0]], str(axis.value))
-                if renamed and isinstance(axis, ir.SymbolicDim)
+                pattern.sub(lambda match: renamed[match[0]], axis.value)
+                if renamed and isinstance(axis, ir.SymbolicDim) and axis.value is not None  # a length that is not known has no name
                 else axis
                 for axis in value.shape
             ]

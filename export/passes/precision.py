@@ -16,8 +16,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tape import Tape
 
+from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.export.passes.replacement import replace_nodes
-from edgeprune.export.passes.weights import IntegerMatrix, as_fp16, matrix_of
+from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, as_fp16, matrix_of
 from edgeprune.targets import Lowering
 
 Lowered = dict[ir.Value, ir.Value]  # maps traced values to their lowered versions
@@ -47,20 +48,19 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
 
 def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
     """Lower the precision of every matrix product of a graph. `part`: the part of the model, "layers" or "vision"."""
-    known: Lowered = {}
-    quantizer = DynamicQuantizer()
+    products = _Products(lowering, part)
     half = lowering.products == "float16"
     for node in list(graph):
         # The decoder's products of activations already have the type of its KV cache.
         if node.op_type == "Gemm" and lowering.precision != "fp32":
             tape = Tape()
-            product = _lower_linear(tape, node, lowering, part, known, quantizer)
+            value = products.linear(tape, node)
         elif node.op_type == "MatMul" and part == "vision" and half:
             tape = Tape()
-            product = tape.op("MatMul", [_cast(tape, value, known) for value in node.inputs])
+            product = tape.op("MatMul", [products.half(tape, value) for value in node.inputs])
+            value = tape.op("Cast", [product], {"to": ir.DataType.FLOAT})
         else:
             continue
-        value = tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product
         replace_nodes(graph, node, [node], tape, {node.outputs[0]: value})
     _check_lowered(graph, lowering)
 
@@ -79,50 +79,85 @@ def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
     assert not remaining, f"not lowered to {lowering.precision}: {remaining}"
 
 
-def _lower_linear(
-    tape: Tape, node: ir.Node, lowering: Lowering, part: str, known: Lowered, quantizer: DynamicQuantizer
-) -> ir.Value:
-    # The exporter writes a linear layer as Gemm with the weight [out, in].
-    state, weight, *bias = node.inputs
-    assert weight is not None and weight.const_value is not None
-    half = lowering.products == "float16"
-    kind = lowering.weights_of("head" if "lm_head" in str(weight.name) else part)
-    state = _cast(tape, state, known) if half else state
-    bias = [_as_fp16(tape, value, known) if half else value for value in bias]
-    if kind == "fp16":
-        return tape.op("Gemm", [state, _as_fp16(tape, weight, known), *bias], {"transB": 1})
-    if lowering.rounds(kind):
-        assert state is not None
-        matrix = IntegerMatrix(matrix_of(weight), kind, _TYPES[lowering.products])
-        if matrix.kind == "int8":
-            return quantizer.product(tape, state, *_parts(tape, weight, matrix), *(bias or [None]))
-    product = tape.op("MatMul", [state, _dequantized(tape, weight, kind, _TYPES[lowering.products], known)])
-    return tape.op("Add", [product, *bias]) if bias else product
+class _Products:
+    # Lowers the products of one graph; what several of them need is computed once.
+    def __init__(self, lowering: Lowering, part: str) -> None:
+        self._lowering, self._part = lowering, part
+        self._type = _TYPES[lowering.products]
+        self._known: Lowered = {}
+        self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._quantizer = DynamicQuantizer()
+
+    def half(self, tape: Tape, value: ir.Value | None) -> ir.Value:
+        """Return an activation in float16."""
+        assert value is not None
+        if value not in self._known:
+            self._known[value] = tape.op("Cast", [value], {"to": ir.DataType.FLOAT16})
+        return self._known[value]
+
+    def linear(self, tape: Tape, node: ir.Node) -> ir.Value:
+        """Return the value of a linear layer in float32. The exporter writes it as Gemm with the weight [out, in]."""
+        state, weight, *bias = node.inputs
+        assert state is not None and weight is not None and weight.const_value is not None
+        half = self._type is torch.float16
+        part = "head" if "lm_head" in str(weight.name) else self._part
+        source, kind = matrix_of(weight), self._lowering.weights_of(part)
+        state = self.half(tape, state) if half else state
+        bias = [_as_fp16(tape, value, self._known) if half else value for value in bias]
+        if kind == "fp16":
+            product = tape.op("Gemm", [state, _as_fp16(tape, weight, self._known), *bias], {"transB": 1})
+            return tape.op("Cast", [product], {"to": ir.DataType.FLOAT})
+        matrix: IntegerMatrix | OwnIntegers = IntegerMatrix(source, kind, self._type)
+        if isinstance(source, PackedMatrix) and (own := source.own_kind(self._lowering, part)):
+            matrix = OwnIntegers(source, own, self._type)
+        if matrix.kind == "int8" and self._lowering.rounds("int8"):
+            return self._quantizer.product(tape, state, *_parts(tape, weight, matrix), *(bias or [None]))
+        product, offset = self._product(tape, state, weight, matrix)
+        product = tape.op("Add", [product, *bias]) if bias else product
+        product = tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product
+        return product if offset is None else tape.op("Add", [product, offset])
+
+    def _product(
+        self, tape: Tape, state: ir.Value, weight: ir.Value, matrix: IntegerMatrix | OwnIntegers
+    ) -> tuple[ir.Value, ir.Value | None]:
+        # The product without bias, and what is to be added for zero points in float32.
+        if weight in self._known:
+            # A cut that ranks by the next layer's query and key uses their weights a second time. The second copy is stored
+            # dequantized, because NVIDIA's builder crashes while fusing two products with shared quantized weights (TensorRT-RTX
+            # 1.7.1).
+            if self._known[weight].producer() is not None:
+                self._known[weight] = tape.initializer(matrix.restored(f"{weight.name}.restored"))
+            return tape.op("MatMul", [state, self._known[weight]]), None
+        parts, offset = _parts(tape, weight, matrix), None
+        if isinstance(matrix, OwnIntegers):
+            if matrix.order is not None:  # inputs that were quantized out of order are sorted by group
+                order = tape.initializer(ir.tensor(matrix.order, name=f"{weight.name}.order"))
+                state = tape.op("Gather", [state, order], {"axis": 1})
+            if not matrix.symmetric and self._lowering.target.tensorrt is None:
+                parts.append(tape.initializer(matrix.zero_points(f"{weight.name}.zero_points")))
+            elif not matrix.symmetric:
+                # TensorRT has no zero points. The sum of (q - z) s x over a group is that of q s x, less z s times the sum of x: a
+                # product with one row for each group, in float32.
+                offsets = tape.initializer(matrix.offsets(f"{weight.name}.offsets"))
+                offset = tape.op("MatMul", [self._group_sums(tape, state, weight, matrix), offsets])
+        # [in, out], as MatMul needs it: a Transpose after the DequantizeLinear would hide the pattern that engines match.
+        self._known[weight] = tape.op("DequantizeLinear", parts, matrix.attributes)
+        return tape.op("MatMul", [state, self._known[weight]]), offset
+
+    def _group_sums(self, tape: Tape, state: ir.Value, weight: ir.Value, matrix: OwnIntegers) -> ir.Value:
+        # The sums of a state [tokens, in] over groups of inputs, in float32 [tokens, groups].
+        key = state, matrix.groups
+        if key not in self._sums:
+            sizes = tape.initializer(ir.tensor(np.array([0, matrix.groups, -1], np.int64), name=f"{weight.name}.group_sizes"))
+            last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{weight.name}.last_axis"))
+            numbers = tape.op("Cast", [state], {"to": ir.DataType.FLOAT})
+            self._sums[key] = tape.op("ReduceSum", [tape.op("Reshape", [numbers, sizes]), last], {"keepdims": 0})
+        return self._sums[key]
 
 
-def _dequantized(tape: Tape, weight: ir.Value, kind: str, products: torch.dtype, known: Lowered) -> ir.Value:
-    # [in, out], as MatMul needs it: a Transpose after the DequantizeLinear would hide the pattern that engines match.
-    matrix = IntegerMatrix(matrix_of(weight), kind, products)
-    if weight not in known:
-        known[weight] = tape.op("DequantizeLinear", _parts(tape, weight, matrix), matrix.attributes)
-        return known[weight]
-    # A cut that ranks by the next layer's query and key uses their weights a second time. The second copy is stored dequantized,
-    # because NVIDIA's builder crashes while fusing two products with shared quantized weights (TensorRT-RTX 1.7.1).
-    if known[weight].producer() is not None:
-        known[weight] = tape.initializer(matrix.restored(f"{weight.name}.restored"))
-    return known[weight]
-
-
-def _parts(tape: Tape, weight: ir.Value, matrix: IntegerMatrix) -> list[ir.Value]:
+def _parts(tape: Tape, weight: ir.Value, matrix: IntegerMatrix | OwnIntegers) -> list[ir.Value]:
     integers, scales = matrix.integers(f"{weight.name}.{matrix.kind}"), matrix.scales(f"{weight.name}.scales")
     return [tape.initializer(integers), tape.initializer(scales)]
-
-
-def _cast(tape: Tape, value: ir.Value | None, known: Lowered) -> ir.Value:
-    assert value is not None
-    if value not in known:
-        known[value] = tape.op("Cast", [value], {"to": ir.DataType.FLOAT16})
-    return known[value]
 
 
 def _as_fp16(tape: Tape, value: ir.Value | None, known: Lowered) -> ir.Value:

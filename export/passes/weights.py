@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
 from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
 
@@ -52,7 +53,7 @@ def as_fp16(value: ir.Value, name: str) -> ir.TensorProtocol:
 
 
 class IntegerMatrix:
-    """A quantized matrix as the initializers of a DequantizeLinear, transposed to [in, out] as MatMul needs it.
+    """A matrix quantized here, as the initializers of a DequantizeLinear, transposed to [in, out] as MatMul needs it.
 
     An int8 embedding table (`table`) is not transposed. Integers and scales come from one computation, which runs when the integers
     are written; the scales are held until they are written too.
@@ -119,7 +120,80 @@ class IntegerMatrix:
             start += len(rows)
 
 
+class OwnIntegers:
+    """The integers and scales of a quantized checkpoint, bit for bit, in the form of an IntegerMatrix.
+
+    `order`: the permutation of the inputs that sorts them by group [in], if there is one; rows of the integers are sorted so.
+    """
+
+    def __init__(self, matrix: PackedMatrix, kind: str, products: torch.dtype) -> None:
+        self._matrix, self._products, self.kind = matrix, products, kind
+        self.order = None if matrix.order is None else matrix.order.numpy()
+        self.symmetric = matrix.symmetric
+        self.groups = matrix.groups
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The attributes of the DequantizeLinear."""
+        return {"axis": 0, "block_size": self._matrix.block} if self.kind == "int4" else {"axis": 1}
+
+    def integers(self, name: str) -> ir.TensorProtocol:
+        """Return the integers [in, out] less 8 (int4) or 128 (int8)."""
+        kind = ir.DataType.INT4 if self.kind == "int4" else ir.DataType.INT8
+        return ir.LazyTensor(self._integers, kind, ir.Shape(self._matrix.shape[::-1]), name=name)
+
+    def scales(self, name: str) -> ir.TensorProtocol:
+        """Return the scales: [blocks, out] for int4, [out] for int8."""
+        return ir.LazyTensor(self._block_scales, _TYPES[self._products], ir.Shape(self._scale_shape()), name=name)
+
+    def zero_points(self, name: str) -> ir.TensorProtocol:
+        """Return the zero points less 8 [blocks, out]."""
+        return ir.LazyTensor(self._zero_points, ir.DataType.INT4, ir.Shape(self._scale_shape()), name=name)
+
+    def offsets(self, name: str) -> ir.TensorProtocol:
+        """Return what the zero points take from every weight of a group, in float32 [groups, out]."""
+        return ir.LazyTensor(self._offsets, ir.DataType.FLOAT, ir.Shape((self.groups, self._matrix.shape[0])), name=name)
+
+    def restored(self, name: str) -> ir.TensorProtocol:
+        """Return the dequantized matrix [in, out], inputs in their own order."""
+        return ir.LazyTensor(self._dequantize, _TYPES[self._products], ir.Shape(self._matrix.shape[::-1]), name=name)
+
+    def _scale_shape(self) -> tuple[int, ...]:
+        outputs, inputs = self._matrix.shape
+        return (inputs // self._matrix.block, outputs) if self.kind == "int4" else (outputs,)
+
+    def _integers(self) -> ir.TensorProtocol:
+        outputs, inputs = self._matrix.shape
+        integers = np.empty((inputs, outputs), np.int8)
+        for start, stop in _spans(self._matrix):
+            integers[:, start:stop] = self._matrix.integers(start, stop).T.numpy()
+        return ir.tensor(integers.astype(ml_dtypes.int4) if self.kind == "int4" else integers)
+
+    def _block_scales(self) -> ir.TensorProtocol:
+        return ir.tensor(self._by_block(self._matrix.scales().to(self._products)).view(self._scale_shape()).numpy())
+
+    def _zero_points(self) -> ir.TensorProtocol:
+        return ir.tensor(self._by_block(self._matrix.zero_points()).numpy().astype(ml_dtypes.int4))
+
+    def _by_block(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers.repeat_interleave(self._matrix.group // self._matrix.block, dim=0) if self.kind == "int4" else numbers
+
+    def _offsets(self) -> ir.TensorProtocol:
+        return ir.tensor((-self._matrix.zero_points() * self._matrix.scales().float()).numpy())
+
+    def _dequantize(self) -> ir.TensorProtocol:
+        outputs, inputs = self._matrix.shape
+        result = torch.empty(inputs, outputs, dtype=self._products)
+        for start, stop in _spans(self._matrix):
+            result[:, start:stop] = self._matrix.rows(start, stop).T
+        return ir.tensor(result.numpy())
+
+
 def _pieces(matrix: Matrix) -> Iterator[torch.Tensor]:
+    return (matrix.rows(start, stop) for start, stop in _spans(matrix))
+
+
+def _spans(matrix: Matrix) -> Iterator[tuple[int, int]]:
     rows, columns = matrix.shape
     step = max(_PIECE // columns, 1)
-    return (matrix.rows(start, min(start + step, rows)) for start in range(0, rows, step))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))

@@ -50,10 +50,11 @@ class RecordingBackend(BackendProxy):
         return embeds, kept
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run a forward pass and record its logits and kept indices."""
+        """Run a forward pass and record its logits, kept indices and states."""
         step = self._backend.forward(tokens, cache, cancellation=cancellation)
         self.inputs += [(tokens, cache)] if self._replayable else []
-        self.steps.append(DecoderOutput(step.logits, (), step.kept, None))
+        states = step.states if self._replayable else ()
+        self.steps.append(DecoderOutput(step.logits, (), step.kept, None, states=states))
         return step
 
     @property

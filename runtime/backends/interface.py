@@ -96,7 +96,8 @@ class DecoderOutput:
 
     `logits` [vocabulary]: for the last token. `new_kv` [n, kv heads, head_dim]: rows for the KV cache, in the order prefix, kept
     visual tokens, suffix. `kept`: indices for every layer and cache cut. `attention_shares` [layers, 4]: for plans whose decode
-    cut follows attention, else None. `graph_ms`: time of the graph alone, None if it continues after the call.
+    cut follows attention, else None. `graph_ms`: time of the graph alone, None if it continues after the call. `states`: of the
+    layers without attention, after these tokens.
     """
 
     logits: np.ndarray
@@ -104,6 +105,7 @@ class DecoderOutput:
     kept: tuple[np.ndarray, ...]
     attention_shares: np.ndarray | None
     graph_ms: float | None = None
+    states: tuple[np.ndarray, ...] = ()
 
 
 class Backend(Protocol):

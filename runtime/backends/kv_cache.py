@@ -1,15 +1,19 @@
-"""The inputs of a decoder forward pass: new tokens, and the KV cache of their conversation.
+"""The inputs of a decoder forward pass: new tokens, and the KV cache of their conversation with the states of other layers.
 
 The cache stores text, which grows, apart from the visual tokens of each image. Keys and values are stored token by token
 [rows, kv heads, head_dim], after a null row. Text buffers are allocated for an entire answer, so a decode step copies only its own
 rows. If a cache cut ranked the visual tokens, the highest-ranked come first: reading fewer is then a view of the same memory, and
 the next request can read all of them again.
+
+A layer without attention has states of fixed size instead. Every step returns new ones, so older caches stay valid; no token can be
+taken out of a state again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +21,8 @@ from edgeprune.bundle import DecoderShape
 from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, cache_slots, place_heads
 from edgeprune.plan import KeepPlan, keep_count_up
 
-KvArrays = tuple[np.ndarray, ...]  # key and value of layer 0, of layer 1, ...; then places, for layers with a window
+T = TypeVar("T")
+KvArrays = tuple[np.ndarray, ...]  # key and value of each layer with attention, in order; then places, for layers with a window
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class KvCache:
 
     `buffers`: text; the first `length` rows are valid. `images`: the complete arrays [1 + K, kv heads, head_dim] of each image.
     `visual`: the rows that decode steps read, image after image. `layers`: the layer of each array. `capacity`: minimum number of
-    text rows of the next allocation.
+    text rows of the next allocation. `states`: of the layers without attention, after all tokens of the cache.
     A cache and those derived from it share buffers: only the newest may grow.
     """
 
@@ -70,16 +75,18 @@ class KvCache:
     visual: KvArrays
     layers: tuple[int, ...]
     capacity: int = 0
+    states: tuple[np.ndarray, ...] = ()
 
     @classmethod
     def empty(cls, shape: DecoderShape, plan: KeepPlan) -> KvCache:
         """Return an empty cache of a decoder under a plan."""
         null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type)
-        slots = cache_slots(plan, shape.local_layers)
+        slots = cache_slots(plan, shape.local_layers, shape.states)
         nulls = tuple(
             np.zeros((1, place_heads(plan, layer, shape.kv_heads)), np.int64) if part == PLACE else null for layer, part in slots
         )
-        return cls(nulls, 1, (), nulls, tuple(layer for layer, _ in slots))
+        states = tuple(np.zeros(state.shape, np.float32) for state in shape.states)
+        return cls(nulls, 1, (), nulls, tuple(layer for layer, _ in slots), states=states)
 
     @property
     def text(self) -> KvArrays:
@@ -87,7 +94,8 @@ class KvCache:
         return tuple(rows[: self.length] for rows in self.buffers)
 
     def copy_prefix(self, length: int) -> KvCache:
-        """Return a cache with a copy of the first `length` text rows and the same images."""
+        """Return a cache with a copy of the first `length` text rows and the same images; with states, of all text rows."""
+        assert length == self.length or not self.states
         buffers = tuple(np.empty_like(rows, order="C", shape=(length, *rows.shape[1:])) for rows in self.buffers)
         for buffer, rows in zip(buffers, self.buffers, strict=True):
             buffer[:length] = rows[:length]
@@ -97,10 +105,10 @@ class KvCache:
         """Return a cache that can append `tokens` text tokens with one allocation, whose memory stays untouched until use."""
         return replace(self, capacity=max(self.capacity, self.length + tokens))
 
-    def append(self, rows: KvArrays, before: int, after: int) -> KvCache:
+    def append(self, rows: KvArrays, before: int, after: int, states: tuple[np.ndarray, ...] = ()) -> KvCache:
         """Return the cache with new rows appended: `before` prefix tokens, visual tokens of an image if any, `after` suffix tokens.
 
-        A new image lifts the limit of `limit_visual` on all images.
+        `states`: those after these tokens. A new image lifts the limit of `limit_visual` on all images.
         """
         length = self.length + before + after
         buffers = self.buffers if len(self.buffers[0]) >= length else self._grow_buffers(rows, max(length, self.capacity))
@@ -109,7 +117,7 @@ class KvCache:
                 buffer[self.length : self.length + before] = new[:before]
             if after:
                 buffer[length - after : length] = new[len(new) - after :]
-        cache = replace(self, buffers=buffers, length=length)
+        cache = replace(self, buffers=buffers, length=length, states=states)
         visual = tuple(new[before : len(new) - after] for new in rows)
         if not any(map(len, visual)):
             return cache
@@ -140,14 +148,15 @@ class KvCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all keys and values without null rows."""
+        """Bytes of all keys and values without null rows, and of the states."""
         text = sum((self.length - 1) * (rows.nbytes // len(rows)) for rows in self.buffers)
-        return text + sum(rows.nbytes - rows.nbytes // len(rows) for image in self.images for rows in image)
+        visual = sum(rows.nbytes - rows.nbytes // len(rows) for image in self.images for rows in image)
+        return text + visual + sum(state.nbytes for state in self.states)
 
     @property
     def visual_entries_read(self) -> int:
-        """Visual tokens that a decode step reads, summed over the layers."""
-        keys = 2 * (1 + max(self.layers))
+        """Visual tokens that a decode step reads, summed over the layers with attention."""
+        keys = 2 * len(set(self.layers))
         return sum(len(rows) - 1 for rows in self.visual[:keys:2])
 
 
@@ -157,7 +166,12 @@ def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) ->
     values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.visual_indices]
     values += [np.zeros(1 + tokens.tier, np.int64)] if TIER in names else []
     values += [tokens.text_groups] if GROUPS in names else []
-    return dict(zip(names, (*values, *cache.text, *cache.visual), strict=True))
+    return dict(zip(names, (*values, *cache.text, *cache.visual, *cache.states), strict=True))
+
+
+def split_outputs(outputs: Sequence[T], slots: int, states: int) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
+    """Return the new rows of the caches, the states and the kept indices among a decoder's outputs after the logits."""
+    return tuple(outputs[:slots]), tuple(outputs[slots : slots + states]), tuple(outputs[slots + states :])
 
 
 def _with_null_row(rows: np.ndarray) -> np.ndarray:

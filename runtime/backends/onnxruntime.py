@@ -17,7 +17,7 @@ from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, deco
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import run_in_threads
 from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput, VisionOutput
-from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
 
 CPU = "CPUExecutionProvider"
 # MatMulAddFusion fuses a matrix product and the residual addition into a Gemm, which has to dequantize its weights at every step:
@@ -49,10 +49,11 @@ class OnnxRuntimeBackend:
         # Loaded with the first unpruned request.
         self._open_unpruned, self._unpruned = partial(_open_session, bundle.file(VISION_UNPRUNED), options, providers), None
         self._kept_names = kept_names(bundle.plan, "vision")
-        local = bundle.manifest.decoder.local_layers
-        self._input_names = decoder_inputs(bundle.plan, local, tiers=bool(bundle.lower_tiers))
-        self._output_names = decoder_outputs(bundle.plan, local)
-        self._slots = len(cache_slots(bundle.plan, local))
+        shape = bundle.manifest.decoder
+        kinds = shape.local_layers, shape.states
+        self._input_names = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers))
+        self._output_names = decoder_outputs(bundle.plan, *kinds)
+        self._slots, self._states = len(cache_slots(bundle.plan, *kinds)), len(shape.states)
         # A decoder without cuts has no input for the token indices.
         self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
 
@@ -94,8 +95,8 @@ class OnnxRuntimeBackend:
         logits, *rest = _run(self._decoder, self._output_names, feeds, cancellation)
         run_ms = 1e3 * (time.perf_counter() - started)
         split = rest.pop() if self._follows_attention else None
-        count = self._slots
-        return DecoderOutput(logits[0, 0], tuple(rest[:count]), tuple(rest[count:]), split, run_ms)
+        rows, states, kept = split_outputs(rest, self._slots, self._states)
+        return DecoderOutput(logits[0, 0], rows, kept, split, run_ms, states)
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Return the keep ratio for decode step `step` from the plan's predictor. `split` [layers, 4]: attention shares."""
@@ -133,6 +134,8 @@ def _session_options(threads: int | None, providers: Sequence[str], exact: bool)
         options.enable_mem_pattern = False
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # CPUs with AVX2 alone add two products of 8 bits in 16, which overflows for large weights: answers would be noise.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -63,10 +63,7 @@ class DecodeLoop:
             return self._request.cancellation.reason
         if self._receipt.generated_tokens >= sampling.max_tokens or self._sequence.length >= decoder.context:
             return "length"
-        if (
-            self._max_kv_bytes is not None
-            and self._receipt.kv_bytes + self._pipeline.kv_bytes_per_token_layer * decoder.layers > self._max_kv_bytes
-        ):
+        if self._max_kv_bytes is not None and self._receipt.kv_bytes + self._pipeline.kv_bytes_per_token > self._max_kv_bytes:
             return "kv_limit"
         return DEADLINE if self._misses_deadline() else ""
 

@@ -160,6 +160,11 @@ class Pipeline:
         return tuple(plan for _, plan in self.tiers) or (self.plan,)
 
     @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one text token in all layers."""
+        return self.kv_bytes_per_token_layer * len(self.decoder.attention_layers)
+
+    @property
     def kv_bytes_per_token_layer(self) -> int:
         """Bytes of the key and value of one token in one layer."""
         return 2 * self.decoder.kv_heads * self.decoder.head_dim * int(np.dtype(self.decoder.cache_type).itemsize)
@@ -175,6 +180,7 @@ class Pipeline:
     @cached_property
     def _image_bytes(self) -> tuple[tuple[int, int], ...]:
         # (unpruned, pruned) for each tier.
-        entry_bytes, unpruned = self.kv_bytes_per_token_layer, self.plan.geometry.tokens * self.plan.layers
-        pruned = [sum(map(plan.tokens_cached, range(plan.layers))) for plan in self.plans]
+        layers = self.decoder.attention_layers
+        entry_bytes, unpruned = self.kv_bytes_per_token_layer, self.plan.geometry.tokens * len(layers)
+        pruned = [sum(map(plan.tokens_cached, layers)) for plan in self.plans]
         return tuple((entry_bytes * unpruned, entry_bytes * entries) for entries in pruned)

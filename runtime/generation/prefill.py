@@ -42,6 +42,8 @@ class Prefill:
     def __init__(self, pipeline: Pipeline, layout: ImagePlaceholders, request: Request, *, prune: bool) -> None:
         self._pipeline, self._layout, self._request, self._prune = pipeline, layout, request, prune
         self._feature_cache, self._receipt = pipeline.state.feature_cache, request.receipt
+        # Tokens after an image that belong to its prefix: every forward pass ends with text, and a state cannot drop a token.
+        self._tail = 1 if pipeline.decoder.states else 0
         self.tier = self.images = 0
         self.expected_ms = math.inf
         self.max_kv_bytes = request.limits.max_kv_bytes or pipeline.max_kv_bytes
@@ -74,7 +76,7 @@ class Prefill:
 
         Raises UsageError when the turn does not fit into max_kv_bytes.
         """
-        base = held + text * self._pipeline.kv_bytes_per_token_layer * self._pipeline.decoder.layers
+        base = held + text * self._pipeline.kv_bytes_per_token
         tiers = range(len(self._pipeline.plans))
         sizes = [base + images * self._pipeline.kv_bytes_per_image(tier, prune=self._prune) for tier in tiers]
         self.images = images
@@ -117,11 +119,14 @@ class Prefill:
         for number, parts in enumerate(turns, start=1):
             self._request.cancellation.raise_if_cancelled()
             selected = self._select(images[sequence.images])
+            parts, later = self._split_after_prefix(parts, images[: sequence.images + 1])
             step, usage = sequence.append_image(
                 parts, selected, self.tier, self._request.cancellation, following=_first_text(turns[number:])
             )
             self._record(usage)
-            self._store_prefix(sequence, ids, images, len(parts[-1]))
+            self._store_prefix(sequence, ids, images, len(parts[-1]) - self._tail)
+            if later:
+                step = sequence.append_text(later, self._request.cancellation)
         sequence.ids = ids
         return step
 
@@ -170,8 +175,17 @@ class Prefill:
         if any(tier != self.tier for tier in sequence.tiers):
             return  # whoever restores a prefix wants all of its images under one tier
         if self._prefix_cacheable(images) and size <= self._feature_cache.budget:
-            end = self._layout.image_ends(ids)[len(images) - 1]
+            end = self._prefix_end(ids, len(images))
             self._feature_cache.put(self._prefix_key(ids, images), sequence.snapshot(ids[:end], text), size)
+
+    def _split_after_prefix(self, parts: list[list[int]], images: Sequence[ImageInput]) -> tuple[list[list[int]], list[int]]:
+        # The text of an image's forward pass, and that of the next one. The states of a stored prefix must be those at its end.
+        if not self._tail or not self._prefix_cacheable(images):
+            return parts, []
+        return [*parts[:-1], parts[-1][: self._tail]], parts[-1][self._tail :]
+
+    def _prefix_end(self, ids: list[int], images: int) -> int:
+        return self._layout.image_ends(ids)[images - 1] + self._tail
 
     def _record(self, usage: ImageUsage) -> None:
         self._receipt.account(usage)
@@ -187,7 +201,7 @@ class Prefill:
         )
 
     def _prefix_key(self, ids: list[int], images: Sequence[ImageInput]) -> tuple[object, ...]:
-        end = self._layout.image_ends(ids)[len(images) - 1]
+        end = self._prefix_end(ids, len(images))
         return ("prefix", tuple(ids[:end]), tuple(image.key for image in images), self.tier)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, KeepPlan, View
 from edgeprune.runtime.backends.interface import Backend, CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
@@ -174,13 +175,16 @@ class SequenceState:
 
         In an unpruned conversation all visual tokens are passed as text. A forward pass ends with a text token: methods rank by it,
         and a layer that keeps no visual token would otherwise have nothing to compute. If no text stands between the image and the
-        next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped.
+        next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped. Raises UsageError
+        if the model has states, which cannot drop a token.
         """
         plan, geometry = self._pipeline.plans[tier], self._pipeline.plan.geometry
         prefix, visual = self._image_segments(parts[:-1], chosen.embeds if self._prune else chosen.vision_output.embeds)
         borrowed = [following] if not parts[-1] and following is not None else []
+        if borrowed and self.cache.states:
+            raise UsageError("This model cannot take two images without text between them.", hint="Put a word between them.")
         suffix, before = self._segment(borrowed) if borrowed else self._text(parts[-1]), self.cache.visual_entries_read
-        unpruned = geometry.tokens * plan.layers
+        unpruned = geometry.tokens * len(self._pipeline.decoder.attention_layers)
         if self._prune:
             visual = visual.gather(chosen.order, chosen.embeds)
             tokens = DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier)
@@ -211,7 +215,10 @@ class SequenceState:
         return step
 
     def snapshot(self, ids: Sequence[int], text: int) -> PrefixSnapshot:
-        """Return the prefix that ends with the newest image. `ids`: its tokens. `text`: number of later text tokens, left out."""
+        """Return the prefix that ends with the newest image. `ids`: its tokens. `text`: number of later text tokens, left out.
+
+        With states `text` must be 0.
+        """
         cache = self.cache.copy_prefix(self.cache.length - text)
         return PrefixSnapshot(tuple(ids), cache, self._position - text, self.length - text, self._usages, self.tiers)
 
@@ -238,8 +245,8 @@ class SequenceState:
             del self._groups[-1]
             self.cache = self.cache.append(tuple(rows[: len(rows) - 1] for rows in step.new_kv), before, 0)
         else:
-            self.cache = self.cache.append(step.new_kv, before, after)
-        return replace(step, new_kv=())
+            self.cache = self.cache.append(step.new_kv, before, after, step.states)
+        return replace(step, new_kv=(), states=())
 
     def _image_segments(self, before: Sequence[Sequence[int]], embeds: np.ndarray) -> tuple[TokenSegment, TokenSegment]:
         # Returns the text before all spans and the visual tokens of all spans, each at its own positions.

@@ -83,17 +83,18 @@ class ChatTemplate:
 class ImagePlaceholders:
     """The placeholders of a bundle's images: spans of visual tokens, with text before, between and after them.
 
-    `spans`: the views of each span of an image. There is one span for all views, or one per view.
+    `spans`: the views of each span of an image. There is one span for all views, one per view, or one per row of a view.
     """
 
     def __init__(self, image: ImageText, geometry: Geometry, tokenizer: TextTokenizer) -> None:
         self._image = image
-        views, count = geometry.layout, tokenizer.encode(image.text).count(image.token)
-        if count not in (1, len(views)):
+        count = tokenizer.encode(image.text).count(image.token)
+        spans = geometry.spans(count)
+        if spans is None:
             raise BundleError(
-                f"The text of an image has {count} image tokens for {len(views)} views.", hint="Export the bundle again."
+                f"The text of an image has {count} image tokens for {len(geometry.layout)} views.", hint="Export the bundle again."
             )
-        self.spans: tuple[tuple[View, ...], ...] = (views,) if count == 1 else tuple((view,) for view in views)
+        self.spans: tuple[tuple[View, ...], ...] = spans
 
     @property
     def kind(self) -> str:

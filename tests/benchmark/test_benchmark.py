@@ -240,7 +240,9 @@ def test_the_report_is_plain_data(result: Benchmark, tiny_bundle: Bundle) -> Non
 def test_the_table(result: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     show_benchmark(result, as_json=False)
     output = capsys.readouterr().out
-    header = output.splitlines()[0]
+    first, second, _, header = output.splitlines()[:4]
+    assert first.startswith("pruned: ") and " ms to the first token (" in first and "none), then" in first
+    assert second.startswith("Beside uniform, which chooses without looking at equal work, the first token takes ")
     for words in ("Orin Nano", "25W (mode 1)", "JetPack 6.2", "clocks not pinned", "TensorRT 10.3.0", "provider cpu", "threads 1"):
         assert words in header
     for words in ("TTFT ms", "at 40 keys", "KV cache KiB", "energy: INA3221, VDD_IN", "12 -> 6 visual tokens", "beside none"):

@@ -61,7 +61,7 @@ def test_other_architectures_are_named_with_what_is_supported(folder: Path, name
 @pytest.mark.parametrize(
     ("part", "values", "named"),
     [
-        (None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+        (None, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized with bitsandbytes"),
         ("text_config", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}, "sliding"),
         ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "depend on the length"),
         (None, {"architectures": ["Qwen9VLForEverything"]}, "Qwen9VLForEverything"),

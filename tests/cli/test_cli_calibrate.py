@@ -73,7 +73,9 @@ def test_shards_merge_to_the_whole(tiny_folder: Path, data: Path, tmp_path: Path
 
 
 def test_profile_writes_times(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    done("profile", tiny_bundle.path, "-o", tmp_path / "t.json", "--repeats", 2, "--threads", 1)
+    shown = done("profile", tiny_bundle.path, "-o", tmp_path / "t.json", "--repeats", 2, "--threads", 1).output
+    assert "ms from an image to the first token, unpruned" in shown and "prefill, 50% of the visual tokens" in shown
+    assert "GFLOPS" in shown and "(" not in shown
     times = DeviceProfile.load(tmp_path / "t.json")
     assert (times.how, times.tokens, len(times.prefill_ms)) == ("measured", 12, 5)
 

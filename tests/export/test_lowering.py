@@ -17,6 +17,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.passes import weights as matrices
+from edgeprune.export.tracing import trace_decoder
 from edgeprune.export.verification import verify
 from edgeprune.model.quantization import Quantized, at_precision, quantize
 from edgeprune.plan import Cut, KeepPlan
@@ -63,6 +64,17 @@ def test_every_lowering_computes_what_the_model_does(lowered: Any, even: LoadedM
     report = verify(bundle, even)
     assert [stage.name for stage in report if not stage.passed] == []
     assert (bundle.manifest.target, bundle.manifest.precision) == (target, precision)
+
+
+def test_lengths_that_are_not_known_have_no_name(even: LoadedModel, tmp_path: Path) -> None:
+    # ONNX Runtime takes dimensions of one name as equal, and gives their tensors the same memory.
+    caches = [Cut("cache", "plphp", keep, layer) for layer, keep in enumerate((7, 5))]
+    options = {"form": "map", "attention": [0.2, 0.4], "shares": [0.3, 0.6, 1.0]}
+    plan = unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY).with_cuts(*caches, Cut("decode", "dyrate", 0, options=options))
+    trace_decoder(even.family.decoder(), 3, plan, PLAIN, tmp_path / "decoder.onnx")
+    graph = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
+    names = {axis.dim_param for value in graph.value_info for axis in value.type.tensor_type.shape.dim}
+    assert "visual" in names and "None" not in names
 
 
 def test_newer_readers_get_whole_operators(lowered: Any) -> None:

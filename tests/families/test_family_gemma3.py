@@ -17,7 +17,7 @@ from transformers import Gemma3ForConditionalGeneration
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts
 from edgeprune.families.gemma3 import Gemma3
-from edgeprune.model import PrunedDecoder, Segment, StepOutput
+from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.plan import Cut, Geometry
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.generation.sequence import span_positions, text_positions
@@ -193,7 +193,7 @@ def without(kept: torch.Tensor, count: int) -> torch.Tensor:
 def test_pruned_visual_tokens_keep_their_places(replay: Replay) -> None:
     _, output = prefilled(replay, Cut("layer", "uniform", 8, layer=2))
     stays = torch.cat([torch.arange(BEFORE), BEFORE + output.kept[0], torch.arange(BEFORE + VISUAL, PROMPT)])
-    assert output.rows[2].place is not None and output.rows[2].place[:, 0].equal(stays)
+    assert output.kv_rows[2].place is not None and output.kv_rows[2].place[:, 0].equal(stays)
     expected = last_logits_with(replay, PROMPT, without(output.kept[0].expand(2, -1), PROMPT))
     assert error(output.logits[0, -1], expected) < 1e-5
 
@@ -205,8 +205,9 @@ def test_each_head_sees_its_own_tokens_within_the_window(places: str, replay: Re
     assert kept.shape == (2, 8) and not kept[0].equal(kept[1])
     caches = [cache.append(rows, BEFORE, AFTER) for cache, rows in zip(decoder.empty_caches(), output.rows, strict=True)]
     if places != "their own":
-        assert caches[2].visual_place is not None
-        caches[2] = replace(caches[2], visual_place=caches[2].visual_place.flip(1))
+        local = caches[2]
+        assert isinstance(local, LayerCache) and local.visual_place is not None
+        caches[2] = replace(local, visual_place=local.visual_place.flip(1))
     nothing = Segment(replay.embeds[:, :0], torch.zeros(2, 0, dtype=torch.int64))
     token = Segment(replay.embeds[:, PROMPT : PROMPT + 1], torch.from_numpy(text_positions(PROMPT, 1, 2)))
     with torch.no_grad():
@@ -230,7 +231,6 @@ def _text(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"vision_config": SimpleNamespace(model_type="clip_vision_model")}, "'clip_vision_model'"),
         ({"text_config": SimpleNamespace(model_type="gemma2")}, "'gemma2'"),
         ({"text_config": _text(use_bidirectional_attention=True)}, "bidirectional"),

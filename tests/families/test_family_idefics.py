@@ -226,14 +226,6 @@ def test_other_text_models_are_refused(change: dict[str, Any], what: str) -> Non
         Idefics3.check(config)
 
 
-def test_quantized_weights_are_refused() -> None:
-    config = tiny_smolvlm.config()
-    SmolVLM.check(config)
-    config.quantization_config = {"quant_method": "awq"}
-    with pytest.raises(UnsupportedModelError, match="quantized"):
-        SmolVLM.check(config)
-
-
 def test_settings_know_the_patches_of_the_model() -> None:
     own = Idefics3.settings(tiny_idefics3.config(), tiny_idefics3.processor(), (56, 112))
     assert (own["patch_size"], own["merge_size"], own["size"]) == (14, 2, {"longest_edge": 112})

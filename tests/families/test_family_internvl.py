@@ -121,7 +121,6 @@ def test_other_plain_text_models_are_taken(text: Any) -> None:
     [
         ({"vision_feature_layer": -2}, "layer -2"),
         ({"vision_feature_select_strategy": "full"}, "'full'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"text_config": SimpleNamespace(model_type="qwen3_moe")}, "'qwen3_moe'"),
         ({"text_config": SimpleNamespace(model_type="gpt_oss")}, "'gpt_oss'"),
         ({"vision_config": SimpleNamespace(model_type="siglip_vision_model")}, "'siglip_vision_model'"),

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-OneVision against transformers: visual tokens of all layouts, signals, and what is refused."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision against transformers: visual tokens of all layouts, signals, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_llava
+import tiny_llava_next
 import tiny_llava_onevision
 import torch
 from PIL import Image
 from test_family_encoder import error
 from tiny_folders import cut
-from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.llava import Llava
-from edgeprune.families.llava_onevision import LlavaOneVision
+from edgeprune.families.llava_onevision import LlavaNext, LlavaOneVision
 from edgeprune.model.decoder import PrunedDecoder, Segment
-from edgeprune.plan import Geometry
+from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.processors import image_spec
 
@@ -48,6 +50,12 @@ def onevision(**changes: Any) -> Any:
     return random(LlavaOnevisionForConditionalGeneration, tiny_llava_onevision.config(**changes))
 
 
+def llava_next(encoder: str = CLIP, **changes: Any) -> Any:
+    vision = tiny_llava.VISION | {"model_type": encoder, "patch_size": 14, "image_size": 72}
+    changes = {"vision_config": vision, "vision_feature_select_strategy": "default" if encoder == CLIP else "full"} | changes
+    return random(LlavaNextForConditionalGeneration, tiny_llava_next.config(**changes))
+
+
 @pytest.mark.parametrize("encoder", [CLIP, SIGLIP])
 @pytest.mark.parametrize("layer", [-2, -1, [-2, 1]])
 def test_a_view_is_encoded_as_in_transformers(encoder: str, layer: int | list[int]) -> None:
@@ -58,6 +66,24 @@ def test_a_view_is_encoded_as_in_transformers(encoder: str, layer: int | list[in
         assert error(tower(cut(pixels, 14))[0], expected) < 1e-5 and tower.takes == (25, 588)
         visual, received, keys = Llava(model).vision(SQUARE, signals=True)(cut(pixels, 14))
     assert error(visual[0], expected) < 1e-5 and received.shape == (25,) and keys.shape == (25, 24)
+
+
+@pytest.mark.parametrize("layer", [-2, [-2, 1]])
+def test_mantis_leaves_out_the_first_patch_as_in_transformers(layer: int | list[int]) -> None:
+    model, pixels = llava(SIGLIP, vision_feature_layer=layer, vision_feature_select_strategy="default"), torch.randn(1, 3, 70, 70)
+    spec = image_spec(Llava.settings(model.config, tiny_llava.processor() | {"image_processor_type": "SiglipImageProcessor"}))
+    geometry, first = spec.geometry(70, 70), Cut("vision", "evit", 7, layer=1)
+    assert geometry.layout == (View(0, 14, 14, 56, 1, 4), View(14, 0, 56, 70, 4, 5)) and geometry.tokens == 24
+    Llava.check(model.config)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output[0]
+        visual, received, keys = Llava(model).vision(geometry, signals=True)(cut(pixels, 14))
+        few, kept = Llava(model).vision(geometry, cuts=(first,))(cut(pixels, 14))
+        model.model.vision_tower.set_attn_implementation("eager")
+        seen = model.model.vision_tower(pixels, output_attentions=True).attentions
+    assert error(visual[0], expected) < 1e-5 and keys.shape == (24, 24)
+    assert error(received, seen[2][0].mean(dim=(0, 1))[1:]) < 1e-5
+    assert few.shape == (1, 7, 48) and kept.tolist() == sorted(seen[0][0].mean(dim=(0, 1))[1:].topk(7).indices.tolist())
 
 
 def test_a_layer_too_many_would_be_noticed() -> None:
@@ -94,6 +120,36 @@ def test_tiles_are_packed_as_in_transformers(size: tuple[int, int], most: int, t
     assert error(visual[0], expected) < 1e-5
     assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
     assert tower.takes == (25 * (1 + tiles), 588)
+
+
+@pytest.mark.parametrize("encoder", [CLIP, SIGLIP])
+@pytest.mark.parametrize(
+    ("size", "tiles", "tokens", "layer"),
+    [
+        ((60, 60), 1, 5 * 6, -2),
+        ((80, 120), 4, 6 * 11, [-2, 1]),  # bars above and below
+        ((200, 100), 6, 15 * 9, -1),  # bars on the sides
+        ((288, 288), 16, 20 * 21, -2),  # never shrunk
+    ],
+)
+def test_tiles_of_llava_next_are_packed_as_in_transformers(
+    encoder: str, size: tuple[int, int], tiles: int, tokens: int, layer: int | list[int]
+) -> None:
+    model = llava_next(encoder, image_grid_pinpoints=MANY, vision_feature_layer=layer)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8))
+    own = tiny_llava_next.processor(MANY)
+    made = LlavaNextImageProcessorPil(**own)([image], return_tensors="pt")
+    spec = image_spec(LlavaNext.settings(model.config, own, size))
+    geometry = spec.geometry(*size)
+    with torch.no_grad():
+        expected = model.get_image_features(made["pixel_values"], made["image_sizes"]).pooler_output[0]
+        tower: Any = LlavaNext(model).vision(geometry, signals=True)
+        visual, received, keys = tower(torch.from_numpy(spec.patches([image])))
+        assert error(visual[0], expected) < 1e-5
+        model.model.image_newline.zero_()
+        assert error(tower(torch.from_numpy(spec.patches([image])))[0][0], expected) > 1e-2
+    assert (len(made["pixel_values"][0]), geometry.tokens) == (1 + tiles, 25 + tokens)
+    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
 
 
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2", "qwen3"])
@@ -168,10 +224,10 @@ def test_packing_is_traced_with_constant_shapes() -> None:
 
 def test_images_and_videos_stand_in_the_text_as_tokens() -> None:
     still, clip = Geometry(80, 120, 14, 1), Geometry(80, 120, 14, 1, (), 2, 1.0)
-    texts = [Llava(llava()).image_text(SQUARE), *(LlavaOneVision(onevision()).image_text(shown) for shown in (still, clip))]
+    texts = [family.image_text(still) for family in (Llava(llava()), LlavaNext(llava_next()), LlavaOneVision(onevision()))]
+    texts.append(LlavaOneVision(onevision()).image_text(clip))
     assert [(text.kind, text.placeholder, text.text, text.token) for text in texts] == [
-        ("image", "<image>", "<image>", 456),
-        ("image", "<image>", "<image>", 456),
+        *[("image", "<image>", "<image>", 456)] * 3,
         ("video", "<video>", "<video>", 457),
     ]
 
@@ -185,18 +241,20 @@ def test_the_decoder_looks_no_further_than_its_window() -> None:
 @pytest.mark.parametrize(
     ("family", "change", "what"),
     [
-        (Llava, {"quantization_config": {"quant_method": "awq"}}, "quantized"),
         (Llava, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
-        (Llava, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),
+        (Llava, {"vision_config": SimpleNamespace(model_type="dinov2")}, "'dinov2'"),
         (Llava, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
-        (Llava, {"vision_config": SimpleNamespace(model_type=SIGLIP)}, "'default' drops the first patch"),
+        (LlavaNext, {"vision_config": SimpleNamespace(model_type=SIGLIP)}, "'default' drops the first patch"),
+        (LlavaNext, {"text_config": SimpleNamespace(model_type="phi")}, "'phi'"),
+        (LlavaNext, {"vision_config": SimpleNamespace(model_type="pixtral")}, "'pixtral'"),
+        (LlavaNext, {"vision_feature_select_strategy": "full"}, "'full' keeps the class token"),
         (LlavaOneVision, {"vision_config": SimpleNamespace(model_type=CLIP)}, "'clip_vision_model'"),
         (LlavaOneVision, {"vision_feature_select_strategy": "default"}, "'default' drops the first patch"),
         (LlavaOneVision, {"text_config": SimpleNamespace(model_type="qwen2_moe")}, "'qwen2_moe'"),
     ],
 )
 def test_twists_are_refused(family: Any, change: dict[str, Any], what: str) -> None:
-    config = tiny_llava.config() if family is Llava else tiny_llava_onevision.config()
+    config = {Llava: tiny_llava, LlavaNext: tiny_llava_next, LlavaOneVision: tiny_llava_onevision}[family].config()
     family.check(config)
     for name, value in change.items():
         object.__setattr__(config, name, value)

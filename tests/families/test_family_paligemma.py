@@ -170,7 +170,6 @@ def test_it_holds_no_conversation(messages: list[Any], what: str) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"text_config": LlamaConfig()}, "'llama'"),
         ({"vision_config": SimpleNamespace(model_type="clip_vision_model")}, "'clip_vision_model'"),
     ],

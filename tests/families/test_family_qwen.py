@@ -244,7 +244,6 @@ def test_a_video_is_pruned_where_it_does_not_change(name: str, model: LoadedMode
     [
         (lambda config: setattr(config.text_config, "layer_types", ["full_attention", "sliding_attention"]), "sliding"),
         (lambda config: config.text_config.rope_parameters.update(rope_type="longrope"), "longrope"),
-        (lambda config: setattr(config, "quantization_config", {"quant_method": "awq"}), "quantized"),
     ],
 )
 def test_twists_are_refused(name: str, model: LoadedModel, change: Callable[[Any], None], reason: str) -> None:

@@ -74,7 +74,6 @@ def test_matrices_act_on_rows() -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized"),
         ({"text_config": SimpleNamespace(model_type="phi")}, "'phi' is not supported behind 'vipllava'"),
         ({"vision_config": SimpleNamespace(model_type="siglip_vision_model")}, "'siglip_vision_model'"),
         ({"vision_feature_layer": -2}, "a single layer of vision features, -2"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from genuine import NAMES, write_checkpoint
+from lfm2_vl_processor import upstream_processor
 from PIL import Image
 
 from edgeprune.calibration.replay.reference import reference_model
@@ -22,11 +23,13 @@ from edgeprune.runtime import Runtime
 QUESTION, TOKENS = "What is the colour of the cube?", 32
 SIZES = {"idefics2-8b": (1960, 1960)}
 # Qwen2.5-VL has a repetition penalty, Idefics2 forbids its image tokens, PaliGemma begins with the image, Gemma 3 surrounds it.
-QUICK = ("gemma-3-4b-it", "qwen2_5-vl-3b", "paligemma-3b-pt-448")
+QUICK = ("gemma-3-4b-it", "lfm2_5-vl-1.6b", "qwen2_5-vl-3b", "qwen3_5-0.8b", "paligemma-3b-pt-448")
 
 
 def opened(name: str, folder: Path) -> tuple[LoadedModel, Image.Image]:
     loaded = load_model(resolve_model(str(write_checkpoint(name, folder))))
+    if loaded.folder.model_type == "lfm2_vl":
+        loaded.processor.image_processor = upstream_processor(loaded.folder.processor)
     size = SIZES.get(name) or loaded._spec(None).default_size() or (448, 448)
     return loaded, Image.fromarray(np.random.default_rng(3).integers(0, 256, (*size, 3), dtype=np.uint8))
 
@@ -39,7 +42,8 @@ def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dic
         inputs = processor(text=QUESTION, images=[picture], return_tensors="pt", images_kwargs=changed)
         inputs.pop("labels", None)
     else:
-        template = own or loaded.family.chat_template
+        outside = loaded.family.outside_chats.get(str(loaded.folder.processor.get("processor_class")))
+        template = outside.template if outside else own or loaded.family.chat_template
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": parts}],
             chat_template=template,
@@ -50,7 +54,7 @@ def text_by_transformers(loaded: LoadedModel, picture: Image.Image, changed: dic
             processor_kwargs={"images_kwargs": changed},
         )
     with torch.no_grad():
-        made = loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        made = loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=list(loaded.end_tokens()))
     text: str = loaded.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 

@@ -100,7 +100,9 @@ def test_it_agrees_at_true_size(name: str, tmp_path: Path, request: pytest.Fixtu
     assert vision <= TOLERANCE and logits <= TOLERANCE
     assert answer == reference.tokenizer.decode(said.tokens)
     precision = request.config.getoption("--precision")
-    bundle = export_bundle(loaded, pruned(loaded, name), tmp_path / "bundle", lowering=Lowering(TARGETS["onnxruntime"], precision))
+    bundle = export_bundle(
+        loaded, pruned(loaded, name, SIZES[name]["size"]), tmp_path / "bundle", lowering=Lowering(TARGETS["onnxruntime"], precision)
+    )
     stages = verify(bundle, loaded)
     report(name, precision=precision, stages={stage.name: stage.worst for stage in stages}, seconds=time.perf_counter() - started)
     assert [stage.name for stage in stages if not stage.passed] == []

@@ -183,6 +183,19 @@ def test_branches_and_loops(tmp_path: Path) -> None:
     assert "has no BitwiseNot" in only(findings_of(tmp_path, good.replace("Add(s, s)", "BitwiseNot(s)"))).reason
 
 
+def test_quantized_weights_beside_a_loop_are_warned_of(tmp_path: Path) -> None:
+    constants = "m = Constant<value = int64 {3}>() c = Constant<value = bool {1}>() s = Constant<value = float {0.5}>()"
+    body = "<body = b (int64 i, bool ci, float[4] t) => (bool co, float[4] t2) { co = Identity(ci) t2 = Add(t, t) }>"
+    both = (
+        f"agraph (float[4] x) => (float[4] y) {{ {constants} w = Constant<value = int8[4] {{1, 2, 3, 4}}>() "
+        f"[weight] d = DequantizeLinear(w, s) z = Mul(x, d) y = Loop(m, c, z){body} }}"
+    )
+    warning = only(findings_of(tmp_path, both))
+    assert (warning.severity, warning.node) == ("warning", "weight") and "--precision fp16" in warning.remedy
+    assert findings_of(tmp_path, both.replace("DequantizeLinear(w, s)", "Cast<to = 1>(w)")) == []
+    assert findings_of(tmp_path, both.replace(f"y = Loop(m, c, z){body}", "y = Identity(z)")) == []
+
+
 def test_onnxruntime_has_none_of_tensorrts_limits(tmp_path: Path) -> None:
     for text in (
         "agraph (float[4] x) => (int64[1] y) { y = ArgMax(x) }",

@@ -20,7 +20,7 @@ from edgeprune.errors import PlanError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.methods.plphp import PLPHP
-from edgeprune.model import PrunedDecoder
+from edgeprune.model import LayerCache, PrunedDecoder
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import ranked_plan
 from edgeprune.runtime import Runtime, load
@@ -116,7 +116,7 @@ def test_a_smaller_budget_is_a_prefix(tiny: LoadedModel) -> None:
     large, small = (run(tiny, ranked_plan(BASE, [keep] * 3, **RANKED), prompt) for keep in (9, 4))
     for whole, part in zip(large.kept, small.kept, strict=True):
         assert torch.equal(whole[:, :4], part)
-    for longer, shorter in zip(large.rows, small.rows, strict=True):
+    for longer, shorter in zip(large.kv_rows, small.kv_rows, strict=True):
         assert torch.equal(longer.key[prompt.before :][:4], shorter.key[prompt.before :][:4])
 
 
@@ -129,7 +129,8 @@ def test_reading_a_prefix_equals_masking_the_rest(tiny: LoadedModel) -> None:
     with torch.no_grad():
         empty = decoder.empty_caches()
         caches = grown(empty, decoder(prefix, visual, suffix, empty), prefix.embeds.shape[1], suffix.embeds.shape[1])
-        short = [replace(c, visual_key=c.visual_key[:6], visual_value=c.visual_value[:6]) for c in caches]
+        held = [cache for cache in caches if isinstance(cache, LayerCache)]
+        short = [replace(c, visual_key=c.visual_key[:6], visual_value=c.visual_value[:6]) for c in held]
         read = decoder(nothing, nothing, one, short).logits
         hidden = torch.cat([torch.zeros(1, 5), torch.full((1, 7), float("-inf"))], dim=1)
         masked = decoder(nothing, nothing, one, caches, hide=[hidden] * 3).logits

@@ -93,7 +93,7 @@ def _masked_forward(loaded: LoadedModel, plan: KeepPlan, prompt: Prompt, kept: t
 def test_caches_shrink_with_the_cuts(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
     prompt = Prompt.make(tiny, tiny_plan)
     text = prompt.inputs["input_ids"].shape[1] - prompt.tokens
-    assert [rows.key.shape[0] - text for rows in run(tiny, tiny_plan, prompt).rows] == [12, 6, 3]
+    assert [rows.key.shape[0] - text for rows in run(tiny, tiny_plan, prompt).kv_rows] == [12, 6, 3]
 
 
 def test_steps_on_caches_equal_one_forward(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:

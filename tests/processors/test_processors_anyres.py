@@ -1,4 +1,4 @@
-"""LLaVA-OneVision's image processor: views bit for bit transformers' own, tokens as its model packs them."""
+"""The image processors of LLaVA-OneVision and LLaVA-NeXT: views bit for bit transformers' own, tokens as their models pack them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import pytest
 import torch
 from PIL import Image
 from processor_parity import SIZES, assert_patches, noise, pair
-from transformers import LlavaOnevisionModel, LlavaOnevisionProcessor
+from transformers import LlavaNextModel, LlavaNextProcessor, LlavaOnevisionModel, LlavaOnevisionProcessor
 
 from edgeprune.errors import BundleError, ImageError
-from edgeprune.plan import View
+from edgeprune.plan import Geometry, View
 from edgeprune.processors import fit, image_spec
 
-KIND = "LlavaOnevisionImageProcessor"
+KIND, NEXT = "LlavaOnevisionImageProcessor", "LlavaNextImageProcessor"
 ADDED = {"patch_size": 14, "vision_aspect_ratio": "anyres_max_9"}
 PINPOINTS = [[48 * rows, 48 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 SMALL = {"size": {"height": 48, "width": 48}, "image_grid_pinpoints": PINPOINTS}  # 3 x 3 patches a tile, 6 pixels left over
+SMALL_NEXT = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "image_grid_pinpoints": PINPOINTS}
 ONEVISION = {
     "do_convert_rgb": True,
     "do_normalize": True,
@@ -42,15 +43,17 @@ ONEVISION = {
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    "settings",
+    ("kind", "settings"),
     [
-        SMALL,
-        SMALL | {"image_grid_pinpoints": [[96, 48], [48, 144]], "resample": 2},
-        SMALL | {"size": {"shortest_edge": 48}, "crop_size": 48, "image_mean": [0.1, 0.2, 0.3]},
+        (KIND, SMALL),
+        (KIND, SMALL | {"image_grid_pinpoints": [[96, 48], [48, 144]], "resample": 2}),
+        (KIND, SMALL | {"size": {"shortest_edge": 48}, "crop_size": 48, "image_mean": [0.1, 0.2, 0.3]}),
+        (NEXT, SMALL_NEXT),
+        (NEXT, SMALL_NEXT | {"size": {"height": 48, "width": 48}, "do_center_crop": False, "image_std": [0.1, 0.2, 0.3]}),
     ],
 )
-def test_patches_equal_transformers(settings: dict[str, Any], size: tuple[int, int]) -> None:
-    spec, processor = pair(KIND, ADDED, **settings)
+def test_patches_equal_transformers(kind: str, settings: dict[str, Any], size: tuple[int, int]) -> None:
+    spec, processor = pair(kind, ADDED, **settings)
     image = noise(*size)
     views = processor(images=image)["pixel_values"][0]
     assert_patches(spec, [image], views, 14)
@@ -58,21 +61,25 @@ def test_patches_equal_transformers(settings: dict[str, Any], size: tuple[int, i
     assert 1 + height // 48 * (width // 48) == len(views)
 
 
-def features(height: int, width: int, side: int, pinpoints: list[list[int]], limit: int) -> int:
-    """Return how many tokens the processor of text and images together writes for an image."""
+def features(height: int, width: int, side: int, pinpoints: list[list[int]], limit: int | None) -> int:
+    """Return how many tokens the processor of text and images together writes for an image; LLaVA-NeXT's has no `limit`."""
+    processor: Any = LlavaNextProcessor if limit is None else LlavaOnevisionProcessor
     me = SimpleNamespace(num_image_tokens=(side // 14) ** 2, vision_aspect_ratio=f"anyres_max_{limit}")
-    me.image_processor = SimpleNamespace(image_grid_pinpoints=pinpoints)
-    me._get_unpadded_features = partial(LlavaOnevisionProcessor._get_unpadded_features, me)
-    tokens: int = LlavaOnevisionProcessor._get_number_of_features(me, height, width, side, side)
+    me.image_processor, me.patch_size, me.num_additional_image_tokens = SimpleNamespace(image_grid_pinpoints=pinpoints), 14, 0
+    me._get_unpadded_features = partial(processor._get_unpadded_features, me)
+    tokens: int = processor._get_number_of_features(me, height, width, side, side)
     return tokens
 
 
-@pytest.mark.parametrize("limit", [9, 4])
+@pytest.mark.parametrize("limit", [9, 4, None])
 @pytest.mark.parametrize("side", [384, 48])
-def test_tokens_equal_transformers_everywhere(side: int, limit: int) -> None:
+def test_tokens_equal_transformers_everywhere(side: int, limit: int | None) -> None:
     pinpoints = [[side * rows, side * columns] for rows in range(1, 7) for columns in range(1, 7)]
     settings = {"size": {"height": side, "width": side}, "image_grid_pinpoints": pinpoints}
-    spec, _ = pair(KIND, {"patch_size": 14, "vision_aspect_ratio": f"anyres_max_{limit}"}, **settings)
+    if limit is None:
+        spec, _ = pair(NEXT, {"patch_size": 14}, **settings, crop_size=side)
+    else:
+        spec, _ = pair(KIND, {"patch_size": 14, "vision_aspect_ratio": f"anyres_max_{limit}"}, **settings)
     rng = np.random.default_rng(7)
     for height, width in np.exp(rng.uniform(0, np.log(4000), (1000, 2))).astype(int).tolist():
         made = spec.geometry(height, width)
@@ -88,7 +95,14 @@ def test_views_are_what_the_model_packs(size: tuple[int, int]) -> None:
     model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS))
     newline = torch.full((2,), -1.0)
     packed, _ = LlavaOnevisionModel.pack_image_features(model, [torch.rand(tiles, 9, 2)], [size], newline)
-    base, grid = spec.geometry(*size).layout
+    assert_packed(spec.geometry(*size), packed)
+    spec, _ = pair(NEXT, ADDED, **SMALL_NEXT)
+    packed, _ = LlavaNextModel.pack_image_features(model, [torch.rand(tiles, 9, 2)], [size], "full", newline)
+    assert_packed(spec.geometry(*size), packed)
+
+
+def assert_packed(geometry: Geometry, packed: list[torch.Tensor]) -> None:
+    base, grid = geometry.layout
     assert (base.rows, base.columns, base.separators) == (3, 3, 0)
     assert len(packed[0]) == base.tokens + grid.tokens
     ends = base.tokens + (grid.columns + 1) * np.arange(1, grid.rows + 1) - 1
@@ -187,6 +201,29 @@ def test_sizes_not_taken() -> None:
         spec.patches([Image.new("L", (60, 50))])
 
 
+def test_a_large_grid_of_llava_next_is_not_shrunk() -> None:
+    spec = image_spec({"image_processor_type": NEXT, "patch_size": 14, "size": {"shortest_edge": 336}, "crop_size": 336})
+    assert spec.geometry(672, 672).layout[1] == View(0, 0, 672, 672, 48, 48, separators=1)
+    # 480 x 640 fills 672 x 504 of the published 2 x 2 tiles of 336 pixels.
+    assert spec.geometry(480, 640).layout == (View(84, 0, 504, 672, 24, 24), View(84, 0, 504, 672, 36, 48, separators=1))
+    assert spec.default_size() is None
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"crop_size": None}, "crop_size is None, but must be 336 pixels as the size is"),
+        ({"crop_size": 224}, "crop_size is 224, but must be 336 pixels as the size is"),
+        ({"size": None}, "crop_size is 336, but must be 224 pixels as the size is"),
+        ({"image_grid_pinpoints": [[384, 384]]}, "must be pairs of multiples of 336 pixels"),
+    ],
+)
+def test_config_of_llava_next_that_cannot_be_honoured(config: dict[str, Any], words: str) -> None:
+    own = {"image_processor_type": NEXT, "patch_size": 14, "size": {"shortest_edge": 336}, "crop_size": 336}
+    with pytest.raises(BundleError, match=words):
+        image_spec(own | config)
+
+
 @pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
 def test_class_names(suffix: str) -> None:
     assert image_spec({"image_processor_type": KIND + suffix} | ADDED) == pair(KIND, ADDED)[0]
@@ -198,7 +235,7 @@ def test_class_names(suffix: str) -> None:
         ({"do_resize": False}, "do_resize is False"),
         ({"do_convert_rgb": False}, "do_convert_rgb is False"),
         ({"do_center_crop": True}, "do_center_crop is True, but must be false"),
-        ({"crop_size": 224}, "crop_size is 224, but must be left out, or 384 pixels as the size is"),
+        ({"crop_size": 224}, "crop_size is 224, but must be 384 pixels as the size is"),
         ({"size": {"height": 384, "width": 300}}, "size is {'height': 384, 'width': 300}, but must be equal height and width"),
         ({"size": {"shortest_edge": 384, "longest_edge": 384}}, "size is"),
         ({"size": 380}, "image_grid_pinpoints is"),

@@ -201,3 +201,12 @@ def test_null_is_the_default() -> None:
     )
     for kind in ("CLIPImageProcessor", "SiglipImageProcessor", "Gemma3ImageProcessor"):
         assert image_spec({"image_processor_type": kind, "patch_size": 14} | null) == pair(kind, {"patch_size": 14})[0]
+
+
+def test_without_its_first_patch_an_image_is_two_views() -> None:
+    spec = image_spec(PALIGEMMA | {"patch_size": 14, "drop_first_patch": True})
+    assert spec.geometry(500, 300).layout == (View(0, 14, 14, 210, 1, 15), View(14, 0, 210, 224, 15, 16))
+    narrow = image_spec(PALIGEMMA | {"patch_size": 14, "drop_first_patch": True, "size": {"height": 28, "width": 14}})
+    assert narrow.geometry(500, 300).layout == (View(14, 0, 14, 14, 1, 1),)
+    with pytest.raises(BundleError, match="drop_first_patch is 1"):
+        image_spec(PALIGEMMA | {"patch_size": 14, "drop_first_patch": 1})

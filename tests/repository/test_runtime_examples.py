@@ -163,6 +163,9 @@ def test_preparing_for_a_jetson(tiny_folder: Path, tmp_path: Path) -> None:
     output = run("jetson/prepare.py", tiny_folder, tmp_path / "out", *pruned)
     assert "Orin Nano" in output
     script = (tmp_path / "out" / "on_device.sh").read_text()
+    (wheel,) = (tmp_path / "out").glob("edgeprune-*.whl")
+    listed = subprocess.run(["sh", "-c", "ls edgeprune-*.whl"], cwd=tmp_path / "out", capture_output=True, text=True)
+    assert listed.stdout.strip() == wheel.name and '"$(ls edgeprune-*.whl)[tensorrt,serve]"' in script
     commands = [shlex.split(line.lstrip("# "), comments=True) for line in script.splitlines() if "edgeprune " in line]
     named = {words[1]: words[2:] for words in commands if words[0] == "edgeprune"}
     assert set(named) == {"doctor", "build", "selftest", "bench", "run", "serve", "ros2"}

@@ -163,15 +163,13 @@ def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int 
     `edgeprune calibrate --method auto --target-ttft` takes the file that -o writes.
     """
     check_output(output, force=force, inputs=[bundle])
-    from dataclasses import asdict
-
     from edgeprune.benchmark.profile import profile as measure
     from edgeprune.bundle import Bundle
-    from edgeprune.cli.output.basic import show_facts
+    from edgeprune.cli.output.measure import show_profile
 
     times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider)
     times.save(output)
-    show_facts(asdict(times), as_json)
+    show_profile(times, as_json)
 
 
 def _split_devices(names: tuple[str, ...]) -> tuple[str, str | None]:

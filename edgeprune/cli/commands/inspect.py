@@ -102,7 +102,8 @@ def models(model_type: str | None, as_json: bool) -> None:
     from edgeprune.registry import applicability
 
     found = applicability(family_class(model_type))
-    show_table(["method", "site", "applies"], [[field.method, field.site, field.reason or "yes"] for field in found], as_json)
+    rows = [[field.method, field.site, field.reason or ", ".join(filter(None, ("yes", field.layers)))] for field in found]
+    show_table(["method", "site", "applies"], rows, as_json)
 
 
 @command()

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from edgeprune.bundle import Bundle
+    from edgeprune.bundle import Bundle, Manifest
     from edgeprune.calibration.calibrate import CalibrationResult
     from edgeprune.calibration.data.samples import BadSampleError
     from edgeprune.calibration.evaluation import EvalReport
@@ -179,7 +179,12 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
         facts |= {"revision": manifest.source.revision, "adapter": manifest.source.adapter}
         facts |= {"target": manifest.target, "precision": manifest.precision}
-        plans = {"plan": plan.to_dict(), "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers}}
+        quantized = manifest.source.quantization
+        plans = {
+            "quantization": quantized and asdict(quantized),
+            "plan": plan.to_dict(),
+            "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers},
+        }
         show_json({**facts, **plans, "opset": manifest.lowering.opset, "versions": manifest.versions, "files": files})
         return
     facts = {
@@ -188,6 +193,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         **{name: value for name in ("revision", "adapter") if (value := getattr(manifest.source, name))},
         "geometry": str(plan.geometry),
         "lowered": f"{manifest.precision} for {manifest.target}, opset {manifest.lowering.opset}",
+        **_quantized_layers(manifest),
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     show_facts(facts, as_json=False)
@@ -196,6 +202,15 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         _show_cuts(tier_plan)
     if not bundle.tiers:
         _show_cuts(plan)
+
+
+def _quantized_layers(manifest: Manifest) -> dict[str, str]:
+    quantized = manifest.source.quantization
+    if quantized is None:
+        return {}
+    counts = {"kept": quantized.kept, "quantized again": quantized.requantized, "dequantized": quantized.dequantized}
+    layers = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return {"quantized": f"{quantized.method}; layers of the checkpoint: {layers}"}
 
 
 def show_plan(plan: KeepPlan, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from edgeprune.benchmark.run import Benchmark
     from edgeprune.device.doctor import Diagnosis
     from edgeprune.device.machine import Machine
+    from edgeprune.device.profile import DeviceProfile
 
 _COSTS = {
     "preprocess_ms": "preprocess ms",
@@ -36,11 +38,55 @@ def show_benchmark(result: Benchmark, as_json: bool) -> None:
     if as_json:
         show_json(result.to_dict())
         return
-    click.echo(_header(result) + "\n")
+    click.echo(f"{verdict(result)}\n\n{_header(result)}\n")
     rows = [*_cost_rows(result), *_size_rows(result), *_roofline_rows(result), *_startup_rows(result)]
     show_table(["", *(variant.name for variant in result.variants)], rows, as_json=False)
     _show_growth(result)
     _show_notes(result)
+
+
+def verdict(result: Benchmark) -> str:
+    """Return what a benchmark says in two lines: the first token and the next ones, beside the baseline and beside `uniform`."""
+    own, baseline = result.variants[0], result.request.baseline
+    lines = [
+        f"{own.name}: {own.costs['ttft_ms'].p50:.1f} ms to the first token{_beside(own.ratios.get('ttft_ms'), baseline)}, then "
+        f"{own.costs['ms_per_token'].p50:.2f} ms a token{_beside(own.ratios.get('ms_per_token'), baseline)}."
+    ]
+    uniform = next((variant for variant in result.variants if variant.name == "uniform"), None)
+    if uniform is not None and own.cuts:
+        extra = own.costs["ttft_ms"].p50 - uniform.costs["ttft_ms"].p50
+        word = "more" if extra >= 0 else "less"
+        lines.append(
+            f"Beside uniform, which chooses without looking at equal work, the first token takes {abs(extra):.1f} ms {word}."
+        )
+    elif not own.cuts:
+        lines.append("The plan has no cuts: nothing was pruned.")
+    return "\n".join(lines)
+
+
+def _beside(ratio: float | None, baseline: str) -> str:
+    if ratio is None:
+        return ""
+    change = abs(1 - ratio)
+    return f" ({'as' if change < 0.005 else f'{change:.0%} ' + ('less than' if ratio < 1 else 'more than')} {baseline})"
+
+
+def show_profile(times: DeviceProfile, as_json: bool) -> None:
+    """Print the times of a device: the vision encoder, and prefill by the number of visual tokens."""
+    if as_json:
+        show_json(asdict(times))
+        return
+    shares = [f"{part / (len(times.prefill_ms) - 1):.0%} of the visual tokens" for part in range(len(times.prefill_ms))]
+    counts = [round(times.tokens * part / (len(times.prefill_ms) - 1)) for part in range(len(times.prefill_ms))]
+    rows = [["vision encoder", str(times.tokens), f"{times.vision_ms:.2f}"]]
+    rows += [
+        [f"prefill, {share}", str(count), f"{ms:.2f}"] for share, count, ms in zip(shares, counts, times.prefill_ms, strict=True)
+    ]
+    click.echo(f"{times.device}: {times.ttft_ms:.1f} ms from an image to the first token, unpruned\n")
+    show_table(["part", "visual tokens", "ms"], rows, as_json=False)
+    if times.peaks is not None:
+        rates = [f"{name} {rate / 1e9:.0f} {_RATES.get(name, 'GOPS')}" for name, rate in times.peaks.operations.items()]
+        click.echo(f"\npeaks: {', '.join(rates)}, {times.peaks.bandwidth / 1e9:.1f} GB/s")
 
 
 def show_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:

@@ -195,3 +195,12 @@ def _head_size(node: Node, index: int) -> int:
         return 0
     heads = node.attribute("q_num_heads" if index == _QUERY else "kv_num_heads", 1) if len(shape) == 3 else 1
     return shape[-1] // int(heads)
+
+
+def quantized_weights_beside_loops(context: RuleContext) -> Iterator[Finding]:
+    """Find quantized weights in a graph with a loop, which the builder of TensorRT-RTX 1.7.1 fails on (bb.cpp:137)."""
+    operators = {node.operator for node in context.graph.nodes}
+    node = next((node for node in context.graph.nodes if node.operator == "DequantizeLinear"), None)
+    if node is not None and operators & {"Loop", "Scan"}:
+        reason = "The graph has a loop beside quantized weights, which TensorRT may fail to build."
+        yield context.warning(node, reason, "Export it with --precision fp16 if it does.")

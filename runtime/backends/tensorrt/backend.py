@@ -1,9 +1,9 @@
 """The backend interface on TensorRT engines.
 
 Each engine has one execution context per optimization profile. Inputs are bound by address, outputs to pooled memory. Only token
-ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back. Embeddings, KV caches
-and attention shares stay on the device, and the keys and values of a step are appended there. The decode step has no CUDA graph,
-because its text caches grow by one at every step.
+ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back. Embeddings, KV
+caches, states and attention shares stay on the device, and the keys and values of a step are appended there. The decode step has
+no CUDA graph, because its text caches grow by one at every step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION
 from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
-from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, upload
 from edgeprune.runtime.backends.tensorrt.bindings import CudaDriver, DeviceIdentity, Driver, cuda, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.profiles import TEXT, ShapeProfile, image_prefill_of
@@ -138,9 +138,11 @@ class TensorRTBackend:
         except EngineError:
             self.close()
             raise
-        local = bundle.manifest.decoder.local_layers
-        self._inputs = decoder_inputs(bundle.plan, local, tiers=bool(bundle.lower_tiers))
-        self._outputs, self._slots = decoder_outputs(bundle.plan, local), len(cache_slots(bundle.plan, local))
+        shape = bundle.manifest.decoder
+        kinds = shape.local_layers, shape.states
+        self._inputs = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers))
+        self._outputs = decoder_outputs(bundle.plan, *kinds)
+        self._slots, self._states = len(cache_slots(bundle.plan, *kinds)), len(shape.states)
 
     def _executor(
         self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[ShapeProfile]
@@ -219,9 +221,13 @@ class TensorRTBackend:
     def _step(self, outputs: Mapping[str, DeviceArray]) -> DecoderOutput:
         logits, *rest = (outputs[name] for name in self._outputs)
         split = _array(rest.pop()) if self._has_attention_split else None
-        count = self._slots
+        rows, states, kept = split_outputs(rest, self._slots, self._states)
         return DecoderOutput(
-            logits.numpy()[0, 0], tuple(map(_array, rest[:count])), tuple(part.numpy() for part in rest[count:]), split
+            logits.numpy()[0, 0],
+            tuple(map(_array, rows)),
+            tuple(part.numpy() for part in kept),
+            split,
+            states=tuple(map(_array, states)),
         )
 
 

@@ -55,7 +55,7 @@ def shape_profiles(bundle: Bundle, limits: ProfileLimits) -> dict[str, tuple[Sha
         EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
         **{name: ({"words": (1, min(16, limits.turn), limits.turn)},) for name in (SELECTOR, *selectors)},
         PREDICTOR: ({},),
-        DECODER: decoder_ranges((bundle.plan, *bundle.lower_tiers), limits),
+        DECODER: decoder_ranges((bundle.plan, *bundle.lower_tiers), limits, bundle.manifest.decoder.attention_layers),
     }
     graphs = bundle.manifest.graphs
     return {name: tuple(_profile(graphs[name].inputs, each) for each in ranges[name]) for name in ranges if name in graphs}
@@ -66,14 +66,20 @@ def image_prefill_of(tier: int) -> int:
     return 1 + tier if tier else IMAGE_PREFILL
 
 
-def decoder_ranges(plans: Sequence[KeepPlan], limits: ProfileLimits) -> tuple[dict[str, Range], ...]:
-    """Return the ranges of each decoder profile in order. `plans`: the plans of all tiers."""
-    turns = [image_prefill_profile(plans, limits, tier) for tier in range(len(plans))]
-    return (turns[0], text_profile(plans, limits), *turns[1:])
+def decoder_ranges(
+    plans: Sequence[KeepPlan], limits: ProfileLimits, layers: Sequence[int] | None = None
+) -> tuple[dict[str, Range], ...]:
+    """Return the ranges of each decoder profile in order.
+
+    `plans`: the plans of all tiers. `layers`: the layers with a KV cache, by default all.
+    """
+    layers = range(plans[0].layers) if layers is None else layers
+    turns = [_image_prefill_profile(plans, limits, layers, tier) for tier in range(len(plans))]
+    return (turns[0], _text_profile(plans, limits, layers), *turns[1:])
 
 
-def image_prefill_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, tier: int = 0) -> dict[str, Range]:
-    """Return the ranges of a prefill with an image under a tier: text, visual tokens, text."""
+def _image_prefill_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, layers: Sequence[int], tier: int) -> dict[str, Range]:
+    # The ranges of a prefill with an image under a tier: text, visual tokens, text.
     ranges = {
         "prefix": (0, min(16, limits.turn), limits.turn),
         "visual": (plans[tier].tokens_entering_decoder,) * 3,
@@ -81,12 +87,12 @@ def image_prefill_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, tier
         "past_text": (1, 1, 1 + limits.context),
         TIER: (1 + tier,) * 3,
     }
-    ranges |= {name: (1, 1, 1 + (limits.images - 1) * stored) for name, stored in _caches(plans).items()}
+    ranges |= {name: (1, 1, 1 + (limits.images - 1) * stored) for name, stored in _caches(plans, layers).items()}
     return ranges | {"text": _text(ranges)}
 
 
-def text_profile(plans: Sequence[KeepPlan], limits: ProfileLimits) -> dict[str, Range]:
-    """Return the ranges of a forward pass without an image. The optimum is a decode step."""
+def _text_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, layers: Sequence[int]) -> dict[str, Range]:
+    # The ranges of a forward pass without an image. The optimum is a decode step.
     image_tokens = plans[0].geometry.tokens if limits.unpruned else 0
     context = limits.context + image_tokens * limits.images
     ranges = {
@@ -96,7 +102,7 @@ def text_profile(plans: Sequence[KeepPlan], limits: ProfileLimits) -> dict[str, 
         "past_text": (1, 1 + context // 4, 1 + context),
         TIER: (1, 1, 1),  # no cut applies
     }
-    ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plans).items()}
+    ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plans, layers).items()}
     return ranges | {"text": _text(ranges)}
 
 
@@ -111,10 +117,10 @@ def _profile(inputs: Mapping[str, Tensor], ranges: Mapping[str, Range]) -> Shape
     return {name: shapes_of(shape, ranges) for name, shape in dynamic.items()}
 
 
-def _caches(plans: Sequence[KeepPlan]) -> dict[str, int]:
+def _caches(plans: Sequence[KeepPlan], layers: Sequence[int]) -> dict[str, int]:
     # Cached visual tokens by dimension name. Layers whose caches have equal lengths share a dimension. The first tier has the
     # longest caches.
-    stages = {cache_group(plans, layer): plans[0].tokens_cached(layer) for layer in range(plans[0].layers)}
+    stages = {cache_group(plans, layer): plans[0].tokens_cached(layer) for layer in layers}
     return {f"past_visual_{number}": stored for number, stored in enumerate(stages.values())}
 
 

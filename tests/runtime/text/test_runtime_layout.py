@@ -36,6 +36,14 @@ def test_one_span_holds_all_views_or_each_has_its_own() -> None:
     assert layout("aibi", TILED).spans == ((TILED.views[0],), (TILED.views[1],))
 
 
+def test_every_row_may_have_its_own_span() -> None:
+    grid, tiled = Geometry(56, 84, 14, 2), Geometry(56, 168, 14, 2, (View(0, 0, 56, 84, 2, 3), View(0, 84, 56, 84, 2, 3)))
+    rows = [(View(0, 0, 28, 84, 1, 3),), (View(28, 0, 28, 84, 1, 3),)]
+    assert list(layout("ibi", grid).spans) == rows
+    assert layout("iiii", tiled).spans[2] == (View(0, 84, 28, 84, 1, 3),) and len(layout("iiii", tiled).spans) == 4
+    assert grid.spans(3) is None
+
+
 def test_a_text_that_does_not_fit_the_views_is_refused() -> None:
     with pytest.raises(BundleError, match="3 image tokens for 2 views"):
         layout("iii", TILED)

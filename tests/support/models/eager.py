@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
+from edgeprune.model import PrunedDecoder, Segment, StepOutput
+from edgeprune.model.cache import LayerCache, LayerStates
 from edgeprune.plan import KeepPlan
 
 
@@ -67,6 +68,9 @@ def attentions_of(loaded: LoadedModel, prompt: Prompt) -> tuple[torch.Tensor, ..
     return found
 
 
-def grown(caches: Sequence[LayerCache], step: StepOutput, before: int, after: int) -> list[LayerCache]:
+Cache = LayerCache | LayerStates
+
+
+def grown(caches: Sequence[Cache], step: StepOutput, before: int, after: int) -> list[Cache]:
     """Return caches with what a step adds to them, whose prefix and suffix have `before` and `after` tokens."""
     return [cache.append(rows, before, after) for cache, rows in zip(caches, step.rows, strict=True)]

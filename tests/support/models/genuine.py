@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from repository import TESTS
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 FILES = TESTS / "support" / "genuine"
 NAMES = sorted(path.name for path in FILES.iterdir() if (path / "config.json").is_file())
@@ -28,6 +28,30 @@ _TEXT = {
     "head_dim": 16,
 }
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
+_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e7, "mrope_interleaved": True}
+_TEXT_OF: dict[str, dict[str, Any]] = {
+    "gemma3": {"head_dim": 16, "sliding_window_pattern": 2},
+    "lfm2_vl": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "block_ff_dim": 40},
+    "paligemma": {"head_dim": 16},
+    "qwen3_5": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "rope_parameters": _QWEN_ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+    },
+}
+_QWEN_TOWER = {"hidden_size": 32, "num_heads": 2}
+_VISION_OF: dict[str, dict[str, Any]] = {
+    "paligemma": {**_VISION, "projection_dim": 32},
+    "qwen2_vl": {**_QWEN_TOWER, "depth": 2, "embed_dim": 32},
+    "qwen2_5_vl": {**_QWEN_TOWER, "depth": 4, "intermediate_size": 40, "out_hidden_size": 32, "fullatt_block_indexes": [1, 3]},
+    "qwen3_5": {**_QWEN_TOWER, "depth": 2, "intermediate_size": 40, "out_hidden_size": 32},
+    "qwen3_vl": {**_QWEN_TOWER, "depth": 4, "intermediate_size": 40, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]},
+    "vipllava": {**_VISION, "num_hidden_layers": 12},
+}
 _SENTENCEPIECE = ("LlamaTokenizer", "GemmaTokenizer")
 _GEMMA = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 257152: "<image>"}  # tokenizer_config.json of PaliGemma was not found
 _WORDS = ("What", "is", "the", "colour", "of", "cube", "?", "And", "here", "User", "Assistant", "system", "user", "assistant")
@@ -72,19 +96,13 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     text |= {name: size for name, size in _TEXT.items() if name in text or name not in ("head_dim", "max_window_layers")}
     if text.get("rope_scaling", {}) and "mrope_section" in text["rope_scaling"]:
         text["rope_scaling"] = {**text["rope_scaling"], "mrope_section": [2, 3, 3]}
-    if kind == "gemma3":
-        text |= {"head_dim": 16, "sliding_window_pattern": 2}
+    text |= _TEXT_OF.get(kind, {})
     if kind == "paligemma":
         config |= {"hidden_size": 32, "projection_dim": 32}
-        config["vision_config"] |= {"projection_dim": 32}
-        text["head_dim"] = 16
-    if kind == "qwen2_vl":
-        config["vision_config"] |= {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 32}
-    elif kind == "qwen2_5_vl":
-        sizes = {"depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
-        config["vision_config"] |= {**sizes, "fullatt_block_indexes": [1, 3]}
-    else:
-        config["vision_config"] |= _VISION | ({"num_hidden_layers": 12} if kind == "vipllava" else {})
+    if kind == "lfm2_vl":
+        config["projector_hidden_size"] = 32
+    vision = config["vision_config"]
+    vision |= _VISION_OF.get(kind, _VISION) | ({"head_dim": 8} if "head_dim" in vision else {})
     if kind == "idefics2":
         resampler = {"resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 8}
         config["perceiver_config"] |= {**resampler, "num_key_value_heads": 1, "hidden_size": 32, "rms_norm_eps": 1e-5}
@@ -118,6 +136,10 @@ def _tokenizer(folder: Path) -> Tokenizer:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        if settings.get("add_bos_token") or settings.get("processor_class") == "MLlavaProcessor":
+            begin = settings["bos_token"]
+            special = [(begin, vocabulary[begin])]
+            tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
     tokenizer.add_special_tokens([added[number] for number in sorted(added)])
     return tokenizer
 

@@ -1,7 +1,7 @@
 """The sizes of real checkpoints, by family: what their config.json and preprocessor_config.json say of widths and depths.
 
 `text`, `vision` and `top` go over the parts of a tiny configuration, `processor` over its image processor's settings; `size` is
-that of the test image. Five are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
+that of the test image. Seven are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
 their true width.
 """
 
@@ -19,6 +19,15 @@ QWEN2 = {
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
 }
+CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+ANYRES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -57,6 +66,65 @@ SIZES: dict[str, dict[str, Any]] = {
             "out_hidden_size": 2048,
             "window_size": 112,
             "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        "top": {"tie_word_embeddings": True},
+        "processor": AREA,
+        "size": (448, 448),
+    },
+    "lfm2_vl": {  # LFM2-VL-450M
+        "text": {
+            "hidden_size": 1024,
+            "intermediate_size": 6656,
+            "block_auto_adjust_ff_dim": True,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+            "vocab_size": 65536,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "vision": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "patch_size": 16,
+            "num_patches": 256,
+        },
+        "top": {"tie_word_embeddings": True, "projector_hidden_size": 2560},
+        "processor": {"encoder_patch_size": 16, "min_image_tokens": 64, "max_image_tokens": 256, "tile_size": 512, "max_tiles": 10},
+        "size": (512, 512),
+    },
+    "qwen3_5": {  # Qwen3.5-0.8B
+        "text": {
+            "hidden_size": 1024,
+            "intermediate_size": 3584,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 16,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "vocab_size": 248320,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e7,
+                "mrope_section": [11, 11, 10],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        "vision": {
+            "depth": 12,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_heads": 12,
+            "out_hidden_size": 1024,
+            "num_position_embeddings": 2304,
         },
         "top": {"tie_word_embeddings": True},
         "processor": AREA,
@@ -162,16 +230,29 @@ SIZES: dict[str, dict[str, Any]] = {
             "vocab_size": 32064,
             "max_position_embeddings": 4096,
         },
-        "vision": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-        },
+        "vision": CLIP,
         "processor": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
         "size": (336, 336),
+        "layers": 8,
+    },
+    "llava_next": {  # llava-v1.6-mistral-7b
+        "text": {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32064,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "vision": CLIP,
+        "top": {"image_grid_pinpoints": ANYRES},
+        "processor": {
+            "size": {"shortest_edge": 336},
+            "crop_size": {"height": 336, "width": 336},
+            "image_grid_pinpoints": ANYRES,
+        },
+        "size": (336, 672),
         "layers": 8,
     },
     "llava_onevision": {  # llava-onevision-qwen2-0.5b-ov
@@ -196,6 +277,41 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "processor": {"size": {"height": 448, "width": 448}},
         "size": (448, 896),
+    },
+    "mistral3": {  # Ministral-3-3B-Instruct-2512
+        "text": {
+            "hidden_size": 3072,
+            "intermediate_size": 9216,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 131072,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 16.0,
+                "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 16384,
+                "rope_theta": 1e6,
+                "rope_type": "yarn",
+                "type": "yarn",
+            },
+        },
+        "vision": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "head_dim": 64,
+            "image_size": 1540,
+        },
+        "top": {"tie_word_embeddings": True},
+        "processor": {"size": {"longest_edge": 1540}},
+        "size": (448, 448),
+        "layers": 8,
     },
     "gemma3": {  # gemma-3-4b-it
         "text": {
