@@ -2,18 +2,14 @@
 
     python examples/roofline/models.py
 
-The models are known by their small files in tests/support/genuine and their sizes in tests/support/models/true_sizes.py. No weights
-are read. docs/roofline.md has the table, and says how far off such figures are.
+The models are known by their small files in tests/support/genuine. No weights are read. docs/roofline.md has the table, and says
+how far off such figures are.
 """
 
 from __future__ import annotations
 
-import json
-import runpy
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_outline
 from edgeprune.checkpoint.processor import image_settings, read_json
@@ -25,16 +21,19 @@ from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.targets import Lowering
 
-SUPPORT = Path(__file__).parents[2] / "tests" / "support"
+FILES = Path(__file__).parents[2] / "tests" / "support" / "genuine"
 MODULES = tuple(map(module_named, ("orin-nano", "orin-nx", "agx-orin", "thor")))
 PRECISION, METHOD, KEEP = "int4", "divprune", 0.25
 QUESTION = {"text_tokens": 32, "generated": 64}
-# Published models: the name of their small files or true sizes, and the size of their image, None for the model's own.
+# Published models: the folder of their small files, and the size of their image, None for the model's own.
 MODELS: dict[str, tuple[str, tuple[int, int] | None]] = {
     "SmolVLM-256M": ("smolvlm-256m-instruct", (768, 1024)),
     "SmolVLM2-500M": ("smolvlm2-500m-video", (768, 1024)),
+    "Qwen3.5-0.8B": ("qwen3_5-0.8b", (448, 448)),
+    "InternVL3.5-1B": ("internvl3_5-1b-hf", (448, 448)),
+    "LFM2.5-VL-1.6B": ("lfm2_5-vl-1.6b", (448, 448)),
     "Qwen2-VL-2B": ("qwen2-vl-2b", (448, 448)),
-    "Qwen3-VL-2B": ("qwen3_vl", (448, 448)),
+    "Qwen3-VL-2B": ("cosmos-reason2-2b", (448, 448)),  # Cosmos-Reason2-2B is Qwen3-VL-2B, trained further
     "Qwen2.5-VL-3B": ("qwen2_5-vl-3b", (448, 448)),
     "Gemma 3 4B": ("gemma-3-4b-it", None),
     "LLaVA-1.5-7B": ("llava-1.5-7b-hf", None),
@@ -53,28 +52,17 @@ class Costs:
         return f"{fits}{_span(self.whole.ttft_ms)} → {_span(self.pruned.ttft_ms)}, then {_span(self.whole.token_ms)}"
 
 
-def outline(name: str, folder: Path) -> LoadedModel:
-    """Return a model without its weights; the small files of one that is known by its sizes alone are written into a folder."""
-    path = SUPPORT / "genuine" / name
-    if not path.is_dir():
-        path = _written(name, folder)
+def outline(name: str) -> LoadedModel:
+    """Return a model without its weights."""
+    path = FILES / name
     kind = str(read_json(path, "config.json")["model_type"])
     return load_outline(ModelFolder(name, path, kind, image_settings(path, kind)))
-
-
-def _written(name: str, folder: Path) -> Path:
-    sizes: dict[str, Any] = runpy.run_path(str(SUPPORT / "models" / "true_sizes.py"))["SIZES"][name]
-    config = {"model_type": name, "text_config": sizes["text"], "vision_config": sizes["vision"], **sizes["top"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"patch_size": 16, "merge_size": 2, **sizes["processor"]}))
-    return folder
 
 
 def row(name: str) -> str:
     """Return the row of a model: its image, its memory, and what an answer costs on each module."""
     source, size = MODELS[name]
-    with TemporaryDirectory() as folder:
-        model = outline(source, Path(folder))
+    model = outline(source)
     geometry = model.geometry(size)
     whole = unpruned_plan(model.folder.model_type, model.decoder_shape().layers, geometry)
     pruned = staircase_plan(whole, METHOD, [KEEP], (0,))
