@@ -38,7 +38,8 @@ class OnnxRuntimeBackend:
         self, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,), exact: bool = False
     ) -> None:
         self._plan, self._follows_attention = bundle.plan, bundle.plan.follows_attention
-        options = _session_options(threads, providers, exact)
+        integers = bundle.manifest.lowering.rounds(bundle.manifest.precision)
+        options = _session_options(threads, providers, exact=exact, integers=integers)
         selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
         graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if self._follows_attention else [])]
         loaders = {graph: partial(_open_session, bundle.file(graph), options, providers) for graph in graphs}
@@ -122,7 +123,8 @@ def _run(
             raise
 
 
-def _session_options(threads: int | None, providers: Sequence[str], exact: bool) -> Any:
+def _session_options(threads: int | None, providers: Sequence[str], *, exact: bool, integers: bool) -> Any:
+    # `integers`: products are of integers, both inputs in 8 bits.
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if exact:
@@ -134,8 +136,10 @@ def _session_options(threads: int | None, providers: Sequence[str], exact: bool)
         options.enable_mem_pattern = False
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # CPUs with AVX2 alone add two products of 8 bits in 16, which overflows for large weights: answers would be noise.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if integers:
+            # CPUs with AVX2 alone add two products of 8 bits in 16, which overflows for large weights: answers would be noise.
+            # Elsewhere ONNX Runtime 1.31.1 would give DequantizeLinear a zero point of a wrong shape.
+            options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -369,6 +369,17 @@ SIZES["paligemma2"] = SIZES["paligemma"] | {  # paligemma2-3b-pt-224
 SIZES["vipllava"] = SIZES["llava"] | {"top": {"vision_feature_layer": [-2, -5, -8, -11, 6]}}  # ViP-LLaVA-7B
 
 
+# What processor_config.json says of the number of visual tokens.
+COMBINED: dict[str, dict[str, Any]] = {
+    "gemma3": {"image_seq_length": 256},
+    "idefics2": {"image_seq_len": 64},
+    "idefics3": {"image_seq_len": 169},
+    "internvl": {"image_seq_length": 256},
+    "llava_onevision": {"num_image_tokens": 729, "vision_aspect_ratio": "anyres_max_9"},
+    "smolvlm": {"image_seq_len": 64},
+}
+
+
 def widened(folder: Path, name: str) -> dict[str, Any]:
     """Bring the configuration and the processor of a tiny folder to true size; return the configuration."""
     sizes = SIZES[name]
@@ -383,6 +394,11 @@ def widened(folder: Path, name: str) -> dict[str, Any]:
     config |= sizes.get("top", {})
     config["text_config"]["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
     (folder / "config.json").write_text(json.dumps(config))
-    processor = folder / "preprocessor_config.json"
-    processor.write_text(json.dumps(json.loads(processor.read_text()) | sizes.get("processor", {})))
+    for file, changes in (
+        ("preprocessor_config.json", sizes.get("processor", {})),
+        ("processor_config.json", COMBINED.get(name, {})),
+    ):
+        path = folder / file
+        if path.is_file():
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return config
