@@ -122,7 +122,7 @@ def _check_picture(plot: Path) -> None:
 def estimate(
     model: str, module_name: str, text_tokens: int, tokens: int, precision: str | None, as_json: bool, **request: Any
 ) -> None:
-    """Estimate whether a model fits a Jetson, and what an answer costs.
+    """Estimate whether a model fits a Jetson, and how fast it is.
 
     MODEL_OR_BUNDLE is a bundle, or what `edgeprune export` takes, with the same plan options: a transformers folder, an id of the
     Hugging Face Hub, or `tabletop`. Of a model no weights are read or downloaded. A checkpoint that is quantized counts in
