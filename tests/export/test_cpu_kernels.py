@@ -34,7 +34,9 @@ def nodes(path: Path) -> Counter[str]:
 
 
 def run(path: Path, **feeds: np.ndarray) -> np.ndarray:
-    output: np.ndarray = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as the runtime sets it for such graphs
+    output: np.ndarray = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
     return output
 
 

@@ -34,6 +34,8 @@ from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_pr
 NAMES = tuple(name for name in sorted(FAMILIES) if not family_class(name).no_encoder_cuts_reason)
 PROMPT = "What colour is the cube?"
 families = pytest.mark.parametrize("name", NAMES)
+# transformers pads views of different sizes, which the oracle does not follow: tests/families/test_family_lfm2_vl.py.
+of_equal_views = pytest.mark.parametrize("name", [name for name in NAMES if name != "lfm2_vl"])
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def apart(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-@families
+@of_equal_views
 def test_dropping_nothing_changes_nothing(name: str, model: LoadedModel) -> None:
     geometry, shown = geometry_of(model), [picture(model)]
     visual, kept = run(model, geometry, shown, evit(geometry, 1.0))
@@ -101,7 +103,7 @@ def test_dropping_nothing_changes_nothing(name: str, model: LoadedModel) -> None
     assert kept.tolist() == list(range(geometry.tokens))
 
 
-@families
+@of_equal_views
 @pytest.mark.parametrize("steps", [((1, 0.5),), ((2, 0.5),), ((1, 0.8), (2, 0.4))], ids=["first", "second", "staircase"])
 def test_the_encoder_goes_on_as_if_the_others_were_hidden(
     name: str, model: LoadedModel, steps: tuple[tuple[int, float], ...]

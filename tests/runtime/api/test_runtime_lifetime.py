@@ -6,6 +6,7 @@ import asyncio
 import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from device_simulation import SimulatedDriver
@@ -46,10 +47,11 @@ def test_an_answer_that_has_not_ended_ends_with_the_error(tiny_bundle: Bundle, t
     assert stream.receipt.finish_reason == "error"
 
 
-def test_engines_are_destroyed_too(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
-    prepare(tiny_bundle, ProfileLimits(context=512, turn=256, images=1))
+def test_engines_are_destroyed_too(altered_bundle: Path, tiny_image: Image.Image) -> None:
+    bundle = Bundle.load(altered_bundle)
+    prepare(bundle, ProfileLimits(context=512, turn=256, images=1))
     driver = SimulatedDriver()
-    pipeline = on_device(tiny_bundle, driver)._pipeline
+    pipeline = on_device(bundle, driver)._pipeline
     with Runtime(replace(pipeline, backend=GuardedBackend(pipeline.backend, pipeline.lock))) as model:
         model.generate(tiny_image, PROMPT, max_tokens=2)
     assert driver.closed
