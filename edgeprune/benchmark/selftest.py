@@ -147,9 +147,11 @@ def _check_memory(before: int, after: int) -> Check:
 
 def _check_limits(runtime: Runtime, backend: Backend) -> Check:
     # Input that is too long must raise an error with a remedy. The model's own context limit is disabled for this.
-    unlimited = replace(runtime._pipeline.decoder, context=1 << 30)
+    pipeline, context = runtime._pipeline, 1 << 30
+    decoder, prompts = replace(pipeline.decoder, context=context), replace(pipeline.prompts, context=context)
+    unlimited = Runtime(replace(pipeline, backend=backend, decoder=decoder, prompts=prompts))
     try:
-        for _ in Runtime(replace(runtime._pipeline, backend=backend, decoder=unlimited)).chat().ask("word " * 20_000, max_tokens=1):
+        for _ in unlimited.chat().ask("word " * 20_000, max_tokens=1):
             pass
     except EngineError as error:
         return Check("limits", 0.0, 0.0, error.hint)
