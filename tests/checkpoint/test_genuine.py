@@ -137,7 +137,19 @@ class Checkpoint:
         return prompt_encoder(self.loaded, self.geometry).every_id(conversation)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+# Each has the processor, the template and the tokenizer of another one here.
+LIKE_OTHERS = (
+    "cosmos-reason1-7b",
+    "internvl3_5-1b-hf",
+    "mistral-small-3.1-24b-instruct-2503",
+    "paligemma2-3b-pt-224",
+    "smolvlm2-256m-video",
+    "smolvlm2-500m-video",
+)
+CHECKED = [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in NAMES]
+
+
+@pytest.fixture(scope="module", params=CHECKED)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -252,7 +264,7 @@ def test_settings_in_processor_config_come_first(tmp_path: Path) -> None:
     assert list(loaded.image_processor.image_mean) == [0.5, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHECKED)
 def test_a_class_that_is_not_named_is_that_of_the_family(name: str, tmp_path: Path) -> None:
     write_files(name, tmp_path)
     for file in (path for path in map(tmp_path.joinpath, ("preprocessor_config.json", "processor_config.json")) if path.is_file()):

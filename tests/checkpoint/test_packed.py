@@ -183,7 +183,7 @@ def initializers(bundle: Bundle) -> dict[str, np.ndarray]:
     ("name", "target"),
     [
         ("gptq", "jetpack7.2"),
-        ("awq", "onnxruntime"),
+        pytest.param("awq", "onnxruntime", marks=pytest.mark.slow),
         pytest.param("gptq-128", "onnxruntime", marks=pytest.mark.slow),
         pytest.param("awq", "jetpack7.2", marks=pytest.mark.slow),
         pytest.param("gptq-act-order", "cpu", marks=pytest.mark.slow),
@@ -224,8 +224,8 @@ def test_int4_graphs_have_the_integers_of_the_checkpoint(
 @pytest.mark.parametrize(
     ("name", "target", "precision", "counts"),
     [
-        ("gptq", "jetpack7.2", "int4", (14, 0, 0)),
-        ("gptq", "onnxruntime", "fp32", (0, 0, 14)),
+        pytest.param("gptq", "jetpack7.2", "int4", (14, 0, 0), marks=pytest.mark.slow),
+        pytest.param("gptq", "onnxruntime", "fp32", (0, 0, 14), marks=pytest.mark.slow),
         pytest.param("gptq", "jetpack6", "fp16", (0, 0, 14), marks=pytest.mark.slow),
         pytest.param("gptq", "onnxruntime", "int8", (0, 14, 0), marks=pytest.mark.slow),
         pytest.param("gptq-8", "onnxruntime", "int8", (0, 14, 0), marks=pytest.mark.slow),
@@ -236,7 +236,7 @@ def test_int4_graphs_have_the_integers_of_the_checkpoint(
         pytest.param("gptq-act-order", "jetpack7.2", "int4", (14, 0, 0), marks=pytest.mark.slow),
         pytest.param("gptq-asymmetric", "onnxruntime", "int4", (14, 0, 0), marks=pytest.mark.slow),
         ("awq", "onnxruntime", "int4", (14, 0, 0)),
-        ("awq", "jetpack7.2", "int4", (14, 0, 0)),
+        pytest.param("awq", "jetpack7.2", "int4", (14, 0, 0), marks=pytest.mark.slow),
         pytest.param("awq", "cpu", "int4", (14, 0, 0), marks=pytest.mark.slow),
         pytest.param("awq-channel", "jetpack6", "int4", (14, 0, 0), marks=pytest.mark.slow),
         pytest.param("awq", "onnxruntime", "fp32", (0, 0, 14), marks=pytest.mark.slow),

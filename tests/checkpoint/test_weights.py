@@ -55,7 +55,7 @@ def digests(folder: Path) -> dict[str, bytes]:
         ("onnxruntime", "fp32"),
         pytest.param("jetpack6", "fp16", marks=pytest.mark.slow),
         pytest.param("jetpack7.2", "int8", marks=pytest.mark.slow),
-        ("jetpack7.2", "int4"),
+        pytest.param("jetpack7.2", "int4", marks=pytest.mark.slow),
     ],
 )
 def test_graphs_are_the_same_either_way(even: LoadedModel, target: str, precision: str, tmp_path: Path) -> None:
@@ -70,7 +70,13 @@ def test_graphs_are_the_same_either_way(even: LoadedModel, target: str, precisio
     assert len(digests(stored.path / "onnx")) >= 6
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+# One of each kind of vision encoder and of decoder.
+DISTINCT = ("gemma3", "idefics2", "internvl", "lfm2_vl", "llava", "qwen2_5_vl", "qwen3_5")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES)]
+)
 def test_families_need_no_large_matrix_before_it_is_written(name: str, tmp_path: Path) -> None:
     tiny = import_module(f"tiny_{name}")
     folder = tiny.folder(tmp_path)

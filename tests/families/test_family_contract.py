@@ -49,6 +49,8 @@ NAMES = sorted([*FAMILIES, "paligemma2"])
 families = pytest.mark.parametrize("name", NAMES)
 # Of llava and llava_onevision, paligemma, idefics3 and llava: the same encoders.
 TWINS = ("llava_next", "paligemma2", "smolvlm", "vipllava")
+# Whose bundles are verified in `make test`: one of each kind of encoder and of decoder. The bundled model is a Qwen2-VL.
+VERIFIED = ("gemma3", "internvl", "lfm2_vl", "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 # Decoders of the others are llava's, or qwen2_vl's, but for biases. Those of twins are not tried again in `make test`.
 DECODERS = ("gemma3", "lfm2_vl", "llava", "paligemma", "qwen2_vl", "qwen3_5", "qwen3_vl")
 
@@ -60,6 +62,8 @@ def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:
 
 
 once_for_twins = slow_unless(lambda name: name not in TWINS)
+once_per_kind = slow_unless(lambda name: name in VERIFIED)
+video_kinds = slow_unless(lambda name: name in ("llava_onevision", "qwen3_5"))
 once_per_decoder = slow_unless(lambda name: name in DECODERS)
 
 
@@ -247,7 +251,7 @@ def test_videos_equal_transformers(name: str, model: LoadedModel) -> None:
     Asked(reference).check(PROMPTS[0], frames, said_by_transformers(model, reference, messages, [], clip))
 
 
-@once_for_twins
+@video_kinds
 def test_a_pruned_video_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
     if not model.family.videos:
         pytest.skip("the family takes no video")
@@ -290,7 +294,7 @@ def in_encoder(loaded: LoadedModel, name: str, method: str, size: tuple[int, int
     return [] if loaded.family.no_encoder_cuts_reason else [Cut("vision", method, keep, layer=1)]
 
 
-@once_for_twins
+@once_per_kind
 def test_a_pruned_bundle_is_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
     bundle = export_bundle(model, pruned(model, name), tmp_path / "bundle")
     stages = verify(bundle, model)
@@ -360,7 +364,7 @@ def test_decoders_with_windows_or_states_are_built(name: str, target: str, model
     assert try_build(graph, "decoder", profiles, substitute_capability(lowering.target)).error == ""
 
 
-@once_per_decoder
+@slow_unless(lambda name: name in ("gemma3", "llava", "qwen3_5"))
 def test_its_graphs_for_cpus_are_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
     bundle = export_bundle(model, pruned(model, name), tmp_path / "bundle", lowering=Lowering(TARGETS["cpu"], "int8"))
     assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []
