@@ -150,8 +150,7 @@ class PrunedDecoder(nn.Module):
         for index, layer in enumerate(self._layers()):
             if index in self.layer_cuts:
                 cut, method = self.layer_cuts[index]
-                view = self._view(tokens, attended, embeds, layer)
-                chosen = method.select(view, self._keep(cut, tier))
+                chosen = method.select(self._view(tokens, attended, embeds, layer), self._keep(cut, tier))
                 tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
                 kept[str(cut)], attended = tokens.order, None
             hidden, cache = layer.input_layernorm(tokens.hidden), caches[index]
@@ -159,8 +158,7 @@ class PrunedDecoder(nn.Module):
                 mixed, states = self._mix(index, layer, hidden, tokens, cache, orders)
                 rows.append(states)
             else:
-                mask = self._mask(index, tokens, cache, masks, mutual)
-                mask = mask if hide is None else mask.hide(hide[index])
+                mask = self._mask(index, tokens, cache, masks, mutual, hide)
                 attended = attend(layer.self_attn, self.shape, hidden, tokens, cache, mask, fused=self.fused)
                 if probe is not None:
                     probe(index, self._view(tokens, attended, embeds, None))
@@ -168,13 +166,17 @@ class PrunedDecoder(nn.Module):
                 if text_groups is not None:
                     splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
                 mixed = attended.output
-            hidden = tokens.hidden + mixed
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            tokens = tokens.with_hidden(self._with_plane(index, hidden, tokens))
+            tokens = self._after_mixing(index, layer, tokens, mixed)
         last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
         logits = self.lm_head(self.norm(last))
         in_order = tuple(kept[str(cut)] for cut in (*self.plan.layer_cuts, *self.plan.cache_cuts))
         return StepOutput(logits[None], tuple(rows), in_order, torch.stack(splits, dim=-2) if splits else None)
+
+    def _after_mixing(self, index: int, layer: Any, tokens: TokenRows, mixed: torch.Tensor) -> TokenRows:
+        # The rest of a layer behind its attention or its state.
+        hidden = tokens.hidden + mixed
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return tokens.with_hidden(self._with_plane(index, hidden, tokens))
 
     def _layers(self) -> list[Any]:
         return list(self.layers)
@@ -208,7 +210,19 @@ class PrunedDecoder(nn.Module):
         mixed, *states = layer.mixer(hidden.index_select(0, order), *cache.tensors)
         return mixed.index_select(0, ranks), LayerStates(tuple(states))
 
-    def _mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask], mutual: bool) -> Mask:
+    def _mask(
+        self,
+        index: int,
+        tokens: TokenRows,
+        cache: LayerCache,
+        masks: dict[Any, Mask],
+        mutual: bool,
+        hide: Sequence[torch.Tensor] | None,
+    ) -> Mask:
+        mask = self._shared_mask(index, tokens, cache, masks, mutual)
+        return mask if hide is None else mask.hide(hide[index])
+
+    def _shared_mask(self, index: int, tokens: TokenRows, cache: LayerCache, masks: dict[Any, Mask], mutual: bool) -> Mask:
         # Layers with equally many new and cached visual tokens share a mask. `mutual`: all new tokens attend to each other.
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan tells which layers have equal lengths
         stage = (tokens_at_layer(self._plans, index), length if isinstance(length, int) else cache_group(self._plans, index))
