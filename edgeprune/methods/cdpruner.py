@@ -15,9 +15,8 @@ from typing import ClassVar
 
 import torch
 
-from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, ascending, cosine
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 _TINY = 1e-6
 
@@ -27,12 +26,15 @@ class CDPruner:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "weight", 0.5, "of relevance against diversity; 0 ignores relevance", least=0.0, most=0.98, tries=(0.0, 0.2, 0.5, 0.8)
+        ),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        weight = float(cut.settings(weight=0.5)["weight"])
-        if not 0.0 <= weight < 1.0:
-            raise PlanError(f"The weight of {cut} must be in [0, 1).")
+        weight = float(cut.settings(*self.options)["weight"])
         self._theta = weight / (2 * (1 - weight))
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
