@@ -8,13 +8,13 @@ answers under a plan with those of the unpruned model, so samples need no refere
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgeprune.calibration.data.samples import Sample, score
+from edgeprune.calibration.data.samples import Sample, Score, score
 from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
@@ -23,6 +23,7 @@ from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.families.base import DecoderParts
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime import Runtime
+from edgeprune.tabletop.questions import DESCRIBE
 
 _EFFICIENCY = 0.5, 0.7  # of peak compute and bandwidth; the middle of what engines usually reach
 
@@ -101,6 +102,14 @@ def _milliseconds(module: Module, operations: float, part: torch.nn.Module) -> f
     return 1e3 * max(operations / (module.tflops() * 1e12 * compute), size / (module.bandwidth * 1e9 * bandwidth))
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """How far answers agree with the unpruned ones: `mean` over samples, 0 to 1, and the `facts` of descriptions, added up."""
+
+    mean: float
+    facts: Score = field(default_factory=Score)
+
+
 class Agreement:
     """Scores plans against the answers of the unpruned model, which are generated once."""
 
@@ -119,11 +128,12 @@ class Agreement:
         """Raise PlanError if the model does not support a plan."""
         self._loaded.check_plan(plan)
 
-    def score(self, plan: KeepPlan, count: int) -> float:
-        """Return the mean score over the first `count` samples: 1 for an equal answer, the share of facts for a description."""
+    def score(self, plan: KeepPlan, count: int) -> Agreed:
+        """Return the agreement over the first `count` samples: 1 for an equal answer, the F1 of its facts for a description."""
         samples = self._samples[:count]
         points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples), strict=True)]
-        return sum(min(point.correct / point.total, point.recall) for point in points) / len(points)
+        described = [point for sample, point in zip(samples, points, strict=True) if sample.kind == DESCRIBE]
+        return Agreed(sum(point.f1 for point in points) / len(points), sum(described, Score()))
 
     def divergences(self, plans: Sequence[KeepPlan]) -> list[float]:
         """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.

@@ -98,8 +98,8 @@ def _best_single(curve: Curve, share: float) -> Point:
 
 
 def _write_table(out: Path, rows: list[str]) -> None:
-    lines = ["| plan | short answers | facts described | agreement | visual tokens' prefill work | visual KV held | read |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| plan | short answers | facts: F1 | precision | recall | agreement | visual prefill work | visual KV held | read |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         path = out / f"{row}.result.json"
         if path.is_file():
@@ -112,7 +112,8 @@ def _line(row: str, result: dict[str, Any], prefill: float) -> str:
     short, facts = kinds[SHORT], kinds[DESCRIBE]
     agreement, reads = short.get("agreement"), facts.get("visual_reads", 1.0)
     kept = prefill if row.startswith(("resize", "best-single")) and variant == "unpruned" else result["cost"][variant]["visual_kv"]
-    cells = (short[variant], facts[variant], agreement, prefill, kept, reads if variant == "pruned" else kept)
+    measures = [facts[measure][variant] for measure in ("f1", "precision", "recall")]
+    cells = (short[variant], *measures, agreement, prefill, kept, reads if variant == "pruned" else kept)
     # A smaller image is a bundle without cuts: its answers have none beside them to agree with.
     return f"| {row} | " + " | ".join("-" if cell is None else f"{cell:.1%}" for cell in cells) + " |"
 

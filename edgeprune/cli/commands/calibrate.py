@@ -181,9 +181,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         return parse_method_options(method, tuple(texts), calibration=True)
     if texts:
         name = texts[0].partition("=")[0]
-        raise UsageError(
-            f"Option {name!r} is for one method.", hint="Name it with --method. Its options: edgeprune methods NAME"
-        )
+        raise UsageError(f"Option {name!r} is for one method.", hint="Name it with --method. Its options: edgeprune methods NAME")
     return {}
 
 
