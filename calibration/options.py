@@ -10,14 +10,15 @@ from typing import Any
 from edgeprune.calibration.allocate.recipes import STATISTICAL, method_names
 from edgeprune.calibration.data.samples import BadSampleError, Sample, draw_samples, read_samples
 from edgeprune.calibration.search.goal import Goal
+from edgeprune.calibration.search.tuning import check_samples, to_try
 from edgeprune.checkpoint.configuration import check_folder, check_size, decoder_layers
 from edgeprune.checkpoint.loading import ModelFolder, resolve_model
 from edgeprune.device.jetson import module_named
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
-from edgeprune.plan import check_keep_ratio
-from edgeprune.registry import unknown_method
+from edgeprune.plan import Option, check_keep_ratio
+from edgeprune.registry import METHODS, options_of, unknown_method
 
 AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
 DROP = 0.01  # the loss of agreement that a search allows by default
@@ -87,6 +88,11 @@ class CalibrateOptions:
         """The settings of `edgeprune.calibration.allocate.recipes.plan_for_budget`."""
         ranking = _RANKING if self.method == PLPHP else ()
         return self.given(PLACES) | {name: value for name, value in self.settings.items() if name not in ranking}
+
+    @property
+    def to_try(self) -> list[Option]:
+        """The options of the method whose values are compared."""
+        return to_try(options_of(self.method, calibration=True), self.settings) if self.method in METHODS else []
 
     def check(self) -> None:
         """Raise UsageError for options that do not belong together, are out of range, or name files that cannot be used."""
@@ -176,6 +182,7 @@ def prepare(options: CalibrateOptions) -> CalibrationRequest:
     samples = draw_samples(read_samples(options.data, need_answers=False, on_bad=on_bad), options.limit, options.seed)
     if options.method == AUTO:
         _check_search(options, len(samples[1::2]))
+    check_samples(options.method or "", options.to_try, len(samples))
     return CalibrationRequest(options, folder, tuple(samples), tuple(skipped))
 
 

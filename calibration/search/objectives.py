@@ -7,7 +7,7 @@ answers under a plan with those of the unpruned model, so samples need no refere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -135,19 +135,20 @@ class Agreement:
         described = [point for sample, point in zip(samples, points, strict=True) if sample.kind == DESCRIBE]
         return Agreed(sum(point.f1 for point in points) / len(points), sum(described, Score()))
 
-    def divergences(self, plans: Sequence[KeepPlan]) -> list[float]:
+    def divergences(self, plans: Sequence[KeepPlan], progress: Callable[[int], None] = lambda done: None) -> list[float]:
         """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.
 
-        This distinguishes plans that agree equally well on few samples.
+        This distinguishes plans that agree equally well on few samples. `progress` is called with the number of finished samples.
         """
         reference, *pruned = (Recorder(self._loaded, plan, 1, self._device) for plan in (self._unpruned, *plans))
         tokenizer = reference_model(self._loaded, self._unpruned, self._device).tokenizer
         totals = [0.0] * len(pruned)
-        for sample in self._samples:
+        for done, sample in enumerate(self._samples, start=1):
             ids = tokenizer.encode(sample.answer)
             expected = reference.teacher_forced_logits(sample, ids, self._fit)
             for index, recorder in enumerate(pruned):
                 totals[index] += float(divergence(expected, recorder.teacher_forced_logits(sample, ids, self._fit)).sum())
+            progress(done)
         return [total / len(self._samples) for total in totals]
 
     def _answers(self, plan: KeepPlan, samples: Sequence[Sample]) -> list[str]:

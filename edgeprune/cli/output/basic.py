@@ -120,6 +120,10 @@ def show_calibration(result: CalibrationResult, as_json: bool) -> None:
     if result.classes:
         rows = [(c.layer, c.name, f"{c.share:.0%}", f"{c.gamma:.3f}", f"{c.stability:.0%}") for c in result.classes]
         show_table(("layer", "class", "keep", "attention to vision", "samples that agree"), rows, as_json=False)
+    if result.tried:
+        names = list(result.tried[0].options)
+        trials = [(*(trial.options[name] for name in names), f"{trial.divergence:.3f}") for trial in result.tried]
+        show_table((*names, "divergence, nats an answer"), trials, as_json=False)
     if result.curve is not None:
         best = [(p.name, f"{p.flops:.1%}", f"{p.kv:.1%}", f"{p.score:.1%}", *_facts_of(p)) for p in result.curve.front()]
         show_table(
@@ -137,6 +141,7 @@ def _facts_of(point: Point) -> list[str]:
 def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
     found: dict[str, Any] = {"statistics": None if result.statistics is None else str(result.statistics), "samples": result.samples}
     found["skipped"] = list(result.skipped)
+    found["tried"] = [asdict(trial) for trial in result.tried]
     if result.plan is not None:
         costs = {"flops": result.flops, "kv": result.kv}
         found |= {"output": str(result.output), "plan": result.plan.to_dict(), **costs}
