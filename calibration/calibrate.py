@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeprune.calibration.allocate.budgets import LayerClass, classify
+from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, classify
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, ProgressReporter, load_or_collect
@@ -128,7 +128,7 @@ def _allocate(
     chosen: Mapping[str, Any],
 ) -> KeepPlan:
     # `chosen`: options that calibration compared, beside those that the user gave.
-    method, keep = str(options.method), float(options.keep or 0.0)
+    method, keep = str(options.method), float(options.budget or 0.0)
     settings = {**options.allocation, **chosen}
     if method == DYRATE:
         rate = DecodeRateOptions(
@@ -140,10 +140,10 @@ def _allocate(
 
 
 def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
-    settings, keep = options.settings, float(options.keep or 0.0)
+    settings = options.settings
     if options.method != PLPHP or settings.get("allocate", "classes") != "classes":
         return []
-    return classify(statistics(), keep, settings.get("delta", min(keep, 1 - keep) / 2))
+    return classify(statistics(), class_rule(statistics(), options.keep, settings))
 
 
 def _search_plan(

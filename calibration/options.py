@@ -90,6 +90,11 @@ class CalibrateOptions:
         return self.given(PLACES) | {name: value for name, value in self.settings.items() if name not in ranking}
 
     @property
+    def budget(self) -> float | None:
+        """The share of the method's cost that stays; of PLPHP also r."""
+        return self.settings.get("r") if self.keep is None else self.keep
+
+    @property
     def to_try(self) -> list[Option]:
         """The options of the method whose values are compared."""
         return to_try(options_of(self.method, calibration=True), self.settings) if self.method in METHODS else []
@@ -108,14 +113,19 @@ class CalibrateOptions:
             raise UsageError("A shard gives statistics, not a plan.", hint="Leave --method out, and merge the shards first.")
         else:
             unused = {"--keep": self.keep} if self.method == AUTO else {}
-            if self.method != AUTO and self.keep is None:
-                raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
+            self._check_budget()
         self._check_foreign([name for name, value in unused.items() if value is not None])
         if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
             raise unknown_method(self.method, names)
+        self._check_files()
+
+    def _check_budget(self) -> None:
         if self.keep is not None:
             check_keep_ratio(self.keep)
-        self._check_files()
+            if "r" in self.settings:
+                raise UsageError("--keep chooses r, so that it is the mean over the layers.", hint="Give --keep or --option r.")
+        if self.method != AUTO and self.budget is None:
+            raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
 
     def goal(self) -> Goal:
         """Return the goal of a search; raise UsageError for contradictory targets."""

@@ -108,7 +108,7 @@ def _write_graphs(
         key_dim = int(keys.shape[1]) if keys else 0
         for path, tier in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
             graphs[path] = trace_selector(parts, tier, key_dim, lowering, folder / path)
-    if plan.follows_attention:
+    if plan.has_rate_predictor:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress("decoder")
     axes, others = loaded.family.position_axes, tuple(lower_tiers.values())

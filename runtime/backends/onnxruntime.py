@@ -41,7 +41,7 @@ class OnnxRuntimeBackend:
         integers = bundle.manifest.lowering.rounds(bundle.manifest.precision)
         options = _session_options(threads, providers, exact=exact, integers=integers)
         selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
-        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if self._follows_attention else [])]
+        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if bundle.plan.has_rate_predictor else [])]
         loaders = {graph: partial(_open_session, bundle.file(graph), options, providers) for graph in graphs}
         # Only CPU sessions start in parallel: other providers share a device, and not all are known to support that.
         sessions = run_in_threads(loaders) if providers[0] == CPU else {graph: load() for graph, load in loaders.items()}
