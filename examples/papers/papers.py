@@ -32,14 +32,21 @@ PLANS = {
     "plphp-30-last-row": f"{LONG} --method plphp --keep 0.3 --delta 0.1",
     "random-cache-30": f"{ALL} --method random --site cache --keep 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --keep 0.3",
-    **{f"zspaprune-{keep}": f"{ALL} --method zspaprune --core 0.15 --keep {keep / 100}" for keep in (25, 10)},
+    "plphp-30-live": f"{LONG} {RANKING} --method plphp --prior --keep 0.3 --delta 0.1 --option classes=live",
+    **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --keep {keep / 100}" for keep in (25, 10)},
     **{f"{method}-{keep}": f"{ALL} --method {method} --keep {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
+    # What steps read is what DyRate's read, by cuts that shorten prefill too.
+    "fastv-reads-25": f"{ALL} --method fastv --layer 1 --keep 0.25",
+    "vtw-reads-25": f"{LONG} {RANKING} --method vtw --keep 0.25",
     **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
         f"--curve auto-{share}.curve.json"
         for share in (50, 25, 10)
     },
+}
+EXPORTED = {  # Row: what export takes, without calibration.
+    f"zspaprune-{keep}": f"--method zspaprune --keep {keep / 100}" for keep in (25, 10)
 }
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
 
@@ -55,7 +62,7 @@ def main() -> None:
     request.out.mkdir(parents=True, exist_ok=True)
     _draw(request.out / "calibration", request.calibration_scenes, CALIBRATION_SEED)
     _draw(request.out / "evaluation", request.scenes, EVALUATION_SEED)
-    rows = ["none", *PLANS, *SINGLES]
+    rows = ["none", *EXPORTED, *PLANS, *SINGLES]
     for row in request.only or rows:
         if not (request.out / f"{row}.result.json").is_file():
             print(row, flush=True)
@@ -71,7 +78,7 @@ def _draw(folder: Path, scenes: int, seed: int) -> None:
 
 
 def _measure(out: Path, row: str) -> None:
-    plan = [] if row == "none" else ["--plan", str(_plan(out, row))]
+    plan = EXPORTED[row].split() if row in EXPORTED else [] if row == "none" else ["--plan", str(_plan(out, row))]
     _edgeprune("export", "tabletop", "-o", str(out / row), "--force", *plan)
     result = _edgeprune("eval", str(out / row), "--data", str(out / "evaluation" / ALL), "--json")
     (out / f"{row}.result.json").write_text(result)
@@ -87,7 +94,9 @@ def _plan(out: Path, row: str) -> Path:
         return path
     data, *options = PLANS[row].split()
     options = [str(out / option) if option.endswith(".json") else option for option in options]
-    statistics = ["--statistics", str(out / f"{row.split('-')[0]}-{'last' if 'last' in row else 'ranked'}.safetensors")]
+    # Rows of the same samples and ranking share statistics; a search collects them from every second sample.
+    pass_of = "auto" if row.startswith("auto") else Path(data).stem
+    statistics = ["--statistics", str(out / f"{pass_of}-{'ranked' if RANKING in PLANS[row] else 'last'}.safetensors")]
     _edgeprune("calibrate", "tabletop", "--data", str(out / "calibration" / data), *options, *statistics, "-o", str(path))
     return path
 
