@@ -51,7 +51,8 @@ def ask(bundle: Path, folder: Path, seed: int) -> Table:
             question = ask_one(scene, rng, kind)
         image = draw_scene(scene)
         whole, pruned = (model.generate(image, question.prompt, prune=prune) for prune in (False, True))
-        model.draw(image, pruned.receipt).save(folder / f"kept-{kind}.png")
+        sheet = model.draw(image, pruned.receipt, question=question.prompt, answer=pruned.text)
+        sheet.save(folder / f"kept-{kind}.png")
         times = [f"{a:.1f} -> {b:.1f}" for a, b in _times(whole, pruned)]
         kept = " -> ".join(str(n) for n in (144, *(cut.after for cut in pruned.receipt.cuts)))
         marks = [_mark(answer, Sample(Path(), question.prompt, question.answer, kind)) for answer in (whole, pruned)]

@@ -193,11 +193,17 @@ class Runtime:
         stream.receipt.captured, stream.receipt.frames_dropped = shot.captured_monotonic, shot.dropped
         return stream
 
-    def draw(self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact") -> Image.Image:
-        """Return one panel per cut of the receipt, with dropped visual tokens greyed out; all cache cuts share one panel."""
-        from edgeprune.runtime.media.overlay import join_panels
+    def draw(
+        self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact", question: str = "", answer: str = ""
+    ) -> Image.Image:
+        """Return one panel per cut of the receipt, with dropped visual tokens greyed out; all cache cuts share one panel.
 
-        return join_panels(self.panels(image, receipt, fit=fit))
+        `question` and `answer` are written above the panels.
+        """
+        from edgeprune.runtime.media.sheet import join_panels
+
+        images = 1 if self.kind == "video" else len(_as_list(image))
+        return join_panels(self.panels(image, receipt, fit=fit), images=images, question=question, answer=answer)
 
     def panels(self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact") -> list[Panel]:
         """Return the panels that `draw` joins, with their titles, image by image.

@@ -244,7 +244,7 @@ def test_two_prompts_stand_side_by_side(whole_page: str) -> None:
         n for n in ("random @ input", "fastv @ layer 1", "KV caches") for _ in "12"
     ]
     assert captions[1][1] == "answer 1: kept 10 of 12 (83%)"
-    assert captions[6][1] == "answer 2: kept 3 to 8 of 12 in a head&#39;s cache (44%)"
+    assert captions[6][1] == "answer 2: each KV head keeps 3 to 8 of 12 (44%)"
     assert "10 of 10 kept for both questions" in whole_page
     assert whole_page.count("3 KV caches") == 2 and "6 to 10 → 3 to 8 visual tokens in every head" in whole_page
 

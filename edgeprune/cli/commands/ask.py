@@ -92,9 +92,9 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
     load_options = {name: options.pop(name) for name in ("threads", "provider", "check", "require_signature")}
     runtime = load(bundle, **load_options, warm_up=has_deadline)
     stream = runtime.stream(pictures, prompt, prune=prune, **options)
-    show_answer(stream, as_json)
+    answer = show_answer(stream, as_json)
     if overlay is not None:
-        save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"]), overlay)
+        save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"], question=prompt, answer=answer), overlay)
 
 
 @command("eval")

@@ -251,14 +251,16 @@ def _verdict(worst: float, tolerance: float, passed: bool) -> tuple[str, str, st
     return (f"{worst:.2g}", f"{tolerance:.2g}", "yes" if passed else "NO")
 
 
-def show_answer(stream: Stream, as_json: bool) -> None:
-    """Print an answer as it is generated, then its receipt."""
+def show_answer(stream: Stream, as_json: bool) -> str:
+    """Print an answer as it is generated, then its receipt; return the answer."""
     if as_json:
         text = "".join(stream)
         show_json({"text": text, "receipt": stream.receipt.to_dict()})
-        return
+        return text
+    text = ""
     for piece in stream:
         click.echo(piece, nl=False)
+        text += piece
     receipt = stream.receipt
     click.echo()
     for cut in receipt.cuts:
@@ -274,6 +276,7 @@ def show_answer(stream: Stream, as_json: bool) -> None:
         f"KV cache {receipt.kv_bytes / 1024:.0f} KiB; finished by {receipt.finish_reason}",
         err=True,
     )
+    return text
 
 
 def show_skipped(skipped: Sequence[object]) -> None:
