@@ -4,7 +4,7 @@
 
 Every bundle answers each question twice in a row, with and without its plan, so that drift of the machine cancels in the ratios.
 transformers' own generate answers them in turns with the unpruned bundle, on as many threads.
-Writes OUT/results.json, OUT/table.md and OUT/pareto.png.
+Writes OUT/results.json and OUT/table.md.
 """
 
 from __future__ import annotations
@@ -142,32 +142,6 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_pareto(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy over the share of tokens kept, one line a method, for short answers and for descriptions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    whole = next(row for row in rows if row["method"] == "none")
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, (key, title) in zip(panels, (("accuracy", "short answers right"), ("facts", "described facts right")), strict=True):
-        for method, marker in zip(METHODS, "osD", strict=True):
-            line = [row for row in rows if row["method"] == method]
-            keeps = [whole["keep"], *(row["keep"] for row in line)]
-            panel.plot(
-                [100 * keep for keep in keeps],
-                [100 * v for v in (whole[key], *(row[key] for row in line))],
-                marker=marker,
-                label=method,
-            )
-        panel.set(title=title, xlabel=f"visual tokens kept from layer {LAYER} on, %", ylim=(0, 103), xlim=(105, 0))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("%")
-    panels[0].legend()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     """Parse the command line and measure everything in one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,7 +158,6 @@ def main() -> None:
     rows.append(measure_transformers(loaded, samples, options.out))
     (options.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     (options.out / "table.md").write_text(to_markdown(rows))
-    draw_pareto(rows, options.out / "pareto.png")
     Console(width=160).print(to_markdown(rows))
 
 
