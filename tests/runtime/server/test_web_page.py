@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,7 @@ from edgeprune.runtime import PreparedImage
 from edgeprune.runtime.server import ServerLimits
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402 (only where it is there)
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FAKE_CAMERA = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
-    with sync_playwright() as each:
-        opened = each.chromium.launch(executable_path=found, args=["--no-sandbox", *FAKE_CAMERA])
-        yield opened
-        opened.close()
+from playwright.sync_api import Browser, Page, expect  # noqa: E402 (only where it is there)
 
 
 @pytest.fixture
