@@ -11,7 +11,7 @@ answer without pruning is that of `generate` under the checkpoint's generation_c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.processor import chat_template, processor_inputs
 from edgeprune.errors import EdgePruneError, VerificationError, one_line
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.processors import read_image_spec
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
@@ -34,6 +35,7 @@ from edgeprune.runtime.text.prompt import Message, PromptEncoder
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 
+STAGES = ("prompts", "reference", "vision", "decoder", "text")
 MAX_TOKENS = 32  # generated tokens
 _NO_TEMPLATE = "nothing: the checkpoint has no chat template"
 Comparison = tuple[str, float, str]  # stage, worst difference, what was compared
@@ -81,9 +83,7 @@ class ParityStage:
         return self.worst <= self.tolerance
 
 
-def verify(
-    bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] = lambda stage: None, tier: str | None = None
-) -> list[ParityStage]:
+def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tier: str | None = None) -> list[ParityStage]:
     """Compare a bundle under `tier` (default: the first) with its model, stage by stage.
 
     Raises VerificationError if the bundle was exported from other weights, UsageError for an unknown tier.
@@ -99,9 +99,9 @@ def verify(
     reference = replace(reference_model(loaded, (bundle.plan, *bundle.lower_tiers)[tier_index]), decoder=bundle.manifest.decoder)
     frames = frames_for(bundle.plan.geometry)
     image: ImageOrFrames = frames if bundle.manifest.image.kind == "video" else frames[0]
-    progress("prompts")
+    progress.begin("prompts")
     prompts = _compare_prompts(loaded, bundle, frames[0])
-    progress("reference")
+    progress.begin("reference")
     recorder = RecordingBackend(reference.backend)
     assert isinstance(reference.backend, TorchBackend)
     with reference.backend.lowered(lowering):
@@ -111,13 +111,13 @@ def verify(
     # Some processors of transformers need torchvision, as those of all videos do. Frames are prepared like images.
     has_own = len(frames) == 1 and callable(loaded.processor.image_processor)
     comparisons = [prompts, *([_compare_pixels(loaded, bundle, frames[0])] if has_own else [])]
-    progress("vision")
+    progress.begin("vision")
     comparisons += _compare_vision(backend, recorder)
-    progress("decoder")
+    progress.begin("decoder")
     comparisons += _compare_decoder(backend, recorder, tier_index)
     tolerances = _DYNAMIC_INT8 if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
     if "text" in tolerances:  # with rounding, one near tie changes all later text; `edgeprune eval` scores such bundles
-        progress("text")
+        progress.begin("text")
         runtime = load(bundle.path)
         generated = runtime.generate(frames, DESCRIBE_PROMPT, max_tokens=MAX_TOKENS, tier=tier).text
         comparisons.append(("text", float(generated != text), f"{len(text.split())} words"))

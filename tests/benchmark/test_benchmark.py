@@ -27,6 +27,7 @@ from edgeprune.device.power import Power
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import EdgePruneError, ImageError, MissingExtraError, UsageError, install_command
+from edgeprune.io.progress import Count, Silent
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 TOKENS, REPEATS, CONTEXTS = 5, 3, (40, 60)
@@ -156,7 +157,12 @@ def test_contenders_take_turns(tiny_bundle: Bundle, machine: Machine, report: Pa
 
     monkeypatch.setattr(BenchmarkPrompt, "answer", listen)
     rounds: list[int] = []
-    quick(tiny_bundle.path, machine, report, compare=("none", "random"), repeats=3, progress=rounds.append)
+
+    class Rounds(Silent):
+        def count(self, what: str, total: int) -> Count:
+            return rounds.append if what == "rounds" else super().count(what, total)
+
+    quick(tiny_bundle.path, machine, report, compare=("none", "random"), repeats=3, progress=Rounds())
     forwards = ["pruned", "none", "random"]
     assert asked[3 * WARM_UP :] == [*forwards, *forwards[::-1], *forwards]
     assert rounds == [1, 2, 3]
