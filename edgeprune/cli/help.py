@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,16 @@ _FEWEST = 8  # options that a page with sections has
 
 class Command(click.Command):
     """A command whose help shows its options by subject, and whose errors are JSON if its output is."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; if something is missing, show the example of the help."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            example = re.search(r"Example: (.+)", self.help or "")
+            if example is None:
+                raise
+            raise click.UsageError(f"{error.format_message()} For example: {example[1]}", ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. With --json, an EdgePruneError becomes one line of JSON on stderr."""

@@ -251,7 +251,7 @@ def test_the_table(result: Benchmark, capsys: pytest.CaptureFixture[str]) -> Non
     assert second.startswith("Beside uniform, which chooses without looking at equal work, the first token takes ")
     for words in ("Orin Nano", "25W (mode 1)", "JetPack 6.2", "clocks not pinned", "TensorRT 10.3.0", "provider cpu", "threads 1"):
         assert words in header
-    for words in ("TTFT ms", "at 40 keys", "KV cache KiB", "energy: INA3221, VDD_IN", "12 -> 6 visual tokens", "beside none"):
+    for words in ("TTFT ms", "at 40 keys", "KV cache KiB", "energy: INA3221, VDD_IN", "12 -> 6 visual tokens", "half of none"):
         assert words in output
     for words in ("7 of 12 visual tokens", "device.json", "fp32 100 GFLOPS, int8 400 GOPS, 20.0 GB/s", "100 (3)", "30.0 (20.0)"):
         assert words in output

@@ -363,4 +363,10 @@ def test_completion_is_that_of_click(shell: str) -> None:
 
 def test_export_asks_for_a_model() -> None:
     result = CliRunner().invoke(main, ["export", "-o", "b"])
-    assert result.exit_code == 2 and "Missing argument 'MODEL'" in result.output
+    assert result.exit_code == 2 and "Missing argument 'MODEL'. For example: edgeprune export tabletop -o" in result.output
+
+
+def test_a_misspelt_command_or_option_has_its_nearest_name() -> None:
+    for words, nearest in ((["exprot", "tabletop"], "'export'"), (["export", "tabletop", "--methd", "fastv"], "'--method'")):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 2 and "Did you mean" in result.output and nearest in result.output
