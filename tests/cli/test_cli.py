@@ -367,6 +367,9 @@ def test_export_asks_for_a_model() -> None:
 
 
 def test_a_misspelt_command_or_option_has_its_nearest_name() -> None:
-    for words, nearest in ((["exprot", "tabletop"], "'export'"), (["export", "tabletop", "--methd", "fastv"], "'--method'")):
+    for words, nearest in (
+        (["exprot", "tabletop"], "Did you mean export?"),
+        (["export", "tabletop", "--methd", "fastv"], "'--method'"),
+    ):
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 2 and "Did you mean" in result.output and nearest in result.output
