@@ -130,7 +130,9 @@ def vtw_plan(statistics: Statistics, base: KeepPlan, share: float | None = None,
         harmless = statistics.mean("withdrawn_kl") < limit
         layers = [layer for layer in range(1, base.layers) if harmless[layer:].all()]
         if not layers:
-            raise PlanError(f"Withdrawing visual tokens costs more than {limit} nats before every layer.", hint="Ask for --keep.")
+            raise PlanError(
+                f"Withdrawing visual tokens costs more than {limit} nats before every layer.", hint="Say where: --budget 0.5"
+            )
         layer = layers[0]
     return base.with_cuts(Cut("layer", "vtw", 0, layer)) if layer < base.layers else base
 
