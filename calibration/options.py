@@ -17,7 +17,7 @@ from edgeprune.device.jetson import module_named
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
-from edgeprune.plan import Option, check_keep_ratio
+from edgeprune.plan import Option
 from edgeprune.registry import METHODS, options_of, unknown_method
 
 AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
@@ -41,7 +41,7 @@ class CalibrateOptions:
     model: str
     data: Path
     method: str | None
-    keep: float | None
+    budget: float | None
     output: Path | None
     statistics: Path | None
     force: bool
@@ -90,9 +90,9 @@ class CalibrateOptions:
         return self.given(PLACES) | {name: value for name, value in self.settings.items() if name not in ranking}
 
     @property
-    def budget(self) -> float | None:
-        """The share of the method's cost that stays; of PLPHP also r."""
-        return self.settings.get("r") if self.keep is None else self.keep
+    def spent(self) -> float | None:
+        """The share of the method's cost that the plan may spend: --budget, or r of PLPHP."""
+        return self.settings.get("r") if self.budget is None else self.budget
 
     @property
     def to_try(self) -> list[Option]:
@@ -104,15 +104,16 @@ class CalibrateOptions:
         if self.method is None:
             if self.statistics is None:
                 raise UsageError(
-                    "Neither --method nor --statistics says what to make.", hint="For example: --method plphp --keep 0.5 -o p.json"
+                    "Neither --method nor --statistics says what to make.",
+                    hint="For example: --method plphp --budget 0.5 -o p.json",
                 )
-            unused = {"--keep": self.keep, "--output": self.output, "--onto": self.onto}
+            unused = {"--budget": self.budget, "--output": self.output, "--onto": self.onto}
         elif self.output is None:
             raise UsageError("There is no file for the plan (-o).")
         elif self.shard is not None:
             raise UsageError("A shard gives statistics, not a plan.", hint="Leave --method out, and merge the shards first.")
         else:
-            unused = {"--keep": self.keep} if self.method == AUTO else {}
+            unused = {"--budget": self.budget} if self.method == AUTO else {}
             self._check_budget()
         self._check_foreign([name for name, value in unused.items() if value is not None])
         if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
@@ -120,12 +121,14 @@ class CalibrateOptions:
         self._check_files()
 
     def _check_budget(self) -> None:
-        if self.keep is not None:
-            check_keep_ratio(self.keep)
-            if "r" in self.settings:
-                raise UsageError("--keep chooses r, so that it is the mean over the layers.", hint="Give --keep or --option r.")
-        if self.method != AUTO and self.budget is None:
-            raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
+        if self.budget is not None and not 0.0 < self.budget <= 1.0:
+            raise UsageError(
+                f"Budget {self.budget} is outside (0, 1].", hint="--budget 0.25 spends a quarter of the method's cost."
+            )
+        if self.budget is not None and "r" in self.settings:
+            raise UsageError("--budget chooses r, so that it is the mean over the layers.", hint="Give --budget or --option r.")
+        if self.method != AUTO and self.spent is None:
+            raise UsageError(f"{self.method} needs a budget.", hint="For example: --budget 0.5")
 
     def goal(self) -> Goal:
         """Return the goal of a search; raise UsageError for contradictory targets."""

@@ -116,7 +116,7 @@ def live_plan(statistics: Statistics, base: KeepPlan, rule: ClassRule, *, prior:
     """Return `base` with PLPHP cuts whose caches hold what an attentive layer keeps, and a decode cut that reads by class."""
     low, middle, high = rule.shares
     if not high:
-        raise PlanError("Attentive layers keep nothing.", hint="Ask for more: --keep or --option r.")
+        raise PlanError("Attentive layers keep nothing.", hint="Ask for more: --budget or --option r.")
     plan = plphp_plan(statistics, base, [high] * base.layers, prior=prior)
     shares = [round(share / high, 5) for share in (low, middle, high)]
     options = {"form": CLASSES, "thresholds": [round(rule.beta, 5), round(rule.alpha, 5)], "shares": shares}
@@ -193,7 +193,9 @@ def vtw_plan(statistics: Statistics, base: KeepPlan, share: float | None = None,
         harmless = statistics.mean("withdrawn_kl") < limit
         layers = [layer for layer in range(1, base.layers) if harmless[layer:].all()]
         if not layers:
-            raise PlanError(f"Withdrawing visual tokens costs more than {limit} nats before every layer.", hint="Ask for --keep.")
+            raise PlanError(
+                f"Withdrawing visual tokens costs more than {limit} nats before every layer.", hint="Say where: --budget 0.5"
+            )
         layer = layers[0]
     return base.with_cuts(Cut("layer", "vtw", 0, layer)) if layer < base.layers else base
 

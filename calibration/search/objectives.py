@@ -7,7 +7,7 @@ answers under a plan with those of the unpruned model, so samples need no refere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.families.base import DecoderParts
+from edgeprune.io.progress import SILENT, Count, Progress
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime import Runtime
 from edgeprune.tabletop.questions import DESCRIBE
@@ -114,11 +115,19 @@ class Agreement:
     """Scores plans against the answers of the unpruned model, which are generated once."""
 
     def __init__(
-        self, loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], *, max_tokens: int, fit: str, device: str
+        self,
+        loaded: LoadedModel,
+        unpruned: KeepPlan,
+        samples: Sequence[Sample],
+        *,
+        max_tokens: int,
+        fit: str,
+        device: str,
+        progress: Progress = SILENT,
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
         self._unpruned = unpruned
-        answers = self._answers(unpruned, samples)
+        answers = self._answers(unpruned, samples, progress.count("answering without pruning, samples", len(samples)))
         self._samples = [replace(sample, answer=answer) for sample, answer in zip(samples, answers, strict=True)]
 
     def __len__(self) -> int:
@@ -128,14 +137,14 @@ class Agreement:
         """Raise PlanError if the model does not support a plan."""
         self._loaded.check_plan(plan)
 
-    def score(self, plan: KeepPlan, count: int) -> Agreed:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
         """Return the agreement over the first `count` samples: 1 for an equal answer, the F1 of its facts for a description."""
         samples = self._samples[:count]
-        points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples), strict=True)]
+        points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples, progress), strict=True)]
         described = [point for sample, point in zip(samples, points, strict=True) if sample.kind == DESCRIBE]
         return Agreed(sum(point.f1 for point in points) / len(points), sum(described, Score()))
 
-    def divergences(self, plans: Sequence[KeepPlan], progress: Callable[[int], None] = lambda done: None) -> list[float]:
+    def divergences(self, plans: Sequence[KeepPlan], progress: Count = lambda done: None) -> list[float]:
         """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.
 
         This distinguishes plans that agree equally well on few samples. `progress` is called with the number of finished samples.
@@ -151,8 +160,9 @@ class Agreement:
             progress(done)
         return [total / len(self._samples) for total in totals]
 
-    def _answers(self, plan: KeepPlan, samples: Sequence[Sample]) -> list[str]:
-        runtime = Runtime(reference_model(self._loaded, plan, self._device))
-        return [
-            runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text for sample in samples
-        ]
+    def _answers(self, plan: KeepPlan, samples: Sequence[Sample], progress: Count) -> list[str]:
+        runtime, answers = Runtime(reference_model(self._loaded, plan, self._device)), list[str]()
+        for sample in samples:
+            answers.append(runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text)
+            progress(len(answers))
+        return answers

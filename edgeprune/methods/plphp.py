@@ -56,7 +56,7 @@ class PLPHP:
         ),
         Option("classes", "frozen", "whether calibration or every input picks a layer's class", ("frozen", "live")),
         Option(
-            "r", None, "retention rate of balanced layers", least=0.0, most=1.0, kind="float", unset="so that --keep is the mean"
+            "r", None, "retention rate of balanced layers", least=0.0, most=1.0, kind="float", unset="so that --budget is the mean"
         ),
         Option(
             "delta",
@@ -65,7 +65,7 @@ class PLPHP:
             least=0.0,
             most=1.0,
             kind="float",
-            unset="half of keep or 1 - keep",
+            unset="half of r or 1 - r",
         ),
         Option("alpha", None, "score from which a layer is attentive", least=0.0, most=1.0, kind="float", unset="upper quartile"),
         Option("beta", None, "score below which a layer is indifferent", least=0.0, most=1.0, kind="float", unset="lower quartile"),
@@ -120,7 +120,7 @@ def _check_classes(cut: Cut) -> None:
     if settings["form"] != CLASSES or counts != (2, 3) or not all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in numbers):
         raise PlanError(
             f"{cut} has form {CLASSES}, two thresholds and three shares, all from 0 to 1.",
-            hint="Calibrate one: edgeprune calibrate --method plphp --option classes=live",
+            hint="Make one: edgeprune calibrate MODEL --data FILE --method plphp --budget 0.5 --option classes=live -o PLAN",
         )
     if any(sorted(settings[name]) != list(settings[name]) for name in ("thresholds", "shares")):
         raise PlanError(f"The thresholds and the shares of {cut} must ascend.")

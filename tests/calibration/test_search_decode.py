@@ -14,6 +14,7 @@ from edgeprune.calibration.search.goal import Goal
 from edgeprune.calibration.search.objectives import Agreed
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import Count, Silent
 from edgeprune.plan import Cut, KeepPlan
 
 GOAL = Goal(0.05, flops=0.5, reads=0.4)
@@ -38,7 +39,7 @@ class Listener(Judge):
         super().__init__()
         self._losses = losses
 
-    def score(self, plan: KeepPlan, count: int) -> Agreed:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
         loss = self._losses[plan.decode.options["form"]] if plan.decode else 0.0
         agreed = super().score(replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.site in ("input", "layer"))), count)
         return replace(agreed, mean=agreed.mean - loss)
@@ -46,7 +47,7 @@ class Listener(Judge):
 
 def searched(tiny: LoadedModel, goal: Goal, losses: dict[str, float]) -> tuple[Trained, Any]:
     trained, judge = Trained(), Listener(losses)
-    return trained, find_plan(tiny, statistics(), trained.fit_rate, judge, WHOLE, goal, None, lambda what: None)  # type: ignore[arg-type]
+    return trained, find_plan(tiny, statistics(), trained.fit_rate, judge, WHOLE, goal, None, Silent())  # type: ignore[arg-type]
 
 
 def test_the_best_form_comes_behind_the_plan_that_was_found(tiny: LoadedModel) -> None:
