@@ -331,7 +331,7 @@ def parse_method_options(method: str, texts: tuple[str, ...], *, calibration: bo
             if (name := text.partition("=")[0]) in later:
                 raise UsageError(
                     f"Option {name!r} of {method} decides how many tokens stay.",
-                    hint=f"Make a plan: edgeprune calibrate MODEL --data FILE --method {method} --budget 0.5 --option {text} -o PLAN",
+                    hint=f"Use edgeprune calibrate MODEL --data FILE --method {method} --budget 0.5 --option {text} -o PLAN",
                 )
     return parse_options(method, texts, declared if declared or method in METHODS else None)
 
