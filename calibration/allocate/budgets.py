@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, Statistics
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, KeepPlan, keep_count
+from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import ranked_plan
 
 ATTENTIVE, BALANCED, INDIFFERENT = "attentive", "balanced", "indifferent"
@@ -133,8 +133,3 @@ def vtw_plan(statistics: Statistics, base: KeepPlan, share: float | None = None,
             raise PlanError(f"Withdrawing visual tokens costs more than {limit} nats before every layer.", hint="Ask for --keep.")
         layer = layers[0]
     return base.with_cuts(Cut("layer", "vtw", 0, layer)) if layer < base.layers else base
-
-
-def with_counts(base: KeepPlan, share: float) -> int:
-    """Return the keep budget of a keep ratio: a number of the plan's visual tokens."""
-    return keep_count(base.geometry.tokens, share)

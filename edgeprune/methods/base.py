@@ -81,8 +81,8 @@ class LayerView:
 
     `attention()` [H, V]: from the last token. `text_attention()` [H, T, V]: from every text token after the image.
     `past_attention()` [H, S, K]: from every new token to the cached visual tokens. `visual_attention()` [H, V, V]: among visual
-    tokens. `next_attention()` [H, V]: from the last token, by the projections of the next layer. `embeds()`: the input embeddings
-    ([V, hidden], [T, hidden]) of visual tokens and text.
+    tokens. `next_attention()` [H, V]: from the last token, by the projections of the next layer. `embeds()`: the embeddings that
+    entered the decoder, of all visual tokens before any layer cut [N, hidden] and of the text after the image [T, hidden].
     """
 
     order: torch.Tensor

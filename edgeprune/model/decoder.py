@@ -151,7 +151,7 @@ class PrunedDecoder(nn.Module):
             if index in self.layer_cuts:
                 cut, method = self.layer_cuts[index]
                 chosen = method.select(self._view(tokens, attended, embeds, layer), self._keep(cut, tier))
-                tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
+                tokens = tokens.keep(chosen)
                 kept[str(cut)], attended = tokens.order, None
             hidden, cache = layer.input_layernorm(tokens.hidden), caches[index]
             if isinstance(cache, LayerStates):

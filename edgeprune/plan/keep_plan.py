@@ -249,10 +249,23 @@ def check_keep_ratio(keep: float) -> None:
         raise PlanError(f"Keep ratio {keep} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
 
 
-def keep_count(tokens: int, keep: float) -> int:
-    """Return the keep budget for a keep ratio in (0, 1]: rounded down, at least one."""
+def keep_count(tokens: int, keep: float, method: str = "") -> int:
+    """Return the keep budget of a method for a keep ratio in (0, 1]: rounded as its authors do, at least one."""
     check_keep_ratio(keep)
-    return max(1, int(tokens * keep + 1e-9))
+    return max(1, _ROUNDING.get(method, _down)(tokens * keep))
+
+
+def _down(count: float) -> int:
+    return int(count + 1e-9)
+
+
+def _up(count: float) -> int:
+    return math.ceil(count - 1e-9)
+
+
+# How the authors' code makes a count of a share, where it does not round down: `round` in FastV's fastv_forward and DivPrune's
+# DivPrune, `ceil` in EViT's Attention and in the DART of TensorRT Edge-LLM.
+_ROUNDING = {"dart": _up, "divprune": round, "evit": _up, "fastv": round}
 
 
 def keep_count_up(tokens: int, share: float) -> int:

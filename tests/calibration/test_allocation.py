@@ -11,6 +11,7 @@ from edgeprune.calibration.allocate.budgets import _knapsack, classify, fitprune
 from edgeprune.calibration.allocate.recipes import method_names, plan_for_budget, resized
 from edgeprune.calibration.collect.measure import deletion_counts
 from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, Statistics, StatisticsSource
+from edgeprune.calibration.interop.lightcompress_methods import READERS, MethodSettings
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Geometry, View
 from edgeprune.plan.presets import unpruned_plan
@@ -111,9 +112,19 @@ def test_every_recipe_meets_its_cost(name: str, share: float) -> None:
     plan = plan_for_budget(name, share, BASES.get(name, BASE), statistics(fitprune=recipe, gamma=gamma), **settings)
     held = [plan.tokens_cached(layer) if name == "plphp" else plan.tokens_at_layer(layer) for layer in range(LAYERS)]
     spent = sum(held) / (100 * LAYERS)
-    whole_steps = {"resize": 0.05, "vtw": 0.07}  # a grid and a layer cannot be divided further
+    whole_steps = {"resize": 0.05, "vtw": 0.07, "fastv": 0.005}  # a grid, a layer and a rounded token cannot be divided further
     assert spent <= share + whole_steps.get(name, 1e-9)
     assert spent >= share - 0.09
+
+
+def test_sparsevlm_cuts_where_lightcompress_does() -> None:
+    # The published table of 192 tokens, from both sides: our own recipe at its cost, and the settings of the other tool.
+    base = unpruned_plan("llava", 32, Geometry(384, 384, 16, 1))
+    ours = plan_for_budget("sparsevlm", (3 * 576 + 4 * 300 + 9 * 200 + 16 * 110) / (32 * 576), base)
+    blocks = {"method": "SparseVLM", "retained_tokens": 192, "merge_flag": False}
+    theirs = READERS["SparseVLM"].cuts(MethodSettings("SparseVLM", blocks, 576, 32, 0))
+    assert ours.cuts == theirs
+    assert [(cut.layer, cut.keep) for cut in theirs] == [(3, 300), (7, 200), (16, 110)]
 
 
 def test_recipes_that_cannot_be_met_are_refused() -> None:
