@@ -15,7 +15,7 @@ from edgeprune.calibration.collect.run import CollectOptions, ProgressReporter, 
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.options import ALLOCATION, AUTO, DYRATE, PLPHP, CalibrateOptions, CalibrationRequest
+from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
@@ -65,13 +65,11 @@ def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> Calibr
     unpruned = unpruned_plan(folder.model_type, loaded.decoder_shape().layers, geometry)
     request = CollectOptions(
         geometry,
-        options.rows,
-        options.reduce,
-        options.spread,
-        options.shard or (1, 1),
-        options.max_tokens,
-        options.fit,
-        options.device,
+        **options.ranking,
+        shard=options.shard or (1, 1),
+        max_tokens=options.max_tokens,
+        fit=options.fit,
+        device=options.device,
     )
     samples, skipped = list(calibration.samples), list(calibration.skipped)
     if options.skip_bad:
@@ -117,21 +115,21 @@ def _allocate(
     options: CalibrateOptions, base: KeepPlan, statistics: Callable[[], Statistics], fit_rate: Callable[..., KeepPlan]
 ) -> KeepPlan:
     method, keep = str(options.method), float(options.keep or 0.0)
-    settings = options.given(ALLOCATION)
+    settings = options.allocation
     if method == DYRATE:
         rate = DecodeRateOptions(
-            keep, settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed
+            keep, settings.get("form", "predictor"), settings.get("layer", 0), not settings.get("follow"), options.seed
         )
         collected = None if base.cache_cuts else statistics()
-        return fit_rate(base, rate, collected.prior() if collected is not None and options.prior else None)
+        return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
     return plan_for_budget(method, keep, base, statistics() if method in STATISTICAL else None, **settings)
 
 
 def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
-    if options.method != PLPHP or options.allocate not in (None, "classes"):
+    settings, keep = options.settings, float(options.keep or 0.0)
+    if options.method != PLPHP or settings.get("allocate", "classes") != "classes":
         return []
-    keep = float(options.keep or 0.0)
-    return classify(statistics(), keep, options.delta if options.delta is not None else min(keep, 1 - keep) / 2)
+    return classify(statistics(), keep, settings.get("delta", min(keep, 1 - keep) / 2))
 
 
 def _search_plan(

@@ -17,9 +17,8 @@ from typing import ClassVar
 
 import torch
 
-from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, ascending, cosine
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 _TINY = 1e-6  # the authors' offset of relevance, and the volume below which float32 leaves only rounding
 
@@ -29,12 +28,21 @@ class CDPruner:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "weight",
+            1.0,
+            "of relevance against diversity; 0 ignores relevance, 1 multiplies by it",
+            least=0.0,
+            most=1.0,
+            tries=(0.0, 0.2, 0.5, 0.8, 1.0),
+            published=True,
+        ),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        self._weight = float(cut.settings(weight=1.0)["weight"])
-        if not 0.0 <= self._weight <= 1.0:
-            raise PlanError(f"The weight of {cut} must be from 0 to 1.")
+        self._weight = float(cut.settings(*self.options)["weight"])
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""

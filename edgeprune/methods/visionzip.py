@@ -18,9 +18,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, ascending, cosine, rank
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 
 class VisionZip:
@@ -28,12 +27,13 @@ class VisionZip:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ("vision attention",)
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("contextual", 0.15625, "share of the budget that merged tokens take", least=0.0, most=1.0, published=True),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        self._contextual = float(cut.settings(contextual=10 / 64)["contextual"])
-        if not 0.0 <= self._contextual <= 1.0:
-            raise PlanError(f"The contextual share of {cut} must be from 0 to 1.")
+        self._contextual = float(cut.settings(*self.options)["contextual"])
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of dominant tokens and contextual targets."""

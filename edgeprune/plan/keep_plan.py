@@ -16,6 +16,7 @@ from edgeprune.errors import PlanError, renamed
 from edgeprune.io.files import write_text
 from edgeprune.io.typed_json import from_json, read_json
 from edgeprune.plan.geometry import MAX_LAYERS, Geometry
+from edgeprune.plan.options import Option, settled
 
 SCHEMA_VERSION = 2
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
@@ -66,18 +67,13 @@ class Cut:
     def __str__(self) -> str:
         return f"{self.method} @ {self.site if self.site == 'input' else f'{self.site} {self.layer}'}"
 
-    def settings(self, **defaults: Any) -> dict[str, Any]:
-        """Return `defaults` updated with the cut's options; raise PlanError for an unknown option or a wrong type."""
-        for name, value in self.options.items():
-            if name not in defaults:
-                known = f"Options of {self.method}: {', '.join(defaults)}." if defaults else f"{self.method} has no options."
-                raise PlanError(f"{self} has the unknown option {name!r}.", hint=known)
-            expected = type(defaults[name])
-            if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool) != (
-                expected is bool
-            ):
-                raise PlanError(f"Option {name!r} of {self} must be of type {expected.__name__}, not {value!r}.")
-        return {**defaults, **self.options}
+    def settings(self, *declared: Option, **defaults: Any) -> dict[str, Any]:
+        """Return the values of all `declared` options: the cut's, or else the default.
+
+        `defaults`: options without a declaration, of the type of their default. Raises PlanError for an option that is not among
+        them, or a value that is not allowed.
+        """
+        return settled(str(self), self.options, (*declared, *(Option(name, value, "") for name, value in defaults.items())))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeprune.errors import PlanError
@@ -32,13 +32,20 @@ def ranked_plan(
 
 
 def staircase_plan(
-    base: KeepPlan, method: str, keeps: Sequence[float], at_layers: Sequence[int] = (), *, seed: int = 0, site: str | None = None
+    base: KeepPlan,
+    method: str,
+    keeps: Sequence[float],
+    at_layers: Sequence[int] = (),
+    *,
+    seed: int = 0,
+    site: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> KeepPlan:
     """Return `base` with one cut per keep ratio, at the layer with the same index in `at_layers`.
 
     Keep ratios are shares of all visual tokens, at site "vision" of each view's tokens. A single ratio without a layer is cut at
-    DEFAULT_LAYER. Layer 0 means the input site unless `site` is given. Raises PlanError if the numbers of ratios and layers differ
-    or the keep budgets increase.
+    DEFAULT_LAYER. Layer 0 means the input site unless `site` is given. `options`: settings of the method, for all cuts. Raises
+    PlanError if the numbers of ratios and layers differ or the keep budgets increase.
     """
     layers = cut_layers(keeps, at_layers)
     cuts = tuple(
@@ -48,6 +55,7 @@ def staircase_plan(
             keep=encoder_count(base.geometry, keep, method) if site == "vision" else keep_count(base.geometry.tokens, keep, method),
             layer=layer,
             seed=seed,
+            options=options or {},
         )
         for keep, layer in zip(keeps, layers, strict=True)
     )

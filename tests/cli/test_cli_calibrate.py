@@ -94,7 +94,7 @@ def test_a_calibrated_plan_is_measured(tiny_folder: Path, data: Path, tmp_path: 
         (("--method", "plphp", "-o", "p.json"), "needs a budget"),
         (("--method", "magic", "--keep", 0.5, "-o", "p.json"), "Unknown method 'magic'"),
         (("--method", "divprune", "--keep", 0, "-o", "p.json"), "outside (0, 1]"),
-        (("--method", "divprune", "--keep", 0.5, "--core", 0.5, "-o", "p.json"), "--core is not for divprune"),
+        (("--method", "divprune", "--keep", 0.5, "--core", 0.5, "-o", "p.json"), "divprune has the unknown option 'core'"),
         (("--method", "divprune", "--keep", 0.5, "--max-drop", "1%", "-o", "p.json"), "--max-drop is not for divprune"),
         (("--method", "fastv", "--keep", 0.2, "-o", "p.json"), "cannot reach 20%"),
         (("--method", "auto", "--keep", 0.5, "-o", "p.json"), "--keep is not for auto"),
