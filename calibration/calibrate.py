@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from edgeprune.calibration.allocate.budgets import LayerClass, classify
+from edgeprune.calibration.allocate.budgets import LayerClass, classify, vtw_plan
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, ProgressReporter, load_or_collect
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, CalibrateOptions, CalibrationRequest
+from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
@@ -122,6 +122,8 @@ def _allocate(
         )
         collected = None if base.cache_cuts else statistics()
         return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
+    if method == VTW and options.keep is None:
+        return vtw_plan(statistics(), base, **settings)
     return plan_for_budget(method, keep, base, statistics() if method in STATISTICAL else None, **settings)
 
 

@@ -19,7 +19,7 @@ from edgeprune.io.files import check_output, is_file, is_folder
 from edgeprune.plan import check_keep_ratio
 from edgeprune.registry import unknown_method
 
-AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
+AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
 DROP = 0.01  # the loss of agreement that a search allows by default
 _PLACES = {  # which methods take --site or --layer
     "evit": ("layer",),
@@ -102,14 +102,20 @@ class CalibrateOptions:
             raise UsageError("A shard gives statistics, not a plan.", hint="Leave --method out, and merge the shards first.")
         else:
             unused = {"--keep": self.keep} if self.method == AUTO else {}
-            if self.method != AUTO and self.keep is None:
-                raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
+            self._check_budget()
         self._check_foreign([name for name, value in unused.items() if value is not None])
         if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
             raise unknown_method(self.method, names)
         if self.keep is not None:
             check_keep_ratio(self.keep)
         self._check_files()
+
+    def _check_budget(self) -> None:
+        if self.method not in (AUTO, VTW) and self.keep is None:
+            raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
+        if self.method == VTW and self.keep is not None and self.settings:
+            name = next(iter(self.settings))
+            raise UsageError(f"With a budget {name} of vtw decides nothing.", hint=f"Leave out --keep or {name}.")
 
     def goal(self) -> Goal:
         """Return the goal of a search; raise UsageError for contradictory targets."""
