@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from edgeprune.calibration.allocate.budgets import LayerClass, classify
+from edgeprune.calibration.allocate.budgets import LayerClass, classify, vtw_plan
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.options import ALLOCATION, AUTO, DYRATE, PLPHP, CalibrateOptions, CalibrationRequest
+from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
@@ -57,13 +57,11 @@ def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> Calibr
     unpruned = unpruned_plan(folder.model_type, loaded.decoder_shape().layers, geometry)
     request = CollectOptions(
         geometry,
-        options.rows,
-        options.reduce,
-        options.spread,
-        options.shard or (1, 1),
-        options.max_tokens,
-        options.fit,
-        options.device,
+        **options.ranking,
+        shard=options.shard or (1, 1),
+        max_tokens=options.max_tokens,
+        fit=options.fit,
+        device=options.device,
     )
     samples, skipped = list(calibration.samples), list(calibration.skipped)
     if options.skip_bad:
@@ -109,21 +107,23 @@ def _allocate(
     options: CalibrateOptions, base: KeepPlan, statistics: Callable[[], Statistics], fit_rate: Callable[..., KeepPlan]
 ) -> KeepPlan:
     method, budget = str(options.method), float(options.budget or 0.0)
-    settings = options.given(ALLOCATION)
+    settings = options.allocation
     if method == DYRATE:
         rate = DecodeRateOptions(
-            budget, settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed
+            budget, settings.get("form", "predictor"), settings.get("layer", 0), not settings.get("follow"), options.seed
         )
         collected = None if base.cache_cuts else statistics()
-        return fit_rate(base, rate, collected.prior() if collected is not None and options.prior else None)
+        return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
+    if method == VTW and options.budget is None:
+        return vtw_plan(statistics(), base, **settings)
     return plan_for_budget(method, budget, base, statistics() if method in STATISTICAL else None, **settings)
 
 
 def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
-    if options.method != PLPHP or options.allocate not in (None, "classes"):
+    settings, budget = options.settings, float(options.budget or 0.0)
+    if options.method != PLPHP or settings.get("allocate", "classes") != "classes":
         return []
-    budget = float(options.budget or 0.0)
-    return classify(statistics(), budget, options.delta if options.delta is not None else min(budget, 1 - budget) / 2)
+    return classify(statistics(), budget, settings.get("delta", min(budget, 1 - budget) / 2))
 
 
 def _search_plan(

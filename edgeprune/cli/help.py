@@ -11,14 +11,14 @@ import click
 from click.shell_completion import CompletionItem
 
 from edgeprune.errors import EdgePruneError
-from edgeprune.registry import METHODS
+from edgeprune.registry import METHODS, options_of
 
 # Of the options that several subjects share a page with. Options that are not here stand first, under "Options".
 _SECTIONS = {
     "Model": "revision adapter trust_remote_code own_method model against",
     "Samples": "data limit skip_bad statistics shard ray_address",
-    "Plan": "plan_file method keep budget layer site seed tier onto",
-    "Options of methods": "core relevance rows reduce spread prior delta stages form follow allocate",
+    "Plan": "plan_file method keep budget layer site option seed tier onto",
+    "Ranking of caches": "rows reduce spread",
     "Search": "max_drop target_flops target_kv target_ttft target_reads times curve device",
     "Images": "image_size frames fps fit image max_images max_pixels max_request_pixels",
     "Answer": "max_tokens temperature top_k top_p repetition_penalty keep_special_tokens stop deadline_ms tokens text_tokens",
@@ -85,3 +85,20 @@ class MethodName(click.ParamType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the methods that begin so."""
         return [CompletionItem(name) for name in METHODS if name.startswith(incomplete)]
+
+
+class OptionText(click.ParamType):
+    """NAME=VALUE, an option of the method that --method names; checked where it is used."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text."""
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the method's options, or the choices of the option whose name is written."""
+        method, (name, equals, _) = ctx.params.get("method"), incomplete.partition("=")
+        declared = options_of(method, calibration=ctx.info_name == "calibrate") if method in METHODS else ()
+        texts = [f"{option.name}={value}" for option in declared for value in (option.choices if equals else ("",))]
+        return [CompletionItem(text) for text in texts if text.startswith(f"{name}{equals}")]

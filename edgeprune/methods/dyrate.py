@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 LAST_STEP = 128  # the step feature reaches 1 here
 FORMS = {
@@ -36,6 +36,13 @@ class DyRate:
 
     sites: ClassVar[tuple[str, ...]] = ("decode",)
     needs: ClassVar[tuple[str, ...]] = ()
+    calibration_options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "form", "predictor", "a trained predictor, a map of attention, or a schedule by step", ("predictor", "schedule", "map")
+        ),
+        Option("follow", False, "the share may also grow within an answer"),
+        Option("prior", False, "rank caches also by where the samples' answers looked"),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry

@@ -20,7 +20,7 @@ from PIL import Image
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.export.verification import TOLERANCES
-from edgeprune.registry import FAMILIES, METHODS
+from edgeprune.registry import FAMILIES, METHODS, options_of
 from edgeprune.tabletop.dataset import write_dataset
 
 COMMANDS = (
@@ -87,6 +87,15 @@ def test_methods_and_models_come_from_the_registry() -> None:
     assert {row["method"] for row in json.loads(run("methods", "--json").stdout)} == set(METHODS)
     assert {row["model_type"] for row in json.loads(run("models", "--json").stdout)} == set(FAMILIES)
     assert "FastV" in run("methods").output
+
+
+def test_the_options_of_a_method_are_listed() -> None:
+    listed = {row["option"]: row for row in json.loads(run("methods", "plphp", "--json").stdout)}
+    assert [option.name for option in options_of("plphp", calibration=True)] == list(listed)
+    assert (listed["rows"]["decides"], listed["allocate"]["decides"]) == ("which stay", "how many")
+    assert (listed["spread"]["default"], listed["rows"]["by"]) == ("no", "ours")
+    assert "fastv has no options." in run("methods", "fastv").output
+    assert json.loads(run("methods", "fastv", "--json").stdout) == []
 
 
 def test_underscores_are_accepted(tmp_path: Path) -> None:
@@ -341,7 +350,7 @@ def test_keep_means_one_thing() -> None:
 
 def test_options_stand_by_subject() -> None:
     shown = CliRunner().invoke(main, ["calibrate", "--help"]).output
-    sections = ("Model:", "Samples:", "Plan:", "Options of methods:", "Search:", "Output:")
+    sections = ("Model:", "Samples:", "Plan:", "Ranking of caches:", "Search:", "Output:")
     places = [shown.index(f"\n{section}\n") for section in sections]
     assert places == sorted(places)
     assert "1%]" in shown and shown.count("--help") == 1

@@ -18,9 +18,7 @@ from PIL import Image
 import edgeprune.errors
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
-from edgeprune.cli.commands.calibrate import REDUCTIONS, ROWS
 from edgeprune.errors import MissingExtraError, did_you_mean, install_command, require_extra, update_hint
-from edgeprune.methods import plphp
 from edgeprune.registry import METHODS, method_class, sites_of
 from edgeprune.tabletop.dataset import write_dataset
 from edgeprune.targets import TARGETS
@@ -67,6 +65,7 @@ def place(tiny_folder: Path, tiny_bundle: Bundle, tiny_image: Image.Image, tmp_p
 ASK = ("--image", "0.png", "--prompt", "What is it?")
 DATA = ("--data", "scenes/dataset.jsonl")
 PLAN = ("--method", "plphp", "--budget", "0.5", "-o", "p.json")
+ZSPA, AUTO = ("--method", "zspaprune", "--keep", "0.5"), ("--method", "auto", "-o", "p.json")
 EXPORT_TINY = "edgeprune export model -o"
 MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "hub id": (("export", HUB, "-o", "b"), f"has nothing of {HUB}", "Unset HF_HUB_OFFLINE", 1),
@@ -120,6 +119,35 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         2,
     ),
     "PLPHP": (("calibrate", "model", *DATA, "--method", "PLPHP", *PLAN[2:]), "Unknown method 'PLPHP'", "Did you mean plphp?", 2),
+    "option without a value": ((*EXPORT, *ZSPA, "--option", "core"), "'core' is no option", "NAME=VALUE", 2),
+    "option misspelt": ((*EXPORT, *ZSPA, "--option", "cor=0.3"), "unknown option 'cor'", "Did you mean core?", 2),
+    "option twice": ((*EXPORT, *ZSPA, "--option", "core=0.3", "--option", "core=0.4"), "given twice", "Give it once.", 2),
+    "option out of range": ((*EXPORT, *ZSPA, "--option", "core=1.5"), "'core' cannot be 1.5", "number from 0 to 1", 2),
+    "option no number": ((*EXPORT, *ZSPA, "--option", "core=much"), "must be of type float", "number from 0 to 1", 2),
+    "option no choice": ((*EXPORT, *ZSPA, "--option", "relevance=poold"), "cannot be 'poold'", "Did you mean pooled?", 2),
+    "option of budgets": (
+        (*EXPORT, "--method", "fitprune", "--keep", "0.5", "--option", "stages=2"),
+        "decides how many tokens stay",
+        "edgeprune calibrate --method fitprune",
+        2,
+    ),
+    "option of nothing": ((*EXPORT, "--option", "core=0.3"), "--option needs --method and --keep", "", 2),
+    "option of a plan": ((*EXPORT, "--plan", "p.json", "--option", "core=0.3"), "already says what", "Give one of them.", 2),
+    "option of auto": (("calibrate", "model", *DATA, *AUTO, "--option", "core=0.3"), "is for one method", "edgeprune methods", 2),
+    "option to calibrate": (
+        ("calibrate", "model", *DATA, *PLAN, "--option", "delt=0.3"),
+        "unknown option",
+        "Did you mean delta?",
+        2,
+    ),
+    "option and flag": (
+        ("calibrate", "model", *DATA, *PLAN, "--option", "rows=peak", "--rows", "text"),
+        "'rows' of plphp is given twice",
+        "Give it once.",
+        2,
+    ),
+    "ranking of nothing": (("calibrate", "model", *DATA, *ZSPA, "-o", "p.json", "--reduce", "max"), "--reduce is not for", "", 2),
+    "options of no method": (("methods", "zspaprun"), "Unknown method 'zspaprun'", "Did you mean zspaprune?", 2),
     "family": (("models", "qwen2vl"), "'qwen2vl' are not supported", "Did you mean qwen2_vl?", 1),
     "450x450": (("export", "model", "-o", "b", "--image-size", "450x450"), "does not divide", "--image-size 448x448 or 476x476", 2),
     "450x448": (("export", "model", "-o", "b", "--image-size", "450x448"), "does not divide", "448x448 or 476x448", 2),
@@ -164,7 +192,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         "edgeprune profile",
         2,
     ),
-    "stages 0": (("calibrate", "tabletop", *DATA, "--method", "fitprune", "--stages", "0"), "0 is not in the range", "x>=1", 2),
+    "stages 0": (
+        ("calibrate", "tabletop", *DATA, "--method", "fitprune", "--stages", "0"),
+        "Option 'stages' cannot be 0",
+        "1 or more",
+        2,
+    ),
     "threads -1": (("profile", "table.bundle", "-o", "t.json", "--threads", "-1"), "-1 is not in the range", "x>=1", 2),
     "seed -1": (
         (*EXPORT, "--method", "random", "--keep", "0.5", "--seed", "-1"),
@@ -208,7 +241,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "no image": (("run", "table.bundle", "--prompt", "x"), "There is no image to ask about", "For example: --image", 2),
     "keep of calibrate": (
-        ("calibrate", "model", *DATA, "--method", "plphp", "--keep", "0.5", "-o", "p.json"),
+        ("calibrate", "model", *DATA, "--method", "plphp", "--budget", "0.5", "-o", "p.json"),
         "--keep of calibrate is now --budget: a share of the method's cost.",
         "Write --budget 0.5",
         2,
@@ -287,10 +320,6 @@ def test_sites_are_known_without_importing_a_method() -> None:
     assert {name: sites_of(name) for name in METHODS} == {name: method_class(name).sites for name in METHODS}
 
 
-def test_copied_choices_are_those_of_plphp() -> None:
-    assert (ROWS, REDUCTIONS) == (plphp.ROWS, plphp.REDUCTIONS)
-
-
 EARLY = (
     (*EXPORT, "--method", "fastv", "--keep", "25"),
     ("export", "tabletop", "-o", "0.png/b"),
@@ -299,6 +328,8 @@ EARLY = (
     ("export", "no-end", "-o", "b"),
     ("export", "no-token", "-o", "b"),
     (*EXPORT, *FASTV, "--layer", "99"),
+    (*EXPORT, *ZSPA, "--option", "core=1.5"),
+    ("calibrate", "tabletop", *DATA, *PLAN, "--option", "delta=2"),
     (*EXPORT, "--plan", "none.json"),
     (*EXPORT, "--tier", "a=none.json"),
     ("eval", "model", *DATA, "--method", "fastv", "--keep", "25"),

@@ -14,6 +14,8 @@ from edgeprune.cli.options import (
     fit_option,
     force_option,
     json_option,
+    option_option,
+    parse_method_options,
     parse_shard,
     parse_share,
     parse_size,
@@ -26,21 +28,19 @@ from edgeprune.cli.options import (
 )
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import check_output
+from edgeprune.registry import METHODS, options_of
 
-# Copied from edgeprune.methods.plphp, whose import of torch is too slow for --help.
-ROWS, REDUCTIONS = ("last", "text", "peak"), ("mean", "max")
+_RANKING = {option.name: option for option in options_of("plphp")}
 _COLLECT = (
     click.option("--limit", type=click.IntRange(min=1), help="Only N samples, drawn by the seed."),
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws samples, and DyRate's training noise."
     ),
-    click.option("--rows", type=click.Choice(ROWS), default="last", show_default=True, help="Whose attention ranks caches."),
+    click.option("--rows", type=click.Choice(_RANKING["rows"].choices), help="Whose attention ranks caches.  [default: last]"),
     click.option(
         "--reduce",
-        type=click.Choice(REDUCTIONS),
-        default="mean",
-        show_default=True,
-        help="Query heads of one KV head count by mean or max.",
+        type=click.Choice(_RANKING["reduce"].choices),
+        help="Query heads of one KV head count by mean or max.  [default: mean]",
     ),
     click.option("--spread", is_flag=True, help="Rank caches also by an even lattice."),
     click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer to learn from."),
@@ -52,17 +52,16 @@ _COLLECT = (
     click.option("--ray", "ray_address", help="Spread the pass over a Ray cluster: its address, or local."),
 )
 _ALLOCATE = (
+    option_option,
     click.option("--site", type=click.Choice(["input", "cache"]), help="Where random and uniform act.  [default: input]"),
     click.option("--layer", type=int, help="First layer of a single cut, or of DyRate's."),
-    click.option("--allocate", type=click.Choice(["classes", "least-cost", "even"]), help="PLPHP's budgets.  [default: classes]"),
-    click.option("--delta", type=float, help="PLPHP: how far the classes' rates lie apart."),
-    click.option("--prior", is_flag=True, help="PLPHP, DyRate: rank also by where the samples' answers looked."),
-    click.option("--stages", type=click.IntRange(min=1), help="FitPrune: cuts into which the recipe is gathered.  [default: 4]"),
-    click.option("--core", type=float, help="ZSPAPrune: share of the relevant core.  [default: 0.5]"),
-    click.option("--relevance", type=click.Choice(["pooled", "mean", "max"]), help="ZSPAPrune: how words are compared."),
-    click.option("--form", type=click.Choice(["predictor", "schedule", "map"]), help="DyRate's rate.  [default: predictor]"),
-    click.option("--follow", is_flag=True, help="DyRate: the share may also grow within an answer."),
     click.option("--onto", type=click.Path(path_type=Path), help="Add the cuts to this plan."),
+)
+# --core 0.3 is short for --option core=0.3, and --prior for --option prior=yes.
+_SHORT = ("core", "relevance", "allocate", "delta", "stages", "form"), ("prior", "follow")
+_SHORTHANDS = (
+    *(click.option(f"--{name}", hidden=True) for name in _SHORT[0]),
+    *(click.option(f"--{name}", is_flag=True, hidden=True) for name in _SHORT[1]),
 )
 _SEARCH = (
     click.option("--max-drop", help="auto: agreement that may be lost, such as 1%.  [default: 1%]"),
@@ -80,7 +79,7 @@ _SEARCH = (
 
 
 def _all_options(command: Any) -> Any:
-    for option in reversed((*_COLLECT, *_ALLOCATE, *_SEARCH)):
+    for option in reversed((*_COLLECT, *_ALLOCATE, *_SHORTHANDS, *_SEARCH)):
         command = option(command)
     return command
 
@@ -119,6 +118,7 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     for share in ("max_drop", "target_flops", "target_kv", "target_reads"):
         options[share] = parse_share(options[share])
     options["target_ttft"] = _parse_milliseconds(options["target_ttft"])
+    options["settings"] = _settings(options)
     request = prepare(CalibrateOptions(model=model, data=data, **options))  # before torch is imported, which takes seconds
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.checkpoint.loading import fetch_weights
@@ -175,6 +175,19 @@ def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int 
         times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider, progress=progress)
     times.save(output)
     show_profile(times, as_json)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    # The options of the method by name, from --option and its shorthands, which are taken out of `options`.
+    short = {name: options.pop(name) for name in (*_SHORT[0], *_SHORT[1])}
+    texts = [f"{name}={'yes' if value is True else value}" for name, value in short.items() if value not in (None, False)]
+    method, texts = options["method"], [*texts, *options.pop("option")]
+    if method in METHODS:
+        return parse_method_options(method, tuple(texts), calibration=True)
+    if texts:
+        name = texts[0].partition("=")[0]
+        raise UsageError(f"Option {name!r} is for one method.", hint="Name it with --method. Its options: edgeprune methods NAME")
+    return {}
 
 
 def _split_devices(names: tuple[str, ...]) -> tuple[str, str | None]:

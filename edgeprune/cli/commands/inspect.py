@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeprune.cli.help import command
+from edgeprune.cli.help import MethodName, command
 from edgeprune.cli.options import bundle_argument, force_option, json_option, open_plan
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import is_file
@@ -140,11 +140,22 @@ def completion(ctx: click.Context, shell: str) -> None:
 
 
 @command()
+@click.argument("method", required=False, type=MethodName())
 @json_option
-def methods(as_json: bool) -> None:
-    """List the pruning methods."""
-    from edgeprune.cli.output.basic import show_table
-    from edgeprune.registry import METHODS, summary_of
+def methods(method: str | None, as_json: bool) -> None:
+    """List the pruning methods, or the options of one.
 
-    rows = [[name, summary_of(reference)] for name, reference in sorted(METHODS.items())]
-    show_table(["method", "keeps"], rows, as_json)
+    Options that decide how many tokens stay are for `edgeprune calibrate`: --method METHOD --option NAME=VALUE. It takes the others
+    too, as do the commands that need no calibration.
+    """
+    from edgeprune.cli.output.basic import show_options, show_table
+    from edgeprune.registry import METHODS, options_of, summary_of, unknown_method
+
+    if method is None:
+        rows = [[name, summary_of(reference)] for name, reference in sorted(METHODS.items())]
+        show_table(["method", "keeps"], rows, as_json)
+        return
+    if method not in METHODS:
+        raise unknown_method(method, METHODS)
+    ranking = options_of(method)
+    show_options(method, ranking, options_of(method, calibration=True)[len(ranking) :], as_json)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.data.samples import BadSampleError
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import ParityStage
-    from edgeprune.plan import KeepPlan
+    from edgeprune.plan import KeepPlan, Option
     from edgeprune.runtime import Stream
 
 
@@ -72,6 +72,19 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], as_json
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console().print(table)
+
+
+def show_options(method: str, ranking: Sequence[Option], calibration: Sequence[Option], as_json: bool) -> None:
+    """Print the options of a method: those that decide which tokens stay, then those for how many."""
+    rows = [
+        [each.name, each.shown_default, "authors" if each.published else "ours", each.allowed, decides, each.meaning]
+        for decides, options in (("which stay", ranking), ("how many", calibration))
+        for each in options
+    ]
+    if rows or as_json:
+        show_table(["option", "default", "by", "allowed", "decides", "meaning"], rows, as_json)
+    else:
+        click.echo(f"{method} has no options.")
 
 
 def show_facts(facts: Mapping[str, object], as_json: bool) -> None:
