@@ -55,15 +55,20 @@ def plan_of(method: str, base: KeepPlan) -> KeepPlan:
 
 
 class EachImage:
-    """A method that keeps a budget of every image among the visual tokens of several, `tokens` each."""
+    """A method that keeps a budget of every image among the visual tokens of several, `tokens` each.
 
-    def __init__(self, method: Any, tokens: int, images: int) -> None:
-        self._method, self._tokens, self._images = method, tokens, images
+    `of_turn`: keep that many times the number of images of all of them together instead.
+    """
+
+    def __init__(self, method: Any, tokens: int, images: int, *, of_turn: bool) -> None:
+        self._method, self._tokens, self._images, self._of_turn = method, tokens, images, of_turn
         self.ranked: list[torch.Tensor] = []  # scores of cache cuts [kv heads, V]
 
     def select(self, view: LayerView, keep: int) -> torch.Tensor:
         """Return the ascending positions of the tokens that stay."""
         scores, image = self._method.score(view), view.order // self._tokens
+        if self._of_turn:
+            return keep_best(scores, keep * self._images)
         places = [torch.nonzero(image == number)[:, 0] for number in range(self._images)]
         return torch.cat([place[keep_best(scores[place], keep)] for place in places])
 
@@ -74,7 +79,7 @@ class EachImage:
         return scores
 
 
-def jointly(loaded: LoadedModel, plan: KeepPlan, inputs: list[DecoderInput]) -> Kept:
+def jointly(loaded: LoadedModel, plan: KeepPlan, inputs: list[DecoderInput], *, of_turn: bool = False) -> Kept:
     """Return what one forward pass over all images keeps of each. `inputs`: the steps of the images, each ranked apart."""
     images, tokens = len(inputs), plan.geometry.tokens
     before = [part for each in inputs[:-1] for part in (each.prefix, each.suffix)] + [inputs[-1].prefix]
@@ -83,7 +88,7 @@ def jointly(loaded: LoadedModel, plan: KeepPlan, inputs: list[DecoderInput]) -> 
     wrapped = []
     for cuts in (decoder.layer_cuts, decoder.cache_cuts):
         for layer, (cut, method) in cuts.items():
-            wrapped.append(EachImage(method, tokens, images))
+            wrapped.append(EachImage(method, tokens, images, of_turn=of_turn))
             cuts[layer] = (cut, wrapped[-1])
     given = [Segment(torch.from_numpy(part.embeds), torch.from_numpy(part.positions)) for part in segments]
     with torch.no_grad():
@@ -110,7 +115,11 @@ def _joined(parts: list[TokenSegment]) -> TokenSegment:
 def ranked_apart() -> Iterator[None]:
     """Rank each image by the text up to the next one inside."""
     ahead = SequenceState._ahead
-    with mock.patch.object(SequenceState, "_ahead", lambda self, start, later, **kind: ahead(self, start, later[:0], **kind)):
+
+    def nothing(self: SequenceState, start: int, later: Any, **kind: bool) -> tuple[list[int], np.ndarray]:
+        return ahead(self, start, later[:0], **kind)
+
+    with mock.patch.object(SequenceState, "_ahead", nothing):
         yield
 
 
@@ -132,26 +141,32 @@ def overlap(left: list[frozenset[int]], right: list[frozenset[int]]) -> float:
 def measure(loaded: LoadedModel, method: str, count: int, shown: int) -> dict[str, Any]:
     """Return one row: overlaps with the oracle, and of the first image's kept sets between questions."""
     base = unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(None))
-    plan = plan_of(method, base)
+    plan, ways = plan_of(method, base), ("apart", "ahead", "joint", "alone")
     pictures = [draw_scene(scene) for scene, _ in scenes(77, shown * count)]
-    found: dict[str, list[float]] = {
-        name: [] for name in ("apart", "ahead", "apart questions", "ahead questions", "joint questions", "alone questions")
-    }
+    shares: dict[str, list[float]] = {"apart": [], "ahead": [], **{f"{way} questions": [] for way in ways}}
     for number in range(shown):
         images = pictures[number * count : (number + 1) * count]
-        first: dict[str, list[list[frozenset[int]]]] = {name: [] for name in ("apart", "ahead", "joint", "alone")}
+        first: dict[str, list[list[frozenset[int]]]] = {way: [] for way in ways}
         for question in QUESTIONS:
             with ranked_apart():
                 apart, inputs = by_runtime(loaded, plan, images, question)
-            ahead, _ = by_runtime(loaded, plan, images, question)
+            found = {"apart": apart, "ahead": by_runtime(loaded, plan, images, question)[0]}
             joint, alone = jointly(loaded, plan, inputs), by_runtime(loaded, plan, images[:1], question)[0]
-            for name, kept in {"apart": apart, "ahead": ahead}.items():
-                found[name] += [overlap(mine, theirs) for mine, theirs in zip(kept[:-1], joint, strict=False)]
-            for name, kept in {"apart": apart, "ahead": ahead, "joint": joint, "alone": alone}.items():
-                first[name].append(kept[0])
-        for name, sets in first.items():
-            found[f"{name} questions"] += [overlap(*pair) for pair in combinations(sets, 2)]
-    return {"method": method, "images": count, **{name: round(float(np.mean(values)), 3) for name, values in found.items()}}
+            for way, kept in found.items():
+                shares[way] += [overlap(mine, theirs) for mine, theirs in zip(kept[:-1], joint, strict=False)]
+            for way, kept in {**found, "joint": joint, "alone": alone}.items():
+                first[way].append(kept[0])
+        for way, sets in first.items():
+            shares[f"{way} questions"] += [overlap(*pair) for pair in combinations(sets, 2)]
+    return {"method": method, "images": count, **{name: round(float(np.mean(values)), 3) for name, values in shares.items()}}
+
+
+def write_table(rows: list[dict[str, Any]], out: Path, name: str) -> None:
+    """Write rows as OUT/NAME.json and OUT/NAME.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    lines = [" | ".join(map(str, line)) for line in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))]
+    (out / f"{name}.md").write_text("\n".join(f"| {line} |" for line in lines) + "\n")
 
 
 def main() -> None:
@@ -159,20 +174,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--scenes", type=int, default=20, help="Groups of images.")
+    parser.add_argument("--scenes", type=int, default=10, help="Groups of images.")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     args = parser.parse_args()
-    loaded, rows = load_model(resolve_model("tabletop")), []
-    args.out.mkdir(parents=True, exist_ok=True)
+    loaded, rows = load_model(resolve_model("tabletop")), list[dict[str, Any]]()
     for count in args.images:
         for method in args.methods:
             rows.append(measure(loaded, method, count, args.scenes))
             print(rows[-1], flush=True)
-    (args.out / "overlap.json").write_text(json.dumps(rows, indent=2) + "\n")
-    head = list(rows[0])
-    lines = [" | ".join(map(str, row.values())) for row in rows]
-    table = [" | ".join(head), " | ".join("---" for _ in head), *lines]
-    (args.out / "overlap.md").write_text("\n".join(f"| {line} |" for line in table) + "\n")
+    write_table(rows, args.out, "overlap")
 
 
 if __name__ == "__main__":
