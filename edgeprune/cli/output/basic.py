@@ -235,14 +235,22 @@ def _show_cuts(plan: KeepPlan) -> None:
 def show_verification(report: Sequence[ParityStage], as_json: bool) -> None:
     """Print the stages and the first that fails."""
     names = ("stage", "compared", "worst", "tolerance", "passed")
-    rows = [(s.name, s.compared, f"{s.worst:.2g}", f"{s.tolerance:.2g}", "yes" if s.passed else "NO") for s in report]
+    rows = [
+        (s.name, s.compared, *(("-", "-", "not compared") if s.worst is None else _verdict(s.worst, s.tolerance, s.passed)))
+        for s in report
+    ]
     failing = next((stage.name for stage in report if not stage.passed), None)
     if as_json:
-        stages = [{"stage": s.name, "worst": s.worst, "tolerance": s.tolerance, "passed": s.passed} for s in report]
+        fields = ("compared", "worst", "tolerance", "passed")
+        stages = [{"stage": s.name, **{field: getattr(s, field) for field in fields}} for s in report]
         show_json({"passed": failing is None, "first_failing_stage": failing, "stages": stages})
         return
     show_table(names, rows, as_json=False)
     click.echo("verified" if failing is None else f"FAILED: the first stage that differs is {failing!r}.")
+
+
+def _verdict(worst: float, tolerance: float, passed: bool) -> tuple[str, str, str]:
+    return (f"{worst:.2g}", f"{tolerance:.2g}", "yes" if passed else "NO")
 
 
 def show_answer(stream: Stream, as_json: bool) -> None:
