@@ -9,6 +9,8 @@ against a budget. Here all tolerances are counted in one pass, so that counts ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -60,8 +62,12 @@ class SampleMeter:
         plans = [base.with_cuts(Cut("layer", "random", 0, layer)) for layer in range(1, base.layers)]
         self._withdrawing = [PrunedDecoder(parts, plan).eval() for plan in plans]
 
-    def measure(self, recording: Recording) -> dict[str, np.ndarray]:
-        """Return the sample's contribution to every sum of `Statistics`, by name."""
+    def measure(self, recordings: Sequence[Recording]) -> dict[str, np.ndarray]:
+        """Return a sample's contribution to every sum of `Statistics`, by name: the mean over the recordings of its images."""
+        measured = [self._measure(recording) for recording in recordings]
+        return {name: np.mean([values[name] for values in measured], axis=0) for name in measured[0]}
+
+    def _measure(self, recording: Recording) -> dict[str, np.ndarray]:
         values = {name: np.zeros(shape) for name, shape in self._source.shapes().items()}
         logits, kept = self._prefill(recording, values)
         self._measure_withdrawals(recording, logits, values)
