@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, classify
+from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, classify, vtw_plan
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, CalibrateOptions, CalibrationRequest
+from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
@@ -129,6 +129,8 @@ def _allocate(
         )
         collected = None if base.cache_cuts else statistics()
         return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
+    if method == VTW and options.budget is None:
+        return vtw_plan(statistics(), base, **settings)
     return plan_for_budget(method, spent, base, statistics() if method in STATISTICAL else None, **settings)
 
 

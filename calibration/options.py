@@ -20,7 +20,7 @@ from edgeprune.io.files import check_output, is_file, is_folder
 from edgeprune.plan import Option
 from edgeprune.registry import METHODS, options_of, unknown_method
 
-AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
+AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
 DROP = 0.01  # the loss of agreement that a search allows by default
 _PLACES = {  # which methods take --site or --layer
     "evit": ("layer",),
@@ -127,8 +127,11 @@ class CalibrateOptions:
             )
         if self.budget is not None and "r" in self.settings:
             raise UsageError("--budget chooses r, so that it is the mean over the layers.", hint="Give --budget or --option r.")
-        if self.method != AUTO and self.spent is None:
+        if self.method not in (AUTO, VTW) and self.spent is None:
             raise UsageError(f"{self.method} needs a budget.", hint="For example: --budget 0.5")
+        if self.method == VTW and self.budget is not None and self.settings:
+            name = next(iter(self.settings))
+            raise UsageError(f"With a budget {name} of vtw decides nothing.", hint=f"Leave out --budget or {name}.")
 
     def goal(self) -> Goal:
         """Return the goal of a search; raise UsageError for contradictory targets."""

@@ -35,6 +35,7 @@ from edgeprune.bundle import (
     tier_plan,
     tier_selector,
 )
+from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.bundle.integrity import record_files
 from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
@@ -42,8 +43,10 @@ from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
+from edgeprune.families.base import Family
 from edgeprune.io.files import new_folder
 from edgeprune.io.progress import SILENT, Progress
+from edgeprune.model import signals_for
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.targets import PLAIN, Lowering
@@ -104,16 +107,22 @@ def _write_graphs(
     graphs[EMBED] = trace_embedding(parts, lowering, folder / EMBED, progress)
     progress.begin("selection")
     if plan.input is not None:
-        keys = graphs[VISION].outputs.get("vision_keys")
-        key_dim = int(keys.shape[1]) if keys else 0
+        signals, projector = _signals(loaded.family, plan, graphs[VISION])
         for path, tier in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
-            graphs[path] = trace_selector(parts, tier, key_dim, lowering, folder / path)
+            graphs[path] = trace_selector(parts, tier, signals, lowering, folder / path, projector)
     if plan.has_rate_predictor:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress.begin("decoder")
     axes, others = loaded.family.position_axes, tuple(lower_tiers.values())
     graphs[DECODER] = trace_decoder(parts, axes, plan, lowering, folder / DECODER, others, progress)
     return graphs
+
+
+def _signals(family: Family, plan: KeepPlan, vision: GraphRecord) -> tuple[dict[str, tuple[int, ...]], nn.Module | None]:
+    # The shapes of the signals by name, and the projector if the features are among them.
+    names = signals_for(plan, family)
+    shapes = {name: tuple(map(int, vision.outputs[name].shape)) for name in names}
+    return shapes, family.vision(plan.geometry).projector if len(names) == len(SIGNALS) else None  # type: ignore[return-value]
 
 
 def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:

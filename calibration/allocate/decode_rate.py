@@ -51,8 +51,8 @@ class PolicyReplay:
         """Answer the samples and return the answers with at least `shortest` decode steps; raise UsageError if there are none."""
         answers = []
         for done, sample in enumerate(samples, start=1):
-            recording = self._recorder.record(sample, fit)
-            if recording.steps >= shortest:
+            recordings = [each for each in self._recorder.record(sample, fit) if each.steps >= shortest]
+            for recording in recordings:
                 logits = self._recorder.replay(recording).logits[0]
                 answers.append(RecordedAnswer(recording, logits, self._recorder.first_attention_shares(recording)))
             progress(done)

@@ -1,13 +1,14 @@
 """Keep plans: the cuts that prune a model's visual tokens, and the keep budget of each.
 
-A plan belongs to one model shape and one image geometry; every count in it is a constant of the exported graphs.
+A plan belongs to one model shape and one image geometry; every count in it is a constant of the exported graphs, and is of each
+image: a turn of n images keeps n times as many tokens.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,11 @@ class KeepPlan:
         """Visual tokens that enter the decoder."""
         return self.input.keep if self.input else self.tokens_from_encoder
 
+    @property
+    def ranks_in_decoder(self) -> bool:
+        """Whether visual tokens are ranked inside the decoder, where methods look at the text."""
+        return any(cut.keep for cut in (*self.layer_cuts, *self.cache_cuts))
+
     def encoding(self, block: int) -> int:
         """Return the number of visual tokens in block `block` of the vision encoder."""
         return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts if cut.layer <= block)][-1]
@@ -257,10 +263,23 @@ def check_keep_ratio(keep: float) -> None:
         raise PlanError(f"Keep ratio {keep} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
 
 
-def keep_count(tokens: int, keep: float) -> int:
-    """Return the keep budget for a keep ratio in (0, 1]: rounded down, at least one."""
+def keep_count(tokens: int, keep: float, method: str = "") -> int:
+    """Return the keep budget of a method for a keep ratio in (0, 1]: rounded as its authors do, at least one."""
     check_keep_ratio(keep)
-    return max(1, int(tokens * keep + 1e-9))
+    return max(1, _ROUNDING.get(method, _down)(tokens * keep))
+
+
+def _down(count: float) -> int:
+    return int(count + 1e-9)
+
+
+def _up(count: float) -> int:
+    return math.ceil(count - 1e-9)
+
+
+# How the authors' code makes a count of a share, where it does not round down: `round` in FastV's fastv_forward and DivPrune's
+# DivPrune, `ceil` in EViT's Attention and in the DART of TensorRT Edge-LLM.
+_ROUNDING: dict[str, Callable[[float], int]] = {"dart": _up, "divprune": round, "evit": _up, "fastv": round}
 
 
 def keep_count_up(tokens: int, share: float) -> int:

@@ -52,7 +52,7 @@ def staircase_plan(
         Cut(
             site=site or ("layer" if layer else "input"),
             method=method,
-            keep=encoder_count(base.geometry, keep) if site == "vision" else keep_count(base.geometry.tokens, keep),
+            keep=encoder_count(base.geometry, keep, method) if site == "vision" else keep_count(base.geometry.tokens, keep, method),
             layer=layer,
             seed=seed,
             options=options or {},
@@ -70,7 +70,7 @@ def cut_layers(keeps: Sequence[float], at_layers: Sequence[int]) -> tuple[int, .
     return layers
 
 
-def encoder_count(geometry: Geometry, keep: float) -> int:
+def encoder_count(geometry: Geometry, keep: float, method: str) -> int:
     """Return the keep budget of a vision cut: the same number for every view, at least one."""
     views = len(geometry.layout)
-    return views * keep_count(geometry.tokens // views, keep)
+    return views * keep_count(geometry.tokens // views, keep, method)

@@ -265,14 +265,18 @@ class Chat:
     def __repr__(self) -> str:
         return f"<Chat of {self._conversation.turns} turns>"
 
-    def ask(self, prompt: Prompt, image: ImageOrImages | None = None, **options: Unpack[AnswerOptions]) -> Stream:
+    def ask(
+        self, prompt: Prompt, image: ImageOrImages | None = None, *, rerank: bool = False, **options: Unpack[AnswerOptions]
+    ) -> Stream:
         """Start the next user turn, with or without new images. Exhaust the stream before the next call.
 
         `prompt`: a text, or a list of texts and images in order (each a list of frames for a video bundle). `image`: an image or a
-        list of them, before the text; for a video bundle, the list of frames. `options`: as in `Runtime.generate`.
+        list of them, before the text; for a video bundle, the list of frames. `rerank`: choose the visual tokens of earlier images
+        anew, by this question; the whole chat is then prefilled again. UsageError is raised if there is nothing to rank. `options`:
+        as in `Runtime.generate`.
         """
         images = [] if image is None else _read_images(_as_list(image), self._conversation.kind)
-        return self._conversation.ask(_read_prompt(prompt), images, *parse_options(options))
+        return self._conversation.ask(_read_prompt(prompt), images, *parse_options(options), rerank=rerank)
 
 
 def _read_images(images: Sequence[Any], kind: str) -> list[ImageOrFrames]:

@@ -134,13 +134,18 @@ def _median(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Request:
-    """One request: sampler, limits, receipt and cancellation. `started_s`: start time, in seconds of the monotonic clock."""
+    """One request: sampler, limits, receipt and cancellation.
+
+    `started_s`: start time, in seconds of the monotonic clock. `rerank_by`: the question by which the visual tokens of all images
+    are chosen anew, None to keep what was chosen.
+    """
 
     sampler: Sampler
     limits: RequestLimits
     receipt: Receipt
     cancellation: CancellationToken = field(default_factory=CancellationToken)
     started_s: float = field(default_factory=time.monotonic)
+    rerank_by: str | None = None
 
     @property
     def deadline_s(self) -> float | None:

@@ -47,6 +47,8 @@ def test_many_plans_from_one_pass(tiny_folder: Path, data: Path, tmp_path: Path)
     assert "samples that agree" in output and "attentive" in output
     written = statistics.stat().st_mtime_ns
     done(*common, "--method", "fitprune", "--budget", 0.7, "--stages", 1, "-o", tmp_path / "b.json")
+    done(*common, "--method", "vtw", "--option", "first=2", "--option", "eta=100", "-o", tmp_path / "d.json")  # needs no budget
+    assert [cut.layer for cut in KeepPlan.load(tmp_path / "d.json").cuts] == [2]
     result = done(
         *common, "--method", "plphp", "--budget", 0.4, "--allocate", "even", "--prior", "-o", tmp_path / "c.json", "--json"
     )
@@ -122,6 +124,7 @@ def test_a_calibrated_plan_is_measured(tiny_folder: Path, data: Path, tmp_path: 
         ((), "Neither --method nor --statistics"),
         (("--method", "plphp", "--budget", 0.5), "no file for the plan"),
         (("--method", "plphp", "-o", "p.json"), "needs a budget"),
+        (("--method", "vtw", "--budget", "0.5", "--option", "eta=0.1", "-o", "p.json"), "With a budget eta of vtw decides nothing"),
         (("--method", "magic", "--budget", 0.5, "-o", "p.json"), "Unknown method 'magic'"),
         (("--method", "divprune", "--budget", 0, "-o", "p.json"), "outside (0, 1]"),
         (("--method", "divprune", "--budget", 0.5, "--core", 0.5, "-o", "p.json"), "divprune has the unknown option 'core'"),

@@ -174,6 +174,8 @@ def _show_cuts(plan: KeepPlan) -> None:
         click.echo(f"{'cut':14} {cut}: keep {cut.keep} of {tokens} = {cut.keep / tokens:.0%}, remove {1 - cut.keep / tokens:.0%}")
     if not plan.cuts:
         click.echo(f"{'cut':14} none: every visual token is kept")
+    else:
+        click.echo(f"{'budgets':14} of each {'video' if plan.geometry.frames > 1 else 'image'} of a turn")
 
 
 def show_verification(report: Sequence[ParityStage], as_json: bool) -> None:
@@ -217,6 +219,8 @@ def show_answer(stream: Stream, as_json: bool) -> str:
         click.echo(f"  {cut.cut}: {cut.before} -> {cut.after} visual tokens", err=True)
     if not receipt.pruned:
         click.echo(f"  not pruned: {receipt.reason}", err=True)
+    if receipt.ranked_early:
+        click.echo(f"  {receipt.ranked_early} of the images were ranked before the question: this model has states", err=True)
     if receipt.tier is not None:
         click.echo(f"  tier {receipt.tier} ({receipt.tier_reason})", err=True)
     times = receipt.times
