@@ -108,8 +108,11 @@ def _best_single(curve: Curve, share: float) -> Point:
 
 
 def _write_table(out: Path, rows: list[str]) -> None:
-    lines = ["| plan | short answers | facts: F1 | precision | recall | agreement | visual prefill work | visual KV held | read |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    measures = "short answers | facts: F1 | precision | recall | agreement"
+    lines = [
+        f"| plan | {measures} | visual tokens' prefill work | visual KV held | read |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         path = out / f"{row}.result.json"
         if path.is_file():
