@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgeprune.tabletop.questions import DESCRIBE, Question, ask_one, describe, with_article
-from edgeprune.tabletop.world import COLOURS, SHAPES, Item, Scene, sample_item, sample_names, sample_scene
+from edgeprune.tabletop.world import COLOURS, SHAPES, Scene, sample_item, sample_names, sample_scene
 
 Pair = tuple[Scene, Scene]
 
@@ -61,20 +61,16 @@ def _change(scene: Scene, rng: np.random.Generator, names: list[tuple[str, str]]
         colours = [colour for colour in COLOURS if (colour, items[chosen].shape) not in used]
         items[chosen] = replace(items[chosen], colour=str(rng.choice(colours)))
     else:
-        colour, shape = _name(items.pop(chosen)) if way == "moved" else unused[int(rng.integers(len(unused)))]
-        items.append(sample_item(rng, colour, shape, *_empty_cell(scene, rng)))
-        if way == "moved":
-            items[-1] = replace(items[-1], size=scene.items[chosen].size, radius=scene.items[chosen].radius)
+        moved = items.pop(chosen) if way == "moved" else None
+        colour, shape = (moved.colour, moved.shape) if moved else unused[int(rng.integers(len(unused)))]
+        placed = sample_item(rng, colour, shape, *_empty_cell(scene, rng))
+        items.append(replace(placed, size=moved.size, radius=moved.radius) if moved else placed)
     items.sort(key=lambda item: (item.row, item.column))
     return replace(scene, items=tuple(items), noise_seed=int(rng.integers(2**31)))
 
 
-def _name(item: Item) -> tuple[str, str]:
-    return item.colour, item.shape
-
-
 def _empty_cell(scene: Scene, rng: np.random.Generator) -> tuple[int, int]:
-    taken = {(thing.row, thing.column) for thing in (*scene.items, scene.label)}
+    taken = {(item.row, item.column) for item in scene.items} | {(scene.label.row, scene.label.column)}
     free = [divmod(cell, 3) for cell in range(9) if divmod(cell, 3) not in taken]
     return free[int(rng.integers(len(free)))]
 

@@ -72,7 +72,7 @@ def train_tokenizer() -> Tokenizer:
 def _with_words(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
     # Later words come behind the others: the ids of a model that was trained before stay, and so does the split of its texts.
     for word in words:
-        pieces = [tokenizer.id_to_token(piece) for piece in tokenizer.encode(word).ids]
+        pieces = tokenizer.encode(word).tokens
         state = json.loads(tokenizer.to_str())
         vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
         for end in range(1, len(pieces)):

@@ -46,7 +46,7 @@ class Trainee(nn.Module):
             hidden = hidden + attn.proj(mixed)
             hidden = hidden + block.mlp(block.norm2(hidden))
         tokens: torch.Tensor = tower.merger.mlp(tower.merger.ln_q(hidden))
-        return tokens.unflatten(0, patches.shape[:2])
+        return tokens.view(*patches.shape[:2], *tokens.shape[1:])
 
     def attributes(self, visual: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return one tensor of logits [B, I, TOKENS, classes] per attribute."""

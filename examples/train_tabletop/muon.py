@@ -51,9 +51,9 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Return matrices [N, rows, columns] with the same singular vectors and singular values near 1."""
     a, b, c = _QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x: torch.Tensor = matrices.transpose(1, 2) if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+    return x.transpose(1, 2) if tall else x

@@ -126,7 +126,7 @@ class Run:
         jobs = [(images, job) for images, rows in ((1, request.rows), (2, request.pairs)) for job in range(request.threads) if rows]
         done = list(self.workers.map(self._gradients, jobs))
         for index, parameter in enumerate(self.parameters):
-            found = [gradients[index] for _, gradients in done if gradients[index] is not None]
+            found = [gradient for _, gradients in done if (gradient := gradients[index]) is not None]
             parameter.grad = torch.stack(found).sum(dim=0) if found else None
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         left = (request.minutes - self.minutes) / (request.decay * request.minutes)

@@ -44,7 +44,8 @@ def asked_alone(loaded: LoadedModel, scenes: Any, prompt: str) -> Any:
 
 def places(batch: Any, segment: int) -> torch.Tensor:
     """Return where the images and one question lie in a row, without the answer's end mark, which nothing follows."""
-    return ((batch.segments[0] == 0) | (batch.segments[0] == segment)).nonzero().flatten()
+    segments: torch.Tensor = batch.segments[0]
+    return ((segments == 0) | (segments == segment)).nonzero().flatten()
 
 
 @pytest.mark.parametrize("images", IMAGES)
