@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -13,25 +15,34 @@ from tokenizers import Tokenizer
 
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.checkpoint.processor import processor_inputs
+from edgeprune.tabletop import MODEL_FOLDER
+from edgeprune.tabletop.dataset import pairs, scenes
 from edgeprune.tabletop.drawing import draw_scene
+from edgeprune.tabletop.questions import describe
 
 IMAGES = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def tabletop() -> LoadedModel:
-    return load_model(resolve_model("tabletop"))
+def batches() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples" / "train_tabletop"))
+        yield import_module("batches")
 
 
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "train_tabletop"))
-    return import_module("batches")
+@pytest.fixture(scope="module")
+def tabletop(batches: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Return what a run with --from the bundled model starts with."""
+    folder, checkpoint = tmp_path_factory.mktemp("start"), import_module("checkpoint")
+    model = checkpoint.new_model(checkpoint.save_processor(folder))
+    checkpoint.adopt_weights(model, MODEL_FOLDER)
+    model.save_pretrained(folder)
+    return load_model(resolve_model(str(folder)))
 
 
-def drawn(batches: Any, images: int, seed: int = 0) -> tuple[Any, list[Any], Any]:
+def drawn(batches: Any, loaded: LoadedModel, images: int, seed: int = 0) -> tuple[Any, list[Any], Any]:
     """Return the scenes of a row, its questions with their names, and the batch of that row, all of one seed."""
-    tokenizer = Tokenizer.from_file(str(ROOT / "edgeprune" / "tabletop" / "model" / "tokenizer.json"))
+    tokenizer = loaded.tokenizer.backend_tokenizer
     rng = np.random.default_rng(seed)
     scenes = batches.sample_scenes(rng, images)
     return scenes, batches.choose_questions(scenes, rng), batches.make_batch(np.random.default_rng(seed), tokenizer, 1, images)
@@ -50,7 +61,7 @@ def places(batch: Any, segment: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("images", IMAGES)
 def test_packs_have_the_ids_and_positions_of_transformers(tabletop: LoadedModel, batches: Any, images: int) -> None:
-    scenes, asked, batch = drawn(batches, images)
+    scenes, asked, batch = drawn(batches, tabletop, images)
     packed = int(batch.segments.max())
     assert packed > 8
     for segment in range(1, packed + 1):
@@ -70,7 +81,7 @@ def test_packs_have_the_ids_and_positions_of_transformers(tabletop: LoadedModel,
 @pytest.mark.parametrize("images", IMAGES)
 def test_the_training_forward_is_that_of_transformers(tabletop: LoadedModel, batches: Any, images: int) -> None:
     trainee = import_module("forward").Trainee(tabletop.model)
-    scenes, asked, batch = drawn(batches, images)
+    scenes, asked, batch = drawn(batches, tabletop, images)
     with torch.no_grad():
         hidden, ordinals, differences = trainee.read(batch, trainee.see(batch.patches))
         for segment in (1, 4, 7):
@@ -84,7 +95,7 @@ def test_the_training_forward_is_that_of_transformers(tabletop: LoadedModel, bat
 
 def test_a_question_does_not_see_another(tabletop: LoadedModel, batches: Any) -> None:
     trainee = import_module("forward").Trainee(tabletop.model)
-    _, _, batch = drawn(batches, 2)
+    _, _, batch = drawn(batches, tabletop, 2)
     with torch.no_grad():
         visual = trainee.see(batch.patches)
         before, *_ = trainee.read(batch, visual)
@@ -95,9 +106,9 @@ def test_a_question_does_not_see_another(tabletop: LoadedModel, batches: Any) ->
     assert not torch.equal(before[0, batch.segments[0] == 1], after[0, batch.segments[0] == 1])
 
 
-def test_changed_tokens_are_those_that_differ(batches: Any) -> None:
+def test_changed_tokens_are_those_that_differ(tabletop: LoadedModel, batches: Any) -> None:
     for seed in range(20):
-        (first, second), _, batch = drawn(batches, 2, seed)
+        (first, second), _, batch = drawn(batches, tabletop, 2, seed)
         differ = np.abs(batches.patchify(np.asarray(draw_scene(first))) - batches.patchify(np.asarray(draw_scene(second)))).mean(
             axis=1
         )
@@ -105,13 +116,26 @@ def test_changed_tokens_are_those_that_differ(batches: Any) -> None:
         if batches.change_between((first, second)):
             assert labelled.any()
             assert np.median(differ[labelled]) > 1.5 * differ[~labelled].max()
-    assert not drawn(batches, 1)[2].changes.any()
+    assert not drawn(batches, tabletop, 1)[2].changes.any()
 
 
-def test_later_words_are_one_token_and_leave_the_others(batches: Any) -> None:
-    words = import_module("checkpoint").train_tokenizer()
-    bundled = Tokenizer.from_file(str(ROOT / "edgeprune" / "tabletop" / "model" / "tokenizer.json"))
-    assert words.get_vocab() == bundled.get_vocab()
-    assert words.encode("Are there more red objects in the first or the second picture?").tokens[-5:] == [
-        *("Ġor", "Ġthe", "Ġsecond", "Ġpicture", "?")
-    ]
+def test_later_words_are_one_token_and_leave_the_others(tabletop: LoadedModel) -> None:
+    words = tabletop.tokenizer.backend_tokenizer
+    bundled = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
+    assert bundled.get_vocab().items() <= words.get_vocab().items()
+    for scene, questions in scenes(1, 40):
+        for text in (describe(scene), *(question.prompt for question in questions)):
+            assert words.encode(text).ids == bundled.encode(text).ids
+    for _, questions in pairs(1, 40):
+        for text in (text for question in questions if question.kind != "picture" for text in (question.prompt, question.answer)):
+            assert len(words.encode(text).ids) <= len(re.findall(r"[^\W\d]+|\d|[.,?]", text))
+
+
+def test_a_start_answers_as_the_model_it_starts_with(tabletop: LoadedModel) -> None:
+    bundled = load_model(resolve_model("tabletop"))
+    scene, questions = next(iter(scenes(1, 1)))
+    for question in questions:
+        inputs = asked_alone(bundled, [scene], question.prompt)
+        with torch.no_grad():
+            whole, part = (loaded.model(**inputs).logits[0, -1] for loaded in (tabletop, bundled))
+        assert torch.equal(whole[: len(part)], part)
