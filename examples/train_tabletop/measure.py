@@ -75,11 +75,11 @@ def measure(model: edgeprune.runtime.Runtime, samples: list[Sample], what: str) 
 
 def accuracy_rows(seeing: EvalReport, blind: EvalReport, samples: list[Sample]) -> str:
     """Return one table line a kind."""
-    lines = []
+    lines, unseen = [], blind.rows()
     for kind, entry in seeing.rows().items():
         answers = Tally(sample.answer for sample in samples if sample.kind == kind)
         prior = f"{answers.most_common(1)[0][1] / answers.total():.1%}" if answers and kind != DESCRIBE else ""
-        scores = f"{entry.accuracy(UNPRUNED):.1%} | {blind.rows()[kind].accuracy(UNPRUNED):.1%}"
+        scores = f"{entry.accuracy(UNPRUNED):.1%} | " + (f"{unseen[kind].accuracy(UNPRUNED):.1%}" if kind in unseen else "-")
         name = f"**{ALL}**" if kind == ALL else kind
         lines.append(f"| {name} | {entry.total} | {scores} | {prior} |")
     return "\n".join(lines)
@@ -122,10 +122,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--log", type=Path, nargs="+", required=True, help="log.jsonl of the training runs, in order")
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--pairs", type=int, default=1000)
-    parser.add_argument("--blind", type=int, default=400, help="scenes asked with the image replaced by grey")
-    parser.add_argument("--blind-pairs", type=int, default=200, help="pairs asked so")
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--blind", type=int, default=200, help="scenes asked with the image replaced by grey")
+    parser.add_argument("--blind-pairs", type=int, default=100, help="pairs asked so")
     parser.add_argument("--seed", type=int, default=2026)
     options = parser.parse_args()
     loaded = load_model(resolve_model(str(options.model)))
