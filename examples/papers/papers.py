@@ -44,18 +44,14 @@ PLANS = {
         for share in (50, 25, 10)
     },
 }
-# About two images: what ranks tokens by the question, as it comes, and baselines. Of methods that act in the decoder, the share is that
-# of the last layers; PLPHP's is of the cache.
+# About two images: what ranks tokens by the question, as it comes, and baselines. In the decoder the share is that of the last
+# layers, for PLPHP that of the cache.
+WHOLE = {50: "--keep 0.5", 25: "--keep 0.25"}
+LAYER = {keep: f"{cut} --layer 2" for keep, cut in WHOLE.items()}
 STAGES = {50: "--keep 0.75 --layer 2 --keep 0.5 --layer 4", 25: "--keep 0.5 --layer 2 --keep 0.25 --layer 4"}
-EXPORTED = {
-    f"{method}-{keep}": f"--method {method} {options.get(keep, f'--keep {keep / 100} --layer 2')}"
-    for method, options in {
-        **dict.fromkeys(("cdpruner", "zspaprune", "random", "uniform"), {50: "--keep 0.5", 25: "--keep 0.25"}),
-        **dict.fromkeys(("pyramiddrop", "sparsevlm", "fitprune"), STAGES),
-        "fastv": {},
-    }.items()
-    for keep in (50, 25)
-}
+CUTS = {"cdpruner": WHOLE, "zspaprune": WHOLE, "fastv": LAYER, "fitprune": STAGES, "pyramiddrop": STAGES, "sparsevlm": STAGES}
+CUTS |= {"random": WHOLE, "uniform": WHOLE}
+EXPORTED = {f"{method}-{keep}": f"--method {method} {cut}" for method, cuts in CUTS.items() for keep, cut in cuts.items()}
 PAIR_PLANS = {f"plphp-{keep}": f"{ALL} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
 
