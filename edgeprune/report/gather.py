@@ -211,7 +211,10 @@ def _open_statistics(path: Path, plan: KeepPlan, bundle: Bundle | None) -> Stati
         _require_equal(path, "number of KV heads", source.kv_heads, bundle.manifest.decoder.kv_heads)
         _require_equal(path, "model (sha256 of its weights)", source.weights_sha256, bundle.manifest.source.weights_sha256)
     if statistics.samples == 0:
-        raise UsageError(f"{path} holds the statistics of no sample.", hint="Collect them: edgeprune calibrate MODEL --data FILE")
+        raise UsageError(
+            f"{path} holds the statistics of no sample.",
+            hint="Collect them: edgeprune calibrate MODEL --data FILE --statistics NEW",
+        )
     return statistics
 
 

@@ -24,7 +24,7 @@ import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples, score
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, Cost, evaluate
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
-from edgeprune.cli.output.basic import ProgressBar
+from edgeprune.cli.output.progress import CommandProgress
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
@@ -43,8 +43,8 @@ def measure_bundle(loaded: LoadedModel, method: str, keep: float, samples: list[
     bundle = export_bundle(loaded, plan, folder / f"{method}-{round(100 * keep)}", force=True)
     model = edgeprune.runtime.load(bundle.path, threads=THREADS)
     model.generate(samples[0].image, samples[0].prompt)  # warm up
-    with ProgressBar(f"{method} {keep:.0%}", len(samples), quiet=False) as counter:
-        report = evaluate(model, samples, progress=counter.update)
+    with CommandProgress() as progress:
+        report = evaluate(model, samples, progress=progress.count(f"{method} {keep:.0%}, samples", len(samples)))
     variant = PRUNED if report.pruned else UNPRUNED
     short, facts = report.rows()[ALL], report.kinds[DESCRIBE]
     cost, whole = report.cost[variant].to_dict(), report.cost[UNPRUNED].to_dict()
@@ -83,7 +83,8 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
     points = {False: [0.0, 0.0], True: [0.0, 0.0]}  # right and asked, for short answers and for descriptions
     clocks, ours = Cost(), Cost()
     agreed = 0
-    with ProgressBar("transformers", len(samples), quiet=False) as counter:
+    with CommandProgress() as progress:
+        counted = progress.count("transformers, samples", len(samples))
         for done, sample in enumerate(samples, start=1):
             text = _answer_with_transformers(loaded, processor, sample, clocks)
             answer = model.generate(sample.image, sample.prompt)
@@ -92,7 +93,7 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
             scored = score(sample, text)
             points[sample.kind == DESCRIBE][0] += scored.correct
             points[sample.kind == DESCRIBE][1] += scored.total
-            counter.update(done)
+            counted(done)
     cost, whole = clocks.to_dict(), ours.to_dict()
     return {
         "method": "transformers",

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgeprune.bundle import Bundle
 from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.cli import main
+from edgeprune.tabletop.dataset import write_dataset
 
 
 def run(*arguments: object) -> str:
@@ -64,6 +65,22 @@ def test_the_picture_of_the_papers_shows_their_table(tmp_path: Path) -> None:
     module["draw"](table, tmp_path / "drawn.png")
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert drawn.size == kept.size
+
+
+@pytest.mark.slow
+def test_ways_of_ranking_several_images_are_compared(tmp_path: Path) -> None:
+    options = ("--methods", "fastv", "plphp")
+    run("examples/several_images/overlap.py", tmp_path, *options, "--images", 2, "--scenes", 1)
+    rows = json.loads((tmp_path / "overlap.json").read_text())
+    assert [row["apart questions"] for row in rows] == [1.0, 1.0]
+    assert all(row["apart"] < row["ahead"] and row["ahead questions"] < 0.6 for row in rows)
+    write_dataset(tmp_path / "scenes", 1, 5)
+    lines = [json.loads(line) for line in (tmp_path / "scenes" / "dataset.jsonl").read_text().splitlines()][:2]
+    data = tmp_path / "scenes" / "pairs.jsonl"
+    data.write_text("\n".join(json.dumps({**line, "image": [line["image"]] * 2}) for line in lines))
+    run("examples/several_images/accuracy.py", tmp_path, *options, "--keep", 0.5, "--data", data)
+    rows = json.loads((tmp_path / "accuracy.json").read_text())
+    assert [row["turn"] != "" for row in rows] == [True, False]
 
 
 @pytest.mark.slow
