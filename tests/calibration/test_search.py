@@ -256,7 +256,7 @@ def test_a_point_knows_the_facts_of_descriptions(tmp_path: Path) -> None:
 
 
 def test_the_search_keeps_the_facts_of_every_point(tiny: LoadedModel) -> None:
-    _, curve = find_plan(tiny, statistics(), untrained, Judge(), WHOLE, Goal(1.0, flops=0.5), None, lambda what: None)  # type: ignore[arg-type]
+    _, curve = find_plan(tiny, statistics(), untrained, Judge(), WHOLE, Goal(1.0, flops=0.5), None, Silent())  # type: ignore[arg-type]
     assert {(found.precision, found.recall) for found in curve.points} == {(0.5, 0.25)}
 
 
