@@ -128,7 +128,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "option of budgets": (
         (*EXPORT, "--method", "fitprune", "--keep", "0.5", "--option", "stages=2"),
         "decides how many tokens stay",
-        "edgeprune calibrate --method fitprune",
+        "edgeprune calibrate MODEL --data FILE --method fitprune --budget 0.5 --option stages=2 -o PLAN",
         2,
     ),
     "option of nothing": ((*EXPORT, "--option", "core=0.3"), "--option needs --method and --keep", "", 2),
