@@ -146,7 +146,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         "Give it once.",
         2,
     ),
-    "ranking of nothing": (("calibrate", "model", *DATA, *ZSPA, "-o", "p.json", "--reduce", "max"), "--reduce is not for", "", 2),
+    "ranking of nothing": (
+        ("calibrate", "model", *DATA, "--method", "zspaprune", *PLAN[2:], "--reduce", "max"),
+        "--reduce is not for",
+        "",
+        2,
+    ),
     "options of no method": (("methods", "zspaprun"), "Unknown method 'zspaprun'", "Did you mean zspaprune?", 2),
     "family": (("models", "qwen2vl"), "'qwen2vl' are not supported", "Did you mean qwen2_vl?", 1),
     "450x450": (("export", "model", "-o", "b", "--image-size", "450x450"), "does not divide", "--image-size 448x448 or 476x476", 2),
