@@ -246,7 +246,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "no image": (("run", "table.bundle", "--prompt", "x"), "There is no image to ask about", "For example: --image", 2),
     "keep of calibrate": (
-        ("calibrate", "model", *DATA, "--method", "plphp", "--budget", "0.5", "-o", "p.json"),
+        ("calibrate", "model", *DATA, "--method", "plphp", "--keep", "0.5", "-o", "p.json"),
         "--keep of calibrate is now --budget: a share of the method's cost.",
         "Write --budget 0.5",
         2,
