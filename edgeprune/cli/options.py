@@ -327,10 +327,10 @@ def parse_method_options(method: str, texts: tuple[str, ...], *, calibration: bo
     declared = options_of(method, calibration=calibration)
     if method in METHODS:
         later = {each.name for each in options_of(method, calibration=True)} - {each.name for each in declared}
-        for name in (text.partition("=")[0] for text in texts):
-            if name in later:
-                hint = f"Give it to edgeprune calibrate --method {method}, and export the plan."
-                raise UsageError(f"Option {name!r} of {method} decides how many tokens stay.", hint=hint)
+        for text in texts:
+            if (name := text.partition("=")[0]) in later:
+                make = f"edgeprune calibrate MODEL --data FILE --method {method} --budget 0.5 --option {text} -o PLAN"
+                raise UsageError(f"Option {name!r} of {method} decides how many tokens stay.", hint=f"Make a plan: {make}")
     return parse_options(method, texts, declared if declared or method in METHODS else None)
 
 

@@ -128,7 +128,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "option of budgets": (
         (*EXPORT, "--method", "fitprune", "--keep", "0.5", "--option", "stages=2"),
         "decides how many tokens stay",
-        "edgeprune calibrate --method fitprune",
+        "edgeprune calibrate MODEL --data FILE --method fitprune --budget 0.5 --option stages=2 -o PLAN",
         2,
     ),
     "option of nothing": ((*EXPORT, "--option", "core=0.3"), "--option needs --method and --keep", "", 2),
@@ -146,7 +146,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         "Give it once.",
         2,
     ),
-    "ranking of nothing": (("calibrate", "model", *DATA, *ZSPA, "-o", "p.json", "--reduce", "max"), "--reduce is not for", "", 2),
+    "ranking of nothing": (
+        ("calibrate", "model", *DATA, "--method", "zspaprune", *PLAN[2:], "--reduce", "max"),
+        "--reduce is not for",
+        "",
+        2,
+    ),
     "options of no method": (("methods", "zspaprun"), "Unknown method 'zspaprun'", "Did you mean zspaprune?", 2),
     "family": (("models", "qwen2vl"), "'qwen2vl' are not supported", "Did you mean qwen2_vl?", 1),
     "450x450": (("export", "model", "-o", "b", "--image-size", "450x450"), "does not divide", "--image-size 448x448 or 476x476", 2),
@@ -241,7 +246,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "no image": (("run", "table.bundle", "--prompt", "x"), "There is no image to ask about", "For example: --image", 2),
     "keep of calibrate": (
-        ("calibrate", "model", *DATA, "--method", "plphp", "--budget", "0.5", "-o", "p.json"),
+        ("calibrate", "model", *DATA, "--method", "plphp", "--keep", "0.5", "-o", "p.json"),
         "--keep of calibrate is now --budget: a share of the method's cost.",
         "Write --budget 0.5",
         2,
