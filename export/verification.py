@@ -10,7 +10,6 @@ Prompts, pixels and an answer without pruning are compared with transformers its
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
 from edgeprune.export.upstream import Comparison, Upstream
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
 from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -28,6 +28,7 @@ from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 
+STAGES = ("prompts", "reference", "vision", "decoder", "text")
 MAX_TOKENS = 32  # generated tokens
 _INPUTS = {"prompts": 0.0, "pixels": 1e-5}
 _FP32 = {"vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0, "unpruned text": 0.0}
@@ -60,9 +61,7 @@ class ParityStage:
         return self.worst is None or self.worst <= self.tolerance
 
 
-def verify(
-    bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] = lambda stage: None, tier: str | None = None
-) -> list[ParityStage]:
+def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tier: str | None = None) -> list[ParityStage]:
     """Compare a bundle under `tier` (default: the first) with its model, stage by stage.
 
     Raises VerificationError if the bundle was exported from other weights, UsageError for an unknown tier.
@@ -79,22 +78,22 @@ def verify(
     frames = frames_for(bundle.plan.geometry)
     image: ImageOrFrames = frames if bundle.manifest.image.kind == "video" else frames[0]
     upstream = Upstream(loaded, bundle, frames)
-    progress("prompts")
+    progress.begin("prompts")
     comparisons = [upstream.compare_prompts(), upstream.compare_pixels()]
-    progress("reference")
+    progress.begin("reference")
     recorder = RecordingBackend(reference.backend)
     assert isinstance(reference.backend, TorchBackend)
     with reference.backend.lowered(lowering):
         conversation = Conversation(replace(reference, backend=recorder))
         text = "".join(conversation.ask(DESCRIBE_PROMPT, [image], Sampling(max_tokens=MAX_TOKENS)))
     backend = OnnxRuntimeBackend(bundle, exact=True)
-    progress("vision")
+    progress.begin("vision")
     comparisons += _compare_vision(backend, recorder)
-    progress("decoder")
+    progress.begin("decoder")
     comparisons += _compare_decoder(backend, recorder, tier_index)
     tolerances = _DYNAMIC_INT8 if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
     if "text" in tolerances:  # with rounding, one near tie changes all later text; `edgeprune eval` scores such bundles
-        progress("text")
+        progress.begin("text")
         runtime = load(bundle.path)
         generated = runtime.generate(frames, DESCRIBE_PROMPT, max_tokens=MAX_TOKENS, tier=tier).text
         comparisons.append(Comparison("text", float(generated != text), f"{len(text.split())} words"))

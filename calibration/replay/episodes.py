@@ -18,6 +18,7 @@ from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Samp
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
 from edgeprune.model.cache import LayerStates
 from edgeprune.plan import KeepPlan, keep_count_up
@@ -148,14 +149,15 @@ def _with_attention(caches: Iterable[LayerCache | LayerStates]) -> tuple[LayerCa
 
 
 def usable_samples(
-    loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], fit: str, on_bad: OnBadSample
+    loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], fit: str, on_bad: OnBadSample, progress: Progress = SILENT
 ) -> list[Sample]:
     """Return the samples whose image can be read and asked about; the errors of all others are given to `on_bad`.
 
     Which samples are used is known before the first is measured, so that an interrupted run resumes with the same.
     """
     conversation, usable = Conversation(reference_model(loaded, unpruned), fit=fit), []
-    for sample in samples:
+    checked = progress.count("checking, samples", len(samples))
+    for done, sample in enumerate(samples, start=1):
         try:
             with _naming(sample):
                 conversation.ask(sample.prompt, _images_of(sample, unpruned))  # checks; nothing runs before the first piece is read
@@ -163,6 +165,7 @@ def usable_samples(
             on_bad(error)
         else:
             usable.append(sample)
+        checked(done)
     if not usable:
         raise UsageError("None of the samples could be used.")
     return usable

@@ -22,10 +22,11 @@ _UNMEASURED = 50  # times as long as the encoding of the images, an answer befor
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits of one request.
+    """Limits of one request. Raises UsageError for limits out of range.
 
-    `tier`: the tier to use, None for the best that meets the other limits. `deadline_ms`: from the request to the end of the
-    answer. `max_kv_bytes`: limit of the conversation's KV cache. Raises UsageError for limits out of range.
+    * `tier`: the tier to use; None for the best that meets the other limits.
+    * `deadline_ms`: milliseconds from the request to the end of the answer.
+    * `max_kv_bytes`: limit of the conversation's KV cache, in bytes.
     """
 
     tier: str | None = None

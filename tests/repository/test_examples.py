@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -50,6 +51,20 @@ def test_sampling_is_measured() -> None:
     shown = cells((ROOT / "examples" / "sampling" / "README.md").read_text())
     assert [row[:2] for row in printed] == [row[:2] for row in shown]
     assert all(float(row[2]) <= float(row[3]) for row in printed[2:])
+
+
+def test_the_picture_of_the_papers_shows_their_table(tmp_path: Path) -> None:
+    module = runpy.run_path(str(ROOT / "examples" / "papers" / "draw.py"))
+    table = module["table_of"]((ROOT / "docs" / "papers.md").read_text())
+    with Image.open(ROOT / "docs" / "pareto.png") as kept:
+        remedy = "python examples/papers/draw.py docs/papers.md docs/pareto.png"
+        assert kept.info["Description"] == module["digest_of"](table), f"the table has changed: {remedy}"
+    rows = module["read_rows"](table)
+    assert {"none", "plphp", "zspaprune", "auto", "dyrate-map", "plphp-last-row", "random-cache"} <= {row.method for row in rows}
+    assert [row.shares["read"] for row in rows if row.method == "plphp"] == [0.5, 0.396, 0.297]
+    module["draw"](table, tmp_path / "drawn.png")
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.size == kept.size
 
 
 @pytest.mark.slow
