@@ -152,7 +152,7 @@ class Statistics:
             raise UsageError(f"Cannot read statistics {path}: {error}.") from error
         version = header.get("schema_version") if isinstance(header, dict) else None
         if version != SCHEMA_VERSION:
-            hint = "Collect them again." if version == 1 else None
+            hint = "Collect them again." if version == 1 else ""
             raise UsageError(f"{path} has statistics of schema {version}, this EdgePrune reads {SCHEMA_VERSION}.", hint=hint)
         return cls._parse(path, header, sums)
 

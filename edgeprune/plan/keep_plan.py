@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,7 +261,7 @@ def _up(count: float) -> int:
 
 # How the authors' code makes a count of a share, where it does not round down: `round` in FastV's fastv_forward and DivPrune's
 # DivPrune, `ceil` in EViT's Attention and in the DART of TensorRT Edge-LLM.
-_ROUNDING = {"dart": _up, "divprune": round, "evit": _up, "fastv": round}
+_ROUNDING: Mapping[str, Callable[[float], int]] = {"dart": _up, "divprune": round, "evit": _up, "fastv": round}
 
 
 def keep_count_up(tokens: int, share: float) -> int:

@@ -130,7 +130,7 @@ def test_what_is_spanned_is_filled_by_relevance() -> None:
 
 
 def test_a_search_without_a_mask_would_be_noticed() -> None:
-    # The rule of before, where the exponential of a large weight overflows: the gains are no numbers, and one token comes every time.
+    # The rule of before, where the exponential of a large weight overflows: gains are no numbers, and one token comes every time.
     rows = torch.nn.functional.normalize(torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
     scale = torch.exp(100 * torch.linspace(0, 1, TOKENS))
     kernel = scale[:, None] * (rows @ rows.T) * scale
