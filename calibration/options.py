@@ -16,7 +16,6 @@ from edgeprune.device.jetson import module_named
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
-from edgeprune.plan import check_keep_ratio
 from edgeprune.registry import unknown_method
 
 AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
@@ -40,7 +39,7 @@ class CalibrateOptions:
     model: str
     data: Path
     method: str | None
-    keep: float | None
+    budget: float | None
     output: Path | None
     statistics: Path | None
     force: bool
@@ -93,29 +92,32 @@ class CalibrateOptions:
         if self.method is None:
             if self.statistics is None:
                 raise UsageError(
-                    "Neither --method nor --statistics says what to make.", hint="For example: --method plphp --keep 0.5 -o p.json"
+                    "Neither --method nor --statistics says what to make.",
+                    hint="For example: --method plphp --budget 0.5 -o p.json",
                 )
-            unused = {"--keep": self.keep, "--output": self.output, "--onto": self.onto}
+            unused = {"--budget": self.budget, "--output": self.output, "--onto": self.onto}
         elif self.output is None:
             raise UsageError("There is no file for the plan (-o).")
         elif self.shard is not None:
             raise UsageError("A shard gives statistics, not a plan.", hint="Leave --method out, and merge the shards first.")
         else:
-            unused = {"--keep": self.keep} if self.method == AUTO else {}
+            unused = {"--budget": self.budget} if self.method == AUTO else {}
             self._check_budget()
         self._check_foreign([name for name, value in unused.items() if value is not None])
         if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
             raise unknown_method(self.method, names)
-        if self.keep is not None:
-            check_keep_ratio(self.keep)
+        if self.budget is not None and not 0.0 < self.budget <= 1.0:
+            raise UsageError(
+                f"Budget {self.budget} is outside (0, 1].", hint="--budget 0.25 spends a quarter of the method's cost."
+            )
         self._check_files()
 
     def _check_budget(self) -> None:
-        if self.method not in (AUTO, VTW) and self.keep is None:
-            raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
-        if self.method == VTW and self.keep is not None and self.settings:
+        if self.method not in (AUTO, VTW) and self.budget is None:
+            raise UsageError(f"{self.method} needs a budget.", hint="For example: --budget 0.5")
+        if self.method == VTW and self.budget is not None and self.settings:
             name = next(iter(self.settings))
-            raise UsageError(f"With a budget {name} of vtw decides nothing.", hint=f"Leave out --keep or {name}.")
+            raise UsageError(f"With a budget {name} of vtw decides nothing.", hint=f"Leave out --budget or {name}.")
 
     def goal(self) -> Goal:
         """Return the goal of a search; raise UsageError for contradictory targets."""

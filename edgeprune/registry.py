@@ -190,18 +190,24 @@ def _resolve(reference: str) -> Any:
 
 @dataclass(frozen=True)
 class Applicability:
-    """A method at a site. `reason`: why it does not apply there; empty if it does. `layers`: those it is limited to, if so."""
+    """A method at a site. `reason`: why it does not apply there; empty if it does. `layers`: those it is limited to, if so.
+
+    `own_site`: whether the method acts at this site in any family.
+    """
 
     method: str
     site: str
     reason: str
     layers: str = ""
+    own_site: bool = True
 
 
 def applicability(family: Any) -> list[Applicability]:
     """Return an entry for every method and site, for a family class or an instance."""
     return [
-        Applicability(method, site, unsupported_reason(method, site, family), _limit(method, site, family))
+        Applicability(
+            method, site, unsupported_reason(method, site, family), _limit(method, site, family), site in method_class(method).sites
+        )
         for method in sorted(METHODS)
         for site in SITES
     ]

@@ -135,7 +135,7 @@ def vtw_plan(
         if not found:
             raise PlanError(
                 f"Withdrawing visual tokens costs more than {eta:g} nats before every layer from {first} on.",
-                hint="Ask for a budget (--keep 0.5), or allow more (--option eta=0.01).",
+                hint="Ask for a budget (--budget 0.5), or allow more (--option eta=0.01).",
             )
         layer = found[0]
     return base.with_cuts(Cut("layer", "vtw", 0, layer)) if layer < base.layers else base

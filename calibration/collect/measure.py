@@ -73,8 +73,12 @@ class SampleMeter:
         self._withdrawing = [PrunedDecoder(parts, plan).eval() for plan in plans]
         self._unpruned = PrunedDecoder(parts, base).eval()
 
-    def measure(self, recording: Recording) -> dict[str, np.ndarray]:
-        """Return the sample's contribution to every sum of `Statistics`, by name."""
+    def measure(self, recordings: Sequence[Recording]) -> dict[str, np.ndarray]:
+        """Return a sample's contribution to every sum of `Statistics`, by name: the mean over the recordings of its images."""
+        measured = [self._measure(recording) for recording in recordings]
+        return {name: np.mean([values[name] for values in measured], axis=0) for name in measured[0]}
+
+    def _measure(self, recording: Recording) -> dict[str, np.ndarray]:
         values = {name: np.zeros(shape) for name, shape in self._source.shapes().items()}
         logits, kept = self._prefill(recording, values)
         self._measure_withdrawals(recording, logits, values)

@@ -98,6 +98,17 @@ check_option = click.option(
 )
 
 
+def renamed_option(old: str, new: str, meaning: str) -> Callable[[F], F]:
+    """Add a hidden option that raises UsageError with its new name and what that means."""
+
+    def refuse(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise UsageError(f"{old} of {context.info_name} is now {new}: {meaning}.", hint=f"Write {new} {value}")
+
+    name = "former" + old.replace("-", "_")  # the new option may have the old one's parameter
+    return click.option(old, name, hidden=True, expose_value=False, callback=refuse)
+
+
 def plan_options(command: F) -> F:
     """Add the options that select a plan: a plan file, or a method with keep ratios and layers."""
     options = (
@@ -105,8 +116,13 @@ def plan_options(command: F) -> F:
         click.option(
             "--method", type=MethodName(), help="Which tokens to keep: see `edgeprune methods`; or MODULE:CLASS of your own."
         ),
-        click.option("--keep", multiple=True, type=Share(), help="Share of all visual tokens kept, in (0, 1]; repeatable."),
-        click.option("--layer", multiple=True, type=int, help="Layer before which a --keep acts (0: the decoder's input)."),
+        click.option("--keep", multiple=True, type=Share(), help="Share of all visual tokens that stay, in (0, 1]; repeatable."),
+        click.option(
+            "--layer",
+            multiple=True,
+            type=int,
+            help="Layer before which a --keep acts (0: the input).  [default: the input, else 2]",
+        ),
         click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),
         option_option,
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For methods that draw lots."),
@@ -266,7 +282,7 @@ def resolve_plan(
         allow_method(method)  # the user named it, which allows it
     sites = method_class(method).sites
     site = _resolve_site(method, sites, site, layer)
-    at_input = not layer and len(keep) == 1 and (site == "input" or "layer" not in sites)
+    at_input = not layer and len(keep) == 1 and (site == "input" or (site is None and "input" in sites))
     options = parse_method_options(method, option)
     return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed, site=site, options=options)
 
@@ -338,7 +354,10 @@ def _check_method_options(
         return
     sites = sites_of(method)
     if not {"vision", "input", "layer"} & set(sites):
-        raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
+        raise UsageError(
+            f"{method} needs calibrated budgets.",
+            hint=f"Make a plan: edgeprune calibrate MODEL --data FILE --method {method} --budget 0.5 -o PLAN",
+        )
     site = _resolve_site(method, sites, site, layer)
     parse_method_options(method, option)
     _check_layers(method, sites, site, layer, None if site == "vision" else decoder_layers(folder))

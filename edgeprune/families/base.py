@@ -88,9 +88,10 @@ class Family:
     and the last place that it attends to. `signals`: extra outputs of the vision encoder, for input methods that name them in
     `needs`; `no_signals_reason`: why there are none. `projects_tokens`: whether the projector acts on each visual token alone.
     `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so. `stateful`: what most layers have instead of
-    attention, if so. `videos`: whether the model was trained on videos. `several_as_one`: whether transformers encodes several
-    images of one prompt as it encodes one. `chat_template`: the default for model folders without one. `outside_chats`: by
-    `processor_class`, how checkpoints are asked whose processor transformers does not have.
+    attention, if so. `videos`: whether the model was trained on videos. `own_video_prompts`: why prompts about videos are not those
+    of transformers' processor, if so. `several_as_one`: whether transformers encodes several images of one prompt as it encodes
+    one. `chat_template`: the default for model folders without one. `outside_chats`: by `processor_class`, how checkpoints are
+    asked whose processor transformers does not have.
     """
 
     name: ClassVar[str]
@@ -101,6 +102,7 @@ class Family:
     no_encoder_cuts_reason: ClassVar[str] = ""
     stateful: ClassVar[str] = ""
     videos: ClassVar[bool] = False
+    own_video_prompts: ClassVar[str] = ""
     several_as_one: ClassVar[bool] = True
     chat_template: ClassVar[str | None] = None
     outside_chats: ClassVar[Mapping[str, OutsideChat]] = {}

@@ -48,7 +48,10 @@ class DyRate:
         del geometry
         form = cut.options.get("form")
         if form not in FORMS:
-            raise PlanError(f"{cut} has no form: {', '.join(FORMS)}.", hint="Calibrate one: edgeprune calibrate --method dyrate")
+            raise PlanError(
+                f"{cut} has no form: {', '.join(FORMS)}.",
+                hint="Make one: edgeprune calibrate MODEL --data FILE --method dyrate --budget 0.5 -o PLAN",
+            )
         self.form: str = form
         self._settings = cut.settings(**FORMS[form])
         shares, counts = (

@@ -1,6 +1,7 @@
 """Keep plans: the cuts that prune a model's visual tokens, and the keep budget of each.
 
-A plan belongs to one model shape and one image geometry; every count in it is a constant of the exported graphs.
+A plan belongs to one model shape and one image geometry; every count in it is a constant of the exported graphs, and is of each
+image: a turn of n images keeps n times as many tokens.
 """
 
 from __future__ import annotations
@@ -160,6 +161,11 @@ class KeepPlan:
         """Visual tokens that enter the decoder."""
         return self.input.keep if self.input else self.tokens_from_encoder
 
+    @property
+    def ranks_in_decoder(self) -> bool:
+        """Whether visual tokens are ranked inside the decoder, where methods look at the text."""
+        return any(cut.keep for cut in (*self.layer_cuts, *self.cache_cuts))
+
     def encoding(self, block: int) -> int:
         """Return the number of visual tokens in block `block` of the vision encoder."""
         return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts if cut.layer <= block)][-1]
@@ -261,7 +267,7 @@ def _up(count: float) -> int:
 
 # How the authors' code makes a count of a share, where it does not round down: `round` in FastV's fastv_forward and DivPrune's
 # DivPrune, `ceil` in EViT's Attention and in the DART of TensorRT Edge-LLM.
-_ROUNDING: Mapping[str, Callable[[float], int]] = {"dart": _up, "divprune": round, "evit": _up, "fastv": round}
+_ROUNDING: dict[str, Callable[[float], int]] = {"dart": _up, "divprune": round, "evit": _up, "fastv": round}
 
 
 def keep_count_up(tokens: int, share: float) -> int:

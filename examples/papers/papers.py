@@ -24,16 +24,16 @@ RANKING = "--rows peak --reduce max"
 SHORT = "all short answers"
 # Row: how its plan is calibrated, on all samples or on those with long answers.
 ALL, LONG = "dataset.jsonl", "long.jsonl"
-RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --keep 0.62"
+RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --budget 0.62"
 PLANS = {
-    "plphp-50": f"{LONG} {RANKING} --method plphp --prior --keep 0.5",
-    "plphp-40": f"{LONG} {RANKING} --method plphp --prior --keep 0.4 --delta 0.16",
-    "plphp-30": f"{LONG} {RANKING} --method plphp --prior --keep 0.3 --delta 0.1",
-    "plphp-30-last-row": f"{LONG} --method plphp --keep 0.3 --delta 0.1",
-    "random-cache-30": f"{ALL} --method random --site cache --keep 0.3",
-    "uniform-cache-30": f"{ALL} --method uniform --site cache --keep 0.3",
-    **{f"zspaprune-{keep}": f"{ALL} --method zspaprune --core 0.15 --keep {keep / 100}" for keep in (25, 10)},
-    **{f"{method}-{keep}": f"{ALL} --method {method} --keep {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
+    "plphp-50": f"{LONG} {RANKING} --method plphp --prior --budget 0.5",
+    "plphp-40": f"{LONG} {RANKING} --method plphp --prior --budget 0.4 --delta 0.16",
+    "plphp-30": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1",
+    "plphp-30-last-row": f"{LONG} --method plphp --budget 0.3 --delta 0.1",
+    "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
+    "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
+    **{f"zspaprune-{keep}": f"{ALL} --method zspaprune --core 0.15 --budget {keep / 100}" for keep in (25, 10)},
+    **{f"{method}-{keep}": f"{ALL} --method {method} --budget {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
     **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
@@ -56,9 +56,10 @@ def main() -> None:
     _draw(request.out / "calibration", request.calibration_scenes, CALIBRATION_SEED)
     _draw(request.out / "evaluation", request.scenes, EVALUATION_SEED)
     rows = ["none", *PLANS, *SINGLES]
-    for row in request.only or rows:
+    chosen = request.only or rows
+    for number, row in enumerate(chosen, start=1):
         if not (request.out / f"{row}.result.json").is_file():
-            print(row, flush=True)
+            print(f"[{number}/{len(chosen)}] {row}", flush=True)
             _measure(request.out, row)
     _write_table(request.out, rows)
 

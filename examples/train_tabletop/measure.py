@@ -24,7 +24,7 @@ import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.evaluation import ALL, UNPRUNED, EvalReport, evaluate
 from edgeprune.checkpoint.loading import load_model, resolve_model
-from edgeprune.cli.output.basic import ProgressBar
+from edgeprune.cli.output.progress import CommandProgress
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
@@ -61,9 +61,9 @@ descriptions together, on 64 scenes of another stream, as the run went ([the who
 
 
 def measure(model: edgeprune.runtime.Runtime, samples: list[Sample], what: str) -> EvalReport:
-    """Evaluate with a progress bar."""
-    with ProgressBar(what, len(samples), quiet=False) as counter:
-        return evaluate(model, samples, progress=counter.update)
+    """Evaluate, and show how far it is."""
+    with CommandProgress() as progress:
+        return evaluate(model, samples, progress=progress.count(f"{what}, samples", len(samples)))
 
 
 def accuracy_rows(seeing: EvalReport, blind: EvalReport, samples: list[Sample]) -> str:

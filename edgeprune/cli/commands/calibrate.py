@@ -20,6 +20,7 @@ from edgeprune.cli.options import (
     parse_share,
     parse_size,
     provider_option,
+    renamed_option,
     skip_option,
     source_options,
     threads_option,
@@ -87,7 +88,8 @@ def _all_options(command: Any) -> Any:
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt; answers are not needed.")
 @click.option("--method", type=MethodName(), help="Method to make a plan of, or auto; without one, statistics alone are collected.")
-@click.option("--keep", type=Share(), help="Share of the method's cost that stays, in (0, 1].")
+@click.option("--budget", type=Share(), help="Share of the method's cost that the plan may spend, in (0, 1].")
+@renamed_option("--keep", "--budget", "a share of the method's cost")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The plan to write.")
 @click.option("--statistics", type=click.Path(path_type=Path), help="Kept here, and used from here.  [default: beside the plan]")
 @force_option
@@ -102,11 +104,11 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
 
     MODEL is a transformers folder, an id of the Hugging Face Hub, or `tabletop`. Samples need no answers.
 
-    --keep is a share of what the method spends: visual tokens (input methods), their mean over the layers (layer methods), the
-    visual KV cache (plphp), or its reads while answering (dyrate).
+    --budget is a share of what the method spends without pruning: visual tokens (input methods), visual tokens averaged over the
+    layers (layer methods), the visual KV cache (plphp), or reads of that cache while answering (dyrate).
 
     \b
-    Example: edgeprune calibrate tabletop --data samples.jsonl --method plphp --keep 0.5 -o plan.json
+    Example: edgeprune calibrate tabletop --data samples.jsonl --method plphp --budget 0.5 -o plan.json
     """
     from edgeprune.calibration.options import CalibrateOptions, prepare
 
@@ -123,10 +125,11 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
 
     fetch_weights(request.folder)
     from edgeprune.calibration.calibrate import run_calibrate
-    from edgeprune.cli.output.basic import ActivityProgress, show_calibration
+    from edgeprune.cli.output.basic import show_calibration
+    from edgeprune.cli.output.progress import CommandProgress
 
-    with ActivityProgress(quiet=as_json) as activity:
-        result = run_calibrate(request, activity)
+    with CommandProgress(quiet=as_json) as progress:
+        result = run_calibrate(request, progress)
     show_calibration(result, as_json)
 
 
@@ -166,8 +169,10 @@ def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int 
     from edgeprune.benchmark.profile import profile as measure
     from edgeprune.bundle import Bundle
     from edgeprune.cli.output.measure import show_profile
+    from edgeprune.cli.output.progress import CommandProgress
 
-    times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider)
+    with CommandProgress(quiet=as_json) as progress:
+        times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider, progress=progress)
     times.save(output)
     show_profile(times, as_json)
 
@@ -224,8 +229,11 @@ def report(output: Path, force: bool, as_json: bool, **request: Any) -> None:
     check_output(output, force=force, inputs=[request[name] for name in ("target", "statistics", "curve", "image")])
     require_extra("plot", "matplotlib")
     from edgeprune.cli.output.basic import show_facts
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.report.gather import ReportOptions
     from edgeprune.report.page import write_report
 
-    sections = write_report(ReportOptions(**request), output)
+    with CommandProgress(quiet=as_json) as progress:
+        progress.say("reading, asking and drawing")
+        sections = write_report(ReportOptions(**request), output)
     show_facts({"report": str(output), "sections": ", ".join(sections)}, as_json)

@@ -14,7 +14,10 @@ from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import is_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgeprune.plan import KeepPlan
+    from edgeprune.registry import Applicability
 
 
 @command()
@@ -28,11 +31,12 @@ def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> N
 
     OUT/dataset.jsonl has a line for each question: image, prompt, answer, kind.
     """
-    from edgeprune.cli.output.basic import ProgressBar, show_facts
+    from edgeprune.cli.output.basic import show_facts
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.tabletop.dataset import write_dataset
 
-    with ProgressBar("scenes", scenes, quiet=as_json) as counter:
-        questions = write_dataset(out, scenes, seed, force=force, progress=counter.update)
+    with CommandProgress(quiet=as_json) as progress:
+        questions = write_dataset(out, scenes, seed, force=force, progress=progress.count("scenes", scenes))
     show_facts({"dataset": str(out / "dataset.jsonl"), "scenes": scenes, "questions": questions, "seed": seed}, as_json)
 
 
@@ -102,8 +106,21 @@ def models(model_type: str | None, as_json: bool) -> None:
     from edgeprune.registry import applicability
 
     found = applicability(family_class(model_type))
-    rows = [[field.method, field.site, field.reason or ", ".join(filter(None, ("yes", field.layers)))] for field in found]
-    show_table(["method", "site", "applies"], rows, as_json)
+    if as_json:
+        rows = [[field.method, field.site, field.reason or ", ".join(filter(None, ("yes", field.layers)))] for field in found]
+        show_table(["method", "site", "applies"], rows, as_json=True)
+        return
+    methods = {field.method: [each for each in found if each.method == field.method] for field in found}
+    show_table(
+        ["method", "acts at", "not, because"], [[name, *_summary(fields)] for name, fields in methods.items()], as_json=False
+    )
+
+
+def _summary(fields: Sequence[Applicability]) -> tuple[str, str]:
+    # Where a method acts, and why not elsewhere among its own sites.
+    places = [" ".join(filter(None, (field.site, field.layers))) for field in fields if not field.reason]
+    own = dict.fromkeys(f"{field.site}: {field.reason}" for field in fields if field.reason and field.own_site)
+    return ", ".join(places) or "-", "; ".join(own)
 
 
 @command()
