@@ -90,8 +90,8 @@ def _exists(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     far = sorted({f"{colour} {shape}" for colour in COLOURS for shape in SHAPES} - present)
     absent = [str(rng.choice(near if near and k % 2 == 0 else far)) for k in range(len(present))]
     for yes, no in zip(sorted(present), absent, strict=True):
-        yield Question("exists", f"Is there {_with_article(yes)}?", "yes")
-        yield Question("exists", f"Is there {_with_article(no)}?", "no")
+        yield Question("exists", f"Is there {with_article(yes)}?", "yes")
+        yield Question("exists", f"Is there {with_article(no)}?", "no")
 
 
 def _where(scene: Scene, _: np.random.Generator) -> Iterator[Question]:
@@ -113,7 +113,8 @@ def _describe(scene: Scene, _: np.random.Generator) -> Iterator[Question]:
     yield Question(DESCRIBE, DESCRIBE_PROMPT, describe(scene))
 
 
-def _with_article(name: str) -> str:
+def with_article(name: str) -> str:
+    """Return "a red cube" or "an orange cube"."""
     return f"an {name}" if name.startswith("orange") else f"a {name}"
 
 

@@ -7,6 +7,7 @@ drops the wrong tokens therefore loses answers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,12 +89,13 @@ class Scene:
         return float(np.hypot(item.x - x, item.y - y))
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Return a random scene. Equal generators give equal scenes."""
+def sample_scene(rng: np.random.Generator, names: Sequence[tuple[str, str]] | None = None) -> Scene:
+    """Return a random scene. Equal generators give equal scenes. `names`: at least six colours with shapes to choose items from."""
     count = int(rng.integers(3, 7))
     cells = np.sort(rng.permutation(9)[: count + 1])
     label_at = int(rng.integers(count + 1))
-    names = _distinct_names(rng, count)
+    names = sample_names(rng) if names is None else names
+    names = [names[i] for i in rng.permutation(len(names))[:count]]
     items: list[Item] = []
     for index, cell in enumerate(cells):
         row, column = divmod(int(cell), 3)
@@ -102,19 +104,24 @@ def sample_scene(rng: np.random.Generator) -> Scene:
             label = Label(str(rng.choice(list(LETTERS))) + str(rng.choice(list(DIGITS))), row, column, x, y)
         else:
             colour, shape = names[len(items)]
-            size = str(rng.choice(SIZES))
-            x, y = _centre(rng, row, column, _ITEM_JITTER)
-            items.append(Item(colour, shape, size, row, column, x, y, float(rng.uniform(*_RADIUS[size]))))
+            items.append(sample_item(rng, colour, shape, row, column))
     gripper = str(rng.choice(list(GRIPPER_AT)))
     return Scene(tuple(items), label, gripper, float(rng.uniform(0.92, 1.08)), int(rng.integers(2**31)))
 
 
-def _distinct_names(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+def sample_names(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Return the colours with shapes that a scene may have: 6 to 16 names."""
     # Few colours and shapes per scene, so that counts above one and near misses (red ball for "red cube") are common.
     colours = rng.choice(COLOURS, size=int(rng.integers(2, 5)), replace=False)
     shapes = rng.choice(SHAPES, size=int(rng.integers(3, 5)), replace=False)
-    pairs = [(str(colour), str(shape)) for colour in colours for shape in shapes]
-    return [pairs[i] for i in rng.permutation(len(pairs))[:count]]
+    return [(str(colour), str(shape)) for colour in colours for shape in shapes]
+
+
+def sample_item(rng: np.random.Generator, colour: str, shape: str, row: int, column: int) -> Item:
+    """Return an item of random size near the middle of a cell."""
+    size = str(rng.choice(SIZES))
+    x, y = _centre(rng, row, column, _ITEM_JITTER)
+    return Item(colour, shape, size, row, column, x, y, float(rng.uniform(*_RADIUS[size])))
 
 
 def _centre(rng: np.random.Generator, row: int, column: int, jitter: float) -> tuple[float, float]:

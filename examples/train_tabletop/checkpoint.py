@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from edgeprune.tabletop.pairs import PAIR_KINDS, ask_both, sample_pair
 from edgeprune.tabletop.questions import ask_all
 from edgeprune.tabletop.world import COLOURS, DIGITS, LETTERS, SHAPES, SIDE, sample_scene
 
@@ -57,6 +60,26 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
+    words_of_pairs: set[str] = set()
+    for _ in range(400):
+        pair = sample_pair(rng)
+        asked = [question for kind in PAIR_KINDS if (question := ask_both(pair, rng, kind))]
+        texts = [text for question in asked for text in (question.prompt, question.answer)]
+        words_of_pairs.update(match for text in texts for match in re.findall(r" ?[a-z]+", text, re.IGNORECASE))
+    return _with_words(tokenizer, sorted(words_of_pairs))
+
+
+def _with_words(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
+    # Later words come behind the others: the ids of a model that was trained before stay, and so does the split of its texts.
+    for word in words:
+        pieces = tokenizer.encode(word).tokens
+        state = json.loads(tokenizer.to_str())
+        vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+        for end in range(1, len(pieces)):
+            merged = "".join(pieces[: end + 1])
+            merges.append(["".join(pieces[:end]), pieces[end]])
+            vocabulary.setdefault(merged, len(vocabulary))
+        tokenizer = Tokenizer.from_str(json.dumps(state))
     return tokenizer
 
 
@@ -122,3 +145,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGenera
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.generation_config.do_sample = False
     return model
+
+
+def adopt_weights(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
+    """Copy the weights of a trained model whose tokenizer lacks the last words; their embeddings stay random."""
+    state = model.state_dict()
+    for name, trained in Qwen2VLForConditionalGeneration.from_pretrained(folder).state_dict().items():
+        state[name][: len(trained)] = trained  # in place: the tensors are the model's

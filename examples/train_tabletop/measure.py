@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections import Counter as Tally
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -47,15 +46,23 @@ exactly; for descriptions each stated fact counts (item and place, or label and 
 
 | kind | asked | right | blind | most common answer |
 |---|---|---|---|---|
-{rows}
+{one}
+
+And {pairs} pairs of scenes of that seed ({blind_pairs} of them blind), both images in one question: one about one of the pictures
+(`picture`), which picture has an object, what changed from the first to the second, which has more of a colour or shape, how many
+there are together, and a description of one of the two.
+
+| kind, two images | asked | right | blind | most common answer |
+|---|---|---|---|---|
+{two}
 
 ## Training
 
-{minutes:.0f} minutes on 2 CPU cores, {steps} steps of 8 images with about 16 questions each. Accuracy over short answers and
-descriptions together, on 64 scenes of another stream, as the run went ([the whole log](training_log.jsonl)):
+{runs}. Accuracy over short answers and descriptions together, on at least 64 scenes of another stream, as the runs went
+([the whole log](training_log.jsonl)):
 
-| step | minute | right |
-|---|---|---|
+| run | step | minute | right |
+|---|---|---|---|
 {progress}
 """
 
@@ -68,49 +75,69 @@ def measure(model: edgeprune.runtime.Runtime, samples: list[Sample], what: str) 
 
 def accuracy_rows(seeing: EvalReport, blind: EvalReport, samples: list[Sample]) -> str:
     """Return one table line a kind."""
-    lines = []
+    lines, unseen = [], blind.rows()
     for kind, entry in seeing.rows().items():
         answers = Tally(sample.answer for sample in samples if sample.kind == kind)
         prior = f"{answers.most_common(1)[0][1] / answers.total():.1%}" if answers and kind != DESCRIBE else ""
-        scores = f"{entry.accuracy(UNPRUNED):.1%} | {blind.rows()[kind].accuracy(UNPRUNED):.1%}"
+        scores = f"{entry.accuracy(UNPRUNED):.1%} | " + (f"{unseen[kind].accuracy(UNPRUNED):.1%}" if kind in unseen else "-")
         name = f"**{ALL}**" if kind == ALL else kind
         lines.append(f"| {name} | {entry.total} | {scores} | {prior} |")
     return "\n".join(lines)
 
 
-def progress_rows(log: list[dict[str, float]]) -> tuple[str, float, int]:
-    """Return the table of evaluations, the minutes and the steps of the whole run."""
-    lines, minute = [], 0.0
-    for entry in log:
-        minute = entry.get("minutes", minute)
-        if "all" in entry:
-            lines.append(f"| {entry['step']} | {minute:.0f} | {entry['all']:.1%} |")
-    return "\n".join(lines), minute, int(log[-1]["step"])
+def progress_rows(logs: list[list[dict[str, float]]]) -> tuple[str, str]:
+    """Return the table of evaluations of the runs, one after the other, and what the runs took, in words."""
+    lines, runs = [], []
+    for run, log in enumerate(logs, start=1):
+        minute = 0.0
+        for entry in log:
+            minute = entry.get("minutes", minute)
+            if "all" in entry:
+                lines.append(f"| {run} | {entry['step']} | {minute:.0f} | {entry['all']:.1%} |")
+        runs.append(f"{minute:.0f} minutes on 2 CPU cores, {log[-1]['step']} steps")
+    return "\n".join(lines), "; then ".join(runs)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Measures a model on scenes of a seed. `folder`: for scenes and images, emptied by the caller."""
+
+    model: edgeprune.runtime.Runtime
+    folder: Path
+    seed: int
+
+    def table(self, scenes: int, blind: int, images: int) -> str:
+        """Return a line a kind of question about one image or two; the first `blind` scenes are also asked with grey images."""
+        data, grey = self.folder / f"data-{images}", self.folder / "grey.png"
+        write_dataset(data, scenes, self.seed, images=images)
+        Image.new("RGB", (SIDE, SIDE), (128, 128, 128)).save(grey)
+        samples = read_samples(data / "dataset.jsonl")
+        unseen = [replace(sample, image=(grey,) * images) for sample in samples if int(sample.images[0].name[:6]) < blind]
+        seeing = measure(self.model, samples, f"{images} seeing")
+        return accuracy_rows(seeing, measure(self.model, unseen, f"{images} blind"), samples)
 
 
 def main() -> None:
     """Parse the command line, measure, write the card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--log", type=Path, required=True, help="log.jsonl of the training run")
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--blind", type=int, default=400, help="scenes asked with the image replaced by grey")
+    parser.add_argument("--log", type=Path, nargs="+", required=True, help="log.jsonl of the training runs, in order")
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--blind", type=int, default=200, help="scenes asked with the image replaced by grey")
+    parser.add_argument("--blind-pairs", type=int, default=100, help="pairs asked so")
     parser.add_argument("--seed", type=int, default=2026)
     options = parser.parse_args()
     loaded = load_model(resolve_model(str(options.model)))
     config = loaded.model.config
+    logs = [[json.loads(line) for line in log.read_text().splitlines()] for log in options.log]
     with tempfile.TemporaryDirectory() as folder:
-        data, grey = Path(folder) / "data", Path(folder) / "grey.png"
-        write_dataset(data, options.scenes, options.seed)
-        Image.new("RGB", (SIDE, SIDE), (128, 128, 128)).save(grey)
-        samples = read_samples(data / "dataset.jsonl")
-        unseen = {f"{index:06}.png" for index in range(options.blind)}
         plan = unpruned_plan(loaded.folder.model_type, config.text_config.num_hidden_layers, loaded.geometry(None))
-        model = edgeprune.runtime.load(export_bundle(loaded, plan, Path(folder) / "bundle").path)
-        seeing = measure(model, samples, "seeing")
-        blind = measure(model, [replace(s, image=grey) for s in samples if s.images[0].name in unseen], "blind")
-    log = [json.loads(line) for line in options.log.read_text().splitlines()]
-    progress, minutes, steps = progress_rows(log)
+        bundle = export_bundle(loaded, plan, Path(folder) / "bundle").path
+        accuracy = Accuracy(edgeprune.runtime.load(bundle), Path(folder), options.seed)
+        one = accuracy.table(options.scenes, options.blind, images=1)
+        two = accuracy.table(options.pairs, options.blind_pairs, images=2)
+    progress, runs = progress_rows(logs)
     card = CARD.format(
         parameters=sum(p.numel() for p in loaded.model.parameters()) / 1e6,
         layers=config.text_config.num_hidden_layers,
@@ -119,16 +146,14 @@ def main() -> None:
         kv_heads=config.text_config.num_key_value_heads,
         depth=config.vision_config.depth,
         side=SIDE,
-        scenes=options.scenes,
-        seed=options.seed,
-        blind=options.blind,
-        rows=accuracy_rows(seeing, blind, samples),
-        minutes=minutes,
-        steps=steps,
+        one=one,
+        two=two,
         progress=progress,
+        runs=runs,
+        **{name: getattr(options, name) for name in ("scenes", "pairs", "blind", "blind_pairs", "seed")},
     )
     (options.model / "README.md").write_text(card)
-    shutil.copy(options.log, options.model / "training_log.jsonl")
+    (options.model / "training_log.jsonl").write_text("".join(log.read_text() for log in options.log))
     Console().print(card)
 
 

@@ -302,6 +302,10 @@ def test_tabletop_writes_a_dataset(tmp_path: Path) -> None:
     assert {"image", "prompt", "answer", "kind"} == set(json.loads(lines[0]))
     assert "--force" in refused("tabletop", tmp_path / "data", "--scenes", 3)
     refused("tabletop", tmp_path / "more", "--scenes", 0)
+    assert run("tabletop", tmp_path / "pairs", "--scenes", 3, "--images", 2, "--kind", "which").exit_code == 0
+    lines = (tmp_path / "pairs" / "dataset.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["image"]) for line in lines] == [2, 2, 2]
+    assert "which, changed" in refused("tabletop", tmp_path / "more", "--images", 2, "--kind", "witch")
 
 
 def test_models_says_which_method_acts_where() -> None:

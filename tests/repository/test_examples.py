@@ -85,7 +85,7 @@ def test_ways_of_ranking_several_images_are_compared(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_runs_and_resumes(tmp_path: Path) -> None:
-    command = ("examples/train_tabletop/train.py", tmp_path, "--rows", 2, "--threads", 1, "--scenes", 16)
+    command = ("examples/train_tabletop/train.py", tmp_path, "--rows", 2, "--pairs", 1, "--threads", 1, "--scenes", 16)
     run(*command, "--minutes", 0.02, "--tower-minutes", 0.01)
     output = run(*command, "--minutes", 0.03, "--tower-minutes", 0.01)
     assert "resumed at step" in output

@@ -24,19 +24,23 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--scenes", default=100, show_default=True, help="How many scenes to draw.")
 @click.option("--seed", default=0, show_default=True, help="The same seed draws the same scenes.")
+@click.option("--images", default=1, show_default=True, help="Images of a question: 1, or 2 to compare.")
+@click.option("--kind", "kinds", multiple=True, help="A kind of question to ask; can be repeated.  [default: all]")
 @force_option
 @json_option
-def tabletop(out: Path, scenes: int, seed: int, force: bool, as_json: bool) -> None:
+def tabletop(out: Path, scenes: int, seed: int, images: int, kinds: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Draw TableTop scenes with questions and answers into OUT.
 
-    OUT/dataset.jsonl has a line for each question: image, prompt, answer, kind.
+    OUT/dataset.jsonl has a line for each question: image, prompt, answer, kind. With two images, a scene is a pair of them, and
+    "image" lists both: which picture has an object, what has changed, how many objects there are together.
     """
     from edgeprune.cli.output.basic import show_facts
     from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.tabletop.dataset import write_dataset
 
     with CommandProgress(quiet=as_json) as progress:
-        questions = write_dataset(out, scenes, seed, force=force, progress=progress.count("scenes", scenes))
+        count = progress.count("scenes", scenes)
+        questions = write_dataset(out, scenes, seed, images=images, kinds=kinds, force=force, progress=count)
     show_facts({"dataset": str(out / "dataset.jsonl"), "scenes": scenes, "questions": questions, "seed": seed}, as_json)
 
 
