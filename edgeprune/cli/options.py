@@ -329,10 +329,8 @@ def parse_method_options(method: str, texts: tuple[str, ...], *, calibration: bo
         later = {each.name for each in options_of(method, calibration=True)} - {each.name for each in declared}
         for text in texts:
             if (name := text.partition("=")[0]) in later:
-                raise UsageError(
-                    f"Option {name!r} of {method} decides how many tokens stay.",
-                    hint=f"Use edgeprune calibrate MODEL --data FILE --method {method} --budget 0.5 --option {text} -o PLAN",
-                )
+                make = f"edgeprune calibrate MODEL --data FILE --method {method} --budget 0.5 --option {text} -o PLAN"
+                raise UsageError(f"Option {name!r} of {method} decides how many tokens stay.", hint=f"Make a plan: {make}")
     return parse_options(method, texts, declared if declared or method in METHODS else None)
 
 

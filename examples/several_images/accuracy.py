@@ -84,7 +84,7 @@ class Contender:
 def plan_at(method: str, base: KeepPlan, keep: float) -> KeepPlan:
     """Return the method's plan of overlap.py that ends with another share of the tokens."""
     if method == "plphp":
-        return ranked_plan(base, [keep_count(base.geometry.tokens, keep)] * base.layers)
+        return ranked_plan(base, [keep_count(base.geometry.tokens, keep, method)] * base.layers)
     stages = ([keep], [2]) if method == "fastv" else ([(1 + keep) / 2 if keep > 0.4 else 2 * keep, keep], [2, 4])
     return staircase_plan(base, method, *stages)
 

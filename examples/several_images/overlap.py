@@ -96,7 +96,7 @@ def jointly(loaded: LoadedModel, plan: KeepPlan, inputs: list[DecoderInput], *, 
     kept: Kept = [[] for _ in range(images)]
     if plan.cache_cuts:
         for cut, each in zip(plan.cache_cuts, wrapped, strict=True):
-            for number, scores in enumerate(each.ranked[0].split(tokens, dim=1)):
+            for number, scores in enumerate(torch.split(each.ranked[0], tokens, dim=1)):
                 kept[number] += [frozenset(head.tolist()) for head in rank(scores, cut.keep)]
         return kept
     for indices in step.kept:
@@ -127,7 +127,7 @@ def by_runtime(loaded: LoadedModel, plan: KeepPlan, images: list[Image.Image], q
     """Return what the runtime keeps of each image, and its forward passes."""
     pipeline = reference_model(loaded, plan)
     recorder = RecordingBackend(pipeline.backend)
-    receipt = Runtime(replace(pipeline, backend=recorder)).generate(images, question, max_tokens=1).receipt  # type: ignore[arg-type]
+    receipt = Runtime(replace(pipeline, backend=recorder)).generate(images, question, max_tokens=1).receipt
     by_image = [[*cuts.tokens, *cuts.caches] for cuts in receipt.cuts_by_image(len(images))]
     kept = [[frozenset(row.tolist()) for cut in cuts for row in np.atleast_2d(cut.kept)] for cuts in by_image]
     return kept, [tokens for tokens, _ in recorder.inputs]

@@ -189,7 +189,7 @@ def test_a_bad_sample_ends_or_is_skipped(tiny_folder: Path, data: Path, tmp_path
     images = [str(data.parent / json.loads(line)["image"]) for line in lines]
     (tmp_path / "cut.png").write_bytes(Path(images[0]).read_bytes()[:300])
     good = [{**json.loads(line), "image": image} for line, image in zip(lines, images, strict=True)][:2]
-    bad = [{**each, "image": "cut.png"} for each in good]
+    bad = [{**sample, "image": "cut.png"} for sample in good]
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join(map(json.dumps, [good[0], *bad, good[1]])))
     common = ("calibrate", tiny_folder, "--data", mixed, *SIZE, "--statistics", tmp_path / "s")

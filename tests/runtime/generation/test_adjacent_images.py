@@ -101,7 +101,7 @@ def test_the_borrowed_token_leaves_nothing_behind(
     for borrowed in (None, 7, 300):
         if borrowed is not None:
 
-            def other(*given: Any, token: int = borrowed, **kind: bool) -> tuple[list[int], np.ndarray]:
+            def other(*given: Any, token: int = borrowed, **kind: Any) -> tuple[list[int], np.ndarray]:
                 ids, places = ahead(*given, **kind)
                 return [token] * len(ids), places
 

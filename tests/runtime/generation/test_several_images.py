@@ -75,7 +75,7 @@ def overlap(sets: Sequence[Sets]) -> float:
 
 def first_overlap(runtime: Runtime, images: Sequence[Any]) -> float:
     """Return the overlap of the first image's kept sets over the questions."""
-    return overlap([kept(runtime.generate(images, question, max_tokens=1), len(images))[0] for question in QUESTIONS])  # type: ignore[arg-type]
+    return overlap([kept(runtime.generate(images, question, max_tokens=1), len(images))[0] for question in QUESTIONS])
 
 
 @contextmanager
@@ -351,7 +351,7 @@ def test_a_cancelled_prefill_leaves_a_chat_that_goes_on(at: int, tiny: LoadedMod
     backend = Stopping(pipeline.backend)
     chat = Runtime(replace(pipeline, backend=backend)).chat()
     stream = chat.ask(QUESTIONS[0], images, max_tokens=4)
-    backend.at, backend.cancel = at, stream.cancel  # type: ignore[assignment]
+    backend.at, backend.cancel = at, stream.cancel
     assert "".join(stream) == "" and stream.receipt.finish_reason == "cancelled"
     history = [Turn("user", QUESTIONS[0], images), Turn("assistant", "")]
     expected = Runtime(pipeline).chat(history=history).ask(QUESTIONS[1], max_tokens=4)

@@ -329,7 +329,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "top": {"mm_tokens_per_image": 256, "tie_word_embeddings": True},
         "processor": {"size": {"height": 896, "width": 896}},
         "size": (896, 896),
-        "layers": 12,
+        "layers": 8,
     },
     "paligemma": {  # paligemma-3b-pt-224
         "text": {
@@ -365,6 +365,7 @@ SIZES["paligemma2"] = SIZES["paligemma"] | {  # paligemma2-3b-pt-224
     },
     "vision": {**SIGLIP, "num_hidden_layers": 27, "image_size": 224, "patch_size": 14, "projection_dim": 2304},
     "top": {"projection_dim": 2304, "hidden_size": 2304},
+    "layers": 10,
 }
 SIZES["vipllava"] = SIZES["llava"] | {"top": {"vision_feature_layer": [-2, -5, -8, -11, 6]}}  # ViP-LLaVA-7B
 
