@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from edgeprune.bundle import SELECTOR
+from edgeprune.bundle import SELECTOR, Operations
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.onnx_file import read_graph
 from edgeprune.device.workload import ModelSizes, Shapes
 from edgeprune.export.tracing import trace_selector
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, Family, encoder_work
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import method_class
 from edgeprune.targets import Lowering
@@ -34,8 +34,15 @@ def sizes_of(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering) -> ModelSi
         decoder_weights=_matrices(parts.layers),
         blocks=tower.blocks,
         patches=tower.takes[0],
+        encoder_work=encoder_works(loaded.family, plan),
         selector=_selector_nodes(parts, plan, lowering) if plan.input is not None else 0,
     )
+
+
+def encoder_works(family: Family, plan: KeepPlan) -> tuple[Operations, Operations]:
+    """Return the operations of the vision encoder for one image, under a plan and without the plan's cuts inside it."""
+    whole = encoder_work(family.vision(plan.geometry))
+    return encoder_work(family.vision(plan.geometry, cuts=plan.vision_cuts)) if plan.vision_cuts else whole, whole
 
 
 def _matrices(module: nn.Module) -> Shapes:
