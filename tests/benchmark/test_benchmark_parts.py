@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from edgeprune.benchmark.profile import bytes_to_read, cores, measure_peaks, product_graph, profile
+from edgeprune.benchmark.profile import bytes_to_read, cores, measure_peaks, product_graph, profile, step_nodes
 from edgeprune.benchmark.results import ContextPoint, Sizes, Spread, VariantResult, arithmetic_of, decode_kv_bytes, with_roofline
 from edgeprune.benchmark.sweeps import filler
 from edgeprune.benchmark.variants import (
@@ -26,6 +26,7 @@ from edgeprune.benchmark.variants import (
     equal_work_tokens,
     load_variants,
 )
+from edgeprune.bundle import DECODER as DECODER_GRAPH
 from edgeprune.bundle import Bundle, Operations
 from edgeprune.device.onnx_file import Graph, read_graph
 from edgeprune.device.profile import DeviceProfile, reported_peaks
@@ -35,6 +36,7 @@ from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend
+from edgeprune.runtime.backends.onnxruntime import nodes_run
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PEAKS = Peaks({"fp32": 1e9, "int8": 4e9}, 1e8, None)
@@ -165,6 +167,18 @@ def test_as_many_are_chosen_as_are_wanted(name: str) -> None:
         assert len(set(kept)) == keep and list(kept) == sorted(kept) and kept[0] >= 0 and kept[-1] < 50
         assert np.array_equal(kept, chosen_tokens(name, 50, keep))
     assert np.diff(chosen_tokens("uniform", 50, 7)).max() <= 8
+
+
+def test_the_nodes_of_a_step_are_those_of_an_answer(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
+    model = load(tiny_bundle.path, threads=1, cache_bytes=0)._pipeline
+    recorded = RecordingBackend(model.backend)
+    Runtime(replace(model, backend=recorded)).generate(tiny_image, "What is it?", max_tokens=3)
+    prefill, *steps = recorded.inputs
+    nodes = [nodes_run(tiny_bundle, *step, threads=1) for step in steps[-2:]]
+    assert nodes == [step_nodes(tiny_bundle, threads=1)] * 2
+    assert 3 * 15 < nodes[0] <= read_graph(tiny_bundle.file(DECODER_GRAPH)).nodes  # three layers; optimization only removes
+    assert nodes_run(tiny_bundle, *prefill, threads=1) > 3 * 15
+    assert step_nodes(tiny_bundle, "tensorrt") is None
 
 
 def test_chosen_tokens_keep_their_positions(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
