@@ -111,7 +111,7 @@ def _write_graphs(
         signals, projector = _signals(loaded.family, plan, graphs[VISION])
         for path, tier in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
             graphs[path] = trace_selector(parts, tier, signals, lowering, folder / path, projector)
-    if plan.follows_attention:
+    if plan.has_rate_predictor:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress.begin("decoder")
     axes, others = loaded.family.position_axes, tuple(lower_tiers.values())

@@ -42,7 +42,7 @@ class OnnxRuntimeBackend:
         self._plan, self._follows_attention = bundle.plan, bundle.plan.follows_attention
         options = _session_options(threads, providers, exact=exact, integers=_rounds(bundle))
         selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
-        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if self._follows_attention else [])]
+        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if bundle.plan.has_rate_predictor else [])]
         loaders = {graph: partial(_open_session, bundle.file(graph), options, providers) for graph in graphs}
         # Only CPU sessions start in parallel: other providers share a device, and not all are known to support that.
         sessions = run_in_threads(loaders) if providers[0] == CPU else {graph: load() for graph, load in loaders.items()}

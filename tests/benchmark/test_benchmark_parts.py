@@ -120,7 +120,7 @@ def test_shares_of_the_roofline_by_hand(tiny_bundle: Bundle) -> None:
     assert line.prefill_ms == pytest.approx(1e3 * 90_300 / 1e8)  # its weights take longer than its operations
     assert line.token_ms == pytest.approx(1e3 * (90_300 + 700) / 1e8)
     assert line.ttft == pytest.approx((line.vision_ms + line.prefill_ms) / 3) and line.token == pytest.approx(line.token_ms / 5)
-    assert (line.vision, line.prefill) == (pytest.approx(line.vision_ms / 1), pytest.approx(line.prefill_ms / 2))
+    assert [line.vision, line.prefill] == pytest.approx([line.vision_ms / 1, line.prefill_ms / 2])
     cut = replace(sizes, work=replace(WORK, tower=replace(TOWER, left=(16, 8), work=THINNED)))
     lines = [with_roofline(figures, replace(variant, alive=(4, 2)), cut, PEAKS).roofline for variant in (own, whole)]
     assert [each and each.vision_ms for each in lines] == [pytest.approx(0.0372), line.vision_ms]

@@ -63,7 +63,7 @@ def test_other_schemas_are_refused_with_what_to_do(version: int, words: str, alt
     (altered_bundle / MANIFEST).write_text(json.dumps(data | {"schema_version": version}))
     with pytest.raises(BundleError, match=words) as caught:
         Bundle.load(altered_bundle)
-    assert ("pip install -U" if words == "too new" else "Export it again") in caught.value.hint
+    assert ("Update EdgePrune" if words == "too new" else "Export it again") in caught.value.hint
 
 
 @pytest.mark.parametrize("version", BROKEN)
