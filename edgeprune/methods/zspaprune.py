@@ -82,7 +82,9 @@ class ZSPAPrune:
         rows = visual.float()
         rows = rows / rows.abs().amax(dim=1).amax(dim=0).clamp_min(_TINY)
         norms = rows.norm(dim=1)
-        weight: torch.Tensor = (norms / norms.amax(dim=0).clamp_min(_TINY)).clamp_min(_LEAST).pow(self._norm)
+        share = norms / norms.amax(dim=0).clamp_min(_TINY)
+        # NaN, the share of a token that is not finite, compares false.
+        weight = torch.where(share >= _LEAST, share, _LEAST).pow(self._norm)
         return (similarity - _MARGIN) * weight[None]
 
     def relevance(self, view: InputView) -> torch.Tensor:

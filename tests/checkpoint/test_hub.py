@@ -20,6 +20,7 @@ import huggingface_hub.utils._http
 import pytest
 from click.testing import CliRunner
 from hub_server import Hub, serve
+from huggingface_hub.utils import enable_progress_bars
 from repository import TESTS
 
 from edgeprune.bundle import Bundle
@@ -69,6 +70,7 @@ def test_checks_come_before_weights_and_nothing_else_is_downloaded(hub: Hub, tin
 
 
 def test_a_download_without_a_terminal_prints_lines(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    enable_progress_bars()  # transformers, where a model was loaded before, has switched them off
     folder = resolve_model(NAME)
     assert capsys.readouterr().err == ""
     fetch_weights(folder)

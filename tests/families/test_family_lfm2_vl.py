@@ -48,7 +48,7 @@ def test_visual_tokens_equal_transformers(loaded: LoadedModel, size: tuple[int, 
         inputs = tiny_lfm2_vl.inputs(loaded.folder.path, [picture(size)])
         expected = torch.cat(loaded.model.get_image_features(**inputs).pooler_output)
     torch.testing.assert_close(visual[0], expected, atol=1e-5, rtol=1e-4)
-    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 8)
+    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 12)
     # The patches of each view receive attention from that view alone, one from each query on average.
     starts = np.cumsum([0, *(view.tokens for view in geometry.layout)])
     for first, last, view in zip(starts, starts[1:], geometry.layout, strict=False):

@@ -77,7 +77,7 @@ def evs(made: Trial) -> list[list[int]]:
 
 def zspaprune(made: Trial) -> list[list[int]]:
     visual, prompt = tensor(made.features()), tensor(made.gaussian(7, made.width))
-    options = {"core": 0.6, "relevance": "pooled", "reduce": "max", "block": 1}
+    options = {"core": 0.6, "relevance": "pooled", "norm": 0.0, "reduce": "max", "block": 1}
     return [select("zspaprune", InputView(visual, prompt), max(2, int(made.share * made.tokens)), options)]
 
 

@@ -20,7 +20,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.tracing import trace_decoder, trace_predictor, trace_selector, trace_vision
 from edgeprune.lint.check import lint
 from edgeprune.model import signals_for
-from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan import CLASSES, Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import METHODS, method_class
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, decoder_ranges, shapes_of
@@ -37,6 +37,7 @@ FORMS = {
     "schedule": {"form": "schedule", "steps": [1, 3], "shares": [0.5, 0.25]},
     "map": {"form": "map", "attention": [0.2, 0.4], "shares": [0.3, 0.6, 1.0]},
     "predictor": PREDICTOR_OPTIONS,
+    CLASSES: {"form": CLASSES, "thresholds": [0.2, 0.5], "shares": [0.25, 0.5, 1.0]},
 }
 LIMITS = ProfileLimits(context=256, turn=64, images=2, unpruned=True)
 # TensorRT's targets that differ in nothing but their version share their graphs.
@@ -59,8 +60,10 @@ def plans() -> Iterator[tuple[str, KeepPlan]]:
             elif site == "cache":
                 yield f"{name} @ cache", BASE.with_cuts(*(Cut("cache", name, keep, layer) for layer, keep in enumerate((7, 5))))
             else:
+                forms = {form: options for form, options in FORMS.items() if (form == CLASSES) == (name == "plphp")}
                 yield from (
-                    (f"{name} {form} @ decode", CACHES.with_cuts(Cut("decode", name, 0, options=FORMS[form]))) for form in FORMS
+                    (f"{name} {form} @ decode", CACHES.with_cuts(Cut("decode", name, 0, options=options)))
+                    for form, options in forms.items()
                 )
     yield "plphp, all options @ cache", BASE.with_cuts(Cut("cache", "plphp", 5, 0, options=RANKED))
 
@@ -81,7 +84,7 @@ def composed() -> Iterator[tuple[str, KeepPlan]]:
             Cut("layer", layer, 0 if layer == "vtw" else 8, layer=1),
         ]
         cuts += [Cut("cache", cache, 9), Cut("cache", cache, 0 if layer == "vtw" else 4, layer=1)]
-        decode = Cut("decode", "dyrate", 0, layer=1, options=FORMS[form])
+        decode = Cut("decode", "plphp" if form == CLASSES else "dyrate", 0, layer=1, options=FORMS[form])
         yield f"{vision}, {first}, {layer}, {cache}, {form}", BASE.with_cuts(*cuts, decode)
 
 
@@ -102,7 +105,7 @@ def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path)
     if plan.input is not None:
         selector = trace_selector(parts, plan, signals, lowering, folder / "selector.onnx")
         yield SELECTOR, folder / "selector.onnx", selector
-    if plan.follows_attention:
+    if plan.has_rate_predictor:
         yield PREDICTOR, folder / "predictor.onnx", trace_predictor(plan, lowering, folder / "predictor.onnx")
     if plan.input is None or len(plan.cuts) > 1:
         yield DECODER, folder / "decoder.onnx", trace_decoder(parts, 3, plan, lowering, folder / "decoder.onnx")
