@@ -32,7 +32,7 @@ TABLE = {
     """,
     "edgeprune.bundle": """
         CHAT_TEMPLATE CHECKS DECODER EMBED MANIFEST PLAN PREDICTOR PREPROCESSOR SCHEMA_VERSION SELECTOR SPECIAL_TOKENS TOKENIZER
-        VISION VISION_UNPRUNED Bundle DecoderShape GenerationDefaults GraphRecord ImageText LayerState Manifest Source
+        VISION VISION_UNPRUNED Bundle DecoderShape GenerationDefaults GraphRecord ImageText LayerState Manifest Operations Source
         SourceQuantization Tensor files_of is_bundle tier_plan tier_selector
     """,
     "edgeprune.errors": """
