@@ -42,6 +42,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError
+from edgeprune.export.sizes import encoder_works
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.families.base import Family
 from edgeprune.io.files import new_folder
@@ -148,6 +149,7 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         versions={package: version(package) for package in _PACKAGES},
         graphs=graphs,
         files=record_files(folder, MANIFEST),
+        encoder_work=encoder_works(loaded.family, plan),
     )
 
 

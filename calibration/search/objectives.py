@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.calibration.data.samples import Sample, Score, score
 from edgeprune.calibration.replay.episodes import Recorder, divergence
@@ -20,7 +19,7 @@ from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, encoder_work
 from edgeprune.io.progress import SILENT, Count, Progress
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime import Runtime
@@ -84,10 +83,8 @@ def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> Roof
     """
     module = module_named(device)
     parts = loaded.family.decoder()
-    tower = loaded.family.vision(geometry).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tower(torch.zeros(*tower.takes))
-    vision = _milliseconds(module, counter.get_total_flops(), tower)
+    tower = loaded.family.vision(geometry)
+    vision = _milliseconds(module, encoder_work(tower).total, tower)
     weights = sum(parameter.numel() for parameter in parts.layers.parameters())
     attention = 2.0 * parts.heads * parts.head_dim * len(parts.layers)
     counts = [geometry.tokens * part // PARTS + TEXT for part in range(PARTS + 1)]

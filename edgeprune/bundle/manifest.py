@@ -16,13 +16,13 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
 _BIDIRECTIONAL = "paligemma"  # the one family with such prompts before schema 7, whose manifests do not say so
 # What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
-_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}}
+_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}, 9: {"encoder_work": []}}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Operations:
+    """Operations, of which a multiply-add is two: matrix `products` with weights, and `attention` between tokens or patches."""
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """Sum of both."""
+        return self.products + self.attention
+
+
+@dataclass(frozen=True)
 class LayerState:
     """A float32 state of fixed `shape` that decoder layer `layer` has instead of keys and values."""
 
@@ -72,7 +85,8 @@ class DecoderShape:
     `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
     `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
     each other, so that the KV cache of an image depends on the text after it. `local_layers`: those whose attention has a window.
-    `states`: in the order of the layers; a layer with states has no KV cache.
+    `states`: in the order of the layers; a layer with states has no KV cache. `heads` of the queries, the `window` of the local
+    layers, in tokens, and `layer_weights`, the elements of each layer's matrices, are 0 and empty in bundles before schema 9.
     """
 
     layers: int
@@ -87,6 +101,9 @@ class DecoderShape:
     bidirectional: bool = False
     local_layers: tuple[int, ...] = ()
     states: tuple[LayerState, ...] = ()
+    heads: int = 0
+    window: int = 0
+    layer_weights: tuple[int, ...] = ()
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -155,6 +172,7 @@ class Manifest:
 
     `encoder_blocks`: blocks of the vision encoder. `image`: how images are represented in the text. `end_tokens`: token ids.
     `generation`: how logits are changed. `versions`: packages that wrote it. `tiers`: names, best first; empty for a single plan.
+    `encoder_work`: operations of the vision encoder for one image, under the plan and without cuts; empty before schema 9.
     `target` and `precision`: how the graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
     """
 
@@ -170,6 +188,7 @@ class Manifest:
     graphs: Mapping[str, GraphRecord]
     files: Mapping[str, FileRecord]
     tiers: tuple[str, ...] = ()
+    encoder_work: tuple[Operations, ...] = ()
 
     @property
     def lowering(self) -> Lowering:
@@ -205,6 +224,7 @@ class Manifest:
                 graphs={_text(name): _graph(record) for name, record in data["graphs"].items()},
                 files={_text(name): from_json(FileRecord, record, name) for name, record in data["files"].items()},
                 tiers=tuple(map(_text, _list(data["tiers"]))),
+                encoder_work=_encoder_work(data["encoder_work"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error
@@ -283,7 +303,16 @@ def _decoder(data: Any, family: str) -> DecoderShape:
         raise ValueError(f"a decoder of {shape.layers} layers with the states {shape.states}")
     if not all(0 <= layer < shape.layers for layer in shape.local_layers):
         raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
+    if min(shape.heads, shape.window, *shape.layer_weights) < 0 or len(shape.layer_weights) not in (0, shape.layers):
+        raise ValueError(f"{shape.heads} heads, a window of {shape.window} and weights of {len(shape.layer_weights)} layers")
     return shape
+
+
+def _encoder_work(data: Any) -> tuple[Operations, ...]:
+    work = tuple(from_json(Operations, each, "encoder_work") for each in _list(data))
+    if len(work) not in (0, 2) or any(min(each.products, each.attention) < 0 for each in work):
+        raise ValueError(f"an encoder with the work {work}")
+    return work
 
 
 def _generation(data: Any) -> GenerationDefaults:
