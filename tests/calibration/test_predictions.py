@@ -112,7 +112,9 @@ def test_lines_of_another_run_are_refused(run: dict[str, str], samples: list[Sam
     assert "remove this one" in str(error.value.hint)
 
 
-@pytest.mark.parametrize("content", ["a note\n", "a note", "[]\n", '{"other": 1', '{"sample": 0}\n', '{"sample": "x", "run": {}}\n'])
+@pytest.mark.parametrize(
+    "content", ["a note\n", "a note", "[]\n", '{"other": 1', '{"sample": 0}\n', '{"sample": "x", "run": {}}\n']
+)
 def test_a_file_of_something_else_stays_as_it_is(content: str, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
