@@ -22,7 +22,7 @@ UV_LOCKED = $(BIN)/uv pip install --quiet --python $(BIN)/python $(EXACT) $(1) |
 # Without a hash: builds for the CPU have other hashes on other indexes. It installs without its dependencies while the lock installs
 # them; a second `pip install` then adds only what a build for CUDA needs.
 TORCH := torch==2.13.0
-EXTRAS := export check plot ray tensorrt serve structured telemetry sign ros2 docs test
+EXTRAS := export check plot ray parquet tensorrt serve structured telemetry sign ros2 docs test
 RELEASE := build/release/bin
 
 .PHONY: demo test test-all check coverage fuzz docs lock wheel runtime sbom licences clean

@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample, Score, score
+from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample, Score
+from edgeprune.calibration.metrics import AS_BEFORE, Metric
+from edgeprune.calibration.predictions import Prediction, Predictions
 from edgeprune.errors import UsageError
 from edgeprune.plan.tiers import tier_number
-from edgeprune.runtime import Answer, Receipt, Runtime
+from edgeprune.runtime import Answer, Runtime
 
-ALL, SHORT = "all short answers", "describe"
+ALL, SHORT, EVERY = "all short answers", "describe", "all"
 PRUNED, UNPRUNED = "pruned", "unpruned"
 
 
@@ -23,14 +26,15 @@ class KindScore:
     `visual_reads`: the share of visual KV entries that decode steps read, summed over the pruned answers.
     """
 
+    metric: Metric = AS_BEFORE
     total: int = 0
     points: dict[str, Score] = field(default_factory=lambda: {PRUNED: Score(), UNPRUNED: Score()})
     agreed: int = 0
     visual_reads: float = 0.0
 
     def accuracy(self, variant: str) -> float:
-        """Return the share of right short answers, or the F1 of the facts of descriptions, of a variant (PRUNED or UNPRUNED)."""
-        return self.points[variant].f1
+        """Return the metric of a variant (PRUNED or UNPRUNED): by default the share of right short answers, or the F1 of facts."""
+        return self.metric.value(self.points[variant], self.total)
 
     @property
     def agreement(self) -> float:
@@ -50,12 +54,12 @@ class Cost:
     kv_bytes: list[int] = field(default_factory=list)
     visual_kv: list[float] = field(default_factory=list)
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, answer: Prediction) -> None:
         """Add the costs of one answer."""
-        self.ttft_ms.append(receipt.times.ttft_ms)
-        self.ms_per_token += receipt.times.decode_ms
-        self.kv_bytes.append(receipt.kv_bytes)
-        self.visual_kv.append(receipt.visual_kv_share)
+        self.ttft_ms.append(answer.ttft_ms)
+        self.ms_per_token += answer.decode_ms
+        self.kv_bytes.append(answer.kv_bytes)
+        self.visual_kv.append(answer.visual_kv)
 
     def to_dict(self) -> dict[str, float]:
         """Return medians as JSON data."""
@@ -74,44 +78,51 @@ class EvalReport:
     pruned: bool
     kinds: dict[str, KindScore] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=lambda: {PRUNED: Cost(), UNPRUNED: Cost()})
+    metric: Metric = AS_BEFORE
 
-    def add(self, sample: Sample, answers: Mapping[str, Answer]) -> None:
-        """Score the answers to one sample, by variant."""
-        entry = self.kinds.setdefault(sample.kind or "question", KindScore())
+    def add(self, sample: Sample, answers: Mapping[str, Answer | Prediction]) -> dict[str, float]:
+        """Score the answers to one sample, by variant, and return what each scores alone."""
+        entry = self.kinds.setdefault(sample.kind or "question", KindScore(self.metric))
         entry.total += 1
-        for variant, answer in answers.items():
-            entry.points[variant] += score(sample, answer.text)
-            self.cost[variant].add(answer.receipt)
-        if PRUNED in answers:
-            entry.visual_reads += answers[PRUNED].receipt.visual_read_share
-            entry.agreed += answers[PRUNED].text == answers[UNPRUNED].text
+        said = {name: each if isinstance(each, Prediction) else Prediction.of(each) for name, each in answers.items()}
+        points = {variant: self.metric.score(sample, answer.text) for variant, answer in said.items()}
+        for variant, answer in said.items():
+            entry.points[variant] += points[variant]
+            self.cost[variant].add(answer)
+        if PRUNED in said:
+            entry.visual_reads += said[PRUNED].visual_reads
+            entry.agreed += said[PRUNED].text == said[UNPRUNED].text
+        return {variant: self.metric.value(score, 1) for variant, score in points.items()}
 
     def rows(self) -> dict[str, KindScore]:
-        """Return the kinds in order of appearance, then the total over short answers, without descriptions, which count facts."""
-        total = KindScore()
+        """Return the kinds in order of appearance, then their total; without a metric that was asked for, over short answers alone.
+
+        Descriptions then count facts.
+        """
+        total, by_default = KindScore(self.metric), self.metric is AS_BEFORE
         for kind, entry in self.kinds.items():
-            if kind == SHORT:
+            if by_default and kind == SHORT:
                 continue
             total.total += entry.total
             total.agreed += entry.agreed
             total.visual_reads += entry.visual_reads
             for variant in (PRUNED, UNPRUNED):
                 total.points[variant] += entry.points[variant]
-        return {**self.kinds, ALL: total}
+        return {**self.kinds, ALL if by_default else EVERY: total}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON data; descriptions also have the precision and recall of their facts, by variant."""
+        """Return the report as JSON data; with several measures, each of them by variant."""
         variants = (PRUNED, UNPRUNED) if self.pruned else (UNPRUNED,)
         kinds: dict[str, Any] = {}
         for kind, entry in self.rows().items():
             kinds[kind] = {"asked": entry.total, **{variant: entry.accuracy(variant) for variant in variants}}
-            if kind == SHORT:
-                for measure in ("precision", "recall", "f1"):
-                    kinds[kind][measure] = {variant: getattr(entry.points[variant], measure) for variant in variants}
+            measures = self.metric.measures_of(kind)
+            for name, measure in measures.items() if len(measures) > 1 else ():
+                kinds[kind][name] = {variant: measure(entry.points[variant], entry.total) for variant in variants}
             if self.pruned:
                 kinds[kind]["agreement"] = entry.agreement
                 kinds[kind]["visual_reads"] = entry.visual_reads / max(entry.total, 1)
-        return {"kinds": kinds, "cost": {variant: self.cost[variant].to_dict() for variant in variants}}
+        return {"metric": self.metric.name, "kinds": kinds, "cost": {variant: self.cost[variant].to_dict() for variant in variants}}
 
 
 class EvaluationError(BadSampleError):
@@ -128,33 +139,48 @@ def evaluate(
     *,
     fit: str = "exact",
     tier: str | None = None,
+    max_tokens: int = 128,
+    metric: Metric = AS_BEFORE,
+    predictions: Predictions | None = None,
     progress: Callable[[int], None] = lambda done: None,
     on_bad: OnBadSample | None = None,
 ) -> EvalReport:
     """Answer every sample with greedy decoding, pruned (under `tier` if given) and unpruned, and score the answers.
 
-    Raises EvaluationError, which has the scores so far, for the first sample whose image or prompt cannot be used; with `on_bad`,
-    such samples are given to it and left out.
+    `max_tokens`: of the longest answer. `predictions`: a file that each answer is added to, and from which those that it has are
+    taken. Raises EvaluationError, which has the scores so far, for the first sample whose image or prompt cannot be used; with
+    `on_bad`, such samples are given to it and left out.
     """
-    report = EvalReport(pruned=bool(runtime.plan.cuts))
+    report = EvalReport(pruned=bool(runtime.plan.cuts), metric=metric)
     if tier is not None:
         tier_number(runtime.tiers, tier)  # raises UsageError: no sample is to blame
-    for done, sample in enumerate(samples, start=1):
+    ask = partial(_answers, runtime, pruned=report.pruned, fit=fit, tier=tier, max_tokens=max_tokens)
+    for number, sample in enumerate(samples):
+        known = None if predictions is None else predictions.found.get(number)
         try:
-            report.add(sample, _answers(runtime, sample, report.pruned, fit, tier))
+            answers = ask(sample) if known is None else known
         except UsageError as error:
             bad = sample.error(error)
             if on_bad is None:
                 raise EvaluationError(bad, report) from error
             on_bad(bad)
-        progress(done)
+        else:
+            points = report.add(sample, answers)
+            if predictions is not None and known is None:
+                predictions.write(number, sample, answers, points)
+        progress(number + 1)
     return report
 
 
-def _answers(runtime: Runtime, sample: Sample, pruned: bool, fit: str, tier: str | None) -> dict[str, Answer]:
-    # The answers by variant.
+def _answers(
+    runtime: Runtime, sample: Sample, *, pruned: bool, fit: str, tier: str | None, max_tokens: int
+) -> dict[str, Prediction]:
+    # The answers by variant. All images of a sample for a video are the frames of one.
     found = {}
     for variant in (PRUNED, UNPRUNED) if pruned else (UNPRUNED,):
         prune = variant == PRUNED
-        found[variant] = runtime.generate(sample.image, sample.prompt, prune=prune, fit=fit, tier=tier if prune else None)
+        answer = runtime.generate(
+            sample.image, sample.prompt, prune=prune, fit=fit, tier=tier if prune else None, max_tokens=max_tokens
+        )
+        found[variant] = Prediction.of(answer)
     return found

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from edgeprune.calibration.collect.measure import SampleMeter
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
 from edgeprune.calibration.replay.episodes import Recorder
+from edgeprune.calibration.replay.reference import check_device
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
 from edgeprune.errors import EdgePruneError, UsageError, require_extra
 from edgeprune.io.files import move
@@ -48,10 +47,7 @@ class CollectOptions:
         index, count = self.shard
         if not 1 <= index <= count:
             raise UsageError(f"There is no shard {index}/{count}.", hint="Shards are 1/n to n/n.")
-        if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise UsageError(f"Unknown device {self.device!r}.", hint="Devices are cpu and cuda.")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
+        check_device(self.device)
 
 
 def load_or_collect(

@@ -1,7 +1,8 @@
 """Samples in JSON Lines format (image, prompt, answer and optional kind), and the scoring of answers.
 
 `image` is a path relative to the file, or a list of paths: several images, or the frames of a video. `answer` is a text or a
-number, or a list of those, each of which is accepted. A byte order mark is allowed.
+number, or a list of those, each of which is accepted. `options`: those of a multiple choice, whose letters begin with A. A byte
+order mark is allowed. Published files of other forms: `edgeprune.calibration.data.formats`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +26,49 @@ from edgeprune.tabletop.questions import DESCRIBE, parse_description
 _EXAMPLE = 'A line is {"image": "a.png", "prompt": "What is it?", "answer": "a cup", "kind": "object"}.'
 
 
+class StoredImage(BytesIO):
+    """An image inside a file that holds many: a binary file object whose bytes are loaded whenever they are read."""
+
+    def __init__(self, name: str, load: Callable[[], bytes]) -> None:
+        super().__init__()
+        self.name = self._shown = name
+        self._load = load
+
+    def __repr__(self) -> str:
+        return self._shown
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return all bytes of the image."""
+        return self._load()
+
+
+SampleImage = Path | StoredImage
+
+
 @dataclass(frozen=True)
 class Sample:
     """One prompt about one or more images, with the reference answer.
 
-    `accepted`: other answers that are right too. `where`: file and line, for messages.
+    `accepted`: other answers that are right too. `options`: those of a multiple choice. `where`: file and line, for messages.
     """
 
-    image: Path | tuple[Path, ...]
+    image: SampleImage | tuple[SampleImage, ...]
     prompt: str
     answer: str
     kind: str = ""
     accepted: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
+    options: tuple[str, ...] = ()
 
     @property
-    def images(self) -> tuple[Path, ...]:
+    def images(self) -> tuple[SampleImage, ...]:
         """The images in order."""
         return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All answers that are right."""
+        return (self.answer, *self.accepted)
 
     def error(self, error: EdgePruneError) -> BadSampleError:
         """Return the error of this sample for what went wrong with it."""
@@ -141,10 +168,15 @@ def score(sample: Sample, text: str) -> Score:
     Case, spaces and final punctuation are ignored.
     """
     if sample.kind == DESCRIBE:
-        stated, true = parse_description(text), parse_description(sample.answer)
-        return Score(len(stated & true), len(stated), len(true))
-    match = float(_normalize(text) in map(_normalize, (sample.answer, *sample.accepted)))
+        return score_facts(sample, text)
+    match = float(normalize(text) in map(normalize, sample.answers))
     return Score(match, 1.0, 1.0)
+
+
+def score_facts(sample: Sample, text: str) -> Score:
+    """Score a description fact by fact."""
+    stated, true = parse_description(text), parse_description(sample.answer)
+    return Score(len(stated & true), len(stated), len(true))
 
 
 def _parse_sample(path: Path, number: int, line: bytes, need_answers: bool) -> Sample:
@@ -161,7 +193,8 @@ def _parse_sample(path: Path, number: int, line: bytes, need_answers: bool) -> S
     if not prompt.strip():
         raise BadSampleError(f"{where} has an empty 'prompt'.", hint="Ask something about the image.")
     answers = _answers(where, data.get("answer")) if need_answers or "answer" in data else ("",)
-    return Sample(_images(path, where, data.get("image")), prompt, answers[0], kind, answers[1:], where)
+    options = tuple(_text(where, "options", each) for each in data.get("options") or ())
+    return Sample(_images(path, where, data.get("image")), prompt, answers[0], kind, answers[1:], where, options)
 
 
 def _answers(where: str, value: Any) -> tuple[str, ...]:
@@ -193,5 +226,6 @@ def _images(path: Path, where: str, value: Any) -> Path | tuple[Path, ...]:
     return images if isinstance(value, list) else images[0]
 
 
-def _normalize(text: str) -> str:
+def normalize(text: str) -> str:
+    """Return a short answer as it is compared: in lower case, with single spaces, and without final punctuation."""
     return " ".join(text.lower().split()).rstrip(".!")

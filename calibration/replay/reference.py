@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.checkpoint.configuration import check_context
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.errors import EdgePruneError, UnsupportedModelError
+from edgeprune.errors import EdgePruneError, UnsupportedModelError, UsageError
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector, signals_for
 from edgeprune.model.quantization import at_precision
 from edgeprune.plan import Geometry, KeepPlan
@@ -107,6 +107,14 @@ class TorchBackend:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError unless torch can compute on a device."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"Unknown device {device!r}.", hint="Devices are cpu and cuda.")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
 
 
 def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Pipeline:

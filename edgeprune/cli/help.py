@@ -16,17 +16,17 @@ from edgeprune.registry import METHODS, options_of
 # Of the options that several subjects share a page with. Options that are not here stand first, under "Options".
 _SECTIONS = {
     "Model": "revision adapter trust_remote_code own_method model against",
-    "Samples": "data limit skip_bad statistics shard ray_address",
+    "Samples": "data data_format image_folder split limit skip_bad metric statistics shard ray_address",
     "Plan": "plan_file method keep budget layer site option seed tier onto",
     "Ranking of caches": "rows reduce spread",
-    "Search": "max_drop target_flops target_kv target_ttft target_reads times curve device",
+    "Search": "max_drop target_flops target_kv target_ttft target_reads times curve",
     "Images": "image_size frames fps fit image max_images max_pixels max_request_pixels",
     "Answer": "max_tokens temperature top_k top_p repetition_penalty keep_special_tokens stop deadline_ms tokens text_tokens",
     "Engines": "context turn images unpruned level workspace reuse ignore_memory",
     "Access": "host port api_key_file no_auth forwarded_allow_ips allow_origin",
     "Limits": "parallel queue per_client max_connections max_body_bytes max_kv_bytes cache_bytes grace",
-    "Running": "provider threads check require_signature energy",
-    "Output": "output overlay plot force as_json _click_default_help",
+    "Running": "provider device threads check require_signature energy",
+    "Output": "output predictions overlay plot force as_json _click_default_help",
 }
 _SECTION_OF = {name: section for section, names in _SECTIONS.items() for name in names.split()}
 _FEWEST = 8  # options that a page with sections has

@@ -17,6 +17,9 @@ from edgeprune.targets import TARGETS, target_hint
 
 # Copied from edgeprune.runtime.backends.providers, whose import of ONNX Runtime is too slow for --help.
 PROVIDERS = ("cpu", "cuda", "ort-tensorrt", "openvino", "tensorrt")
+# Likewise of edgeprune.calibration.metrics and edgeprune.calibration.data.formats.
+METRICS = ("exact", "vqa", "anls", "choice", "yes-no", "facts", "cider")
+FORMATS = ("pope", "gqa", "textvqa", "mmmu", "scienceqa", "coco-captions")
 FPS = 2.0
 _GEOMETRY_OPTIONS = ("image_size", "frames", "fps")  # may be combined with --tier
 _SIZE_EXAMPLE = "Write height x width, such as 448x336."

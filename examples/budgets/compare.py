@@ -23,6 +23,7 @@ from rich.console import Console
 import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, Score, read_samples, score
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, Cost, evaluate
+from edgeprune.calibration.predictions import Prediction
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.cli.output.progress import CommandProgress
 from edgeprune.export.exporter import export_bundle
@@ -90,7 +91,7 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
         for done, sample in enumerate(samples, start=1):
             text = _answer_with_transformers(loaded, processor, sample, clocks)
             answer = model.generate(sample.image, sample.prompt)
-            ours.add(answer.receipt)
+            ours.add(Prediction.of(answer))
             agreed += answer.text == text
             points[sample.kind == DESCRIBE] += score(sample, text)
             counted(done)

@@ -118,7 +118,7 @@ def test_samples_are_drawn_by_the_seed(samples: list[Sample]) -> None:
 @pytest.fixture(scope="module")
 def pair(samples: list[Sample]) -> Sample:
     """Return a question about two images."""
-    images = tuple(sorted({image for sample in samples for image in sample.images}))
+    images = tuple(sorted({image for sample in samples for image in sample.images}, key=str))
     return replace(samples[0], image=images)
 
 

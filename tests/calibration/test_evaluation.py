@@ -31,6 +31,7 @@ class Receipt:
     kv_bytes: int = 8
     visual_kv_share: float = 0.5
     visual_read_share: float = 0.25
+    finish_reason: str = "end"
 
 
 @dataclass

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from edgeprune.calibration.data.samples import StoredImage
 from fuzz.target import Broken
 
 
@@ -80,6 +81,7 @@ _PLAIN: dict[Any, Callable[[object], bool]] = {
     float: is_number,
     bool: lambda value: isinstance(value, bool),
     Path: lambda value: isinstance(value, Path),
+    StoredImage: lambda value: isinstance(value, StoredImage),
     type(None): lambda value: value is None,
     Any: lambda value: True,
 }

@@ -9,11 +9,14 @@ from random import Random
 import numpy as np
 import recordings_jetson
 
+from edgeprune.calibration.data.formats import format_names, read_format
 from edgeprune.calibration.data.samples import Sample, read_samples, score
 from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
+from edgeprune.calibration.metrics import metric_for
 from edgeprune.device.power import Tegrastats, parse_tegrastats
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.device.roofline import Peaks
+from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.plan import Geometry
 from fuzz.conforming import check_type, is_number, is_whole
 from fuzz.files import in_file, scratch
@@ -118,6 +121,38 @@ def samples() -> Target:
     ]
     text = "\n".join(map(json.dumps, lines))
     return Target(_read, (text.encode(), json.dumps(lines[0]).encode()), _lines_variant)
+
+
+def _read_published(data: bytes) -> bool:
+    path = in_file(data, "published.json")
+    refused: list[EdgePruneError] = []
+    for name in format_names():
+        try:
+            published = read_format(name, path, 9)
+            metric, usable = metric_for(published.metric, published.samples, refused.append)
+        except UsageError as error:
+            refused.append(error)
+            continue
+        for sample in usable:
+            check_type(sample, Sample, "the sample")
+            points = metric.score(sample, "The answer is (A), a red cup.")
+            demand(0 <= points.correct <= 10 and 0 <= metric.value(points, 1) <= 10, "points beyond the bounds")
+    if len(refused) == len(format_names()):
+        raise refused[0]
+    return True
+
+
+def published() -> Target:
+    """Return the target of files of published benchmarks."""
+    (scratch() / "a.jpg").write_bytes(b"")
+    pope = {"image": "a.jpg", "text": "Is there a cup?", "label": "yes", "category": "random"}
+    gqa = {"1": {"imageId": "a", "question": "Is it red?", "answer": "no", "types": {"structural": "verify"}}}
+    textvqa = {"data": [{"image_id": "a", "question": "What does it say?", "answers": ["stop"] * 10}]}
+    science = {"1": {"question": "Which?", "choices": ["a cup", "a box"], "answer": 1, "hint": "Look.", "image": "../../a.jpg"}}
+    captions = [{"image_id": number, "caption": caption} for number, caption in ((1, "A cup."), (2, "A box."), (1, "One cup."))]
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}], "annotations": captions}
+    (scratch() / "1").mkdir(exist_ok=True)
+    return Target(_read_published, tuple(json.dumps(each).encode() for each in (pope, gqa, textvqa, science, coco)), json_variant)
 
 
 def _parse_line(data: bytes) -> bool:

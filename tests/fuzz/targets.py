@@ -38,6 +38,7 @@ TARGETS = {
     "image_urls": Entry("fuzz.pictures:image_urls", 600, 4, ("starlette",)),
     "manifests": Entry("fuzz.bundles:manifests", 900, 5),
     "plans": Entry("fuzz.plans:plans", 1200, 15),
+    "published": Entry("fuzz.records:published", 300, 3),
     "ros_images": Entry("fuzz.pictures:ros_images", 500, 5, ("cyclonedds",)),
     "samples": Entry("fuzz.records:samples", 600, 3),
     "schemas": Entry("fuzz.answers:schemas", 500, 3, ("llguidance",)),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.calibrate import CalibrationResult
     from edgeprune.calibration.data.samples import BadSampleError
     from edgeprune.calibration.evaluation import EvalReport
+    from edgeprune.calibration.metrics import Metric
     from edgeprune.calibration.search.pareto import Point
     from edgeprune.export.verification import ParityStage
     from edgeprune.plan import KeepPlan, Option
@@ -241,16 +242,23 @@ def show_skipped(skipped: Sequence[object]) -> None:
         click.echo(f"{len(skipped)} bad sample{'s' * (len(skipped) > 1)} skipped", err=True)
 
 
-def _evaluation_lines(kind: str, row: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    # Descriptions have a line for each measure of their facts, all others one.
-    if "f1" not in row:
-        return [[kind, str(row["asked"]), *(f"{row[name]:.1%}" for name in columns)]]
+_MEASURES = {"f1": "F1", "yes_ratio": 'answers "yes"'}
+
+
+def _evaluation_lines(kind: str, row: Mapping[str, Any], columns: Sequence[str], metric: Metric) -> list[list[str]]:
+    # A kind with several measures has a line for each, all others one.
+    shown = "{:.1%}" if metric.percent else "{:.3f}"
+    measures = list(metric.measures_of(kind))
+    if len(measures) == 1:
+        forms = [shown if name in ("pruned", "unpruned") else "{:.1%}" for name in columns]
+        return [[kind, str(row["asked"]), *(form.format(row[name]) for form, name in zip(forms, columns, strict=True))]]
+    of = " of facts" if "accuracy" not in measures else ""
     lines = []
-    for measure, shown in (("f1", "F1 of facts"), ("precision", "precision of facts"), ("recall", "recall of facts")):
-        whole = row if measure == "f1" else {}
+    for number, measure in enumerate(measures):
+        whole = row if number == 0 else {}
         cells = [row[measure].get(name, whole.get(name)) for name in columns]
-        asked = str(row["asked"]) if whole else ""
-        lines.append([f"{kind}: {shown}", asked, *("" if cell is None else f"{cell:.1%}" for cell in cells)])
+        label = f"{kind}: {_MEASURES.get(measure, measure)}{of}"
+        lines.append([label, str(row["asked"]) if whole else "", *("" if cell is None else f"{cell:.1%}" for cell in cells)])
     return lines
 
 
@@ -262,7 +270,8 @@ def show_evaluation(report: EvalReport, skipped: Sequence[BadSampleError], as_js
         show_json(data)
         return
     columns = [name for name in ("pruned", "unpruned", "agreement", "visual_reads") if name in next(iter(data["kinds"].values()))]
-    rows = [line for kind, row in data["kinds"].items() for line in _evaluation_lines(kind, row, columns)]
+    rows = [line for kind, row in data["kinds"].items() for line in _evaluation_lines(kind, row, columns, report.metric)]
+    click.echo(f"metric: {report.metric.name}\n")
     show_table(["kind", "asked", *(name.replace("_", " ") for name in columns)], rows, as_json=False)
     costs = [
         [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}", f"{c['visual_kv']:.0%}"]
