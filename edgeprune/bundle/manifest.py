@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,13 +17,13 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
 _BIDIRECTIONAL = "paligemma"  # the one family with such prompts before schema 7, whose manifests do not say so
 # What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
-_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}}
+_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}, 9: {"wide_products": None}}
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ class Manifest:
     `encoder_blocks`: blocks of the vision encoder. `image`: how images are represented in the text. `end_tokens`: token ids.
     `generation`: how logits are changed. `versions`: packages that wrote it. `tiers`: names, best first; empty for a single plan.
     `target` and `precision`: how the graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
+    `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
+    hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9.
     """
 
     source: Source
@@ -170,11 +173,12 @@ class Manifest:
     graphs: Mapping[str, GraphRecord]
     files: Mapping[str, FileRecord]
     tiers: tuple[str, ...] = ()
+    wide_products: Mapping[str, float] | None = None
 
     @property
     def lowering(self) -> Lowering:
         """How the graphs were lowered; raises UsageError if this version does not know the target."""
-        return Lowering(target_named(self.target), self.precision)
+        return Lowering(target_named(self.target), self.precision, tuple(self.wide_products or ()))
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
@@ -205,6 +209,7 @@ class Manifest:
                 graphs={_text(name): _graph(record) for name, record in data["graphs"].items()},
                 files={_text(name): from_json(FileRecord, record, name) for name, record in data["files"].items()},
                 tiers=tuple(map(_text, _list(data["tiers"]))),
+                wide_products=_wide_products(data["wide_products"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error
@@ -291,6 +296,14 @@ def _generation(data: Any) -> GenerationDefaults:
     if defaults.repetition_penalty <= 0 or min(defaults.suppressed, default=0) < 0:
         raise ValueError(f"{defaults} cannot be applied")
     return defaults
+
+
+def _wide_products(data: Any) -> Mapping[str, float] | None:
+    if data is None:
+        return None
+    if not all(type(size) in (int, float) and 0 < size < math.inf for size in data.values()):
+        raise ValueError(f"products of the sizes {list(data.values())}")
+    return {_text(name): float(size) for name, size in data.items()}
 
 
 def _graph(record: Any) -> GraphRecord:
