@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from edgeprune.calibration.allocate.budgets import LayerClass, classify, vtw_plan
+from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, classify, vtw_plan
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
@@ -19,6 +20,7 @@ from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
 from edgeprune.calibration.search.pareto import Curve
+from edgeprune.calibration.search.tuning import Trial, tune
 from edgeprune.checkpoint.loading import LoadedModel, load_model
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
@@ -32,7 +34,8 @@ from edgeprune.registry import family_class
 class CalibrationResult:
     """A plan with its costs, or the path of statistics without a plan.
 
-    `flops`, `kv`: shares of the unpruned model's cost. `skipped`: why samples were left out.
+    `flops`, `kv`: shares of the unpruned model's cost. `skipped`: why samples were left out. `tried`: the options that were
+    compared, best first.
     """
 
     statistics: Path | None
@@ -45,6 +48,7 @@ class CalibrationResult:
     curve: Curve | None = None
     times: DeviceProfile | None = None
     skipped: tuple[str, ...] = ()
+    tried: tuple[Trial, ...] = ()
 
 
 def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> CalibrationResult:
@@ -95,35 +99,46 @@ def _calibrate(
         return CalibrationResult(path, statistics().samples)
     base = unpruned if options.onto is None else read_plan(options.onto, unpruned)
     loaded.check_plan(base)
-    plan = _allocate(options, base, statistics, partial(fit_decode_rate, loaded, samples, request, progress))
+    allocate = partial(_allocate, options, base, statistics, partial(fit_decode_rate, loaded, samples, request, progress))
+    tried: list[Trial] = []
+    if options.to_try:
+        progress.say("answering without pruning")
+        judge = Agreement(loaded, unpruned, samples, max_tokens=request.max_tokens, fit=request.fit, device=request.device)
+        progress.say("comparing options")
+        tried = tune(options.to_try, allocate, judge, progress.count)
+    plan = allocate(tried[0].options if tried else {})
     loaded.check_plan(plan)
-    classes = _classes(options, statistics)
-    return _save_plan(
-        options, loaded, plan, CalibrationResult(path if path.is_file() else None, len(samples), classes=tuple(classes))
-    )
+    found = path if path.is_file() else None
+    result = CalibrationResult(found, len(samples), classes=tuple(_classes(options, statistics)), tried=tuple(tried))
+    return _save_plan(options, loaded, plan, result)
 
 
 def _allocate(
-    options: CalibrateOptions, base: KeepPlan, statistics: Callable[[], Statistics], fit_rate: Callable[..., KeepPlan]
+    options: CalibrateOptions,
+    base: KeepPlan,
+    statistics: Callable[[], Statistics],
+    fit_rate: Callable[..., KeepPlan],
+    chosen: Mapping[str, Any],
 ) -> KeepPlan:
-    method, budget = str(options.method), float(options.budget or 0.0)
-    settings = options.allocation
+    # `chosen`: options that calibration compared, beside those that the user gave.
+    method, spent = str(options.method), float(options.spent or 0.0)
+    settings = {**options.allocation, **chosen}
     if method == DYRATE:
         rate = DecodeRateOptions(
-            budget, settings.get("form", "predictor"), settings.get("layer", 0), not settings.get("follow"), options.seed
+            spent, settings.get("form", "predictor"), settings.get("layer", 0), not settings.get("follow"), options.seed
         )
         collected = None if base.cache_cuts else statistics()
         return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
     if method == VTW and options.budget is None:
         return vtw_plan(statistics(), base, **settings)
-    return plan_for_budget(method, budget, base, statistics() if method in STATISTICAL else None, **settings)
+    return plan_for_budget(method, spent, base, statistics() if method in STATISTICAL else None, **settings)
 
 
 def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
-    settings, budget = options.settings, float(options.budget or 0.0)
+    settings = options.settings
     if options.method != PLPHP or settings.get("allocate", "classes") != "classes":
         return []
-    return classify(statistics(), budget, settings.get("delta", min(budget, 1 - budget) / 2))
+    return classify(statistics(), class_rule(statistics(), options.budget, settings))
 
 
 def _search_plan(

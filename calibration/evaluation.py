@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample, score
+from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample, Score, score
 from edgeprune.errors import UsageError
 from edgeprune.plan.tiers import tier_number
 from edgeprune.runtime import Answer, Receipt, Runtime
@@ -18,20 +18,19 @@ PRUNED, UNPRUNED = "pruned", "unpruned"
 
 @dataclass
 class KindScore:
-    """Totals for one kind of prompt: `right` of `of` points by variant; `agreed` of `total` pruned answers equal the unpruned ones.
+    """Totals for one kind of prompt: `points` by variant; `agreed` of `total` pruned answers equal the unpruned ones.
 
     `visual_reads`: the share of visual KV entries that decode steps read, summed over the pruned answers.
     """
 
     total: int = 0
-    right: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
-    of: dict[str, float] = field(default_factory=lambda: {PRUNED: 0.0, UNPRUNED: 0.0})
+    points: dict[str, Score] = field(default_factory=lambda: {PRUNED: Score(), UNPRUNED: Score()})
     agreed: int = 0
     visual_reads: float = 0.0
 
     def accuracy(self, variant: str) -> float:
-        """Return the share of points that a variant (PRUNED or UNPRUNED) scored."""
-        return self.right[variant] / self.of[variant] if self.of[variant] else 0.0
+        """Return the share of right short answers, or the F1 of the facts of descriptions, of a variant (PRUNED or UNPRUNED)."""
+        return self.points[variant].f1
 
     @property
     def agreement(self) -> float:
@@ -81,9 +80,7 @@ class EvalReport:
         entry = self.kinds.setdefault(sample.kind or "question", KindScore())
         entry.total += 1
         for variant, answer in answers.items():
-            points = score(sample, answer.text)
-            entry.right[variant] += points.correct
-            entry.of[variant] += points.total
+            entry.points[variant] += score(sample, answer.text)
             self.cost[variant].add(answer.receipt)
         if PRUNED in answers:
             entry.visual_reads += answers[PRUNED].receipt.visual_read_share
@@ -99,16 +96,18 @@ class EvalReport:
             total.agreed += entry.agreed
             total.visual_reads += entry.visual_reads
             for variant in (PRUNED, UNPRUNED):
-                total.right[variant] += entry.right[variant]
-                total.of[variant] += entry.of[variant]
+                total.points[variant] += entry.points[variant]
         return {**self.kinds, ALL: total}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON data."""
+        """Return the report as JSON data; descriptions also have the precision and recall of their facts, by variant."""
         variants = (PRUNED, UNPRUNED) if self.pruned else (UNPRUNED,)
         kinds: dict[str, Any] = {}
         for kind, entry in self.rows().items():
             kinds[kind] = {"asked": entry.total, **{variant: entry.accuracy(variant) for variant in variants}}
+            if kind == SHORT:
+                for measure in ("precision", "recall", "f1"):
+                    kinds[kind][measure] = {variant: getattr(entry.points[variant], measure) for variant in variants}
             if self.pruned:
                 kinds[kind]["agreement"] = entry.agreement
                 kinds[kind]["visual_reads"] = entry.visual_reads / max(entry.total, 1)

@@ -10,13 +10,15 @@ from typing import Any
 from edgeprune.calibration.allocate.recipes import STATISTICAL, method_names
 from edgeprune.calibration.data.samples import BadSampleError, Sample, draw_samples, read_samples
 from edgeprune.calibration.search.goal import Goal
+from edgeprune.calibration.search.tuning import check_samples, to_try
 from edgeprune.checkpoint.configuration import check_folder, check_size, decoder_layers
 from edgeprune.checkpoint.loading import ModelFolder, resolve_model
 from edgeprune.device.jetson import module_named
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
-from edgeprune.registry import unknown_method
+from edgeprune.plan import Option
+from edgeprune.registry import METHODS, options_of, unknown_method
 
 AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
 DROP = 0.01  # the loss of agreement that a search allows by default
@@ -87,6 +89,16 @@ class CalibrateOptions:
         ranking = _RANKING if self.method == PLPHP else ()
         return self.given(PLACES) | {name: value for name, value in self.settings.items() if name not in ranking}
 
+    @property
+    def spent(self) -> float | None:
+        """The share of the method's cost that the plan may spend: --budget, or r of PLPHP."""
+        return self.settings.get("r") if self.budget is None else self.budget
+
+    @property
+    def to_try(self) -> list[Option]:
+        """The options of the method whose values are compared."""
+        return to_try(options_of(self.method, calibration=True), self.settings) if self.method in METHODS else []
+
     def check(self) -> None:
         """Raise UsageError for options that do not belong together, are out of range, or name files that cannot be used."""
         if self.method is None:
@@ -106,14 +118,16 @@ class CalibrateOptions:
         self._check_foreign([name for name, value in unused.items() if value is not None])
         if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
             raise unknown_method(self.method, names)
+        self._check_files()
+
+    def _check_budget(self) -> None:
         if self.budget is not None and not 0.0 < self.budget <= 1.0:
             raise UsageError(
                 f"Budget {self.budget} is outside (0, 1].", hint="--budget 0.25 spends a quarter of the method's cost."
             )
-        self._check_files()
-
-    def _check_budget(self) -> None:
-        if self.method not in (AUTO, VTW) and self.budget is None:
+        if self.budget is not None and "r" in self.settings:
+            raise UsageError("--budget chooses r, so that it is the mean over the layers.", hint="Give --budget or --option r.")
+        if self.method not in (AUTO, VTW) and self.spent is None:
             raise UsageError(f"{self.method} needs a budget.", hint="For example: --budget 0.5")
         if self.method == VTW and self.budget is not None and self.settings:
             name = next(iter(self.settings))
@@ -184,6 +198,7 @@ def prepare(options: CalibrateOptions) -> CalibrationRequest:
     samples = draw_samples(read_samples(options.data, need_answers=False, on_bad=on_bad), options.limit, options.seed)
     if options.method == AUTO:
         _check_search(options, len(samples[1::2]))
+    check_samples(options.method or "", options.to_try, len(samples))
     return CalibrationRequest(options, folder, tuple(samples), tuple(skipped))
 
 

@@ -43,6 +43,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError
+from edgeprune.export.sizes import encoder_works
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.families.base import Family
 from edgeprune.io.files import new_folder
@@ -115,7 +116,7 @@ def _write_graphs(
         signals, projector = _signals(loaded.family, plan, graphs[VISION])
         for path, tier in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
             graphs[path] = trace_selector(parts, tier, signals, lowering, folder / path, projector)
-    if plan.follows_attention:
+    if plan.has_rate_predictor:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
     progress.begin("decoder")
     axes, others = loaded.family.position_axes, tuple(lower_tiers.values())
@@ -153,6 +154,7 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         versions={package: version(package) for package in _PACKAGES},
         graphs=graphs,
         files=record_files(folder, MANIFEST),
+        encoder_work=encoder_works(loaded.family, plan),
     )
 
 

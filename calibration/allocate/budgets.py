@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, Statistics
-from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, KeepPlan
+from edgeprune.errors import PlanError, UsageError
+from edgeprune.plan import CLASSES, Cut, KeepPlan
 from edgeprune.plan.presets import ranked_plan
 
 ATTENTIVE, BALANCED, INDIFFERENT = "attentive", "balanced", "indifferent"
+LIVE = "live"  # classes that every input picks
 VTW_ETA, VTW_FIRST = 0.003, 5  # the authors' threshold in nats, and the first layer that they look at
+_CENTRES = (np.arange(GAMMA_BINS) + 0.5) / GAMMA_BINS  # of the histogram of scores
 _GRID_STEPS = 200  # resolution of the least-cost allocator, per layer
 
 
@@ -32,23 +35,72 @@ class LayerClass:
     stability: float
 
 
-def classify(statistics: Statistics, share: float, delta: float, quantiles: tuple[float, float] = (0.25, 0.75)) -> list[LayerClass]:
-    """Return PLPHP's class of every layer: vision-attentive layers keep share + delta, vision-indifferent ones share - delta.
+@dataclass(frozen=True)
+class ClassRule:
+    """PLPHP's rule: a layer whose score is at least `alpha` keeps `r` + `delta`, one below `beta` keeps `r` - `delta`, others `r`.
 
-    Reconstruction: the paper's thresholds were not available, so quantiles of the mean score over the layers replace them.
+    Raises UsageError if beta is larger than alpha.
+    """
+
+    alpha: float
+    beta: float
+    r: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if self.beta > self.alpha:
+            raise UsageError(
+                f"beta {self.beta:.3g} is above alpha {self.alpha:.3g}.", hint="Give --option beta and alpha together."
+            )
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """The keep ratios of indifferent, balanced and attentive layers."""
+        low, middle, high = (min(1.0, max(0.0, self.r + shift)) for shift in (-self.delta, 0.0, self.delta))
+        return low, middle, high
+
+    def kinds(self, scores: np.ndarray) -> np.ndarray:
+        """Return the index in `shares` of each score."""
+        kinds: np.ndarray = np.searchsorted([self.beta, self.alpha], scores, side="right")
+        return kinds
+
+
+def class_rule(statistics: Statistics, share: float | None, settings: Mapping[str, Any]) -> ClassRule:
+    """Return the rule that `settings` (options of PLPHP) and the statistics give.
+
+    Without `r`, it is chosen so that the mean over the layers is `share`: over the frozen classes, or over the samples' own
+    classes if they are live. Reconstruction: the paper's thresholds were not available, so quartiles of the layers' mean scores
+    replace them.
     """
     histogram = statistics.mean("gamma")
-    centres = (np.arange(GAMMA_BINS) + 0.5) / GAMMA_BINS
-    means = histogram @ centres
-    beta, alpha = (float(np.quantile(means, quantile)) for quantile in quantiles)
-    per_bin = np.where(centres >= alpha, 2, np.where(centres < beta, 0, 1))
-    names, shifts = (INDIFFERENT, BALANCED, ATTENTIVE), (-delta, 0.0, delta)
-    classes = []
-    for layer, mean in enumerate(means):
-        kind = 2 if mean >= alpha else 0 if mean < beta else 1
-        kept = float(np.clip(share + shifts[kind], 0.0, 1.0))
-        classes.append(LayerClass(layer, names[kind], kept, float(mean), float(histogram[layer, per_bin == kind].sum())))
-    return classes
+    means = histogram @ _CENTRES
+    beta, alpha = (float(settings.get(name, np.quantile(means, part))) for name, part in (("beta", 0.25), ("alpha", 0.75)))
+    middle = float(settings.get("r", share))
+    rule = ClassRule(alpha, beta, middle, float(settings.get("delta", min(middle, 1 - middle) / 2)))
+
+    def mean_share(r: float) -> float:
+        shares = np.asarray(replace(rule, r=r).shares)
+        live = settings.get("classes") == LIVE
+        return float((histogram @ shares[rule.kinds(_CENTRES)]).mean() if live else shares[rule.kinds(means)].mean())
+
+    if "r" in settings or share is None or abs(mean_share(share) - share) < 1e-6:
+        return rule
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_share(middle) <= share else (low, middle)
+    return replace(rule, r=round(low, 4))
+
+
+def classify(statistics: Statistics, rule: ClassRule) -> list[LayerClass]:
+    """Return PLPHP's class of every layer by its mean score."""
+    histogram = statistics.mean("gamma")
+    means, per_bin = histogram @ _CENTRES, rule.kinds(_CENTRES)
+    names = (INDIFFERENT, BALANCED, ATTENTIVE)
+    return [
+        LayerClass(layer, names[kind], rule.shares[kind], float(mean), float(histogram[layer, per_bin == kind].sum()))
+        for layer, (kind, mean) in enumerate(zip(rule.kinds(means), means, strict=True))
+    ]
 
 
 def plphp_plan(statistics: Statistics, base: KeepPlan, shares: Sequence[float], *, prior: bool = False) -> KeepPlan:
@@ -58,6 +110,17 @@ def plphp_plan(statistics: Statistics, base: KeepPlan, shares: Sequence[float], 
     """
     counts = [int(base.tokens_at_layer(layer) * share + 1e-9) for layer, share in enumerate(shares)]
     return ranked_plan(base, counts, statistics.prior() if prior else None, **statistics.source.ranking)
+
+
+def live_plan(statistics: Statistics, base: KeepPlan, rule: ClassRule, *, prior: bool = False) -> KeepPlan:
+    """Return `base` with PLPHP cuts whose caches hold what an attentive layer keeps, and a decode cut that reads by class."""
+    low, middle, high = rule.shares
+    if not high:
+        raise PlanError("Attentive layers keep nothing.", hint="Ask for more: --budget or --option r.")
+    plan = plphp_plan(statistics, base, [high] * base.layers, prior=prior)
+    shares = [round(share / high, 5) for share in (low, middle, high)]
+    options = {"form": CLASSES, "thresholds": [round(rule.beta, 5), round(rule.alpha, 5)], "shares": shares}
+    return plan.with_cuts(Cut("decode", "plphp", 0, 0, options=options))
 
 
 def least_cost_shares(statistics: Statistics, share: float) -> list[float]:

@@ -12,7 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from edgeprune.calibration.allocate.budgets import classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
+from edgeprune.calibration.allocate.budgets import (
+    LIVE,
+    class_rule,
+    classify,
+    fitprune_plan,
+    least_cost_shares,
+    live_plan,
+    plphp_plan,
+    vtw_plan,
+)
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan, check_keep_ratio, keep_count
@@ -36,8 +45,8 @@ def method_names() -> list[str]:
 def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
     """Return `base` with a method's cuts, at `share` of the cost of `base`.
 
-    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; `allocate`, `delta` and `prior` of PLPHP; `stages` of
-    FitPrune; all others become options of the cut. Raises PlanError if the method cannot reach this cost.
+    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; the calibration options of PLPHP and FitPrune; all others
+    become options of the cut. Raises PlanError if the method cannot reach this cost.
     """
     check_keep_ratio(share)
     if method in STATISTICAL:
@@ -88,7 +97,11 @@ def _from_statistics(method: str, share: float, base: KeepPlan, statistics: Stat
         return fitprune_plan(statistics, base, share, **settings)
     if method == "vtw":
         return vtw_plan(statistics, base, share)
-    return plphp_plan(statistics, base, plphp_shares(statistics, share, settings), prior=bool(settings.get("prior")))
+    prior = bool(settings.get("prior"))
+    _check_allocator(settings)
+    if settings.get("classes") == LIVE:
+        return live_plan(statistics, base, class_rule(statistics, share, settings), prior=prior)
+    return plphp_plan(statistics, base, plphp_shares(statistics, share, settings), prior=prior)
 
 
 def plphp_shares(statistics: Statistics, share: float, settings: dict[str, Any]) -> list[float]:
@@ -98,8 +111,14 @@ def plphp_shares(statistics: Statistics, share: float, settings: dict[str, Any])
         return [share] * statistics.source.layers
     if allocate == "least-cost":
         return least_cost_shares(statistics, share)
-    delta = float(settings.get("delta", min(share, 1 - share) / 2))
-    return [layer.share for layer in classify(statistics, share, delta)]
+    return [layer.share for layer in classify(statistics, class_rule(statistics, share, settings))]
+
+
+def _check_allocator(settings: dict[str, Any]) -> None:
+    allocate = settings.get("allocate", ALLOCATORS[0])
+    for name in ("classes", "r", "delta", "alpha", "beta"):
+        if allocate != ALLOCATORS[0] and name in settings:
+            raise UsageError(f"Option {name!r} is of the classes, not of allocate={allocate}.", hint="Leave one of them out.")
 
 
 def _one_cut(method: str, share: float, base: KeepPlan, layer: int = DEFAULT_LAYER) -> KeepPlan:

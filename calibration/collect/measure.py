@@ -42,13 +42,13 @@ class Deletions:
         tokens = view.order.shape[0]
         self.counts.append(tokens)
         dropped = np.ones(tokens, bool)
-        for mass, left in zip(_mean_received(view), self._left, strict=True):
+        for mass, left in zip(mean_received(view), self._left, strict=True):
             dropped &= _droppable(mass, left[layer])
         return torch.from_numpy(np.flatnonzero(~dropped)).to(view.order.device)
 
 
-def _mean_received(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
-    # The attention that each visual token receives from text and from visual tokens [V], both the mean over the queries.
+def mean_received(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
+    """Return the attention that each visual token receives from text and from visual tokens [V], both the mean over the queries."""
     cross, within = attention_received(view)
     return cross.double().cpu().numpy(), within.double().cpu().numpy() / max(within.shape[0], 1)
 
@@ -93,7 +93,7 @@ class SampleMeter:
         def probe(layer: int, view: LayerView) -> None:
             gamma = float(vision_attention_score(view.attention()))
             values["gamma"][layer, min(int(gamma * GAMMA_BINS), GAMMA_BINS - 1)] = 1.0
-            for totals, received in zip((cross, within), _mean_received(view), strict=True):
+            for totals, received in zip((cross, within), mean_received(view), strict=True):
                 totals.append(float(received.sum()))
 
         decoder = self._recorder.decoder

@@ -57,14 +57,33 @@ OnBadSample = Callable[[BadSampleError], None]
 
 @dataclass(frozen=True)
 class Score:
-    """`correct` of `total` points: one point for a short answer, one per stated fact for a description.
+    """Points of one answer, or added up over several: one point for a short answer, one per fact for a description.
 
-    `recall`: the share of true facts that were stated; 1 or 0 for a short answer.
+    `correct`: those that are both `stated` in the answer and `true`. A short answer states one thing, and one is true of it.
     """
 
-    correct: float
-    total: float
-    recall: float
+    correct: float = 0.0
+    stated: float = 0.0
+    true: float = 0.0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.correct + other.correct, self.stated + other.stated, self.true + other.true)
+
+    @property
+    def precision(self) -> float:
+        """The share of stated facts that are true. An answer that says little may reach 1."""
+        return self.correct / self.stated if self.stated else 0.0
+
+    @property
+    def recall(self) -> float:
+        """The share of true facts that are stated."""
+        return self.correct / self.true if self.true else 0.0
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of precision and recall; for short answers the share of right ones."""
+        either = self.stated + self.true
+        return 2 * self.correct / either if either else 0.0
 
 
 def read_samples(
@@ -123,10 +142,9 @@ def score(sample: Sample, text: str) -> Score:
     """
     if sample.kind == DESCRIBE:
         stated, true = parse_description(text), parse_description(sample.answer)
-        correct = len(stated & true)
-        return Score(correct, max(len(stated), 1), correct / max(len(true), 1))
+        return Score(len(stated & true), len(stated), len(true))
     match = float(_normalize(text) in map(_normalize, (sample.answer, *sample.accepted)))
-    return Score(match, 1.0, match)
+    return Score(match, 1.0, 1.0)
 
 
 def _parse_sample(path: Path, number: int, line: bytes, need_answers: bool) -> Sample:

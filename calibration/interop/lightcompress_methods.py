@@ -8,8 +8,8 @@ SparseVLM               cut after layer `pruning_loc`, that is before the next; 
 DivPrune                keep round(N (1 - `reduction_ratio`)) tokens at the input
 VisionZip               keep `dominant` plus `contextual` tokens, or shares of N, at the input
 
-Two departures come from our methods: random tokens are drawn once instead of per image, and kept tokens retain their positions,
-where LightCompress renumbers those of PyramidDrop.
+Three departures come from our methods: random tokens are drawn once instead of per image; kept tokens retain their positions,
+where LightCompress renumbers those of PyramidDrop; and the tokens of all views of an image are ranked together.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class TorchBackend:
         self._selector = input_selector(plan, parts.hidden, projector).to(device) if plan.input else None
         self._rate_predictor = (
             method_class(plan.decode.method)(plan.decode, plan.geometry).rate_predictor().to(device)
-            if plan.decode and plan.follows_attention
+            if plan.decode and plan.has_rate_predictor
             else None
         )
 
@@ -101,7 +101,7 @@ class TorchBackend:
             for part in (tokens.prefix, tokens.visual, tokens.suffix)
         ]
         caches = self._decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual, *cache.states)])
-        groups = self._tensor(tokens.text_groups) if self._rate_predictor is not None else None
+        groups = self._tensor(tokens.text_groups) if self._plan.follows_attention else None
         output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), text_groups=groups)
         return DecoderOutput(
             _array(output.logits)[0, 0],

@@ -14,7 +14,7 @@ from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.candidates import ENCODER, encoder_blocks
 from edgeprune.calibration.search.goal import Goal
 from edgeprune.calibration.search.objectives import Agreement, encoder_ms, predicted_ttft
-from edgeprune.calibration.search.pareto import Curve, Point
+from edgeprune.calibration.search.pareto import Curve, Point, facts_of
 from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.profile import DeviceProfile
@@ -35,8 +35,10 @@ def decode_rate_points(found: Point, reads: float, fit_rate: FitRate, held_out: 
     for form in FORMS:
         plan = fit_rate(found.plan, DecodeRateOptions(reads, form))
         counted = progress.count(f"dyrate ({form}), samples", len(held_out))
-        score = held_out.score(plan, len(held_out), counted)
-        points.append(replace(found, name=f"{found.name} + dyrate ({form})", group="composed", plan=plan, score=score))
+        agreed = held_out.score(plan, len(held_out), counted)
+        precision, recall = facts_of(agreed.facts)
+        named = replace(found, name=f"{found.name} + dyrate ({form})", group="composed")
+        points.append(replace(named, plan=plan, score=agreed.mean, precision=precision, recall=recall))
     return sorted(points, key=lambda point: -point.score)
 
 

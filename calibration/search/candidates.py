@@ -17,16 +17,13 @@ from edgeprune.calibration.search.pareto import PlanFactory
 from edgeprune.errors import PlanError
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import encoder_count
+from edgeprune.registry import METHODS, options_of
 
 BASELINES = ("random", "uniform", RESIZE)
 ENCODER = "evit"  # the method that ranks inside the vision encoder
 Recipe = tuple[str, PlanFactory]  # group (a method or "composed") and plan factory
 Part = Callable[[float], float]  # maps the total cost share to the share of tokens that one of several cuts keeps, in (0, 1]
-_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "zspaprune": [{"core": 0.0}, {"core": 0.15}, {"core": 0.3}, {"core": 0.5}, {"core": 0.3, "relevance": "max"}],
-    "cdpruner": [{"weight": 0.2}, {"weight": 0.5}, {"weight": 0.8}],
-    "fastv": [{"layer": 1}, {"layer": 2}, {"layer": 3}],
-}
+_LAYERS = {"fastv": (1, 2, 3)}
 _ENCODER_DEPTHS = (1 / 3, 1 / 2, 2 / 3)  # relative depths of cuts inside the vision encoder
 _INPUT_FACTORS = (1.25, 1.6, 2.2)  # an input cut keeps this multiple of the mean if layer cuts follow
 _ENCODER_RATIOS = (0.75, 0.5)  # keep ratios of vision cuts that other cuts follow
@@ -47,11 +44,19 @@ def single_method_candidates(unpruned: KeepPlan, statistics: Statistics, blocks:
     for method in method_names():
         if method in (ENCODER, "plphp"):  # ENCODER needs block numbers and follows below; PLPHP does not reduce prefill
             continue
-        for settings in _VARIANTS.get(method, [{}]):
+        for settings in _variants(method):
             yield method, partial(_single_method, method, settings, unpruned, statistics)
     for places in encoder_places(blocks):
         for method in (ENCODER, "uniform"):
             yield method, partial(encoder_plan, unpruned, method, places)
+
+
+def _variants(method: str) -> list[dict[str, Any]]:
+    # The defaults, and each option that calibration compares at each of its other values.
+    if method in _LAYERS:
+        return [{"layer": layer} for layer in _LAYERS[method]]
+    declared = options_of(method) if method in METHODS else ()
+    return [{}, *({option.name: value} for option in declared for value in option.tries if value != option.default)]
 
 
 def _single_method(method: str, settings: dict[str, Any], unpruned: KeepPlan, statistics: Statistics, share: float) -> KeepPlan:
@@ -61,7 +66,7 @@ def _single_method(method: str, settings: dict[str, Any], unpruned: KeepPlan, st
 def input_cuts() -> list[Cut]:
     """Return a cut of every input method that may follow vision cuts, in its variants, with a placeholder keep budget of 1."""
     methods = [method for method in INPUT if method not in (*BASELINES, "evs")]
-    return [Cut("input", method, 1, options=options) for method in methods for options in _VARIANTS.get(method, [{}])]
+    return [Cut("input", method, 1, options=options) for method in methods for options in _variants(method)]
 
 
 def encoder_blocks(blocks: int) -> list[int]:

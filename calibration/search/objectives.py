@@ -8,22 +8,22 @@ answers under a plan with those of the unpruned model, so samples need no refere
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from edgeprune.calibration.data.samples import Sample, score
+from edgeprune.calibration.data.samples import Sample, Score, score
 from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
-from edgeprune.families.base import DecoderParts
+from edgeprune.families.base import DecoderParts, encoder_work
 from edgeprune.io.progress import SILENT, Count, Progress
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime import Runtime
+from edgeprune.tabletop.questions import DESCRIBE
 
 _EFFICIENCY = 0.5, 0.7  # of peak compute and bandwidth; the middle of what engines usually reach
 
@@ -83,10 +83,8 @@ def roofline_times(loaded: LoadedModel, geometry: Geometry, device: str) -> Roof
     """
     module = module_named(device)
     parts = loaded.family.decoder()
-    tower = loaded.family.vision(geometry).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tower(torch.zeros(*tower.takes))
-    vision = _milliseconds(module, counter.get_total_flops(), tower)
+    tower = loaded.family.vision(geometry)
+    vision = _milliseconds(module, encoder_work(tower).total, tower)
     weights = sum(parameter.numel() for parameter in parts.layers.parameters())
     attention = 2.0 * parts.heads * parts.head_dim * len(parts.layers)
     counts = [geometry.tokens * part // PARTS + TEXT for part in range(PARTS + 1)]
@@ -100,6 +98,14 @@ def _milliseconds(module: Module, operations: float, part: torch.nn.Module) -> f
     compute, bandwidth = _EFFICIENCY
     size = 2.0 * sum(parameter.numel() for parameter in part.parameters())
     return 1e3 * max(operations / (module.tflops() * 1e12 * compute), size / (module.bandwidth * 1e9 * bandwidth))
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """How far answers agree with the unpruned ones: `mean` over samples, 0 to 1, and the `facts` of descriptions, added up."""
+
+    mean: float
+    facts: Score = field(default_factory=Score)
 
 
 class Agreement:
@@ -128,16 +134,17 @@ class Agreement:
         """Raise PlanError if the model does not support a plan."""
         self._loaded.check_plan(plan)
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> float:
-        """Return the mean score over the first `count` samples: 1 for an equal answer, the share of facts for a description."""
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
+        """Return the agreement over the first `count` samples: 1 for an equal answer, the F1 of its facts for a description."""
         samples = self._samples[:count]
         points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples, progress), strict=True)]
-        return sum(min(point.correct / point.total, point.recall) for point in points) / len(points)
+        described = [point for sample, point in zip(samples, points, strict=True) if sample.kind == DESCRIBE]
+        return Agreed(sum(point.f1 for point in points) / len(points), sum(described, Score()))
 
     def divergences(self, plans: Sequence[KeepPlan], progress: Count = lambda done: None) -> list[float]:
         """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.
 
-        This distinguishes plans that agree equally well on few samples.
+        This distinguishes plans that agree equally well on few samples. `progress` is called with the number of finished samples.
         """
         reference, *pruned = (Recorder(self._loaded, plan, 1, self._device) for plan in (self._unpruned, *plans))
         tokenizer = reference_model(self._loaded, self._unpruned, self._device).tokenizer

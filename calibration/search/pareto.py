@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.calibration.data.samples import Score
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.io.files import write_text
 from edgeprune.io.typed_json import fault
@@ -59,6 +60,7 @@ class Point:
 
     `group`: the method, or "composed". `flops`, `kv`: shares of the unpruned decoder's visual work in prefill and of its visual KV
     cache after it. `ttft_ms`: if times are known. `score`: agreement with the unpruned answers, 0 to 1, over `samples` samples.
+    `precision`, `recall`: of the facts of descriptions among them, if there are any.
     """
 
     name: str
@@ -69,12 +71,27 @@ class Point:
     samples: int
     plan: KeepPlan
     ttft_ms: float | None = None
+    precision: float | None = None
+    recall: float | None = None
 
     def cost(self, axis: str) -> float:
         """Return the cost on the axis "flops", "kv" or "ttft_ms"."""
         value = {"flops": self.flops, "kv": self.kv, "ttft_ms": self.ttft_ms}[axis]
         assert value is not None
         return value
+
+    @property
+    def f1(self) -> float | None:
+        """The F1 of the facts of descriptions, if there are any."""
+        if self.precision is None or self.recall is None:
+            return None
+        total = self.precision + self.recall
+        return 2 * self.precision * self.recall / total if total else 0.0
+
+
+def facts_of(facts: Score) -> tuple[float | None, float | None]:
+    """Return the precision and recall of a point; None without facts."""
+    return (facts.precision, facts.recall) if facts.true else (None, None)
 
 
 @dataclass(frozen=True)

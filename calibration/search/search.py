@@ -23,7 +23,7 @@ from edgeprune.calibration.search.candidates import (
     single_method_candidates,
 )
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, predicted_ttft
-from edgeprune.calibration.search.pareto import Budget, PlanFactory, Point
+from edgeprune.calibration.search.pareto import Budget, PlanFactory, Point, facts_of
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts
@@ -123,9 +123,8 @@ class Search:
         )
         ttft = None if self.times is None else self._ttft_ms(plan)
         flops, kv = flops_share(self.parts, plan, self.unpruned), kv_share(plan, self.unpruned)
-        return Point(
-            name, group, flops, kv, self.agreement.score(plan, count, lambda done: counted(before + done)), count, plan, ttft
-        )
+        agreed = self.agreement.score(plan, count, lambda done: counted(before + done))
+        return Point(name, group, flops, kv, agreed.mean, count, plan, ttft, *facts_of(agreed.facts))
 
     def _ttft_ms(self, plan: KeepPlan) -> float:
         assert self.times is not None

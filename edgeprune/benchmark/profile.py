@@ -1,4 +1,4 @@
-"""Measure this machine: peak arithmetic, memory bandwidth, and the times of a bundle's vision encoder and prefill.
+"""Measure this machine: peaks of arithmetic and bandwidth, times of a bundle's vision encoder and prefill, nodes in a step.
 
 Matrix products run in ONNX Runtime, with the same kernels as a bundle's graphs. numpy reads memory, one piece per thread. The best
 of several runs counts. The graph of a matrix product is written as protobuf bytes, because the runtime does not depend on the onnx
@@ -12,21 +12,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from edgeprune.bundle import VISION, Bundle
+from edgeprune.bundle import VISION, Bundle, DecoderShape
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
 from edgeprune.io.progress import SILENT, Progress
 from edgeprune.io.protobuf import integers, message
-from edgeprune.runtime.backends.interface import Backend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
-from edgeprune.runtime.backends.providers import open_backend
+from edgeprune.runtime.backends.onnxruntime import nodes_run
+from edgeprune.runtime.backends.providers import ONNXRUNTIME, open_backend
 from edgeprune.runtime.generation.sequence import text_positions
 
 _FLOAT, _INT8, _INT32, _FLOAT16 = 1, 3, 6, 10  # of TensorProto.DataType
@@ -153,21 +154,31 @@ def profile(
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
     measured, prefill = progress.count("prefill lengths", len(counts)), list[float]()
     for count in counts:
-        prefill.append(_prefill_ms(backend, rng, count, shape.width, shape.position_axes, empty, repeats))
+        step = _text_input(shape, rng, count + TEXT)
+        prefill.append(_median_ms(partial(backend.forward, step, empty), repeats))
         measured(len(prefill))
     progress.say("peaks of the processor")
     peaks = measure_peaks(threads) if provider == "cpu" else None
     return DeviceProfile(device, "measured", geometry.tokens, vision, tuple(prefill), peaks)
 
 
-def _prefill_ms(
-    backend: Backend, rng: np.random.Generator, count: int, width: int, axes: int, cache: KvCache, repeats: int
-) -> float:
-    # Passed as text tokens, which no plan prunes.
-    tokens = TokenSegment(rng.standard_normal((1, count + TEXT, width), np.float32), text_positions(0, count + TEXT, axes))
-    nothing = TokenSegment(np.zeros((1, 0, width), np.float32), np.zeros((axes, 0), np.int64))
-    step = DecoderInput(nothing, nothing, tokens, np.zeros(0, np.int64), np.zeros((count + TEXT, 3), np.float32))
-    return _median_ms(lambda: backend.forward(step, cache), repeats)
+def step_nodes(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> int | None:
+    """Return how many nodes of a bundle's decoder run in a decode step on ONNX Runtime; None on TensorRT engines.
+
+    Raises EngineError if the provider is not available. The number is the same for any length of the KV cache.
+    """
+    if provider not in ONNXRUNTIME:
+        return None
+    step = _text_input(bundle.manifest.decoder, np.random.default_rng(0), 1)
+    return nodes_run(bundle, step, KvCache.empty(bundle.manifest.decoder, bundle.plan), threads, providers=ONNXRUNTIME[provider])
+
+
+def _text_input(shape: DecoderShape, rng: np.random.Generator, count: int) -> DecoderInput:
+    # Tokens of text, which no plan prunes.
+    axes, embeds = shape.position_axes, rng.standard_normal((1, count, shape.width), np.float32)
+    nothing = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((axes, 0), np.int64))
+    tokens = TokenSegment(embeds, text_positions(0, count, axes))
+    return DecoderInput(nothing, nothing, tokens, np.zeros(0, np.int64), np.zeros((count, 3), np.float32))
 
 
 def _median_ms(run: Callable[[], object], repeats: int) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from edgeprune.benchmark.variants import Variant
 from edgeprune.bundle import DECODER, PLAN, VISION, Bundle, Manifest
 from edgeprune.device.onnx_file import Graph, read_graph
-from edgeprune.device.roofline import Peaks, prefill_operations, vision_operations
+from edgeprune.device.roofline import Peaks, prefill_operations
 from edgeprune.device.workload import Workload, workload_of
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
@@ -72,14 +72,16 @@ class Startup:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Lower bounds in milliseconds, and their shares of the measured times: `ttft` (vision encoder and prefill) and `token`.
+    """Lower bounds in milliseconds of vision encoder, prefill and decode step, and their shares of the measured times.
 
-    `arithmetic`: of the weights of vision encoder and decoder.
+    `ttft`: the share of vision encoder and prefill together. `arithmetic`: of the weights of vision encoder and decoder.
     """
 
     vision_ms: float
     prefill_ms: float
     token_ms: float
+    vision: float
+    prefill: float
     ttft: float
     token: float
     arithmetic: tuple[str, str]
@@ -91,7 +93,8 @@ class VariantResult:
 
     `visual_tokens`: mean over the layers in prefill. `reused`: whether the second question about the image reused its KV caches.
     `cuts`: name and visual tokens before and after each. `weight_bytes`: of the bundle's graphs. `decode_kv_bytes`: mean bytes of
-    the caches that a decode step reads. `contexts`, `startup` and `roofline` are empty or None if not measured.
+    the caches that a decode step reads. `step_nodes`: nodes of the graph that run in a decode step; None if unknown. `contexts`,
+    `startup` and `roofline` are empty or None if not measured.
     """
 
     name: str
@@ -107,6 +110,7 @@ class VariantResult:
     contexts: tuple[ContextPoint, ...] = ()
     startup: Startup | None = None
     roofline: Roofline | None = None
+    step_nodes: int | None = None
 
     @property
     def rss_ratio(self) -> float | None:
@@ -170,9 +174,14 @@ class Sizes:
     decoder: Graph
 
 
+def bundle_at(path: Path) -> Bundle:
+    """Return a bundle that was loaded and checked before."""
+    return Bundle(path, Manifest.load(path), KeepPlan.load(path / PLAN))
+
+
 def sizes_of(path: Path) -> Sizes:
     """Return the sizes of a bundle that was loaded and checked before; raise BundleError if a graph cannot be read."""
-    bundle = Bundle(path, Manifest.load(path), KeepPlan.load(path / PLAN))
+    bundle = bundle_at(path)
     work = workload_of(bundle, text_tokens=1, generated=1)
     return Sizes(work, read_graph(bundle.file(VISION)), read_graph(bundle.file(DECODER)))
 
@@ -186,12 +195,13 @@ def with_roofline(figures: VariantResult, asked: Variant, sizes: Sizes, peaks: P
     work = replace(work, alive=asked.alive, text_tokens=figures.text_tokens)
     names = arithmetic_of(sizes.vision, peaks), arithmetic_of(sizes.decoder, peaks)
     weights = sum(sizes.decoder.bytes.values())
-    vision = peaks.least_ms(vision_operations(work), names[0], sum(sizes.vision.bytes.values()))
+    vision = peaks.least_ms(work.tower.work, names[0], sum(sizes.vision.bytes.values()))
     prefill = peaks.least_ms(prefill_operations(work), names[1], weights)
     token = 1e3 * (weights + figures.decode_kv_bytes) / peaks.bandwidth
-    costs = figures.costs
-    measured = costs["vision_ms"].p50 + costs["prefill_ms"].p50
-    line = Roofline(vision, prefill, token, (vision + prefill) / measured, token / costs["ms_per_token"].p50, names)
+    took = [figures.costs[name].p50 for name in ("vision_ms", "prefill_ms", "ms_per_token")]
+    shares = [least / measured for least, measured in zip((vision, prefill, token), took, strict=True)]
+    ttft = (vision + prefill) / (took[0] + took[1])
+    line = Roofline(vision, prefill, token, shares[0], shares[1], ttft, shares[2], names)
     contexts = tuple(
         replace(at, roofline=1e3 * (weights + at.kv_bytes) / peaks.bandwidth / at.ms_per_token.p50) for at in figures.contexts
     )

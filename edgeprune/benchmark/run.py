@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.benchmark.profile import measure_peaks
+from edgeprune.benchmark.profile import measure_peaks, step_nodes
 from edgeprune.benchmark.results import (
     ContextPoint,
     RoundCosts,
     Startup,
     VariantResult,
+    bundle_at,
     decode_kv_bytes,
     ratios,
     row_of,
@@ -171,6 +172,10 @@ def benchmark(
     if peaks is None and provider == "cpu":
         progress.say("peaks of the processor")
         peaks = measure_peaks(threads)
+    results, kinds = bench.figures(context_points, peaks), bench.release_models()
+    progress.say("nodes of a decode step")
+    nodes = {path: step_nodes(bundle_at(path), provider, threads) for path in dict(kinds)}
+    results = [replace(one, step_nodes=nodes[path]) for one, (path, _) in zip(results, kinds, strict=True)]
     return Benchmark(
         request=request,
         machine=machine or read_machine(),
@@ -180,7 +185,7 @@ def benchmark(
         power_rails=reading.rails if reading is not None else (),
         peaks=peaks,
         peaks_from="measured" if device_report is None else str(device_report),
-        variants=_with_startup(bench.figures(context_points, peaks), bench.release_models(), request, startup, progress),
+        variants=_with_startup(results, kinds, request, startup, progress),
         growth=growth,
     )
 

@@ -152,7 +152,7 @@ def _load_plans(folder: Path, manifest: Manifest) -> tuple[KeepPlan, tuple[KeepP
     required = (PLAN, VISION, EMBED, DECODER, TOKENIZER, SPECIAL_TOKENS, CHAT_TEMPLATE, PREPROCESSOR)
     _check_listed(folder, manifest, required)
     plan = KeepPlan.load(folder / PLAN)
-    optional = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.follows_attention}
+    optional = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.has_rate_predictor}
     names = manifest.tiers[1:]
     selectors = [tier_selector(name) for name in names] if plan.input else []
     _check_listed(

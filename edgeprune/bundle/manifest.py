@@ -23,7 +23,12 @@ _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # o
 _AGAIN = "Copy the bundle again, or export it again."
 _BIDIRECTIONAL = "paligemma"  # the one family with such prompts before schema 7, whose manifests do not say so
 # What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
-_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}, 9: {"wide_products": None}}
+_ADDED: dict[int, dict[str, Any]] = {
+    6: {"tiers": []},
+    7: {"generation": {}},
+    8: {},
+    9: {"encoder_work": [], "wide_products": None},
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Operations:
+    """Operations, of which a multiply-add is two: matrix `products` with weights, and `attention` between tokens or patches."""
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """Sum of both."""
+        return self.products + self.attention
+
+
+@dataclass(frozen=True)
 class LayerState:
     """A float32 state of fixed `shape` that decoder layer `layer` has instead of keys and values."""
 
@@ -73,7 +91,8 @@ class DecoderShape:
     `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
     `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
     each other, so that the KV cache of an image depends on the text after it. `local_layers`: those whose attention has a window.
-    `states`: in the order of the layers; a layer with states has no KV cache.
+    `states`: in the order of the layers; a layer with states has no KV cache. `heads` of the queries, the `window` of the local
+    layers, in tokens, and `layer_weights`, the elements of each layer's matrices, are 0 and empty in bundles before schema 9.
     """
 
     layers: int
@@ -88,6 +107,9 @@ class DecoderShape:
     bidirectional: bool = False
     local_layers: tuple[int, ...] = ()
     states: tuple[LayerState, ...] = ()
+    heads: int = 0
+    window: int = 0
+    layer_weights: tuple[int, ...] = ()
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -156,6 +178,7 @@ class Manifest:
 
     `encoder_blocks`: blocks of the vision encoder. `image`: how images are represented in the text. `end_tokens`: token ids.
     `generation`: how logits are changed. `versions`: packages that wrote it. `tiers`: names, best first; empty for a single plan.
+    `encoder_work`: operations of the vision encoder for one image, under the plan and without cuts; empty before schema 9.
     `target` and `precision`: how the graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
     `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
     hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9.
@@ -174,6 +197,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tiers: tuple[str, ...] = ()
     wide_products: Mapping[str, float] | None = None
+    encoder_work: tuple[Operations, ...] = ()
 
     @property
     def lowering(self) -> Lowering:
@@ -210,6 +234,7 @@ class Manifest:
                 files={_text(name): from_json(FileRecord, record, name) for name, record in data["files"].items()},
                 tiers=tuple(map(_text, _list(data["tiers"]))),
                 wide_products=_wide_products(data["wide_products"]),
+                encoder_work=_encoder_work(data["encoder_work"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error
@@ -288,7 +313,16 @@ def _decoder(data: Any, family: str) -> DecoderShape:
         raise ValueError(f"a decoder of {shape.layers} layers with the states {shape.states}")
     if not all(0 <= layer < shape.layers for layer in shape.local_layers):
         raise ValueError(f"windows in the layers {shape.local_layers} of {shape.layers}")
+    if min(shape.heads, shape.window, *shape.layer_weights) < 0 or len(shape.layer_weights) not in (0, shape.layers):
+        raise ValueError(f"{shape.heads} heads, a window of {shape.window} and weights of {len(shape.layer_weights)} layers")
     return shape
+
+
+def _encoder_work(data: Any) -> tuple[Operations, ...]:
+    work = tuple(from_json(Operations, each, "encoder_work") for each in _list(data))
+    if len(work) not in (0, 2) or any(min(each.products, each.attention) < 0 for each in work):
+        raise ValueError(f"an encoder with the work {work}")
+    return work
 
 
 def _generation(data: Any) -> GenerationDefaults:

@@ -194,6 +194,9 @@ class LoadedModel:
             bidirectional=parts.bidirectional,
             local_layers=parts.local_layers,
             states=parts.layer_states,
+            heads=parts.heads,
+            window=max(parts.windows, default=0),
+            layer_weights=parts.layer_weights,
         )
 
     def chat_template(self, image: ImageText) -> str:

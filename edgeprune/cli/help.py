@@ -98,7 +98,7 @@ class OptionText(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the method's options, or the choices of the option whose name is written."""
-        method, (name, equals, _) = ctx.params.get("method"), incomplete.partition("=")
+        method, equals = ctx.params.get("method"), "=" in incomplete
         declared = options_of(method, calibration=ctx.info_name == "calibrate") if method in METHODS else ()
         texts = [f"{option.name}={value}" for option in declared for value in (option.choices if equals else ("",))]
-        return [CompletionItem(text) for text in texts if text.startswith(f"{name}{equals}")]
+        return [CompletionItem(text) for text in texts if text.startswith(incomplete)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edgeprune.bundle import Operations
 from edgeprune.device.jetson import Module
 from edgeprune.device.workload import Workload
 
@@ -56,19 +57,6 @@ _SYSTEM_BYTES = Interval(1.0e9, 2.5e9)
 
 
 @dataclass(frozen=True)
-class Operations:
-    """Operations of a stage: matrix `products` with weights, and `attention` between tokens, which is always floating point."""
-
-    products: float
-    attention: float
-
-    @property
-    def total(self) -> float:
-        """Sum of both."""
-        return self.products + self.attention
-
-
-@dataclass(frozen=True)
 class Peaks:
     """Measured peaks of a machine with `threads` threads (None: all).
 
@@ -80,7 +68,10 @@ class Peaks:
     threads: int | None
 
     def least_ms(self, work: Operations, arithmetic: str, moved: float) -> float:
-        """Return a stage's lower bound in ms: the larger of its operations at peak and its `moved` bytes at full bandwidth."""
+        """Return a stage's lower bound in ms: the larger of its operations at peak and its `moved` bytes at full bandwidth.
+
+        Attention is always floating point.
+        """
         between = "fp32" if arithmetic == "int8" else arithmetic
         compute = work.products / self.operations[arithmetic] + work.attention / self.operations[between]
         return 1e3 * max(compute, moved / self.bandwidth)
@@ -162,24 +153,22 @@ def estimate(work: Workload, module: Module) -> Estimate:
     return Estimate(stages, _memory(work, module))
 
 
-def vision_operations(work: Workload) -> Operations:
-    """Return the vision encoder's operations for one image, assuming attention over each complete view."""
-    tower, blocks = work.tower, work.tower.blocks
-    if not sum(blocks):  # no image
-        return Operations(0.0, 0.0)
-    tokens = tower.tokens * blocks[-1] // tower.patches
-    products = 2.0 * (tower.parameters * sum(blocks) / len(blocks) + tower.merger * tokens)
-    return Operations(products, 4.0 * tower.hidden * sum(patches**2 for patches in blocks) / tower.views)
-
-
 def prefill_operations(work: Workload) -> Operations:
     """Return the decoder's operations of prefill, with the visual tokens that each layer has."""
     decoder = work.decoder
     tokens = [alive + work.text_tokens for alive in work.alive]
-    per_layer = decoder.parameters / decoder.layers
-    causal = 2.0 * decoder.attention_width  # two products for each pair of tokens, half of the pairs
-    # The output head runs on the last token only.
-    return Operations(2.0 * decoder.head + sum(2.0 * per_layer * n for n in tokens), sum(causal * n * n for n in tokens))
+    products = sum(2.0 * weights * count for weights, count in zip(decoder.layer_parameters, tokens, strict=True))
+    pairs = sum(decoder.pairs(layer, alive, work.text_tokens) for layer, alive in enumerate(work.alive))
+    # Two products for each pair of tokens. The output head runs on the last token only.
+    attention = 4.0 * decoder.attention_width * pairs + decoder.state_operations(tokens)
+    return Operations(2.0 * decoder.head + products, attention)
+
+
+def decode_operations(work: Workload, generated: float) -> Operations:
+    """Return the decoder's operations for the token after `generated` others."""
+    decoder = work.decoder
+    attention = 4.0 * decoder.attention_width * work.visible_keys(generated) + decoder.state_operations((1,) * decoder.layers)
+    return Operations(2.0 * (decoder.parameters + decoder.head), attention)
 
 
 def _vision(work: Workload, module: Module) -> Stage:
@@ -188,7 +177,7 @@ def _vision(work: Workload, module: Module) -> Stage:
     # Queries, keys and values are as wide as the hidden state; the MLP has two matrices.
     passes = sum(tower.blocks) * (20.0 * tower.hidden + 4.0 * tower.mlp) * work.precision.number
     moved = Interval(work.tower_bytes, work.tower_bytes + passes)
-    return _stage("vision encoder", work, module, vision_operations(work).total, moved, tower.layers * _KERNELS)
+    return _stage("vision encoder", work, module, tower.work.total, moved, tower.layers * _KERNELS)
 
 
 def _selection(work: Workload, module: Module) -> Stage:
@@ -212,12 +201,12 @@ def _prefill(work: Workload, module: Module) -> Stage:
 
 
 def _decode(work: Workload, module: Module) -> Stage:
-    decoder = work.decoder
-    kv = work.kv_bytes(work.generated / 2)  # the mean over the answer
-    cached = kv / (decoder.kv_width * work.precision.number)  # tokens, sum over layers
-    operations = 2.0 * (decoder.parameters + decoder.head) + 4.0 * decoder.attention_width * cached
-    moved = work.layer_bytes + work.head_bytes + kv
-    return _stage("decode", work, module, operations, Interval(moved, moved), decoder.layers * _KERNELS)
+    decoder, half = work.decoder, work.generated / 2  # the mean over the answer
+    constant = work.layer_bytes + work.head_bytes + 2.0 * decoder.state_bytes  # states are read and written
+    # Our graphs read the keys beyond a window too, and mask them.
+    needed = work.visible_keys(half) * decoder.kv_width * work.precision.number
+    moved = Interval(constant + needed, constant + work.kv_bytes(half))
+    return _stage("decode", work, module, decode_operations(work, half).total, moved, decoder.layers * _KERNELS)
 
 
 def _stage(name: str, work: Workload, module: Module, operations: float, moved: Interval, kernels: int) -> Stage:
@@ -241,5 +230,5 @@ def _memory(work: Workload, module: Module) -> MemoryEstimate:
     prefill = (max(work.alive) + work.text_tokens) * (2 * decoder.hidden + widest)
     vision = tower.patches * (2 * tower.hidden + max(4 * tower.hidden, 2 * tower.mlp))
     activations = float(max(prefill, vision) * work.precision.number)
-    kv = work.kv_bytes(work.generated)
+    kv = work.kv_bytes(work.generated) + decoder.state_bytes
     return MemoryEstimate(weights, kv, activations, _RUNTIME_BYTES, weights, _SYSTEM_BYTES, module.ram_bytes)

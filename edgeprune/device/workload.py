@@ -1,5 +1,6 @@
 """The workload of one question about one image: sizes, token counts and precision, and how to read them from a bundle.
 
+Work is what the model needs: attention within views, frames and windows, and of the pairs of tokens that a mask leaves.
 `edgeprune.export.sizes` reads the same sizes from a model that is not exported yet.
 """
 
@@ -7,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle, DecoderShape
+from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle, DecoderShape, LayerState, Operations
 from edgeprune.device.onnx_file import read_graph
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry, KeepPlan
@@ -60,9 +61,8 @@ PRECISIONS = {
 class VisionWorkload:
     """The vision encoder: `layers` blocks of width `hidden` and MLP width `mlp` over `patches`, giving `tokens` visual tokens.
 
-    `parameters` are multiplied once per patch, `merger` (the projector into the decoder) once per visual token. `left`: patches of
-    each block if vision cuts drop some; () without vision cuts. `views`: tiles or frames of equal size, each of which attends to
-    itself alone.
+    `parameters`: elements of all matrices. `work`: operations for one image, and `whole` without vision cuts. `left`: patches of
+    each block if vision cuts drop some; () without vision cuts.
     """
 
     layers: int
@@ -71,9 +71,9 @@ class VisionWorkload:
     patches: int
     tokens: int
     parameters: int
-    merger: int
+    work: Operations
+    whole: Operations
     left: tuple[int, ...] = ()
-    views: int = 1
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -85,7 +85,8 @@ class VisionWorkload:
 class Decoder:
     """The language model; `parameters` counts the matrices of all layers, without embedding and output head.
 
-    `without_cache`: the layers that have states of fixed size instead.
+    `by_layer`: those of each layer, if they differ. `states`: of layers without attention. `local`: the layers with a `window`, in
+    tokens. `mutual`: which tokens of a prompt also attend to those after them: "" for none, the "image", or "all".
     """
 
     layers: int
@@ -96,7 +97,26 @@ class Decoder:
     intermediate: int
     vocabulary: int
     parameters: int
-    without_cache: tuple[int, ...] = ()
+    by_layer: tuple[int, ...] = ()
+    states: tuple[LayerState, ...] = ()
+    local: tuple[int, ...] = ()
+    window: int = 0
+    mutual: str = ""
+
+    @property
+    def layer_parameters(self) -> tuple[float, ...]:
+        """The elements of each layer's matrices."""
+        return self.by_layer or (self.parameters / self.layers,) * self.layers
+
+    @property
+    def without_cache(self) -> frozenset[int]:
+        """The layers that have states of fixed size instead of a KV cache."""
+        return frozenset(state.layer for state in self.states)
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of all states, which are float32."""
+        return 4.0 * sum(math.prod(state.shape) for state in self.states)
 
     @property
     def head(self) -> int:
@@ -112,6 +132,31 @@ class Decoder:
     def kv_width(self) -> int:
         """Elements of a token's keys and values in the KV cache of one layer."""
         return 2 * self.kv_heads * self.head_dim
+
+    def visible(self, layer: int, cached: float) -> float:
+        """Return how many of `cached` keys a new token attends to in a layer."""
+        if layer in self.without_cache:
+            return 0.0
+        return min(cached, self.window) if self.window and layer in self.local else cached
+
+    def pairs(self, layer: int, visual: int, text: int) -> float:
+        """Return how many pairs of a query and a key a prompt has in a layer, without those that its mask hides."""
+        if layer in self.without_cache:
+            return 0.0
+        tokens = visual + text
+        if self.mutual == "all":
+            return float(tokens**2)
+        near = int(self.visible(layer, tokens))  # the last tokens that each attends to, itself included
+        before = near * (near + 1) / 2 + (tokens - near) * near
+        return before + (visual * (visual - 1) / 2 if self.mutual == "image" else 0.0)
+
+    def state_operations(self, tokens: Sequence[int]) -> float:
+        """Return the operations on states for the `tokens` of each layer: a delta rule reads its matrix, changes it and reads it.
+
+        The few of short convolutions are not counted.
+        """
+        matrices = [state for state in self.states if len(state.shape) == 3]
+        return sum(6.0 * math.prod(state.shape) * tokens[state.layer] for state in matrices)
 
 
 @dataclass(frozen=True)
@@ -154,7 +199,7 @@ class Workload:
     @property
     def tower_bytes(self) -> float:
         """Bytes of the vision encoder's weights."""
-        return (self.tower.parameters + self.tower.merger) * self.precision.vision
+        return self.tower.parameters * self.precision.vision
 
     def kv_bytes(self, generated: float) -> float:
         """Return the bytes of the KV cache after `generated` tokens; reductions by a decode cut are not subtracted."""
@@ -162,17 +207,24 @@ class Workload:
         tokens = sum(caches) + len(caches) * (self.text_tokens + generated)
         return float(tokens * self.decoder.kv_width * self.precision.number)
 
+    def visible_keys(self, generated: float) -> float:
+        """Return how many keys the token after `generated` tokens attends to, summed over the layers."""
+        lengths = [count + self.text_tokens + generated for count in self.stored]
+        return sum(self.decoder.visible(layer, length) for layer, length in enumerate(lengths))
+
     def unpruned(self) -> Workload:
         """Return the workload without pruning: every visual token in every layer, every patch in every block, no selector."""
         counts = (self.tower.tokens,) * self.decoder.layers
-        return replace(self, tower=replace(self.tower, left=()), alive=counts, stored=counts, selector=0)
+        tower = replace(self.tower, work=self.tower.whole, left=())
+        return replace(self, tower=tower, alive=counts, stored=counts, selector=0)
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """What is known of a model: the shapes of the weights that its vision encoder and its decoder multiply by, rank 2 and more.
 
-    `blocks`, `patches`: of the vision encoder. `selector`: nodes of the input cut's graph, 0 without one.
+    `blocks`, `patches`: of the vision encoder. `selector`: nodes of the input cut's graph, 0 without one. `encoder_work`: as in the
+    manifest.
     """
 
     decoder: DecoderShape
@@ -181,6 +233,7 @@ class ModelSizes:
     blocks: int
     patches: int
     selector: int = 0
+    encoder_work: tuple[Operations, ...] = ()
 
     @classmethod
     def of(cls, bundle: Bundle) -> ModelSizes:
@@ -193,6 +246,7 @@ class ModelSizes:
             blocks=manifest.encoder_blocks,
             patches=int(manifest.graphs[VISION].inputs["pixel_values"].shape[0]),
             selector=read_graph(bundle.file(SELECTOR)).nodes if SELECTOR in manifest.files else 0,
+            encoder_work=manifest.encoder_work,
         )
 
 
@@ -204,8 +258,9 @@ def workload_of(bundle: Bundle, *, text_tokens: int, generated: int, precision: 
 def workload(sizes: ModelSizes, plan: KeepPlan, *, text_tokens: int, generated: int, precision: str = "fp32") -> Workload:
     """Return the workload of a question to a model under a plan, in `precision`.
 
-    Other sizes are inferred from the shapes of the weights. The vision encoder's width is the most common dimension of its
-    matrices, and its attention is assumed to span each view of the image. Raises UsageError for an unknown precision.
+    The widths of the vision encoder and of MLPs are inferred from the shapes of the weights. A bundle before schema 9 does not say
+    how its encoder attends and how far a window reaches: attention in the encoder is then not counted, and windows span everything.
+    Raises UsageError for an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"Unknown precision {precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
@@ -227,8 +282,10 @@ def _tower(sizes: ModelSizes, geometry: Geometry) -> VisionWorkload:
     hidden = _most_common(size for shape in weights for size in set(shape)) or 1
     block_shapes = [shape for shape in weights if hidden in shape]
     mlp = _most_common(size for shape in block_shapes if len(shape) == 2 for size in shape if size not in (hidden, 3 * hidden))
-    parameters = sum(map(math.prod, block_shapes))
-    merger = sum(map(math.prod, weights)) - parameters
+    parameters = sum(map(math.prod, weights))
+    in_blocks = sum(math.prod(shape) for shape in block_shapes)
+    products = 2.0 * (in_blocks * sizes.patches + (parameters - in_blocks) * geometry.tokens)
+    work, whole = sizes.encoder_work or (Operations(products, 0.0),) * 2
     return VisionWorkload(
         layers=sizes.blocks,
         hidden=hidden,
@@ -236,8 +293,8 @@ def _tower(sizes: ModelSizes, geometry: Geometry) -> VisionWorkload:
         patches=sizes.patches,
         tokens=geometry.tokens,
         parameters=parameters,
-        merger=merger,
-        views=len(geometry.layout),
+        work=work,
+        whole=whole,
     )
 
 
@@ -260,13 +317,17 @@ def _decoder(weights: Shapes, shape: DecoderShape) -> Decoder:
     return Decoder(
         layers=shape.layers,
         hidden=shape.hidden,
-        heads=queries // shape.head_dim,
+        heads=shape.heads or queries // shape.head_dim,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         intermediate=intermediate,
         vocabulary=shape.vocabulary,
-        parameters=sum(map(math.prod, matrices)),
-        without_cache=tuple(sorted(set(range(shape.layers)) - set(shape.attention_layers))),
+        parameters=sum(shape.layer_weights) or sum(map(math.prod, matrices)),
+        by_layer=shape.layer_weights,
+        states=shape.states,
+        local=shape.local_layers,
+        window=shape.window,
+        mutual="all" if shape.bidirectional else "image" if shape.position_axes == 2 else "",
     )
 
 

@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from edgeprune.bundle import ImageText, LayerState
+from edgeprune.bundle import ImageText, LayerState, Operations
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.plan import Cut, Geometry
 
@@ -66,6 +68,11 @@ class DecoderParts:
     def local_layers(self) -> tuple[int, ...]:
         """The layers with a window."""
         return tuple(layer for layer, window in enumerate(self.windows) if window)
+
+    @property
+    def layer_weights(self) -> tuple[int, ...]:
+        """The elements of the matrices of each layer."""
+        return tuple(sum(part.weight.numel() for part in layer.modules() if isinstance(part, nn.Linear)) for layer in self.layers)
 
     @property
     def layer_states(self) -> tuple[LayerState, ...]:
@@ -143,6 +150,19 @@ class Family:
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""
         raise NotImplementedError
+
+
+def encoder_work(tower: Any) -> Operations:
+    """Return the operations of one image in a module of `Family.vision`, counted as it runs on tensors without data.
+
+    Views, frames and windows, layers that never run and cuts are counted as the module has them. A product of two activations
+    counts as attention.
+    """
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        tower(torch.empty(tower.takes))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operator, count in counts.items() if operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return Operations(products, sum(counts.values()) - products)
 
 
 def text_rope(rotary: nn.Module) -> nn.Module:

@@ -164,7 +164,7 @@ def unit(rows: torch.Tensor) -> torch.Tensor:
     """Return rows [n, hidden] at length 1 in float32, and zeros where a row has no direction."""
     scaled = torch.nn.functional.normalize(rows.float(), dim=-1)
     # NaN compares false. A greedy selection over NaN would take the first token again and again.
-    return torch.where(scaled >= -2.0, scaled, 0.0)
+    return torch.where(scaled.abs() <= 2.0, scaled, 0.0)
 
 
 def add_most_different(

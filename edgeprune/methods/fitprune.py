@@ -2,10 +2,13 @@
 
 Ye et al., "Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models", AAAI 2025, arXiv
 2409.10197. A token's score is the product of the attention it receives from text (cross) and from visual tokens (self), each the
-maximum over heads. The recipe sets the counts; `edgeprune.calibration.collect.measure` makes it.
+maximum over heads. The recipe sets the counts; `edgeprune.calibration.collect.measure` makes it as the authors' code does
+(ywh187/FitPrune): each layer runs on what the layers before it left.
 
-Made static: the method already is. Departure: the recipe's many small deletions are grouped into a few stages between layers; the
-paper deletes inside every attention.
+Made static: the method already is; a token that the authors delete behind a layer's attention is dropped before the next layer,
+which changes no other token. Departures: the recipe's many small deletions are grouped into a few stages (option stages; with as
+many as there are layers, the recipe is kept as it is), and the budget is the mean keep ratio over the layers, where the authors
+count FLOPs.
 """
 
 from __future__ import annotations

@@ -1,21 +1,26 @@
 """PLPHP: prune the visual KV cache, with a budget per layer by its attention to vision and separate tokens per head.
 
-Meng et al., "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models", arXiv 2502.14504. A
-layer's vision attention score decides its retention rate (section on layer-level allocation; see
-`edgeprune.calibration.allocate`). Each head of a layer keeps the visual tokens that the last prompt token attends to most.
+Meng et al., "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models", arXiv 2502.14504. By its
+vision attention score a layer is attentive (alpha or more), balanced or indifferent (below beta), and keeps r + delta, r or r -
+delta of its visual cache. Each head of a layer keeps its own tokens.
 
-Made static: the rate of each layer is frozen from a calibration set, where the paper picks a class per input. Prefill does not
-change, the cache shrinks. Tokens are in descending order of score, so a smaller budget is a prefix of a larger one.
+Made static: with classes = "frozen" the class of each layer comes from a calibration set, and its cache is as long as its class.
+With classes = "live" every input picks the classes, as in the paper: all caches hold what an attentive layer keeps, and since
+tokens are in descending order of score, a layer of another class reads a prefix. Prefill does not change, the cache shrinks.
 
-Reconstruction: the paper does not cover GQA. Query heads that share a KV head are averaged (option reduce = "mean") or the highest
-counts ("max"). Our additions, off by default, since the last prompt token does not predict what a long answer will need:
-rows = "text" averages over every token of the instruction; rows = "peak" alternates a token's highest attention from any of them
-with its highest from any visual token; spread also alternates with an even lattice, shifted from head to head; prior alternates
-with the order in which the answers of a calibration set attended to the image (one list of all tokens per KV head).
+Reconstruction: no formula, threshold or rate of the paper was available to us. The vision attention score is the last prompt
+token's share of attention to visual tokens, averaged over heads. Tokens are ranked by that token's attention (rows = "last").
+alpha and beta are quantiles of the layers' mean scores. Query heads that share a KV head, which the paper does not cover, are
+averaged (reduce = "mean") or the highest counts ("max"). Our additions, since the last prompt token does not predict what a long
+answer will need: rows = "text" averages over every token of the instruction; rows = "peak" alternates a token's highest attention
+from any of them with its highest from any visual token; spread also alternates with an even lattice, shifted from head to head;
+prior alternates with the order in which the answers of a calibration set attended to the image (one list of all tokens per KV
+head).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -24,13 +29,13 @@ import torch
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import LayerView
 from edgeprune.methods.uniform import earliness, ranked
-from edgeprune.plan import Cut, Geometry, Option
+from edgeprune.plan import CLASSES, Cut, Geometry, Option
 
 
 class PLPHP:
-    """Rank the visual tokens of each KV head by the attention of the last prompt token."""
+    """Rank the visual tokens of each KV head by the attention of the last prompt token; at site "decode", read by classes."""
 
-    sites: ClassVar[tuple[str, ...]] = ("cache",)
+    sites: ClassVar[tuple[str, ...]] = ("cache", "decode")
     needs: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[Option, ...]] = (
         Option(
@@ -49,19 +54,28 @@ class PLPHP:
             "the paper's classes, the least cost by measured divergence, or the same for all layers",
             ("classes", "least-cost", "even"),
         ),
+        Option("classes", "frozen", "whether calibration or every input picks a layer's class", ("frozen", "live")),
+        Option(
+            "r", None, "retention rate of balanced layers", least=0.0, most=1.0, kind="float", unset="so that --budget is the mean"
+        ),
         Option(
             "delta",
             None,
-            "how far the classes' retention rates lie apart",
+            "by how much the other classes differ from r",
             least=0.0,
             most=1.0,
             kind="float",
-            unset="half of keep, or of 1 - keep",
+            unset="half of r or 1 - r",
         ),
+        Option("alpha", None, "score from which a layer is attentive", least=0.0, most=1.0, kind="float", unset="upper quartile"),
+        Option("beta", None, "score below which a layer is indifferent", least=0.0, most=1.0, kind="float", unset="lower quartile"),
         Option("prior", False, "rank also by where the samples' answers looked"),
     )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        if cut.site == "decode":
+            _check_classes(cut)
+            cut = replace(cut, options={})  # it ranks nothing
         settings = cut.settings(*self.options, prior=[])
         self._reduce, self._rows, self._spread = settings["reduce"], settings["rows"], settings["spread"]
         self._geometry = geometry
@@ -97,6 +111,19 @@ class PLPHP:
         grids = [earliness(part) for part in self._geometry.layout]
         shifted = [ranked([np.roll(grid, (head, head), (0, 1)) for grid in grids]) for head in range(view.kv_heads)]
         return torch.from_numpy(np.stack(shifted)).to(view.order.device).index_select(1, view.order)
+
+
+def _check_classes(cut: Cut) -> None:
+    settings = cut.settings(form=CLASSES, thresholds=[], shares=[])
+    numbers = [*settings["thresholds"], *settings["shares"]]
+    counts = len(settings["thresholds"]), len(settings["shares"])
+    if settings["form"] != CLASSES or counts != (2, 3) or not all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in numbers):
+        raise PlanError(
+            f"{cut} has form {CLASSES}, two thresholds and three shares, all from 0 to 1.",
+            hint="Make one: edgeprune calibrate MODEL --data FILE --method plphp --budget 0.5 --option classes=live -o PLAN",
+        )
+    if any(sorted(settings[name]) != list(settings[name]) for name in ("thresholds", "shares")):
+        raise PlanError(f"The thresholds and the shares of {cut} must ascend.")
 
 
 def in_turns(rankings: list[torch.Tensor]) -> torch.Tensor:

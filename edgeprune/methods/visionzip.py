@@ -1,9 +1,10 @@
 """VisionZip: keep the tokens that the vision encoder attends to, and merge the rest into a few contextual ones.
 
-Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467. Dominant tokens
-receive the most attention in the encoder's penultimate block. Of the others, every n-th becomes a contextual token, and each
-remaining one is added to the contextual token of the most similar key, keys averaged over heads: a contextual token is its own
-features plus the mean of those merged into it. They are merged before the projector where `InputView` has features.
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467. Dominant
+tokens receive the most attention in the encoder's penultimate block. Of the others, every n-th becomes a contextual token, and
+each remaining one is added to the contextual token of the most similar key, keys averaged over heads: a contextual token is its
+own features plus the mean of those merged into it. They are merged before the projector where that acts on each token alone;
+Qwen's merger (as in LightCompress), LLaVA-NeXT and LLaVA-OneVision merge after it.
 
 Made static: no change needed. Departures: for encoders without a class token, attention is averaged over all queries; the class
 token itself is not kept; the tokens of all views of an image are ranked together; tokens keep raster order and original positions,

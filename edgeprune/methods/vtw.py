@@ -3,7 +3,7 @@
 Lin et al., "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference", AAAI 2025, arXiv
 2405.05803. The layer is found offline, as in the authors' code (lzhxmu/VTW): the first one, of layer 5 and later ones, before
 which KL(withdrawn || full), the divergence of the next-token distributions averaged over the samples, is at most eta nats. The
-authors' eta is 0.003; for LLaVA-1.5-13B it is 0.0005, for LLaVA-1.6-Vicuna-7B 0.0001. With a budget (--keep) the layer is at that
+authors' eta is 0.003; for LLaVA-1.5-13B it is 0.0005, for LLaVA-1.6-Vicuna-7B 0.0001. With a budget (--budget) the layer is at that
 share of the depth instead.
 
 Made static: the method already is. Text tokens keep their positions.
@@ -26,8 +26,8 @@ class VTW(Scored):
     sites: ClassVar[tuple[str, ...]] = ("layer",)
     attention: ClassVar[str] = ""
     calibration_options: ClassVar[tuple[Option, ...]] = (
-        Option("eta", 0.003, "largest cost of a withdrawal in nats, without --keep", least=0.0, published=True),
-        Option("first", 5, "first layer that is looked at, without --keep", least=1, published=True),
+        Option("eta", 0.003, "largest cost of a withdrawal in nats, without --budget", least=0.0, published=True),
+        Option("first", 5, "first layer that is looked at, without --budget", least=1, published=True),
     )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:

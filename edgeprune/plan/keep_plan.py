@@ -20,6 +20,7 @@ from edgeprune.plan.geometry import MAX_LAYERS, Geometry
 from edgeprune.plan.options import Option, settled
 
 SCHEMA_VERSION = 2
+CLASSES = "classes"  # the form of a decode cut by which each layer has a class
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
 
 _WHAT = "A plan is the JSON file that edgeprune calibrate writes, and a bundle is a folder."
@@ -148,8 +149,18 @@ class KeepPlan:
 
     @property
     def follows_attention(self) -> bool:
-        """Whether the decode cut's rate follows attention at each step instead of a schedule."""
+        """Whether what the decode cut reads follows attention instead of a schedule."""
         return self.decode is not None and self.decode.options.get("form") != "schedule"
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the decode cut gives every layer a class of its own after each prompt (`edgeprune.methods.plphp`)."""
+        return self.decode is not None and self.decode.options.get("form") == CLASSES
+
+    @property
+    def has_rate_predictor(self) -> bool:
+        """Whether a graph predicts the rate of the decode cut at each step."""
+        return self.follows_attention and not self.has_classes
 
     @property
     def tokens_from_encoder(self) -> int:
@@ -178,9 +189,10 @@ class KeepPlan:
         """Return the number of visual tokens in the KV cache of decoder layer `layer` after prefill."""
         return next((cut.keep for cut in self.cache_cuts if cut.layer == layer), self.tokens_at_layer(layer))
 
-    def cache_group(self, layer: int) -> tuple[int, bool]:
+    def cache_group(self, layer: int) -> tuple[int, int]:
         """Return a key that is equal for layers whose visual caches have the same length throughout generation."""
-        return self.tokens_cached(layer), self.decode is not None and layer >= self.decode.layer
+        limited = self.decode is not None and layer >= self.decode.layer
+        return self.tokens_cached(layer), (1 + layer if self.has_classes else 1) if limited else 0
 
     def place_layers(self, local: Sequence[int]) -> dict[int, int]:
         """Return, for each of the layers `local`, the first of them whose caches hold the same tokens in every tier."""

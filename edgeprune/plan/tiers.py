@@ -66,7 +66,7 @@ def tokens_at_layer(plans: Sequence[KeepPlan], layer: int) -> tuple[int, ...]:
     return tuple(plan.tokens_at_layer(layer) for plan in plans)
 
 
-def cache_group(plans: Sequence[KeepPlan], layer: int) -> tuple[tuple[int, bool], ...]:
+def cache_group(plans: Sequence[KeepPlan], layer: int) -> tuple[tuple[int, int], ...]:
     """Return a key that is equal for layers whose visual caches have the same length throughout generation in every tier."""
     return tuple(plan.cache_group(layer) for plan in plans)
 

@@ -120,6 +120,8 @@ def _decode_chart(plan: KeepPlan, cut: Cut, interview: AnswerSet | None) -> Char
         schedule = schedule_of(cut, max((len(shares) for _, shares in measured), default=0))
         return Chart(title, f"{marks}The schedule is the same for every answer.", charts.decode_shares(schedule, measured))
     live = "The share follows attention: it is chosen anew at every step of every answer."
+    if plan.has_classes:
+        live = "The mean over the layers: each has a class, which follows its attention to the image after the prompt."
     if not measured:
         return Chart(title, f"{live} Ask a bundle about an image (--image, --prompt) to see what its answers read.")
     return Chart(title, marks + live, charts.decode_shares(None, measured))

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 import edgeprune.runtime
-from edgeprune.calibration.data.samples import Sample, read_samples, score
+from edgeprune.calibration.data.samples import Sample, Score, read_samples, score
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, Cost, evaluate
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.cli.output.progress import CommandProgress
@@ -53,6 +53,8 @@ def measure_bundle(loaded: LoadedModel, method: str, keep: float, samples: list[
         "keep": keep,
         "accuracy": short.accuracy(variant),
         "facts": facts.accuracy(variant),
+        "precision": facts.points[variant].precision,
+        "recall": facts.points[variant].recall,
         "agreement": short.agreement if report.pruned else 1.0,
         "ttft_ratio": cost["ttft_ms"] / whole["ttft_ms"],
         "ms_per_token_ratio": cost["ms_per_token"] / whole["ms_per_token"],
@@ -80,7 +82,7 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
 
     processor = AutoImageProcessor.from_pretrained(loaded.folder.path, backend="pil")
     model = edgeprune.runtime.load(folder / "none-100", threads=THREADS)
-    points = {False: [0.0, 0.0], True: [0.0, 0.0]}  # right and asked, for short answers and for descriptions
+    points = {False: Score(), True: Score()}  # of short answers and of descriptions
     clocks, ours = Cost(), Cost()
     agreed = 0
     with CommandProgress() as progress:
@@ -90,16 +92,16 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
             answer = model.generate(sample.image, sample.prompt)
             ours.add(answer.receipt)
             agreed += answer.text == text
-            scored = score(sample, text)
-            points[sample.kind == DESCRIBE][0] += scored.correct
-            points[sample.kind == DESCRIBE][1] += scored.total
+            points[sample.kind == DESCRIBE] += score(sample, text)
             counted(done)
     cost, whole = clocks.to_dict(), ours.to_dict()
     return {
         "method": "transformers",
         "keep": 1.0,
-        "accuracy": points[False][0] / points[False][1],
-        "facts": points[True][0] / points[True][1],
+        "accuracy": points[False].f1,
+        "facts": points[True].f1,
+        "precision": points[True].precision,
+        "recall": points[True].recall,
         "agreement": agreed / len(samples),
         "ttft_ratio": cost["ttft_ms"] / whole["ttft_ms"],
         "ms_per_token_ratio": cost["ms_per_token"] / whole["ms_per_token"],
@@ -132,12 +134,13 @@ def _inputs(loaded: LoadedModel, processor: Any, sample: Sample) -> dict[str, to
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table."""
     lines = [
-        "| keep | method | short answers | facts described | agreement | TTFT | ms per token | KV bytes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| keep | method | short answers | facts: F1 | precision | recall | agreement | TTFT | ms per token | KV bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['keep']:.0%} | {row['method']} | {row['accuracy']:.1%} | {row['facts']:.1%} | {row['agreement']:.1%} "
+            f"| {row['keep']:.0%} | {row['method']} | {row['accuracy']:.1%} | {row['facts']:.1%} | {row['precision']:.1%} "
+            f"| {row['recall']:.1%} | {row['agreement']:.1%} "
             f"| {row['ttft_ratio']:.2f}x | {row['ms_per_token_ratio']:.2f}x | {row['kv_bytes'] / 1024:.0f} KiB |"
         )
     return "\n".join(lines) + "\n"

@@ -62,7 +62,7 @@ def ask(bundle: Path, folder: Path, seed: int) -> Table:
 
 def _mark(answer: Answer, sample: Sample) -> str:
     points = score(sample, answer.text)
-    return f"{answer.text} {'[green]✓' if points.correct == points.total else '[red]✗'}"
+    return f"{answer.text} {'[green]✓' if points.f1 == 1 else '[red]✗'}"
 
 
 def _times(whole: Answer, pruned: Answer) -> list[tuple[float, float]]:

@@ -95,7 +95,7 @@ def main() -> None:
     bundle = out / "own.bundle"
     command("export", options.model, "-o", bundle, *calibrate(out, options.model, shown + size))
     table = rows(bundle, out / "test.jsonl", shown)
-    print("\n| tier | short answers | facts described | TTFT | KV caches |", "|---|---|---|---|---|", *table, sep="\n")
+    print("\n| tier | short answers | F1 of facts | TTFT | KV caches |", "|---|---|---|---|---|", *table, sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-SCORES = {"short answers": "short answers right", "facts described": "facts described right"}
+SHORT, FACTS = "short answers", "facts: "  # columns; that of facts names its measure, the first of which is drawn
 WORK, READ = "visual tokens' prefill work", "read"
 AXES = {WORK: "work on visual tokens in prefill, of the unpruned model's", READ: "visual KV cache read, of the unpruned model's"}
 TITLES = {WORK: "Tokens dropped before or in prefill", READ: "KV caches thinned after prefill"}
@@ -63,15 +63,17 @@ def draw(table: str, path: Path) -> None:
     (whole,) = (row for row in rows if row.method == "none")
     pruned = [row for row in rows if row is not whole]
     columns = {WORK: [row for row in pruned if row.shares[WORK] < 1], READ: [row for row in pruned if row.shares[WORK] == 1]}
+    facts = next(name for name in whole.shares if name.startswith(FACTS))
+    scores = {SHORT: "short answers right", facts: f"facts described: {facts.removeprefix(FACTS)}"}
     figure = Figure(figsize=(10, 7.4), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for column, (axis, shown) in enumerate(columns.items()):
-        for row, score in enumerate(SCORES):
+        for row, score in enumerate(scores):
             _draw_panel(panels[row, column], shown, whole, axis, score)
         panels[0, column].set_title(TITLES[axis], fontsize=12)
         panels[1, column].set_xlabel(AXES[axis])
         panels[1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
-    for row, label in enumerate(SCORES.values()):
+    for row, label in enumerate(scores.values()):
         panels[row, 0].set_ylabel(label)
     figure.savefig(path, dpi=120, metadata={"Description": digest_of(table)})
 

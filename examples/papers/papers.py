@@ -35,14 +35,21 @@ PLANS = {
     "plphp-30-last-row": f"{LONG} --method plphp --budget 0.3 --delta 0.1",
     "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
-    **{f"zspaprune-{keep}": f"{ALL} --method zspaprune --core 0.15 --budget {keep / 100}" for keep in (25, 10)},
+    "plphp-30-live": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1 --option classes=live",
+    **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{f"{method}-{keep}": f"{ALL} --method {method} --budget {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
+    # What steps read is what DyRate's read, by cuts that shorten prefill too.
+    "fastv-reads-25": f"{ALL} --method fastv --layer 1 --budget 0.25",
+    "vtw-reads-25": f"{LONG} {RANKING} --method vtw --budget 0.25",
     **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
         f"--curve auto-{share}.curve.json"
         for share in (50, 25, 10)
     },
+}
+AS_IT_COMES = {  # Row: what export takes, without calibration.
+    f"zspaprune-{keep}": f"--method zspaprune --keep {keep / 100}" for keep in (25, 10)
 }
 # About two images: what ranks tokens by the question, as it comes, and baselines. In the decoder the share is that of the last
 # layers, for PLPHP that of the cache.
@@ -51,7 +58,7 @@ LAYER = {keep: f"{cut} --layer 2" for keep, cut in WHOLE.items()}
 STAGES = {50: "--keep 0.75 --layer 2 --keep 0.5 --layer 4", 25: "--keep 0.5 --layer 2 --keep 0.25 --layer 4"}
 CUTS = {"cdpruner": WHOLE, "zspaprune": WHOLE, "fastv": LAYER, "fitprune": STAGES, "pyramiddrop": STAGES, "sparsevlm": STAGES}
 CUTS |= {"random": WHOLE, "uniform": WHOLE}
-EXPORTED = {f"{method}-{keep}": f"--method {method} {cut}" for method, cuts in CUTS.items() for keep, cut in cuts.items()}
+PAIR_EXPORTED = {f"{method}-{keep}": f"--method {method} {cut}" for method, cuts in CUTS.items() for keep, cut in cuts.items()}
 PAIR_PLANS = {f"plphp-{keep}": f"{ALL} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
 
@@ -70,12 +77,13 @@ def main() -> None:
     images = 2 if request.pairs else 1
     _draw(out / "calibration", request.calibration_scenes, CALIBRATION_SEED, images)
     _draw(out / "evaluation", request.scenes, EVALUATION_SEED, images)
-    rows = ["none", *plans, *(EXPORTED if request.pairs else SINGLES)]
+    exported = PAIR_EXPORTED if request.pairs else AS_IT_COMES
+    rows = ["none", *exported, *plans, *(() if request.pairs else SINGLES)]
     chosen = request.only or rows
     for number, row in enumerate(chosen, start=1):
         if not (out / f"{row}.result.json").is_file():
             print(f"[{number}/{len(chosen)}] {row}", flush=True)
-            options = EXPORTED[row].split() if request.pairs and row in EXPORTED else _plan_options(out, row, plans)
+            options = exported[row].split() if row in exported else _plan_options(out, row, plans)
             _measure(out, row, options)
     (out / "table.md").write_text(_kinds_table(out, rows) if request.pairs else _cost_table(out, rows))
 
@@ -107,7 +115,9 @@ def _plan(out: Path, row: str, plans: dict[str, str]) -> Path:
         return path
     data, *options = plans[row].split()
     options = [str(out / option) if option.endswith(".json") else option for option in options]
-    statistics = ["--statistics", str(out / f"{row.split('-')[0]}-{'last' if 'last' in row else 'ranked'}.safetensors")]
+    # Rows of the same samples and ranking share statistics; a search collects them from every second sample.
+    pass_of = "auto" if row.startswith("auto") else Path(data).stem
+    statistics = ["--statistics", str(out / f"{pass_of}-{'ranked' if RANKING in plans[row] else 'last'}.safetensors")]
     _edgeprune("calibrate", "tabletop", "--data", str(out / "calibration" / data), *options, *statistics, "-o", str(path))
     return path
 
@@ -132,8 +142,11 @@ def _kinds_table(out: Path, rows: list[str]) -> str:
 
 
 def _cost_table(out: Path, rows: list[str]) -> str:
-    lines = ["| plan | short answers | facts described | agreement | visual tokens' prefill work | visual KV held | read |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    measures = "short answers | facts: F1 | precision | recall | agreement"
+    lines = [
+        f"| plan | {measures} | visual tokens' prefill work | visual KV held | read |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         path = out / f"{row}.result.json"
         if path.is_file():
@@ -146,8 +159,9 @@ def _line(row: str, result: dict[str, Any], prefill: float) -> str:
     short, facts = kinds[SHORT], kinds[DESCRIBE]
     agreement, reads = short.get("agreement"), facts.get("visual_reads", 1.0)
     kept = prefill if row.startswith(("resize", "best-single")) and variant == "unpruned" else result["cost"][variant]["visual_kv"]
+    measures = [facts[measure][variant] for measure in ("f1", "precision", "recall")]
     # A smaller image is a bundle without cuts: its answers have none beside them to agree with.
-    return _cells(row, [short[variant], facts[variant], agreement, prefill, kept, reads if variant == "pruned" else kept])
+    return _cells(row, [short[variant], *measures, agreement, prefill, kept, reads if variant == "pruned" else kept])
 
 
 def _cells(row: str, shares: list[float | None]) -> str:

@@ -12,6 +12,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
+from edgeprune.bundle import Operations
 from edgeprune.device.jetson import module_named
 from edgeprune.device.roofline import Interval, estimate
 from edgeprune.device.workload import Decoder, Precision, VisionWorkload, Workload
@@ -36,9 +37,10 @@ class Model:
     def tower(self, tokens: int) -> VisionWorkload:
         """Return the vision encoder for an image of some visual tokens, each of 2 x 2 patches."""
         block = 4 * self.hidden**2 + 2 * self.hidden * self.mlp
-        merger = (4 * self.hidden) ** 2 + 4 * self.hidden * self.decoder.hidden
-        parameters = self.layers * block + PATCH_PIXELS * self.hidden
-        return VisionWorkload(self.layers, self.hidden, self.mlp, 4 * tokens, tokens, parameters, (1 + DEEPSTACK) * merger)
+        mergers = (1 + DEEPSTACK) * ((4 * self.hidden) ** 2 + 4 * self.hidden * self.decoder.hidden)
+        weights, patches = self.layers * block + PATCH_PIXELS * self.hidden, 4 * tokens
+        work = Operations(2.0 * (weights * patches + mergers * tokens), 4.0 * self.layers * self.hidden * patches**2)
+        return VisionWorkload(self.layers, self.hidden, self.mlp, patches, tokens, weights + mergers, work, work)
 
 
 def decoder(layers: int, hidden: int, heads: int, intermediate: int, vocabulary: int = 151936) -> Decoder:

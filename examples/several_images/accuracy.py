@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from overlap import METHODS, Kept, by_runtime, jointly, ranked_apart, write_table
 
-from edgeprune.calibration.data.samples import Sample, read_samples, score
+from edgeprune.calibration.data.samples import Sample, Score, read_samples, score
 from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.methods.base import LayerView
@@ -92,7 +92,7 @@ def plan_at(method: str, base: KeepPlan, keep: float) -> KeepPlan:
 def accuracy(contender: Contender, samples: Sequence[Sample]) -> float:
     """Return the share of right answers in percent."""
     points = [score(sample, contender.answer([read_image(path) for path in sample.images], sample.prompt)) for sample in samples]
-    return round(100 * sum(point.correct for point in points) / sum(point.total for point in points), 1)
+    return round(100 * sum(points, Score()).f1, 1)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ nothing. It answers the questions of `edgeprune tabletop` and nothing else.
 
 Measured by `examples/train_tabletop/measure.py` through an unpruned ONNX bundle, greedily: {scenes} scenes of seed {seed}, which
 training never drew from, one question of each kind a scene ({blind} scenes of them blind). Short answers count when they match
-exactly; for descriptions each stated fact counts (item and place, or label and place).
+exactly; descriptions count by the F1 of their facts (item and place, or label and place).
 
 | kind | asked | right | blind | most common answer |
 |---|---|---|---|---|

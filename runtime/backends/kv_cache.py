@@ -137,13 +137,17 @@ class KvCache:
             buffer[: self.length] = old
         return buffers
 
-    def limit_visual(self, share: float, first_layer: int) -> KvCache:
-        """Return a cache whose layers from `first_layer` on expose only that share of each image to decode steps."""
+    def limit_visual(self, share: float | Sequence[float], first_layer: int) -> KvCache:
+        """Return a cache whose layers from `first_layer` on expose only a share of each image to decode steps.
+
+        `share`: one for all layers, or the share of each layer.
+        """
         if not self.images:
             return self
+        shares = {layer: share if isinstance(share, (int, float)) else share[layer] for layer in set(self.layers)}
         parts = tuple(
             tuple(
-                rows if layer < first_layer else rows[: 1 + keep_count_up(len(rows) - 1, share)]
+                rows if layer < first_layer else rows[: 1 + keep_count_up(len(rows) - 1, shares[layer])]
                 for layer, rows in zip(self.layers, image, strict=True)
             )
             for image in self.images

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -38,10 +40,9 @@ class OnnxRuntimeBackend:
         self, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,), exact: bool = False
     ) -> None:
         self._plan, self._follows_attention = bundle.plan, bundle.plan.follows_attention
-        integers = bundle.manifest.lowering.rounds(bundle.manifest.precision)
-        options = _session_options(threads, providers, exact=exact, integers=integers)
+        options = _session_options(threads, providers, exact=exact, integers=_rounds(bundle))
         selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
-        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if self._follows_attention else [])]
+        graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if bundle.plan.has_rate_predictor else [])]
         loaders = {graph: partial(_open_session, bundle.file(graph), options, providers) for graph in graphs}
         # Only CPU sessions start in parallel: other providers share a device, and not all are known to support that.
         sessions = run_in_threads(loaders) if providers[0] == CPU else {graph: load() for graph, load in loaders.items()}
@@ -107,6 +108,30 @@ class OnnxRuntimeBackend:
         return float(self._predictor.run(["share"], feeds)[0][0])
 
 
+def nodes_run(
+    bundle: Bundle, tokens: DecoderInput, cache: KvCache, threads: int | None = None, *, providers: Sequence[str] = (CPU,)
+) -> int:
+    """Return how many nodes of the decoder run in one forward pass, after ONNX Runtime's optimization.
+
+    Those of the branch that an `If` takes are included. The pass is profiled in a session of its own.
+    """
+    options = _session_options(threads, providers, exact=False, integers=_rounds(bundle))
+    options.enable_profiling = True
+    kinds = bundle.manifest.decoder.local_layers, bundle.manifest.decoder.states
+    with TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "step")
+        session = _open_session(bundle.file(DECODER), options, providers)
+        values = decoder_feeds(decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers)), tokens, cache)
+        _run(session, decoder_outputs(bundle.plan, *kinds), {node.name: values[node.name] for node in session.get_inputs()}, None)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return sum(event.get("cat") == "Node" and event["name"].endswith("_kernel_time") for event in events)
+
+
+def _rounds(bundle: Bundle) -> bool:
+    # Whether products are of integers, both inputs in 8 bits.
+    return bundle.manifest.lowering.rounds(bundle.manifest.precision)
+
+
 def _run(
     session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray], cancellation: CancellationToken | None
 ) -> list[np.ndarray]:
@@ -124,7 +149,6 @@ def _run(
 
 
 def _session_options(threads: int | None, providers: Sequence[str], *, exact: bool, integers: bool) -> Any:
-    # `integers`: products are of integers, both inputs in 8 bits.
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if exact:

@@ -5,7 +5,8 @@ text token has the same number on all axes, an image spans its grid, and text co
 renumbers: kept tokens keep their positions and the next token follows the unpruned length.
 
 The decode cut limits the share of the visual cache that each decode step reads (DyRate, arXiv 2501.14204). By default the share
-never grows within an answer. A schedule depends on the step only; a live predictor uses the attention of the newest token.
+never grows within an answer. A schedule depends on the step only; a live predictor uses the attention of the newest token. By
+classes (PLPHP, arXiv 2502.14504) each layer has a share of its own, which follows the attention of the last prompt token.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgeprune.errors import UsageError
-from edgeprune.plan import Cut, KeepPlan, View
+from edgeprune.plan import CLASSES, Cut, KeepPlan, View
 from edgeprune.runtime.backends.interface import Backend, CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.telemetry.receipt import CutReceipt, ImageUsage, Receipt
 
-SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2
+SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2  # groups of text tokens
+IMAGE = 1  # the column of an image among attention shares: system, image, instruction, generated
 _ONE_HOT = np.eye(3, dtype=np.float32)
 _NO_ORDER, _NO_GROUPS = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)
 
@@ -63,6 +65,8 @@ class DecodeKeepRatio:
         """Return the cache for the next decode step and record its share. `before`: the step that produced the input token."""
         if self._cut is None:
             return cache
+        if self._cut.options.get("form") == CLASSES:
+            return self._by_class(self._cut, cache, before, receipt)
         share = (
             self._scheduled()
             if before.attention_shares is None
@@ -76,6 +80,18 @@ class DecodeKeepRatio:
             return cache
         self.keep_ratio = share
         return cache.limit_visual(share, self._cut.layer)
+
+    def _by_class(self, cut: Cut, cache: KvCache, before: DecoderOutput, receipt: Receipt) -> KvCache:
+        # The classes are those of the prompt's last token, for the whole answer.
+        if self._step == 0:
+            assert before.attention_shares is not None
+            scores = before.attention_shares[cut.layer :, IMAGE]
+            shares = np.asarray(cut.options["shares"])[np.searchsorted(cut.options["thresholds"], scores, side="right")]
+            self.keep_ratio = float(shares.mean())
+            cache = cache.limit_visual([1.0] * cut.layer + shares.tolist(), cut.layer)
+        self._step += 1
+        receipt.decode_shares.append(self.keep_ratio)
+        return cache
 
     def _scheduled(self) -> float:
         assert self._cut is not None

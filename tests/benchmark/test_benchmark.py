@@ -15,6 +15,7 @@ from recordings_jetson import orin_nano
 import edgeprune.benchmark.run
 import edgeprune.errors
 from edgeprune.benchmark.chart import draw
+from edgeprune.benchmark.profile import step_nodes
 from edgeprune.benchmark.results import Spread, Startup, ratios, spreads
 from edgeprune.benchmark.run import WARM_UP, Benchmark, benchmark
 from edgeprune.benchmark.startup import measure_startup
@@ -243,7 +244,7 @@ def test_the_report_is_plain_data(result: Benchmark, tiny_bundle: Bundle) -> Non
     )
 
 
-def test_the_table(result: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(result: Benchmark, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     show_benchmark(result, as_json=False)
     output = capsys.readouterr().out
     first, second, _, header = output.splitlines()[:4]
@@ -253,6 +254,9 @@ def test_the_table(result: Benchmark, capsys: pytest.CaptureFixture[str]) -> Non
         assert words in header
     for words in ("TTFT ms", "at 40 keys", "KV cache KiB", "energy: INA3221, VDD_IN", "12 -> 6 visual tokens", "half of none"):
         assert words in output
+    for words in ("nodes in a step", "vision encoder  ", "prefill  ", "decode step  "):
+        assert any(line.startswith(words) for line in output.splitlines()), words
+    assert {each.step_nodes for each in result.variants} == {step_nodes(tiny_bundle)} and " ms" in output
     for words in ("7 of 12 visual tokens", "device.json", "fp32 100 GFLOPS, int8 400 GOPS, 20.0 GB/s", "100 (3)", "30.0 (20.0)"):
         assert words in output
 

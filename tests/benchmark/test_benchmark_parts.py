@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from edgeprune.benchmark.profile import bytes_to_read, cores, measure_peaks, product_graph, profile
+from edgeprune.benchmark.profile import bytes_to_read, cores, measure_peaks, product_graph, profile, step_nodes
 from edgeprune.benchmark.results import ContextPoint, Sizes, Spread, VariantResult, arithmetic_of, decode_kv_bytes, with_roofline
 from edgeprune.benchmark.sweeps import filler
 from edgeprune.benchmark.variants import (
@@ -26,19 +26,22 @@ from edgeprune.benchmark.variants import (
     equal_work_tokens,
     load_variants,
 )
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import DECODER as DECODER_GRAPH
+from edgeprune.bundle import Bundle, Operations
 from edgeprune.device.onnx_file import Graph, read_graph
 from edgeprune.device.profile import DeviceProfile, reported_peaks
-from edgeprune.device.roofline import Operations, Peaks, prefill_operations, vision_operations
+from edgeprune.device.roofline import Peaks, prefill_operations
 from edgeprune.device.workload import PRECISIONS, Decoder, VisionWorkload, Workload
 from edgeprune.errors import UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.compare import RecordingBackend
+from edgeprune.runtime.backends.onnxruntime import nodes_run
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 PEAKS = Peaks({"fp32": 1e9, "int8": 4e9}, 1e8, None)
-TOWER = VisionWorkload(layers=2, hidden=10, mlp=40, patches=16, tokens=4, parameters=1000, merger=100)
+ENCODING, THINNED = Operations(32_800, 20_480), Operations(24_400, 12_800)
+TOWER = VisionWorkload(2, 10, 40, patches=16, tokens=4, parameters=1100, work=ENCODING, whole=ENCODING)
 DECODER = Decoder(layers=2, hidden=10, heads=2, kv_heads=1, head_dim=5, intermediate=30, vocabulary=50, parameters=2000)
 WORK = Workload(TOWER, DECODER, PRECISIONS["fp32"], (4, 2), (4, 2), text_tokens=1, generated=1)
 
@@ -98,15 +101,11 @@ def test_the_least_time_by_hand() -> None:
 
 
 def test_operations_by_hand() -> None:
-    assert vision_operations(WORK) == Operations(2 * (1000 * 16 + 100 * 4), 4 * 10 * 2 * 16**2)
-    # 1000 weights a layer for 5 and 3 tokens, and the head once; attention 2 x 10 wide for half of all pairs.
-    assert prefill_operations(WORK) == Operations(2 * 500 + 2 * 1000 * (5 + 3), 20 * (25 + 9))
-
-
-def test_an_encoder_that_drops_patches_multiplies_less() -> None:
-    thinned = replace(WORK, tower=replace(TOWER, left=(16, 8)))
-    assert vision_operations(thinned) == Operations(2 * (1000 * 12 + 100 * 2), 4 * 10 * (16**2 + 8**2))
-    assert vision_operations(thinned.unpruned()) == vision_operations(WORK)
+    # 1000 weights a layer for 5 and 3 tokens, and the head once; attention 2 x 2 x 10 wide for the pairs that are not masked.
+    assert prefill_operations(WORK) == Operations(2 * 500 + 2 * 1000 * (5 + 3), 40 * (15 + 6))
+    # Layers of 1500 and 500 weights.
+    uneven = replace(WORK, decoder=replace(DECODER, by_layer=(1500, 500)))
+    assert prefill_operations(uneven).products == 2 * 500 + 2 * (1500 * 5 + 500 * 3)
 
 
 def test_shares_of_the_roofline_by_hand(tiny_bundle: Bundle) -> None:
@@ -121,9 +120,13 @@ def test_shares_of_the_roofline_by_hand(tiny_bundle: Bundle) -> None:
     assert line.prefill_ms == pytest.approx(1e3 * 90_300 / 1e8)  # its weights take longer than its operations
     assert line.token_ms == pytest.approx(1e3 * (90_300 + 700) / 1e8)
     assert line.ttft == pytest.approx((line.vision_ms + line.prefill_ms) / 3) and line.token == pytest.approx(line.token_ms / 5)
+    assert [line.vision, line.prefill] == pytest.approx([line.vision_ms / 1, line.prefill_ms / 2])
+    cut = replace(sizes, work=replace(WORK, tower=replace(TOWER, left=(16, 8), work=THINNED)))
+    lines = [with_roofline(figures, replace(variant, alive=(4, 2)), cut, PEAKS).roofline for variant in (own, whole)]
+    assert [each and each.vision_ms for each in lines] == [pytest.approx(0.0372), line.vision_ms]
     assert pruned.contexts[0].roofline == pytest.approx(1e3 * 91_200 / 1e8 / 4)
     small = with_roofline(figures, replace(whole, alive=(4, 4)), replace(sizes, decoder=stored(int8=1.0)), PEAKS).roofline
-    assert small is not None and small.prefill_ms == pytest.approx(1e3 * ((1000 + 2000 * 10) / 4e9 + 20 * 50 / 1e9))
+    assert small is not None and small.prefill_ms == pytest.approx(1e3 * ((1000 + 2000 * 10) / 4e9 + 40 * 30 / 1e9))
 
 
 def test_peaks_without_the_arithmetic_are_refused() -> None:
@@ -164,6 +167,18 @@ def test_as_many_are_chosen_as_are_wanted(name: str) -> None:
         assert len(set(kept)) == keep and list(kept) == sorted(kept) and kept[0] >= 0 and kept[-1] < 50
         assert np.array_equal(kept, chosen_tokens(name, 50, keep))
     assert np.diff(chosen_tokens("uniform", 50, 7)).max() <= 8
+
+
+def test_the_nodes_of_a_step_are_those_of_an_answer(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
+    model = load(tiny_bundle.path, threads=1, cache_bytes=0)._pipeline
+    recorded = RecordingBackend(model.backend)
+    Runtime(replace(model, backend=recorded)).generate(tiny_image, "What is it?", max_tokens=3)
+    prefill, *steps = recorded.inputs
+    nodes = [nodes_run(tiny_bundle, *step, threads=1) for step in steps[-2:]]
+    assert nodes == [step_nodes(tiny_bundle, threads=1)] * 2
+    assert 3 * 15 < nodes[0] <= read_graph(tiny_bundle.file(DECODER_GRAPH)).nodes  # three layers; optimization only removes
+    assert nodes_run(tiny_bundle, *prefill, threads=1) > 3 * 15
+    assert step_nodes(tiny_bundle, "tensorrt") is None
 
 
 def test_chosen_tokens_keep_their_positions(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from edgeprune.calibration.allocate.budgets import _knapsack, classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
+from edgeprune.calibration.allocate.budgets import (
+    ClassRule,
+    _knapsack,
+    class_rule,
+    classify,
+    fitprune_plan,
+    least_cost_shares,
+    plphp_plan,
+    vtw_plan,
+)
 from edgeprune.calibration.allocate.recipes import method_names, plan_for_budget, resized
 from edgeprune.calibration.collect.measure import Deletions
 from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, TOLERANCES, Statistics, StatisticsSource
 from edgeprune.calibration.interop.lightcompress_methods import READERS, MethodSettings
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.methods.base import LayerView
-from edgeprune.plan import Geometry, View
+from edgeprune.methods.plphp import PLPHP
+from edgeprune.plan import Cut, Geometry, View
 from edgeprune.plan.presets import unpruned_plan
 
 GEOMETRY = Geometry(160, 160, 16, 1)  # 10 x 10
@@ -41,10 +52,14 @@ def gammas(*samples: list[float]) -> Statistics:
     return total
 
 
+def ruled(found: Statistics, share: float | None, **settings: Any) -> ClassRule:
+    return class_rule(found, share, settings)
+
+
 def test_classes_by_hand() -> None:
     # Means .1 .2 ... .8; quartiles at .275 and .625: layers 0, 1 are indifferent, 6, 7 attentive.
     spread = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
-    found = classify(gammas(spread, spread), 0.5, 0.2)
+    found = classify(gammas(spread, spread), ruled(gammas(spread, spread), 0.5, delta=0.2))
     assert [c.name for c in found] == ["indifferent"] * 2 + ["balanced"] * 4 + ["attentive"] * 2
     assert [c.share for c in found] == pytest.approx([0.3] * 2 + [0.5] * 4 + [0.7] * 2)
     assert all(c.stability == 1.0 for c in found)
@@ -53,9 +68,74 @@ def test_classes_by_hand() -> None:
 def test_stability_counts_the_samples_that_agree() -> None:
     spread = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
     odd = [0.5, *spread[1:]]  # layer 0 would have been balanced
-    found = classify(gammas(spread, spread, spread, odd), 0.5, 0.2)
+    found = classify(gammas(spread, spread, spread, odd), ruled(gammas(spread, spread, spread, odd), 0.5, delta=0.2))
     assert found[0].stability == pytest.approx(0.75)
     assert found[3].stability == pytest.approx(1.0)
+
+
+SPREAD = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+
+
+def test_thresholds_and_rates_may_be_given() -> None:
+    rule = ruled(gammas(SPREAD), None, r=0.4, delta=0.1, alpha=0.55, beta=0.15)
+    assert [c.name for c in classify(gammas(SPREAD), rule)] == ["indifferent"] + ["balanced"] * 4 + ["attentive"] * 3
+    assert rule.shares == pytest.approx((0.3, 0.4, 0.5))
+    with pytest.raises(UsageError, match=r"beta 0\.9 is above alpha"):
+        ruled(gammas(SPREAD), 0.5, beta=0.9)
+
+
+def test_the_rate_makes_the_budget_the_mean() -> None:
+    many = gammas(SPREAD)
+    rule = ruled(many, 0.5, delta=0.2, alpha=0.35, beta=0.15)  # one indifferent, two balanced, five attentive layers
+    assert rule.r == pytest.approx(0.4, abs=1e-3)
+    assert np.mean([c.share for c in classify(many, rule)]) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_live_classes_meet_the_budget_over_the_samples() -> None:
+    # Half of the samples attend to the image in all layers, by whose own classes every layer of theirs is attentive.
+    found = gammas(SPREAD, [0.9] * LAYERS)
+    rule = ruled(found, 0.5, delta=0.2, classes="live")
+    kept = [rule.shares[kind] for sample in (SPREAD, [0.9] * LAYERS) for kind in rule.kinds(np.asarray(sample))]
+    assert np.mean(kept) == pytest.approx(0.5, abs=0.01) and rule.r < 0.5
+
+
+def test_live_classes_cache_what_an_attentive_layer_keeps() -> None:
+    plan = plan_for_budget("plphp", 0.4, BASE, gammas(SPREAD), classes="live", r=0.4, delta=0.2, alpha=0.6, beta=0.3)
+    assert [plan.tokens_cached(layer) for layer in range(LAYERS)] == [60] * LAYERS
+    assert plan.decode is not None and plan.has_classes and not plan.has_rate_predictor
+    assert plan.decode.options == {
+        "form": "classes",
+        "thresholds": [0.3, 0.6],
+        "shares": pytest.approx([1 / 3, 2 / 3, 1], abs=1e-4),
+    }
+    assert len({plan.cache_group(layer) for layer in range(LAYERS)}) == LAYERS
+    PLPHP(plan.decode, GEOMETRY)
+    with pytest.raises(PlanError, match="keep nothing"):
+        plan_for_budget("plphp", 0.4, BASE, gammas(SPREAD), classes="live", r=0.0, delta=0.0)
+
+
+@pytest.mark.parametrize("name", ["classes", "r", "delta", "alpha", "beta"])
+def test_an_allocator_without_classes_refuses_their_options(name: str) -> None:
+    with pytest.raises(UsageError, match=f"Option '{name}' is of the classes"):
+        plan_for_budget("plphp", 0.5, BASE, gammas(SPREAD), allocate="even", **{name: "live" if name == "classes" else 0.5})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "two thresholds and three shares"),
+        ({"form": "schedule"}, "form classes"),
+        ({"thresholds": [0.1, 0.2], "shares": [0.1, 0.2]}, "three shares"),
+        ({"thresholds": [0.1, 0.2], "shares": [0.1, 0.2, 1.2]}, "from 0 to 1"),
+        ({"thresholds": [0.1, "x"], "shares": [0.1, 0.2, 0.3]}, "from 0 to 1"),
+        ({"thresholds": [0.2, 0.1], "shares": [0.1, 0.2, 0.3]}, "must ascend"),
+        ({"thresholds": [0.1, 0.2], "shares": [0.3, 0.2, 0.1]}, "must ascend"),
+        ({"rows": "last"}, "unknown option 'rows'"),
+    ],
+)
+def test_a_decode_cut_of_plphp_is_whole(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        PLPHP(Cut("decode", "plphp", 0, options=options), GEOMETRY)
 
 
 def test_a_plan_keeps_the_shares() -> None:

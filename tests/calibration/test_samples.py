@@ -58,9 +58,22 @@ def test_short_answers_match_exactly(text: str, right: int) -> None:
 def test_descriptions_are_scored_by_their_facts() -> None:
     sample = Sample(Path(), "Describe.", "red cube at top, blue ball at left, label K7 at bottom.", "describe")
     points = score(sample, "blue ball at left, red cube at middle.")
-    assert (points.correct, points.total) == (1, 2)
-    assert points.recall == pytest.approx(1 / 3)
-    assert score(sample, "").correct == 0
+    assert (points.correct, points.stated, points.true) == (1, 2, 3)
+    assert (points.precision, points.recall, points.f1) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
+
+
+def test_silence_costs_recall() -> None:
+    sample = Sample(Path(), "Describe.", "red cube at top, blue ball at left.", "describe")
+    brief, silent = score(sample, "red cube at top."), score(sample, "")
+    assert (brief.precision, brief.recall, brief.f1) == pytest.approx((1, 1 / 2, 2 / 3))
+    assert (silent.precision, silent.recall, silent.f1) == (0, 0, 0)
+    both = brief + silent
+    assert (both.precision, both.recall, both.f1) == pytest.approx((1, 1 / 4, 2 / 5))
+
+
+def test_a_short_answer_is_right_or_wrong() -> None:
+    right, wrong = (score(Sample(Path(), "What?", "red", "colour"), text) for text in ("red", "blue"))
+    assert (right + wrong).f1 == (right + wrong).precision == (right + wrong).recall == 0.5
 
 
 def test_what_others_write_is_read(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions
+from edgeprune.calibration.data.samples import Score
 from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan, prunable_encoder_blocks
 from edgeprune.calibration.search.candidates import BASELINES, encoder_blocks, encoder_places, is_noop
 from edgeprune.calibration.search.goal import Goal
-from edgeprune.calibration.search.pareto import Budget, Curve, Point, pareto_front
+from edgeprune.calibration.search.objectives import Agreed
+from edgeprune.calibration.search.pareto import Budget, Curve, Point, facts_of, pareto_front
 from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.profile import DeviceProfile
@@ -42,11 +44,11 @@ class Judge:
         if any(cut.method in self.refused for cut in plan.cuts):
             raise PlanError("not of this model")
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> float:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
         assert not any(cut.method in self.refused for cut in plan.cuts)
         self.asked.append(count)
         skill = 1.0 if any(cut.method == "divprune" for cut in plan.cuts) else 0.5
-        return min(1.0, skill * (0.6 + plan.tokens_at_layer(2) / 400 * 2))
+        return Agreed(min(1.0, skill * (0.6 + plan.tokens_at_layer(2) / 400 * 2)), Score(1, 2, 4))
 
     def divergences(self, plans: list[KeepPlan], progress: Count = lambda done: None) -> list[float]:
         return [1.0 / (1 + plan.tokens_at_layer(2)) for plan in plans]
@@ -66,8 +68,8 @@ def untrained(base: KeepPlan, rate: DecodeRateOptions) -> KeepPlan:
 class Skilled(Judge):
     """To whom all methods are alike: what counts is how many tokens reach the last layer."""
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> float:
-        return plan.tokens_at_layer(2) / 400 if plan.geometry == GEOMETRY else 0.0
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
+        return Agreed(plan.tokens_at_layer(2) / 400 if plan.geometry == GEOMETRY else 0.0)
 
 
 def search(tiny: LoadedModel, judge: Judge, blocks: int = 0, times: DeviceProfile | None = None) -> Search:
@@ -242,6 +244,20 @@ def test_curves_survive(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(UsageError):
         Curve.load(tmp_path / "c.json")
+
+
+def test_a_point_knows_the_facts_of_descriptions(tmp_path: Path) -> None:
+    found = replace(point(0.5, 0.9), precision=0.5, recall=0.25)
+    assert found.f1 == pytest.approx(1 / 3) and point(0.5, 0.9).f1 is None
+    assert (replace(found, precision=0.0, recall=0.0).f1, facts_of(Score())) == (0.0, (None, None))
+    assert facts_of(Score(1, 2, 4)) == (0.5, 0.25)
+    Curve("flops", (found,)).save(tmp_path / "c.json")
+    assert Curve.load(tmp_path / "c.json").points == (found,)
+
+
+def test_the_search_keeps_the_facts_of_every_point(tiny: LoadedModel) -> None:
+    _, curve = find_plan(tiny, statistics(), untrained, Judge(), WHOLE, Goal(1.0, flops=0.5), None, Silent())  # type: ignore[arg-type]
+    assert {(found.precision, found.recall) for found in curve.points} == {(0.5, 0.25)}
 
 
 def test_times_survive(tmp_path: Path) -> None:

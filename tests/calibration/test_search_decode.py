@@ -11,6 +11,7 @@ from test_search import WHOLE, Judge, statistics
 from edgeprune.calibration.allocate.dyrate import FORMS, DecodeRateOptions
 from edgeprune.calibration.search.auto import DropExceededError, find_plan
 from edgeprune.calibration.search.goal import Goal
+from edgeprune.calibration.search.objectives import Agreed
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import Count, Silent
@@ -38,9 +39,10 @@ class Listener(Judge):
         super().__init__()
         self._losses = losses
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> float:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
         loss = self._losses[plan.decode.options["form"]] if plan.decode else 0.0
-        return super().score(replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.site in ("input", "layer"))), count) - loss
+        agreed = super().score(replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.site in ("input", "layer"))), count)
+        return replace(agreed, mean=agreed.mean - loss)
 
 
 def searched(tiny: LoadedModel, goal: Goal, losses: dict[str, float]) -> tuple[Trained, Any]:

@@ -374,6 +374,20 @@ def test_completion_is_that_of_click(shell: str) -> None:
     assert "zspaprune" in completed.output
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("edgeprune export --method zspaprune --option re", ["plain,relevance=", "plain,reduce="]),
+        ("edgeprune export --method zspaprune --option relevance=m", ["plain,relevance=mean", "plain,relevance=max"]),
+        ("edgeprune export --method plphp --option al", []),
+        ("edgeprune calibrate --method plphp --option al", ["plain,allocate=", "plain,alpha="]),
+    ],
+)
+def test_options_of_the_method_complete(words: str, found: list[str]) -> None:
+    env = {"_EDGEPRUNE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "5"}
+    assert CliRunner().invoke(main, prog_name="edgeprune", env=env).output.split() == found
+
+
 def test_export_asks_for_a_model() -> None:
     result = CliRunner().invoke(main, ["export", "-o", "b"])
     assert result.exit_code == 2 and "Missing argument 'MODEL'. For example: edgeprune export tabletop -o" in result.output

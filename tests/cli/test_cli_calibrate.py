@@ -13,8 +13,10 @@ from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.cli import main
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.plan import KeepPlan
+from edgeprune.registry import options_of
 from edgeprune.tabletop.dataset import write_dataset
 
+SETTLED = ("--option", "relevance=pooled", "--option", "norm=0")
 SIZE = ("--image-size", "84x84", "--max-tokens", "6")
 
 
@@ -58,12 +60,38 @@ def test_many_plans_from_one_pass(tiny_folder: Path, data: Path, tmp_path: Path)
 def test_cuts_are_added_onto_a_plan(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("1.json", "2.json", "3.json"))
     common = ("calibrate", tiny_folder, "--data", data, *SIZE)
-    done(*common, "--method", "zspaprune", "--budget", 0.8, "--core", 0.2, "-o", first)
+    done(*common, "--method", "zspaprune", "--budget", 0.8, "--core", 0.2, *SETTLED, "-o", first)
     done(*common, "--method", "plphp", "--budget", 0.5, "--allocate", "even", "--onto", first, "-o", second)
     done(*common, "--method", "dyrate", "--form", "schedule", "--budget", 0.5, "--onto", second, "-o", third)
     plan = KeepPlan.load(third)
     assert [cut.site for cut in plan.cuts] == ["input", "cache", "cache", "cache", "decode"]
     assert plan.tokens_entering_decoder == 7 and [plan.tokens_cached(layer) for layer in range(3)] == [3, 3, 3]
+
+
+def test_options_are_compared_and_the_best_is_in_the_plan(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    enough = data.with_name("twenty.jsonl")
+    enough.write_text((data.read_text() + "\n") * 4)
+    common = ("calibrate", tiny_folder, *SIZE, "--method", "cdpruner", "--budget", 0.5, "-o", tmp_path / "p.json", "--force")
+    few = call(*common, "--data", data)
+    assert few.exit_code == 2 and "To choose weight of cdpruner takes 20 samples; there are 5." in few.output
+    found = json.loads(done(*common, "--data", enough, "--json").output)
+    (option,) = (each for each in options_of("cdpruner") if each.tries)
+    assert {trial["options"][option.name] for trial in found["tried"]} == {option.default, *option.tries}
+    assert KeepPlan.load(tmp_path / "p.json").cuts[0].options == found["tried"][0]["options"]
+    assert found["tried"][0]["divergence"] <= found["tried"][-1]["divergence"]
+    settled = done(*common, "--data", data, "--option", f"{option.name}={option.default}", "--json")
+    assert json.loads(settled.output)["tried"] == []
+
+
+def test_live_classes_are_calibrated(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    common = ("calibrate", tiny_folder, "--data", data, *SIZE, "--statistics", tmp_path / "s", "--method", "plphp", "--force")
+    shown = done(*common, "--budget", 0.5, "--option", "classes=live", "-o", tmp_path / "p.json").output
+    assert "plphp @ decode 0" in shown and "samples that agree" in shown
+    done(*common, "--option", "r=0.5", "--option", "alpha=0.99", "--option", "delta=0.1", "-o", tmp_path / "q.json")
+    kept = sorted(KeepPlan.load(tmp_path / "q.json").tokens_cached(layer) for layer in range(3))
+    assert kept == [3, 4, 4]  # the lowest quarter of three layers is one, and none is attentive
+    both = call(*common, "--budget", 0.5, "--option", "r=0.4", "-o", tmp_path / "r.json")
+    assert both.exit_code == 2 and "--budget chooses r" in both.output
 
 
 def test_shards_merge_to_the_whole(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import onnx
 import pytest
 from repository import ROOT
 
-from edgeprune.bundle import DECODER, SELECTOR, VISION, Bundle
+from edgeprune.bundle import DECODER, MANIFEST, SELECTOR, VISION, Bundle, LayerState, Manifest, Operations
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import MODULES, module_named
 from edgeprune.device.onnx_file import read_graph
-from edgeprune.device.roofline import Interval, estimate, prefill_operations, vision_operations
+from edgeprune.device.roofline import Interval, estimate, prefill_operations
 from edgeprune.device.workload import PRECISIONS, Decoder, Precision, VisionWorkload, Workload, workload_of
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.export.exporter import export_bundle
@@ -25,7 +25,8 @@ from edgeprune.export.passes import attention as tiling
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.targets import TARGETS, Lowering
 
-TOWER = VisionWorkload(layers=10, hidden=1000, mlp=4000, patches=400, tokens=100, parameters=100_000_000, merger=10_000_000)
+ENCODING = Operations(2 * (100e6 * 400 + 10e6 * 100), 10 * 4 * 1000 * 400**2)
+TOWER = VisionWorkload(10, 1000, 4000, patches=400, tokens=100, parameters=110_000_000, work=ENCODING, whole=ENCODING)
 DECODER_SHAPE = Decoder(
     layers=20, hidden=1000, heads=10, kv_heads=2, head_dim=100, intermediate=3000, vocabulary=50_000, parameters=1_000_000_000
 )
@@ -48,15 +49,15 @@ def examples() -> list[dict[str, Any]]:
 def test_a_prefill_by_hand() -> None:
     stage = estimate(WORK, module_named("orin-nano")).stage("prefill")
     assert stage is not None
-    # 2 * 10^9 weights * 120 tokens, 2 * 20 layers * 1000 wide * 120^2 pairs, and 2 * 50 million weights of the head.
-    assert stage.operations == 240e9 + 0.576e9 + 0.1e9
+    # 2 * 10^9 weights * 120 tokens, 4 * 20 layers * 1000 wide * 120 * 121 / 2 pairs, and 2 * 50 million weights of the head.
+    assert stage.operations == 240e9 + 0.5808e9 + 0.1e9
     # 2.1 GB of weights; at most 120 * 20 times (12 * 1000 + 4 * 1000 + 2 * 400 + 6 * 3000) numbers of 2 bytes besides.
     assert stage.bytes == Interval(2.1e9, 2.1e9 + 120 * 20 * 34_800 * 2)
     assert stage.limit == "compute"
     peak = 8 * 1.02 * 2.048e9  # operations in a millisecond
     launches = 20 * 12
-    assert stage.ms.low == pytest.approx(240.676e9 / (0.54 * peak) + launches * 0.001)
-    assert stage.ms.high == pytest.approx(240.676e9 / (0.38 * peak) + launches * 0.006)
+    assert stage.ms.low == pytest.approx(240.6808e9 / (0.54 * peak) + launches * 0.001)
+    assert stage.ms.high == pytest.approx(240.6808e9 / (0.38 * peak) + launches * 0.006)
 
 
 def test_a_token_of_decode_by_hand() -> None:
@@ -68,11 +69,34 @@ def test_a_token_of_decode_by_hand() -> None:
     assert estimate(WORK, module_named("orin-nano")).token_ms == stage.ms
 
 
-def test_views_attend_to_themselves() -> None:
-    whole, tiled = (vision_operations(replace(WORK, tower=replace(TOWER, views=views))) for views in (1, 4))
-    assert whole.attention == 10 * 4 * 1000 * 400**2  # two products of 2 operations for each pair of patches
-    assert tiled.attention == 4 * 10 * 4 * 1000 * 100**2
-    assert tiled.products == whole.products
+def test_masks_leave_pairs() -> None:
+    local = replace(DECODER_SHAPE, local=(0,), window=30)
+    assert DECODER_SHAPE.pairs(0, 100, 20) == local.pairs(1, 100, 20) == sum(range(1, 121))
+    assert local.pairs(0, 100, 20) == sum(min(place, 30) for place in range(1, 121))
+    assert local.pairs(0, 10, 5) == sum(range(1, 16))  # shorter than the window
+    assert replace(DECODER_SHAPE, mutual="all").pairs(0, 100, 20) == 120**2
+    seen = sum(min(place, 30) for place in range(1, 121)) + 100 * 99 / 2  # every visual token also sees those after it
+    assert replace(local, mutual="image").pairs(0, 100, 20) == seen
+
+
+def test_a_state_instead_of_attention() -> None:
+    net = LayerState(3, (4, 100, 50))
+    decoder = replace(DECODER_SHAPE, states=(LayerState(3, (3, 2000)), net))
+    assert decoder.pairs(3, 100, 20) == decoder.visible(3, 125) == 0
+    assert decoder.state_bytes == 4 * (3 * 2000 + 4 * 100 * 50)
+    work = replace(WORK, decoder=decoder)
+    before, after = (prefill_operations(each).attention for each in (WORK, work))
+    assert after - before == 6 * 4 * 100 * 50 * 120 - 4 * 1000 * sum(range(1, 121))
+    stage = estimate(work, module_named("orin-nano")).stages[-1]
+    assert stage.bytes.low == 2.1e9 + 19 * 125 * 400 * 2 + 2 * decoder.state_bytes  # read and written
+
+
+def test_a_decode_step_sees_what_a_window_shows() -> None:
+    work = replace(WORK, decoder=replace(DECODER_SHAPE, local=(0, 1, 2), window=30))
+    stage = estimate(work, module_named("orin-nano")).stages[-1]
+    rows = 400 * 2
+    assert stage.bytes == Interval(2.1e9 + (17 * 125 + 3 * 30) * rows, 2.1e9 + 20 * 125 * rows)
+    assert stage.operations == 2.1e9 + 4 * 1000 * (17 * 125 + 3 * 30)
 
 
 def test_the_first_token_waits_for_the_stages_before() -> None:
@@ -185,7 +209,7 @@ def test_a_graph_written_for_cpus_does_the_same_work(
     written = export_bundle(tiny, tiny_plan, tmp_path / "cpu", lowering=Lowering(TARGETS["cpu"], "int8"))
     assert read_graph(written.file(VISION)).operators["Softmax"] > written.manifest.encoder_blocks
     expected, found = (workload_of(bundle, text_tokens=8, generated=4) for bundle in (tiny_bundle, written))
-    assert astuple(vision_operations(found)) == pytest.approx(astuple(vision_operations(expected)), rel=0.02)
+    assert found.tower.work == expected.tower.work
     assert astuple(prefill_operations(found)) == pytest.approx(astuple(prefill_operations(expected)), rel=0.02)
 
 
@@ -207,15 +231,31 @@ def test_packed_dimensions_are_read(tmp_path: Path) -> None:
 def test_a_bundle_becomes_its_workload(tiny: LoadedModel, tiny_bundle: Bundle) -> None:
     work = workload_of(tiny_bundle, text_tokens=7, generated=5)
     layers = [matrix.numel() for matrix in tiny.family.decoder().layers.parameters() if matrix.ndim == 2]
-    expected = Decoder(3, 48, 6, 2, 8, 56, tiny_bundle.manifest.decoder.vocabulary, sum(layers))
+    each = (sum(layers) // 3,) * 3
+    expected = Decoder(3, 48, 6, 2, 8, 56, tiny_bundle.manifest.decoder.vocabulary, sum(layers), by_layer=each)
     assert work.decoder == expected
     assert (work.tower.layers, work.tower.hidden, work.tower.mlp, work.tower.patches, work.tower.tokens) == (2, 32, 128, 48, 12)
-    assert work.tower.parameters == 2 * 12 * 32 * 32 + 32 * (3 * 2 * 14 * 14)  # two blocks, and the patches' own matrix
-    assert work.tower.merger == 128 * 128 + 128 * 48  # four patches of 32, to the decoder's 48
+    blocks = 2 * 12 * 32 * 32 + 32 * (3 * 2 * 14 * 14)  # two blocks, and the patches' own matrix
+    merger = 128 * 128 + 128 * 48  # four patches of 32, to the decoder's 48
+    assert work.tower.parameters == blocks + merger
+    # Two products of 32 for each pair of patches, in two blocks.
+    assert work.tower.work == work.tower.whole == Operations(2 * (blocks * 48 + merger * 12), 2 * 4 * 32 * 48**2)
     assert work.alive == work.stored == (12, 6, 3)
     assert work.precision == PRECISIONS["fp32"] and work.selector == 0
     with pytest.raises(UsageError, match="int4"):
         workload_of(tiny_bundle, text_tokens=7, generated=5, precision="int2")
+
+
+def test_a_bundle_that_does_not_say_its_work_has_a_lower_bound(altered_bundle: Path, tiny_bundle: Bundle) -> None:
+    data = json.loads((altered_bundle / MANIFEST).read_text())
+    del data["encoder_work"]
+    for name in ("heads", "window", "layer_weights"):
+        del data["decoder"][name]
+    older = replace(tiny_bundle, manifest=Manifest.parse(altered_bundle, json.dumps(data | {"schema_version": 8}).encode()))
+    found, expected = (workload_of(bundle, text_tokens=7, generated=5) for bundle in (older, tiny_bundle))
+    assert found.tower.work == Operations(expected.tower.work.products, 0.0)
+    assert found.decoder == replace(expected.decoder, by_layer=())
+    assert prefill_operations(found) == prefill_operations(expected)
 
 
 def test_a_selector_is_counted(tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_missing_matrix_is_seen(part: str, tiny_folder: Path, tiny_bundle: Bun
     if part == "decoder":
         model.language_model.layers[1].mlp.up_proj = nn.Identity()
     else:
-        model.visual.blocks[1].mlp.fc1 = nn.Identity()
+        model.visual.blocks[1].mlp = nn.Identity()
     found, expected = sizes_of(outline, tiny_bundle.plan, PLAIN), ModelSizes.of(tiny_bundle)
     works = [workload(sizes, tiny_bundle.plan, text_tokens=7, generated=5) for sizes in (found, expected)]
     assert works[0] != works[1]

@@ -64,7 +64,7 @@ def test_a_view_is_encoded_as_in_transformers(encoder: str, layer: int | list[in
         expected = model.get_image_features(pixels).pooler_output[0]
         tower: Any = Llava(model).vision(SQUARE)
         assert error(tower(cut(pixels, 14))[0], expected) < 1e-5 and tower.takes == (25, 588)
-        tower: Any = Llava(model).vision(SQUARE, signals=True)
+        tower = Llava(model).vision(SQUARE, signals=True)
         visual, received, keys, features = tower(cut(pixels, 14))
         assert error(tower.projector(features), visual[0]) < 1e-6
     assert error(visual[0], expected) < 1e-5 and received.shape == (25,) and keys.shape == (25, 8)

@@ -39,7 +39,7 @@ def test_a_view_is_encoded_as_in_transformers(side: int, layers: list[int]) -> N
     with torch.no_grad():
         tower: Any = family.vision(geometry)
         assert error(tower(cut(pixels, 14))[0], expected(model, pixels)) < 1e-5 and tower.takes == (patches, 588)
-        tower: Any = family.vision(geometry, signals=True)
+        tower = family.vision(geometry, signals=True)
         visual, received, keys, features = tower(cut(pixels, 14))
         assert error(tower.projector(features), visual[0]) < 1e-6
         assert error(visual[0], expected(model, pixels)) < 1e-5

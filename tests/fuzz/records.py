@@ -98,7 +98,7 @@ def _read(data: bytes) -> bool:
         for sample in read_samples(path, limit=9, need_answers=need):
             check_type(sample, Sample, "the sample")
             points = score(sample, "There is a red cup.")
-            demand(0 <= points.correct <= points.total and 0 <= points.recall <= 1, "points beyond the bounds")
+            demand(0 <= points.correct <= min(points.stated, points.true) and 0 <= points.f1 <= 1, "points beyond the bounds")
     return True
 
 

@@ -92,22 +92,38 @@ def test_zspaprune_by_hand() -> None:
     # to {0, 4}, the larger of both: 1 -> .99, 2 -> .71, 3 -> 0.
     visual = torch.tensor([[1.0, 0.0], [7.0, 1.0], [1.0, 1.0], [0.0, 2.0], [-3.0, 0.0]])
     seen = InputView(visual, torch.tensor([[2.0, 1.0], [2.0, -1.0]]))
-    assert method("zspaprune", core=0.34).select(seen, 3).tolist() == [0, 3, 4]
+    assert method("zspaprune", core=0.34, norm=0.0).select(seen, 3).tolist() == [0, 3, 4]
     assert method("zspaprune", core=1.0).select(seen, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("core", [0.0, 0.3, 0.5])
 @pytest.mark.parametrize("keep", [3, 10, 17])
-def test_zspaprune_against_a_plain_loop(core: float, keep: int) -> None:
+@pytest.mark.parametrize("norm", [0.0, 0.5, 2.0])
+def test_zspaprune_against_a_plain_loop(core: float, keep: int, norm: float) -> None:
     seen = view(seed=4)
+    weight = seen.visual.norm(dim=1).double().numpy() ** norm
     visual = (seen.visual / seen.visual.norm(dim=1, keepdim=True)).double().numpy()
     pooled = seen.prompt.mean(dim=0).double().numpy()
     relevance = visual @ pooled
     chosen = list(np.argsort(-relevance)[: max(1, round(core * keep))])
     while len(chosen) < keep:
         others = [index for index in range(25) if index not in chosen]
-        chosen.append(min(others, key=lambda index: max(visual[index] @ visual[taken] for taken in chosen)))
-    assert method("zspaprune", core=core).select(seen, keep).tolist() == sorted(chosen)
+        different = {index: 1.001 - max(visual[index] @ visual[taken] for taken in chosen) for index in others}
+        chosen.append(max(others, key=lambda index: weight[index] * different[index]))
+    assert method("zspaprune", core=core, norm=norm).select(seen, keep).tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e15])
+def test_norms_of_any_size_weigh_alike(scale: float) -> None:
+    seen = view(seed=6)
+    scaled = InputView(seen.visual * scale, seen.prompt)
+    assert method("zspaprune").select(scaled, 9).tolist() == method("zspaprune").select(seen, 9).tolist()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
+def test_tokens_that_are_all_alike_are_kept_once_each(value: float) -> None:
+    seen = InputView(torch.full((25, 12), value), view().prompt)
+    assert len(set(method("zspaprune").select(seen, 9).tolist())) == 9
 
 
 @pytest.mark.parametrize("keep", [1, 6, 15])

@@ -57,7 +57,7 @@ def test_zspaprune(relevance: str, reduce: str, block: int, keep: int) -> None:
     scores = {"pooled": cosines(seen.visual, seen.prompt.mean(dim=0, keepdim=True))[:, 0], "mean": each.mean(1), "max": each.max(1)}
     core = np.argsort(-scores[relevance])[: max(1, round(0.4 * keep))].tolist()
     expected = least_similar(cosines(seen.visual, seen.visual), core, keep, block, reduce)
-    assert kept("zspaprune", seen, keep, core=0.4, relevance=relevance, reduce=reduce, block=block) == expected
+    assert kept("zspaprune", seen, keep, core=0.4, norm=0.0, relevance=relevance, reduce=reduce, block=block) == expected
 
 
 @pytest.mark.parametrize("keep", [1, 10, 29])

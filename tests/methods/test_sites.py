@@ -61,7 +61,7 @@ def test_the_rate_shortens_what_is_read(bundle: Bundle, tiny: LoadedModel, tiny_
 
 def test_graphs_are_there_as_the_plan_needs_them(bundle: Bundle) -> None:
     assert bundle.file(SELECTOR).is_file() == (bundle.plan.input is not None)
-    assert bundle.file(PREDICTOR).is_file() == bundle.plan.follows_attention
+    assert bundle.file(PREDICTOR).is_file() == bundle.plan.has_rate_predictor
 
 
 def test_switching_pruning_off_asks_the_whole_model(bundle: Bundle, tiny: LoadedModel, tiny_image: Image.Image) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.calibration.calibrate import CalibrationResult
     from edgeprune.calibration.data.samples import BadSampleError
     from edgeprune.calibration.evaluation import EvalReport
+    from edgeprune.calibration.search.pareto import Point
     from edgeprune.export.verification import ParityStage
     from edgeprune.plan import KeepPlan, Option
     from edgeprune.runtime import Stream
@@ -40,17 +41,28 @@ def show_calibration(result: CalibrationResult, as_json: bool) -> None:
     if result.classes:
         rows = [(c.layer, c.name, f"{c.share:.0%}", f"{c.gamma:.3f}", f"{c.stability:.0%}") for c in result.classes]
         show_table(("layer", "class", "keep", "attention to vision", "samples that agree"), rows, as_json=False)
+    if result.tried:
+        names = list(result.tried[0].options)
+        trials = [(*(trial.options[name] for name in names), f"{trial.divergence:.3f}") for trial in result.tried]
+        show_table((*names, "divergence, nats an answer"), trials, as_json=False)
     if result.curve is not None:
-        front = [(p.name, f"{p.flops:.1%}", f"{p.kv:.1%}", f"{p.score:.1%}") for p in result.curve.front()]
-        show_table(("best plans", "visual FLOPs", "visual KV", "agreement"), front, as_json=False)
+        best = [(p.name, f"{p.flops:.1%}", f"{p.kv:.1%}", f"{p.score:.1%}", *_facts_of(p)) for p in result.curve.front()]
+        show_table(
+            ("best plans", "visual FLOPs", "visual KV", "agreement", "facts: F1", "precision", "recall"), best, as_json=False
+        )
     if result.times is not None:
         click.echo(f"times: {result.times.how}, {result.times.device}")
     click.echo(f"\nplan written to {result.output}; next: edgeprune export MODEL --plan {result.output} -o BUNDLE")
 
 
+def _facts_of(point: Point) -> list[str]:
+    return ["-" if value is None else f"{value:.1%}" for value in (point.f1, point.precision, point.recall)]
+
+
 def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
     found: dict[str, Any] = {"statistics": None if result.statistics is None else str(result.statistics), "samples": result.samples}
     found["skipped"] = list(result.skipped)
+    found["tried"] = [asdict(trial) for trial in result.tried]
     if result.plan is not None:
         costs = {"flops": result.flops, "kv": result.kv}
         found |= {"output": str(result.output), "plan": result.plan.to_dict(), **costs}
@@ -229,6 +241,19 @@ def show_skipped(skipped: Sequence[object]) -> None:
         click.echo(f"{len(skipped)} bad sample{'s' * (len(skipped) > 1)} skipped", err=True)
 
 
+def _evaluation_lines(kind: str, row: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
+    # Descriptions have a line for each measure of their facts, all others one.
+    if "f1" not in row:
+        return [[kind, str(row["asked"]), *(f"{row[name]:.1%}" for name in columns)]]
+    lines = []
+    for measure, shown in (("f1", "F1 of facts"), ("precision", "precision of facts"), ("recall", "recall of facts")):
+        whole = row if measure == "f1" else {}
+        cells = [row[measure].get(name, whole.get(name)) for name in columns]
+        asked = str(row["asked"]) if whole else ""
+        lines.append([f"{kind}: {shown}", asked, *("" if cell is None else f"{cell:.1%}" for cell in cells)])
+    return lines
+
+
 def show_evaluation(report: EvalReport, skipped: Sequence[BadSampleError], as_json: bool) -> None:
     """Print the scores of each kind of question, then the costs of an answer; on stderr the samples that were left out."""
     show_skipped(skipped)
@@ -236,9 +261,9 @@ def show_evaluation(report: EvalReport, skipped: Sequence[BadSampleError], as_js
     if as_json:
         show_json(data)
         return
-    variants = [name for name in ("pruned", "unpruned", "agreement", "visual_reads") if name in next(iter(data["kinds"].values()))]
-    rows = [[kind, row["asked"], *(f"{row[name]:.1%}" for name in variants)] for kind, row in data["kinds"].items()]
-    show_table(["kind", "asked", *(name.replace("_", " ") for name in variants)], rows, as_json=False)
+    columns = [name for name in ("pruned", "unpruned", "agreement", "visual_reads") if name in next(iter(data["kinds"].values()))]
+    rows = [line for kind, row in data["kinds"].items() for line in _evaluation_lines(kind, row, columns)]
+    show_table(["kind", "asked", *(name.replace("_", " ") for name in columns)], rows, as_json=False)
     costs = [
         [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}", f"{c['visual_kv']:.0%}"]
         for name, c in data["cost"].items()

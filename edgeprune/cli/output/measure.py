@@ -28,6 +28,12 @@ _COSTS = {
     "tokens_per_second": "tokens a second",
     "energy_j": "energy J",
 }
+# Label, share and cost of each stage that has a roofline.
+_STAGES = (
+    ("vision encoder", "vision", "vision_ms"),
+    ("prefill", "prefill", "prefill_ms"),
+    ("decode step", "token", "ms_per_token"),
+)
 _TAILS = ("ttft_ms", "recalled_ttft_ms", "repeated_ttft_ms", "ms_per_token")
 _RATES = {"fp32": "GFLOPS", "fp16": "GFLOPS"}
 Row = list[str]
@@ -179,16 +185,17 @@ def _size_rows(result: Benchmark) -> list[Row]:
         ["KV cache KiB", *(f"{size:.0f}{_format_ratio(result, variant, variant.ratios['kv_bytes'])}" for variant, size in caches)],
         ["visual tokens", *(f"{variant.visual_tokens:.1f}".removesuffix(".0") for variant in variants)],
         ["tokens generated", *(str(variant.generated) for variant in variants)],
+        ["nodes in a step", *("unknown" if variant.step_nodes is None else str(variant.step_nodes) for variant in variants)],
     ]
 
 
 def _roofline_rows(result: Benchmark) -> list[Row]:
-    lines = [variant.roofline for variant in result.variants]
-    if None in lines:
+    lines = [(variant, variant.roofline) for variant in result.variants]
+    if any(line is None for _, line in lines):
         return []
     rows = [
-        ["TTFT, roofline", *(f"{line.ttft:.0%}" for line in lines if line)],
-        ["token, roofline", *(f"{line.token:.0%}" for line in lines if line)],
+        [label, *(f"{getattr(line, share):.0%} of {variant.costs[cost].p50:.2f} ms" for variant, line in lines if line)]
+        for label, share, cost in _STAGES
     ]
     for index, context in enumerate(result.request.contexts):
         shares = [variant.contexts[index].roofline or 0.0 for variant in result.variants]

@@ -62,6 +62,14 @@ def test_a_share_is_a_view_and_the_next_question_has_all_again() -> None:
     assert [len(array) for array in after.visual] == [9, 9, 5, 5] and after.limit_visual(1.0, 0).visual_entries_read == 16
 
 
+def test_layers_may_have_shares_of_their_own() -> None:
+    cache = KvCache.empty(SHAPE, PLAN).reserve(30).append(rows(9, 9, 9, 9), 1, 0)
+    shorter = cache.limit_visual([0.25, 0.75], 0)
+    assert [len(array) for array in shorter.visual] == [3, 3, 7, 7] and np.shares_memory(shorter.visual[0], cache.visual[0])
+    assert [len(array) for array in cache.limit_visual([1.0, 0.5], 1).visual] == [9, 9, 5, 5]
+    assert shorter.limit_visual(1.0, 0).visual_entries_read == 16
+
+
 def test_a_second_image_joins_the_first() -> None:
     cache = KvCache.empty(SHAPE, PLAN).reserve(30).append(rows(4, 4, 4, 4), 1, 0).append(rows(3, 3, 3, 3, of=50.0), 0, 1)
     assert cache.visual[0][:, 0, 0].tolist() == [0, 2, 3, 4, 50, 51]

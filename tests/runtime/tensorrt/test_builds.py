@@ -93,10 +93,11 @@ PLANS = dict(plans())
 
 def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path) -> Iterator[tuple[str, Path, GraphRecord]]:
     """Write the graphs that a plan changes."""
-    parts, signals = model.family.decoder(), dict.fromkeys(signals_for(plan, model.family), ())
-    if not plan.cuts or plan.vision_cuts or signals:
+    parts, needed = model.family.decoder(), signals_for(plan, model.family)
+    signals: dict[str, Any] = {}
+    if not plan.cuts or plan.vision_cuts or needed:
         vision = trace_vision(model.family, plan, lowering, folder / "vision.onnx")
-        signals = {name: vision.outputs[name].shape for name in signals}
+        signals = {name: vision.outputs[name].shape for name in needed}
         yield VISION, folder / "vision.onnx", vision
     if plan.input is not None:
         selector = trace_selector(parts, plan, signals, lowering, folder / "selector.onnx")

@@ -31,6 +31,9 @@ PLANS = {
     "cache, schedule": ranked_plan(BASE, [5, 9, 12]).with_cuts(
         Cut("decode", "dyrate", 0, options={"form": "schedule", "steps": [1, 3], "shares": [0.5, 0.25]})
     ),
+    "live classes": ranked_plan(BASE, [8, 8, 8]).with_cuts(
+        Cut("decode", "plphp", 0, options={"form": "classes", "thresholds": [0.3, 0.6], "shares": [0.25, 0.5, 1.0]})
+    ),
     "withdrawn, map": BASE.with_cuts(
         Cut("layer", "vtw", 0, layer=2),
         *(Cut("cache", method, keep, layer) for layer, (method, keep) in enumerate((("random", 6), ("uniform", 6), ("plphp", 0)))),

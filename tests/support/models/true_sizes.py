@@ -1,7 +1,7 @@
 """The sizes of real checkpoints, by family: what their config.json and preprocessor_config.json say of widths and depths.
 
 `text`, `vision` and `top` go over the parts of a tiny configuration, `processor` over its image processor's settings; `size` is
-that of the test image. Seven are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
+that of the test image. Eight are too large for 24 GB in float32: of these `layers` says how many decoder layers are built, at
 their true width.
 """
 
