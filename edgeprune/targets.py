@@ -71,11 +71,13 @@ class Lowering:
 
     fp16: weights, matrix products and KV caches; norms, softmax, rotary embedding, residual stream and logits stay in float32.
     int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. int4: the weights of the decoder
-    layers, in blocks of 128 inputs; all other weights are int8.
+    layers, in blocks of 128 inputs; all other weights are int8. `wide`: the matrices, such as decoder.layers.0.mlp.down_proj, whose
+    products float16 does not hold: they multiply in float32, with weights in float32 instead of fp16.
     """
 
     target: Target
     precision: str
+    wide: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -100,6 +102,11 @@ class Lowering:
         """Type of matrix products and KV caches. ONNX Runtime multiplies quantized weights in float32: its CPU has no fp16."""
         is_float32 = self.precision == "fp32" or (self.target.tensorrt is None and self.precision in ("int8", "int4"))
         return "float32" if is_float32 else "float16"
+
+    def is_wide(self, part: str, weight: str) -> bool:
+        """Return whether a weight of a part's graph, such as decoder.layers.0.mlp.down_proj.weight, multiplies in float32."""
+        name = weight.removesuffix(".weight")
+        return (name if part == "layers" else f"vision.{name}") in self.wide
 
     def rounds(self, weights: str) -> bool:
         """Return whether inputs of products with such weights are quantized to 8 bits, for integer matrix products."""

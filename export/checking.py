@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import DECODER, MANIFEST, VISION, Bundle
 from edgeprune.io.progress import SILENT, Progress
 from edgeprune.lint.check import lint
 from edgeprune.lint.rule import Finding
@@ -36,12 +37,25 @@ def check_bundle(
 
     Only the precision that the bundle was exported with is checked. Raises BundleError and UsageError.
     """
+    findings = list(_product_findings(bundle))
     profiles = shape_profiles(bundle, limits or ProfileLimits())
     trials: list[Trial] | None = [] if target.tensorrt is not None and can_try() else None
-    findings: list[Finding] = []
     for name, ranges in profiles.items():
         progress.begin(name)
         findings += lint(bundle.file(name), target, [profile for profile in ranges if profile], name=name)
         if trials is not None:
             trials.append(try_build(bundle.file(name), name, ranges, substitute_capability(target)))
     return CheckReport(target, tuple(findings), None if trials is None else tuple(trials))
+
+
+def _product_findings(bundle: Bundle) -> Iterator[Finding]:
+    # Engines overflow where ONNX Runtime's CPU, which multiplies in float32, does not: only the manifest knows.
+    manifest = bundle.manifest
+    if manifest.lowering.products != "float16":
+        return
+    if manifest.wide_products is None:
+        reason = "It was not measured whether a product exceeds float16 (65,504), which makes an engine's answers nonsense."
+        yield Finding(MANIFEST, "wide_products", "", reason, "Export the bundle again.", "warning")
+    for name, size in (manifest.wide_products or {}).items():
+        reason = f"Its products reached {size:,.0f} at export, so they stay in float32: more memory, and more time."
+        yield Finding(DECODER if name.startswith("decoder.") else VISION, name, "", reason, "Nothing is to be done.", "warning")

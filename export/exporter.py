@@ -37,6 +37,7 @@ from edgeprune.bundle import (
 )
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.bundle.integrity import record_files
+from edgeprune.calibration.replay.products import wide_products
 from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
@@ -52,7 +53,7 @@ from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.targets import PLAIN, Lowering
 
-STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
+STAGES = ("products", "vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
 WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
@@ -81,6 +82,9 @@ def export_bundle(
     prompt_encoder(loaded, first.geometry)
     with new_folder(output, force=force) as folder:
         _check_space(loaded, lowering, folder)
+        progress.begin("products")
+        wide = wide_products(loaded, first) if lowering.products == "float16" else None
+        lowering = replace(lowering, wide=tuple(wide or ()))
         graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)
         progress.begin("processor")
         _write_processor(loaded, first, folder)
@@ -89,7 +93,8 @@ def export_bundle(
             (folder / tier_plan(name)).parent.mkdir(exist_ok=True)
             lower_tiers[name].save(folder / tier_plan(name))
         progress.begin("manifest")
-        replace(_manifest(loaded, first, lowering, graphs, folder), tiers=tuple(tiers) if lower_tiers else ()).save(folder)
+        manifest = _manifest(loaded, first, lowering, graphs, folder)
+        replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide).save(folder)
     return Bundle.load(output)
 
 

@@ -50,6 +50,18 @@ class TorchBackend:
             else None
         )
 
+    def matrices(self) -> dict[str, torch.nn.Linear]:
+        """Return the linear layers by part and by the name of their weights in the graphs, such as decoder.lm_head.
+
+        A layer that a tower holds under two names is there under both, because the exporter may take either.
+        """
+        return {
+            f"{part}.{name}": module
+            for part, whole in (("vision", self._vision), ("decoder", self._decoder))
+            for name, module in whole.named_modules(remove_duplicate=False)
+            if isinstance(module, torch.nn.Linear)
+        }
+
     def lowered(self, lowering: Lowering) -> AbstractContextManager[None]:
         """Return a context in which the backend computes with the weights and rounding of a lowering."""
         return at_precision(self._parts, self._vision, lowering)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,12 @@ _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # o
 _AGAIN = "Copy the bundle again, or export it again."
 _BIDIRECTIONAL = "paligemma"  # the one family with such prompts before schema 7, whose manifests do not say so
 # What each schema added, with the meaning of its absence. Schema 5 is the oldest that is read.
-_ADDED: dict[int, dict[str, Any]] = {6: {"tiers": []}, 7: {"generation": {}}, 8: {}, 9: {"encoder_work": []}}
+_ADDED: dict[int, dict[str, Any]] = {
+    6: {"tiers": []},
+    7: {"generation": {}},
+    8: {},
+    9: {"encoder_work": [], "wide_products": None},
+}
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,8 @@ class Manifest:
     `generation`: how logits are changed. `versions`: packages that wrote it. `tiers`: names, best first; empty for a single plan.
     `encoder_work`: operations of the vision encoder for one image, under the plan and without cuts; empty before schema 9.
     `target` and `precision`: how the graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
+    `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
+    hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9.
     """
 
     source: Source
@@ -188,12 +196,13 @@ class Manifest:
     graphs: Mapping[str, GraphRecord]
     files: Mapping[str, FileRecord]
     tiers: tuple[str, ...] = ()
+    wide_products: Mapping[str, float] | None = None
     encoder_work: tuple[Operations, ...] = ()
 
     @property
     def lowering(self) -> Lowering:
         """How the graphs were lowered; raises UsageError if this version does not know the target."""
-        return Lowering(target_named(self.target), self.precision)
+        return Lowering(target_named(self.target), self.precision, tuple(self.wide_products or ()))
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
@@ -224,6 +233,7 @@ class Manifest:
                 graphs={_text(name): _graph(record) for name, record in data["graphs"].items()},
                 files={_text(name): from_json(FileRecord, record, name) for name, record in data["files"].items()},
                 tiers=tuple(map(_text, _list(data["tiers"]))),
+                wide_products=_wide_products(data["wide_products"]),
                 encoder_work=_encoder_work(data["encoder_work"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -320,6 +330,14 @@ def _generation(data: Any) -> GenerationDefaults:
     if defaults.repetition_penalty <= 0 or min(defaults.suppressed, default=0) < 0:
         raise ValueError(f"{defaults} cannot be applied")
     return defaults
+
+
+def _wide_products(data: Any) -> Mapping[str, float] | None:
+    if data is None:
+        return None
+    if not all(type(size) in (int, float) and 0 < size < math.inf for size in data.values()):
+        raise ValueError(f"products of the sizes {list(data.values())}")
+    return {_text(name): float(size) for name, size in data.items()}
 
 
 def _graph(record: Any) -> GraphRecord:

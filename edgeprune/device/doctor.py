@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgeprune.device.gpu import GpuTrial
 from edgeprune.device.machine import BINDING, Machine, dotted
 from edgeprune.device.system import version_numbers
 from edgeprune.errors import install_command
@@ -93,7 +94,7 @@ def _release_warnings(machine: Machine) -> Iterator[DeviceWarning]:
 
 @dataclass(frozen=True)
 class DeviceFeature:
-    """A feature and whether it is available; `reason` names what provides or prevents it, `remedy` is a command."""
+    """A feature and whether it is available; `reason` names what provides or prevents it, `remedy` removes what does."""
 
     name: str
     able: bool
@@ -124,13 +125,14 @@ class Diagnosis:
         }
 
 
-def diagnose(machine: Machine) -> Diagnosis:
-    """Return the available features and the warnings of a machine."""
+def diagnose(machine: Machine, try_gpu: Callable[[], GpuTrial] | None = None) -> Diagnosis:
+    """Return the available features and the warnings of a machine. `try_gpu`: called if TensorRT is installed; None: not tried."""
+    trial = None if try_gpu is None or _tensorrt_blocked(_ENGINES, machine) is not None else try_gpu()
     abilities = (
         _cpu_feature(machine),
         _cuda_feature(machine),
-        _build_feature(machine),
-        _engines_feature(machine),
+        _build_feature(machine, trial),
+        _engines_feature(machine, trial),
         _export_feature(machine),
     )
     return Diagnosis(machine, abilities, cautions_of(machine))
@@ -163,8 +165,8 @@ def _cuda_feature(machine: Machine) -> DeviceFeature:
     return DeviceFeature(_CUDA, True, reason)
 
 
-def _build_feature(machine: Machine) -> DeviceFeature:
-    if (blocked := _tensorrt_blocked(_BUILD, machine)) is not None:
+def _build_feature(machine: Machine, trial: GpuTrial | None) -> DeviceFeature:
+    if (blocked := _tensorrt_blocked(_BUILD, machine) or _trial_failed(_BUILD, trial)) is not None:
         return blocked
     if not machine.onnx_parser:
         major = version_numbers(machine.tensorrt)[0]
@@ -176,10 +178,16 @@ def _build_feature(machine: Machine) -> DeviceFeature:
     )
 
 
-def _engines_feature(machine: Machine) -> DeviceFeature:
-    return _tensorrt_blocked(_ENGINES, machine) or DeviceFeature(
-        _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built on this device: edgeprune run BUNDLE --provider tensorrt"
-    )
+def _engines_feature(machine: Machine, trial: GpuTrial | None) -> DeviceFeature:
+    if (blocked := _tensorrt_blocked(_ENGINES, machine) or _trial_failed(_ENGINES, trial)) is not None:
+        return blocked
+    tried = f" (tried with {trial.cuda})" if trial is not None else ""
+    reason = f"TensorRT {machine.tensorrt}{tried}, engines built on this device: edgeprune run BUNDLE --provider tensorrt"
+    return DeviceFeature(_ENGINES, True, reason)
+
+
+def _trial_failed(name: str, trial: GpuTrial | None) -> DeviceFeature | None:
+    return DeviceFeature(name, False, trial.error, trial.remedy) if trial is not None and trial.error else None
 
 
 def _tensorrt_blocked(name: str, machine: Machine) -> DeviceFeature | None:

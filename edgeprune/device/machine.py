@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.device.cudart import library_files
 from edgeprune.device.jetson import JetPack, PowerMode, jetpack_of, parse_clocks, parse_mode, parse_module, parse_release
 from edgeprune.device.memory import Memory, parse_meminfo
 from edgeprune.device.system import Runner, Software, installed_debs, read_number, read_text, run_command, version_numbers
@@ -18,11 +19,6 @@ _LIBRARIES = ("libnvinfer11", "libnvinfer10", "libnvinfer8")
 _PARSERS = ("libnvonnxparsers11", "libnvonnxparsers10", "libnvonnxparsers8")
 BINDING = "python3-libnvinfer"  # Debian's package of TensorRT's Python module
 _CPU = "sys/devices/system/cpu"
-_CUDART = (
-    "usr/local/cuda*/targets/*/lib/libcudart.so.*",
-    "usr/local/cuda*/lib64/libcudart.so.*",
-    "usr/lib/*-linux-gnu/libcudart.so.*",
-)
 
 
 @dataclass(frozen=True)
@@ -156,6 +152,6 @@ def _glob_below(root: Path, pattern: str) -> Iterable[Path]:
 
 def _cuda_version(root: Path) -> str | None:
     # The file name has the version: libcudart.so.12.6.68.
-    names = [path.name.partition(".so.")[2] for pattern in _CUDART for path in root.glob(pattern)]
+    names = [path.name.partition(".so.")[2] for path in library_files(root)]
     versions = [version_numbers(name) for name in names]
     return dotted(max((version for version in versions if len(version) > 1), key=lambda v: (v[:2], len(v)), default=None))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune.errors import VerificationError
 from edgeprune.families.base import DecoderParts
 from edgeprune.targets import Lowering
 
@@ -90,14 +91,18 @@ def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> 
     the cache.
     """
     modules = (("layers", parts.layers), ("head", parts.lm_head), ("vision", vision))
+    names = {"layers": "decoder.layers", "head": "decoder.lm_head", "vision": "vision"}
     with ExitStack() as changes:
         normed = changes.enter_context(_normed(module for _, each in (*modules, ("", parts.norm)) for module in each.modules()))
         for part, module in modules:
-            for matrix in module.modules():
+            for inner, matrix in module.named_modules(prefix=names[part]):
                 if isinstance(matrix, nn.Linear):
+                    wide = inner in lowering.wide
+                    products = torch.float32 if wide else _TYPES[lowering.products]
                     own = _own_kind(matrix, lowering, part)
                     kind = own or kind_for(matrix.in_features, lowering.weights_of(part))
-                    changes.enter_context(_lowered(matrix, _TAKEN if own else kind, _TYPES[lowering.products]))
+                    kind = "fp32" if kind == "fp16" and wide else kind
+                    changes.enter_context(_lowered(matrix, _TAKEN if own else kind, products, inner))
                     if kind == "int8" and lowering.rounds(kind):
                         changes.enter_context(_rounded(matrix, normed))
         changes.enter_context(_lowered(parts.embed_tokens, lowering.weights_of("embedding"), torch.float32))
@@ -142,8 +147,19 @@ def _rounded(matrix: nn.Linear, normed: list[torch.Tensor]) -> Iterator[None]:
         hook.remove()
 
 
+def _half(values: torch.Tensor, name: str) -> torch.Tensor:
+    # float16's infinities would end as logits that are no numbers, without a word of where they come from.
+    rounded = values.half().float()
+    if values.isfinite().all() and not rounded.isfinite().all():
+        raise VerificationError(
+            f"{name} multiplies numbers up to {float(values.abs().max()):,.0f}, and float16 ends at 65,504.",
+            hint="Export the bundle again: what export finds to be large stays in float32. Or export with --precision fp32.",
+        )
+    return rounded
+
+
 @contextmanager
-def _lowered(module: Any, kind: str, products: torch.dtype) -> Iterator[None]:
+def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "") -> Iterator[None]:
     # The parameter is replaced, not overwritten: it may be tied to another module.
     weight, bias = module.weight, getattr(module, "bias", None)
     with torch.no_grad():
@@ -155,8 +171,8 @@ def _lowered(module: Any, kind: str, products: torch.dtype) -> Iterator[None]:
     if products is torch.float16:
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().half().float())
-        hooks.append(module.register_forward_pre_hook(lambda _, inputs: tuple(value.half().float() for value in inputs)))
-        hooks.append(module.register_forward_hook(lambda _, inputs, output: output.half().float()))
+        hooks.append(module.register_forward_pre_hook(lambda _, inputs: tuple(_half(value, name) for value in inputs)))
+        hooks.append(module.register_forward_hook(lambda _, inputs, output: _half(output, name)))
     try:
         yield
     finally:

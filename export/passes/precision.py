@@ -65,10 +65,10 @@ def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
         else:
             continue
         replace_nodes(graph, node, [node], tape, {node.outputs[0]: value})
-    _check_lowered(graph, lowering)
+    _check_lowered(graph, lowering, part)
 
 
-def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
+def _check_lowered(graph: ir.Graph, lowering: Lowering, part: str) -> None:
     # A layer that the exporter writes in another form would silently keep its weights in float32.
     if lowering.precision == "fp32":
         return
@@ -78,6 +78,7 @@ def _check_lowered(graph: ir.Graph, lowering: Lowering) -> None:
         if node.op_type in ("Gemm", "MatMul", "Conv")
         for value in node.inputs
         if value is not None and value.const_value is not None and str(value.name).endswith(".weight")
+        if not lowering.is_wide(part, str(value.name))
     ]
     assert not remaining, f"not lowered to {lowering.precision}: {remaining}"
 
@@ -102,17 +103,21 @@ class _Products:
         """Return the value of a linear layer in float32. The exporter writes it as Gemm with the weight [out, in]."""
         state, weight, *bias = node.inputs
         assert state is not None and weight is not None and weight.const_value is not None
-        half = self._type is torch.float16
+        wide = self._lowering.is_wide(self._part, str(weight.name))
+        products = torch.float32 if wide else self._type
+        half = products is torch.float16
         part = "head" if "lm_head" in str(weight.name) else self._part
         source, kind = matrix_of(weight), self._lowering.weights_of(part)
         state = self.half(tape, state) if half else state
         bias = [_as_fp16(tape, value, self._known) if half else value for value in bias]
+        if kind == "fp16" and wide:
+            return tape.op("Gemm", [state, weight, *bias], {"transB": 1})
         if kind == "fp16":
             product = tape.op("Gemm", [state, _as_fp16(tape, weight, self._known), *bias], {"transB": 1})
             return tape.op("Cast", [product], {"to": ir.DataType.FLOAT})
-        matrix: IntegerMatrix | OwnIntegers = IntegerMatrix(source, kind, self._type)
+        matrix: IntegerMatrix | OwnIntegers = IntegerMatrix(source, kind, products)
         if isinstance(source, PackedMatrix) and (own := source.own_kind(self._lowering, part)):
-            matrix = OwnIntegers(source, own, self._type)
+            matrix = OwnIntegers(source, own, products)
         if matrix.kind == "int8" and self._lowering.rounds("int8"):
             return self._quantizer.product(tape, state, *_parts(tape, weight, matrix), *(bias or [None]))
         product, offset = self._product(tape, state, weight, matrix)

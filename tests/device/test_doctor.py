@@ -25,9 +25,11 @@ from recordings_jetson import (
     thor,
 )
 
+import edgeprune.device.gpu
 import edgeprune.device.machine
 from edgeprune.cli import main
 from edgeprune.device.doctor import DeviceFeature, Diagnosis, diagnose
+from edgeprune.device.gpu import GpuTrial
 from edgeprune.device.system import Software
 from edgeprune.errors import install_command
 
@@ -181,6 +183,7 @@ def test_without_onnx_runtime_nothing_runs(tmp_path: Path) -> None:
 def run_doctor(recording: Recording, root: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, str]:
     machine = recording.machine(root)
     monkeypatch.setattr(edgeprune.device.machine, "read_machine", lambda: machine)
+    monkeypatch.setattr(edgeprune.device.gpu, "try_gpu", lambda: GpuTrial("CUDA 12.6, driver 12.6"))
     result = CliRunner().invoke(main, ["doctor", *options])
     return result.exit_code, result.output
 
@@ -188,7 +191,8 @@ def run_doctor(recording: Recording, root: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_command_on_a_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output = run_doctor(orin_nano(), tmp_path, monkeypatch)
     assert code == 0
-    for words in ("JetPack        6.2", "25W (mode 1)", "yes build TensorRT engines", "sudo nvpmodel -m 2"):
+    tried = "tried with CUDA 12.6, driver 12.6"
+    for words in ("JetPack        6.2", "25W (mode 1)", "yes build TensorRT engines", tried, "sudo nvpmodel -m 2"):
         assert words in output
 
 

@@ -193,12 +193,14 @@ def _sizes_of_model(model: str, lowering: Lowering, request: dict[str, Any], qui
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what this machine can do, and what stands in the way.
 
-    Each obstacle comes with the command that removes it.
+    Each obstacle comes with the command that removes it. Where TensorRT is installed, CUDA and TensorRT are called once,
+    in a process of their own.
     """
     from edgeprune.cli.output.measure import show_diagnosis
     from edgeprune.device.doctor import diagnose
+    from edgeprune.device.gpu import try_gpu
     from edgeprune.device.machine import read_machine
 
-    diagnosis = diagnose(read_machine())
+    diagnosis = diagnose(read_machine(), try_gpu)
     show_diagnosis(diagnosis, as_json)
     ctx.exit(0 if diagnosis.can_run else 1)

@@ -16,11 +16,12 @@ import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
 from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, upload
-from edgeprune.runtime.backends.tensorrt.bindings import CudaDriver, DeviceIdentity, Driver, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, Driver, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.profiles import TEXT, ShapeProfile, image_prefill_of
 from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, usable_engines
 
@@ -154,8 +155,8 @@ class TensorRTBackend:
     @classmethod
     def on_this_device(cls, bundle: Bundle) -> TensorRTBackend:
         """Return the backend on this machine's GPU."""
-        trt, runtime = tensorrt(), cuda()
-        return cls(bundle, trt, CudaDriver(runtime), Store(bundle.path), identity(trt, runtime))
+        trt, cudart = tensorrt(), load_cudart()
+        return cls(bundle, trt, Driver(cudart), Store(bundle.path), identity(trt, cudart))
 
     @property
     def device_bytes(self) -> int:

@@ -1,19 +1,17 @@
-"""Import TensorRT and CUDA, or raise an error with the remedy where they are missing.
-
-CUDA is called through a small interface, `Driver`, so that tests can replace it with host memory.
-"""
+"""Import TensorRT, or raise an error with the remedy where it is missing, and the stream and memory that engines use."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from edgeprune.device.cudart import CAPABILITY_MAJOR, CAPABILITY_MINOR, ON_DEVICE, TO_DEVICE, TO_HOST, Cudart
 from edgeprune.device.doctor import OLDEST_TENSORRT, diagnose
 from edgeprune.device.machine import Machine, read_machine
-from edgeprune.errors import EngineError, install_command
+from edgeprune.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -24,96 +22,48 @@ class DeviceIdentity:
     capability: str
 
 
-class Driver(Protocol):
-    """One CUDA stream and device memory. Addresses are integers, sizes are in bytes. Operations run in call order."""
+class Driver:
+    """One CUDA stream and device memory. Addresses are integers, sizes are in bytes. Operations run in call order.
 
-    @property
-    def stream(self) -> int:
-        """The stream's handle."""
-        ...
+    Every method raises EngineError with CUDA's error name when a call fails.
+    """
 
-    def allocate(self, size: int) -> int:
-        """Allocate device memory and return its address."""
-        ...
-
-    def free(self, address: int) -> None:
-        """Free device memory."""
-        ...
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        """Copy a contiguous array to the device."""
-        ...
-
-    def download(self, array: np.ndarray, address: int) -> None:
-        """Copy from the device into a contiguous array and wait for the copy."""
-        ...
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Copy `size` bytes on the device."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait for all pending operations."""
-        ...
-
-    def close(self) -> None:
-        """Wait for the stream and destroy it."""
-        ...
-
-
-class CudaDriver:
-    """A driver on `cuda.bindings.runtime`. Every method raises EngineError with CUDA's error name when a call fails."""
-
-    def __init__(self, runtime: Any) -> None:
-        self._cuda = runtime
-        kinds = runtime.cudaMemcpyKind
-        self._to_device, self._to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
-        self._on_device = kinds.cudaMemcpyDeviceToDevice
-        self._stream = self._call(runtime.cudaStreamCreate)
-
-    @property
-    def stream(self) -> int:
-        """The stream's handle."""
-        return int(self._stream)
+    def __init__(self, cudart: Cudart) -> None:
+        self._cuda = cudart
+        self.stream = cudart.address("cudaStreamCreate")
 
     def allocate(self, size: int) -> int:
         """Allocate device memory and return its address."""
-        return int(self._call(self._cuda.cudaMalloc, size))
+        return self._cuda.address("cudaMalloc", size)
 
     def free(self, address: int) -> None:
         """Free device memory."""
-        self._call(self._cuda.cudaFree, address)
+        self._cuda.call("cudaFree", address)
 
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy a contiguous array to the device. CUDA reads pageable memory before the call returns."""
-        self._call(self._cuda.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, self._to_device, self._stream)
+        self._copy(address, array.ctypes.data, array.nbytes, TO_DEVICE)
 
     def download(self, array: np.ndarray, address: int) -> None:
         """Copy from the device into a contiguous array and wait for the copy."""
-        self._call(self._cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, self._to_host, self._stream)
-        self._call(self._cuda.cudaStreamSynchronize, self._stream)
+        self._copy(array.ctypes.data, address, array.nbytes, TO_HOST)
+        self.synchronize()
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy `size` bytes on the device."""
-        self._call(self._cuda.cudaMemcpyAsync, target, source, size, self._on_device, self._stream)
+        self._copy(target, source, size, ON_DEVICE)
 
     def synchronize(self) -> None:
         """Wait for all pending operations."""
-        self._call(self._cuda.cudaStreamSynchronize, self._stream)
+        self._cuda.call("cudaStreamSynchronize", self.stream)
 
     def close(self) -> None:
         """Wait for the stream and destroy it."""
         self.synchronize()
-        self._call(self._cuda.cudaStreamDestroy, self._stream)
+        self._cuda.call("cudaStreamDestroy", self.stream)
 
-    def _call(self, function: Any, *arguments: Any) -> Any:
-        error, *result = function(*arguments)
-        if int(error):
-            _, name = self._cuda.cudaGetErrorName(error)
-            what = name.decode() if isinstance(name, bytes) else str(name)
-            hint = "Close other programs, or build with a smaller --context." if "Memory" in what else "See: edgeprune doctor"
-            raise EngineError(f"{function.__name__} failed: {what}.", hint=hint)
-        return result[0] if result else None
+    def _copy(self, target: int, source: int, size: int, kind: int) -> None:
+        self._cuda.call("cudaMemcpyAsync", target, source, size, kind, self.stream)
 
 
 def tensorrt(machine: Machine | None = None) -> Any:
@@ -129,26 +79,10 @@ def tensorrt(machine: Machine | None = None) -> Any:
     return trt
 
 
-def cuda() -> Any:
-    """Import and return the CUDA runtime's Python module. Raises EngineError with the install command when it is missing."""
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise EngineError(
-            "The CUDA runtime's Python package is not installed.", hint=f"Install it with: {install_command('tensorrt')}"
-        ) from error
-
-
-def identity(trt: Any, runtime: Any) -> DeviceIdentity:
-    """Return the identity of this machine's GPU and TensorRT. `runtime` is the module that `cuda` returns."""
-    attributes = runtime.cudaDeviceAttr
-    numbers = []
-    for attribute in (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor):
-        error, value = runtime.cudaDeviceGetAttribute(attribute, 0)
-        if int(error):
-            raise EngineError(f"CUDA finds no GPU ({error}).", hint="See: edgeprune doctor")
-        numbers.append(str(value))
-    return DeviceIdentity(str(trt.__version__), ".".join(numbers))
+def identity(trt: Any, cudart: Cudart) -> DeviceIdentity:
+    """Return the identity of this machine's GPU and TensorRT. Raises EngineError when CUDA cannot use the GPU."""
+    numbers = [cudart.number("cudaDeviceGetAttribute", attribute, 0) for attribute in (CAPABILITY_MAJOR, CAPABILITY_MINOR)]
+    return DeviceIdentity(str(trt.__version__), ".".join(map(str, numbers)))
 
 
 def _missing(machine: Machine, error: ImportError) -> str:

@@ -16,10 +16,11 @@ from typing import Any
 
 from edgeprune.bundle import Bundle, files_of
 from edgeprune.bundle.signing import TrustedKeys
+from edgeprune.device.cudart import load_cudart
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.device.memory import Memory
 from edgeprune.errors import EngineError, UsageError
-from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, build_engine
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
 from edgeprune.runtime.backends.tensorrt.store import TIMINGS, EngineRecord, Store, engine_key
@@ -240,7 +241,7 @@ def build_bundle(
     """
     machine = machine or read_machine()
     trt = trt or tensorrt(machine)
-    device = device or identity(trt, cuda())
+    device = device or identity(trt, load_cudart())
     store = Store(request.bundle.path, secret)
     store.remove_stale()
     jobs = plan_jobs(request.bundle, request.limits, request.settings, device, store)

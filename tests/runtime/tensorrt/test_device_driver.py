@@ -1,83 +1,75 @@
-"""Calls to CUDA: their arguments, and what an error says, with NVIDIA's own bindings and without a GPU."""
+"""Calls to CUDA through the driver: their arguments, and what an error says."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
+from device_simulation import STREAM, SimulatedCudart, SimulatedDriver
 
+from edgeprune.device.cudart import Cudart, load_cudart
 from edgeprune.errors import EngineError
-from edgeprune.runtime.backends.tensorrt.bindings import CudaDriver, identity
-
-
-class Recorded:
-    """A runtime module that notes every call and answers as `cuda.bindings.runtime` does: the error first."""
-
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out", cudaMemcpyDeviceToDevice="on")
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=8, cudaDevAttrComputeCapabilityMinor=7)
-
-    def __init__(self, failing: str = "") -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self._failing = failing
-
-    def __getattr__(self, name: str) -> Any:
-        results = {"cudaStreamCreate": (5,), "cudaMalloc": (4096,), "cudaGetErrorName": (b"cudaErrorMemoryAllocation",)}
-
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            self.calls.append((name, *arguments))
-            return (2 if name == self._failing else 0, *results.get(name, ()))
-
-        call.__name__ = name
-        return call
-
-    def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
-        return (0 if device == 0 else 1), attribute
+from edgeprune.runtime.backends.tensorrt.bindings import Driver, identity
 
 
 def test_every_call_is_made_on_one_stream() -> None:
-    cuda = Recorded()
-    driver = CudaDriver(cuda)
-    array = np.arange(6, dtype=np.float16)
-    assert driver.allocate(512) == 4096 and driver.stream == 5
-    driver.upload(4096, array)
-    driver.copy(8192, 4096, 12)
-    driver.download(array, 8192)
-    driver.free(4096)
+    library = SimulatedCudart()
+    driver = SimulatedDriver(library)
+    array, back = np.arange(6, dtype=np.float16), np.zeros(6, np.float16)
+    first, second = driver.allocate(512), driver.allocate(256)
+    driver.upload(first, array)
+    driver.copy(second, first, 12)
+    driver.download(back, second)
+    assert driver.stream == STREAM and np.array_equal(back, array)
+    driver.free(first)
+    driver.free(second)
     driver.close()
-    assert cuda.calls == [
-        ("cudaStreamCreate",),
-        ("cudaMalloc", 512),
-        ("cudaMemcpyAsync", 4096, array.ctypes.data, 12, "in", 5),
-        ("cudaMemcpyAsync", 8192, 4096, 12, "on", 5),
-        ("cudaMemcpyAsync", array.ctypes.data, 8192, 12, "out", 5),
-        ("cudaStreamSynchronize", 5),
-        ("cudaFree", 4096),
-        ("cudaStreamSynchronize", 5),
-        ("cudaStreamDestroy", 5),
+    assert driver.closed and library.calls == [
+        ("allocate", 512),
+        ("allocate", 256),
+        ("upload", 12),
+        ("copy", 12),
+        ("download", 12),
+        ("synchronize",),
+        ("free", first),
+        ("free", second),
+        ("synchronize",),
     ]
 
 
 def test_what_went_wrong_is_named() -> None:
-    driver = CudaDriver(Recorded("cudaMalloc"))
-    with pytest.raises(EngineError, match=r"cudaMalloc failed: cudaErrorMemoryAllocation\. Close other programs"):
+    driver = SimulatedDriver(SimulatedCudart(failing={"cudaMalloc": 2}))
+    with pytest.raises(EngineError, match=r"cudaMalloc failed: cudaErrorMemoryAllocation \(2\)\. Close other programs"):
         driver.allocate(1 << 40)
 
 
 def test_the_gpu_is_what_engines_fit() -> None:
-    found = identity(SimpleNamespace(__version__="10.3.0"), Recorded())
+    trt = SimpleNamespace(__version__="10.3.0")
+    found = identity(trt, Cudart(SimulatedCudart(), "libcudart.so.12", (12, 6)))
     assert (found.tensorrt, found.capability) == ("10.3.0", "8.7")
+    none = SimulatedCudart(failing={"cudaDeviceGetAttribute": 100})
+    with pytest.raises(EngineError, match=r"cudaDeviceGetAttribute failed: cudaErrorNoDevice \(100\)\. See: edgeprune doctor"):
+        identity(trt, Cudart(none, "libcudart.so.12", (12, 6)))
 
 
-def test_nvidias_bindings_answer_as_expected() -> None:
-    cuda = pytest.importorskip("cuda.bindings.runtime", reason='pip install "edgeprune[tensorrt]"')
-    error, name = cuda.cudaGetErrorName(cuda.cudaError_t.cudaErrorMemoryAllocation)
-    assert (int(error), name) == (0, b"cudaErrorMemoryAllocation")
-    error, count = cuda.cudaGetDeviceCount()
-    if int(error) == 0 and count:
-        pytest.skip("there is a GPU here: see `pytest -m device`")
-    with pytest.raises(EngineError, match=r"cudaStreamCreate failed: cudaError\w+\. See: edgeprune doctor"):
-        CudaDriver(cuda)
-    with pytest.raises(EngineError, match="CUDA finds no GPU"):
-        identity(SimpleNamespace(__version__="10.3.0"), cuda)
+def test_a_stream_on_a_driver_that_is_too_old_names_both_versions() -> None:
+    with pytest.raises(EngineError, match=r"cudaStreamCreate failed: cudaErrorInsufficientDriver \(35\).* 12\.9 .* CUDA 12\.6\."):
+        SimulatedDriver(SimulatedCudart((12, 9), (12, 6)))
+
+
+@pytest.mark.device
+def test_memory_of_a_gpu_holds_what_it_is_given() -> None:
+    try:
+        driver = Driver(load_cudart())
+    except EngineError as error:
+        pytest.skip(f"needs a GPU: {error}")
+    array, back = np.arange(1000, dtype=np.float32), np.zeros(1000, np.float32)
+    first, second = driver.allocate(array.nbytes), driver.allocate(array.nbytes)
+    driver.upload(first, array)
+    driver.copy(second, first, array.nbytes)
+    driver.download(back, second)
+    assert np.array_equal(back, array)
+    for address in (first, second):
+        driver.free(address)
+    driver.close()

@@ -25,6 +25,7 @@ from edgeprune.benchmark.selftest import STAGES, selftest
 from edgeprune.bundle import EMBED, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
+from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.io.progress import Silent
@@ -33,7 +34,7 @@ from edgeprune.runtime.backends import providers
 from edgeprune.runtime.backends.providers import open_backend
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, joined, upload
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
-from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, cuda, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle
 from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
@@ -154,9 +155,9 @@ def test_what_is_too_long_names_the_limit(own: Bundle, tiny_image: Image.Image, 
 
 def test_engines_of_elsewhere_are_refused(own: Bundle, driver: SimulatedDriver) -> None:
     with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 for SM 8\.7, this is 10\.16 on SM 11\.0.*edgeprune build"):
-        on_device(own, driver, device=DeviceIdentity("10.16", "11.0"))
+        on_device(own, SimulatedDriver(), device=DeviceIdentity("10.16", "11.0"))
     with pytest.raises(EngineError, match="were not built on this device"):
-        on_device(own, driver, store=Store(own.path, b"another device's own key, 32 byte"))
+        on_device(own, SimulatedDriver(), store=Store(own.path, b"another device's own key, 32 byte"))
     record = next(record for record in Store(own.path, SECRET).records() if record.graph == EMBED)
     (own.path / record.file).write_bytes(b"not an engine")
     with pytest.raises(EngineError, match="is not the engine that was built here"):
@@ -230,10 +231,12 @@ def test_blocks_are_used_again_only_when_nothing_refers_to_them(driver: Simulate
     assert Counter(call[0] for call in driver.calls)["allocate"] == 2
 
 
-def test_the_selftest_compares_and_reports(
-    bundle: Bundle, driver: SimulatedDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_selftest_compares_and_reports(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers: list[SimulatedDriver] = []
+
     def simulated(opened: Bundle) -> TensorRTBackend:
+        driver = SimulatedDriver()
+        drivers.append(driver)
         return TensorRTBackend(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
 
     stages: list[str] = []
@@ -245,12 +248,11 @@ def test_the_selftest_compares_and_reports(
     report = selftest(bundle, simulated, Stages())
     assert report.passed and stages == list(STAGES)
     assert {check.name for check in report.checks} == {"vision", "kept", "logits", "text", "memory", "limits"}
-    assert driver.closed
     monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened: simulated(opened))
-    driver.closed = False
     shown = CliRunner().invoke(main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json")])
     assert shown.exit_code == 0 and "Every check passed." in shown.output
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+    assert len(drivers) == 2 and all(driver.closed for driver in drivers)
 
 
 def test_the_selftest_notices_a_wrong_engine(bundle: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +272,7 @@ def test_the_selftest_notices_a_wrong_engine(bundle: Bundle, driver: SimulatedDr
 def test_this_device_runs_what_it_builds(tiny_bundle: Bundle, tmp_path: Path) -> None:
     try:
         trt = tensorrt()
-        device = identity(trt, cuda())
+        device = identity(trt, load_cudart())
     except EngineError as error:
         pytest.skip(f"needs a GPU with TensorRT: {error}")
     shutil.copytree(tiny_bundle.path, tmp_path / "own")

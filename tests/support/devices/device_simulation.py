@@ -1,14 +1,15 @@
-"""A device made up for tests: memory that notices every wrong access, and TensorRT played by ONNX Runtime on it.
+"""A device made up for tests: a libcudart whose memory notices every wrong access, and TensorRT played by ONNX Runtime on it.
 
 The simulated TensorRT is given what stands for the plan of NVIDIA's builder: a JSON of the graph's path and its profiles. It reads
-inputs from the addresses that it was told, in the memory of the simulated driver, and writes outputs there; whatever lies outside
-a block, overlaps a freed one or was never set is an error.
+inputs from the addresses that it was told, in the memory of the simulated libcudart, and writes outputs there; whatever lies
+outside a block, overlaps a freed one or was never set is an error.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,51 +17,44 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from edgeprune.device.cudart import Cudart
+from edgeprune.runtime.backends.tensorrt.bindings import Driver
+
 STREAM = 77
 
 
-class SimulatedDriver:
-    """Memory as a table of blocks. `calls`: what was asked, in order."""
+class SimulatedCudart:
+    """Stands for libcudart: its functions take what ctypes passes. Memory is a table of blocks.
 
-    stream = STREAM
+    `version` and `driver` are CUDA versions; `driver` None: none is loaded. `failing`: error codes by function. `calls`: what was
+    done, in order.
+    """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        version: tuple[int, int] = (12, 6),
+        driver: tuple[int, int] | None = (12, 6),
+        failing: Mapping[str, int] | None = None,
+    ) -> None:
+        self.version, self.driver, self._failing = version, driver, failing or {}
         self.blocks: dict[int, bytearray] = {}
         self.calls: list[tuple[Any, ...]] = []
-        self.closed = False
+        self.streams: set[int] = set()
         self._next = 1 << 20
 
-    def allocate(self, size: int) -> int:
-        assert size > 0
-        address, self._next = self._next, self._next + size + (1 << 12)  # a gap, so that neighbours are never hit by chance
-        self._next = -(-self._next // 256) * 256
-        self.blocks[address] = bytearray(b"\xcd" * size)
-        self.calls.append(("allocate", size))
-        return address
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+        function = SimulatedFunction(self, name)
+        setattr(self, name, function)
+        return function
 
-    def free(self, address: int) -> None:
-        del self.blocks[address]
-        self.calls.append(("free", address))
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        assert array.flags.c_contiguous
-        self.view(address, array.nbytes)[:] = array.tobytes()
-        self.calls.append(("upload", array.nbytes))
-
-    def download(self, array: np.ndarray, address: int) -> None:
-        array.reshape(-1)[:] = np.frombuffer(self.view(address, array.nbytes), array.dtype)
-        self.calls.append(("download", array.nbytes))
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        self.view(target, size)[:] = bytes(self.view(source, size))
-        self.calls.append(("copy", size))
-
-    def synchronize(self) -> None:
-        self.calls.append(("synchronize",))
-
-    def close(self) -> None:
-        assert not self.blocks, "memory is freed before the stream goes"
-        self.closed = True
+    def answer(self, name: str, arguments: Sequence[Any]) -> Any:
+        """Run a function and return what it returns: a status, or a name."""
+        needs_driver = name not in ("cudaRuntimeGetVersion", "cudaGetErrorName")
+        if needs_driver and (self.driver is None or self.version > self.driver):
+            return 35
+        return self._failing.get(name) or getattr(self, f"_{name}")(*arguments)
 
     def view(self, address: int, size: int) -> memoryview:
         """Return the memory of an access, which must lie in one living block."""
@@ -68,6 +62,112 @@ class SimulatedDriver:
             if start <= address and address + size <= start + len(block):
                 return memoryview(block)[address - start : address - start + size]
         raise AssertionError(f"{size} bytes at {address} are not in any living block")
+
+    def _cudaRuntimeGetVersion(self, out: Any) -> int:
+        out._obj.value = 1000 * self.version[0] + 10 * self.version[1]
+        return 0
+
+    def _cudaGetErrorName(self, code: int) -> bytes | None:
+        names = {2: "MemoryAllocation", 35: "InsufficientDriver", 100: "NoDevice"}
+        return f"cudaError{names[code]}".encode() if code in names else None
+
+    def _cudaDeviceGetAttribute(self, out: Any, attribute: int, device: int) -> int:
+        out._obj.value = {75: 8, 76: 7}[attribute]
+        return 0 if device == 0 else 101
+
+    def _cudaStreamCreate(self, out: Any) -> int:
+        out._obj.value = STREAM
+        self.streams.add(STREAM)
+        return 0
+
+    def _cudaStreamSynchronize(self, stream: int) -> int:
+        assert stream in self.streams
+        self.calls.append(("synchronize",))
+        return 0
+
+    def _cudaStreamDestroy(self, stream: int) -> int:
+        assert not self.blocks, "memory is freed before the stream goes"
+        self.streams.remove(stream)
+        return 0
+
+    def _cudaMalloc(self, out: Any, size: int) -> int:
+        assert size > 0
+        address, self._next = self._next, self._next + size + (1 << 12)  # a gap, so that neighbours are never hit by chance
+        self._next = -(-self._next // 256) * 256
+        self.blocks[address] = bytearray(b"\xcd" * size)
+        out._obj.value = address
+        self.calls.append(("allocate", size))
+        return 0
+
+    def _cudaFree(self, address: int | None) -> int:
+        if address is not None:
+            del self.blocks[address]
+        self.calls.append(("free", address))
+        return 0
+
+    def _cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> int:
+        assert stream in self.streams
+        if kind == 2:
+            ctypes.memmove(target, bytes(self.view(source, size)), size)
+        else:
+            self.view(target, size)[:] = ctypes.string_at(source, size) if kind == 1 else bytes(self.view(source, size))
+        self.calls.append(({1: "upload", 2: "download", 3: "copy"}[kind], size))
+        return 0
+
+
+class SimulatedFunction:
+    """A function of a simulated library. It checks arguments against `argtypes`, as ctypes does."""
+
+    def __init__(self, library: SimulatedCudart, name: str) -> None:
+        self._library, self._name = library, name
+        self.argtypes: Sequence[Any] = ()
+        self.restype: Any = ctypes.c_int
+
+    def __call__(self, *arguments: Any) -> Any:
+        assert len(arguments) == len(self.argtypes), self._name
+        for kind, argument in zip(self.argtypes, arguments, strict=True):
+            kind.from_param(argument)
+        answer = self._library.answer(self._name, arguments)
+        assert isinstance(answer, int) == (self.restype is ctypes.c_int)
+        return answer
+
+
+def simulated_libraries(driver: tuple[int, int] | None, libraries: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return what opens the libraries of a machine by name: libcuda of a CUDA version, and others as given."""
+
+    def driver_version(out: Any) -> int:
+        assert driver is not None
+        out._obj.value = 1000 * driver[0] + 10 * driver[1]
+        return 0
+
+    def open_library(name: str) -> Any:
+        found = dict(libraries)
+        if driver is not None:
+            found["libcuda.so.1"] = SimpleNamespace(cuDriverGetVersion=driver_version)
+        if name not in found:
+            raise OSError(f"{name}: cannot open shared object file")
+        return found[name]
+
+    return open_library
+
+
+class SimulatedDriver(Driver):
+    """The driver on a simulated libcudart."""
+
+    def __init__(self, library: SimulatedCudart | None = None) -> None:
+        self.library = library or SimulatedCudart()
+        super().__init__(Cudart(self.library, "libcudart.so.12", self.library.driver))
+        self.view, self.calls = self.library.view, self.library.calls
+
+    @property
+    def blocks(self) -> dict[int, bytearray]:
+        """The living blocks of memory by address."""
+        return self.library.blocks
+
+    @property
+    def closed(self) -> bool:
+        """Whether the stream is destroyed."""
+        return not self.library.streams
 
 
 class SimulatedContext:
