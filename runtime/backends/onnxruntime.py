@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -115,6 +114,8 @@ def nodes_run(
 
     Those of the branch that an `If` takes are included. The pass is profiled in a session of its own.
     """
+    from tempfile import TemporaryDirectory  # a runtime that profiles nothing starts without it
+
     options = _session_options(threads, providers, exact=False, integers=_rounds(bundle))
     options.enable_profiling = True
     kinds = bundle.manifest.decoder.local_layers, bundle.manifest.decoder.states

@@ -20,7 +20,7 @@ import huggingface_hub.utils._http
 import pytest
 from click.testing import CliRunner
 from hub_server import Hub, serve
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from repository import TESTS
 
 from edgeprune.bundle import Bundle
