@@ -35,7 +35,12 @@ from edgeprune.registry import FAMILIES
 from edgeprune.runtime.generation.sequence import text_positions
 from edgeprune.targets import PLAIN
 
-families = pytest.mark.parametrize("name", sorted([*FAMILIES, "paligemma2"]))
+# One of each kind of encoder and of decoder; the others are counted by `make test-all`.
+QUICK = ("gemma3", "idefics2", "internvl", "lfm2_vl", "qwen2_5_vl", "qwen3_5")
+families = pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted([*FAMILIES, "paligemma2"])],
+)
 BEFORE, AFTER = 3, 9  # text tokens around the image
 WORD = 20  # of no special meaning in any tiny vocabulary
 
