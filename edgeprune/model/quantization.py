@@ -10,7 +10,7 @@ the largest weight, the one with the least squared error is taken (the clipping 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ _RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 _STEPS = {"int8": (127.0,), "int4": (7.0, 7.5, 8.0, 8.5, 9.0, 9.5)}  # scales that are tried: the block's largest weight is so many
 _LEAST = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}  # TensorRT refuses a scale of 0: a row of zeros has this one
 
-_TAKEN = "taken"  # weights that are in the checkpoint as the lowering holds them
+_TAKEN = "taken"  # weights that are already as the lowering holds them
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -104,11 +104,13 @@ def dynamically_rounded(states: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> Iterator[None]:
+def at_precision(
+    parts: DecoderParts, vision: nn.Module, lowering: Lowering, fitted: Mapping[str, Quantized] | None = None
+) -> Iterator[None]:
     """Make a decoder and a vision tower compute at the precision of a lowering, and restore them on exit.
 
     Matrices are replaced by their dequantized values; inputs and outputs of products are rounded. Attention rounds to the type of
-    the cache.
+    the cache. `fitted`: matrices that were quantized otherwise than by `quantize`, by name, such as decoder.layers.0.mlp.down_proj.
     """
     modules = (("layers", parts.layers), ("head", parts.lm_head), ("vision", vision))
     names = {"layers": "decoder.layers", "head": "decoder.lm_head", "vision": "vision"}
@@ -122,7 +124,11 @@ def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> 
                     own = _own_kind(matrix, lowering, part)
                     kind = own or kind_for(matrix.in_features, lowering.weights_of(part))
                     kind = "fp32" if kind == "fp16" and wide else kind
-                    changes.enter_context(_lowered(matrix, _TAKEN if own else kind, products, inner))
+                    found = (fitted or {}).get(inner)
+                    if found is not None:
+                        changes.enter_context(_with_weight(matrix, found.restored()))
+                    taken = own is not None or found is not None
+                    changes.enter_context(_lowered(matrix, _TAKEN if taken else kind, products, inner))
                     if kind == "int8" and lowering.rounds(kind):
                         changes.enter_context(_rounded(matrix, normed))
         changes.enter_context(_lowered(parts.embed_tokens, lowering.weights_of("embedding"), torch.float32))
@@ -165,6 +171,15 @@ def _rounded(matrix: nn.Linear, normed: list[torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _with_weight(module: Any, weight: torch.Tensor) -> Iterator[None]:
+    own, module.weight = module.weight, nn.Parameter(weight)
+    try:
+        yield
+    finally:
+        module.weight = own
 
 
 def _half(values: torch.Tensor, name: str) -> torch.Tensor:
