@@ -28,6 +28,7 @@ from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrame
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 _NO_GROUPS = np.zeros((0, 3), np.float32)
 
@@ -61,6 +62,11 @@ class Recorder:
         self._max_tokens, self._device = max_tokens, device
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
         loaded.model.requires_grad_(False)  # the model itself is never trained
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of prompts and answers."""
+        return self._pipeline.tokenizer
 
     def record(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
         """Record the greedy answer to one sample, for each of its images. An answer of one token has no decode steps.

@@ -115,10 +115,10 @@ def test_verify_notices_weights_of_other_rows(
 def test_products_of_unseen_samples_lose_less(even: LoadedModel, data: WeightSamples, tmp_path: Path) -> None:
     # The example's own figure, on a tiny model.
     measure = runpy.run_path(str(ROOT / "examples" / "quantized" / "errors.py"))["measure"]
-    samples(tmp_path, 100)
-    errors = measure(even, PLAN, data, tmp_path / "100.jsonl")
-    ratios = [errors["gptq"][name] / error for name, error in errors["rounding"].items()]
+    losses = measure(even, PLAN, data, list(samples(tmp_path, 100).samples))
+    ratios = [losses["gptq"].products[name] / error for name, error in losses["rounding"].products.items()]
     assert len(ratios) == 14 and max(ratios) < 1.0 and np.mean(ratios) < 0.8
+    assert 0 < np.mean(losses["gptq"].nats) < np.mean(losses["rounding"].nats)
 
 
 def test_matrices_in_their_files_are_fitted_one_layer_at_a_time(
