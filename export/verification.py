@@ -125,7 +125,7 @@ def fitted_weights(bundle: Bundle) -> dict[str, Quantized]:
         if f"{name}.sizes" in stored:  # query, key and value in one, for CPUs
             sizes, layer = _transposed(stored[f"{name}.sizes"]).tolist(), name.rpartition(".")[0]
             names = [f"{layer}.{projection}" for projection in PROJECTIONS]
-        parts = zip(names, values.split(sizes), scales.split(sizes), strict=True)
+        parts = zip(names, torch.split(values, sizes), torch.split(scales, sizes), strict=True)
         found |= {name: Quantized("int4", *both) for name, *both in parts}
     return found
 

@@ -209,9 +209,9 @@ def named_matrices(layers: Iterable[nn.Module], first: int = 0) -> dict[str, nn.
 
 
 @contextmanager
-def _in_memory(matrices: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Parameter]]:
+def _in_memory(matrices: Mapping[str, nn.Linear]) -> Iterator[dict[str, Any]]:
     # Weights that are in their files are read. The layers get their own weights, which are yielded, back on exit.
-    own = {name: matrix.weight for name, matrix in matrices.items()}
+    own: dict[str, Any] = {name: matrix.weight for name, matrix in matrices.items()}
     for name, matrix in matrices.items():
         source = getattr(own[name], "stored", None)
         if source is not None and not any(own[name].stride()):

@@ -189,7 +189,7 @@ class PrunedDecoder(nn.Module):
         self, index: int, tokens: TokenRows, cache: LayerCache | LayerStates, *, every_logit: bool = False
     ) -> tuple[TokenRows, NewKv | LayerStates]:
         """Run one layer without its cuts; return the tokens behind it, and the layer's new KV rows or states."""
-        layer = self.layers[index]
+        layer: Any = self.layers[index]
         hidden = layer.input_layernorm(tokens.hidden)
         if isinstance(cache, LayerStates):
             mixed, states = self._mix(index, layer, hidden, tokens, cache, {})

@@ -53,7 +53,8 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     damped, mean = hessian.clone(), hessian.diagonal().mean()
     damped.diagonal().add_(mean * DAMPING if mean > 0 else 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 @dataclass(frozen=True)

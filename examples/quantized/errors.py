@@ -94,7 +94,7 @@ def relative_error(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.
     """Return |X W' - X W| / |X W| from X^T X."""
     assert hessian is not None
     lost, whole = (float(((matrix @ hessian) * matrix).sum()) for matrix in (restored - weight, weight))
-    return (lost / whole) ** 0.5
+    return float((lost / whole) ** 0.5)
 
 
 if __name__ == "__main__":
