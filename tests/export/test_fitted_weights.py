@@ -65,6 +65,12 @@ def bundle(even: LoadedModel, data: WeightSamples, lowering: Lowering, tmp_path_
     return export_bundle(even, PRUNED, tmp_path_factory.mktemp("fitted") / "bundle", lowering=lowering, data=data)
 
 
+def stored_by(loaded: LoadedModel) -> dict[str, Any]:
+    """Return where the weights of the decoder's layers come from."""
+    matrices = named_matrices(loaded.family.decoder().layers)
+    return {name: getattr(matrix.weight, "stored", None) for name, matrix in matrices.items()}
+
+
 def decoder(bundle: Bundle) -> tuple[list[tuple[str, list[str]]], dict[str, np.ndarray]]:
     """Return the nodes of the decoder with their inputs, and its initializers."""
     graph = onnx.load(bundle.file(DECODER)).graph
@@ -95,7 +101,7 @@ def test_it_is_verified(bundle: Bundle, even: LoadedModel) -> None:
     worst = report["weights"].worst
     assert worst is not None and 0.05 < worst < 0.5
     assert not [path for path in bundle.path.rglob("*") if path.name.endswith(".safetensors")]
-    assert all(getattr(matrix.weight, "stored", None) is None for matrix in named_matrices(even.family.decoder().layers).values())
+    assert not any(stored_by(even).values())
 
 
 def test_verify_notices_weights_of_other_rows(
@@ -138,14 +144,11 @@ def test_matrices_in_their_files_are_fitted_one_layer_at_a_time(
     for number, loaded in enumerate((even, stored)):
         (tmp_path / str(number)).mkdir()
         with fitted_int4(loaded, PLAN, data, lowering, tmp_path / str(number)):
-            matrices = named_matrices(loaded.family.decoder().layers)
-            found.append({name: matrix.weight.stored.quantized(0, 32) for name, matrix in matrices.items()})  # type: ignore[attr-defined]
+            found.append({name: matrix.quantized(0, 32) for name, matrix in stored_by(loaded).items()})
     assert most == 7  # of 14
     assert all(torch.equal(found[0][name].values, found[1][name].values) for name in found[0])
     assert not any(any(matrix.weight.stride()) for matrix in named_matrices(layers).values())
-    assert all(
-        isinstance(matrix.weight.stored, edgeprune.checkpoint.weights.StoredTensor) for matrix in named_matrices(layers).values()
-    )
+    assert all(isinstance(source, edgeprune.checkpoint.weights.StoredTensor) for source in stored_by(stored).values())
 
 
 def test_what_samples_cannot_decide_is_refused(

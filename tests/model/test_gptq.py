@@ -92,11 +92,11 @@ def test_layer_by_layer_is_the_whole(name: str, tmp_path: Path) -> None:
     parts, axes = loaded.family.decoder(), loaded.family.position_axes
     geometry = loaded.geometry(getattr(kind, "SIZE", None))
     decoder = PrunedDecoder(parts, unpruned_plan(loaded.folder.model_type, len(parts.layers), geometry)).eval()
-    lengths, generator = (3, geometry.tokens, 5, 4), torch.Generator().manual_seed(0)
+    lengths, generator = [3, geometry.tokens, 5, 4], torch.Generator().manual_seed(0)
     embeds = torch.randn(1, sum(lengths), (1 + parts.planes) * parts.hidden, generator=generator)
     positions = torch.arange(sum(lengths)).expand(axes, -1)
     prefix, visual, suffix, answer = (
-        Segment(*both) for both in zip(embeds.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
+        Segment(*both) for both in zip(torch.split(embeds, lengths, dim=1), torch.split(positions, lengths, dim=1), strict=True)
     )
     nothing = Segment(answer.embeds[:, :0], answer.positions[:, :0])
     caches = list(decoder.empty_caches())
