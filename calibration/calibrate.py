@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from edgeprune.calibration.allocate.budgets import LayerClass, classify
+from edgeprune.calibration.allocate.budgets import LayerClass, classify, vtw_plan
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
-from edgeprune.calibration.collect.run import CollectOptions, ProgressReporter, load_or_collect
+from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.options import ALLOCATION, AUTO, DYRATE, PLPHP, CalibrateOptions, CalibrationRequest
+from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
@@ -23,17 +22,10 @@ from edgeprune.calibration.search.pareto import Curve
 from edgeprune.checkpoint.loading import LoadedModel, load_model
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import Progress
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import family_class
-
-
-class Progress(ProgressReporter, Protocol):
-    """A progress reporter that also shows status messages."""
-
-    def say(self, what: str) -> None:
-        """Show a status message."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,17 +57,15 @@ def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> Calibr
     unpruned = unpruned_plan(folder.model_type, loaded.decoder_shape().layers, geometry)
     request = CollectOptions(
         geometry,
-        options.rows,
-        options.reduce,
-        options.spread,
-        options.shard or (1, 1),
-        options.max_tokens,
-        options.fit,
-        options.device,
+        **options.ranking,
+        shard=options.shard or (1, 1),
+        max_tokens=options.max_tokens,
+        fit=options.fit,
+        device=options.device,
     )
     samples, skipped = list(calibration.samples), list(calibration.skipped)
     if options.skip_bad:
-        samples = usable_samples(loaded, unpruned, samples, options.fit, skipped.append)
+        samples = usable_samples(loaded, unpruned, samples, options.fit, skipped.append, progress)
     result = _calibrate(options, loaded, samples, request, unpruned, progress)
     return replace(result, skipped=tuple(map(str, skipped)))
 
@@ -116,22 +106,24 @@ def _calibrate(
 def _allocate(
     options: CalibrateOptions, base: KeepPlan, statistics: Callable[[], Statistics], fit_rate: Callable[..., KeepPlan]
 ) -> KeepPlan:
-    method, keep = str(options.method), float(options.keep or 0.0)
-    settings = options.given(ALLOCATION)
+    method, budget = str(options.method), float(options.budget or 0.0)
+    settings = options.allocation
     if method == DYRATE:
         rate = DecodeRateOptions(
-            keep, settings.get("form", "predictor"), settings.get("layer", 0), not options.follow, options.seed
+            budget, settings.get("form", "predictor"), settings.get("layer", 0), not settings.get("follow"), options.seed
         )
         collected = None if base.cache_cuts else statistics()
-        return fit_rate(base, rate, collected.prior() if collected is not None and options.prior else None)
-    return plan_for_budget(method, keep, base, statistics() if method in STATISTICAL else None, **settings)
+        return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
+    if method == VTW and options.budget is None:
+        return vtw_plan(statistics(), base, **settings)
+    return plan_for_budget(method, budget, base, statistics() if method in STATISTICAL else None, **settings)
 
 
 def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
-    if options.method != PLPHP or options.allocate not in (None, "classes"):
+    settings, budget = options.settings, float(options.budget or 0.0)
+    if options.method != PLPHP or settings.get("allocate", "classes") != "classes":
         return []
-    keep = float(options.keep or 0.0)
-    return classify(statistics(), keep, options.delta if options.delta is not None else min(keep, 1 - keep) / 2)
+    return classify(statistics(), budget, settings.get("delta", min(budget, 1 - budget) / 2))
 
 
 def _search_plan(
@@ -146,12 +138,13 @@ def _search_plan(
     # Every second sample is held out: statistics and scores must not come from the same samples.
     goal, times = options.goal(), _times(options, loaded, unpruned)
     check_goal(goal, loaded, unpruned, times, len(samples[1::2]))  # fail before anything is measured
-    progress.say("answering without pruning")
-    held_out = Agreement(loaded, unpruned, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device)
+    held_out = Agreement(
+        loaded, unpruned, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device, progress=progress
+    )
     statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
     fit_rate = partial(fit_decode_rate, loaded, samples[::2], request, progress)
     try:
-        plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress.say)
+        plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress)
     except DropExceededError as error:
         if options.curve is not None:
             error.curve.save(options.curve)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration.allocate.recipes import method_names
+from edgeprune.calibration.allocate.recipes import STATISTICAL, method_names
 from edgeprune.calibration.data.samples import BadSampleError, Sample, draw_samples, read_samples
 from edgeprune.calibration.search.goal import Goal
 from edgeprune.checkpoint.configuration import check_folder, check_size, decoder_layers
@@ -16,40 +16,37 @@ from edgeprune.device.jetson import module_named
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
-from edgeprune.plan import check_keep_ratio
 from edgeprune.registry import unknown_method
 
-AUTO, DYRATE, PLPHP = "auto", "dyrate", "plphp"
+AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
 DROP = 0.01  # the loss of agreement that a search allows by default
-_SETTINGS = {  # the options of each method
+_PLACES = {  # which methods take --site or --layer
     "evit": ("layer",),
     "fastv": ("layer",),
-    "fitprune": ("stages",),
-    "plphp": ("allocate", "delta", "prior"),
     "random": ("site",),
     "uniform": ("site",),
-    "zspaprune": ("core", "relevance"),
-    "dyrate": ("layer", "form", "follow", "prior"),
+    "dyrate": ("layer",),
 }
-ALLOCATION = ("site", "layer", "allocate", "delta", "prior", "stages", "core", "relevance", "form", "follow")
+PLACES = ("site", "layer")
+_RANKING = ("rows", "reduce", "spread")  # of the caches, in statistics
 _SEARCH = ("max_drop", "target_flops", "target_kv", "target_ttft", "target_reads", "times", "curve")
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """The command's options by name; None for options that were not given."""
+    """The command's options by name; None for options that were not given. `settings`: the options of the method, checked."""
 
     model: str
     data: Path
     method: str | None
-    keep: float | None
+    budget: float | None
     output: Path | None
     statistics: Path | None
     force: bool
     limit: int | None
     seed: int
-    rows: str
-    reduce: str
+    rows: str | None
+    reduce: str | None
     spread: bool
     max_tokens: int
     image_size: tuple[int, int] | None
@@ -60,14 +57,6 @@ class CalibrateOptions:
     fit: str
     site: str | None
     layer: int | None
-    allocate: str | None
-    delta: float | None
-    prior: bool
-    stages: int | None
-    core: float | None
-    relevance: str | None
-    form: str | None
-    follow: bool
     onto: Path | None
     max_drop: float | None
     target_flops: float | None
@@ -80,33 +69,55 @@ class CalibrateOptions:
     skip_bad: bool = False
     revision: str | None = None
     adapter: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the options among `names` that the user gave."""
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None and getattr(self, name) is not False}
+
+    @property
+    def ranking(self) -> dict[str, Any]:
+        """How caches are ranked: rows, reduce and spread of `edgeprune.methods.plphp`."""
+        own = {name: self.settings[name] for name in _RANKING if self.method == PLPHP and name in self.settings}
+        return {"rows": "last", "reduce": "mean", "spread": False} | self.given(_RANKING) | own
+
+    @property
+    def allocation(self) -> dict[str, Any]:
+        """The settings of `edgeprune.calibration.allocate.recipes.plan_for_budget`."""
+        ranking = _RANKING if self.method == PLPHP else ()
+        return self.given(PLACES) | {name: value for name, value in self.settings.items() if name not in ranking}
 
     def check(self) -> None:
         """Raise UsageError for options that do not belong together, are out of range, or name files that cannot be used."""
         if self.method is None:
             if self.statistics is None:
                 raise UsageError(
-                    "Neither --method nor --statistics says what to make.", hint="For example: --method plphp --keep 0.5 -o p.json"
+                    "Neither --method nor --statistics says what to make.",
+                    hint="For example: --method plphp --budget 0.5 -o p.json",
                 )
-            unused = {"--keep": self.keep, "--output": self.output, "--onto": self.onto}
+            unused = {"--budget": self.budget, "--output": self.output, "--onto": self.onto}
         elif self.output is None:
             raise UsageError("There is no file for the plan (-o).")
         elif self.shard is not None:
             raise UsageError("A shard gives statistics, not a plan.", hint="Leave --method out, and merge the shards first.")
         else:
-            unused = {"--keep": self.keep} if self.method == AUTO else {}
-            if self.method != AUTO and self.keep is None:
-                raise UsageError(f"{self.method} needs a budget.", hint="For example: --keep 0.5")
+            unused = {"--budget": self.budget} if self.method == AUTO else {}
+            self._check_budget()
         self._check_foreign([name for name, value in unused.items() if value is not None])
         if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
             raise unknown_method(self.method, names)
-        if self.keep is not None:
-            check_keep_ratio(self.keep)
+        if self.budget is not None and not 0.0 < self.budget <= 1.0:
+            raise UsageError(
+                f"Budget {self.budget} is outside (0, 1].", hint="--budget 0.25 spends a quarter of the method's cost."
+            )
         self._check_files()
+
+    def _check_budget(self) -> None:
+        if self.method not in (AUTO, VTW) and self.budget is None:
+            raise UsageError(f"{self.method} needs a budget.", hint="For example: --budget 0.5")
+        if self.method == VTW and self.budget is not None and self.settings:
+            name = next(iter(self.settings))
+            raise UsageError(f"With a budget {name} of vtw decides nothing.", hint=f"Leave out --budget or {name}.")
 
     def goal(self) -> Goal:
         """Return the goal of a search; raise UsageError for contradictory targets."""
@@ -132,8 +143,12 @@ class CalibrateOptions:
             raise UsageError(f"-o and --curve both name {self.output}.", hint="Give them files of their own.")
 
     def _check_foreign(self, unused: list[str]) -> None:
-        foreign = [name for name in self.given(ALLOCATION) if name not in _SETTINGS.get(self.method or "", ())]
+        foreign = [name for name in self.given(PLACES) if name not in _PLACES.get(self.method or "", ())]
         foreign += [] if self.method == AUTO else list(self.given(_SEARCH))
+        foreign += [] if self.method in (None, AUTO, DYRATE, *STATISTICAL) else list(self.given(_RANKING))
+        twice = [name for name in self.given(_RANKING) if self.method == PLPHP and name in self.settings]
+        if twice:
+            raise UsageError(f"Option {twice[0]!r} of {self.method} is given twice.", hint="Give it once.")
         options = [*(f"--{name.replace('_', '-')}" for name in foreign), *unused]
         if options:
             raise UsageError(f"{options[0]} is not for {self.method or 'statistics alone'}.")

@@ -1,7 +1,7 @@
 """Sphinx builds the documentation from these pages, the examples' READMEs and the code: `make docs`.
 
 Pages are Markdown, to be read in the repository too. Before Sphinx reads one, `<!-- page: PATH -->` is replaced by that file,
-`<!-- methods -->` by the docstrings of all methods, and links out of this folder lead to the repository.
+`<!-- methods -->` by the docstrings and options of all methods, and links out of this folder lead to the repository.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
 from edgeprune import __version__  # noqa: E402
-from edgeprune.registry import METHODS, sites_of  # noqa: E402
+from edgeprune.registry import METHODS, options_of, sites_of  # noqa: E402
 
 REPOSITORY = "https://github.com/edgeprune/edgeprune"
 
@@ -70,5 +70,15 @@ def _methods() -> str:
         assert spec is not None and spec.origin is not None
         docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
         papers = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", docstring)
-        sections.append(f"## `{name}`\n\nActs at: {', '.join(sites_of(name))}.\n\n{papers}\n")
+        sections.append(f"## `{name}`\n\nActs at: {', '.join(sites_of(name))}.\n\n{papers}\n\n{_options(name)}\n")
     return "\n".join(sections)
+
+
+def _options(method: str) -> str:
+    ranking = options_of(method)
+    rows = [
+        f"| `{each.name}` | {each.shown_default} | {'the authors' if each.published else 'us'} | {each.allowed} | {each.meaning}"
+        f"{'' if each in ranking else ' (in `edgeprune calibrate`)'} |"
+        for each in options_of(method, calibration=True)
+    ]
+    return "\n".join(["| option | default | by | allowed | meaning |", "|---|---|---|---|---|", *rows]) if rows else ""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections.abc
 import importlib.util
 import pathlib
+import typing
 import warnings
 
 _MAX_CHARS = 900  # of a message or a hint
@@ -95,10 +96,26 @@ def require_extra(extra: str, *packages: str) -> None:
 
 def install_command(extra: str) -> str:
     """Return the command that installs an extra from where EdgePrune itself was installed: a checkout, a wheel, git or an index."""
-    checkout = pathlib.Path(__file__).resolve().parents[1]
-    if (checkout / "pyproject.toml").is_file():
+    checkout = _checkout()
+    if checkout is not None:
         return f'pip install -e "{checkout}[{extra}]"'
-    return f'pip install "edgeprune[{extra}]{_origin()}"'
+    record = _direct_url()
+    vcs = record.get("vcs_info")
+    url = f"{vcs['vcs']}+{record['url']}@{vcs['commit_id']}" if vcs else record.get("url", "")
+    origin = f" @ {url}" if url else ""
+    return f'pip install "edgeprune[{extra}]{origin}"'
+
+
+def update_hint() -> str:
+    """Return how EdgePrune itself is updated: as a sentence with the command, by where it was installed from."""
+    checkout, record = _checkout(), _direct_url()
+    if checkout is not None:
+        return f'Update EdgePrune: git -C "{checkout}" pull'
+    vcs = record.get("vcs_info")
+    if record and not vcs:
+        return f"Install a newer EdgePrune: this one is {record.get('url')}"
+    origin = f" @ {vcs['vcs']}+{record['url']}" if vcs else ""
+    return f'Update EdgePrune: pip install -U "edgeprune{origin}"'
 
 
 def did_you_mean(name: str, known: collections.abc.Iterable[str]) -> str:
@@ -121,18 +138,20 @@ def renamed(owner: str, name: str, names: dict[str, str]) -> str:
     return names[name]
 
 
-def _origin() -> str:
-    # " @ URL" of pip's record (PEP 610) if EdgePrune was not installed from an index, else an empty text.
+def _checkout() -> pathlib.Path | None:
+    folder = pathlib.Path(__file__).resolve().parents[1]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def _direct_url() -> dict[str, typing.Any]:
+    # pip's record (PEP 610) of where EdgePrune came from; empty if that is an index.
     import json
     from importlib.metadata import PackageNotFoundError, distribution  # slow to import
 
     try:
-        record = json.loads(distribution("edgeprune").read_text("direct_url.json") or "{}")
+        return dict(json.loads(distribution("edgeprune").read_text("direct_url.json") or "{}"))
     except (PackageNotFoundError, ValueError):
-        return ""
-    vcs = record.get("vcs_info")
-    url = f"{vcs['vcs']}+{record['url']}@{vcs['commit_id']}" if vcs else record.get("url", "")
-    return f" @ {url}" if url else ""
+        return {}
 
 
 def _is_installed(package: str) -> bool:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from edgeprune.errors import UnsupportedModelError, UsageError, did_you_mean
-from edgeprune.plan import SITES
+from edgeprune.plan import SITES, Option
 
 METHODS = {
     "cdpruner": "edgeprune.methods.cdpruner:CDPruner",
@@ -91,11 +91,35 @@ def unknown_method(name: str, known: Iterable[str], *others: str) -> UsageError:
 
 def sites_of(name: str) -> tuple[str, ...]:
     """Return the sites of a method in METHODS. Its file is parsed, not imported: it needs torch."""
-    (value,) = (
-        node.value for node in _class_body(METHODS[name]) if isinstance(node, ast.AnnAssign) and _sets(node.target, "sites")
-    )
-    sites: tuple[str, ...] = ast.literal_eval(value) if value else ()
+    (value,) = _declared(name, "sites")
+    sites: tuple[str, ...] = ast.literal_eval(value)
     return sites
+
+
+def options_of(name: str, *, calibration: bool = False) -> tuple[Option, ...]:
+    """Return the options of a method's cuts; with `calibration` also those of `edgeprune calibrate` that decide how many stay.
+
+    The file of a method in METHODS is parsed, not imported. An external method has the `options` of its class.
+    """
+    if name not in METHODS:
+        return tuple(getattr(method_class(name), "options", ()))
+    found: list[Option] = []
+    for attribute in ("options", "calibration_options")[: 1 + calibration]:
+        for value in _declared(name, attribute):
+            found += [_option(call) for call in getattr(value, "elts", ())]
+    return tuple(found)
+
+
+def _option(call: ast.expr) -> Option:
+    assert isinstance(call, ast.Call)
+    named = {each.arg: ast.literal_eval(each.value) for each in call.keywords if each.arg}
+    return Option(*map(ast.literal_eval, call.args), **named)
+
+
+def _declared(name: str, attribute: str) -> list[ast.expr]:
+    # The values that the class of a method in METHODS gives to an annotated attribute: one or none.
+    body = [node for node in _class_body(METHODS[name]) if isinstance(node, ast.AnnAssign)]
+    return [node.value for node in body if node.value is not None and _sets(node.target, attribute)]
 
 
 def has_chat_template(model_type: str, processor_class: str = "") -> bool:
@@ -166,18 +190,24 @@ def _resolve(reference: str) -> Any:
 
 @dataclass(frozen=True)
 class Applicability:
-    """A method at a site. `reason`: why it does not apply there; empty if it does. `layers`: those it is limited to, if so."""
+    """A method at a site. `reason`: why it does not apply there; empty if it does. `layers`: those it is limited to, if so.
+
+    `own_site`: whether the method acts at this site in any family.
+    """
 
     method: str
     site: str
     reason: str
     layers: str = ""
+    own_site: bool = True
 
 
 def applicability(family: Any) -> list[Applicability]:
     """Return an entry for every method and site, for a family class or an instance."""
     return [
-        Applicability(method, site, unsupported_reason(method, site, family), _limit(method, site, family))
+        Applicability(
+            method, site, unsupported_reason(method, site, family), _limit(method, site, family), site in method_class(method).sites
+        )
         for method in sorted(METHODS)
         for site in SITES
     ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgeprune.bundle import Bundle
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.lint.check import lint
 from edgeprune.lint.rule import Finding
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
@@ -30,7 +30,7 @@ class CheckReport:
 
 
 def check_bundle(
-    bundle: Bundle, target: Target, limits: ProfileLimits | None = None, *, progress: Callable[[str], None] = lambda graph: None
+    bundle: Bundle, target: Target, limits: ProfileLimits | None = None, *, progress: Progress = SILENT
 ) -> CheckReport:
     """Check a bundle's graphs for `target` under the optimization profiles of `limits`.
 
@@ -40,7 +40,7 @@ def check_bundle(
     trials: list[Trial] | None = [] if target.tensorrt is not None and can_try() else None
     findings: list[Finding] = []
     for name, ranges in profiles.items():
-        progress(name)
+        progress.begin(name)
         findings += lint(bundle.file(name), target, [profile for profile in ranges if profile], name=name)
         if trials is not None:
             trials.append(try_build(bundle.file(name), name, ranges, substitute_capability(target)))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from edgeprune.bundle import (
     tier_plan,
     tier_selector,
 )
+from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.bundle.integrity import record_files
 from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
@@ -42,7 +43,10 @@ from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
+from edgeprune.families.base import Family
 from edgeprune.io.files import new_folder
+from edgeprune.io.progress import SILENT, Progress
+from edgeprune.model import signals_for
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.targets import PLAIN, Lowering
@@ -50,7 +54,6 @@ from edgeprune.targets import PLAIN, Lowering
 STAGES = ("vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
-Progress = Callable[[str], None]
 WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
 
 
@@ -61,13 +64,13 @@ def export_bundle(
     *,
     lowering: Lowering = PLAIN,
     force: bool = False,
-    progress: Progress = lambda stage: None,
+    progress: Progress = SILENT,
 ) -> Bundle:
     """Trace a model under a plan or several tiers, lower it and write the bundle.
 
-    `progress` is called with each of STAGES as it begins. Before anything is traced, raises PlanError if the plan was made
-    for another model, UnsupportedModelError if the model has no chat template, image token or end token, UsageError if `output`
-    exists without `force`, and EdgePruneError if the disk is too small.
+    `progress` is told each of STAGES as it begins, and how many weights are written. Before anything is traced, raises PlanError if
+    the plan was made for another model, UnsupportedModelError if the model has no chat template, image token or end token,
+    UsageError if `output` exists without `force`, and EdgePruneError if the disk is too small.
     """
     tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
     (_, first), *others = tiers.items()
@@ -78,13 +81,13 @@ def export_bundle(
     with new_folder(output, force=force) as folder:
         _check_space(loaded, lowering, folder)
         graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)
-        progress("processor")
+        progress.begin("processor")
         _write_processor(loaded, first, folder)
         first.save(folder / PLAN)
         for name in lower_tiers:
             (folder / tier_plan(name)).parent.mkdir(exist_ok=True)
             lower_tiers[name].save(folder / tier_plan(name))
-        progress("manifest")
+        progress.begin("manifest")
         replace(_manifest(loaded, first, lowering, graphs, folder), tiers=tuple(tiers) if lower_tiers else ()).save(folder)
     return Bundle.load(output)
 
@@ -94,26 +97,32 @@ def _write_graphs(
 ) -> dict[str, GraphRecord]:
     (folder / VISION).parent.mkdir()
     parts, graphs = loaded.family.decoder(), dict[str, GraphRecord]()
-    progress("vision encoder")
-    graphs[VISION] = trace_vision(loaded.family, plan, lowering, folder / VISION)
+    progress.begin("vision encoder")
+    graphs[VISION] = trace_vision(loaded.family, plan, lowering, folder / VISION, progress)
     if plan.vision_cuts:
         unpruned = replace(plan, cuts=())
-        graphs[VISION_UNPRUNED] = trace_vision(loaded.family, unpruned, lowering, folder / VISION_UNPRUNED)
+        graphs[VISION_UNPRUNED] = trace_vision(loaded.family, unpruned, lowering, folder / VISION_UNPRUNED, progress)
         share_weights(folder / VISION_UNPRUNED, folder / VISION)
-    progress("embedding")
-    graphs[EMBED] = trace_embedding(parts, lowering, folder / EMBED)
-    progress("selection")
+    progress.begin("embedding")
+    graphs[EMBED] = trace_embedding(parts, lowering, folder / EMBED, progress)
+    progress.begin("selection")
     if plan.input is not None:
-        keys = graphs[VISION].outputs.get("vision_keys")
-        key_dim = int(keys.shape[1]) if keys else 0
+        signals, projector = _signals(loaded.family, plan, graphs[VISION])
         for path, tier in {SELECTOR: plan, **{tier_selector(name): lower_tiers[name] for name in lower_tiers}}.items():
-            graphs[path] = trace_selector(parts, tier, key_dim, lowering, folder / path)
+            graphs[path] = trace_selector(parts, tier, signals, lowering, folder / path, projector)
     if plan.follows_attention:
         graphs[PREDICTOR] = trace_predictor(plan, lowering, folder / PREDICTOR)
-    progress("decoder")
+    progress.begin("decoder")
     axes, others = loaded.family.position_axes, tuple(lower_tiers.values())
-    graphs[DECODER] = trace_decoder(parts, axes, plan, lowering, folder / DECODER, others)
+    graphs[DECODER] = trace_decoder(parts, axes, plan, lowering, folder / DECODER, others, progress)
     return graphs
+
+
+def _signals(family: Family, plan: KeepPlan, vision: GraphRecord) -> tuple[dict[str, tuple[int, ...]], nn.Module | None]:
+    # The shapes of the signals by name, and the projector if the features are among them.
+    names = signals_for(plan, family)
+    shapes = {name: tuple(map(int, vision.outputs[name].shape)) for name in names}
+    return shapes, family.vision(plan.geometry).projector if len(names) == len(SIGNALS) else None  # type: ignore[return-value]
 
 
 def _write_processor(loaded: LoadedModel, plan: KeepPlan, folder: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from edgeprune.bundle import SELECTOR
+from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.onnx_file import read_graph
 from edgeprune.device.workload import ModelSizes, Shapes
 from edgeprune.export.tracing import trace_selector
 from edgeprune.families.base import DecoderParts
 from edgeprune.plan import KeepPlan
+from edgeprune.registry import method_class
 from edgeprune.targets import Lowering
 
 
@@ -44,5 +46,8 @@ def _matrices(module: nn.Module) -> Shapes:
 def _selector_nodes(parts: DecoderParts, plan: KeepPlan, lowering: Lowering) -> int:
     with TemporaryDirectory() as folder:
         path = Path(folder) / Path(SELECTOR).name
-        trace_selector(parts, plan, parts.hidden, lowering, path)  # keys of any width make the same nodes
+        needed = method_class(plan.input.method).needs if plan.input is not None else ()
+        shapes = ((plan.tokens_from_encoder,), (plan.tokens_from_encoder, parts.hidden))  # keys of any width make the same nodes
+        signals = dict(zip(SIGNALS, shapes, strict=False)) if needed else {}
+        trace_selector(parts, plan, signals, lowering, path)
         return read_graph(path).nodes

@@ -7,7 +7,7 @@ share that length. Both lengths include a null row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from edgeprune.bundle import GraphRecord
 from edgeprune.bundle.graph_io import (
     PLACE,
     SEGMENTS,
-    SIGNALS,
     TIER,
     cache_slots,
     decoder_inputs,
@@ -32,32 +31,42 @@ from edgeprune.checkpoint.weights import stored_in
 from edgeprune.export.passes.pipeline import drop_unused_inputs, graph_record, run_passes
 from edgeprune.export.torch_exporter import quick_exporter
 from edgeprune.families.base import DecoderParts, Family
-from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
+from edgeprune.io.progress import SILENT, Progress
+from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector, signals_for
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import cache_group
 from edgeprune.registry import method_class
 from edgeprune.targets import Lowering
 
+MEGABYTE = 10**6
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 
 
-def trace_vision(family: Family, plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
+def trace_vision(family: Family, plan: KeepPlan, lowering: Lowering, path: Path, progress: Progress = SILENT) -> GraphRecord:
     """Write the vision encoder of one geometry: pixel_values [patches, patch pixels] -> visual_embeds [1, V, width].
 
-    If the plan's input cut needs them, further outputs are vision_attention [V] and vision_keys [V, key dim]. If the plan has cuts
-    in the encoder, V is the number of tokens after them, and kept.0, kept.1 ... are the token indices that each cut keeps.
+    If the plan's input cut needs them, further outputs are vision_attention [V], vision_keys [V, key dim] and, if the family
+    projects each token alone, vision_features [V, width]. If the plan has cuts in the encoder, V is the number of tokens after
+    them, and kept.0, kept.1 ... are the token indices that each cut keeps.
     """
-    signals = wants_signals(plan)
-    outputs = ["visual_embeds", *(SIGNALS if signals else ()), *kept_names(plan, "vision")]
-    tower: Any = family.vision(plan.geometry, signals=signals, cuts=plan.vision_cuts).eval()
-    return _trace(_Graph(tower, (torch.zeros(*tower.takes),), None, ["pixel_values"], outputs, "vision"), lowering, path)
+    signals = signals_for(plan, family)
+    outputs = ["visual_embeds", *signals, *kept_names(plan, "vision")]
+    tower: Any = family.vision(plan.geometry, signals=bool(signals), cuts=plan.vision_cuts).eval()
+    return _trace(_Graph(tower, (torch.zeros(*tower.takes),), None, ["pixel_values"], outputs, "vision"), lowering, path, progress)
 
 
-def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: Lowering, path: Path) -> GraphRecord:
+def trace_selector(
+    parts: DecoderParts,
+    plan: KeepPlan,
+    signals: Mapping[str, Sequence[int]],
+    lowering: Lowering,
+    path: Path,
+    projector: nn.Module | None = None,
+) -> GraphRecord:
     """Write the input cut: visual_embeds, prompt_embeds -> kept_embeds [1, K, width], kept.N [K], where N is the cut's index.
 
-    If the encoder has cuts, visual_order [V], the image indices, is an input too. `key_dim`: width of the vision encoder's keys, 0
-    if it outputs none.
+    If the encoder has cuts, visual_order [V], the image indices, is an input too. `signals`: the shapes of the vision encoder's
+    outputs that the cut needs, by name. `projector`: the module from features to visual tokens, if features are among them.
     """
     tokens = plan.tokens_from_encoder
     prompt_length = torch.export.Dim("words", min=1, max=MAX_LENGTH)
@@ -67,12 +76,11 @@ def trace_selector(parts: DecoderParts, plan: KeepPlan, key_dim: int, lowering: 
     if plan.vision_cuts:
         arguments.append(torch.arange(tokens))
         names, shapes = [*names, "visual_order"], [*shapes, None]
-    if wants_signals(plan):
-        arguments += [torch.rand(tokens, generator=generator), torch.randn(tokens, key_dim, generator=generator)]
-        names, shapes = [*names, *SIGNALS], [*shapes, None, None]
-    selector = input_selector(plan, parts.hidden).eval()
-    outputs = ["kept_embeds", *kept_names(plan, "input")]
-    return _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, outputs), lowering, path)
+    arguments += [torch.rand(*shape, generator=generator) for shape in signals.values()]
+    names, shapes = [*names, *signals], [*shapes, *[None] * len(signals)]
+    selector = input_selector(plan, parts.hidden, projector).eval()
+    outputs, part = ["kept_embeds", *kept_names(plan, "input")], "" if projector is None else "projector"
+    return _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, outputs, part), lowering, path)
 
 
 def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> GraphRecord:
@@ -83,20 +91,21 @@ def trace_predictor(plan: KeepPlan, lowering: Lowering, path: Path) -> GraphReco
     return _trace(_Graph(predictor, arguments, None, ["attention_split", "step"], ["share"]), lowering, path)
 
 
-def wants_signals(plan: KeepPlan) -> bool:
-    """Return whether the plan's input cut needs outputs of the vision encoder other than the visual tokens."""
-    return plan.input is not None and bool(method_class(plan.input.method).needs)
-
-
-def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path) -> GraphRecord:
+def trace_embedding(parts: DecoderParts, lowering: Lowering, path: Path, progress: Progress = SILENT) -> GraphRecord:
     """Write the embedding table: ids [1, n] -> embeds [1, n, width]."""
     length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
     ids = torch.zeros(1, 5, dtype=torch.int64)
-    return _trace(_Graph(TextEmbedding(parts), (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path)
+    return _trace(_Graph(TextEmbedding(parts), (ids,), ({1: length},), ["ids"], ["embeds"], "embedding"), lowering, path, progress)
 
 
 def trace_decoder(
-    parts: DecoderParts, axes: int, plan: KeepPlan, lowering: Lowering, path: Path, lower_tiers: Sequence[KeepPlan] = ()
+    parts: DecoderParts,
+    axes: int,
+    plan: KeepPlan,
+    lowering: Lowering,
+    path: Path,
+    lower_tiers: Sequence[KeepPlan] = (),
+    progress: Progress = SILENT,
 ) -> GraphRecord:
     """Write the decoder under a plan and its `lower_tiers`; see `edgeprune.bundle.graph_io` for inputs and outputs."""
     options = {"fused": lowering.target.fused, "blocked": lowering.target.blocked}
@@ -118,7 +127,7 @@ def trace_decoder(
     shapes += [tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
     kinds = parts.local_layers, parts.layer_states
     names = decoder_inputs(plan, *kinds, tiers=bool(lower_tiers)), decoder_outputs(plan, *kinds)
-    return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path)
+    return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path, progress)
 
 
 class _FlatDecoder(nn.Module):
@@ -188,11 +197,15 @@ class _Graph:
     part: str = ""
 
 
-def _trace(graph: _Graph, lowering: Lowering, path: Path) -> GraphRecord:
+def _trace(graph: _Graph, lowering: Lowering, path: Path, progress: Progress = SILENT) -> GraphRecord:
+    progress.say("tracing")
     model = traced(graph, lowering.opset_of(graph.part))
+    progress.say("rewriting")
     model = run_passes(model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
     drop_unused_inputs(model.graph)
-    ir.save(model, path, external_data=f"{path.name}.data")
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    written = progress.count("writing MB of weights", weights // MEGABYTE)
+    ir.save(model, path, external_data=f"{path.name}.data", callback=lambda tensor, info: written(info.offset // MEGABYTE))
     return graph_record(model.graph)
 
 

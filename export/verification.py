@@ -5,38 +5,31 @@ the faulty one. Stages: prompts, processor pixels, vision embeddings, kept indic
 generated token, and the text that the bundle generates by itself. The reference uses the weights and rounding of the bundle's
 precision, so the comparison covers the graph, not the quantization error.
 
-Two stages compare with transformers itself: prompts are those of `apply_chat_template` of the checkpoint's own processor, and an
-answer without pruning is that of `generate` under the checkpoint's generation_config.json.
+Prompts, pixels and an answer without pruning are compared with transformers itself (`edgeprune.export.upstream`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
-from edgeprune.bundle import PREPROCESSOR, Bundle
+from edgeprune.bundle import Bundle
 from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.checkpoint.processor import chat_template, processor_inputs
-from edgeprune.errors import EdgePruneError, VerificationError, one_line
-from edgeprune.processors import read_image_spec
-from edgeprune.runtime import Runtime, load
+from edgeprune.errors import VerificationError
+from edgeprune.export.upstream import Comparison, Upstream
+from edgeprune.io.progress import SILENT, Progress
+from edgeprune.runtime import load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
 from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
 from edgeprune.runtime.generation.sampling import Sampling
-from edgeprune.runtime.text.prompt import Message, PromptEncoder
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 
+STAGES = ("prompts", "reference", "vision", "decoder", "text")
 MAX_TOKENS = 32  # generated tokens
-_NO_TEMPLATE = "nothing: the checkpoint has no chat template"
-Comparison = tuple[str, float, str]  # stage, worst difference, what was compared
 _INPUTS = {"prompts": 0.0, "pixels": 1e-5}
 _FP32 = {"vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0, "unpruned text": 0.0}
 _FP32 = {**_INPUTS, **_FP32, "states": 1e-3}
@@ -48,42 +41,27 @@ _DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "
 TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "int8": _FP16, "int4": _FP16}
 
 
-def _turn(text: str, images: int = 0, role: str = "user") -> Message:
-    return {"role": role, "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
-
-
-_IMAGES = {"one image": 1, "two images": 2, "a system prompt": 1, "two turns": 2, "text alone": 0}
-_CONVERSATIONS = {
-    "one image": [_turn(DESCRIBE_PROMPT, 1)],
-    "two images": [_turn(DESCRIBE_PROMPT, 2)],
-    "a system prompt": [_turn("Be brief.", role="system"), _turn(DESCRIBE_PROMPT, 1)],
-    "two turns": [_turn(DESCRIBE_PROMPT, 1), _turn("A table.", role="assistant"), _turn("Look again.", 1)],
-    "text alone": [_turn(DESCRIBE_PROMPT)],
-}
-
-
 @dataclass(frozen=True)
 class ParityStage:
     """One stage of the report: the `worst` difference, the `tolerance`, and a description of the compared values.
 
     Differences are relative to the largest magnitude of the reference. For kept indices, `worst` is the share of indices that
-    differ; for prompts, the share of conversations with other ids; for text, it is 1 if the text differs.
+    differ; for prompts, the share of conversations with other ids; for text, it is 1 if the text differs. It is None if nothing
+    could be compared; `compared` then says why.
     """
 
     name: str
-    worst: float
+    worst: float | None
     tolerance: float
     compared: str
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance."""
-        return self.worst <= self.tolerance
+        """Whether no difference beyond the tolerance was found."""
+        return self.worst is None or self.worst <= self.tolerance
 
 
-def verify(
-    bundle: Bundle, loaded: LoadedModel, progress: Callable[[str], None] = lambda stage: None, tier: str | None = None
-) -> list[ParityStage]:
+def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tier: str | None = None) -> list[ParityStage]:
     """Compare a bundle under `tier` (default: the first) with its model, stage by stage.
 
     Raises VerificationError if the bundle was exported from other weights, UsageError for an unknown tier.
@@ -99,78 +77,28 @@ def verify(
     reference = replace(reference_model(loaded, (bundle.plan, *bundle.lower_tiers)[tier_index]), decoder=bundle.manifest.decoder)
     frames = frames_for(bundle.plan.geometry)
     image: ImageOrFrames = frames if bundle.manifest.image.kind == "video" else frames[0]
-    progress("prompts")
-    prompts = _compare_prompts(loaded, bundle, frames[0])
-    progress("reference")
+    upstream = Upstream(loaded, bundle, frames)
+    progress.begin("prompts")
+    comparisons = [upstream.compare_prompts(), upstream.compare_pixels()]
+    progress.begin("reference")
     recorder = RecordingBackend(reference.backend)
     assert isinstance(reference.backend, TorchBackend)
     with reference.backend.lowered(lowering):
         conversation = Conversation(replace(reference, backend=recorder))
         text = "".join(conversation.ask(DESCRIBE_PROMPT, [image], Sampling(max_tokens=MAX_TOKENS)))
     backend = OnnxRuntimeBackend(bundle, exact=True)
-    # Some processors of transformers need torchvision, as those of all videos do. Frames are prepared like images.
-    has_own = len(frames) == 1 and callable(loaded.processor.image_processor)
-    comparisons = [prompts, *([_compare_pixels(loaded, bundle, frames[0])] if has_own else [])]
-    progress("vision")
+    progress.begin("vision")
     comparisons += _compare_vision(backend, recorder)
-    progress("decoder")
+    progress.begin("decoder")
     comparisons += _compare_decoder(backend, recorder, tier_index)
     tolerances = _DYNAMIC_INT8 if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
     if "text" in tolerances:  # with rounding, one near tie changes all later text; `edgeprune eval` scores such bundles
-        progress("text")
+        progress.begin("text")
         runtime = load(bundle.path)
         generated = runtime.generate(frames, DESCRIBE_PROMPT, max_tokens=MAX_TOKENS, tier=tier).text
-        comparisons.append(("text", float(generated != text), f"{len(text.split())} words"))
-        if len(frames) == 1:
-            comparisons.append(_compare_unpruned(loaded, bundle, runtime, frames[0]))
+        comparisons.append(Comparison("text", float(generated != text), f"{len(text.split())} words"))
+        comparisons.append(upstream.compare_answer(runtime, DESCRIBE_PROMPT, MAX_TOKENS))
     return [ParityStage(name, worst, tolerances[name], compared) for name, worst, compared in comparisons]
-
-
-def _compare_prompts(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Comparison:
-    # The video processor of transformers needs torchvision: of a video bundle only conversations without one are compared.
-    if chat_template(loaded.processor) is None:
-        return ("prompts", 0.0, _NO_TEMPLATE)
-    encoder = PromptEncoder.of(bundle)
-    compared, differing = list[str](), list[str]()
-    for name, messages in _CONVERSATIONS.items():
-        images = _IMAGES[name]
-        if images and (bundle.manifest.image.kind == "video" or (images > 1 and not loaded.family.several_as_one)):
-            continue
-        try:
-            expected = _processor_inputs(loaded, bundle, encoder, messages, [image] * images)["input_ids"][0].tolist()
-        except Exception:  # a template may refuse a conversation, and a processor may lack a setting
-            continue
-        compared.append(name)
-        try:
-            actual = encoder.every_id(messages)
-        except EdgePruneError:
-            actual = []
-        differing += [name] if actual != expected else []
-    what = f"differs for {', '.join(differing)}" if differing else ", ".join(compared) or "nothing: the processor writes no prompt"
-    return ("prompts", len(differing) / max(len(compared), 1), what)
-
-
-def _compare_unpruned(loaded: LoadedModel, bundle: Bundle, runtime: Runtime, image: Image.Image) -> Comparison:
-    name, encoder = "unpruned text", PromptEncoder.of(bundle)
-    if chat_template(loaded.processor) is None:
-        return (name, 0.0, _NO_TEMPLATE)
-    try:
-        inputs = _processor_inputs(loaded, bundle, encoder, [_turn(DESCRIBE_PROMPT, 1)], [image])
-    except Exception as error:  # a processor may lack a setting
-        return (name, 0.0, f"nothing: {one_line(str(error))[:80]}")
-    with torch.no_grad():
-        made = loaded.model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
-    text = loaded.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    answer = runtime.generate(image, DESCRIBE_PROMPT, max_tokens=MAX_TOKENS, prune=False).text
-    return (name, float(answer != text), f"{len(text.split())} words of generate()")
-
-
-def _processor_inputs(
-    loaded: LoadedModel, bundle: Bundle, encoder: PromptEncoder, messages: Sequence[Message], images: Sequence[Image.Image]
-) -> Any:
-    written = encoder.template.in_their_form(messages, **encoder.special_tokens)
-    settings = loaded.changed_settings(bundle.plan.geometry)
-    return processor_inputs(loaded.processor, written, images, template=loaded.chat_template(encoder.image), settings=settings)
 
 
 def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> list[Comparison]:
@@ -184,22 +112,6 @@ def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> 
     if not expected.kept:
         return [comparison]
     return [_compare_kept("vision kept", [*zip(expected.kept, actual.kept, strict=True)]), comparison]
-
-
-def _compare_pixels(loaded: LoadedModel, bundle: Bundle, image: Image.Image) -> Comparison:
-    changed = loaded.changed_settings(bundle.plan.geometry)
-    expected = loaded.processor.image_processor(images=[image], return_tensors="np", **changed)["pixel_values"]
-    if expected.ndim > 2:
-        expected = _patches(expected.reshape(-1, *expected.shape[-3:]), bundle.plan.geometry.patch)
-    actual = read_image_spec(bundle.file(PREPROCESSOR)).patches([image])
-    return _compare("pixels", [(expected, actual)], f"{actual.shape[0]} patches")
-
-
-def _patches(views: np.ndarray, side: int) -> np.ndarray:
-    # Patches of images [views, 3, height, width] in the order of a vision encoder's patch convolution.
-    rows, columns = views.shape[2] // side, views.shape[3] // side
-    blocks = views[:, :, : rows * side, : columns * side].reshape(len(views), 3, rows, side, columns, side)
-    return np.ascontiguousarray(blocks.transpose(0, 2, 4, 1, 3, 5)).reshape(-1, 3 * side * side)
 
 
 def _compare_decoder(backend: OnnxRuntimeBackend, recorder: RecordingBackend, tier: int) -> list[Comparison]:
@@ -222,7 +134,9 @@ def _compare_decoder(backend: OnnxRuntimeBackend, recorder: RecordingBackend, ti
 
 def _compare_kept(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Comparison:
     counts = ", ".join(str(expected.shape[-1]) for expected, _ in pairs if expected.size) or "no cuts"
-    return (name, differing_indices(pairs) / max(sum(expected.size for expected, _ in pairs), 1), f"tokens kept: {counts}")
+    return Comparison(
+        name, differing_indices(pairs) / max(sum(expected.size for expected, _ in pairs), 1), f"tokens kept: {counts}"
+    )
 
 
 def _compare(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], compared: str) -> Comparison:
@@ -230,4 +144,4 @@ def _compare(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], compared: st
     if np.isinf(worst):
         expected, actual = next(pair for pair in pairs if np.isinf(largest_difference([pair])))
         compared = f"shapes {expected.shape} and {actual.shape}"
-    return (name, worst, compared)
+    return Comparison(name, worst, compared)

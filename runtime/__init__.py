@@ -12,6 +12,7 @@ if __name__ != "edgeprune.runtime":
 
 from edgeprune.errors import renamed as _renamed
 from edgeprune.runtime.api.loading import load
+from edgeprune.runtime.api.options import AnswerOptions
 from edgeprune.runtime.api.session import Answer, Chat, Runtime
 from edgeprune.runtime.generation.conversation import PreparedImage, Stream, Turn
 from edgeprune.runtime.generation.request import RequestLimits
@@ -23,6 +24,7 @@ from edgeprune.runtime.telemetry.receipt import CutReceipt, Receipt, Times
 __all__ = [
     "NV12",
     "Answer",
+    "AnswerOptions",
     "Chat",
     "CutReceipt",
     "Feed",

@@ -23,6 +23,8 @@ from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from edgeprune.checkpoint.loading import LoadedModel
 
 
@@ -135,3 +137,17 @@ def altered_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     copy = tmp_path / "altered"
     shutil.copytree(tiny_bundle.path, copy)
     return copy
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Yield a browser that is installed on this machine, with a made-up camera; skip where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no browser is installed: neither Chromium nor Chrome")
+    camera = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+    with playwright.sync_playwright() as each:
+        opened = each.chromium.launch(executable_path=found, args=["--no-sandbox", *camera])
+        yield opened
+        opened.close()

@@ -9,11 +9,11 @@ import numpy as np
 
 from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, Statistics
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, KeepPlan, keep_count
+from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import ranked_plan
 
 ATTENTIVE, BALANCED, INDIFFERENT = "attentive", "balanced", "indifferent"
-VTW_LIMIT = 0.003  # nats; VTW's threshold below which a withdrawal is harmless
+VTW_ETA, VTW_FIRST = 0.003, 5  # the authors' threshold in nats, and the first layer that they look at
 _GRID_STEPS = 200  # resolution of the least-cost allocator, per layer
 
 
@@ -98,11 +98,12 @@ def _knapsack(costs: np.ndarray, budget: int) -> list[int]:
 def fitprune_plan(statistics: Statistics, base: KeepPlan, share: float, stages: int = 4) -> KeepPlan:
     """Return `base` with FitPrune's recipe at a mean keep ratio of `share` over the layers, with at most `stages` cuts.
 
-    The recipe deletes a few tokens in every layer. Deletions are grouped at stage boundaries so that the graph has few cuts.
-    Raises PlanError if no tolerance reaches `share`.
+    The recipe deletes a few tokens in every layer: the mean over the samples, rounded down as by its authors. Deletions are grouped
+    at stage boundaries so that the graph has few cuts. Raises PlanError if no tolerance reaches `share`.
     """
-    for recipe in statistics.mean("fitprune"):  # from the lowest tolerance to the highest
-        plan = _group_into_stages(base, recipe, stages)
+    for entering in statistics.mean("fitprune"):  # from the lowest tolerance to the highest
+        deleted = np.floor(entering[:-1] - entering[1:] + 1e-9)
+        plan = _group_into_stages(base, entering[0] - np.concatenate([[0.0], deleted.cumsum()]), stages)
         if sum(map(plan.tokens_at_layer, range(base.layers))) <= share * base.geometry.tokens * base.layers:
             return plan
     raise PlanError(f"FitPrune cannot reach {share:.0%}: layer 0 sees every token.", hint="Ask for more, or cut at the input.")
@@ -118,23 +119,23 @@ def _group_into_stages(base: KeepPlan, recipe: np.ndarray, stages: int) -> KeepP
     return base.with_cuts(*(Cut("layer", "fitprune", keep, layer) for keep, layer in zip(kept, boundaries, strict=True)))
 
 
-def vtw_plan(statistics: Statistics, base: KeepPlan, share: float | None = None, limit: float = VTW_LIMIT) -> KeepPlan:
+def vtw_plan(
+    statistics: Statistics, base: KeepPlan, share: float | None = None, *, eta: float = VTW_ETA, first: int = VTW_FIRST
+) -> KeepPlan:
     """Return `base` with all visual tokens withdrawn before one layer.
 
-    The layer is at `share` of the depth or, without `share`, the first from which on every withdrawal costs less than `limit` nats.
-    Raises PlanError if there is no such layer.
+    The layer is at `share` of the depth or, without `share`, the authors': of `first` and the layers after it, the first before
+    which a withdrawal costs at most `eta` nats. Raises PlanError if there is no such layer.
     """
     if share is not None:
         layer = max(1, round(share * base.layers))
     else:
-        harmless = statistics.mean("withdrawn_kl") < limit
-        layers = [layer for layer in range(1, base.layers) if harmless[layer:].all()]
-        if not layers:
-            raise PlanError(f"Withdrawing visual tokens costs more than {limit} nats before every layer.", hint="Ask for --keep.")
-        layer = layers[0]
+        costs = statistics.mean("withdrawn_kl")
+        found = [layer for layer in range(first, base.layers) if costs[layer] <= eta]
+        if not found:
+            raise PlanError(
+                f"Withdrawing visual tokens costs more than {eta:g} nats before every layer from {first} on.",
+                hint="Ask for a budget (--budget 0.5), or allow more (--option eta=0.01).",
+            )
+        layer = found[0]
     return base.with_cuts(Cut("layer", "vtw", 0, layer)) if layer < base.layers else base
-
-
-def with_counts(base: KeepPlan, share: float) -> int:
-    """Return the keep budget of a keep ratio: a number of the plan's visual tokens."""
-    return keep_count(base.geometry.tokens, share)

@@ -17,6 +17,7 @@ import torch
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.replay.episodes import Recorder, Recording, divergence
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import Count, Progress
 from edgeprune.plan import keep_count_up
 
 SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)  # choices of the predictor, in descending order (reconstruction)
@@ -46,12 +47,12 @@ class PolicyReplay:
         requested = np.asarray(shares)
         return np.minimum.accumulate(requested) if self.monotone else requested
 
-    def record(self, samples: Sequence[Sample], fit: str, shortest: int, progress: Callable[[int], None]) -> list[RecordedAnswer]:
+    def record(self, samples: Sequence[Sample], fit: str, shortest: int, progress: Count) -> list[RecordedAnswer]:
         """Answer the samples and return the answers with at least `shortest` decode steps; raise UsageError if there are none."""
         answers = []
         for done, sample in enumerate(samples, start=1):
-            recording = self._recorder.record(sample, fit)
-            if recording.steps >= shortest:
+            recordings = [each for each in self._recorder.record(sample, fit) if each.steps >= shortest]
+            for recording in recordings:
                 logits = self._recorder.replay(recording).logits[0]
                 answers.append(RecordedAnswer(recording, logits, self._recorder.first_attention_shares(recording)))
             progress(done)
@@ -139,12 +140,22 @@ def schedule_form(replay: PolicyReplay, shares: Sequence[np.ndarray], budget: fl
     return {"form": "schedule", "steps": starts, "shares": [float(final[step]) for step in starts]}
 
 
-def map_form(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float) -> dict[str, Any]:
+def constant_costs(replay: PolicyReplay, answers: Sequence[RecordedAnswer], progress: Progress) -> list[np.ndarray]:
+    """Return `PolicyReplay.constant_costs` of each answer."""
+    measured, costs = progress.count("costs of shares, answers", len(answers)), list[np.ndarray]()
+    for answer in answers:
+        costs.append(replay.constant_costs(answer))
+        measured(len(costs))
+    return costs
+
+
+def map_form(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float, progress: Progress) -> dict[str, Any]:
     """Return the options of the training-free map from intervals of attention to the image to cache shares.
 
     A step needs the smallest share from which on its divergence stays below a limit. The limit is chosen to meet the budget.
     """
-    costs = [replay.constant_costs(answer) for answer in answers]
+    costs = constant_costs(replay, answers, progress)
+    progress.say("meeting the budget")
     unpruned = [replay.replay_ratios(answer, [1.0] * answer.episode.steps)[1] for answer in answers]
     attention = np.concatenate([rows[:, :, 1].mean(dim=1).detach().cpu().numpy() for rows in unpruned])
     edges = np.quantile(attention, np.arange(1, _INTERVALS) / _INTERVALS)

@@ -19,16 +19,18 @@ from edgeprune.calibration.allocate.decode_rate import (
     SHARES,
     PolicyReplay,
     RecordedAnswer,
+    constant_costs,
     fit_budget,
     map_form,
     mean_share,
     schedule_form,
 )
-from edgeprune.calibration.collect.run import CollectOptions, ProgressReporter, source_of
+from edgeprune.calibration.collect.run import CollectOptions, source_of
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import Progress
 from edgeprune.methods.dyrate import Predictor
 from edgeprune.plan import Cut, KeepPlan, check_keep_ratio
 from edgeprune.plan.presets import ranked_plan
@@ -40,7 +42,6 @@ TEMPERATURE = (2.0, 0.5)  # of the Gumbel noise, first and last
 BUDGET_PENALTY = 20.0  # nats per squared deviation of the mean share from the budget
 FORMS = ("predictor", "schedule", "map")
 MIN_STEPS = 4  # decode steps; shorter answers are skipped
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def fit_decode_rate(
     loaded: LoadedModel,
     samples: Sequence[Sample],
     request: CollectOptions,
-    progress: ProgressReporter,
+    progress: Progress,
     base: KeepPlan,
     rate: DecodeRateOptions,
     priors: Sequence[list[list[int]]] | None = None,
@@ -80,9 +81,8 @@ def fit_decode_rate(
     if not base.cache_cuts:
         base = ranked_plan(base, None, priors, **source_of(loaded, request).ranking)
     replay = PolicyReplay(Recorder(loaded, base, request.max_tokens, request.device), rate.layer, monotone=rate.monotone)
-    answers = replay.record(samples, request.fit, MIN_STEPS, progress.count("answers", len(samples)))
-    trained = progress.count("training", EPOCHS * len(answers))
-    options = dyrate_options(replay, answers, rate.share, rate.form, rate.seed, trained)
+    answers = replay.record(samples, request.fit, MIN_STEPS, progress.count("answering without pruning, samples", len(samples)))
+    options = dyrate_options(replay, answers, rate.share, rate.form, rate.seed, progress)
     return base.with_cuts(Cut("decode", "dyrate", 0, rate.layer, options=options))
 
 
@@ -91,8 +91,9 @@ def dyrate_options(
 ) -> dict[str, Any]:
     """Return the options of a decode cut in one of FORMS whose steps read a mean share `budget` of the visual cache."""
     if form == "map":
-        return {**map_form(replay, answers, budget), "monotone": replay.monotone}
+        return {**map_form(replay, answers, budget, progress), "monotone": replay.monotone}
     predictor = train(replay, answers, budget, seed, progress)
+    progress.say("meeting the budget")
     predictor = _fit_bias(replay, answers, predictor, budget)
     if form == "predictor":
         return {**predictor.settings(), "monotone": replay.monotone}
@@ -105,9 +106,10 @@ def train(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float
     generator = torch.Generator().manual_seed(seed)
     layers, shares = answers[0].first_attention_shares.shape[0], torch.tensor(SHARES)
     predictor = Predictor(torch.zeros(len(SHARES), layers * 4 + 1), torch.zeros(len(SHARES)), shares)
-    _warm_start(replay, answers, predictor, budget)
+    _warm_start(replay, answers, predictor, budget, progress)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=LEARNING_RATE[1])
     steps = EPOCHS * len(answers)
+    trained = progress.count("training, steps", steps)
     for epoch in range(EPOCHS):
         for position, index in enumerate(torch.randperm(len(answers), generator=generator).tolist()):
             done = epoch * len(answers) + position
@@ -116,7 +118,7 @@ def train(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            progress(done + 1)
+            trained(done + 1)
     return predictor
 
 
@@ -143,8 +145,11 @@ def _loss(
     return divergence(answer.logits, pruned).mean().float() + BUDGET_PENALTY * deviation.square()
 
 
-def _warm_start(replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float) -> None:
-    costs = torch.cat([torch.from_numpy(replay.constant_costs(answer)).float() for answer in answers], dim=1).T  # [steps, bins]
+def _warm_start(
+    replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float, progress: Progress
+) -> None:
+    measured = [torch.from_numpy(each).float() for each in constant_costs(replay, answers, progress)]
+    costs = torch.cat(measured, dim=1).T  # [steps, bins]
     attention_shares = [replay.replay_ratios(answer, [budget] * answer.episode.steps)[1].detach() for answer in answers]
     rows, steps = torch.cat(attention_shares), torch.cat([_steps(len(part)) for part in attention_shares])
     optimizer = torch.optim.Adam(predictor.parameters(), lr=LEARNING_RATE[0])

@@ -23,7 +23,7 @@ INPUT = ("cdpruner", "dart", "divprune", "evs", "random", "uniform", "visionzip"
 STATISTICAL = ("fitprune", "plphp", "vtw")
 RESIZE = "resize"
 ALLOCATORS = ("classes", "least-cost", "even")
-# SparseVLM's published table for 192 of 576 tokens: cuts before layers 2, 6 and 15 of 32.
+# SparseVLM's table for 192 of 576 tokens: the outputs of layers 2, 6 and 15 of 32 are pruned.
 _SPARSEVLM = {2 / 32: 300 / 576, 6 / 32: 200 / 576, 15 / 32: 110 / 576}
 _PYRAMID = (0.25, 0.5, 0.75)  # relative depth; PyramidDrop cuts after layers 8, 16 and 24 of 32
 
@@ -76,10 +76,10 @@ def resized(geometry: Geometry, share: float) -> Geometry:
 def _input_or_baseline(method: str, share: float, base: KeepPlan, settings: dict[str, Any]) -> KeepPlan:
     site, options = settings.get("site", "input"), {name: value for name, value in settings.items() if name != "site"}
     if site == "input":
-        cut = Cut("input", method, keep_count(base.tokens_entering_decoder, share), options=options)
+        cut = Cut("input", method, keep_count(base.tokens_entering_decoder, share, method), options=options)
         method_class(method)(cut, base.geometry)  # raises for an unsupported geometry, such as images for a video method
         return base.with_cuts(cut)
-    counts = [keep_count(base.tokens_at_layer(layer), share) for layer in range(base.layers)]
+    counts = [keep_count(base.tokens_at_layer(layer), share, method) for layer in range(base.layers)]
     return base.with_cuts(*(Cut(site, method, count, layer, options=options) for layer, count in enumerate(counts)))
 
 
@@ -108,20 +108,20 @@ def _one_cut(method: str, share: float, base: KeepPlan, layer: int = DEFAULT_LAY
     ratio = (share * base.layers - layer) / (base.layers - layer)
     if ratio <= 0:
         raise PlanError(f"{method} before layer {layer} cannot reach {share:.0%}: {layer} layers see every token.")
-    return base.with_cuts(Cut("layer", method, keep_count(base.tokens_at_layer(layer - 1), ratio), layer))
+    return base.with_cuts(Cut("layer", method, keep_count(base.tokens_at_layer(layer - 1), ratio, method), layer))
 
 
 def _encoder_cut(method: str, share: float, base: KeepPlan, layer: int | None = None) -> KeepPlan:
     if layer is None:
         raise PlanError(f"{method} cuts before a block of the vision encoder.", hint="Say which: --layer 4")
-    return base.with_cuts(Cut("vision", method, encoder_count(base.geometry, share), layer))
+    return base.with_cuts(Cut("vision", method, encoder_count(base.geometry, share, method), layer))
 
 
 def _pyramid(method: str, share: float, base: KeepPlan) -> KeepPlan:
     def kept(stage: int) -> Callable[[float], float]:
         return lambda ratio: ratio**stage  # every stage keeps the same share of the stage before it
 
-    return _staircase(method, share, base, {place: kept(stage) for stage, place in enumerate(_PYRAMID, start=1)})
+    return _staircase(method, share, base, {place * base.layers: kept(stage) for stage, place in enumerate(_PYRAMID, start=1)})
 
 
 def _sparsevlm(method: str, share: float, base: KeepPlan) -> KeepPlan:
@@ -129,13 +129,14 @@ def _sparsevlm(method: str, share: float, base: KeepPlan) -> KeepPlan:
         # Interpolates from 0 (ratio 0) over the published keep ratio (0.5) to 1 (ratio 1).
         return lambda ratio: published * 2 * ratio if ratio < 0.5 else published + (1 - published) * (2 * ratio - 1)
 
-    return _staircase(method, share, base, {place: kept(published) for place, published in _SPARSEVLM.items()})
+    after = {round(place * base.layers): published for place, published in _SPARSEVLM.items()}
+    return _staircase(method, share, base, {layer + 1: kept(published) for layer, published in after.items()})
 
 
 def _staircase(method: str, share: float, base: KeepPlan, steps: dict[float, Callable[[float], float]]) -> KeepPlan:
-    # Bisects for the largest ratio whose plan costs at most `share`.
+    # Bisects for the largest ratio whose plan costs at most `share`. `steps`: the kept share of all tokens at a ratio, by layer.
     def plan_at(ratio: float) -> KeepPlan:
-        cuts = {max(1, round(place * base.layers)): step(ratio) for place, step in steps.items()}
+        cuts = {max(1, round(layer)): step(ratio) for layer, step in steps.items()}
         return base.with_cuts(
             *(
                 Cut("layer", method, max(1, int(base.tokens_entering_decoder * kept + 1e-9)), layer)

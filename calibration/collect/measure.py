@@ -1,18 +1,22 @@
 """The contribution of one sample to the statistics: attention, divergence with fewer visual tokens, and FitPrune's counts.
 
 FitPrune: Ye et al., "Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models", AAAI
-2025, arXiv 2409.10197. For a tolerance alpha, every layer sorts the remaining tokens by the attention that they receive from text
-(cross) and from visual tokens (self). In each order it finds the longest run of least attended tokens whose removal leaves at
-least (1 - alpha) of the unpruned sum, and deletes the tokens that are in both runs. The paper finds the tolerance by bisection
-against a budget. Here all tolerances are counted in one pass, so that counts can be added over samples.
+2025, arXiv 2409.10197, as in the authors' llava/eval/statistical_analysis.py (ywh187/FitPrune). For a tolerance alpha, every
+layer runs on the tokens that the layers before it left. It sorts them by the attention that they receive from text (cross) and
+from visual tokens (self). In each order it finds the longest run of least attended tokens whose removal leaves at least (1 -
+alpha) of the sum in the unpruned model, and deletes the tokens that are in both runs. The authors find the tolerance by bisection
+against a budget, to a width of 0.01. Here the tolerances that the bisection may visit are counted in steps of 1/64, so that
+counts can be added over samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, STEPS, StatisticsSource
+from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, STEPS, TOLERANCES, StatisticsSource
 from edgeprune.calibration.replay.episodes import Recorder, Recording, divergence, limit_visual
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.methods.base import LayerView
@@ -22,23 +26,31 @@ from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.plan import Cut, KeepPlan, keep_count_up
 
 
-def deletion_counts(cross: np.ndarray, within: np.ndarray) -> np.ndarray:
-    """Return FitPrune's number of tokens that enter each layer [ALPHAS, layers], for one sample.
+class Deletions:
+    """Deletes FitPrune's tokens in each layer of a forward pass, at one tolerance.
 
-    `cross`, `within` [layers, V]: the attention that visual tokens receive from text and from visual tokens.
+    `cross`, `within` [layers]: the attention that all visual tokens together receive from text and from visual tokens in the
+    unpruned model, each the mean over the queries. `counts`: the visual tokens that entered each layer so far.
     """
-    layers, tokens = cross.shape
-    counts = np.zeros((ALPHAS, layers))
-    for index in range(ALPHAS):
-        alpha = index / (ALPHAS - 1)
-        alive = np.arange(tokens)
-        for layer in range(layers):
-            counts[index, layer] = len(alive)
-            dropped = np.ones(len(alive), bool)
-            for mass in (cross[layer], within[layer]):
-                dropped &= _droppable(mass[alive], (1 - alpha) * mass.sum())
-            alive = alive[~dropped]
-    return counts
+
+    def __init__(self, alpha: float, cross: Sequence[float], within: Sequence[float]) -> None:
+        self._left = [[(1 - alpha) * total for total in totals] for totals in (cross, within)]
+        self.counts: list[int] = []
+
+    def __call__(self, layer: int, view: LayerView) -> torch.Tensor:
+        """Return the positions of the tokens that stay behind the attention of a layer."""
+        tokens = view.order.shape[0]
+        self.counts.append(tokens)
+        dropped = np.ones(tokens, bool)
+        for mass, left in zip(_mean_received(view), self._left, strict=True):
+            dropped &= _droppable(mass, left[layer])
+        return torch.from_numpy(np.flatnonzero(~dropped)).to(view.order.device)
+
+
+def _mean_received(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
+    # The attention that each visual token receives from text and from visual tokens [V], both the mean over the queries.
+    cross, within = attention_received(view)
+    return cross.double().cpu().numpy(), within.double().cpu().numpy() / max(within.shape[0], 1)
 
 
 def _droppable(mass: np.ndarray, floor: float) -> np.ndarray:
@@ -59,9 +71,14 @@ class SampleMeter:
         # The method is irrelevant, since a withdrawal keeps no tokens.
         plans = [base.with_cuts(Cut("layer", "random", 0, layer)) for layer in range(1, base.layers)]
         self._withdrawing = [PrunedDecoder(parts, plan).eval() for plan in plans]
+        self._unpruned = PrunedDecoder(parts, base).eval()
 
-    def measure(self, recording: Recording) -> dict[str, np.ndarray]:
-        """Return the sample's contribution to every sum of `Statistics`, by name."""
+    def measure(self, recordings: Sequence[Recording]) -> dict[str, np.ndarray]:
+        """Return a sample's contribution to every sum of `Statistics`, by name: the mean over the recordings of its images."""
+        measured = [self._measure(recording) for recording in recordings]
+        return {name: np.mean([values[name] for values in measured], axis=0) for name in measured[0]}
+
+    def _measure(self, recording: Recording) -> dict[str, np.ndarray]:
         values = {name: np.zeros(shape) for name, shape in self._source.shapes().items()}
         logits, kept = self._prefill(recording, values)
         self._measure_withdrawals(recording, logits, values)
@@ -71,19 +88,23 @@ class SampleMeter:
 
     @torch.no_grad()
     def _prefill(self, recording: Recording, values: dict[str, np.ndarray]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        cross: list[torch.Tensor] = []
-        within: list[torch.Tensor] = []
+        cross, within = list[float](), list[float]()
 
         def probe(layer: int, view: LayerView) -> None:
             gamma = float(vision_attention_score(view.attention()))
             values["gamma"][layer, min(int(gamma * GAMMA_BINS), GAMMA_BINS - 1)] = 1.0
-            for rows, received in zip((cross, within), attention_received(view), strict=True):
-                rows.append(received)
+            for totals, received in zip((cross, within), _mean_received(view), strict=True):
+                totals.append(float(received.sum()))
 
         decoder = self._recorder.decoder
         output = decoder(*self._recorder.segments(recording), decoder.empty_caches(), probe=probe)
-        values["fitprune"] = deletion_counts(torch.stack(cross).cpu().numpy(), torch.stack(within).cpu().numpy())
+        values["fitprune"] = np.stack([self._deletions(recording, alpha, cross, within) for alpha in TOLERANCES])
         return output.logits[0], output.kept
+
+    def _deletions(self, recording: Recording, alpha: float, cross: list[float], within: list[float]) -> np.ndarray:
+        deletions = Deletions(alpha, cross, within)
+        self._unpruned(*self._recorder.segments(recording), self._unpruned.empty_caches(), delete=deletions)
+        return np.array(deletions.counts, np.float64)
 
     @torch.no_grad()
     def _measure_withdrawals(self, recording: Recording, logits: torch.Tensor, values: dict[str, np.ndarray]) -> None:
@@ -91,7 +112,7 @@ class SampleMeter:
         no_tokens = Segment(visual.embeds[:, :0], visual.positions[:, :0])
         for layer, decoder in enumerate((self._recorder.decoder, *self._withdrawing)):
             output = decoder(prefix, visual if layer else no_tokens, suffix, decoder.empty_caches())
-            values["withdrawn_kl"][layer] = float(divergence(logits, output.logits[0]).mean())
+            values["withdrawn_kl"][layer] = float(divergence(output.logits[0], logits).mean())
 
     def _measure_answer(self, recording: Recording, kept: tuple[torch.Tensor, ...], values: dict[str, np.ndarray]) -> None:
         def probe(layer: int, view: LayerView) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -19,13 +18,13 @@ from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
 from edgeprune.errors import EdgePruneError, UsageError, require_extra
 from edgeprune.io.files import move
+from edgeprune.io.progress import Count, Progress
 from edgeprune.plan import Geometry
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
 
 SAVE_EVERY = 10  # samples between checkpoints
 LOCAL = "local"
 SHARDS_PER_CPU = 4  # small shards, so that a slow machine does not delay the others
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,12 @@ class CollectOptions:
             raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
 
 
-class ProgressReporter(Protocol):
-    """Shows the progress of long operations."""
-
-    def count(self, what: str, total: int) -> Callable[[int], None]:
-        """Start a progress bar over `total` items and return the function that sets the number of finished items."""
-        ...
-
-
 def load_or_collect(
     loaded: LoadedModel,
     samples: Sequence[Sample],
     request: CollectOptions,
     path: Path,
-    progress: ProgressReporter,
+    progress: Progress,
     ray_address: str | None = None,
 ) -> Statistics:
     """Return the statistics in the file `path`; if it does not exist, collect and write them.
@@ -80,7 +71,7 @@ def load_or_collect(
         statistics.check(source_of(loaded, request))
         return statistics
     index, count = request.shard
-    report = progress.count("samples", len(samples[index - 1 :: count]))
+    report = progress.count("statistics, samples", len(samples[index - 1 :: count]))
     if ray_address is not None:
         return collect_on_ray(loaded.folder, samples, request, path, ray_address, report)
     return collect(loaded, samples, request, path, report)
@@ -103,7 +94,7 @@ def source_of(loaded: LoadedModel, request: CollectOptions) -> StatisticsSource:
 
 
 def collect(
-    loaded: LoadedModel, samples: Sequence[Sample], request: CollectOptions, output: Path, progress: Progress = lambda done: None
+    loaded: LoadedModel, samples: Sequence[Sample], request: CollectOptions, output: Path, progress: Count = lambda done: None
 ) -> Statistics:
     """Measure the shard's samples, write the statistics to `output` and return them.
 
@@ -148,7 +139,7 @@ def collect_on_ray(
     request: CollectOptions,
     output: Path,
     address: str,
-    progress: Callable[[int], None],
+    progress: Count,
 ) -> Statistics:
     """Like `collect`, on the Ray cluster at `address`; "local" starts one on this machine.
 

@@ -19,11 +19,11 @@ from edgeprune.io.files import write_bytes
 from edgeprune.io.typed_json import from_json
 from edgeprune.plan import Geometry
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had other rules of FitPrune and VTW
 SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75)  # keep ratios of a layer's visual cache whose cost is measured
 STEPS = 128  # decode steps with separate sums; later steps are added to the last
 GAMMA_BINS = 200  # histogram bins of the vision attention score over [0, 1]
-ALPHAS = 101  # FitPrune's tolerances 0.00, 0.01 ... 1.00
+TOLERANCES = tuple(step / 64 for step in range(65))  # FitPrune's
 _SCALE = 2.0**32  # of the fixed point: a sum of a million values up to 2000 still fits 63 bits
 
 
@@ -60,7 +60,7 @@ class StatisticsSource:
             "split": (STEPS, layers, 4),
             "steps": (STEPS,),
             "withdrawn_kl": (layers,),
-            "fitprune": (ALPHAS, layers),
+            "fitprune": (len(TOLERANCES), layers),
         }
 
 
@@ -75,8 +75,8 @@ class Statistics:
     - `habit` [layers, KV heads, V]: share of the answer's attention to visual tokens that each image position receives.
     - `split` [STEPS, layers, 4], `steps` [STEPS]: attention to system prompt, image, instruction and generated text at each decode
       step, and the number of answers that reached the step.
-    - `withdrawn_kl` [layers]: KL divergence at the first answer token without visual tokens from this layer on.
-    - `fitprune` [ALPHAS, layers]: tokens that FitPrune keeps in each layer at each tolerance.
+    - `withdrawn_kl` [layers]: KL(withdrawn || unpruned) at the first answer token, without visual tokens from this layer on.
+    - `fitprune` [TOLERANCES, layers]: tokens that enter each layer by FitPrune at each tolerance.
     """
 
     source: StatisticsSource
@@ -152,7 +152,8 @@ class Statistics:
             raise UsageError(f"Cannot read statistics {path}: {error}.") from error
         version = header.get("schema_version") if isinstance(header, dict) else None
         if version != SCHEMA_VERSION:
-            raise UsageError(f"{path} has statistics of schema {version}, this EdgePrune reads {SCHEMA_VERSION}.")
+            hint = "Collect them again." if version == 1 else ""
+            raise UsageError(f"{path} has statistics of schema {version}, this EdgePrune reads {SCHEMA_VERSION}.", hint=hint)
         return cls._parse(path, header, sums)
 
     @classmethod

@@ -1,25 +1,34 @@
-"""Record the unpruned model's answer to a sample (prefill, KV caches, answer tokens) and replay it with changed caches."""
+"""Record the unpruned model's answer to a sample (prefill, KV caches, answer tokens) and replay it with changed caches.
+
+A sample of several images has a recording for each: in one forward pass the image is the visual segment, and the other images are
+part of the prefix, which is never cut. So whatever is measured on an image is measured beside the others as they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 
+import numpy as np
 import torch
-from PIL import Image
 
 from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
+from edgeprune.model.cache import LayerStates
 from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
-from edgeprune.runtime.generation.conversation import Conversation
+from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
+
+_NO_GROUPS = np.zeros((0, 3), np.float32)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class Recording:
     """A recorded answer.
 
     `prefill`: the decoder's input at prefill. `caches`: the KV caches after it, visual tokens in rank order. `answer`: all answer
-    tokens except the last, which is never a decoder input. `groups` [text, 3]: the text groups of prompt and answer.
+    tokens except the last, which is never a decoder input. `groups` [text, 3]: the text groups of prompt and answer; those of the
+    visual tokens of other images are zero.
     """
 
     prefill: DecoderInput
@@ -51,40 +61,53 @@ class Recorder:
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
         loaded.model.requires_grad_(False)  # the model itself is never trained
 
-    def record(self, sample: Sample, fit: str) -> Recording:
-        """Record the greedy answer to one sample. An answer of one token has no decode steps.
+    def record(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
+        """Record the greedy answer to one sample, for each of its images. An answer of one token has no decode steps.
 
         Raises BadSampleError for a sample that cannot be asked about.
         """
-        recorder = RecordingBackend(self._pipeline.backend)
-        conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
-        with _naming(sample):
-            for _ in conversation.ask(sample.prompt, [_image_of(sample)], Sampling(max_tokens=self._max_tokens)):
-                pass
-        (prefill, _), *steps = recorder.inputs
-        cache = steps[0][1] if steps else conversation.cache
-        caches = self._caches(cache)
+        recorder, images, _ = self._ask(sample, fit, self._max_tokens)
+        prefills, steps = recorder.inputs[:images], recorder.inputs[images:]
         inputs = [tokens.suffix for tokens, _ in steps]
-        embeds = [self._tensor(part.embeds) for part in inputs] or [self._tensor(prefill.suffix.embeds[:, :0])]
-        positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(prefill.suffix.positions[:, :0])]
-        groups = self._tensor(steps[-1][0].text_groups if steps else prefill.text_groups)
-        return Recording(prefill, caches, Segment(torch.cat(embeds, dim=1), torch.cat(positions, dim=1)), groups)
+        empty = prefills[-1][0].suffix
+        embeds = [self._tensor(part.embeds) for part in inputs] or [self._tensor(empty.embeds[:, :0])]
+        positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(empty.positions[:, :0])]
+        answer = Segment(torch.cat(embeds, dim=1), torch.cat(positions, dim=1))
+        said = self._tensor(steps[-1][0].text_groups[len(prefills[-1][0].text_groups) :] if steps else _NO_GROUPS)
+        return tuple(self._recording(_beside_others(prefills, number), answer, said) for number in range(images))
+
+    @torch.no_grad()
+    def _recording(self, prefill: DecoderInput, answer: Segment, said: torch.Tensor) -> Recording:
+        # `said` [answer, 3]: the text groups of the answer.
+        recording = Recording(prefill, (), answer, torch.cat([self._tensor(prefill.text_groups), said]))
+        before, after = (part.embeds.shape[1] for part in (prefill.prefix, prefill.suffix))
+        empty = self.decoder.empty_caches()
+        rows = self.decoder(*self.segments(recording), empty, self._tensor(prefill.visual_indices)).rows
+        filled = [cache.append(new, before, after) for cache, new in zip(empty, rows, strict=True)]
+        return replace(recording, caches=_with_attention(filled))
 
     @torch.no_grad()
     def teacher_forced_logits(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
         """Return the logits [len(ids) + 1, vocabulary] for the given answer tokens: before each token and after the last."""
-        recorder = RecordingBackend(self._pipeline.backend)
-        conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
-        for _ in conversation.ask(sample.prompt, [_image_of(sample)], Sampling(max_tokens=1)):
-            pass
-        tokens, _ = recorder.inputs[0]
-        first = self._tensor(recorder.steps[0].logits)[None]
+        recorder, images, conversation = self._ask(sample, fit, 1)
+        tokens, _ = recorder.inputs[images - 1]
+        first = self._tensor(recorder.steps[images - 1].logits)[None]
         if not ids:
             return first
         positions = self._tensor(tokens.suffix.positions[:, -1:]) + 1 + torch.arange(len(ids), device=self._device)
         answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), positions)
         replayed = self.replay(Recording(tokens, self._caches(conversation.cache), answer, self._tensor(tokens.text_groups)))
         return torch.cat([first, replayed.logits[0]])
+
+    def _ask(self, sample: Sample, fit: str, most: int) -> tuple[RecordingBackend, int, Conversation]:
+        # The recorded forward passes of an answer of at most `most` tokens, the first of which are one for each image.
+        recorder = RecordingBackend(self._pipeline.backend)
+        conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
+        with _naming(sample):
+            images = _images_of(sample, self.plan)
+            for _ in conversation.ask(sample.prompt, images, Sampling(max_tokens=most)):
+                pass
+        return recorder, len(images), conversation
 
     def segments(self, recording: Recording) -> tuple[Segment, Segment, Segment]:
         """Return the prefill's prefix, visual and suffix segments."""
@@ -112,8 +135,7 @@ class Recorder:
         return output
 
     def _caches(self, cache: KvCache) -> tuple[LayerCache, ...]:
-        caches = self.decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)])
-        return tuple(each for each in caches if isinstance(each, LayerCache))  # of a family without states
+        return _with_attention(self.decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual)]))
 
     def _segment(self, tokens: TokenSegment) -> Segment:
         return Segment(self._tensor(tokens.embeds), self._tensor(tokens.positions))
@@ -122,22 +144,28 @@ class Recorder:
         return torch.as_tensor(array, device=self._device)
 
 
+def _with_attention(caches: Iterable[LayerCache | LayerStates]) -> tuple[LayerCache, ...]:
+    return tuple(each for each in caches if isinstance(each, LayerCache))  # all, of a family without states
+
+
 def usable_samples(
-    loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], fit: str, on_bad: OnBadSample
+    loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], fit: str, on_bad: OnBadSample, progress: Progress = SILENT
 ) -> list[Sample]:
     """Return the samples whose image can be read and asked about; the errors of all others are given to `on_bad`.
 
     Which samples are used is known before the first is measured, so that an interrupted run resumes with the same.
     """
     conversation, usable = Conversation(reference_model(loaded, unpruned), fit=fit), []
-    for sample in samples:
+    checked = progress.count("checking, samples", len(samples))
+    for done, sample in enumerate(samples, start=1):
         try:
             with _naming(sample):
-                conversation.ask(sample.prompt, [_image_of(sample)])  # checks; nothing runs before the first piece is read
+                conversation.ask(sample.prompt, _images_of(sample, unpruned))  # checks; nothing runs before the first piece is read
         except BadSampleError as error:
             on_bad(error)
         else:
             usable.append(sample)
+        checked(done)
     if not usable:
         raise UsageError("None of the samples could be used.")
     return usable
@@ -152,10 +180,31 @@ def _naming(sample: Sample) -> Iterator[None]:
         raise sample.error(error) from error
 
 
-def _image_of(sample: Sample) -> Image.Image:
-    if len(sample.images) != 1:
-        raise UsageError(f"there are {len(sample.images)} images, and calibration takes samples of one.")
-    return read_image(sample.images[0])
+def _images_of(sample: Sample, plan: KeepPlan) -> Sequence[ImageOrFrames]:
+    # All images of a sample for a video are the frames of one.
+    pictures = [read_image(path) for path in sample.images]
+    return [pictures] if plan.geometry.frames > 1 else pictures
+
+
+def _beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], number: int) -> DecoderInput:
+    # One prefill of a whole prompt, whose visual segment is image `number`. Text that was run ahead of its turn is left out.
+    before, groups, (last, _) = list[TokenSegment](), list[np.ndarray](), prefills[-1]
+    begins = [cache.length - 1 for _, cache in prefills]  # without the null row
+    for index, (tokens, _) in enumerate(prefills):
+        between = begins[index] + tokens.prefix.embeds.shape[1]
+        end = [*begins, between][index + 1]  # of the text up to the next image; the last one's is the suffix
+        before.append(tokens.prefix)
+        groups.append(last.text_groups[begins[index] : between])
+        if index != number:
+            before.append(tokens.visual)
+            groups.append(np.zeros((tokens.visual.embeds.shape[1], 3), np.float32))
+        before.append(tokens.suffix.first(end - between))
+        groups.append(last.text_groups[between:end])
+    groups.append(last.text_groups[between:])
+    shown = prefills[number][0]
+    return DecoderInput(
+        reduce(TokenSegment.concat, before), shown.visual, last.suffix, shown.visual_indices, np.concatenate(groups)
+    )
 
 
 def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: float) -> tuple[LayerCache, ...]:

@@ -14,7 +14,7 @@ from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.checkpoint.configuration import check_context
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import EdgePruneError, UnsupportedModelError
-from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector
+from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector, signals_for
 from edgeprune.model.quantization import at_precision
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.processors import image_spec
@@ -36,14 +36,14 @@ class TorchBackend:
         loaded.model.to(device)
         self._device = device
         self._parts = parts = loaded.family.decoder()
-        signals = plan.input is not None and bool(method_class(plan.input.method).needs)
+        self._signals = signals_for(plan, loaded.family)
         self._plan, self._family = plan, loaded.family
-        self._vision = loaded.family.vision(plan.geometry, signals=signals, cuts=plan.vision_cuts).eval().to(device)
+        self._vision = loaded.family.vision(plan.geometry, signals=bool(self._signals), cuts=plan.vision_cuts).eval().to(device)
         self._unpruned: torch.nn.Module | None = None  # built on first use
-        self._signals = SIGNALS if signals else ()
         self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
-        self._selector = input_selector(plan, parts.hidden).to(device) if plan.input else None
+        projector = self._vision.projector if len(self._signals) == len(SIGNALS) else None
+        self._selector = input_selector(plan, parts.hidden, projector).to(device) if plan.input else None
         self._rate_predictor = (
             method_class(plan.decode.method)(plan.decode, plan.geometry).rate_predictor().to(device)
             if plan.decode and plan.follows_attention

@@ -19,14 +19,13 @@ from edgeprune.calibration.search.search import Search
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import EdgePruneError
+from edgeprune.io.progress import Progress
 from edgeprune.plan import Cut, KeepPlan
 
 FitRate = Callable[[KeepPlan, DecodeRateOptions], KeepPlan]  # adds a fitted DyRate cut to a plan
 
 
-def decode_rate_points(
-    found: Point, reads: float, fit_rate: FitRate, held_out: Agreement, progress: Callable[[str], None]
-) -> list[Point]:
+def decode_rate_points(found: Point, reads: float, fit_rate: FitRate, held_out: Agreement, progress: Progress) -> list[Point]:
     """Return the plan found plus a DyRate cut in each of its forms, best score first.
 
     `reads`: the mean share of cached visual tokens that decode steps read, over the answers that `fit_rate` learns from. Prefill
@@ -35,8 +34,8 @@ def decode_rate_points(
     points = []
     for form in FORMS:
         plan = fit_rate(found.plan, DecodeRateOptions(reads, form))
-        progress(f"dyrate ({form}), {len(held_out)} samples")
-        score = held_out.score(plan, len(held_out))
+        counted = progress.count(f"dyrate ({form}), samples", len(held_out))
+        score = held_out.score(plan, len(held_out), counted)
         points.append(replace(found, name=f"{found.name} + dyrate ({form})", group="composed", plan=plan, score=score))
     return sorted(points, key=lambda point: -point.score)
 
@@ -57,7 +56,7 @@ def find_plan(
     unpruned: KeepPlan,
     goal: Goal,
     times: DeviceProfile | None,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[KeepPlan, Curve]:
     """Return the cheapest plan found that meets the goal, and the curve of all plans measured on every held-out sample.
 

@@ -77,7 +77,7 @@ def encoder_places(blocks: int) -> list[tuple[int, ...]]:
 
 def encoder_plan(unpruned: KeepPlan, method: str, places: tuple[int, ...], share: float) -> KeepPlan:
     """Return the plan whose vision cuts keep `share` of the tokens in total, with the same keep ratio at every cut."""
-    keeps = [encoder_count(unpruned.geometry, share ** (step / len(places))) for step in range(1, len(places) + 1)]
+    keeps = [encoder_count(unpruned.geometry, share ** (step / len(places)), method) for step in range(1, len(places) + 1)]
     return unpruned.with_cuts(*(Cut("vision", method, keep, block) for keep, block in zip(keeps, places, strict=True)))
 
 

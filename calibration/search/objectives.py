@@ -21,6 +21,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.families.base import DecoderParts
+from edgeprune.io.progress import SILENT, Count, Progress
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.runtime import Runtime
 
@@ -105,11 +106,19 @@ class Agreement:
     """Scores plans against the answers of the unpruned model, which are generated once."""
 
     def __init__(
-        self, loaded: LoadedModel, unpruned: KeepPlan, samples: Sequence[Sample], *, max_tokens: int, fit: str, device: str
+        self,
+        loaded: LoadedModel,
+        unpruned: KeepPlan,
+        samples: Sequence[Sample],
+        *,
+        max_tokens: int,
+        fit: str,
+        device: str,
+        progress: Progress = SILENT,
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
         self._unpruned = unpruned
-        answers = self._answers(unpruned, samples)
+        answers = self._answers(unpruned, samples, progress.count("answering without pruning, samples", len(samples)))
         self._samples = [replace(sample, answer=answer) for sample, answer in zip(samples, answers, strict=True)]
 
     def __len__(self) -> int:
@@ -119,13 +128,13 @@ class Agreement:
         """Raise PlanError if the model does not support a plan."""
         self._loaded.check_plan(plan)
 
-    def score(self, plan: KeepPlan, count: int) -> float:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> float:
         """Return the mean score over the first `count` samples: 1 for an equal answer, the share of facts for a description."""
         samples = self._samples[:count]
-        points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples), strict=True)]
+        points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples, progress), strict=True)]
         return sum(min(point.correct / point.total, point.recall) for point in points) / len(points)
 
-    def divergences(self, plans: Sequence[KeepPlan]) -> list[float]:
+    def divergences(self, plans: Sequence[KeepPlan], progress: Count = lambda done: None) -> list[float]:
         """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.
 
         This distinguishes plans that agree equally well on few samples.
@@ -133,15 +142,17 @@ class Agreement:
         reference, *pruned = (Recorder(self._loaded, plan, 1, self._device) for plan in (self._unpruned, *plans))
         tokenizer = reference_model(self._loaded, self._unpruned, self._device).tokenizer
         totals = [0.0] * len(pruned)
-        for sample in self._samples:
+        for done, sample in enumerate(self._samples, start=1):
             ids = tokenizer.encode(sample.answer)
             expected = reference.teacher_forced_logits(sample, ids, self._fit)
             for index, recorder in enumerate(pruned):
                 totals[index] += float(divergence(expected, recorder.teacher_forced_logits(sample, ids, self._fit)).sum())
+            progress(done)
         return [total / len(self._samples) for total in totals]
 
-    def _answers(self, plan: KeepPlan, samples: Sequence[Sample]) -> list[str]:
-        runtime = Runtime(reference_model(self._loaded, plan, self._device))
-        return [
-            runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text for sample in samples
-        ]
+    def _answers(self, plan: KeepPlan, samples: Sequence[Sample], progress: Count) -> list[str]:
+        runtime, answers = Runtime(reference_model(self._loaded, plan, self._device)), list[str]()
+        for sample in samples:
+            answers.append(runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text)
+            progress(len(answers))
+        return answers

@@ -105,7 +105,7 @@ class Curve:
             points = tuple(Point(**{**point, "plan": KeepPlan.from_dict(point["plan"])}) for point in data["points"])
             return cls(str(data["axis"]), points, data["chosen"])
         except (OSError, ValueError, KeyError, TypeError, PlanError) as error:
-            hint = "Write it with: edgeprune calibrate --method auto --curve FILE"
+            hint = "Write it with: edgeprune calibrate MODEL --data SAMPLES --method auto -o PLAN --curve FILE"
             raise UsageError(f"Cannot read the curve {path}: {fault(error)}.", hint=hint) from error
 
 

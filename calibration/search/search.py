@@ -8,7 +8,7 @@ work and of cache cover the decoder alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from edgeprune.calibration.allocate.recipes import RESIZE
@@ -27,6 +27,7 @@ from edgeprune.calibration.search.pareto import Budget, PlanFactory, Point
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts
+from edgeprune.io.progress import Count, Progress
 from edgeprune.plan import KeepPlan
 
 FIRST_ROUND = 24  # samples
@@ -49,7 +50,7 @@ class Search:
     statistics: Statistics
     agreement: Agreement
     times: DeviceProfile | None
-    progress: Callable[[str], None]
+    progress: Progress
     blocks: int = 0
 
     def __post_init__(self) -> None:
@@ -61,11 +62,11 @@ class Search:
         single = list(single_method_candidates(self.unpruned, self.statistics, self.blocks))
         if budget.axis == "kv":
             single += [("plphp", make) for make in composer.caches()]
-        ranked = self.successive_halving(list(self._affordable(single, budget)))
+        ranked = self.successive_halving(list(self._affordable(single, budget)), "single methods")
         composed = [("composed", make) for make in self._compositions(composer, ranked, budget.axis)]
         finalists = [
             *ranked,
-            *self.successive_halving([item for item in self._affordable(composed, budget) if not is_noop(item[1])]),
+            *self.successive_halving([item for item in self._affordable(composed, budget) if not is_noop(item[1])], "combinations"),
         ]
         finalists = [point for point in finalists if point.cost(budget.axis) <= budget.most + 1e-6]
         if not finalists:
@@ -79,15 +80,24 @@ class Search:
         tied = [point for point in finalists if point.samples == best.samples and point.score >= best.score - SCORE_TOLERANCE]
         fewest = min(len(point.plan.cuts) for point in tied)
         tied = sorted((point for point in tied if len(point.plan.cuts) == fewest), key=lambda point: -point.score)[:FINALISTS]
-        self.progress(f"retelling, {len(tied)} plans")
-        divergences = self.agreement.divergences([point.plan for point in tied])
+        counted = self.progress.count(f"comparing {len(tied)} plans of equal agreement, samples", len(self.agreement))
+        divergences = self.agreement.divergences([point.plan for point in tied], counted)
         return tied[divergences.index(min(divergences))]
 
-    def successive_halving(self, candidates: list[Candidate]) -> list[Point]:
-        """Return the candidates of the last round, scored on all samples, best first; the best of every group stays to the end."""
+    def successive_halving(self, candidates: list[Candidate], what: str) -> list[Point]:
+        """Return the candidates of the last round, scored on all samples, best first; the best of every group stays to the end.
+
+        `what`: names the candidates in the progress, whose total is the answers that they take at most.
+        """
         count, remaining = min(FIRST_ROUND, len(self.agreement)), candidates
+        total = self._most_answers(len(candidates), len({group for group, _ in candidates}), count)
+        counted = self.progress.count(f"trying {len(candidates)} {what}, answers", total)
         while True:
-            points = sorted((self._measure(*candidate, count) for candidate in remaining), key=lambda point: -point.score)
+            rest = self._most_answers(len(remaining), len({group for group, _ in remaining}), count)
+            points = [
+                self._measure(*candidate, count, counted, total - rest + index * count) for index, candidate in enumerate(remaining)
+            ]
+            points.sort(key=lambda point: -point.score)
             if count == len(self.agreement):
                 break
             half = points[: max(PARTNERS, len(points) // 2)]
@@ -97,14 +107,25 @@ class Search:
         self.points += points
         return points
 
-    def _measure(self, group: str, plan: KeepPlan, count: int) -> Point:
+    def _most_answers(self, plans: int, groups: int, count: int) -> int:
+        # The answers that a round and all later ones take, if every round keeps the best of each group beside its better half.
+        answers = plans * count
+        while count < len(self.agreement):
+            plans = min(plans, max(PARTNERS, plans // 2) + groups)
+            count = min(2 * count, len(self.agreement))
+            answers += plans * count
+        return answers
+
+    def _measure(self, group: str, plan: KeepPlan, count: int, counted: Count, before: int) -> Point:
+        # `before`: the answers that are already counted.
         name = " + ".join(dict.fromkeys(cut.method for cut in plan.cuts)) or (
             RESIZE if plan.geometry != self.unpruned.geometry else "none"
         )
-        self.progress(f"{name}, {count} samples")
         ttft = None if self.times is None else self._ttft_ms(plan)
         flops, kv = flops_share(self.parts, plan, self.unpruned), kv_share(plan, self.unpruned)
-        return Point(name, group, flops, kv, self.agreement.score(plan, count), count, plan, ttft)
+        return Point(
+            name, group, flops, kv, self.agreement.score(plan, count, lambda done: counted(before + done)), count, plan, ttft
+        )
 
     def _ttft_ms(self, plan: KeepPlan) -> float:
         assert self.times is not None

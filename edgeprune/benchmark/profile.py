@@ -22,6 +22,7 @@ from edgeprune.bundle import VISION, Bundle
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.io.protobuf import integers, message
 from edgeprune.runtime.backends.interface import Backend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
@@ -129,7 +130,13 @@ def _best_seconds(run: Callable[[], object]) -> float:
 
 
 def profile(
-    bundle: Bundle, *, repeats: int = 20, threads: int | None = None, provider: str = "cpu", device: str = "this machine"
+    bundle: Bundle,
+    *,
+    repeats: int = 20,
+    threads: int | None = None,
+    provider: str = "cpu",
+    device: str = "this machine",
+    progress: Progress = SILENT,
 ) -> DeviceProfile:
     """Return the medians of `repeats` unpruned runs of a bundle's graphs on random inputs, and the processor's peaks.
 
@@ -140,10 +147,15 @@ def profile(
     rng = np.random.default_rng(0)
     patch_shape = map(int, bundle.manifest.graphs[VISION].inputs["pixel_values"].shape)
     patches = rng.standard_normal(tuple(patch_shape), np.float32)
+    progress.say("vision encoder")
     vision = _median_ms(lambda: backend.encode_image(patches, unpruned=True), repeats)
     empty = KvCache.empty(shape, bundle.plan)
     counts = [geometry.tokens * part // PARTS for part in range(PARTS + 1)]
-    prefill = [_prefill_ms(backend, rng, count, shape.width, shape.position_axes, empty, repeats) for count in counts]
+    measured, prefill = progress.count("prefill lengths", len(counts)), list[float]()
+    for count in counts:
+        prefill.append(_prefill_ms(backend, rng, count, shape.width, shape.position_axes, empty, repeats))
+        measured(len(prefill))
+    progress.say("peaks of the processor")
     peaks = measure_peaks(threads) if provider == "cpu" else None
     return DeviceProfile(device, "measured", geometry.tokens, vision, tuple(prefill), peaks)
 

@@ -43,6 +43,7 @@ from edgeprune.device.power import EnergyCounter, PowerSource, find_power_source
 from edgeprune.device.profile import reported_peaks
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.runtime.backends.providers import TENSORRT
 from edgeprune.runtime.telemetry.receipt import Receipt
 
@@ -76,7 +77,8 @@ class BenchmarkOptions:
             )
         if self.kept and self.provider == TENSORRT:
             raise UsageError(
-                "Growth cannot be measured on TensorRT engines, whose visual tokens stay on the device.", hint="Leave out --kept."
+                "Growth cannot be measured on TensorRT engines, whose visual tokens stay on the device.",
+                hint="Leave out --visual-tokens.",
             )
 
     @property
@@ -147,25 +149,27 @@ def benchmark(
     fit: str = "exact",
     machine: Machine | None = None,
     power: PowerSource | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = SILENT,
     startup: Callable[..., Startup] = measure_startup,
 ) -> Benchmark:
     """Measure answers of exactly `tokens` tokens over `repeats` rounds after a warm-up. See BenchmarkOptions for other parameters.
 
     End tokens do not end an answer, so that all variants generate the same number. `device_report`: a DeviceProfile whose peaks are
-    used instead of measuring them. `machine` and `power` None: those of this machine; a given power source stays open. `progress`
-    receives the number of finished rounds. Raises UsageError, ImageError, BundleError and EngineError.
+    used instead of measuring them. `machine` and `power` None: those of this machine; a given power source stays open. Raises
+    UsageError, ImageError, BundleError and EngineError.
     """
     question = BenchmarkPrompt(PROMPT if prompt is None else prompt, tokens, fit)
     request = BenchmarkOptions(path, tuple(compare), tuple(contexts), tuple(kept), image, question, repeats, threads, provider)
     peaks = None if device_report is None else reported_peaks(device_report)
     with _open_power_source(power) as source, closing(EnergyCounter(source)) as counter:
+        progress.say("loading the models")
         bench = Measurement(request, counter)
-        context_points = sweep_contexts(bench.compared, question, contexts, repeats)
-        growth = sweep_kept_tokens(bench.compared[0], question, kept, repeats)
-        bench.run(progress)
+        context_points = sweep_contexts(bench.compared, question, contexts, repeats, progress)
+        growth = sweep_kept_tokens(bench.compared[0], question, kept, repeats, progress)
+        bench.run(progress.count("rounds", repeats))
         reading = source.read() if source is not None else None
     if peaks is None and provider == "cpu":
+        progress.say("peaks of the processor")
         peaks = measure_peaks(threads)
     return Benchmark(
         request=request,
@@ -176,7 +180,7 @@ def benchmark(
         power_rails=reading.rails if reading is not None else (),
         peaks=peaks,
         peaks_from="measured" if device_report is None else str(device_report),
-        variants=_with_startup(bench.figures(context_points, peaks), bench.release_models(), request, startup),
+        variants=_with_startup(bench.figures(context_points, peaks), bench.release_models(), request, startup, progress),
         growth=growth,
     )
 
@@ -264,8 +268,15 @@ class Measurement:
 
 
 def _with_startup(
-    results: Sequence[VariantResult], kinds: Sequence[tuple[Path, str]], request: BenchmarkOptions, startup: Callable[..., Startup]
+    results: Sequence[VariantResult],
+    kinds: Sequence[tuple[Path, str]],
+    request: BenchmarkOptions,
+    startup: Callable[..., Startup],
+    progress: Progress,
 ) -> tuple[VariantResult, ...]:
     threads, provider = request.threads, request.provider
-    starts = [startup(path, kind, request.question, request.image, threads=threads, provider=provider) for path, kind in kinds]
+    started, starts = progress.count("starts of a process", len(kinds)), list[Startup]()
+    for path, kind in kinds:
+        starts.append(startup(path, kind, request.question, request.image, threads=threads, provider=provider))
+        started(len(starts))
     return tuple(replace(variant, startup=start) for variant, start in zip(results, starts, strict=True))

@@ -14,6 +14,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.device.doctor import diagnose
 from edgeprune.device.machine import read_machine
 from edgeprune.errors import EngineError
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.runtime.api.loading import load
 from edgeprune.runtime.api.session import Runtime
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
@@ -21,6 +22,7 @@ from edgeprune.runtime.backends.interface import Backend
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
 from edgeprune.tabletop.dataset import frames_for
 
+STAGES = ("reference", "engines", "memory")
 TOKENS = 24
 PROMPTS = ("What is on the table?", "What else?")  # the second has no image and continues the KV caches of the first
 # Relative to the largest magnitude: TF32 and fp16 round at 5e-4, errors accumulate over layers, and near ties in ranks swap.
@@ -64,22 +66,22 @@ class SelfTest:
 def selftest(
     bundle: Bundle,
     open_backend: Callable[[Bundle], TensorRTBackend] | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = SILENT,
 ) -> SelfTest:
     """Compare a bundle's engines with ONNX Runtime on the CPU; `open_backend` None: this machine's TensorRT.
 
     Raises EngineError if the engines cannot be opened.
     """
-    progress("reference")
+    progress.begin("reference")
     reference = load(bundle.path, cache_bytes=0)
     expected = RecordingBackend(reference._pipeline.backend, replayable=False)
     expected_answers = _answers(reference, expected)
-    progress("engines")
+    progress.begin("engines")
     backend = (open_backend or TensorRTBackend.on_this_device)(bundle)
     try:
         actual = RecordingBackend(backend, replayable=False)
         actual_answers = _answers(reference, actual)
-        progress("memory")
+        progress.begin("memory")
         before = backend.device_bytes
         _answers(reference, RecordingBackend(backend, replayable=False))
         checks = [

@@ -15,6 +15,7 @@ import numpy as np
 from edgeprune.benchmark.results import ContextPoint, Spread, median, spread
 from edgeprune.benchmark.variants import BenchmarkPrompt, Variant, content_free_variant
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import SILENT, Progress
 from edgeprune.runtime.generation.conversation import Stream
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 
@@ -24,7 +25,11 @@ _SHORT_TOKENS = 8
 
 
 def sweep_contexts(
-    compared: Sequence[Variant], question: BenchmarkPrompt, contexts: Sequence[int], rounds: int
+    compared: Sequence[Variant],
+    question: BenchmarkPrompt,
+    contexts: Sequence[int],
+    rounds: int,
+    progress: Progress = SILENT,
 ) -> dict[str, tuple[ContextPoint, ...]]:
     """Return the time per token at each context, by variant name. The baseline is the second variant, or the first if it is alone.
 
@@ -35,7 +40,10 @@ def sweep_contexts(
     for context in contexts:
         for variant in compared:
             _check_context(variant, context, template_tokens[variant.name], steps)
-    by_context = [_measure_context(compared, question, context, template_tokens, rounds) for context in contexts]
+    measured, by_context = progress.count("context lengths", len(contexts)), list[dict[str, ContextPoint]]()
+    for context in contexts:
+        by_context.append(_measure_context(compared, question, context, template_tokens, rounds))
+        measured(len(by_context))
     return {variant.name: tuple(found[variant.name] for found in by_context) for variant in compared}
 
 
@@ -117,7 +125,9 @@ class LinearFit:
     farthest: float
 
 
-def sweep_kept_tokens(own: Variant, question: BenchmarkPrompt, counts: Sequence[int], rounds: int) -> tuple[KeptPoint, ...]:
+def sweep_kept_tokens(
+    own: Variant, question: BenchmarkPrompt, counts: Sequence[int], rounds: int, progress: Progress = SILENT
+) -> tuple[KeptPoint, ...]:
     """Measure TTFT of a bundle with each of `counts` visual tokens, alternating between counts.
 
     Raises UsageError, before any timing, for a count above the bundle's number of visual tokens or below 1.
@@ -127,17 +137,18 @@ def sweep_kept_tokens(own: Variant, question: BenchmarkPrompt, counts: Sequence[
         if not 0 < count <= available:
             raise UsageError(
                 f"{own.path} has {available} visual tokens; {count} of them cannot be kept.",
-                hint="Ask for fewer with --kept, or export for a larger image with --image-size.",
+                hint="Ask for fewer with --visual-tokens, or export for a larger image with --image-size.",
             )
     variants, first = [content_free_variant(own, "uniform", count) for count in counts], replace(question, tokens=1)
     samples: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
-    text_tokens = 0
+    text_tokens, measured = 0, progress.count("rounds with fewer visual tokens", rounds)
     for number in range(-1, rounds):  # the first round warms up
         for count, variant in list(zip(counts, variants, strict=True))[:: -1 if number % 2 else 1]:
             receipt = first.answer(variant)
             text_tokens = receipt.text_tokens
             if number >= 0:
                 samples[count].append((receipt.times.ttft_ms, receipt.times.prefill_ms))
+        measured(number + 1)
     return tuple(
         KeptPoint(count, count + text_tokens, *(spread(times) for times in zip(*samples[count], strict=True))) for count in counts
     )

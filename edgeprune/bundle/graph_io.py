@@ -10,7 +10,7 @@ from edgeprune.plan import KeepPlan
 SEGMENTS = ("prefix", "visual", "suffix")
 TIER = "tier"  # an input whose length selects the tier: 1 for the first, 2 for the second, and so on
 GROUPS = "text_groups"  # the group of each text token, if the decode cut follows attention
-SIGNALS = ("vision_attention", "vision_keys")
+SIGNALS = ("vision_attention", "vision_keys", "vision_features")
 PLACE = "place"  # the part of a cache that holds the tokens' places in the sequence, for layers with a window
 
 

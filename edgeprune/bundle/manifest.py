@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle.integrity import FileRecord
-from edgeprune.errors import BundleError, NoBundleError
+from edgeprune.errors import BundleError, NoBundleError, update_hint
 from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
@@ -268,7 +268,7 @@ def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
         raise BundleError(
             f"{folder} has manifest schema version {version}, which is too {'new' if newer else 'old'}: "
             f"this EdgePrune reads {oldest} to {SCHEMA_VERSION}.",
-            hint="Update EdgePrune: pip install -U edgeprune" if newer else "Export it again with this version.",
+            hint=update_hint() if newer else "Export it again with this version.",
         )
     absent = {name: value for schema, added in _ADDED.items() if version < schema for name, value in added.items()}
     return {**data, **absent}

@@ -97,7 +97,7 @@ def download(name: str, commit: str, files: Collection[str]) -> None:
 def download_files(name: str, revision: str | None, files: Collection[str], *, visible: bool = False) -> Path:
     """Download files of the model `name` of the hub at a revision, those that it has; return the folder of the commit.
 
-    Asks for nothing over the network if the revision is a commit and all are there. `visible`: with progress bars, in a terminal.
+    Asks for nothing over the network if the revision is a commit and all are there. `visible`: with its progress on stderr.
     Raises as `hub_snapshot` and `download` do.
     """
     require_extra("export", "huggingface_hub")
@@ -105,9 +105,13 @@ def download_files(name: str, revision: str | None, files: Collection[str], *, v
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils.tqdm import tqdm
 
-    class Silent(tqdm):
+    # The hub's own bars in a terminal; without one a line every ten seconds.
+    shown = {} if sys.stderr.isatty() else {"file": _Lines(), "mininterval": 10.0, "ncols": 100, "ascii": " ="}
+
+    class Bar(tqdm):
         def __init__(self, *values: Any, **options: Any) -> None:
-            super().__init__(*values, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            changed = shown if visible else {"disable": True}
+            super().__init__(*values, **{**options, **changed})  # type: ignore[no-untyped-call]
 
     transport: Any = HfHubHTTPError.__bases__[0]  # the errors of httpx, or of httpx2 in newer versions
     with _quiet():
@@ -118,7 +122,7 @@ def download_files(name: str, revision: str | None, files: Collection[str], *, v
                     revision=revision,
                     cache_dir=_cache(),
                     allow_patterns=[escape(file) for file in files],
-                    tqdm_class=tqdm if visible and sys.stderr.isatty() else Silent,
+                    tqdm_class=Bar,
                 )
             )
         except (OSError, ValueError, RuntimeError, transport) as error:
@@ -137,6 +141,17 @@ def files_of(name: str, path: Path) -> Mapping[str, int]:
         return {file.path: file.size for file in get_cached_repo_tree(name, revision=path.name, cache_dir=_cache())}
     except CachedRepoTreeNotFoundError:
         return sizes_in(path)
+
+
+class _Lines:
+    # A file for tqdm, which draws over its last line: each of its lines stands for itself.
+    def write(self, text: str) -> None:
+        line = text.replace("\x1b[A", "").strip()
+        if line:
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def _cached_commit(path: Path, revision: str) -> str | None:

@@ -12,12 +12,19 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import numpy as np
+
 from edgeprune.errors import UnsupportedModelError, UsageError
+from edgeprune.plan import Geometry
 from edgeprune.processors import named_processor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -79,32 +86,85 @@ def processor_names(path: Path, settings: Mapping[str, Any]) -> list[str]:
     return [name for name in (next(filter(None, named), None), settings.get("image_processor_type")) if isinstance(name, str)]
 
 
+class PreparedVideo:
+    """Stands for the video processor of a processor, which needs torchvision: it gives one video, prepared elsewhere.
+
+    `patches` [patches, patch pixels]: what `ImageSpec.patches` makes of the `frames` of a video of this geometry.
+    """
+
+    def __init__(self, geometry: Geometry, frames: Sequence[Image.Image], patches: np.ndarray) -> None:
+        from transformers.video_utils import VideoMetadata
+
+        self.frames, self._geometry, self._patches = list(frames), geometry, patches
+        pixels = 3 * geometry.patch**2
+        # What processors read of their video processors.
+        self.merge_size, self.temporal_patch_size = geometry.merge, patches.shape[1] // pixels
+        self.num_frames, self.fps = geometry.frames, geometry.fps
+        self._pixels = "pixel_values_videos"
+        self._metadata = VideoMetadata(
+            total_num_frames=geometry.frames,
+            fps=geometry.fps,
+            duration=geometry.frames / geometry.fps,
+            frames_indices=list(range(geometry.frames)),
+        )
+
+    def inserted(self, processor: Any) -> Any:
+        """Return a copy of a processor with this video processor."""
+        found, video = copy(processor), copy(self)
+        if type(processor).__name__ == "SmolVLMProcessor":
+            video._pixels = "pixel_values"
+        found.video_processor = video
+        return found
+
+    def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Return the video as transformers' models take it, with its metadata."""
+        import torch
+
+        geometry, patches = self._geometry, self._patches
+        if self.temporal_patch_size > 1:
+            grid = [len(geometry.layout), geometry.height // geometry.patch, geometry.width // geometry.patch]
+            made = {self._pixels: torch.from_numpy(patches), "video_grid_thw": torch.tensor([grid])}
+        else:
+            made = {self._pixels: torch.from_numpy(_pictures(patches, geometry.frames, geometry.patch))[None]}
+        return {**made, "video_metadata": [self._metadata]}
+
+
+def _pictures(patches: np.ndarray, count: int, side: int) -> np.ndarray:
+    # Square pictures [count, 3, height, width] from their patches, row by row.
+    across = round((len(patches) / count) ** 0.5)
+    blocks = patches.reshape(count, across, across, 3, side, side).transpose(0, 3, 1, 4, 2, 5)
+    return np.ascontiguousarray(blocks).reshape(count, 3, across * side, across * side)
+
+
 def processor_inputs(
     processor: Any,
     messages: Sequence[Mapping[str, Any]],
     images: Sequence[Any] = (),
     *,
+    video: PreparedVideo | None = None,
     template: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return what `apply_chat_template` of a processor makes of a conversation, up to where the answer begins.
 
-    `messages`: their parts of type "image" take `images` in order. `template`: instead of the processor's own. `settings`: of the
-    image processor, other than its own. The result holds torch tensors, as a model takes them.
+    `messages`: their parts of type "image" take `images` in order, those of type "video" take `video`. `template`: instead of the
+    processor's own. `settings`: of the image processor, other than its own. The result holds torch tensors, as a model takes them.
     """
     pictures = iter(images)
-    filled = [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [part if part["type"] == "text" else {**part, "image": next(pictures)} for part in message["content"]],
-        }
+
+    def filled(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        if part["type"] == "video" and video is not None:
+            return {**part, "video": video.frames}
+        return part if part["type"] == "text" else {**part, "image": next(pictures)}
+
+    conversation = [
+        message if isinstance(message["content"], str) else {**message, "content": [filled(part) for part in message["content"]]}
         for message in messages
     ]
     options = {"images_kwargs": dict(settings or {})} if images else None
+    processor = processor if video is None else video.inserted(processor)
     return processor.apply_chat_template(
-        filled,
+        conversation,
         chat_template=template,
         tokenize=True,
         add_generation_prompt=True,

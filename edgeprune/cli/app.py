@@ -14,10 +14,16 @@ from edgeprune.cli.commands.export import export, keygen, sign, verify
 from edgeprune.cli.commands.inspect import completion, inspect, methods, models, tabletop
 from edgeprune.cli.commands.measure import bench, doctor, estimate
 from edgeprune.cli.commands.serve import ros2, serve
-from edgeprune.errors import EdgePruneError
+from edgeprune.errors import EdgePruneError, did_you_mean
 
 
 class _ErrorReportingGroup(click.Group):
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, _dashed(name)) is None:
+            raise click.UsageError(f"No such command {name!r}. {did_you_mean(name, self.commands)}".rstrip(), ctx)
+        return super().resolve_command(ctx, args)
+
     # An EdgePruneError is a message to the user. Any other exception is a bug and keeps its traceback.
     def invoke(self, ctx: click.Context) -> Any:
         try:

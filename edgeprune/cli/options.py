@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from edgeprune.cli.help import MethodName
+from edgeprune.cli.help import MethodName, OptionText
 from edgeprune.errors import UsageError
 from edgeprune.io.files import is_file
 from edgeprune.targets import TARGETS, target_hint
@@ -55,6 +55,12 @@ class TargetName(click.Choice[str]):
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+option_option = click.option(
+    "--option",
+    multiple=True,
+    type=OptionText(),
+    help="An option of the method, as `edgeprune methods NAME` lists them; repeatable.",
+)
 fit_option = click.option(
     "--fit",
     type=click.Choice(["exact", "stretch", "pad"]),
@@ -92,6 +98,17 @@ check_option = click.option(
 )
 
 
+def renamed_option(old: str, new: str, meaning: str) -> Callable[[F], F]:
+    """Add a hidden option that raises UsageError with its new name and what that means."""
+
+    def refuse(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise UsageError(f"{old} of {context.info_name} is now {new}: {meaning}.", hint=f"Write {new} {value}")
+
+    name = "former" + old.replace("-", "_")  # the new option may have the old one's parameter
+    return click.option(old, name, hidden=True, expose_value=False, callback=refuse)
+
+
 def plan_options(command: F) -> F:
     """Add the options that select a plan: a plan file, or a method with keep ratios and layers."""
     options = (
@@ -99,9 +116,15 @@ def plan_options(command: F) -> F:
         click.option(
             "--method", type=MethodName(), help="Which tokens to keep: see `edgeprune methods`; or MODULE:CLASS of your own."
         ),
-        click.option("--keep", multiple=True, type=Share(), help="Share of all visual tokens kept, in (0, 1]; repeatable."),
-        click.option("--layer", multiple=True, type=int, help="Layer before which a --keep acts (0: the decoder's input)."),
+        click.option("--keep", multiple=True, type=Share(), help="Share of all visual tokens that stay, in (0, 1]; repeatable."),
+        click.option(
+            "--layer",
+            multiple=True,
+            type=int,
+            help="Layer before which a --keep acts (0: the input).  [default: the input, else 2]",
+        ),
         click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),
+        option_option,
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For methods that draw lots."),
         click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
         click.option("--frames", type=int, help="Of a video: how many frames are asked about at once."),
@@ -183,6 +206,7 @@ def check_plan_options(
     layer: tuple[int, ...],
     seed: int,
     site: str | None = None,
+    option: tuple[str, ...] = (),
     **geometry: Any,
 ) -> None:
     """Raise UsageError for plan options that contradict each other, the model's folder or a method. Imports no torch."""
@@ -192,8 +216,9 @@ def check_plan_options(
 
     _check_geometry_options(**geometry)
     if plan_file is not None:
-        if method or keep or layer or seed or site:
-            raise UsageError("--plan already says what --method, --keep, --layer, --site and --seed say.", hint="Give one of them.")
+        if method or keep or layer or seed or site or option:
+            named = "--method, --keep, --layer, --site, --option and --seed"
+            raise UsageError(f"--plan already says what {named} say.", hint="Give one of them.")
         if not is_lightcompress(plan_file):
             _refuse_geometry(plan_file, geometry)
             KeepPlan.load(plan_file)
@@ -201,9 +226,9 @@ def check_plan_options(
             raise UsageError(f"There is no file {plan_file}.", hint="Check the path.")
         return
     if method is not None or keep:
-        _check_method_options(folder, method, keep, layer, site)
-    elif layer or site:
-        raise UsageError(f"{'--layer' if layer else '--site'} needs --method and --keep.")
+        _check_method_options(folder, method, keep, layer, site, option)
+    elif layer or site or option:
+        raise UsageError(f"{'--layer' if layer else '--site' if site else '--option'} needs --method and --keep.")
     for ratio in keep:
         check_keep_ratio(ratio)
     check_size(folder, parse_size(geometry["image_size"]), geometry.get("frames") or 1)
@@ -238,6 +263,7 @@ def resolve_plan(
     layer: tuple[int, ...],
     seed: int,
     site: str | None = None,
+    option: tuple[str, ...] = (),
     **geometry: Any,
 ) -> Any:
     """Return the keep plan of the plan options for a loaded model; the unpruned plan without options.
@@ -256,8 +282,9 @@ def resolve_plan(
         allow_method(method)  # the user named it, which allows it
     sites = method_class(method).sites
     site = _resolve_site(method, sites, site, layer)
-    at_input = not layer and len(keep) == 1 and (site == "input" or "layer" not in sites)
-    return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed, site=site)
+    at_input = not layer and len(keep) == 1 and (site == "input" or (site is None and "input" in sites))
+    options = parse_method_options(method, option)
+    return staircase_plan(base, method, keep, (0,) if at_input else layer, seed=seed, site=site, options=options)
 
 
 def resolve_tiers(loaded: Any, tier: tuple[str, ...], **plan_request: Any) -> Any:
@@ -288,8 +315,32 @@ def _allow_methods(references: tuple[str, ...]) -> None:
         allow_method(reference)
 
 
+def parse_method_options(method: str, texts: tuple[str, ...], *, calibration: bool = False) -> dict[str, Any]:
+    """Return the values of --option NAME=VALUE by name; raise UsageError for what the method does not take.
+
+    `calibration`: whether the options that decide how many tokens stay may be among them. Imports no torch, unless the method is
+    the user's own.
+    """
+    from edgeprune.plan.options import parse_options
+    from edgeprune.registry import METHODS, options_of
+
+    declared = options_of(method, calibration=calibration)
+    if method in METHODS:
+        later = {each.name for each in options_of(method, calibration=True)} - {each.name for each in declared}
+        for name in (text.partition("=")[0] for text in texts):
+            if name in later:
+                hint = f"Give it to edgeprune calibrate --method {method}, and export the plan."
+                raise UsageError(f"Option {name!r} of {method} decides how many tokens stay.", hint=hint)
+    return parse_options(method, texts, declared if declared or method in METHODS else None)
+
+
 def _check_method_options(
-    folder: Any, method: str | None, keep: tuple[float, ...], layer: tuple[int, ...], site: str | None
+    folder: Any,
+    method: str | None,
+    keep: tuple[float, ...],
+    layer: tuple[int, ...],
+    site: str | None,
+    option: tuple[str, ...],
 ) -> None:
     from edgeprune.checkpoint.configuration import decoder_layers
     from edgeprune.plan.presets import cut_layers
@@ -303,8 +354,12 @@ def _check_method_options(
         return
     sites = sites_of(method)
     if not {"vision", "input", "layer"} & set(sites):
-        raise UsageError(f"{method} needs calibrated budgets.", hint=f"Make a plan: edgeprune calibrate --method {method}")
+        raise UsageError(
+            f"{method} needs calibrated budgets.",
+            hint=f"Make a plan: edgeprune calibrate MODEL --data FILE --method {method} --budget 0.5 -o PLAN",
+        )
     site = _resolve_site(method, sites, site, layer)
+    parse_method_options(method, option)
     _check_layers(method, sites, site, layer, None if site == "vision" else decoder_layers(folder))
     cut_layers(keep, layer)  # raises unless there is a layer for each ratio
 

@@ -159,7 +159,7 @@ def _cuda_feature(machine: Machine) -> DeviceFeature:
     if not offered:
         remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
         return DeviceFeature(_CUDA, False, "ONNX Runtime offers no CUDA provider", remedy)
-    reason = f"ONNX Runtime {_onnxruntime_version(machine)} offers {', '.join(offered)}: edgeprune run --provider cuda"
+    reason = f"ONNX Runtime {_onnxruntime_version(machine)} offers {', '.join(offered)}: edgeprune run BUNDLE --provider cuda"
     return DeviceFeature(_CUDA, True, reason)
 
 
@@ -170,13 +170,15 @@ def _build_feature(machine: Machine) -> DeviceFeature:
         major = version_numbers(machine.tensorrt)[0]
         return DeviceFeature(_BUILD, False, "TensorRT's ONNX parser is not installed", f"sudo apt install libnvonnxparsers{major}")
     return DeviceFeature(
-        _BUILD, True, f"TensorRT {machine.tensorrt}: edgeprune export --target {_target_name(machine)}, edgeprune build"
+        _BUILD,
+        True,
+        f"TensorRT {machine.tensorrt}: edgeprune export MODEL -o BUNDLE --target {_target_name(machine)}, edgeprune build BUNDLE",
     )
 
 
 def _engines_feature(machine: Machine) -> DeviceFeature:
     return _tensorrt_blocked(_ENGINES, machine) or DeviceFeature(
-        _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built on this device: edgeprune run --provider tensorrt"
+        _ENGINES, True, f"TensorRT {machine.tensorrt}, engines built on this device: edgeprune run BUNDLE --provider tensorrt"
     )
 
 

@@ -207,7 +207,9 @@ MODULES = {
 def module_named(name: str) -> Module:
     """Return a module by name; raise UsageError for an unknown name."""
     if name not in MODULES:
-        raise UsageError(f"Unknown device {name!r}.", hint=f"Known: {', '.join(MODULES)}; or measure yours: edgeprune profile")
+        raise UsageError(
+            f"Unknown device {name!r}.", hint=f"Known: {', '.join(MODULES)}; or measure yours: edgeprune profile BUNDLE -o FILE"
+        )
     return MODULES[name]
 
 

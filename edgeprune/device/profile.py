@@ -54,7 +54,7 @@ class DeviceProfile:
             return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"Cannot read device times {path}: {fault(error)}.", hint="Write them with: edgeprune profile"
+                f"Cannot read device times {path}: {fault(error)}.", hint="Write them with: edgeprune profile BUNDLE -o FILE"
             ) from error
 
 

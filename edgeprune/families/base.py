@@ -86,20 +86,23 @@ class Family:
 
     `position_axes`: 3 with mRoPE; 2 if the visual tokens of an image attend to each other: the place of a token in the sequence,
     and the last place that it attends to. `signals`: extra outputs of the vision encoder, for input methods that name them in
-    `needs`; `no_signals_reason`: why there are none. `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if
-    so. `stateful`: what most layers have instead of attention, if so. `videos`: whether the model was trained on videos.
-    `several_as_one`: whether transformers encodes several images of one prompt as it encodes one. `chat_template`: the default
-    for model folders without one. `outside_chats`: by `processor_class`, how checkpoints are asked whose processor transformers
-    does not have.
+    `needs`; `no_signals_reason`: why there are none. `projects_tokens`: whether the projector acts on each visual token alone.
+    `no_encoder_cuts_reason`: why no token can be dropped inside the encoder, if so. `stateful`: what most layers have instead of
+    attention, if so. `videos`: whether the model was trained on videos. `own_video_prompts`: why prompts about videos are not those
+    of transformers' processor, if so. `several_as_one`: whether transformers encodes several images of one prompt as it encodes
+    one. `chat_template`: the default for model folders without one. `outside_chats`: by `processor_class`, how checkpoints are
+    asked whose processor transformers does not have.
     """
 
     name: ClassVar[str]
     position_axes: ClassVar[int] = 1
     signals: ClassVar[tuple[str, ...]] = ("vision attention",)
+    projects_tokens: ClassVar[bool] = False
     no_signals_reason: ClassVar[str] = ""
     no_encoder_cuts_reason: ClassVar[str] = ""
     stateful: ClassVar[str] = ""
     videos: ClassVar[bool] = False
+    own_video_prompts: ClassVar[str] = ""
     several_as_one: ClassVar[bool] = True
     chat_template: ClassVar[str | None] = None
     outside_chats: ClassVar[Mapping[str, OutsideChat]] = {}
@@ -128,9 +131,10 @@ class Family:
         """Return a module from patches [patches, patch pixels] to visual tokens [1, V, (1 + planes) * hidden].
 
         Its attributes are `takes`, the shape of its patches, and `blocks`, the number of encoder blocks that run. With `signals`
-        (if the family has them) it also returns the attention that each token receives [V] and its keys [V, key dim]. With `cuts`
-        (unless the family has a `no_encoder_cuts_reason`) all outputs cover only the kept tokens, followed by the ascending indices
-        in the image [K] that each vision cut kept.
+        (if the family has them) it also returns the attention that each token receives [V] and its keys, averaged over heads [V,
+        key dim]; a family that `projects_tokens` also returns the features [V, width] of which its `projector` makes the tokens.
+        With `cuts` (unless the family has a `no_encoder_cuts_reason`) all outputs cover only the kept tokens, followed by the
+        ascending indices in the image [K] that each vision cut kept.
 
         Raises PlanError for a cut beyond the encoder's blocks, or if its count does not divide among the views.
         """

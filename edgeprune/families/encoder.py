@@ -9,7 +9,7 @@ the embedding of an all-zero image (class token, bias, positions) is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -48,8 +48,8 @@ class ViewEncoder(nn.Module):
     def forward(self, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Return the features, and a tuple of the signals and the indices in the image [K] that each cut kept.
 
-        Signals are the attention that each visual token receives [V] and its keys [V, width]. `tables`: constants of each row that
-        the layers need, such as rotary positions; they go along with the rows.
+        Signals are the attention that each visual token receives [V] and its keys, averaged over heads [V, head_dim]. `tables`:
+        constants of each row that the layers need, such as rotary positions; they go along with the rows.
         """
         states, signals, kept = {0: hidden}, tuple[torch.Tensor, ...](), [] if self.thinning is None else [self.thinning.order]
         for index, layer in enumerate(self.layers):
@@ -66,16 +66,21 @@ class ViewEncoder(nn.Module):
         return [self.rows.patches(states[number]) for number in self.features], (*signals, *kept[1:])
 
     def layer(self, layer: Any, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the output of one layer, its attention weights and its keys."""
+        """Return the output of one layer, its attention weights, and its keys averaged over heads [rows, head_dim]."""
         attn, normed = layer.self_attn, layer.layer_norm1(hidden)
         keys = attn.k_proj(normed)
         mixed, weights = self.attend(attn.q_proj(normed), keys, attn.v_proj(normed), attn.num_heads)
         hidden = hidden + attn.out_proj(mixed)
-        return hidden + layer.mlp(layer.layer_norm2(hidden)), weights, keys
+        return hidden + layer.mlp(layer.layer_norm2(hidden)), weights, mean_over_heads(keys, attn.num_heads)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the attention within each view [views * patches, width] and its weights [views, heads, patches, patches]."""
         return attend_within(query, key, value, heads, self.views)
+
+
+def mean_over_heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return rows [n, heads * head_dim] averaged over heads [n, head_dim]."""
+    return rows.view(rows.shape[0], heads, -1).mean(dim=1)
 
 
 def attend_within(
@@ -128,10 +133,10 @@ class FeatureEncoder(nn.Module):
     """The encoder: patches [views * patches, 3 * P * P] to features [views * patches, layers * width], without class tokens.
 
     `layers`: how many layers run before the features, negative if counted back from the output (-1); the features of a list are
-    concatenated. With `signals`, it also returns the attention that each patch receives [views * patches], from the class token or
-    averaged over all queries if there is none, and its keys [views * patches, width]. They come from the layer before the last
-    feature, but never from the encoder's last layer. `thinning`: the cuts inside the encoder. `left_out`: whether the first patch
-    of each view has no features.
+    concatenated. With `signals`, it also returns the attention that each patch receives [views * patches], from the class token
+    or averaged over all queries if there is none, and its keys, averaged over heads [views * patches, head_dim]. They come from
+    the layer before the last feature, but never from the encoder's last layer. `thinning`: the cuts inside the encoder.
+    `left_out`: whether the first patch of each view has no features.
     """
 
     places: torch.Tensor
@@ -171,25 +176,43 @@ class FeatureEncoder(nn.Module):
         return torch.cat(features, dim=1), beside
 
 
+def projected(
+    projector: nn.Module, features: torch.Tensor, beside: tuple[torch.Tensor, ...], *, signals: bool
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Return the visual tokens [1, V, hidden] of features [V, width], and the encoder's other outputs `beside`.
+
+    With `signals`, which are the first two of these, the features follow them.
+    """
+    visual = projector(features)[None]
+    if signals:
+        received, keys, *kept = beside
+        return visual, received, keys, features, *kept
+    return (visual, *beside) if beside else visual
+
+
 class ProjectedView(nn.Module):
     """The encoder and projector: patches [patches, 3 * P * P] to visual tokens [1, V, hidden] and the encoder's other outputs.
 
-    `encoder`: a FeatureEncoder, or a module with its outputs and attributes.
+    `encoder`: a FeatureEncoder, or a module with its outputs and attributes. With `signals`, the features of each token [V, width]
+    are an output too.
     """
 
-    def __init__(self, encoder: Any, projector: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, encoder: Any, projector: nn.Module, *, signals: bool = False) -> None:
         super().__init__()
         self.encoder, self.projector, self.takes = encoder, projector, encoder.takes
-        self.blocks = encoder.blocks
+        self.blocks, self.signals = encoder.blocks, signals
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the visual tokens of one image, the signals, if enabled, and the indices that each cut kept."""
         features, beside = self.encoder(pixel_values)
-        visual = self.projector(features)[None]
-        return (visual, *beside) if beside else visual
+        if self.signals:
+            features = features.reshape(beside[0].shape[0], -1)  # the patches of a token are adjacent
+        return projected(self.projector, features, beside, signals=self.signals)
 
 
-def projected_view(config: Any, geometry: Geometry, encoder: FeatureEncoder, *projectors: nn.Module) -> ProjectedView:
+def projected_view(
+    config: Any, geometry: Geometry, encoder: FeatureEncoder, *projectors: nn.Module, signals: bool = False
+) -> ProjectedView:
     """Return the module for an image of one view, with one visual token per patch."""
     check_grid(config, geometry.rows, geometry.columns)
-    return ProjectedView(encoder, nn.Sequential(*projectors))
+    return ProjectedView(encoder, nn.Sequential(*projectors), signals=signals)

@@ -15,7 +15,7 @@ from torch import nn
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family
-from edgeprune.families.encoder import SIGLIP, ViewEncoder, check_encoder, check_grid, patch_linear
+from edgeprune.families.encoder import SIGLIP, ViewEncoder, check_encoder, check_grid, patch_linear, projected
 from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout
 from edgeprune.families.gemma import gemma3_decoder
 from edgeprune.plan import Cut, Geometry
@@ -28,6 +28,7 @@ class Gemma3(Family):
     """The family of Gemma3ForConditionalGeneration."""
 
     name = "gemma3"
+    projects_tokens = True
     position_axes = 2
 
     @staticmethod
@@ -74,7 +75,7 @@ class PooledTower(nn.Module):
     """The encoder, the average over squares of patches, and the projector: patches [patches, 3 * P * P] to tokens [1, V, hidden].
 
     With `signals`, it also returns the attention that each token receives in the penultimate layer [V], averaged over heads and
-    queries, and its keys [V, width], both averaged over its patches. These are adjacent from the input on.
+    queries, and its keys averaged over heads [V, head_dim], both averaged over its patches. These are adjacent from the input on.
     """
 
     places: torch.Tensor
@@ -86,8 +87,8 @@ class PooledTower(nn.Module):
         layers, self.rows = tower.encoder.layers, RowLayout(1, merged=merge**2)
         self.encoder = ViewEncoder(layers, self.rows, signal_layer=max(len(layers) - 2, 0) if signals else None, thinning=thinning)
         self.patch, self.norm = patch_linear(tower.embeddings.patch_embedding), tower.post_layernorm
-        self.soft_norm, self.projection = projector.mm_soft_emb_norm, _linear(projector.mm_input_projection_weight)
-        self.blocks = len(self.encoder.layers)
+        self.projector = nn.Sequential(projector.mm_soft_emb_norm, _linear(projector.mm_input_projection_weight))
+        self.blocks, self.signals = len(self.encoder.layers), signals
         self.takes = (geometry.tokens * merge**2, self.patch.in_features)
         side = tower.embeddings.image_size
         with torch.no_grad():
@@ -99,8 +100,7 @@ class PooledTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the visual tokens of one image, the signals, and the indices that each cut kept."""
         (hidden,), beside = self.encoder(self.patch(pixel_values.index_select(0, self.order)) + self.places)
-        visual: torch.Tensor = self.projection(self.soft_norm(self.rows.means(self.norm(hidden))))[None]
-        return (visual, *beside) if beside else visual
+        return projected(self.projector, self.rows.means(self.norm(hidden)), beside, signals=self.signals)
 
 
 def _tokens_along(config: Any) -> int:

@@ -28,7 +28,7 @@ from transformers.models.smolvlm.processing_smolvlm import (
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UsageError
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
-from edgeprune.families.encoder import ViewEncoder, patch_linear
+from edgeprune.families.encoder import ViewEncoder, patch_linear, projected
 from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout
 from edgeprune.families.idefics2 import empty_picture
 from edgeprune.plan import Cut, Geometry
@@ -44,6 +44,7 @@ class Idefics3(Family):
     """The family of Idefics3ForConditionalGeneration."""
 
     name = "idefics3"
+    projects_tokens = True
 
     @staticmethod
     def check(config: Any) -> None:
@@ -79,7 +80,8 @@ class TileTower(nn.Module):
     """The encoder and connector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
 
     With `signals`, it also returns the attention that each token receives in the penultimate block [V], averaged over heads and
-    queries, and its keys [V, width], both averaged over its merged patches. These are adjacent from the input on.
+    queries, and its keys averaged over heads [V, head_dim], both averaged over its merged patches. These are adjacent from the
+    input on.
     """
 
     places: torch.Tensor
@@ -87,7 +89,7 @@ class TileTower(nn.Module):
 
     def __init__(self, model: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__()
-        self.tower, self.projection = model.vision_model, model.connector.modality_projection
+        self.tower, self.projector, self.signals = model.vision_model, model.connector.modality_projection, signals
         views, merge = geometry.layout, model.connector.scale_factor
         side, self.merged = views[0].rows * merge, merge**2
         layers, rows = self.tower.encoder.layers, RowLayout(len(views), merged=self.merged)
@@ -104,8 +106,8 @@ class TileTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the visual tokens of one image or video, the signals, and the indices that each cut kept."""
         (hidden,), beside = self.encoder(self.patch(pixel_values.index_select(0, self.order)) + self.places)
-        visual: torch.Tensor = self.projection(self.tower.post_layernorm(hidden).reshape(-1, self.merged * hidden.shape[1]))[None]
-        return (visual, *beside) if beside else visual
+        features = self.tower.post_layernorm(hidden).reshape(-1, self.merged * hidden.shape[1])
+        return projected(self.projector, features, beside, signals=self.signals)
 
 
 def whole_text() -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from edgeprune.bundle import ImageText
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, check_text, text_decoder
-from edgeprune.families.encoder import ViewEncoder, patch_linear
+from edgeprune.families.encoder import ViewEncoder, mean_over_heads, patch_linear, projected
 from edgeprune.families.encoder_pruning import EncoderPruning, RowLayout
 from edgeprune.plan import Cut, Geometry
 
@@ -27,6 +27,7 @@ class InternVL(Family):
     """The family of InternVLForConditionalGeneration."""
 
     name = "internvl"
+    projects_tokens = True
     videos = True
 
     @staticmethod
@@ -76,8 +77,9 @@ class InternVL(Family):
 class TileTower(nn.Module):
     """The encoder and projector over equal tiles: patches [patches, 3 * P * P] to tokens [1, V, hidden].
 
-    With `signals`, it also returns the attention that each token receives from its tile's class token in the penultimate block [V],
-    averaged over heads, and its keys [V, width], both averaged over its merged patches. These are adjacent from the input on.
+    With `signals`, it also returns the attention that each token receives from its tile's class token in the penultimate block
+    [V], averaged over heads, and its keys averaged over heads [V, head_dim], both averaged over its merged patches. These are
+    adjacent from the input on.
     """
 
     places: torch.Tensor
@@ -85,7 +87,7 @@ class TileTower(nn.Module):
 
     def __init__(self, model: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__()
-        self.tower, self.projector = model.vision_tower, model.multi_modal_projector
+        self.tower, self.projector, self.signals = model.vision_tower, model.multi_modal_projector, signals
         merge, patch = int(1 / model.config.downsample_ratio), geometry.patch
         self.views, view = len(geometry.layout), geometry.layout[0]
         rows, columns, self.merged = view.rows * merge, view.columns * merge, merge**2
@@ -113,17 +115,17 @@ class TileTower(nn.Module):
         patches = self.patch(pixel_values.index_select(0, self.order)).unflatten(0, (self.views, -1)) + self.places[:, 1:]
         hidden = torch.cat([self.places[:, :1].expand(self.views, 1, -1), patches], dim=1).flatten(0, 1)
         (hidden,), beside = self.encoder(hidden)
-        visual: torch.Tensor = self.projector(self.tower.layernorm(hidden).reshape(-1, self.merged * hidden.shape[1]))[None]
-        return (visual, *beside) if beside else visual
+        features = self.tower.layernorm(hidden).reshape(-1, self.merged * hidden.shape[1])
+        return projected(self.projector, features, beside, signals=self.signals)
 
 
 class ScaledEncoder(ViewEncoder):
     """InternViT's layers: queries and keys may be normalized, and residual branches are scaled per channel."""
 
     def layer(self, layer: Any, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the output of one layer, its attention weights and its keys."""
+        """Return the output of one layer, its attention weights, and its keys averaged over heads [rows, head_dim]."""
         attn, normed = layer.attention, layer.layernorm_before(hidden)
         keys = attn.k_norm(attn.k_proj(normed))
         mixed, weights = self.attend(attn.q_norm(attn.q_proj(normed)), keys, attn.v_proj(normed), attn.num_heads)
         hidden = hidden + layer.lambda_1 * attn.projection_layer(mixed)
-        return hidden + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden)), weights, keys
+        return hidden + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden)), weights, mean_over_heads(keys, attn.num_heads)

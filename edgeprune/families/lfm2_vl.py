@@ -17,7 +17,7 @@ from torch import nn
 from edgeprune.bundle import ImageText
 from edgeprune.errors import PlanError, UnsupportedModelError
 from edgeprune.families.base import DecoderParts, Family, text_rope
-from edgeprune.families.encoder import ViewEncoder, attend_within, check_encoder
+from edgeprune.families.encoder import ViewEncoder, attend_within, check_encoder, projected
 from edgeprune.families.encoder_pruning import EncoderPruning, UnequalViews
 from edgeprune.families.recurrent import shifted_sum
 from edgeprune.plan import Cut, Geometry
@@ -29,6 +29,7 @@ class Lfm2VL(Family):
     """The family of Lfm2VlForConditionalGeneration."""
 
     name = "lfm2_vl"
+    projects_tokens = True
     stateful = "a convolution"
 
     @staticmethod
@@ -133,7 +134,8 @@ class NaflexTower(nn.Module):
     """The encoder and projector: patches [patches, P * P * 3] of all views to visual tokens [1, V, hidden].
 
     With `signals`, it also returns the attention that each token receives in the penultimate block [V], averaged over heads and
-    queries, and its keys [V, width], both averaged over its merged patches. These are adjacent from the input on.
+    queries, and its keys averaged over heads [V, head_dim], both averaged over its merged patches. These are adjacent from the
+    input on.
     """
 
     places: torch.Tensor
@@ -141,8 +143,10 @@ class NaflexTower(nn.Module):
 
     def __init__(self, model: Any, geometry: Geometry, thinning: EncoderPruning, *, signals: bool = False) -> None:
         super().__init__()
-        self.tower, self.projector = model.vision_tower, model.multi_modal_projector
-        views, merge = geometry.layout, self.projector.factor
+        self.tower, projector, self.signals = model.vision_tower, model.multi_modal_projector, signals
+        norms = [projector.layer_norm] if projector.use_layer_norm else []
+        self.projector = nn.Sequential(*norms, projector.linear_1, projector.act, projector.linear_2)
+        views, merge = geometry.layout, projector.factor
         fewest = min(view.tokens for view in views)
         for cut, _ in thinning.cuts.values():
             if cut.keep > fewest * len(views):
@@ -167,11 +171,8 @@ class NaflexTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the visual tokens of one image, the signals, and the indices that each cut kept."""
         (hidden,), beside = self.encoder(self.patch(pixel_values.index_select(0, self.order)) + self.places)
-        merged = self.tower.post_layernorm(hidden).reshape(-1, self.merged * hidden.shape[1])
-        if self.projector.use_layer_norm:
-            merged = self.projector.layer_norm(merged)
-        visual = self.projector.linear_2(self.projector.act(self.projector.linear_1(merged)))[None]
-        return (visual, *beside) if beside else visual
+        features = self.tower.post_layernorm(hidden).reshape(-1, self.merged * hidden.shape[1])
+        return projected(self.projector, features, beside, signals=self.signals)
 
 
 class NaflexEncoder(ViewEncoder):

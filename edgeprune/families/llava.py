@@ -72,6 +72,7 @@ class Llava(Family):
     """The family of LlavaForConditionalGeneration."""
 
     name = "llava"
+    projects_tokens = True
     outside_chats = {"MLlavaProcessor": OutsideChat(_MANTIS_TEMPLATE, "<|eot_id|>")}  # noqa: RUF012 (a constant)
 
     @staticmethod
@@ -105,7 +106,7 @@ class Llava(Family):
             return pixtral_view(tower, geometry, layers, cuts, projector, signals=signals)
         thinning, left_out = EncoderPruning(cuts, geometry, views=1), _leaves_out(config)
         encoder = FeatureEncoder(tower, 1, layers, signals=signals, thinning=thinning, left_out=left_out)
-        return projected_view(config, geometry, encoder, projector)
+        return projected_view(config, geometry, encoder, projector, signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts."""

@@ -88,7 +88,7 @@ class LlavaOneVision(LlavaNext):
 class PackedTower(nn.Module):
     """The encoder, projector and packing: patches of all views [patches, 3 * P * P] to visual tokens [1, V, hidden].
 
-    With `signals`, it also returns the attention that each token receives [V] and its keys [V, width].
+    With `signals`, it also returns the attention that each token receives [V] and its keys averaged over heads [V, head_dim].
     """
 
     places: torch.Tensor

@@ -30,6 +30,7 @@ class Mistral3(Family):
     """The family of Mistral3ForConditionalGeneration."""
 
     name = "mistral3"
+    projects_tokens = True
 
     @staticmethod
     def check(config: Any) -> None:
@@ -76,14 +77,15 @@ def pixtral_view(
     tower: Any, geometry: Geometry, layers: int | Sequence[int], cuts: Sequence[Cut], projector: nn.Module, *, signals: bool
 ) -> ProjectedView:
     """Return the module from patches to visual tokens; `layers`: how many run before the features, as in FeatureEncoder."""
-    return ProjectedView(PixtralEncoder(tower, geometry, layers, EncoderPruning(cuts, geometry), signals=signals), projector)
+    encoder = PixtralEncoder(tower, geometry, layers, EncoderPruning(cuts, geometry), signals=signals)
+    return ProjectedView(encoder, projector, signals=signals)
 
 
 class PixtralEncoder(nn.Module):
     """The encoder over one grid: patches [patches, 3 * P * P] in reading order to features [patches, layers * width].
 
     The patches of a visual token are adjacent in the features. With `signals`, it also returns the attention that each visual token
-    receives [V], averaged over heads, queries and its patches, and the mean of its keys [V, width], with their rotary positions.
+    receives [V], averaged over heads, queries and its patches, and the mean of its keys [V, head_dim], with their rotary positions.
     """
 
     order: torch.Tensor
@@ -118,7 +120,7 @@ class RotaryEncoder(ViewEncoder):
     """Pixtral's layers over one view; `tables`: cosines and sines [patches, head_dim]."""
 
     def layer(self, layer: Any, hidden: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the output of one layer, its attention weights and its keys."""
+        """Return the output of one layer, its attention weights, and its keys averaged over heads [patches, head_dim]."""
         attn, normed = layer.attention, layer.attention_norm(hidden)
         shape = (-1, attn.num_heads, attn.head_dim)
         states = (project(normed).view(shape).transpose(0, 1) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
@@ -126,7 +128,7 @@ class RotaryEncoder(ViewEncoder):
         query, key = apply_rotary_pos_emb(query, key, *tables, unsqueeze_dim=0)
         weights = torch.softmax((query * attn.scaling) @ key.transpose(1, 2), dim=-1)
         hidden = hidden + attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
-        return hidden + layer.feed_forward(layer.ffn_norm(hidden)), weights[None], key.transpose(0, 1).flatten(1)
+        return hidden + layer.feed_forward(layer.ffn_norm(hidden)), weights[None], key.mean(dim=0)
 
 
 class MergingProjector(nn.Module):
@@ -135,11 +137,13 @@ class MergingProjector(nn.Module):
     def __init__(self, projector: Any, merged: int) -> None:
         super().__init__()
         self.projector, self.merged = projector, merged
+        self.width = projector.norm.weight.shape[0]  # of a patch
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return the visual tokens [V, hidden] of patches [V * merged, width]."""
+        """Return the visual tokens [V, hidden] of patches [V * merged, width], or of tokens [V, merged * width]."""
         parts = self.projector
+        patches = patches.reshape(-1, self.width)
         # The merger's columns are ordered by channel, then by patch, as torch's unfold orders them.
-        joined = parts.norm(patches).view(-1, self.merged, patches.shape[1]).transpose(1, 2).flatten(1)
+        joined = parts.norm(patches).view(-1, self.merged, self.width).transpose(1, 2).flatten(1)
         visual: torch.Tensor = parts.linear_2(parts.act(parts.linear_1(parts.patch_merger.merging_layer(joined))))
         return visual

@@ -45,6 +45,7 @@ class PaliGemma(Family):
     """The family of PaliGemmaForConditionalGeneration."""
 
     name = "paligemma"
+    projects_tokens = True
     chat_template = _TEMPLATE
 
     @staticmethod
@@ -71,7 +72,7 @@ class PaliGemma(Family):
         model = self._model.model
         encoder = FeatureEncoder(model.vision_tower, 1, signals=signals, thinning=EncoderPruning(cuts, geometry))
         norm, projector = model.vision_tower.post_layernorm, model.multi_modal_projector
-        return projected_view(self._model.config, geometry, encoder, norm, projector)
+        return projected_view(self._model.config, geometry, encoder, norm, projector, signals=signals)
 
     def decoder(self) -> DecoderParts:
         """Return the decoder's parts, with a bidirectional prompt."""

@@ -76,8 +76,8 @@ class VisionTower(nn.Module):
     """The tower and merger over the frames of one fixed grid: patches [patches, C * T * P * P] to tokens [1, V, hidden].
 
     With `signals`, it also returns the attention that each token receives in the penultimate block [V], averaged over heads and
-    queries (there is no class token), and its keys [V, heads * head_dim], both averaged over its merged patches. With cuts in the
-    encoder, the last outputs are the indices in the image that each cut kept.
+    queries (there is no class token), and its keys averaged over heads [V, head_dim], both averaged over its merged patches. With
+    cuts in the encoder, the last outputs are the indices in the image that each cut kept.
     """
 
     cos: torch.Tensor
@@ -115,7 +115,7 @@ class VisionTower(nn.Module):
         for index, block in enumerate(self.tower.blocks):
             mixed, attention, keys = self._attend(index, block.attn, block.norm1(hidden), tables, kept[-1])
             if index == self.signal_block:
-                signals = self._received(attention), self.rows.means(keys.transpose(0, 1).flatten(1))
+                signals = self._received(attention), self.rows.means(keys.mean(dim=0))
             hidden = hidden + mixed
             hidden = hidden + block.mlp(block.norm2(hidden))
             states += [hidden] if index in state_blocks else []

@@ -30,6 +30,7 @@ class Qwen3VL(Qwen2VL):
     """The family of Qwen3VLForConditionalGeneration."""
 
     name = "qwen3_vl"
+    own_video_prompts = "transformers 5 leaves the template's video markers around the frames"
 
     def image_text(self, geometry: Geometry) -> ImageText:
         """Return the placeholder token of an image, or one per frame of a video, each after its timestamp."""

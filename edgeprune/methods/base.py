@@ -19,6 +19,10 @@ from edgeprune.plan import Cut, Geometry
 Signal = Callable[[], Any]
 
 
+def _same(rows: torch.Tensor) -> torch.Tensor:
+    return rows
+
+
 def _absent() -> Any:
     raise AssertionError("a method asked for a signal that its site does not give")
 
@@ -46,13 +50,17 @@ class InputView:
 
     `visual` [V, hidden]: the projected visual tokens. `prompt` [M, hidden]: embeddings of the user's text without the chat
     template. From the encoder's penultimate block, for methods with "vision attention" in `needs`: `attention` [V] that each token
-    receives, and `keys` [V, key dim]. `kept` [V]: indices in the image of the tokens kept by cuts inside the encoder, if any.
+    receives, and `keys` [V, key dim], averaged over heads. `features` [V, width]: the encoder's output, of which `project` makes
+    `visual`, where the projector acts on each token alone. `kept` [V]: indices in the image of the tokens kept by cuts inside the
+    encoder, if any.
     """
 
     visual: torch.Tensor
     prompt: torch.Tensor
     attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    project: Callable[[torch.Tensor], torch.Tensor] = _same
     kept: torch.Tensor | None = None
 
     @property
@@ -73,8 +81,8 @@ class LayerView:
 
     `attention()` [H, V]: from the last token. `text_attention()` [H, T, V]: from every text token after the image.
     `past_attention()` [H, S, K]: from every new token to the cached visual tokens. `visual_attention()` [H, V, V]: among visual
-    tokens. `next_attention()` [H, V]: from the last token, by the projections of the next layer. `embeds()`: the input embeddings
-    ([V, hidden], [T, hidden]) of visual tokens and text.
+    tokens. `next_attention()` [H, V]: from the last token, by the projections of the next layer. `embeds()`: the embeddings that
+    entered the decoder, of all visual tokens before any layer cut [N, hidden] and of the text after the image [T, hidden].
     """
 
     order: torch.Tensor
@@ -148,8 +156,15 @@ def ascending(positions: torch.Tensor) -> torch.Tensor:
 
 
 def cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the float32 cosine similarities [n, m] of rows [n, hidden] and [m, hidden]."""
-    return _unit(left) @ _unit(right).transpose(0, 1)
+    """Return the float32 cosine similarities [n, m] of rows [n, hidden] and [m, hidden]; they are finite for any input."""
+    return unit(left) @ unit(right).transpose(0, 1)
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows [n, hidden] at length 1 in float32, and zeros where a row has no direction."""
+    scaled = torch.nn.functional.normalize(rows.float(), dim=-1)
+    # NaN compares false. A greedy selection over NaN would take the first token again and again.
+    return torch.where(scaled >= -2.0, scaled, 0.0)
 
 
 def add_most_different(
@@ -179,7 +194,3 @@ def _reduced(rows: torch.Tensor, reduce: str) -> torch.Tensor:
     if rows.shape[0] == 1:
         return rows[0]
     return rows.amax(dim=0) if reduce == "max" else rows.sum(dim=0)
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(rows.float(), dim=-1)

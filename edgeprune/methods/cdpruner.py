@@ -4,9 +4,11 @@ Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity 
 2506.10967. The kernel is the cosine similarity of the visual tokens, scaled on both sides by each token's relevance. The set of
 largest determinant is built greedily with the fast update of Chen et al. (arXiv 1709.05135).
 
-Made static: no change needed. Departure, as in OpenVINO GenAI: relevance is the mean cosine to the prompt in the language model's
-own embedding space, rescaled to [0, 1]; the paper uses CLIP's text tower (and negates). Option weight w: relevance counts as
-exp(w / (2 (1 - w)) * relevance), so w = 0 ignores it. Kept tokens keep their original positions.
+Made static: no change needed. Option weight w: relevance r in [0, 1] counts as exp(w / (2 (1 - w)) r), so w = 0 ignores it; w = 1,
+the default, counts r itself. The authors' code (Theia-4869/CDPruner) ships with r itself and has the exponential in comments, with
+w = 0.5; OpenVINO GenAI has both. Departures, as in OpenVINO GenAI: relevance is the mean cosine to the prompt in the language
+model's own embedding space; the authors use CLIP's text tower (and negate). Kept tokens keep their original positions. Once the
+set spans all remaining tokens, the most relevant of these follow; the authors' code then repeats tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +17,10 @@ from typing import ClassVar
 
 import torch
 
-from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, ascending, cosine
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
-_TINY = 1e-6
+_TINY = 1e-6  # the authors' offset of relevance, and the volume below which float32 leaves only rounding
 
 
 class CDPruner:
@@ -27,37 +28,57 @@ class CDPruner:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "weight",
+            1.0,
+            "of relevance against diversity; 0 ignores relevance, 1 multiplies by it",
+            least=0.0,
+            most=1.0,
+            tries=(0.0, 0.2, 0.5, 0.8, 1.0),
+            published=True,
+        ),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        weight = float(cut.settings(weight=0.5)["weight"])
-        if not 0.0 <= weight < 1.0:
-            raise PlanError(f"The weight of {cut} must be in [0, 1).")
-        self._theta = weight / (2 * (1 - weight))
+        self._weight = float(cut.settings(*self.options)["weight"])
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""
         relevance = cosine(view.visual, view.prompt).mean(dim=1)
         lowest, highest = relevance.amin(dim=0), relevance.amax(dim=0)
-        scale = torch.exp(self._theta * (relevance - lowest) / (highest - lowest + _TINY))
-        kernel = scale[:, None] * cosine(view.visual, view.visual) * scale[None]
-        return ascending(greedy_map(kernel, min(keep, view.visual.shape[0])))
+        relevance = (relevance - lowest + _TINY) / (highest - lowest).clamp_min(_TINY)
+        similarity = cosine(view.visual, view.visual)
+        return ascending(greedy_map(similarity, self._scale(relevance), relevance, min(keep, view.visual.shape[0])))
+
+    def _scale(self, relevance: torch.Tensor) -> torch.Tensor:
+        if self._weight == 1.0:
+            return relevance
+        # A common factor changes no choice. Without the largest relevance the exponential cannot overflow.
+        return torch.exp(self._weight / (2 * (1 - self._weight)) * (relevance - relevance.amax(dim=0)))
 
 
-def greedy_map(kernel: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the positions [count], in order of selection, of a greedy search for the largest determinant in a kernel [V, V].
+def greedy_map(kernel: torch.Tensor, scale: torch.Tensor, relevance: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the positions [count], all different, of a greedy search for the largest determinant of a scaled kernel.
 
-    Each step takes the token that adds the most volume and projects it out of the remaining volume of the others.
+    The kernel [V, V] has its rows and columns multiplied by `scale` [V]. Each step takes the token that adds the most volume and
+    projects it out of the remaining volume of the others. Where no token adds any, the highest `relevance` [V] follows.
     """
+    # The scale factors out of the incremental Cholesky factor, so volumes are compared to rounding without it.
     positions = torch.arange(kernel.shape[0], device=kernel.device)
-    gain = kernel.diagonal()
+    volume, worth = kernel.diagonal(), scale.square()
     factors = torch.zeros_like(kernel[:1])  # rows of the incremental Cholesky factor; a first row of zeros avoids an empty sum
+    filling = relevance - relevance.amax(dim=0) - 1  # below every volume
     picked = []
     for _ in range(count):
-        best = torch.topk(gain, 1).indices
+        gain = worth * torch.where(volume > _TINY, volume, 0.0)
+        best = torch.topk(torch.where(gain > 0, gain, filling), 1).indices
         picked.append(best)
         row = kernel.index_select(0, best) - (factors.index_select(1, best) * factors).sum(dim=0, keepdim=True)
-        factor = row / gain.index_select(0, best).clamp_min(_TINY).sqrt()
+        left = volume.index_select(0, best)
+        factor = torch.where(left > _TINY, row / left.clamp_min(_TINY).sqrt(), 0.0)
         factors = torch.cat([factors, factor])
-        gain = torch.where(positions == best, float("-inf"), gain - factor[0].square())
+        volume = torch.where(positions == best, 0.0, volume - factor[0].square())
+        filling = torch.where(positions == best, float("-inf"), filling)
     return torch.cat(picked)

@@ -14,9 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, ascending, cosine
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 
 class DART:
@@ -24,13 +23,15 @@ class DART:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("image_pivots", 4, "visual tokens of the largest norm that are pivots", least=1, published=True),
+        Option("text_pivots", 4, "prompt tokens of the largest norm that are pivots", least=0, published=True),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        settings = cut.settings(image_pivots=4, text_pivots=4)
+        settings = cut.settings(*self.options)
         self._image_pivots, self._text_pivots = settings["image_pivots"], settings["text_pivots"]
-        if self._image_pivots < 1 or self._text_pivots < 0:
-            raise PlanError(f"{cut} needs one image pivot or more, and no fewer than 0 text pivots.")
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the visual pivots and the least similar tokens."""

@@ -13,9 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, add_most_different, ascending, cosine
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 
 class DivPrune:
@@ -23,12 +22,15 @@ class DivPrune:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "block", 1, "tokens that each step of the greedy search takes, which may resemble each other", least=1, published=True
+        ),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        self._block = cut.settings(block=1)["block"]
-        if self._block < 1:
-            raise PlanError(f"{cut} needs a block of 1 or more.")
+        self._block = cut.settings(*self.options)["block"]
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""

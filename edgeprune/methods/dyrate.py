@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 LAST_STEP = 128  # the step feature reaches 1 here
 FORMS = {
@@ -36,12 +36,22 @@ class DyRate:
 
     sites: ClassVar[tuple[str, ...]] = ("decode",)
     needs: ClassVar[tuple[str, ...]] = ()
+    calibration_options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "form", "predictor", "a trained predictor, a map of attention, or a schedule by step", ("predictor", "schedule", "map")
+        ),
+        Option("follow", False, "the share may also grow within an answer"),
+        Option("prior", False, "rank caches also by where the samples' answers looked"),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
         form = cut.options.get("form")
         if form not in FORMS:
-            raise PlanError(f"{cut} has no form: {', '.join(FORMS)}.", hint="Calibrate one: edgeprune calibrate --method dyrate")
+            raise PlanError(
+                f"{cut} has no form: {', '.join(FORMS)}.",
+                hint="Make one: edgeprune calibrate MODEL --data FILE --method dyrate --budget 0.5 -o PLAN",
+            )
         self.form: str = form
         self._settings = cut.settings(**FORMS[form])
         shares, counts = (

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView, Scored
+from edgeprune.methods.base import InputView, Scored, unit
 from edgeprune.plan import Cut, Geometry
 
 _FIRST = 4.0  # above the largest cosine distance, 2
@@ -42,6 +42,6 @@ class EVS(Scored):
 
     def score(self, view: InputView) -> torch.Tensor:
         """Return the cosine distance [V] of each token to the same place in the previous frame; the first frame scores highest."""
-        frames = torch.nn.functional.normalize(view.visual.float(), dim=-1).view(self._frames, -1, view.visual.shape[1])
+        frames = unit(view.visual).view(self._frames, -1, view.visual.shape[1])
         changed = 1 - (frames[1:] * frames[:-1]).sum(dim=-1)
         return torch.cat([torch.full_like(changed[:1], _FIRST), changed]).flatten()

@@ -15,13 +15,16 @@ from typing import ClassVar
 import torch
 
 from edgeprune.methods.base import LayerView, Scored
-from edgeprune.plan import Cut, Geometry
+from edgeprune.plan import Cut, Geometry, Option
 
 
 class FitPrune(Scored):
     """Keep the tokens with the highest product of cross and self attention."""
 
     sites: ClassVar[tuple[str, ...]] = ("layer",)
+    calibration_options: ClassVar[tuple[Option, ...]] = (
+        Option("stages", 4, "cuts into which the recipe's deletions are gathered", least=1),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry

@@ -24,9 +24,7 @@ import torch
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import LayerView
 from edgeprune.methods.uniform import earliness, ranked
-from edgeprune.plan import Cut, Geometry
-
-REDUCTIONS, ROWS = ("mean", "max"), ("last", "text", "peak")
+from edgeprune.plan import Cut, Geometry, Option
 
 
 class PLPHP:
@@ -34,12 +32,38 @@ class PLPHP:
 
     sites: ClassVar[tuple[str, ...]] = ("cache",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "rows",
+            "last",
+            "whose attention ranks: the last prompt token's, all the text's, or peaks of text and image",
+            ("last", "text", "peak"),
+        ),
+        Option("reduce", "mean", "how query heads that share a KV head count: by their mean or their maximum", ("mean", "max")),
+        Option("spread", False, "rank also by an even lattice, shifted from head to head"),
+    )
+    calibration_options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "allocate",
+            "classes",
+            "the paper's classes, the least cost by measured divergence, or the same for all layers",
+            ("classes", "least-cost", "even"),
+        ),
+        Option(
+            "delta",
+            None,
+            "how far the classes' retention rates lie apart",
+            least=0.0,
+            most=1.0,
+            kind="float",
+            unset="half of keep, or of 1 - keep",
+        ),
+        Option("prior", False, "rank also by where the samples' answers looked"),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
-        settings = cut.settings(reduce="mean", rows="last", spread=False, prior=[])
+        settings = cut.settings(*self.options, prior=[])
         self._reduce, self._rows, self._spread = settings["reduce"], settings["rows"], settings["spread"]
-        if self._reduce not in REDUCTIONS or self._rows not in ROWS:
-            raise PlanError(f"{cut} knows reduce = {' or '.join(REDUCTIONS)}, and rows = {', '.join(ROWS)}.")
         self._geometry = geometry
         if any(sorted(order) != list(range(geometry.tokens)) for order in settings["prior"]):
             raise PlanError(f"The prior of {cut} must list every visual token once for each KV head.")

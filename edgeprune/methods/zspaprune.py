@@ -17,11 +17,8 @@ from typing import ClassVar
 
 import torch
 
-from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, add_most_different, ascending, cosine
-from edgeprune.plan import Cut, Geometry
-
-RELEVANCE, REDUCTIONS = ("pooled", "mean", "max"), ("max", "mean")
+from edgeprune.plan import Cut, Geometry, Option
 
 
 class ZSPAPrune:
@@ -29,17 +26,23 @@ class ZSPAPrune:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("core", 0.5, "share of the budget that the relevant core takes", least=0.0, most=1.0),
+        Option(
+            "relevance",
+            "pooled",
+            "similarity to the mean of the words, or the mean or maximum over words",
+            ("pooled", "mean", "max"),
+        ),
+        Option("reduce", "max", "similarity to a set: that to its nearest token, or the mean", ("max", "mean")),
+        Option("block", 1, "tokens that each step of the greedy search takes, which may resemble each other", least=1),
+    )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        settings = cut.settings(core=0.5, relevance="pooled", reduce="max", block=1)
+        settings = cut.settings(*self.options)
         self._core, self._relevance = float(settings["core"]), settings["relevance"]
         self._reduce, self._block = settings["reduce"], settings["block"]
-        if not 0.0 <= self._core <= 1.0 or self._block < 1 or self._relevance not in RELEVANCE or self._reduce not in REDUCTIONS:
-            raise PlanError(
-                f"{cut} has a setting out of range.",
-                hint=f"core: 0 to 1; block: 1 or more; relevance: {', '.join(RELEVANCE)}; reduce: {', '.join(REDUCTIONS)}.",
-            )
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of core and supplement."""

@@ -2,6 +2,15 @@
 
 from edgeprune.model.cache import LayerCache
 from edgeprune.model.decoder import PrunedDecoder, Segment, StepOutput
-from edgeprune.model.inputs import InputSelector, TextEmbedding, input_selector
+from edgeprune.model.inputs import InputSelector, TextEmbedding, input_selector, signals_for
 
-__all__ = ["InputSelector", "LayerCache", "PrunedDecoder", "Segment", "StepOutput", "TextEmbedding", "input_selector"]
+__all__ = [
+    "InputSelector",
+    "LayerCache",
+    "PrunedDecoder",
+    "Segment",
+    "StepOutput",
+    "TextEmbedding",
+    "input_selector",
+    "signals_for",
+]

@@ -79,13 +79,14 @@ class TokenRows:
         """Return the tokens with only the visual tokens at the positions `chosen` [K]."""
         sizes = (self.sizes[0], chosen.shape[0], self.sizes[2])
         names = ("hidden", "cos", "sin", "places", "reach")
-        rows = {name: self._pick(getattr(self, name), chosen) for name in names}
-        planes = None if self.planes is None else self._pick(self.planes, chosen)
-        scale = None if self.query_scale is None else self._pick(self.query_scale, chosen)
+        rows = {name: self.pick(getattr(self, name), chosen) for name in names}
+        planes = None if self.planes is None else self.pick(self.planes, chosen)
+        scale = None if self.query_scale is None else self.pick(self.query_scale, chosen)
         order = self.order.index_select(0, chosen)
         return TokenRows(**rows, planes=planes, order=order, sizes=sizes, query_scale=scale)
 
-    def _pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the rows [S, ...] of the text and of the visual tokens at the positions `chosen` [K]."""
         before, visual, after = self.split(rows)
         return torch.cat([before, visual.index_select(0, chosen), after])
 

@@ -37,6 +37,7 @@ from edgeprune.plan.tiers import budgets, cache_group, tokens_at_layer
 from edgeprune.registry import method_class
 
 Probe = Callable[[int, LayerView], None]
+Deletion = Callable[[int, LayerView], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class PrunedDecoder(nn.Module):
         tier: torch.Tensor | None = None,
         text_groups: torch.Tensor | None = None,
         probe: Probe | None = None,
+        delete: Deletion | None = None,
         hide: Sequence[torch.Tensor] | None = None,
         every_logit: bool = False,
     ) -> StepOutput:
@@ -137,8 +139,10 @@ class PrunedDecoder(nn.Module):
         `order` [V]: indices of the visual tokens in the image, by default all of them. `tier`: a marker whose length selects the
         budgets, 1 (the default) for the plan, 2 for the first of `lower_tiers`, and so on. `text_groups` [text, 3]: one-hot group
         (system, instruction, generated) of each text key, cached and new. `probe(layer, view)` is called after the attention of
-        each layer that has it. `hide`, one per layer [S, K]: added to the scores of the last K cached visual tokens.
-        `every_logit`: return the logits of the whole suffix, which is an answer: its tokens are causal in every family.
+        each layer that has it. `delete(layer, view)` then returns the positions of the visual tokens that stay, ascending, for
+        counts that depend on values; not for a trace. `hide`, one per layer [S, K]: added to the scores of the last K cached
+        visual tokens. `every_logit`: return the logits of the whole suffix, which is an answer: its tokens are causal in every
+        family.
         """
         mutual = self.shape.bidirectional and not every_logit
         tokens = self._join((prefix, visual, suffix), order, mutual)
@@ -151,7 +155,7 @@ class PrunedDecoder(nn.Module):
             if index in self.layer_cuts:
                 cut, method = self.layer_cuts[index]
                 chosen = method.select(self._view(tokens, attended, embeds, layer), self._keep(cut, tier))
-                tokens, embeds = tokens.keep(chosen), (embeds[0].index_select(0, chosen), embeds[1])
+                tokens = tokens.keep(chosen)
                 kept[str(cut)], attended = tokens.order, None
             hidden, cache = layer.input_layernorm(tokens.hidden), caches[index]
             if isinstance(cache, LayerStates):
@@ -166,6 +170,11 @@ class PrunedDecoder(nn.Module):
                 if text_groups is not None:
                     splits.append(_split(attended, text_groups, tokens.sizes[2] if every_logit else 0))
                 mixed = attended.output
+                if delete is not None:
+                    chosen = delete(index, self._view(tokens, attended, embeds, None))
+                    tokens, mixed = tokens.keep(chosen), tokens.pick(mixed, chosen)
+                    masks.clear()  # they are shared by layers with as many tokens in the plan
+                    orders.clear()
             tokens = self._after_mixing(index, layer, tokens, mixed)
         last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
         logits = self.lm_head(self.norm(last))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from edgeprune.families.base import DecoderParts
+from edgeprune.bundle.graph_io import SIGNALS
+from edgeprune.families.base import DecoderParts, Family
 from edgeprune.methods.base import InputView, Merging
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.registry import method_class
@@ -31,34 +32,39 @@ class TextEmbedding(nn.Module):
 
 
 class InputSelector(nn.Module):
-    """Apply one input cut to the visual tokens of an image."""
+    """Apply one input cut to the visual tokens of an image; `projector` makes visual tokens of features, if these are given."""
 
-    def __init__(self, cut: Cut, geometry: Geometry, hidden: int) -> None:
+    def __init__(self, cut: Cut, geometry: Geometry, hidden: int, projector: nn.Module | None = None) -> None:
         super().__init__()
         self.cut, self.hidden = cut, hidden
+        self.projector = nn.Identity() if projector is None else projector
         self.method = method_class(cut.method)(cut, geometry)
 
     def forward(
-        self, visual: torch.Tensor, prompt: torch.Tensor, attention: torch.Tensor | None = None, keys: torch.Tensor | None = None
+        self,
+        visual: torch.Tensor,
+        prompt: torch.Tensor,
+        attention: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept embeddings [1, K, width] and their indices [K], given `visual` [1, V, width] and `prompt` [1, M, width].
 
-        Methods receive and merge the tokens without their planes; the planes of kept tokens are kept unchanged. `attention` [V]
-        and `keys` [V, key dim] come from the vision encoder, for methods that need them.
+        Methods receive and merge the tokens without their planes; the planes of kept tokens are kept unchanged. `attention` [V],
+        `keys` [V, key dim] and `features` [V, width] come from the vision encoder, for methods that need them.
         """
-        return self._select(visual, prompt, attention, keys, None)
+        return self._select(visual, prompt, (attention, keys, features), None)
 
     def _select(
         self,
         visual: torch.Tensor,
         prompt: torch.Tensor,
-        attention: torch.Tensor | None,
-        keys: torch.Tensor | None,
+        signals: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
         order: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         without_planes = visual.shape[2] == self.hidden
         tokens, text = (visual, prompt) if without_planes else (visual[..., : self.hidden], prompt[..., : self.hidden])
-        view = InputView(tokens[0], text[0], attention, keys, order)
+        view = InputView(tokens[0], text[0], *signals, project=self.projector, kept=order)
         chosen = self.method.select(view, self.cut.keep)
         if not isinstance(self.method, Merging):
             return visual.index_select(1, chosen), chosen
@@ -76,14 +82,22 @@ class ThinnedSelector(InputSelector):
         order: torch.Tensor,
         attention: torch.Tensor | None = None,
         keys: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same as InputSelector for tokens with indices `order` [V] in the image; the returned indices [K] are too."""
-        embeds, chosen = self._select(visual, prompt, attention, keys, order)
+        embeds, chosen = self._select(visual, prompt, (attention, keys, features), order)
         return embeds, order.index_select(0, chosen)
 
 
-def input_selector(plan: KeepPlan, hidden: int) -> InputSelector:
-    """Return the module of a plan's input cut; the plan must have one."""
+def input_selector(plan: KeepPlan, hidden: int, projector: nn.Module | None = None) -> InputSelector:
+    """Return the module of a plan's input cut; the plan must have one. `projector`: that of the features, if it is given these."""
     assert plan.input is not None
     kind = ThinnedSelector if plan.vision_cuts else InputSelector
-    return kind(plan.input, plan.geometry, hidden)
+    return kind(plan.input, plan.geometry, hidden, projector)
+
+
+def signals_for(plan: KeepPlan, family: Family) -> tuple[str, ...]:
+    """Return the names of the vision encoder's outputs, beside the visual tokens, that the plan's input cut needs."""
+    if plan.input is None or not method_class(plan.input.method).needs:
+        return ()
+    return SIGNALS if family.projects_tokens else SIGNALS[:2]

@@ -2,5 +2,6 @@
 
 from edgeprune.plan.geometry import Geometry, View
 from edgeprune.plan.keep_plan import SITES, Cut, KeepPlan, check_keep_ratio, keep_count, keep_count_up
+from edgeprune.plan.options import Option
 
-__all__ = ["SITES", "Cut", "Geometry", "KeepPlan", "View", "check_keep_ratio", "keep_count", "keep_count_up"]
+__all__ = ["SITES", "Cut", "Geometry", "KeepPlan", "Option", "View", "check_keep_ratio", "keep_count", "keep_count_up"]

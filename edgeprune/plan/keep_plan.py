@@ -1,13 +1,14 @@
 """Keep plans: the cuts that prune a model's visual tokens, and the keep budget of each.
 
-A plan belongs to one model shape and one image geometry; every count in it is a constant of the exported graphs.
+A plan belongs to one model shape and one image geometry; every count in it is a constant of the exported graphs, and is of each
+image: a turn of n images keeps n times as many tokens.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from edgeprune.errors import PlanError, renamed
 from edgeprune.io.files import write_text
 from edgeprune.io.typed_json import from_json, read_json
 from edgeprune.plan.geometry import MAX_LAYERS, Geometry
+from edgeprune.plan.options import Option, settled
 
 SCHEMA_VERSION = 2
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
@@ -66,18 +68,13 @@ class Cut:
     def __str__(self) -> str:
         return f"{self.method} @ {self.site if self.site == 'input' else f'{self.site} {self.layer}'}"
 
-    def settings(self, **defaults: Any) -> dict[str, Any]:
-        """Return `defaults` updated with the cut's options; raise PlanError for an unknown option or a wrong type."""
-        for name, value in self.options.items():
-            if name not in defaults:
-                known = f"Options of {self.method}: {', '.join(defaults)}." if defaults else f"{self.method} has no options."
-                raise PlanError(f"{self} has the unknown option {name!r}.", hint=known)
-            expected = type(defaults[name])
-            if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool) != (
-                expected is bool
-            ):
-                raise PlanError(f"Option {name!r} of {self} must be of type {expected.__name__}, not {value!r}.")
-        return {**defaults, **self.options}
+    def settings(self, *declared: Option, **defaults: Any) -> dict[str, Any]:
+        """Return the values of all `declared` options: the cut's, or else the default.
+
+        `defaults`: options without a declaration, of the type of their default. Raises PlanError for an option that is not among
+        them, or a value that is not allowed.
+        """
+        return settled(str(self), self.options, (*declared, *(Option(name, value, "") for name, value in defaults.items())))
 
 
 @dataclass(frozen=True)
@@ -164,6 +161,11 @@ class KeepPlan:
         """Visual tokens that enter the decoder."""
         return self.input.keep if self.input else self.tokens_from_encoder
 
+    @property
+    def ranks_in_decoder(self) -> bool:
+        """Whether visual tokens are ranked inside the decoder, where methods look at the text."""
+        return any(cut.keep for cut in (*self.layer_cuts, *self.cache_cuts))
+
     def encoding(self, block: int) -> int:
         """Return the number of visual tokens in block `block` of the vision encoder."""
         return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts if cut.layer <= block)][-1]
@@ -249,10 +251,23 @@ def check_keep_ratio(keep: float) -> None:
         raise PlanError(f"Keep ratio {keep} is outside (0, 1].", hint="--keep 0.25 keeps 25 % and removes 75 %.")
 
 
-def keep_count(tokens: int, keep: float) -> int:
-    """Return the keep budget for a keep ratio in (0, 1]: rounded down, at least one."""
+def keep_count(tokens: int, keep: float, method: str = "") -> int:
+    """Return the keep budget of a method for a keep ratio in (0, 1]: rounded as its authors do, at least one."""
     check_keep_ratio(keep)
-    return max(1, int(tokens * keep + 1e-9))
+    return max(1, _ROUNDING.get(method, _down)(tokens * keep))
+
+
+def _down(count: float) -> int:
+    return int(count + 1e-9)
+
+
+def _up(count: float) -> int:
+    return math.ceil(count - 1e-9)
+
+
+# How the authors' code makes a count of a share, where it does not round down: `round` in FastV's fastv_forward and DivPrune's
+# DivPrune, `ceil` in EViT's Attention and in the DART of TensorRT Edge-LLM.
+_ROUNDING: dict[str, Callable[[float], int]] = {"dart": _up, "divprune": round, "evit": _up, "fastv": round}
 
 
 def keep_count_up(tokens: int, share: float) -> int:

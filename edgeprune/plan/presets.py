@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeprune.errors import PlanError
@@ -32,22 +32,30 @@ def ranked_plan(
 
 
 def staircase_plan(
-    base: KeepPlan, method: str, keeps: Sequence[float], at_layers: Sequence[int] = (), *, seed: int = 0, site: str | None = None
+    base: KeepPlan,
+    method: str,
+    keeps: Sequence[float],
+    at_layers: Sequence[int] = (),
+    *,
+    seed: int = 0,
+    site: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> KeepPlan:
     """Return `base` with one cut per keep ratio, at the layer with the same index in `at_layers`.
 
     Keep ratios are shares of all visual tokens, at site "vision" of each view's tokens. A single ratio without a layer is cut at
-    DEFAULT_LAYER. Layer 0 means the input site unless `site` is given. Raises PlanError if the numbers of ratios and layers differ
-    or the keep budgets increase.
+    DEFAULT_LAYER. Layer 0 means the input site unless `site` is given. `options`: settings of the method, for all cuts. Raises
+    PlanError if the numbers of ratios and layers differ or the keep budgets increase.
     """
     layers = cut_layers(keeps, at_layers)
     cuts = tuple(
         Cut(
             site=site or ("layer" if layer else "input"),
             method=method,
-            keep=encoder_count(base.geometry, keep) if site == "vision" else keep_count(base.geometry.tokens, keep),
+            keep=encoder_count(base.geometry, keep, method) if site == "vision" else keep_count(base.geometry.tokens, keep, method),
             layer=layer,
             seed=seed,
+            options=options or {},
         )
         for keep, layer in zip(keeps, layers, strict=True)
     )
@@ -62,7 +70,7 @@ def cut_layers(keeps: Sequence[float], at_layers: Sequence[int]) -> tuple[int, .
     return layers
 
 
-def encoder_count(geometry: Geometry, keep: float) -> int:
+def encoder_count(geometry: Geometry, keep: float, method: str) -> int:
     """Return the keep budget of a vision cut: the same number for every view, at least one."""
     views = len(geometry.layout)
-    return views * keep_count(geometry.tokens // views, keep)
+    return views * keep_count(geometry.tokens // views, keep, method)

@@ -39,6 +39,9 @@ _STYLE: dict[str, Any] = {
     "grid.color": RULE,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
+    "legend.columnspacing": 1.0,
+    "legend.handlelength": 1.4,
+    "legend.handletextpad": 0.5,
     "hatch.color": RULE,
 }
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}

@@ -17,14 +17,15 @@ from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.plan import KeepPlan
 from edgeprune.report.canvas import FAINT, HEAT, HEAT_INK, INK, RULE, SERIES, drawn, tooltip
 
-_WIDTH = 9.0  # inches of 72 SVG units
+_WIDTH = 5.0  # inches of 72 SVG units: letters stay readable where the page is as narrow as a phone
 _MARKERS = "osD^vP*X<>"
 _BASELINES = ("random", "uniform", "resize")  # every method must beat these; drawn hollow
-_MAX_NUMBERED_COLUMNS = 16  # of a heat map with a number in every cell
+_MAX_NUMBERED_COLUMNS = 10  # of a chart over layers with a number in every cell
+_MAX_LAYER_TICKS = 13
 _MAX_MARKS = 40  # per line
 _AXES = {
-    "flops": "visual work in prefill, of the unpruned model's",
-    "kv": "visual KV cache, of the unpruned model's",
+    "flops": "work on visual tokens in prefill",
+    "kv": "visual KV cache",
     "ttft_ms": "time to first token, ms",
 }
 
@@ -48,7 +49,7 @@ def budgets(plan: KeepPlan) -> Markup:
 
     def draw(axes: Axes) -> None:
         axes.axhline(tokens, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label=f"unpruned: {tokens}")
-        bars = (("alive in prefill", plan.tokens_at_layer, 0.86, 0.32), ("stored in the KV cache", plan.tokens_cached, 0.46, 1.0))
+        bars = (("in prefill", plan.tokens_at_layer, 0.86, 0.32), ("in the KV cache", plan.tokens_cached, 0.46, 1.0))
         for label, count, width, alpha in bars:
             drawing = axes.bar(layers, [count(layer) for layer in layers], width, color=SERIES[0], alpha=alpha, label=label)
             for layer, bar in enumerate(drawing):
@@ -58,7 +59,7 @@ def budgets(plan: KeepPlan) -> Markup:
         axes.set(ylabel="visual tokens", ylim=(0, tokens * 1.08), xlim=(-0.6, plan.layers - 0.4))
         _layer_axis(axes, plan.layers)
         axes.grid(axis="y")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.4)
+        _legend(axes, 3)
 
     return drawn("budgets", "Visual tokens per decoder layer", (_WIDTH, 3.2), draw)
 
@@ -84,9 +85,9 @@ def decode_shares(schedule: Sequence[float] | None, answers: Sequence[tuple[str,
             for step, share in enumerate(shares):
                 axes.plot(step, share, marker, color=color, markersize=4, gid=tooltip(f"{label}, step {step}: {share:.0%}"))
         axes.set(xlabel="decode step", ylabel="share kept", ylim=(-0.03, 1.05))
-        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         _percent(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.4)
+        _legend(axes, 3)
 
     return drawn("decode", "Share of the visual cache by decode step", (_WIDTH, 2.6), draw)
 
@@ -104,7 +105,7 @@ def attention_by_layer(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> M
         axes.set(ylabel="attention to vision", ylim=(0, min(1.0, 0.01 + 1.15 * max(high.max(), mean.max()))))
         _layer_axis(axes, len(mean))
         _percent(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.4)
+        _legend(axes, 2)
 
     return drawn("attention", "Attention to vision over layers", (_WIDTH, 2.9), draw)
 
@@ -122,8 +123,8 @@ def attention_by_step(split: np.ndarray, names: Sequence[str]) -> Markup:
             line[0].set_gid(tooltip(f"{name}, {len(steps)} steps: from {values[0]:.0%} to {values[-1]:.0%}"))
         axes.set(xlabel="decode step", ylabel="share of attention", ylim=(0, 1))
         _percent(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        _legend(axes, 2)
 
     return drawn("split", "Attention split over decode steps", (_WIDTH, 3.0), draw)
 
@@ -141,7 +142,7 @@ def heat_map(name: str, title: str, heat: HeatMap) -> Markup:
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
 
-    return drawn(name, title, (_WIDTH, 0.9 + 0.36 * rows), draw)
+    return drawn(name, title, (_WIDTH, 0.9 + 0.32 * rows), draw)
 
 
 def _cell(axes: Axes, heat: HeatMap, row: int, column: int, value: float) -> None:
@@ -173,13 +174,14 @@ def trade_off(curve: Curve, plan: KeepPlan) -> Markup:
             _series(axes, curve, group, index)
         _ring(axes, curve, plan)
         axes.set(xlabel=_AXES[curve.axis], ylabel="agreement with the unpruned model")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if curve.axis != "ttft_ms":
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            axes.set_xlim(0, 1.02)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid()
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+        axes.figure.legend(loc="outside lower center", ncols=2)
 
-    return drawn("curve", "Score over cost", (_WIDTH, 4.4), draw)
+    return drawn("curve", "Score over cost", (_WIDTH, 3.3 + 0.22 * (3 + len(groups)) / 2), draw)
 
 
 def _series(axes: Axes, curve: Curve, group: str, index: int) -> None:
@@ -219,7 +221,11 @@ def _format_cost(point: Point, axis: str) -> str:
 
 def _layer_axis(axes: Axes, layers: int) -> None:
     axes.set_xlabel("decoder layer")
-    axes.set_xticks(range(0, layers, 1 if layers <= _MAX_NUMBERED_COLUMNS else 2))
+    axes.set_xticks(range(0, layers, 1 + layers // _MAX_LAYER_TICKS))
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.4)
 
 
 def _percent(axes: Axes) -> None:

@@ -23,6 +23,7 @@ from edgeprune.runtime import Answer, Receipt, Runtime, load
 from edgeprune.runtime.media.images import ImageSource, read_image
 
 _MAX_SIDE = 640  # pixels along the longer side of a picture in the page
+_ENDED = {"end": "complete", "stop": "ended by a stop text", "length": "cut at its longest length"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with its answer, facts of the receipt, overlay pictures, and the share kept at each decode step."""
+    """A question with its answer, overlay pictures, and the share kept at each decode step.
+
+    `unpruned`: the answer without pruning, None if nothing was pruned. `facts`: rows of a name, the value with pruning, and the
+    value without it, "" where there is none.
+    """
 
     prompt: str
     text: str
-    facts: tuple[tuple[str, str], ...]
+    unpruned: str | None
+    facts: tuple[tuple[str, str, str], ...]
     pictures: tuple[Picture, ...]
     decode_shares: tuple[float, ...]
 
@@ -98,16 +104,26 @@ def load_inputs(request: ReportOptions) -> ReportInputs:
 def collect_answers(
     runtime: Runtime, image: ImageSource, prompts: Sequence[str], *, fit: str = "exact", max_tokens: int = 128
 ) -> AnswerSet:
-    """Ask a model each prompt about an image and collect the answers. Nothing is reused, so that each shows what it takes."""
-    picture, answers = read_image(image), list[Answer]()
-    runtime.generate(picture, prompts[0], fit=fit, max_tokens=1)  # warm-up: the first run of a session is slower
-    for prompt in prompts:
+    """Ask a model each prompt about an image, with and without pruning, and collect the answers.
+
+    Nothing is reused, so that each shows what it takes.
+    """
+    picture = read_image(image)
+    for prune in (True, False):  # warm-up: the first run of a session is slower
+        runtime.generate(picture, prompts[0], prune=prune, fit=fit, max_tokens=1)
+
+    def ask(prompt: str, prune: bool) -> Answer:
         runtime.forget()
-        answers.append(runtime.generate(picture, prompt, fit=fit, max_tokens=max_tokens))
+        return runtime.generate(picture, prompt, prune=prune, fit=fit, max_tokens=max_tokens)
+
+    answers, whole = list[Answer](), list[Answer | None]()
+    for prompt in prompts:
+        answers.append(ask(prompt, True))
+        whole.append(ask(prompt, False) if answers[-1].receipt.pruned else None)
     panels = [runtime.panels(picture, answer.receipt, fit=fit) for answer in answers]
     questions = [
-        _answered(prompt, answer, [Picture(p.title, p.caption, data_uri(p.picture)) for p in drawn])
-        for prompt, answer, drawn in zip(prompts, answers, panels, strict=True)
+        _answered(prompt, answer, unpruned, [Picture(p.title, p.caption, data_uri(p.picture)) for p in drawn])
+        for prompt, answer, unpruned, drawn in zip(prompts, answers, whole, panels, strict=True)
     ]
     return AnswerSet(tuple(questions), _shared_lines([answer.receipt for answer in answers]))
 
@@ -121,24 +137,29 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _answered(prompt: str, answer: Answer, pictures: Sequence[Picture]) -> AnsweredQuestion:
-    facts = _facts(answer.receipt)
-    return AnsweredQuestion(prompt, answer.text, tuple(facts), tuple(pictures), tuple(answer.receipt.decode_shares))
+def _answered(prompt: str, answer: Answer, whole: Answer | None, pictures: Sequence[Picture]) -> AnsweredQuestion:
+    receipt, unpruned = answer.receipt, {} if whole is None else dict(_costs(whole.receipt))
+    facts = [(name, value, "") for name, value in _cut_facts(receipt)]
+    facts += [(name, value, unpruned.get(name, "")) for name, value in _costs(receipt)]
+    text = None if whole is None else whole.text
+    return AnsweredQuestion(prompt, answer.text, text, tuple(facts), tuple(pictures), tuple(receipt.decode_shares))
 
 
-def _facts(receipt: Receipt) -> list[tuple[str, str]]:
+def _costs(receipt: Receipt) -> list[tuple[str, str]]:
     times, steps = receipt.times, len(receipt.visual_reads)
-    parts = f"preprocess {times.preprocess_ms:.1f}, vision {times.vision_ms:.1f}, select {times.select_ms:.1f}"
+    read = f"{receipt.visual_read_share:.0%} of all, over {steps} step{'s' * (steps != 1)}"
     return [
-        ("tokens", f"{receipt.visual_tokens} visual, {receipt.text_tokens} text, {receipt.generated_tokens} generated"),
-        *_cut_facts(receipt),
-        ("first token", f"{times.ttft_ms:.1f} ms"),
-        ("of which", f"{parts}, prefill {times.prefill_ms:.1f} ms"),
+        ("first token after", f"{times.ttft_ms:.1f} ms"),
+        ("image preparation", f"{times.preprocess_ms:.1f} ms"),
+        ("vision encoder", f"{times.vision_ms:.1f} ms"),
+        ("choice of tokens", f"{times.select_ms:.1f} ms"),
+        ("prefill", f"{times.prefill_ms:.1f} ms"),
         ("each further token", f"{times.ms_per_token:.1f} ms" if times.decode_ms else "there was none"),
-        ("KV cache", f"{receipt.kv_bytes / 1024:.0f} KiB"),
-        ("visual KV stored", f"{receipt.visual_kv_share:.0%} of the unpruned"),
-        ("visual KV read", f"{receipt.visual_read_share:.0%} of the unpruned, over {steps} decode step{'s' * (steps != 1)}"),
-        ("ended by", receipt.finish_reason),
+        ("visual KV cache kept", f"{receipt.visual_kv_share:.0%} of all"),
+        ("visual KV cache read", read),
+        ("KV cache with the text", f"{receipt.kv_bytes / 1024:.0f} KiB"),
+        ("prompt", f"{receipt.visual_tokens} visual and {receipt.text_tokens} text tokens"),
+        ("answer", f"{receipt.generated_tokens} tokens, {_ENDED.get(receipt.finish_reason, receipt.finish_reason)}"),
     ]
 
 
@@ -190,7 +211,10 @@ def _open_statistics(path: Path, plan: KeepPlan, bundle: Bundle | None) -> Stati
         _require_equal(path, "number of KV heads", source.kv_heads, bundle.manifest.decoder.kv_heads)
         _require_equal(path, "model (sha256 of its weights)", source.weights_sha256, bundle.manifest.source.weights_sha256)
     if statistics.samples == 0:
-        raise UsageError(f"{path} holds the statistics of no sample.", hint="Collect them: edgeprune calibrate MODEL --data FILE")
+        raise UsageError(
+            f"{path} holds the statistics of no sample.",
+            hint="Collect them: edgeprune calibrate MODEL --data FILE --statistics NEW",
+        )
     return statistics
 
 

@@ -21,6 +21,11 @@ from edgeprune.report.gather import AnswerSet, ReportInputs, ReportOptions, load
 from edgeprune.report.text import costs, describe_cuts, schedule_of
 
 _SPLIT = ("system prompt", "image", "instruction", "generated text")
+_COSTS = {
+    "flops": "Each measured plan, over its operations on visual tokens in prefill, of the unpruned model's.",
+    "kv": "Each measured plan, over its visual KV cache, of the unpruned model's.",
+    "ttft_ms": "Each measured plan, over its predicted time to the first token.",
+}
 _FAINTEST = 1e-4  # of the largest cost; smaller costs have the same colour
 
 
@@ -87,7 +92,7 @@ def _measured(curve: Curve | None, plan: KeepPlan) -> list[tuple[str, str, str]]
     if point is None:
         return []
     rows = [
-        ("visual work in prefill", f"{point.flops:.0%}", "operations, of the unpruned"),
+        ("operations on visual tokens", f"{point.flops:.0%}", "in prefill, of the unpruned model's"),
         ("agreement", f"{point.score:.1%}", f"with the unpruned answers, {point.samples} samples"),
     ]
     return rows if point.ttft_ms is None else [*rows, ("time to first token", f"{point.ttft_ms:.1f} ms", "predicted")]
@@ -95,7 +100,10 @@ def _measured(curve: Curve | None, plan: KeepPlan) -> list[tuple[str, str, str]]
 
 def _budget_charts(material: ReportInputs) -> list[Chart]:
     plan = material.plan
-    note = "A layer sees the pale bar while it reads the prompt, and its KV cache keeps the strong one for the answer."
+    note = (
+        "Pale: the visual tokens that a layer works on while it reads the prompt (prefill). "
+        "Strong: those that its KV cache keeps for the answer."
+    )
     found = [Chart("Visual tokens per layer", note, charts.budgets(plan))]
     if plan.cache_cuts and material.statistics is not None:
         found.append(_coverage_chart(plan, material.statistics))
@@ -105,13 +113,13 @@ def _budget_charts(material: ReportInputs) -> list[Chart]:
 
 
 def _decode_chart(plan: KeepPlan, cut: Cut, interview: AnswerSet | None) -> Chart:
-    title, questions = "Visual cache by decode step", () if interview is None else interview.asked
+    title, questions = "What each step of an answer reads", () if interview is None else interview.asked
     measured = [(f"answer {number}", a.decode_shares) for number, a in enumerate(questions, start=1) if a.decode_shares]
-    marks = "Marks are what the answers below really read. " if measured else ""
+    marks = "Share of the visual KV cache. Marks: what the answers below really read. " if measured else ""
     if not plan.follows_attention:
         schedule = schedule_of(cut, max((len(shares) for _, shares in measured), default=0))
         return Chart(title, f"{marks}The schedule is the same for every answer.", charts.decode_shares(schedule, measured))
-    live = "The share follows attention: it is decided step by step, in every answer anew."
+    live = "The share follows attention: it is chosen anew at every step of every answer."
     if not measured:
         return Chart(title, f"{live} Ask a bundle about an image (--image, --prompt) to see what its answers read.")
     return Chart(title, marks + live, charts.decode_shares(None, measured))
@@ -127,9 +135,8 @@ def _coverage_chart(plan: KeepPlan, statistics: Statistics) -> Chart:
     heads = [f"{head}" for head in range(len(values))]
     heat = charts.HeatMap(values, np.nan_to_num(np.clip(values, 0.0, 1.0)), heads, "KV head", "{:.0%}".format)
     note = (
-        "All heads of a layer keep the same number of tokens, each its own. Of the attention that an unpruned answer pays to the "
-        "image, this is the share that falls on as many of the head's highest-ranked tokens; empty where a layer has no cache cut. "
-        f"Here it is {np.nanmin(values):.0%} to {np.nanmax(values):.0%}."
+        "The share of an unpruned answer's attention to the image that falls on the tokens that stay, if each KV head keeps those "
+        f"that it ranks highest: {np.nanmin(values):.0%} to {np.nanmax(values):.0%}. Empty: the layer has no cache cut."
     )
     return Chart("Attention that the kept tokens cover", note, charts.heat_map("coverage", "Coverage by layer and KV head", heat))
 
@@ -138,7 +145,7 @@ def _statistics_charts(statistics: Statistics) -> list[Chart]:
     split = statistics.attention_split()
     found = [_attention_chart(statistics)]
     if not np.isnan(split).all():
-        note = "Mean over the layers, of the unpruned model's answers. Fewer answers reach the later steps."
+        note = "How attention divides while the unpruned model answers, a mean over the layers. Fewer answers reach later steps."
         found.append(Chart("Where the answer looks", note, charts.attention_by_step(split.mean(axis=1), _SPLIT)))
     return [*found, _cost_chart(statistics)]
 
@@ -149,7 +156,7 @@ def _attention_chart(statistics: Statistics) -> Chart:
     edges = np.arange(GAMMA_BINS + 1) / GAMMA_BINS
     mean = histogram @ (edges[1:] + edges[:-1]) / 2 / np.maximum(histogram.sum(axis=1), 1e-12)
     low, high = (np.array([np.interp(quartile, [0.0, *row], edges) for row in share]) for quartile in (0.25, 0.75))
-    note = f"Share of the last prompt token's attention that goes to the image, over {statistics.samples} samples."
+    note = f"The share of the last prompt token's attention that goes to the image, over {statistics.samples} samples."
     return Chart("Attention to vision", note, charts.attention_by_layer(mean, low, high))
 
 
@@ -160,9 +167,9 @@ def _cost_chart(statistics: Statistics) -> Chart:
     depth = 1.0 - np.log(np.clip(values / largest, least, 1.0)) / np.log(least)
     heat = charts.HeatMap(values, depth, [f"{share:.0%}" for share in SHARES], "share kept", _nats)
     note = (
-        "KL divergence from the unpruned answer in nats, with one layer's visual cache cut and the others whole: "
-        f"{_nats(float(values.min()))} to {_nats(float(values.max()))}, in logarithmic colours. Mean over {statistics.samples} "
-        "samples, summed over an answer."
+        "How far an answer's token probabilities move (KL divergence in nats, summed over the answer) if one layer's visual cache "
+        f"keeps only a share and all others stay whole: {_nats(float(values.min()))} to {_nats(float(values.max()))}, a mean over "
+        f"{statistics.samples} samples. The stronger the colour, the further, on a logarithmic scale."
     )
     return Chart("What a smaller cache costs", note, charts.heat_map("cost", "Cost by layer and share kept", heat))
 
@@ -172,8 +179,11 @@ def _nats(value: float) -> str:
 
 
 def _curve_chart(curve: Curve, plan: KeepPlan) -> Chart:
-    note = "Every measured plan; hollow marks are the baselines that a method must beat, the line joins the best at every cost."
-    return Chart("Score over cost", note, charts.trade_off(curve, plan))
+    note = (
+        f"{_COSTS[curve.axis]} How often its answers agree with the unpruned model's stands upwards. Hollow: baselines that a "
+        "method must beat. The line joins the best plans at every cost."
+    )
+    return Chart("Agreement over cost", note, charts.trade_off(curve, plan))
 
 
 def _front_rows(curve: Curve, plan: KeepPlan) -> list[dict[str, Any]]:

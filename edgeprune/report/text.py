@@ -65,8 +65,8 @@ def costs(plan: KeepPlan) -> list[tuple[str, str, str]]:
     alive, stored = sum(map(plan.tokens_at_layer, range(layers))), sum(map(plan.tokens_cached, range(layers)))
     total = tokens * layers
     return [
-        ("visual tokens in prefill", f"{alive / total:.0%}", f"{alive / layers:.0f} of {tokens}, mean over the layers"),
-        ("visual KV cache after prefill", f"{stored / total:.0%}", f"{stored} of {total} entries a KV head, over the layers"),
+        ("visual tokens in prefill", f"{alive / total:.0%}", f"{alive / layers:.0f} of {tokens} in a layer, on average"),
+        ("visual tokens in the KV cache", f"{stored / total:.0%}", f"{stored / layers:.0f} of {tokens} in a layer, on average"),
     ]
 
 
@@ -101,7 +101,7 @@ def _describe_pruning(cut: Cut, plan: KeepPlan) -> str:
 def _describe_caches(cuts: Sequence[Cut]) -> str:
     where = spans("layer" if len(cuts) == 1 else "layers", [cut.layer for cut in cuts])
     kept = format_counts([cut.keep for cut in cuts])
-    return f"After prefill, the KV cache of {where} keeps {kept} visual tokens, every KV head its own, ranked."
+    return f"After prefill, the KV cache of {where} keeps {kept} visual tokens. Every KV head chooses its own."
 
 
 def _describe_decode(cut: Cut) -> str:

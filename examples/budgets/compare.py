@@ -4,7 +4,7 @@
 
 Every bundle answers each question twice in a row, with and without its plan, so that drift of the machine cancels in the ratios.
 transformers' own generate answers them in turns with the unpruned bundle, on as many threads.
-Writes OUT/results.json, OUT/table.md and OUT/pareto.png.
+Writes OUT/results.json and OUT/table.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples, score
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, Cost, evaluate
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
-from edgeprune.cli.output.basic import ProgressBar
+from edgeprune.cli.output.progress import CommandProgress
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
@@ -43,8 +43,8 @@ def measure_bundle(loaded: LoadedModel, method: str, keep: float, samples: list[
     bundle = export_bundle(loaded, plan, folder / f"{method}-{round(100 * keep)}", force=True)
     model = edgeprune.runtime.load(bundle.path, threads=THREADS)
     model.generate(samples[0].image, samples[0].prompt)  # warm up
-    with ProgressBar(f"{method} {keep:.0%}", len(samples), quiet=False) as counter:
-        report = evaluate(model, samples, progress=counter.update)
+    with CommandProgress() as progress:
+        report = evaluate(model, samples, progress=progress.count(f"{method} {keep:.0%}, samples", len(samples)))
     variant = PRUNED if report.pruned else UNPRUNED
     short, facts = report.rows()[ALL], report.kinds[DESCRIBE]
     cost, whole = report.cost[variant].to_dict(), report.cost[UNPRUNED].to_dict()
@@ -83,7 +83,8 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
     points = {False: [0.0, 0.0], True: [0.0, 0.0]}  # right and asked, for short answers and for descriptions
     clocks, ours = Cost(), Cost()
     agreed = 0
-    with ProgressBar("transformers", len(samples), quiet=False) as counter:
+    with CommandProgress() as progress:
+        counted = progress.count("transformers, samples", len(samples))
         for done, sample in enumerate(samples, start=1):
             text = _answer_with_transformers(loaded, processor, sample, clocks)
             answer = model.generate(sample.image, sample.prompt)
@@ -92,7 +93,7 @@ def measure_transformers(loaded: LoadedModel, samples: list[Sample], folder: Pat
             scored = score(sample, text)
             points[sample.kind == DESCRIBE][0] += scored.correct
             points[sample.kind == DESCRIBE][1] += scored.total
-            counter.update(done)
+            counted(done)
     cost, whole = clocks.to_dict(), ours.to_dict()
     return {
         "method": "transformers",
@@ -142,32 +143,6 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_pareto(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy over the share of tokens kept, one line a method, for short answers and for descriptions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    whole = next(row for row in rows if row["method"] == "none")
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, (key, title) in zip(panels, (("accuracy", "short answers right"), ("facts", "described facts right")), strict=True):
-        for method, marker in zip(METHODS, "osD", strict=True):
-            line = [row for row in rows if row["method"] == method]
-            keeps = [whole["keep"], *(row["keep"] for row in line)]
-            panel.plot(
-                [100 * keep for keep in keeps],
-                [100 * v for v in (whole[key], *(row[key] for row in line))],
-                marker=marker,
-                label=method,
-            )
-        panel.set(title=title, xlabel=f"visual tokens kept from layer {LAYER} on, %", ylim=(0, 103), xlim=(105, 0))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("%")
-    panels[0].legend()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     """Parse the command line and measure everything in one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,7 +159,6 @@ def main() -> None:
     rows.append(measure_transformers(loaded, samples, options.out))
     (options.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     (options.out / "table.md").write_text(to_markdown(rows))
-    draw_pareto(rows, options.out / "pareto.png")
     Console(width=160).print(to_markdown(rows))
 
 

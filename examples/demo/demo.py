@@ -15,7 +15,7 @@ from rich.table import Table
 import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, score
 from edgeprune.checkpoint.loading import load_model, resolve_model
-from edgeprune.cli.output.basic import StageProgress
+from edgeprune.cli.output.progress import CommandProgress
 from edgeprune.export.exporter import STAGES, export_bundle
 from edgeprune.plan import Cut
 from edgeprune.plan.presets import unpruned_plan
@@ -29,12 +29,12 @@ KINDS = ("colour", "where", "label", "nearest", "describe")
 
 def make_bundle(folder: Path) -> Path:
     """Export `tabletop` with the quarter of the visual tokens that ZSPAPrune keeps: a core near the question, then what differs."""
-    with StageProgress(["model", *STAGES], quiet=False) as stages:
-        stages.begin("model")
+    with CommandProgress(["model", *STAGES]) as progress:
+        progress.begin("model")
         loaded = load_model(resolve_model("tabletop"))
         base = unpruned_plan(loaded.folder.model_type, len(loaded.family.decoder().layers), loaded.geometry(None))
         plan = base.with_cuts(Cut("input", "zspaprune", base.geometry.tokens // 4, options={"core": 0.15}))
-        return export_bundle(loaded, plan, folder / "tabletop.bundle", force=True, progress=stages.begin).path
+        return export_bundle(loaded, plan, folder / "tabletop.bundle", force=True, progress=progress).path
 
 
 def ask(bundle: Path, folder: Path, seed: int) -> Table:
@@ -51,7 +51,8 @@ def ask(bundle: Path, folder: Path, seed: int) -> Table:
             question = ask_one(scene, rng, kind)
         image = draw_scene(scene)
         whole, pruned = (model.generate(image, question.prompt, prune=prune) for prune in (False, True))
-        model.draw(image, pruned.receipt).save(folder / f"kept-{kind}.png")
+        sheet = model.draw(image, pruned.receipt, question=question.prompt, answer=pruned.text)
+        sheet.save(folder / f"kept-{kind}.png")
         times = [f"{a:.1f} -> {b:.1f}" for a, b in _times(whole, pruned)]
         kept = " -> ".join(str(n) for n in (144, *(cut.after for cut in pruned.receipt.cuts)))
         marks = [_mark(answer, Sample(Path(), question.prompt, question.answer, kind)) for answer in (whole, pruned)]

@@ -43,8 +43,8 @@ def stand_in(folder: Path, seed: int, count: int) -> list[dict[str, str]]:
 def calibrate(out: Path, model: str, shown: list[str]) -> list[str]:
     """Make a plan for each tier; the first pass over the samples serves them all. Return the options that export takes."""
     given = ("--data", out / "calibration.jsonl", "--statistics", out / "statistics.safetensors", *shown)
-    for name, keep in TIERS.items():
-        command("calibrate", model, *METHOD, "--keep", keep, *given, "-o", out / f"{name}.json")
+    for name, budget in TIERS.items():
+        command("calibrate", model, *METHOD, "--budget", budget, *given, "-o", out / f"{name}.json")
     return [word for name in TIERS for word in ("--tier", f"{name}={out / name}.json")]
 
 

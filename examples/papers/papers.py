@@ -27,16 +27,16 @@ RANKING = "--rows peak --reduce max"
 SHORT = "all short answers"
 # Row: how its plan is calibrated, on all samples or on those with long answers.
 ALL, LONG = "dataset.jsonl", "long.jsonl"
-RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --keep 0.62"
+RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --budget 0.62"
 PLANS = {
-    "plphp-50": f"{LONG} {RANKING} --method plphp --prior --keep 0.5",
-    "plphp-40": f"{LONG} {RANKING} --method plphp --prior --keep 0.4 --delta 0.16",
-    "plphp-30": f"{LONG} {RANKING} --method plphp --prior --keep 0.3 --delta 0.1",
-    "plphp-30-last-row": f"{LONG} --method plphp --keep 0.3 --delta 0.1",
-    "random-cache-30": f"{ALL} --method random --site cache --keep 0.3",
-    "uniform-cache-30": f"{ALL} --method uniform --site cache --keep 0.3",
-    **{f"zspaprune-{keep}": f"{ALL} --method zspaprune --core 0.15 --keep {keep / 100}" for keep in (25, 10)},
-    **{f"{method}-{keep}": f"{ALL} --method {method} --keep {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
+    "plphp-50": f"{LONG} {RANKING} --method plphp --prior --budget 0.5",
+    "plphp-40": f"{LONG} {RANKING} --method plphp --prior --budget 0.4 --delta 0.16",
+    "plphp-30": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1",
+    "plphp-30-last-row": f"{LONG} --method plphp --budget 0.3 --delta 0.1",
+    "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
+    "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
+    **{f"zspaprune-{keep}": f"{ALL} --method zspaprune --core 0.15 --budget {keep / 100}" for keep in (25, 10)},
+    **{f"{method}-{keep}": f"{ALL} --method {method} --budget {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
     **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
@@ -44,13 +44,15 @@ PLANS = {
         for share in (50, 25, 10)
     },
 }
-# What ranks tokens by the question, as it comes, and the baselines beside it.
-BY_QUESTION = ("cdpruner", "fastv", "fitprune", "plphp", "pyramiddrop", "sparsevlm", "zspaprune")
-PAIR_PLANS = {
-    f"{method}-{keep}": f"{ALL} --method {method} --keep {keep / 100}"
-    for method in (*BY_QUESTION, "random", "uniform")
-    for keep in (50, 25)
-}
+# About two images: what ranks tokens by the question, as it comes, and baselines. In the decoder the share is that of the last
+# layers, for PLPHP that of the cache.
+WHOLE = {50: "--keep 0.5", 25: "--keep 0.25"}
+LAYER = {keep: f"{cut} --layer 2" for keep, cut in WHOLE.items()}
+STAGES = {50: "--keep 0.75 --layer 2 --keep 0.5 --layer 4", 25: "--keep 0.5 --layer 2 --keep 0.25 --layer 4"}
+CUTS = {"cdpruner": WHOLE, "zspaprune": WHOLE, "fastv": LAYER, "fitprune": STAGES, "pyramiddrop": STAGES, "sparsevlm": STAGES}
+CUTS |= {"random": WHOLE, "uniform": WHOLE}
+EXPORTED = {f"{method}-{keep}": f"--method {method} {cut}" for method, cuts in CUTS.items() for keep, cut in cuts.items()}
+PAIR_PLANS = {f"plphp-{keep}": f"{ALL} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
 
 
@@ -68,11 +70,13 @@ def main() -> None:
     images = 2 if request.pairs else 1
     _draw(out / "calibration", request.calibration_scenes, CALIBRATION_SEED, images)
     _draw(out / "evaluation", request.scenes, EVALUATION_SEED, images)
-    rows = ["none", *plans, *([] if request.pairs else SINGLES)]
-    for row in request.only or rows:
+    rows = ["none", *plans, *(EXPORTED if request.pairs else SINGLES)]
+    chosen = request.only or rows
+    for number, row in enumerate(chosen, start=1):
         if not (out / f"{row}.result.json").is_file():
-            print(row, flush=True)
-            _measure(out, row, plans)
+            print(f"[{number}/{len(chosen)}] {row}", flush=True)
+            options = EXPORTED[row].split() if request.pairs and row in EXPORTED else _plan_options(out, row, plans)
+            _measure(out, row, options)
     (out / "table.md").write_text(_kinds_table(out, rows) if request.pairs else _cost_table(out, rows))
 
 
@@ -83,9 +87,12 @@ def _draw(folder: Path, scenes: int, seed: int, images: int) -> None:
     (folder / LONG).write_text("\n".join(line for line in lines if json.loads(line)["kind"] == DESCRIBE) + "\n")
 
 
-def _measure(out: Path, row: str, plans: dict[str, str]) -> None:
-    plan = [] if row == "none" else ["--plan", str(_plan(out, row, plans))]
-    _edgeprune("export", "tabletop", "-o", str(out / row), "--force", *plan)
+def _plan_options(out: Path, row: str, plans: dict[str, str]) -> list[str]:
+    return [] if row == "none" else ["--plan", str(_plan(out, row, plans))]
+
+
+def _measure(out: Path, row: str, options: list[str]) -> None:
+    _edgeprune("export", "tabletop", "-o", str(out / row), "--force", *options)
     result = _edgeprune("eval", str(out / row), "--data", str(out / "evaluation" / ALL), "--json")
     (out / f"{row}.result.json").write_text(result)
 

@@ -111,7 +111,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--inside", type=int, default=150, help="Answers of each thread that are cancelled within a process.")
     parser.add_argument("--json", type=Path, help="Write the account here.")
     parser.add_argument("--plot", type=Path, help="Draw memory, threads and open files here.")
-    parser.add_argument("--keep", type=Path, help="Folder for all that the clients and the server wrote.")
+    parser.add_argument("--logs", type=Path, help="Folder for all that the clients and the server wrote.")
     return parser.parse_args()
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     """Parse the command line, soak, tell; the exit status is 1 when anything was lost, crossed, wrong, hung or held up."""
     options = _parsed()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.keep or Path(temporary)
+        folder = options.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         report = soaked(options, folder.resolve())
     if options.json:

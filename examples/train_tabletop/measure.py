@@ -23,7 +23,7 @@ import edgeprune.runtime
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.evaluation import ALL, UNPRUNED, EvalReport, evaluate
 from edgeprune.checkpoint.loading import load_model, resolve_model
-from edgeprune.cli.output.basic import ProgressBar
+from edgeprune.cli.output.progress import CommandProgress
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
@@ -68,18 +68,18 @@ there are together, and a description of one of the two.
 
 
 def measure(model: edgeprune.runtime.Runtime, samples: list[Sample], what: str) -> EvalReport:
-    """Evaluate with a progress bar."""
-    with ProgressBar(what, len(samples), quiet=False) as counter:
-        return evaluate(model, samples, progress=counter.update)
+    """Evaluate, and show how far it is."""
+    with CommandProgress() as progress:
+        return evaluate(model, samples, progress=progress.count(f"{what}, samples", len(samples)))
 
 
 def accuracy_rows(seeing: EvalReport, blind: EvalReport, samples: list[Sample]) -> str:
     """Return one table line a kind."""
-    lines = []
+    lines, unseen = [], blind.rows()
     for kind, entry in seeing.rows().items():
         answers = Tally(sample.answer for sample in samples if sample.kind == kind)
         prior = f"{answers.most_common(1)[0][1] / answers.total():.1%}" if answers and kind != DESCRIBE else ""
-        scores = f"{entry.accuracy(UNPRUNED):.1%} | {blind.rows()[kind].accuracy(UNPRUNED):.1%}"
+        scores = f"{entry.accuracy(UNPRUNED):.1%} | " + (f"{unseen[kind].accuracy(UNPRUNED):.1%}" if kind in unseen else "-")
         name = f"**{ALL}**" if kind == ALL else kind
         lines.append(f"| {name} | {entry.total} | {scores} | {prior} |")
     return "\n".join(lines)
@@ -122,10 +122,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--log", type=Path, nargs="+", required=True, help="log.jsonl of the training runs, in order")
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--pairs", type=int, default=1000)
-    parser.add_argument("--blind", type=int, default=400, help="scenes asked with the image replaced by grey")
-    parser.add_argument("--blind-pairs", type=int, default=200, help="pairs asked so")
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--blind", type=int, default=200, help="scenes asked with the image replaced by grey")
+    parser.add_argument("--blind-pairs", type=int, default=100, help="pairs asked so")
     parser.add_argument("--seed", type=int, default=2026)
     options = parser.parse_args()
     loaded = load_model(resolve_model(str(options.model)))

@@ -31,9 +31,9 @@ def run_passes(
 ) -> ir.Model:
     """Apply all passes of a lowering to a traced graph and return the result.
 
-    `dimensions`: names of the dynamic axes of inputs. `part`: the part of the model, "layers" (the decoder), "vision", "embedding",
-    or "" for a graph whose precision does not change. `stored`: the sources of weights that are read when the graph is
-    saved, by address.
+    `dimensions`: names of the dynamic axes of inputs. `part`: the part of the model, "layers" (the decoder), "vision",
+    "projector" (a selection with the projector in it), "embedding", or "" for a graph whose precision does not change. `stored`:
+    the sources of weights that are read when the graph is saved, by address.
     """
     _use_stored_weights(model.graph, stored)
     optimize(model)
@@ -50,7 +50,7 @@ def run_passes(
         tile_encoder_attention(model.graph)
     if part == "embedding":
         lower_table(model.graph, lowering)
-    elif part in ("layers", "vision"):
+    elif part in ("layers", "vision", "projector"):
         lower_products(model.graph, lowering, part)
     RemoveUnusedNodesPass()(model)
     return model

@@ -47,7 +47,10 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
 
 
 def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
-    """Lower the precision of every matrix product of a graph. `part`: the part of the model, "layers" or "vision"."""
+    """Lower the precision of every matrix product of a graph. `part`: the part of the model, "layers", "vision" or "projector".
+
+    Beside a projector, the products that select tokens stay in float32.
+    """
     products = _Products(lowering, part)
     half = lowering.products == "float16"
     for node in list(graph):

@@ -34,15 +34,24 @@ def load(
     check: str = "full",
     require_signature: TrustedKeys = (),
 ) -> Runtime:
-    """Load a bundle after checking every file against its manifest.
+    """Load the bundle in the folder `path` after checking every file against its manifest.
 
-    `provider`: one of `backends.providers.PROVIDERS`; there is no fallback to another. `threads`: intra-op threads of ONNX Runtime.
-    `cache_bytes`: size of the cache of image embeddings and prefixes, 0 for none. `max_kv_bytes`: limit for the KV cache of each
-    conversation. `energy`: measure joules where the machine can. `warm_up`: see `Runtime.warm_up`. `on_phase` is called with
-    "loading", "warming" and "ready" as each phase begins. `check`: "full" reads every file; "fast" skips files that are unchanged
-    since this user's last full check. `require_signature`: public keys as paths or PEM bytes, one of which must have signed the
-    bundle. Raises BundleError when a file is missing or altered or the signature is not as required, EngineError when the provider
-    is not available here, and UsageError for invalid limits.
+    >>> with edgeprune.runtime.load("table.bundle") as model:
+    ...     print(model.generate("table.png", "What does the label say?"))
+
+    * `threads`: intra-op threads of ONNX Runtime; None for all cores.
+    * `provider`: what computes: "cpu", "cuda", "ort-tensorrt" or "openvino" (all by ONNX Runtime), or "tensorrt" (the engines that
+      `edgeprune build` made). There is no fallback to another.
+    * `cache_bytes`: size of the cache of image embeddings and prefixes; 0 for none.
+    * `max_kv_bytes`: limit of each conversation's KV cache, in bytes.
+    * `energy`: measure joules where the machine has sensors.
+    * `warm_up`: answer twice per tier before returning (see `Runtime.warm_up`).
+    * `on_phase`: called with "loading", "warming" and "ready" as each phase begins.
+    * `check`: "full" reads every file; "fast" skips files that are unchanged since this user's last full check.
+    * `require_signature`: public keys as paths or PEM bytes, one of which must have signed the bundle.
+
+    Raises NoBundleError if there is no bundle at `path`, BundleError for a missing or altered file or a signature that is not as
+    required, EngineError if the provider is not available here, and UsageError for invalid limits.
     """
     report_phase = on_phase or (lambda phase: None)
     RequestLimits(max_kv_bytes=max_kv_bytes)  # raises UsageError for an invalid limit

@@ -11,7 +11,7 @@ from edgeprune.runtime.generation.sampling import Sampling
 
 
 class AnswerOptions(TypedDict, total=False):
-    """The fields of RequestLimits and of Sampling, all of them optional."""
+    """The keywords of an answer, for type checkers: the fields of RequestLimits and of Sampling, all of them optional."""
 
     tier: str | None
     deadline_ms: float | None

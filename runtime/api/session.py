@@ -155,11 +155,16 @@ class Runtime:
     ) -> Answer:
         """Answer one prompt about one or more images.
 
-        `image`: a path, bytes, a Pillow image, a uint8 array [H, W, 3] or what else `read_image` accepts, or a list of them.
-        For a video bundle the list holds the frames. `prune=False` runs the same graphs with all visual tokens. `fit` handles an
-        image whose aspect ratio differs from the bundle's: "exact" raises, "stretch" and "pad" adapt it. `options`: fields of
-        RequestLimits (tier, deadline_ms, max_kv_bytes) and Sampling (max_tokens, temperature, top_p, seed, stop, ...), which
-        AnswerOptions lists. Raises ImageError and UsageError.
+        * `image`: a path, the bytes of an image file, a binary file object, a Pillow image, a uint8 array [H, W], [H, W, 1],
+          [H, W, 3] or [H, W, 4], a DLPack array, an NV12 frame, or a list of them. For a video bundle the list holds the frames.
+        * `prompt`: the question.
+        * `prune`: False runs the same graphs with all visual tokens.
+        * `fit`: what to do with an image whose aspect ratio differs from the bundle's: "exact" raises ImageError, "stretch"
+          distorts it, "pad" adds grey bars.
+        * `options`: the keywords of an answer that AnswerOptions lists: limits (`tier`, `deadline_ms`, `max_kv_bytes`) and sampling
+          (`max_tokens`, `temperature`, `top_p`, `seed`, `stop`, `choices`, `json_schema`, ...).
+
+        Raises ImageError for an image that cannot be used, UsageError for other arguments, and EngineError if the engine fails.
         """
         stream = self.stream(image, prompt, prune=prune, fit=fit, **options)
         return Answer("".join(stream), stream.receipt)
@@ -193,11 +198,17 @@ class Runtime:
         stream.receipt.captured, stream.receipt.frames_dropped = shot.captured_monotonic, shot.dropped
         return stream
 
-    def draw(self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact") -> Image.Image:
-        """Return one panel per cut of the receipt, with dropped visual tokens greyed out; all cache cuts share one panel."""
-        from edgeprune.runtime.media.overlay import join_panels
+    def draw(
+        self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact", question: str = "", answer: str = ""
+    ) -> Image.Image:
+        """Return one panel per cut of the receipt, with dropped visual tokens greyed out; all cache cuts share one panel.
 
-        return join_panels(self.panels(image, receipt, fit=fit))
+        `question` and `answer` are written above the panels.
+        """
+        from edgeprune.runtime.media.sheet import join_panels
+
+        images = 1 if self.kind == "video" else len(_as_list(image))
+        return join_panels(self.panels(image, receipt, fit=fit), images=images, question=question, answer=answer)
 
     def panels(self, image: ImageOrImages, receipt: Receipt, *, fit: str = "exact") -> list[Panel]:
         """Return the panels that `draw` joins, with their titles, image by image.
@@ -254,14 +265,18 @@ class Chat:
     def __repr__(self) -> str:
         return f"<Chat of {self._conversation.turns} turns>"
 
-    def ask(self, prompt: Prompt, image: ImageOrImages | None = None, **options: Unpack[AnswerOptions]) -> Stream:
+    def ask(
+        self, prompt: Prompt, image: ImageOrImages | None = None, *, rerank: bool = False, **options: Unpack[AnswerOptions]
+    ) -> Stream:
         """Start the next user turn, with or without new images. Exhaust the stream before the next call.
 
         `prompt`: a text, or a list of texts and images in order (each a list of frames for a video bundle). `image`: an image or a
-        list of them, before the text; for a video bundle, the list of frames. `options`: as in `Runtime.generate`.
+        list of them, before the text; for a video bundle, the list of frames. `rerank`: choose the visual tokens of earlier images
+        anew, by this question; the whole chat is then prefilled again. UsageError is raised if there is nothing to rank. `options`:
+        as in `Runtime.generate`.
         """
         images = [] if image is None else _read_images(_as_list(image), self._conversation.kind)
-        return self._conversation.ask(_read_prompt(prompt), images, *parse_options(options))
+        return self._conversation.ask(_read_prompt(prompt), images, *parse_options(options), rerank=rerank)
 
 
 def _read_images(images: Sequence[Any], kind: str) -> list[ImageOrFrames]:

@@ -38,6 +38,10 @@ class TokenSegment:
             np.concatenate([self.embeds, other.embeds], axis=1), np.concatenate([self.positions, other.positions], axis=1)
         )
 
+    def first(self, count: int) -> TokenSegment:
+        """Return the first tokens."""
+        return TokenSegment(self.embeds[:, :count], self.positions[:, :count])
+
     def gather(self, indices: np.ndarray, embeds: np.ndarray) -> TokenSegment:
         """Return the tokens at `indices`, with new embeddings."""
         return TokenSegment(embeds, self.positions[:, indices])

@@ -19,7 +19,7 @@ from edgeprune.runtime.backends.kv_cache import KvCache
 from edgeprune.runtime.backends.shared import closed_model
 from edgeprune.runtime.generation.decode import DecodeLoop
 from edgeprune.runtime.generation.pipeline import Pipeline
-from edgeprune.runtime.generation.prefill import ImageInput, Prefill
+from edgeprune.runtime.generation.prefill import ImageInput, Prefill, prefix_cacheable
 from edgeprune.runtime.generation.request import UNFINISHED, Request, RequestLimits
 from edgeprune.runtime.generation.sampling import Sampler, Sampling
 from edgeprune.runtime.generation.sequence import DecodeKeepRatio, SequenceState
@@ -224,15 +224,20 @@ class Conversation:
         images: Sequence[ImageOrFrames] = (),
         sampling: Sampling | None = None,
         limits: RequestLimits | None = None,
+        *,
+        rerank: bool = False,
     ) -> Stream:
         """Return the stream of the answer to the next user turn.
 
-        `prompt`: as the text of a Turn; a list may have images alone. For a video bundle each of `images` is a list of frames. A
-        stream that is never read changes nothing. A new request closes the previous stream, unless another thread has yet to
-        finish it. Raises UsageError and ImageError before any state changes.
+        `prompt`: as the text of a Turn; a list may have images alone. For a video bundle each of `images` is a list of frames.
+        `rerank`: choose the visual tokens of earlier images anew, by this question. A stream that is never read changes nothing. A
+        new request closes the previous stream, unless another thread has yet to finish it. Raises UsageError and ImageError before
+        any state changes.
         """
         with self._one_thread():
-            return self._ask(prompt, images, sampling, limits)
+            if rerank:
+                self._check_rerank()
+            return self._ask(prompt, images, sampling, limits, rerank=rerank)
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
@@ -248,7 +253,13 @@ class Conversation:
             self._asking.release()
 
     def _ask(
-        self, prompt: Prompt, images: Sequence[ImageOrFrames], sampling: Sampling | None, limits: RequestLimits | None
+        self,
+        prompt: Prompt,
+        images: Sequence[ImageOrFrames],
+        sampling: Sampling | None,
+        limits: RequestLimits | None,
+        *,
+        rerank: bool,
     ) -> Stream:
         started_s = time.monotonic()  # compiling a grammar and preparing images count against the deadline
         if self._pipeline.state.closed:
@@ -272,7 +283,7 @@ class Conversation:
         has_images = any(turn.all_images for turn in turns)
         why_not = "the answer ended before the image was taken in" if has_images else "this turn has no image"
         receipt = Receipt(pruned=False, reason=why_not, deadline_ms=limits.deadline_ms)
-        request = Request(sampler, limits, receipt, started_s=started_s)
+        request = Request(sampler, limits, receipt, started_s=started_s, rerank_by=question.words if rerank else None)
         messages = [self._message(turn) for turn in turns]
         new_images = [
             self._image_input(image, _question(turns[number:]), receipt)
@@ -286,6 +297,15 @@ class Conversation:
             raise UsageError("This thread is in the middle of an answer of this chat.", hint="Ask when it has ended.")
         self._stream = Stream(self._answer(messages, new_images, request), receipt, request.cancellation)
         return self._stream
+
+    def _check_rerank(self) -> None:
+        ignores = self._pipeline.input_cut_ignores_prompt
+        if not self._prune:
+            raise UsageError("Without pruning there is nothing to rank again.", hint="Leave rerank or prune=False out.")
+        if all(prefix_cacheable(plan, prune=True, input_cut_ignores_prompt=ignores) for plan in self._pipeline.plans):
+            raise UsageError("No cut of this bundle looks at the question.", hint="Leave rerank out: it would change nothing.")
+        if not self._images and not any(turn.all_images for turn in self._history):
+            raise UsageError("This chat has no earlier image to rank again.", hint="Leave rerank out.")
 
     def _is_empty(self, words: str) -> bool:
         # A tokenizer may drop characters, but not so many. A long text is not tokenized before its length is checked.
@@ -325,6 +345,10 @@ class Conversation:
         self._messages += messages
         self._images += new_images
         self._history = ()
+        if request.rerank_by is not None:
+            self._reset()
+            for image in self._images:
+                image.question = request.rerank_by if request.rerank_by.strip() else image.question
         yield from self._generate(ids, prefill, request)
 
     def _generate(self, ids: list[int], prefill: Prefill, request: Request) -> Generator[str]:
@@ -396,7 +420,7 @@ class Conversation:
         prefill = Prefill(self._pipeline, self._layout, request, prune=self._prune)
         for image in new_images:
             prefill.encode(image)
-        restart = not self._sequence.continued_by(ids)
+        restart = request.rerank_by is not None or not self._sequence.continued_by(ids)
         images = len(self._images) + len(new_images) - (0 if restart else self._sequence.images)
         text = len(ids) - (0 if restart else len(self._sequence.ids)) - images * len(self._layout.spans)
         prefill.choose_tier(0 if restart else self._sequence.cache.bytes, images, text)

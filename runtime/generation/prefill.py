@@ -120,9 +120,7 @@ class Prefill:
             self._request.cancellation.raise_if_cancelled()
             selected = self._select(images[sequence.images])
             parts, later = self._split_after_prefix(parts, images[: sequence.images + 1])
-            step, usage = sequence.append_image(
-                parts, selected, self.tier, self._request.cancellation, following=_first_text(turns[number:])
-            )
+            step, usage = sequence.append_image(parts, selected, self.tier, self._request.cancellation, later=turns[number:])
             self._record(usage)
             self._store_prefix(sequence, ids, images, len(parts[-1]) - self._tail)
             if later:
@@ -210,11 +208,6 @@ def prefix_cacheable(plan: KeepPlan, *, prune: bool, input_cut_ignores_prompt: b
     if not prune:
         return True
     return not plan.layer_cuts and not plan.cache_cuts and (plan.input is None or input_cut_ignores_prompt)
-
-
-def _first_text(turns: Sequence[Sequence[Sequence[int]]]) -> int | None:
-    # The first text token of images that follow each other.
-    return next((token for parts in turns for part in parts for token in part), None)
 
 
 def _bytes(*arrays: np.ndarray) -> int:

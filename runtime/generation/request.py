@@ -22,10 +22,11 @@ _UNMEASURED = 50  # times as long as the encoding of the images, an answer befor
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits of one request.
+    """Limits of one request. Raises UsageError for limits out of range.
 
-    `tier`: the tier to use, None for the best that meets the other limits. `deadline_ms`: from the request to the end of the
-    answer. `max_kv_bytes`: limit of the conversation's KV cache. Raises UsageError for limits out of range.
+    * `tier`: the tier to use; None for the best that meets the other limits.
+    * `deadline_ms`: milliseconds from the request to the end of the answer.
+    * `max_kv_bytes`: limit of the conversation's KV cache, in bytes.
     """
 
     tier: str | None = None
@@ -133,13 +134,18 @@ def _median(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Request:
-    """One request: sampler, limits, receipt and cancellation. `started_s`: start time, in seconds of the monotonic clock."""
+    """One request: sampler, limits, receipt and cancellation.
+
+    `started_s`: start time, in seconds of the monotonic clock. `rerank_by`: the question by which the visual tokens of all images
+    are chosen anew, None to keep what was chosen.
+    """
 
     sampler: Sampler
     limits: RequestLimits
     receipt: Receipt
     cancellation: CancellationToken = field(default_factory=CancellationToken)
     started_s: float = field(default_factory=time.monotonic)
+    rerank_by: str | None = None
 
     @property
     def deadline_s(self) -> float | None:

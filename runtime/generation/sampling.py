@@ -27,13 +27,19 @@ MAX_STOPS, MAX_STOP_CHARS = 64, 1024
 class Sampling:
     """Options of generation. Raises UsageError for values out of range.
 
-    `temperature`: 0 is greedy. `top_k`: only so many most probable tokens, 0 for all. `top_p`: nucleus mass in (0, 1], of what
-    `top_k` left. `seed`: makes sampling repeatable. `max_tokens`: limit per answer. `repetition_penalty`: divides positive logits
-    and multiplies negative ones of tokens in the prompt or the answer (arXiv 1909.05858), None for the checkpoint's own.
-    `presence_penalty` and `frequency_penalty` are subtracted from the logits of tokens in the answer, once and for each occurrence.
-    `stop`: at most 64 strings of at most 1024 characters that end the answer and are excluded from it. A structured answer is
-    exactly one of `choices`, or JSON that matches `json_schema`; both need the extra "structured", and `max_tokens` and `stop` can
-    still truncate the answer. `skip_special_tokens`: False keeps special tokens in the text, such as those around boxes.
+    * `temperature`: 0 is greedy.
+    * `top_k`: sample from this many most probable tokens; 0 for all.
+    * `top_p`: nucleus mass in (0, 1], of what `top_k` left.
+    * `seed`: makes sampling repeatable.
+    * `max_tokens`: the longest answer, in tokens.
+    * `repetition_penalty`: divides positive logits and multiplies negative ones of tokens in the prompt or the answer (arXiv
+      1909.05858); None for the checkpoint's own.
+    * `presence_penalty`, `frequency_penalty`: subtracted from the logits of tokens in the answer, once and for each occurrence.
+    * `stop`: at most 64 strings of at most 1024 characters that end the answer and are excluded from it.
+    * `choices`: the answer is exactly one of these texts. Needs the extra "structured".
+    * `json_schema`: the answer is JSON that matches this schema. Needs the extra "structured". `max_tokens` and `stop` can still
+      truncate such an answer.
+    * `skip_special_tokens`: False keeps special tokens in the text, such as those around boxes.
     """
 
     temperature: float = 0.0
@@ -94,7 +100,7 @@ class Sampler:
     def sample(self, logits: np.ndarray) -> int:
         """Return the next token id for logits [vocabulary]; ties go to the lowest id. Raises EdgePruneError for NaN logits."""
         if np.isnan(logits.max()):
-            raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify")
+            raise EdgePruneError("The model returned logits that are not numbers.", hint="Check it with: edgeprune verify BUNDLE")
         logits = self._penalties.apply(logits)
         if self._constraint is None:
             token = self._sample_token(logits)

@@ -169,32 +169,40 @@ class SequenceState:
         tier: int = 0,
         cancellation: CancellationToken | None = None,
         *,
-        following: int | None = None,
+        later: Sequence[Sequence[Sequence[int]]] = (),
     ) -> tuple[DecoderOutput, ImageUsage]:
         """Run a forward pass over an image with the text before, between and after its spans, with the keep budgets of a tier.
 
-        In an unpruned conversation all visual tokens are passed as text. A forward pass ends with a text token: methods rank by it,
-        and a layer that keeps no visual token would otherwise have nothing to compute. If no text stands between the image and the
-        next one, the token is `following`, the first of the text after them; its row of the KV cache is dropped. Raises UsageError
-        if the model has states, which cannot drop a token.
+        `later`: the text parts of the images that follow in the same prefill. Where the decoder ranks, the text after each of them
+        enters this forward pass too, at its own positions, so that every image is ranked after the question (ADR 16). Its rows are
+        dropped, and computed again after the later images. Models with states cannot drop a token: their images are ranked by the
+        text up to the next one.
+
+        In an unpruned conversation all visual tokens are passed as text. A forward pass ends with a text token: a layer that keeps
+        no visual token would otherwise have nothing to compute. If none stands between the image and the next one, the first
+        after later images is taken, and dropped. Raises UsageError instead if the model has states.
         """
         plan, geometry = self._pipeline.plans[tier], self._pipeline.plan.geometry
-        prefix, visual = self._image_segments(parts[:-1], chosen.embeds if self._prune else chosen.vision_output.embeds)
-        borrowed = [following] if not parts[-1] and following is not None else []
-        if borrowed and self.cache.states:
-            raise UsageError("This model cannot take two images without text between them.", hint="Put a word between them.")
-        suffix, before = self._segment(borrowed) if borrowed else self._text(parts[-1]), self.cache.visual_entries_read
+        ranked = self._prune and plan.ranks_in_decoder
+        texts, spans, end = self._positions(self._position, parts)
+        ahead, places = self._ahead(end, later, ranked=ranked, alone=not parts[-1])
+        dropped, early = len(ahead), ranked and bool(later and self.cache.states)
+        prefix = self._segment([token for part in parts[:-1] for token in part], texts[:-1])
+        suffix = self._segment([*parts[-1], *ahead], [texts[-1], places])
+        visual = TokenSegment(chosen.embeds if self._prune else chosen.vision_output.embeds, np.concatenate(spans, axis=1))
+        self.length += sum(map(len, parts)) + visual.positions.shape[1]
+        self._position, before = end, self.cache.visual_entries_read
         unpruned = geometry.tokens * len(self._pipeline.decoder.attention_layers)
         if self._prune:
             visual = visual.gather(chosen.order, chosen.embeds)
             tokens = DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier)
-            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=bool(borrowed))
+            step = self._step(tokens, INSTRUCTION, cancellation, dropped=dropped)
             cuts = cut_receipts(plan, chosen.vision_output.kept, chosen.order, step)
-            usage = ImageUsage(geometry.tokens, unpruned, self.cache.visual_entries_read - before, cuts)
+            usage = ImageUsage(geometry.tokens, unpruned, self.cache.visual_entries_read - before, cuts, dropped, early)
         else:
             tokens = DecoderInput(prefix.concat(visual), self._empty, suffix, _NO_ORDER, _NO_GROUPS)
-            step = self._step(tokens, INSTRUCTION, cancellation, borrowed=bool(borrowed))
-            usage = ImageUsage(geometry.tokens, unpruned, unpruned, ())
+            step = self._step(tokens, INSTRUCTION, cancellation, dropped=dropped)
+            usage = ImageUsage(geometry.tokens, unpruned, unpruned, (), dropped)
         self.tiers += (tier,)
         self._usages += (usage,)
         return step, usage
@@ -233,45 +241,48 @@ class SequenceState:
         self._groups, self.ids = bytearray([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
         return prefix.accounts
 
-    def _step(
-        self, tokens: DecoderInput, group: int, cancellation: CancellationToken | None, *, borrowed: bool = False
-    ) -> DecoderOutput:
-        # `borrowed`: the suffix is one token that is not part of the sequence yet.
+    def _step(self, tokens: DecoderInput, group: int, cancellation: CancellationToken | None, *, dropped: int = 0) -> DecoderOutput:
+        # `dropped`: tokens at the end of the suffix that are not part of the sequence yet.
         before, after = tokens.prefix.embeds.shape[1], tokens.suffix.embeds.shape[1]
         self._groups += bytes([SYSTEM] * before + [group] * after)
         groups = _ONE_HOT[np.frombuffer(self._groups, np.uint8)]
         step = self._pipeline.backend.forward(replace(tokens, text_groups=groups), self.cache, cancellation=cancellation)
-        if borrowed:
-            del self._groups[-1]
-            self.cache = self.cache.append(tuple(rows[: len(rows) - 1] for rows in step.new_kv), before, 0)
-        else:
-            self.cache = self.cache.append(step.new_kv, before, after, step.states)
+        del self._groups[len(self._groups) - dropped :]
+        rows = tuple(new[: len(new) - dropped] for new in step.new_kv) if dropped else step.new_kv
+        self.cache = self.cache.append(rows, before, after - dropped, step.states)
         return replace(step, new_kv=(), states=())
 
-    def _image_segments(self, before: Sequence[Sequence[int]], embeds: np.ndarray) -> tuple[TokenSegment, TokenSegment]:
-        # Returns the text before all spans and the visual tokens of all spans, each at its own positions.
+    def _positions(self, start: int, parts: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+        # The positions of an image's text parts and of its spans, if the first part begins at `start`, and the next position.
         axes = self._pipeline.decoder.position_axes
-        text, spans = [], []
-        for ids, views in zip(before, self._spans, strict=True):
-            text.append(text_positions(self._position, len(ids), axes))
-            span, self._position = span_positions(self._position + len(ids), views, axes)
+        texts, spans, end = [text_positions(start, len(parts[0]), axes)], [], start + len(parts[0])
+        for ids, views in zip(parts[1:], self._spans, strict=True):
+            span, end = span_positions(end, views, axes)
             spans.append(span)
-        ids = [token for part in before for token in part]
-        visual = TokenSegment(embeds, np.concatenate(spans, axis=1))
-        self.length += visual.positions.shape[1] + len(ids)
-        return (
-            TokenSegment(self._pipeline.backend.embed_tokens(ids), np.concatenate(text, axis=1)) if ids else self._empty
-        ), visual
+            texts.append(text_positions(end, len(ids), axes))
+            end += len(ids)
+        return texts, spans, end
+
+    def _ahead(
+        self, start: int, later: Sequence[Sequence[Sequence[int]]], *, ranked: bool, alone: bool
+    ) -> tuple[list[int], np.ndarray]:
+        # The text after later images that enters this forward pass, and its positions. `start`: where the first of them begins.
+        # Text between the spans of an image says nothing about others.
+        ids, positions = list[int](), [text_positions(0, 0, self._pipeline.decoder.position_axes)]
+        for parts in later:
+            texts, _, start = self._positions(start, parts)
+            ids += parts[-1]
+            positions.append(texts[-1])
+        if alone and ids and self.cache.states:
+            raise UsageError("This model cannot take two images without text between them.", hint="Put a word between them.")
+        count = 0 if self.cache.states else len(ids) if ranked else int(alone)
+        return ids[:count], np.concatenate(positions, axis=1)[:, :count]
 
     def _text(self, ids: Sequence[int]) -> TokenSegment:
-        segment = self._segment(ids)
+        positions = text_positions(self._position, len(ids), self._pipeline.decoder.position_axes)
         self._position += len(ids)
         self.length += len(ids)
-        return segment
+        return self._segment(ids, [positions])
 
-    def _segment(self, ids: Sequence[int]) -> TokenSegment:
-        # Text at the next positions, without advancing.
-        if not ids:
-            return self._empty
-        positions = text_positions(self._position, len(ids), self._pipeline.decoder.position_axes)
-        return TokenSegment(self._pipeline.backend.embed_tokens(ids), positions)
+    def _segment(self, ids: Sequence[int], positions: Sequence[np.ndarray]) -> TokenSegment:
+        return TokenSegment(self._pipeline.backend.embed_tokens(ids), np.concatenate(positions, axis=1)) if ids else self._empty

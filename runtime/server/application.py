@@ -17,6 +17,7 @@ from edgeprune.runtime.server.access import AccessMiddleware, ApiKeys
 from edgeprune.runtime.server.completions import Completions
 from edgeprune.runtime.server.errors import ApiError, not_ready
 from edgeprune.runtime.server.responses import model_card
+from edgeprune.runtime.server.samples import SampleRoutes
 from edgeprune.runtime.server.service import READY, ServerMetrics, Service
 from edgeprune.runtime.telemetry.metrics import Metrics
 
@@ -25,6 +26,9 @@ _FILES = {
     "/": ("index.html", "text/html"),
     "/style.css": ("style.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/server.js": ("server.js", "text/javascript"),
+    "/picture.js": ("picture.js", "text/javascript"),
+    "/answers.js": ("answers.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 
@@ -39,11 +43,13 @@ def application(service: Service, keys: ApiKeys, *, local: bool, allow_origin: S
     registry = CollectorRegistry()
     metrics, server_metrics = Metrics(registry), ServerMetrics(service, registry)
     service.observe(metrics.observe)
-    status = _StatusRoutes(service, metrics)
+    status, samples = _StatusRoutes(service, metrics), SampleRoutes(service)
     routes = [
         Route("/v1/chat/completions", Completions(service, server_metrics), methods=["POST"]),
         Route("/v1/models", status.models, methods=["GET"]),
         Route("/v1/models/{name:path}", status.model, methods=["GET"]),
+        Route("/samples", samples.samples, methods=["GET"]),
+        Route("/samples/{number:int}.png", samples.picture, methods=["GET"]),
         Route("/health", status.health, methods=["GET"]),
         Route("/metrics", status.metrics, methods=["GET"]),
         *(Route(path, _File(*file), methods=["GET"]) for path, file in _FILES.items()),

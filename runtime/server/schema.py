@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from edgeprune.errors import did_you_mean
 from edgeprune.runtime.server.errors import ApiError
 from edgeprune.runtime.text.grammar import MAX_CHOICES
 
@@ -208,12 +210,28 @@ def _refusal(error: ValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "invalid_json", f"The body is not JSON: {first['msg']}.")
     if first["type"] == "extra_forbidden":
-        return ApiError(400, "unknown_parameter", f"Unknown parameter: '{param}'.", param=param)
-    reason = first["msg"].removeprefix("Value error, ")
+        proposed = did_you_mean(str(first["loc"][-1]), ChatRequest.model_fields).strip() if len(first["loc"]) == 1 else ""
+        return ApiError(400, "unknown_parameter", " ".join(filter(None, (f"Unknown parameter: '{param}'.", proposed))), param=param)
+    reason = _reason(first["type"], first["msg"], first.get("ctx", {}))
     if first["loc"] and first["loc"][0] in _Neutral.model_fields:
-        message = f"'{param}' is not supported: leave it out, or at the value that changes nothing ({reason})."
+        message = f"'{param}' is not supported here. Leave it out{_without_effect(first['type'], first.get('ctx', {}))}."
         return ApiError(400, "unsupported_parameter", message, param=param)
     return ApiError(400, "invalid_value", f"'{param}': {reason}." if param else f"{reason}.", param=param)
+
+
+def _reason(kind: str, message: str, context: Mapping[str, Any]) -> str:
+    # pydantic's own words, except where they speak of its validation.
+    if kind in ("too_long", "too_short"):
+        most, number = kind == "too_long", context["max_length" if kind == "too_long" else "min_length"]
+        return f"Give at {'most' if most else 'least'} {number}, not {context['actual_length']}"
+    return message.removeprefix("Value error, ")
+
+
+def _without_effect(kind: str, context: Mapping[str, Any]) -> str:
+    # What an unsupported field may be without changing anything.
+    if kind == "literal_error":
+        return f", or give {str(context['expected']).lower()}"
+    return ", or give it empty" if kind == "too_long" else ""
 
 
 def _place(loc: tuple[int | str, ...]) -> str | None:

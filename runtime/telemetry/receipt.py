@@ -89,12 +89,17 @@ class Times:
 
 @dataclass(frozen=True)
 class ImageUsage:
-    """The accounting of one image: visual tokens, KV entries without pruning (`whole`) and after prefill (`stored`), and cuts."""
+    """The accounting of one image: visual tokens, KV entries without pruning (`whole`) and after prefill (`stored`), and cuts.
+
+    `ahead`: tokens of later text that entered its forward pass. `early`: whether its cuts had to rank without them.
+    """
 
     tokens: int
     whole: int
     stored: int
     cuts: tuple[CutReceipt, ...]
+    ahead: int = 0
+    early: bool = False
 
 
 @dataclass
@@ -106,7 +111,8 @@ class Receipt:
     "error" or "running".
 
     `text_tokens`, `visual_tokens`: tokens of the prompt that were new to the conversation. `recalled_tokens`: those of them whose
-    prefill was reused from another conversation.
+    prefill was reused from another conversation. `repeated_tokens`: text tokens that entered the forward passes of earlier images
+    too, so that these are ranked after the question. `ranked_early`: images that were not, since the model has states.
 
     `tier`: the tier that was used, None for a bundle with one plan. `tier_reason`: "default", "asked for", "deadline" or
     "max_kv_bytes". `reused`: results reused from an earlier question: "vision", "input cut", "prefix". `captured`: capture time of
@@ -122,6 +128,8 @@ class Receipt:
     visual_tokens: int = 0
     text_tokens: int = 0
     recalled_tokens: int = 0
+    repeated_tokens: int = 0
+    ranked_early: int = 0
     generated_tokens: int = 0
     cuts: tuple[CutReceipt, ...] = ()
     times: Times = field(default_factory=Times)
@@ -150,6 +158,8 @@ class Receipt:
         self.visual_tokens += image.tokens
         self.visual_whole += image.whole
         self.visual_stored += image.stored
+        self.repeated_tokens += image.ahead
+        self.ranked_early += image.early
         self.cuts += image.cuts
 
     def cuts_by_image(self, images: int) -> tuple[ImageCuts, ...]:
@@ -182,6 +192,8 @@ class Receipt:
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
             "recalled_tokens": self.recalled_tokens,
+            "repeated_tokens": self.repeated_tokens,
+            "ranked_early": self.ranked_early,
             "generated_tokens": self.generated_tokens,
             "cuts": [{"cut": c.cut, "before": c.before, "after": c.after, "kept": np.asarray(c.kept).tolist()} for c in self.cuts],
             "times_ms": {

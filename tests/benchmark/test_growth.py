@@ -73,7 +73,7 @@ def test_what_a_step_takes_beside_its_graph(tiny_bundle: Bundle, tiny_image: Ima
 
 def test_the_command_tells_and_draws_it(tiny_bundle: Bundle, tmp_path: Path) -> None:
     command = [str(tiny_bundle.path), "--tokens", "2", "--repeats", "1", "--threads", "1", "--compare", ""]
-    result = CliRunner().invoke(bench, [*command, "--kept", "3,6,12", "--plot", str(tmp_path / "bench.svg")])
+    result = CliRunner().invoke(bench, [*command, "--visual-tokens", "3,6,12", "--plot", str(tmp_path / "bench.svg")])
     assert result.exit_code == 0, result.output
     assert "evenly chosen visual tokens" in result.output and "beside the graph" in result.output
     assert "visual tokens in the decoder" in (tmp_path / "bench.svg").read_text()

@@ -15,6 +15,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import BundleError, EdgePruneError, PlanError, UsageError
 from edgeprune.export import exporter
 from edgeprune.export.exporter import STAGES, export_bundle
+from edgeprune.io.progress import Silent
 from edgeprune.plan import Cut, Geometry, KeepPlan
 
 
@@ -114,22 +115,24 @@ def test_an_interrupted_export_leaves_nothing(
     for name in ("trace_vision", "trace_embedding", "trace_decoder"):
         monkeypatch.setattr(exporter, name, lambda *_: None)
 
-    def interrupt(begun: str) -> None:
-        if begun == stage:
-            raise error
+    class Interrupt(Silent):
+        def begin(self, stage_begun: str) -> None:
+            if stage_begun == stage:
+                raise error
 
     expected = EdgePruneError if isinstance(error, OSError) else error
     with pytest.raises(expected):
-        export_bundle(tiny, tiny_plan, tmp_path / "out", progress=interrupt)
+        export_bundle(tiny, tiny_plan, tmp_path / "out", progress=Interrupt())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_replacement_keeps_the_old(tiny: LoadedModel, tiny_plan: KeepPlan, altered_bundle: Path) -> None:
-    def interrupt(_: str) -> None:
-        raise KeyboardInterrupt
+    class Interrupt(Silent):
+        def begin(self, stage: str) -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(tiny, tiny_plan, altered_bundle, force=True, progress=interrupt)
+        export_bundle(tiny, tiny_plan, altered_bundle, force=True, progress=Interrupt())
     assert Bundle.load(altered_bundle).plan == tiny_plan
     assert [path.name for path in altered_bundle.parent.iterdir()] == [altered_bundle.name]
 

@@ -6,12 +6,15 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from edgeprune.calibration.allocate.budgets import _knapsack, classify, fitprune_plan, least_cost_shares, plphp_plan, vtw_plan
 from edgeprune.calibration.allocate.recipes import method_names, plan_for_budget, resized
-from edgeprune.calibration.collect.measure import deletion_counts
-from edgeprune.calibration.data.statistics import ALPHAS, GAMMA_BINS, SHARES, Statistics, StatisticsSource
+from edgeprune.calibration.collect.measure import Deletions
+from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, TOLERANCES, Statistics, StatisticsSource
+from edgeprune.calibration.interop.lightcompress_methods import READERS, MethodSettings
 from edgeprune.errors import PlanError, UsageError
+from edgeprune.methods.base import LayerView
 from edgeprune.plan import Geometry, View
 from edgeprune.plan.presets import unpruned_plan
 
@@ -76,44 +79,62 @@ def test_the_allocator_is_exact() -> None:
     assert _knapsack(costs, budget) == list(best)
 
 
-def test_fitprune_counts_by_hand() -> None:
-    # One layer sees all; what may go at a tolerance of .3 is the least attended of both kinds: token 2 (.1 and .2) alone.
-    cross = np.array([[0.5, 0.4, 0.1], [1.0, 0.0, 0.0]])
-    within = np.array([[0.4, 0.4, 0.2], [1.0, 0.0, 0.0]])
-    counts = deletion_counts(cross, within)
-    assert counts.shape == (ALPHAS, 2)
-    assert counts[30].tolist() == [3.0, 2.0]
-    assert counts[0].tolist() == [3.0, 3.0]
+def received(cross: list[float], within: list[float]) -> LayerView:
+    """Return a view of tokens that receive this attention from one word, and each from itself alone."""
+    text, visual = torch.tensor(cross)[None, None], torch.diag(torch.tensor(within))[None]
+    return LayerView(torch.arange(len(cross)), text_attention=lambda: text, visual_attention=lambda: visual)
+
+
+def test_fitprune_deletes_by_hand() -> None:
+    # Layer 0 has sums 1 and 1 / 3 (a mean over queries). At a tolerance of .3 the runs are token 2 (.1) and token 2 (.2): 2 goes.
+    # In layer 1 two tokens are left, which are all that is compared with the unpruned sums: 1 (.2 of 1) and 0 (.1 / 2 of .9 / 2).
+    deletions = Deletions(0.3, [1.0, 1.0], [1 / 3, 0.45])
+    assert deletions(0, received([0.5, 0.4, 0.1], [0.4, 0.4, 0.2])).tolist() == [0, 1]
+    assert deletions(1, received([0.8, 0.2], [0.1, 0.8])).tolist() == [0, 1]
+    assert Deletions(0.3, [1.0], [0.45])(0, received([0.8, 0.2], [0.8, 0.1])).tolist() == [0]
+    assert deletions.counts == [3, 2]
 
 
 def test_fitprune_stages_keep_the_recipe() -> None:
-    recipe = np.zeros((ALPHAS, LAYERS))
-    recipe[:] = [100, 90, 60, 58, 30, 29, 28, 10]
+    recipe = np.zeros((len(TOLERANCES), LAYERS))
+    recipe[:] = [100, 90.5, 60, 58.1, 30, 29, 28.8, 10]  # deletions round down: 9, 30, 1, 28, 1, 0, 18
     plan = fitprune_plan(statistics(fitprune=recipe), BASE, 0.6, stages=3)
-    assert [(cut.layer, cut.keep) for cut in plan.cuts] == [(2, 59), (4, 29), (7, 10)]
+    assert [(cut.layer, cut.keep) for cut in plan.cuts] == [(2, 60), (4, 31), (7, 13)]
 
 
-def test_vtw_finds_the_first_harmless_layer() -> None:
-    divergence = np.array([9.0, 5.0, 1.0, 0.1, 0.01, 0.002, 0.001, 0.0])
-    plan = vtw_plan(statistics(withdrawn_kl=divergence), BASE)
-    assert [(cut.layer, cut.keep) for cut in plan.cuts] == [(5, 0)]
-    with pytest.raises(PlanError, match="before every layer"):
-        vtw_plan(statistics(withdrawn_kl=np.ones(LAYERS)), BASE)
+def test_vtw_finds_the_first_harmless_layer_of_its_own() -> None:
+    # Layer 3 is harmless, but the authors look at layer 5 and later ones; layer 7 costs more again, which does not count.
+    costs = statistics(withdrawn_kl=np.array([9.0, 5.0, 1.0, 0.0, 0.01, 0.0035, 0.0025, 0.5]))
+    assert [(cut.layer, cut.keep) for cut in vtw_plan(costs, BASE).cuts] == [(6, 0)]
+    assert vtw_plan(costs, BASE, eta=0.004).cuts[0].layer == 5
+    assert vtw_plan(costs, BASE, first=1).cuts[0].layer == 3
+    with pytest.raises(PlanError, match="every layer from 5 on"):
+        vtw_plan(costs, BASE, eta=0.002)
 
 
 @pytest.mark.parametrize("name", method_names())
 @pytest.mark.parametrize("share", [0.6, 0.5])
 def test_every_recipe_meets_its_cost(name: str, share: float) -> None:
-    recipe = np.zeros((ALPHAS, LAYERS))
-    recipe[:] = np.linspace(100, 0, ALPHAS)[:, None] * np.linspace(1.0, 0.4, LAYERS)
+    recipe = np.zeros((len(TOLERANCES), LAYERS))
+    recipe[:] = np.linspace(100, 0, len(TOLERANCES))[:, None] * np.linspace(1.0, 0.4, LAYERS)
     gamma = np.eye(GAMMA_BINS)[np.linspace(10, 150, LAYERS).astype(int)]
     settings = {"layer": 2} if name == "evit" else {}
     plan = plan_for_budget(name, share, BASES.get(name, BASE), statistics(fitprune=recipe, gamma=gamma), **settings)
     held = [plan.tokens_cached(layer) if name == "plphp" else plan.tokens_at_layer(layer) for layer in range(LAYERS)]
     spent = sum(held) / (100 * LAYERS)
-    whole_steps = {"resize": 0.05, "vtw": 0.07}  # a grid and a layer cannot be divided further
+    whole_steps = {"resize": 0.05, "vtw": 0.07, "fastv": 0.005}  # a grid, a layer and a rounded token cannot be divided further
     assert spent <= share + whole_steps.get(name, 1e-9)
     assert spent >= share - 0.09
+
+
+def test_sparsevlm_cuts_where_lightcompress_does() -> None:
+    # The published table of 192 tokens, from both sides: our own recipe at its cost, and the settings of the other tool.
+    base = unpruned_plan("llava", 32, Geometry(384, 384, 16, 1))
+    ours = plan_for_budget("sparsevlm", (3 * 576 + 4 * 300 + 9 * 200 + 16 * 110) / (32 * 576), base)
+    blocks = {"method": "SparseVLM", "retained_tokens": 192, "merge_flag": False}
+    theirs = READERS["SparseVLM"].cuts(MethodSettings("SparseVLM", blocks, 576, 32, 0))
+    assert ours.cuts == theirs
+    assert [(cut.layer, cut.keep) for cut in theirs] == [(3, 300), (7, 200), (16, 110)]
 
 
 def test_recipes_that_cannot_be_met_are_refused() -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from edgeprune.calibration.collect.run import CollectOptions, collect, collect_on_ray
 from edgeprune.calibration.data.samples import Sample, draw_samples, read_samples
 from edgeprune.calibration.data.statistics import Statistics
+from edgeprune.calibration.replay.episodes import Recorder
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, resolve_model
 from edgeprune.errors import UsageError
 from edgeprune.plan import Geometry
+from edgeprune.plan.presets import ranked_plan, unpruned_plan
+from edgeprune.runtime import Runtime
+from edgeprune.runtime.generation.sequence import SequenceState
+from edgeprune.runtime.media.images import read_image
 from edgeprune.tabletop.dataset import write_dataset
 
 GEOMETRY = Geometry(84, 84, 14, 2)
@@ -104,3 +113,54 @@ def test_samples_are_drawn_by_the_seed(samples: list[Sample]) -> None:
     assert first == again != other
     assert [samples.index(sample) for sample in first] == sorted(samples.index(sample) for sample in first)
     assert draw_samples(samples, None, 0) == samples
+
+
+@pytest.fixture(scope="module")
+def pair(samples: list[Sample]) -> Sample:
+    """Return a question about two images."""
+    images = tuple(sorted({image for sample in samples for image in sample.images}))
+    return replace(samples[0], image=images)
+
+
+@pytest.fixture(scope="module")
+def recorder(tiny: LoadedModel) -> Recorder:
+    return Recorder(tiny, ranked_plan(unpruned_plan("qwen2_vl", 3, GEOMETRY)), 6, "cpu")
+
+
+def test_each_image_is_recorded_beside_the_others(tiny: LoadedModel, recorder: Recorder, pair: Sample) -> None:
+    recordings = recorder.record(pair, "exact")
+    model = reference_model(tiny, unpruned_plan("qwen2_vl", 3, GEOMETRY))
+    answer = Runtime(model).generate([read_image(image) for image in pair.images], pair.prompt, prune=False, max_tokens=6)
+    messages: list[Any] = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": pair.prompt}]}]
+    length = len(model.prompts.every_id(messages))
+    assert len(recordings) == 2 and answer.receipt.generated_tokens == recordings[0].steps + 1
+    forced = recorder.teacher_forced_logits(pair, model.tokenizer.encode(answer.text)[: recordings[0].steps], "exact")
+    for recording in recordings:
+        segments = recorder.segments(recording)
+        positions = torch.cat([part.positions for part in segments], dim=1)
+        assert positions.shape[1] == length == len(recording.prefill.text_groups) + GEOMETRY.tokens
+        assert len(torch.unique(positions, dim=1)[0]) == length
+        assert np.bincount(recording.prefill.text_groups.sum(axis=1).astype(int)).tolist() == [9, length - 2 * 9]
+        replayed = recorder.replay(recording, text_groups=recording.groups)
+        torch.testing.assert_close(replayed.logits[0], forced[1:], rtol=1e-4, atol=1e-4)
+        assert replayed.split is not None
+        torch.testing.assert_close(replayed.split.sum(dim=-1), torch.ones(replayed.split.shape[:-1]))
+    one, other = (recording.prefill.visual.positions[0, 0] for recording in recordings)
+    assert one < other
+
+
+def test_what_is_run_ahead_is_not_recorded(recorder: Recorder, pair: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = recorder.record(pair, "exact")
+    ahead = SequenceState._ahead
+    monkeypatch.setattr(SequenceState, "_ahead", lambda self, start, later, **kind: ahead(self, start, later[:0], **kind))
+    for one, other in zip(recorder.record(pair, "exact"), expected, strict=True):
+        np.testing.assert_array_equal(one.prefill.prefix.positions, other.prefill.prefix.positions)
+        np.testing.assert_allclose(one.prefill.prefix.embeds, other.prefill.prefix.embeds)
+
+
+def test_a_sample_of_several_images_counts_once(tiny: LoadedModel, pair: Sample, tmp_path: Path) -> None:
+    twice = collect(tiny, [pair, replace(pair, image=pair.images[:1])], REQUEST, tmp_path / "s")
+    assert twice.samples == 2
+    assert np.allclose(twice.mean("gamma").sum(axis=1), 1.0)
+    assert np.allclose(twice.total("habit").sum(axis=2), 2)
+    assert np.allclose(np.nansum(twice.attention_split()[0], axis=1), 1.0, atol=1e-5)

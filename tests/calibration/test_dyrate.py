@@ -23,6 +23,7 @@ from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import SILENT
 from edgeprune.methods.dyrate import DyRate, Predictor
 from edgeprune.plan import Cut, Geometry
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
@@ -94,7 +95,7 @@ def test_every_form_keeps_the_budget(
 ) -> None:
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.WARM_STEPS", 20)
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.EPOCHS", 1)
-    options = dyrate_options(theatre(tiny), answers, 0.4, form, 0, lambda done: None)
+    options = dyrate_options(theatre(tiny), answers, 0.4, form, 0, SILENT)
     cut = Cut("decode", "dyrate", 0, options=options)
     rate = DyRate(cut, GEOMETRY)
     stage = theatre(tiny)
@@ -117,7 +118,7 @@ def test_every_form_keeps_the_budget(
 def test_training_is_repeatable(tiny: LoadedModel, answers: list[RecordedAnswer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.WARM_STEPS", 5)
     monkeypatch.setattr("edgeprune.calibration.allocate.dyrate.EPOCHS", 1)
-    weights = [train(theatre(tiny), answers[:2], 0.5, seed, lambda done: None).weight.detach() for seed in (0, 0, 1)]
+    weights = [train(theatre(tiny), answers[:2], 0.5, seed, SILENT).weight.detach() for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 

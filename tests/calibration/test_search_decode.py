@@ -13,6 +13,7 @@ from edgeprune.calibration.search.auto import DropExceededError, find_plan
 from edgeprune.calibration.search.goal import Goal
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import Count, Silent
 from edgeprune.plan import Cut, KeepPlan
 
 GOAL = Goal(0.05, flops=0.5, reads=0.4)
@@ -37,14 +38,14 @@ class Listener(Judge):
         super().__init__()
         self._losses = losses
 
-    def score(self, plan: KeepPlan, count: int) -> float:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> float:
         loss = self._losses[plan.decode.options["form"]] if plan.decode else 0.0
         return super().score(replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.site in ("input", "layer"))), count) - loss
 
 
 def searched(tiny: LoadedModel, goal: Goal, losses: dict[str, float]) -> tuple[Trained, Any]:
     trained, judge = Trained(), Listener(losses)
-    return trained, find_plan(tiny, statistics(), trained.fit_rate, judge, WHOLE, goal, None, lambda what: None)  # type: ignore[arg-type]
+    return trained, find_plan(tiny, statistics(), trained.fit_rate, judge, WHOLE, goal, None, Silent())  # type: ignore[arg-type]
 
 
 def test_the_best_form_comes_behind_the_plan_that_was_found(tiny: LoadedModel) -> None:

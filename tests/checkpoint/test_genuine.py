@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +22,12 @@ from genuine import FILES, NAMES, write_files
 from lfm2_vl_processor import upstream_processor
 from PIL import Image
 from tiny_folders import cut
-from transformers.video_utils import VideoMetadata
 
 from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.configuration import check_folder, check_size, sized_geometry
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder
 from edgeprune.checkpoint.processor import (
+    PreparedVideo,
     chat_template,
     image_settings,
     load_processor,
@@ -168,42 +167,18 @@ def test_prompts_are_those_of_the_processor(kind: str, checkpoint: Checkpoint) -
     assert len(ids) > 12
 
 
-class Clip:
-    """Stands for a video processor, which needs torchvision: it tells sizes and times, and makes no pixels."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        grid = [len(geometry.layout), geometry.height // geometry.patch, geometry.width // geometry.patch]
-        frames = torch.zeros(1, geometry.frames, 3, geometry.layout[0].rows, geometry.layout[0].columns)
-        metadata = VideoMetadata(
-            total_num_frames=geometry.frames,
-            fps=geometry.fps,
-            duration=geometry.frames / geometry.fps,
-            frames_indices=list(range(geometry.frames)),
-        )
-        self.merge_size, self.temporal_patch_size, self.num_frames, self.fps = geometry.merge, 2, geometry.frames, geometry.fps
-        self._made = {"pixel_values_videos": frames, "pixel_values": frames, "video_grid_thw": np.array([grid])}
-        self._made["video_metadata"] = [metadata]
-
-    def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
-        return dict(self._made)
-
-
 def test_prompts_about_a_video_are_those_of_the_processor(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = checkpoint.loaded
-    if not loaded.family.videos or loaded.folder.model_type in ("qwen3_vl", "qwen3_5"):
+    if not loaded.family.videos or loaded.family.own_video_prompts:
         pytest.skip("takes no video, or differs by design: docs/families.md")
     geometry = loaded.geometry(checkpoint.size, 4, 2.0)
-    processor = copy(loaded.processor)
-    processor.video_processor = Clip(geometry)
     if loaded.folder.model_type == "smolvlm":
         monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", {4: "four"}.get)
-    question = [text(QUESTION)]
     frames = [checkpoint.picture(seed) for seed in range(4)]
-    made = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "video", "video": frames}, *question]}], tokenize=True, add_generation_prompt=True
-    )
-    conversation: list[Any] = [{"role": "user", "content": [{"type": "video"}, *question]}]
-    assert prompt_encoder(loaded, geometry).every_id(conversation) == list(map(int, np.ravel(made)))
+    patches = image_spec(loaded.settings(geometry)).patches(frames)
+    conversation: list[Any] = [{"role": "user", "content": [{"type": "video"}, text(QUESTION)]}]
+    made = processor_inputs(loaded.processor, conversation, video=PreparedVideo(geometry, frames, patches))["input_ids"]
+    assert prompt_encoder(loaded, geometry).every_id(conversation) == made[0].tolist()
 
 
 def test_pixels_are_those_of_the_processor(checkpoint: Checkpoint) -> None:

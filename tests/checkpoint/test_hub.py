@@ -68,6 +68,14 @@ def test_checks_come_before_weights_and_nothing_else_is_downloaded(hub: Hub, tin
     assert len(hub.requests) == asked
 
 
+def test_a_download_without_a_terminal_prints_lines(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = resolve_model(NAME)
+    assert capsys.readouterr().err == ""
+    fetch_weights(folder)
+    said = capsys.readouterr().err
+    assert "100%" in said and "\r" not in said and all(line.strip() for line in said.splitlines())
+
+
 def test_a_model_is_loaded_from_its_id_alone(hub: Hub) -> None:
     assert len(load_model(resolve_model(NAME), on_disk=True).family.decoder().layers) == 3
 
@@ -303,7 +311,7 @@ def test_a_bundle_remembers_the_commit(hub: Hub, tiny_folder: Path, tmp_path: Pa
 COMMANDS = {
     "export": ("export", NAME, "-o", "b", "--image-size", "84x112"),
     "eval": ("eval", NAME, "--data", "scenes/dataset.jsonl", "--limit", "1"),
-    "calibrate": ("calibrate", NAME, "--data", "scenes/dataset.jsonl", "--method", "fastv", "--keep", "0.5", "-o", "p.json"),
+    "calibrate": ("calibrate", NAME, "--data", "scenes/dataset.jsonl", "--method", "fastv", "--budget", "0.5", "-o", "p.json"),
 }
 ALONE = """
 import sys

@@ -20,7 +20,7 @@ from PIL import Image
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.export.verification import TOLERANCES
-from edgeprune.registry import FAMILIES, METHODS
+from edgeprune.registry import FAMILIES, METHODS, options_of
 from edgeprune.tabletop.dataset import write_dataset
 
 COMMANDS = (
@@ -87,6 +87,15 @@ def test_methods_and_models_come_from_the_registry() -> None:
     assert {row["method"] for row in json.loads(run("methods", "--json").stdout)} == set(METHODS)
     assert {row["model_type"] for row in json.loads(run("models", "--json").stdout)} == set(FAMILIES)
     assert "FastV" in run("methods").output
+
+
+def test_the_options_of_a_method_are_listed() -> None:
+    listed = {row["option"]: row for row in json.loads(run("methods", "plphp", "--json").stdout)}
+    assert [option.name for option in options_of("plphp", calibration=True)] == list(listed)
+    assert (listed["rows"]["decides"], listed["allocate"]["decides"]) == ("which stay", "how many")
+    assert (listed["spread"]["default"], listed["rows"]["by"]) == ("no", "ours")
+    assert "fastv has no options." in run("methods", "fastv").output
+    assert json.loads(run("methods", "fastv", "--json").stdout) == []
 
 
 def test_underscores_are_accepted(tmp_path: Path) -> None:
@@ -208,7 +217,7 @@ def test_export_says_what_it_made(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     result = run("export", tiny_folder, "-o", out, "--image-size", "84x112", "--method", "uniform", "--keep", "0.5")
     assert result.exit_code == 0, result.output
-    assert "uniform @ layer 2: keep 6 of 12 = 50%, remove 50%" in result.output
+    assert "uniform @ input: keep 6 of 12 = 50%, remove 50%" in result.output  # where calibrate cuts by default, too
     assert f"edgeprune verify {out}" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -306,6 +315,15 @@ def test_models_says_which_method_acts_where() -> None:
     assert "no place in the image" in reasons["visionzip", "input"]
     assert "video, which the family does not take" in reasons["evs", "input"]
     assert "qwen3_vl" in refused("models", "bert", code=1)
+    shown = run("models", "idefics2").stdout
+    assert len(shown.splitlines()) < 40 and "resampler" in shown  # a row for each method, not for each of its sites
+
+
+def test_errors_are_json_where_the_output_is(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path / "none", "--json")
+    found = json.loads(result.stderr)
+    assert (result.exit_code, result.stdout, found["error"], found["exit_code"]) == (2, "", "NoBundleError", 2)
+    assert "There is no bundle" in found["message"] and found["hint"].startswith("Make one with: edgeprune export")
 
 
 @pytest.mark.parametrize(
@@ -325,13 +343,22 @@ def test_every_summary_is_one_whole_line() -> None:
         assert summary.strip() == first and first.endswith("."), line
 
 
+def shown_options(name: str) -> list[click.Option]:
+    return [option for option in main.commands[name].params if isinstance(option, click.Option) and not option.hidden]
+
+
+def test_keep_means_one_thing() -> None:
+    meanings = {str(option.help) for name in main.commands for option in shown_options(name) if "--keep" in option.opts}
+    assert meanings == {"Share of all visual tokens that stay, in (0, 1]; repeatable."}
+
+
 def test_options_stand_by_subject() -> None:
     shown = CliRunner().invoke(main, ["calibrate", "--help"]).output
-    sections = ("Model:", "Samples:", "Plan:", "Options of methods:", "Search:", "Output:")
+    sections = ("Model:", "Samples:", "Plan:", "Ranking of caches:", "Search:", "Output:")
     places = [shown.index(f"\n{section}\n") for section in sections]
     assert places == sorted(places)
     assert "1%]" in shown and shown.count("--help") == 1
-    every = {option.opts[0] for option in main.commands["calibrate"].params if isinstance(option, click.Option)}
+    every = {option.opts[0] for option in shown_options("calibrate")}
     assert all(option in shown for option in every)
 
 
@@ -349,4 +376,13 @@ def test_completion_is_that_of_click(shell: str) -> None:
 
 def test_export_asks_for_a_model() -> None:
     result = CliRunner().invoke(main, ["export", "-o", "b"])
-    assert result.exit_code == 2 and "Missing argument 'MODEL'" in result.output
+    assert result.exit_code == 2 and "Missing argument 'MODEL'. For example: edgeprune export tabletop -o" in result.output
+
+
+def test_a_misspelt_command_or_option_has_its_nearest_name() -> None:
+    for words, nearest in (
+        (["exprot", "tabletop"], "Did you mean export?"),
+        (["export", "tabletop", "--methd", "fastv"], "'--method'"),
+    ):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 2 and "Did you mean" in result.output and nearest in result.output

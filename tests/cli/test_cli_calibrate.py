@@ -41,11 +41,15 @@ def done(*arguments: object) -> Result:
 def test_many_plans_from_one_pass(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     statistics = tmp_path / "s.safetensors"
     common = ("calibrate", tiny_folder, "--data", data, *SIZE, "--statistics", statistics)
-    output = done(*common, "--method", "plphp", "--keep", 0.5, "-o", tmp_path / "a.json").output
+    output = done(*common, "--method", "plphp", "--budget", 0.5, "-o", tmp_path / "a.json").output
     assert "samples that agree" in output and "attentive" in output
     written = statistics.stat().st_mtime_ns
-    done(*common, "--method", "fitprune", "--keep", 0.7, "--stages", 1, "-o", tmp_path / "b.json")
-    result = done(*common, "--method", "plphp", "--keep", 0.4, "--allocate", "even", "--prior", "-o", tmp_path / "c.json", "--json")
+    done(*common, "--method", "fitprune", "--budget", 0.7, "--stages", 1, "-o", tmp_path / "b.json")
+    done(*common, "--method", "vtw", "--option", "first=2", "--option", "eta=100", "-o", tmp_path / "d.json")  # needs no budget
+    assert [cut.layer for cut in KeepPlan.load(tmp_path / "d.json").cuts] == [2]
+    result = done(
+        *common, "--method", "plphp", "--budget", 0.4, "--allocate", "even", "--prior", "-o", tmp_path / "c.json", "--json"
+    )
     assert json.loads(result.output)["kv"] == pytest.approx(3 / 9)
     assert statistics.stat().st_mtime_ns == written
     assert KeepPlan.load(tmp_path / "c.json").cache_cuts[0].options["prior"]
@@ -54,9 +58,9 @@ def test_many_plans_from_one_pass(tiny_folder: Path, data: Path, tmp_path: Path)
 def test_cuts_are_added_onto_a_plan(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("1.json", "2.json", "3.json"))
     common = ("calibrate", tiny_folder, "--data", data, *SIZE)
-    done(*common, "--method", "zspaprune", "--keep", 0.8, "--core", 0.2, "-o", first)
-    done(*common, "--method", "plphp", "--keep", 0.5, "--allocate", "even", "--onto", first, "-o", second)
-    done(*common, "--method", "dyrate", "--form", "schedule", "--keep", 0.5, "--onto", second, "-o", third)
+    done(*common, "--method", "zspaprune", "--budget", 0.8, "--core", 0.2, "-o", first)
+    done(*common, "--method", "plphp", "--budget", 0.5, "--allocate", "even", "--onto", first, "-o", second)
+    done(*common, "--method", "dyrate", "--form", "schedule", "--budget", 0.5, "--onto", second, "-o", third)
     plan = KeepPlan.load(third)
     assert [cut.site for cut in plan.cuts] == ["input", "cache", "cache", "cache", "decode"]
     assert plan.tokens_entering_decoder == 7 and [plan.tokens_cached(layer) for layer in range(3)] == [3, 3, 3]
@@ -81,7 +85,7 @@ def test_profile_writes_times(tiny_bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_calibrated_plan_is_measured(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
-    done("calibrate", tiny_folder, "--data", data, *SIZE, "--method", "divprune", "--keep", 0.5, "-o", tmp_path / "p.json")
+    done("calibrate", tiny_folder, "--data", data, *SIZE, "--method", "divprune", "--budget", 0.5, "-o", tmp_path / "p.json")
     result = call("eval", tiny_folder, "--data", data, "--plan", tmp_path / "p.json", "--json")
     assert result.exit_code == 2 and "no text 'answer'" in result.output
 
@@ -90,19 +94,20 @@ def test_a_calibrated_plan_is_measured(tiny_folder: Path, data: Path, tmp_path: 
     ("options", "words"),
     [
         ((), "Neither --method nor --statistics"),
-        (("--method", "plphp", "--keep", 0.5), "no file for the plan"),
+        (("--method", "plphp", "--budget", 0.5), "no file for the plan"),
         (("--method", "plphp", "-o", "p.json"), "needs a budget"),
-        (("--method", "magic", "--keep", 0.5, "-o", "p.json"), "Unknown method 'magic'"),
-        (("--method", "divprune", "--keep", 0, "-o", "p.json"), "outside (0, 1]"),
-        (("--method", "divprune", "--keep", 0.5, "--core", 0.5, "-o", "p.json"), "--core is not for divprune"),
-        (("--method", "divprune", "--keep", 0.5, "--max-drop", "1%", "-o", "p.json"), "--max-drop is not for divprune"),
-        (("--method", "fastv", "--keep", 0.2, "-o", "p.json"), "cannot reach 20%"),
-        (("--method", "auto", "--keep", 0.5, "-o", "p.json"), "--keep is not for auto"),
+        (("--method", "vtw", "--budget", "0.5", "--option", "eta=0.1", "-o", "p.json"), "With a budget eta of vtw decides nothing"),
+        (("--method", "magic", "--budget", 0.5, "-o", "p.json"), "Unknown method 'magic'"),
+        (("--method", "divprune", "--budget", 0, "-o", "p.json"), "outside (0, 1]"),
+        (("--method", "divprune", "--budget", 0.5, "--core", 0.5, "-o", "p.json"), "divprune has the unknown option 'core'"),
+        (("--method", "divprune", "--budget", 0.5, "--max-drop", "1%", "-o", "p.json"), "--max-drop is not for divprune"),
+        (("--method", "fastv", "--budget", 0.2, "-o", "p.json"), "cannot reach 20%"),
+        (("--method", "auto", "--budget", 0.5, "-o", "p.json"), "--budget is not for auto"),
         (("--method", "auto", "--target-flops", "0.5", "--target-kv", "0.5", "-o", "p.json"), "one target"),
         (("--method", "auto", "-o", "p.json"), "needs 20 samples"),
         (("--method", "auto", "--target-ttft", "5 minutes", "-o", "p.json"), "no time"),
         (("--method", "auto", "--target-ttft", "50ms", "-o", "p.json"), "needs a device"),
-        (("--method", "plphp", "--keep", 0.5, "--shard", "1/2", "-o", "p.json"), "merge the shards first"),
+        (("--method", "plphp", "--budget", 0.5, "--shard", "1/2", "-o", "p.json"), "merge the shards first"),
         (("--shard", "2", "--statistics", "s"), "'2' is no shard"),
         (("--statistics", "s", "--rows", "first"), "'last', 'text', 'peak'"),
         (("--statistics", "s", "--device", "abacus"), "Unknown device 'abacus'"),
@@ -130,7 +135,7 @@ def test_an_unreachable_time_is_said_before_anything_is_measured(tiny_folder: Pa
 
 def test_an_existing_plan_is_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text("mine")
-    common = ("calibrate", tiny_folder, "--data", data, *SIZE, "--method", "divprune", "--keep", 0.5, "-o", tmp_path / "p.json")
+    common = ("calibrate", tiny_folder, "--data", data, *SIZE, "--method", "divprune", "--budget", 0.5, "-o", tmp_path / "p.json")
     assert "exists already" in call(*common).output
     assert (tmp_path / "p.json").read_text() == "mine"
     done(*common, "--force")
@@ -140,7 +145,7 @@ def test_statistics_of_another_model_are_refused(tiny_folder: Path, data: Path, 
     done("calibrate", tiny_folder, "--data", data, *SIZE, "--statistics", tmp_path / "s")
     result = call(
         "calibrate", tiny_folder, "--data", data, "--image-size", "84x112", "--statistics", tmp_path / "s", "--method", "plphp",
-        "--keep", 0.5, "-o", tmp_path / "p.json",
+        "--budget", 0.5, "-o", tmp_path / "p.json",
     )  # fmt: skip
     assert result.exit_code == 2 and "another geometry" in result.output
 

@@ -18,9 +18,7 @@ from PIL import Image
 import edgeprune.errors
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
-from edgeprune.cli.commands.calibrate import REDUCTIONS, ROWS
-from edgeprune.errors import MissingExtraError, did_you_mean, install_command, require_extra
-from edgeprune.methods import plphp
+from edgeprune.errors import MissingExtraError, did_you_mean, install_command, require_extra, update_hint
 from edgeprune.registry import METHODS, method_class, sites_of
 from edgeprune.tabletop.dataset import write_dataset
 from edgeprune.targets import TARGETS
@@ -66,7 +64,8 @@ def place(tiny_folder: Path, tiny_bundle: Bundle, tiny_image: Image.Image, tmp_p
 # Command, words of the message, words of the remedy, exit code. `edgeprune` commands in remedies must parse.
 ASK = ("--image", "0.png", "--prompt", "What is it?")
 DATA = ("--data", "scenes/dataset.jsonl")
-PLAN = ("--method", "plphp", "--keep", "0.5", "-o", "p.json")
+PLAN = ("--method", "plphp", "--budget", "0.5", "-o", "p.json")
+ZSPA, AUTO = ("--method", "zspaprune", "--keep", "0.5"), ("--method", "auto", "-o", "p.json")
 EXPORT_TINY = "edgeprune export model -o"
 MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "hub id": (("export", HUB, "-o", "b"), f"has nothing of {HUB}", "Unset HF_HUB_OFFLINE", 1),
@@ -92,11 +91,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         2,
     ),
     "comma": ((*EXPORT, "--method", "fastv", "--keep", "0,5"), "'0,5' is no share", "Write it as 0.5.", 2),
-    "percent to calibrate": (("calibrate", "model", *DATA, "--keep", "50%"), "'50%' is no share", "Write it as 0.5.", 2),
+    "percent to calibrate": (("calibrate", "model", *DATA, "--budget", "50%"), "'50%' is no share", "Write it as 0.5.", 2),
     "word": ((*EXPORT, "--method", "fastv", "--keep", "half"), "'half' is no share", "such as 0.25", 2),
     "layer -1": ((*EXPORT, *FASTV, "--layer", "-1"), "cannot act at layer -1", "Layers are 0 to 7.", 2),
     "layer -1 to calibrate": (
-        ("calibrate", "tabletop", *DATA, "--method", "fastv", "--keep", "0.9", "-o", "p.json", "--layer", "-1"),
+        ("calibrate", "tabletop", *DATA, "--method", "fastv", "--budget", "0.9", "-o", "p.json", "--layer", "-1"),
         "cannot act at layer -1",
         "Layers are 0 to 7.",
         2,
@@ -120,6 +119,35 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         2,
     ),
     "PLPHP": (("calibrate", "model", *DATA, "--method", "PLPHP", *PLAN[2:]), "Unknown method 'PLPHP'", "Did you mean plphp?", 2),
+    "option without a value": ((*EXPORT, *ZSPA, "--option", "core"), "'core' is no option", "NAME=VALUE", 2),
+    "option misspelt": ((*EXPORT, *ZSPA, "--option", "cor=0.3"), "unknown option 'cor'", "Did you mean core?", 2),
+    "option twice": ((*EXPORT, *ZSPA, "--option", "core=0.3", "--option", "core=0.4"), "given twice", "Give it once.", 2),
+    "option out of range": ((*EXPORT, *ZSPA, "--option", "core=1.5"), "'core' cannot be 1.5", "number from 0 to 1", 2),
+    "option no number": ((*EXPORT, *ZSPA, "--option", "core=much"), "must be of type float", "number from 0 to 1", 2),
+    "option no choice": ((*EXPORT, *ZSPA, "--option", "relevance=poold"), "cannot be 'poold'", "Did you mean pooled?", 2),
+    "option of budgets": (
+        (*EXPORT, "--method", "fitprune", "--keep", "0.5", "--option", "stages=2"),
+        "decides how many tokens stay",
+        "edgeprune calibrate --method fitprune",
+        2,
+    ),
+    "option of nothing": ((*EXPORT, "--option", "core=0.3"), "--option needs --method and --keep", "", 2),
+    "option of a plan": ((*EXPORT, "--plan", "p.json", "--option", "core=0.3"), "already says what", "Give one of them.", 2),
+    "option of auto": (("calibrate", "model", *DATA, *AUTO, "--option", "core=0.3"), "is for one method", "edgeprune methods", 2),
+    "option to calibrate": (
+        ("calibrate", "model", *DATA, *PLAN, "--option", "delt=0.3"),
+        "unknown option",
+        "Did you mean delta?",
+        2,
+    ),
+    "option and flag": (
+        ("calibrate", "model", *DATA, *PLAN, "--option", "rows=peak", "--rows", "text"),
+        "'rows' of plphp is given twice",
+        "Give it once.",
+        2,
+    ),
+    "ranking of nothing": (("calibrate", "model", *DATA, *ZSPA, "-o", "p.json", "--reduce", "max"), "--reduce is not for", "", 2),
+    "options of no method": (("methods", "zspaprun"), "Unknown method 'zspaprun'", "Did you mean zspaprune?", 2),
     "family": (("models", "qwen2vl"), "'qwen2vl' are not supported", "Did you mean qwen2_vl?", 1),
     "450x450": (("export", "model", "-o", "b", "--image-size", "450x450"), "does not divide", "--image-size 448x448 or 476x476", 2),
     "450x448": (("export", "model", "-o", "b", "--image-size", "450x448"), "does not divide", "448x448 or 476x448", 2),
@@ -155,7 +183,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     "picture as curve": (
         ("report", "table.bundle", "-o", "r.html", "--curve", "0.png"),
         "Cannot read the curve 0.png: it is not text.",
-        "edgeprune calibrate --method auto --curve",
+        "edgeprune calibrate MODEL --data SAMPLES --method auto -o PLAN --curve FILE",
         2,
     ),
     "bundle as times": (
@@ -164,7 +192,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         "edgeprune profile",
         2,
     ),
-    "stages 0": (("calibrate", "tabletop", *DATA, "--method", "fitprune", "--stages", "0"), "0 is not in the range", "x>=1", 2),
+    "stages 0": (
+        ("calibrate", "tabletop", *DATA, "--method", "fitprune", "--stages", "0"),
+        "Option 'stages' cannot be 0",
+        "1 or more",
+        2,
+    ),
     "threads -1": (("profile", "table.bundle", "-o", "t.json", "--threads", "-1"), "-1 is not in the range", "x>=1", 2),
     "seed -1": (
         (*EXPORT, "--method", "random", "--keep", "0.5", "--seed", "-1"),
@@ -193,9 +226,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         2,
     ),
     "needs budgets": (
-        (*EXPORT, *PLAN[:4]),
+        (*EXPORT, "--method", "plphp", "--keep", "0.5"),
         "plphp needs calibrated budgets",
-        "edgeprune calibrate --method plphp",
+        "edgeprune calibrate MODEL --data FILE --method plphp --budget 0.5 -o PLAN",
         2,
     ),
     "exists": (("export", "tabletop", "-o", "table.bundle"), "table.bundle exists already", "--force", 2),
@@ -207,6 +240,19 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         2,
     ),
     "no image": (("run", "table.bundle", "--prompt", "x"), "There is no image to ask about", "For example: --image", 2),
+    "keep of calibrate": (
+        ("calibrate", "model", *DATA, "--method", "plphp", "--budget", "0.5", "-o", "p.json"),
+        "--keep of calibrate is now --budget: a share of the method's cost.",
+        "Write --budget 0.5",
+        2,
+    ),
+    "kept of bench": (
+        ("bench", "table.bundle", "--kept", "9,18"),
+        "--kept of bench is now --visual-tokens",
+        "--visual-tokens 9,18",
+        2,
+    ),
+    "budget 25": (("calibrate", "model", *DATA, *PLAN[:3], "25", *PLAN[4:]), "Budget 25.0 is outside", "--budget 0.25 spends", 2),
     "no output": (("calibrate", "model", *DATA, *PLAN[:4]), "no file for the plan", "(-o)", 2),
 }
 
@@ -217,7 +263,7 @@ def test_a_mistake_gets_its_remedy(mistake: str, place: Path) -> None:
     before = sorted(place.rglob("*"))
     line = refused(*command, code=code)
     assert words in line and remedy in line
-    if "edgeprune " in remedy and "calibrate" not in remedy and "profile" not in remedy:
+    if re.search(r"edgeprune [a-z]+ [\w./-]+ ", remedy):
         check_command(line)
     assert sorted(place.rglob("*")) == before
 
@@ -244,6 +290,7 @@ def test_commands_of_the_hub_in_remedies_are_its_own() -> None:
 
 def test_a_missing_extra_is_installed_from_where_edgeprune_came(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checkout = Path(edgeprune.errors.__file__).parents[1]
+    assert update_hint() == f'Update EdgePrune: git -C "{checkout}" pull'
     with pytest.raises(MissingExtraError, match=re.escape(f'pip install -e "{checkout}[serve]"')):
         require_extra("serve", "a_package_that_is_not_there")
     monkeypatch.setattr(edgeprune.errors, "__file__", str(tmp_path / "edgeprune" / "errors.py"))
@@ -252,10 +299,15 @@ def test_a_missing_extra_is_installed_from_where_edgeprune_came(monkeypatch: pyt
         '{"url": "file:///w/e.whl", "archive_info": {}}': 'pip install "edgeprune[serve] @ file:///w/e.whl"',
         '{"url": "https://h/e", "vcs_info": {"vcs": "git", "commit_id": "1a"}}': 'pip install "edgeprune[serve] @ git+https://h/e@1a"',
     }
-    for record, command in records.items():
+    updates = (
+        'Update EdgePrune: pip install -U "edgeprune"',
+        "Install a newer EdgePrune: this one is file:///w/e.whl",
+        'Update EdgePrune: pip install -U "edgeprune @ git+https://h/e"',
+    )
+    for (record, command), update in zip(records.items(), updates, strict=True):
         recorded = type("Recorded", (), {"read_text": staticmethod(lambda name, record=record: record)})
         monkeypatch.setattr("importlib.metadata.distribution", lambda name, recorded=recorded: recorded)
-        assert install_command("serve") == command
+        assert (install_command("serve"), update_hint()) == (command, update)
 
 
 def test_close_names_are_proposed() -> None:
@@ -268,10 +320,6 @@ def test_sites_are_known_without_importing_a_method() -> None:
     assert {name: sites_of(name) for name in METHODS} == {name: method_class(name).sites for name in METHODS}
 
 
-def test_copied_choices_are_those_of_plphp() -> None:
-    assert (ROWS, REDUCTIONS) == (plphp.ROWS, plphp.REDUCTIONS)
-
-
 EARLY = (
     (*EXPORT, "--method", "fastv", "--keep", "25"),
     ("export", "tabletop", "-o", "0.png/b"),
@@ -280,12 +328,14 @@ EARLY = (
     ("export", "no-end", "-o", "b"),
     ("export", "no-token", "-o", "b"),
     (*EXPORT, *FASTV, "--layer", "99"),
+    (*EXPORT, *ZSPA, "--option", "core=1.5"),
+    ("calibrate", "tabletop", *DATA, *PLAN, "--option", "delta=2"),
     (*EXPORT, "--plan", "none.json"),
     (*EXPORT, "--tier", "a=none.json"),
     ("eval", "model", *DATA, "--method", "fastv", "--keep", "25"),
     ("eval", "no-end", *DATA),
-    ("calibrate", "tabletop", *DATA, "--method", "plphp", "--keep", "25", "-o", "p.json"),
-    ("calibrate", "tabletop", *DATA, "--method", "plphp", "--keep", "0.5", "-o", "nowhere/p.json"),
+    ("calibrate", "tabletop", *DATA, "--method", "plphp", "--budget", "25", "-o", "p.json"),
+    ("calibrate", "tabletop", *DATA, "--method", "plphp", "--budget", "0.5", "-o", "nowhere/p.json"),
     ("calibrate", "tabletop", "--data", "none.jsonl", *PLAN),
     ("calibrate", "no-end", *DATA, *PLAN),
     ("calibrate", "tabletop", *DATA, "--method", "auto", "-o", "p.json", "--max-drop", "200%"),

@@ -39,7 +39,7 @@ def place(tiny_bundle: Bundle, tiny_image: Image.Image, tmp_path: Path, monkeypa
 EXISTING = (
     (*ASK, "--overlay", "mine.png"),
     ("export", "tabletop", "-o", "mine.json"),
-    (*CALIBRATE, "--method", "divprune", "--keep", "0.5", "-o", "mine.json"),
+    (*CALIBRATE, "--method", "divprune", "--budget", "0.5", "-o", "mine.json"),
     (*AUTO, "--curve", "mine.json"),
     ("merge", "part", "-o", "mine.json"),
     ("profile", "table.bundle", "-o", "mine.json"),
@@ -55,8 +55,8 @@ INPUTS = (
     (*ASK, "--overlay", "scenes/../0.png"),
     ("export", "tabletop", "--plan", "plan.json", "-o", "plan.json"),
     ("export", "tabletop", "--plan", "plan.json", "-o", "../" + "PLACE"),
-    (*CALIBRATE, "--method", "divprune", "--keep", "0.5", "--onto", "plan.json", "-o", "plan.json"),
-    (*CALIBRATE, "--method", "divprune", "--keep", "0.5", "-o", "scenes/dataset.jsonl"),
+    (*CALIBRATE, "--method", "divprune", "--budget", "0.5", "--onto", "plan.json", "-o", "plan.json"),
+    (*CALIBRATE, "--method", "divprune", "--budget", "0.5", "-o", "scenes/dataset.jsonl"),
     (*AUTO, "--times", "times.json", "--curve", "times.json"),
     ("merge", "part", "mine.json", "-o", "part"),
     ("report", "plan.json", "-o", "plan.json"),
@@ -65,7 +65,7 @@ INPUTS = (
 )
 NOWHERE = (
     (*ASK, "--overlay", "none/kept.png"),
-    (*CALIBRATE, "--method", "divprune", "--keep", "0.5", "-o", "none/p.json"),
+    (*CALIBRATE, "--method", "divprune", "--budget", "0.5", "-o", "none/p.json"),
     (*CALIBRATE, "--statistics", "none/s"),
     ("merge", "part", "-o", "none/s"),
     ("profile", "table.bundle", "-o", "none/t.json"),

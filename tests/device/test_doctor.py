@@ -168,7 +168,7 @@ def test_a_desktop_with_everything(tmp_path: Path) -> None:
     recording = replace(desktop(), software=Software((3, 12), packages, ("CUDAExecutionProvider", *CPU_ONLY), True))
     abilities, _ = examine(recording, tmp_path)
     assert all(ability.able for ability in abilities.values())
-    assert abilities[BUILD].reason.endswith("export --target tensorrt11, edgeprune build")
+    assert abilities[BUILD].reason.endswith("export MODEL -o BUNDLE --target tensorrt11, edgeprune build BUNDLE")
 
 
 def test_without_onnx_runtime_nothing_runs(tmp_path: Path) -> None:

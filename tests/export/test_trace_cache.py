@@ -79,7 +79,7 @@ def test_what_is_read_is_written_as_a_fresh_trace_is(
         if folder.name == "fresh":
             monkeypatch.setattr(tracing, "traced", FRESH)
         trace_embedding(tiny.family.decoder(), lowering, folder / "embedding.onnx")
-        trace_selector(tiny.family.decoder(), plan, 0, lowering, folder / "selector.onnx")
+        trace_selector(tiny.family.decoder(), plan, {}, lowering, folder / "selector.onnx")
     assert cache.traced == 2
     first, second, fresh = map(written, folders)
     assert first == second == fresh

@@ -30,7 +30,7 @@ def test_a_wrong_chat_template_is_named(altered_bundle: Path, tiny: LoadedModel)
     path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>model"))
     report = verify(sealed(altered_bundle), tiny)
     assert first_failure(report) == "prompts"
-    assert report[0].compared.startswith("differs for one image, two images")
+    assert report[0].compared.startswith("differs for one image, a system prompt")
 
 
 def test_a_lost_repetition_penalty_is_named(altered_bundle: Path, tiny: LoadedModel) -> None:
@@ -87,3 +87,11 @@ def test_differences_are_those_of_the_worst_array() -> None:
 def test_kept_indices_differ_as_sets_head_by_head() -> None:
     assert differing_indices([(np.array([0, 2, 5]), np.array([5, 0, 3]))]) == 2
     assert differing_indices([(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [0, 3]]))]) == 2
+
+
+def test_what_cannot_be_compared_is_said(altered_bundle: Path, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.export.upstream.chat_template", lambda _: None)
+    stages = {stage.name: stage for stage in verify(sealed(altered_bundle), tiny)}
+    for name in ("prompts", "unpruned text"):
+        assert (stages[name].worst, stages[name].passed) == (None, True)
+        assert stages[name].compared == "the checkpoint has no chat template"

@@ -53,8 +53,10 @@ def test_a_view_is_encoded_as_in_transformers(side: int, tokens: int) -> None:
         expected = model.get_image_features(pixels).pooler_output[0]
         tower: Any = Gemma3(model).vision(geometry)
         assert error(tower(cut(pixels, 14))[0], expected) < 1e-5 and tower.takes == ((side // 14) ** 2, 588)
-        visual, received, keys = Gemma3(model).vision(geometry, signals=True)(cut(pixels, 14))
-    assert error(visual[0], expected) < 1e-5 and keys.shape == (tokens, 24)
+        tower: Any = Gemma3(model).vision(geometry, signals=True)
+        visual, received, keys, features = tower(cut(pixels, 14))
+        assert error(tower.projector(features), visual[0]) < 1e-6
+    assert error(visual[0], expected) < 1e-5 and keys.shape == (tokens, 8)
     assert received.shape == (tokens,) and received.sum() * merge**2 == pytest.approx(1.0)
 
 

@@ -162,10 +162,12 @@ def test_the_signals_of_tiles_are_the_attention_of_transformers() -> None:
     pixels = torch.randn(3, 3, 56, 56)
     with torch.no_grad():
         seen = model.get_image_features(pixels[None], output_attentions=True)
-        visual, received, keys = Idefics3(model).vision(geometry, signals=True)(cut(pixels, 14))
+        tower: Any = Idefics3(model).vision(geometry, signals=True)
+        visual, received, keys, features = tower(cut(pixels, 14))
+        assert error(tower.projector(features), visual[0]) < 1e-6
     patches = seen.attentions[-2].mean(dim=(1, 2))  # [views, patches] of 4 x 4
     expected = patches.view(3, 2, 2, 2, 2).mean(dim=(2, 4)).flatten()
-    assert error(received, expected) < 1e-5 and keys.shape == (12, 24)
+    assert error(received, expected) < 1e-5 and keys.shape == (12, 8)
     assert error(visual[0], seen.pooler_output[0]) < 1e-5
 
 

@@ -90,10 +90,12 @@ def test_the_signals_are_what_the_class_tokens_attend_to() -> None:
     model.model.vision_tower.set_attn_implementation("eager")
     with torch.no_grad():
         seen = model.get_image_features(pixels, output_attentions=True)
-        visual, received, keys = InternVL(model).vision(tiled(3), signals=True)(cut(pixels, 14))
+        tower: Any = InternVL(model).vision(tiled(3), signals=True)
+        visual, received, keys, features = tower(cut(pixels, 14))
+        assert error(tower.projector(features), visual[0]) < 1e-6
     patches = seen.attentions[-2][:, :, 0, 1:].mean(dim=1)  # [views, patches] of 4 x 4
     expected = patches.view(3, 2, 2, 2, 2).mean(dim=(2, 4)).flatten()
-    assert error(received, expected) < 1e-5 and keys.shape == (12, 24)
+    assert error(received, expected) < 1e-5 and keys.shape == (12, 8)
     assert error(visual[0], seen.pooler_output.flatten(0, 1)) < 1e-5
 
 

@@ -43,11 +43,12 @@ def test_visual_tokens_equal_transformers(loaded: LoadedModel, size: tuple[int, 
     patches = image_spec(loaded.settings(geometry)).patches([picture(size)])
     tower = loaded.family.vision(geometry, signals=True).eval()
     with torch.no_grad():
-        visual, received, keys = tower(torch.from_numpy(patches))
+        visual, received, keys, features = tower(torch.from_numpy(patches))
+        assert torch.equal(tower.projector(features), visual[0])
         inputs = tiny_lfm2_vl.inputs(loaded.folder.path, [picture(size)])
         expected = torch.cat(loaded.model.get_image_features(**inputs).pooler_output)
     torch.testing.assert_close(visual[0], expected, atol=1e-5, rtol=1e-4)
-    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
+    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 8)
     # The patches of each view receive attention from that view alone, one from each query on average.
     starts = np.cumsum([0, *(view.tokens for view in geometry.layout)])
     for first, last, view in zip(starts, starts[1:], geometry.layout, strict=False):

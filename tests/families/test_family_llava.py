@@ -64,8 +64,10 @@ def test_a_view_is_encoded_as_in_transformers(encoder: str, layer: int | list[in
         expected = model.get_image_features(pixels).pooler_output[0]
         tower: Any = Llava(model).vision(SQUARE)
         assert error(tower(cut(pixels, 14))[0], expected) < 1e-5 and tower.takes == (25, 588)
-        visual, received, keys = Llava(model).vision(SQUARE, signals=True)(cut(pixels, 14))
-    assert error(visual[0], expected) < 1e-5 and received.shape == (25,) and keys.shape == (25, 24)
+        tower: Any = Llava(model).vision(SQUARE, signals=True)
+        visual, received, keys, features = tower(cut(pixels, 14))
+        assert error(tower.projector(features), visual[0]) < 1e-6
+    assert error(visual[0], expected) < 1e-5 and received.shape == (25,) and keys.shape == (25, 8)
 
 
 @pytest.mark.parametrize("layer", [-2, [-2, 1]])
@@ -77,11 +79,13 @@ def test_mantis_leaves_out_the_first_patch_as_in_transformers(layer: int | list[
     Llava.check(model.config)
     with torch.no_grad():
         expected = model.get_image_features(pixels).pooler_output[0]
-        visual, received, keys = Llava(model).vision(geometry, signals=True)(cut(pixels, 14))
+        tower: Any = Llava(model).vision(geometry, signals=True)
+        visual, received, keys, features = tower(cut(pixels, 14))
+        assert error(tower.projector(features), visual[0]) < 1e-6
         few, kept = Llava(model).vision(geometry, cuts=(first,))(cut(pixels, 14))
         model.model.vision_tower.set_attn_implementation("eager")
         seen = model.model.vision_tower(pixels, output_attentions=True).attentions
-    assert error(visual[0], expected) < 1e-5 and keys.shape == (24, 24)
+    assert error(visual[0], expected) < 1e-5 and keys.shape == (24, 8)
     assert error(received, seen[2][0].mean(dim=(0, 1))[1:]) < 1e-5
     assert few.shape == (1, 7, 48) and kept.tolist() == sorted(seen[0][0].mean(dim=(0, 1))[1:].topk(7).indices.tolist())
 
@@ -118,7 +122,7 @@ def test_tiles_are_packed_as_in_transformers(size: tuple[int, int], most: int, t
         visual, received, keys = tower(torch.from_numpy(spec.patches([image])))
     assert (len(made["pixel_values"][0]), geometry.tokens) == (1 + tiles, 25 + tokens)
     assert error(visual[0], expected) < 1e-5
-    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
+    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 8)
     assert tower.takes == (25 * (1 + tiles), 588)
 
 
@@ -149,7 +153,7 @@ def test_tiles_of_llava_next_are_packed_as_in_transformers(
         model.model.image_newline.zero_()
         assert error(tower(torch.from_numpy(spec.patches([image])))[0][0], expected) > 1e-2
     assert (len(made["pixel_values"][0]), geometry.tokens) == (1 + tiles, 25 + tokens)
-    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
+    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 8)
 
 
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2", "qwen3"])
@@ -218,7 +222,7 @@ def test_packing_is_traced_with_constant_shapes() -> None:
     tower: Any = LlavaOneVision(model).vision(geometry, signals=True)
     program = torch.export.export(tower, (torch.randn(tower.takes),))
     shapes = [tuple(node.meta["val"].shape) for node in program.graph.output_node().args[0]]
-    assert shapes == [(1, geometry.tokens, 48), (geometry.tokens,), (geometry.tokens, 24)]
+    assert shapes == [(1, geometry.tokens, 48), (geometry.tokens,), (geometry.tokens, 8)]
     assert not any(word in str(node.target) for node in program.graph.nodes for word in ("conv", "upsample", "nonzero"))
 
 

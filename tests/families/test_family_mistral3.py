@@ -73,13 +73,14 @@ def test_an_image_is_encoded_as_in_transformers(grid: tuple[int, int], layer: in
     pixels = torch.randn(1, 3, geometry.height, geometry.width)
     with torch.no_grad():
         expected = features(model, geometry, pixels).pooler_output[0]
-        tower = family.vision(geometry)
-        actual = tower(cut(pixels, 14))
-        visual, received, keys = family.vision(geometry, signals=True)(cut(pixels, 14))
+        tower: Any = family.vision(geometry, signals=True)
+        actual = family.vision(geometry)(cut(pixels, 14))
+        visual, received, keys, rows = tower(cut(pixels, 14))
+        assert error(tower.projector(rows), visual[0]) < 1e-6
     assert actual.shape == (1, geometry.tokens, 48) and tower.takes == cut(pixels, 14).shape
     assert tower.blocks == range(5)[layer]
     assert error(actual[0], expected) < 1e-5 and torch.equal(visual, actual)
-    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 24)
+    assert received.shape == (geometry.tokens,) and keys.shape == (geometry.tokens, 8)
 
 
 def test_several_layers_of_pixtral_are_joined_as_in_transformers() -> None:
@@ -111,7 +112,7 @@ def test_the_signals_are_what_patches_attend_to() -> None:
     model.model.vision_tower.set_attn_implementation("eager")
     with torch.no_grad():
         seen = features(model, geometry, pixels, output_attentions=True)
-        visual, received, _ = Mistral3(model).vision(geometry, signals=True)(cut(pixels, 14))
+        visual, received, *_ = Mistral3(model).vision(geometry, signals=True)(cut(pixels, 14))
     patches = seen.attentions[-2][0].mean(dim=(0, 1))  # [patches] in reading order
     assert error(received, patches.view(3, 2, 4, 2).mean(dim=(1, 3)).flatten()) < 1e-5
     assert error(visual[0], seen.pooler_output[0]) < 1e-5

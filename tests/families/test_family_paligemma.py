@@ -50,8 +50,10 @@ def test_a_view_is_encoded_as_in_transformers(model: Any) -> None:
         expected = model.get_image_features(pixels).pooler_output[0]
         tower: Any = PaliGemma(model).vision(SQUARE)
         assert error(tower(cut(pixels, 14))[0], expected) < 1e-5 and tower.takes == (16, 588)
-        visual, received, keys = PaliGemma(model).vision(SQUARE, signals=True)(cut(pixels, 14))
-    assert error(visual[0], expected) < 1e-5 and keys.shape == (16, 24)
+        tower: Any = PaliGemma(model).vision(SQUARE, signals=True)
+        visual, received, keys, features = tower(cut(pixels, 14))
+        assert error(tower.projector(features), visual[0]) < 1e-6
+    assert error(visual[0], expected) < 1e-5 and keys.shape == (16, 8)
     assert received.shape == (16,) and received.sum() == pytest.approx(1.0)
 
 

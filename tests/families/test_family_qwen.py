@@ -91,7 +91,7 @@ def test_the_signals_of_every_frame(name: str, model: LoadedModel, steps: int) -
     with torch.no_grad():
         visual, received, keys = tower(patches(tower))
     assert visual.shape == (1, 15 * steps, 48 * (1 + model.family.decoder().planes))
-    assert received.shape == (15 * steps,) and keys.shape == (15 * steps, 32)
+    assert received.shape == (15 * steps,) and keys.shape == (15 * steps, 16)
     # Patches of a token are averaged, and a query gives 1 to the 60 patches of its frame.
     assert received.view(steps, 15).sum(dim=1).tolist() == pytest.approx([15 / 60] * steps, rel=1e-4)
 

@@ -39,9 +39,11 @@ def test_a_view_is_encoded_as_in_transformers(side: int, layers: list[int]) -> N
     with torch.no_grad():
         tower: Any = family.vision(geometry)
         assert error(tower(cut(pixels, 14))[0], expected(model, pixels)) < 1e-5 and tower.takes == (patches, 588)
-        visual, received, keys = family.vision(geometry, signals=True)(cut(pixels, 14))
+        tower: Any = family.vision(geometry, signals=True)
+        visual, received, keys, features = tower(cut(pixels, 14))
+        assert error(tower.projector(features), visual[0]) < 1e-6
         assert error(visual[0], expected(model, pixels)) < 1e-5
-    assert received.shape == (patches,) and keys.shape == (patches, 24) and received.gt(0).all()
+    assert received.shape == (patches,) and keys.shape == (patches, 8) and received.gt(0).all()
 
 
 @pytest.mark.parametrize("layers", [[-4, -2, 2], [-2, -4, 1]])
@@ -66,7 +68,7 @@ def test_matrices_act_on_rows() -> None:
     program = torch.export.export(tower, (torch.randn(tower.takes),))
     shapes = [tuple(node.meta["val"].shape) for node in program.graph.output_node().args[0]]
     linear = [node for node in program.graph.nodes if node.target == torch.ops.aten.linear.default]
-    assert shapes == [(1, 25, 48), (25,), (25, 24)]
+    assert shapes == [(1, 25, 48), (25,), (25, 8), (25, 72)]
     assert linear and all(node.args[0].meta["val"].dim() == 2 for node in linear)
     assert not any(word in str(node.target) for node in program.graph.nodes for word in ("conv", "upsample", "nonzero"))
 

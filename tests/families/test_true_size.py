@@ -48,6 +48,8 @@ def folder_of(name: str, path: Path) -> Path:
         for parameter, weight in model.named_parameters():
             if "q_proj" in parameter:
                 weight *= 4  # so that attention is not flat
+            if "mm_input_projection" in parameter:  # transformers leaves Gemma 3's at zero
+                weight.normal_(std=0.02)
     generation = json.loads((path / "generation_config.json").read_text())
     model.save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps(generation))

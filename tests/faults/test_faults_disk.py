@@ -76,7 +76,7 @@ def test_an_export_that_may_write_no_larger_file(size: int, tiny_folder: Path, t
 def test_a_calibration_that_may_write_no_larger_file(tiny_folder: Path, tiny_image: Image.Image, tmp_path: Path) -> None:
     tiny_image.save(tmp_path / "scene.png")
     (tmp_path / "samples.jsonl").write_text(json.dumps({"image": "scene.png", "prompt": "What is it?"}))
-    words = ["calibrate", tiny_folder, "--method", "plphp", "--keep", "0.5", "--data", tmp_path / "samples.jsonl"]
+    words = ["calibrate", tiny_folder, "--method", "plphp", "--budget", "0.5", "--data", tmp_path / "samples.jsonl"]
     words += ["--max-tokens", 2, "--image-size", "84x112", "-o", tmp_path / "plan.json"]
     assert "File too large" in refused(*words, before=limit_files(100))
     assert {path.name for path in tmp_path.iterdir()} == {"scene.png", "samples.jsonl"}

@@ -84,7 +84,7 @@ def test_plphp_by_hand() -> None:
 
 
 def test_plphp_refuses_other_reductions() -> None:
-    with pytest.raises(PlanError, match="mean or max"):
+    with pytest.raises(PlanError, match="Allowed: one of mean, max"):
         PLPHP(Cut("cache", "plphp", 1, options={"reduce": "sum"}), GEOMETRY)
 
 

@@ -85,7 +85,7 @@ def test_the_graph_keeps_the_same_tokens(target: str, planes: int, tmp_path: Pat
     plan = unpruned_plan("qwen3_vl", 2, geometry).with_cuts(Cut("input", "evs", 9))
     parts: Any = SimpleNamespace(hidden=HIDDEN, planes=planes)
     lowering = Lowering(TARGETS[target], "fp32")
-    trace_selector(parts, plan, 0, lowering, path)
+    trace_selector(parts, plan, {}, lowering, path)
     visual, prompt = torch.randn(1, 18, HIDDEN * (1 + planes)), torch.randn(1, 4, HIDDEN * (1 + planes))
     session = onnxruntime.InferenceSession(path)
     embeds, chosen = session.run(None, {"visual_embeds": visual.numpy()})

@@ -131,7 +131,7 @@ def test_the_greedy_dpp_adds_the_most_volume_each_time(count: int) -> None:
     for _ in range(count):
         others = [index for index in range(8) if index not in chosen]
         chosen.append(max(others, key=lambda index: float(torch.linalg.det(kernel[[*chosen, index]][:, [*chosen, index]]))))
-    assert greedy_map(kernel, count).tolist() == chosen
+    assert greedy_map(kernel, torch.ones(8).double(), torch.zeros(8), count).tolist() == chosen
 
 
 def test_dart_by_hand() -> None:
@@ -151,7 +151,16 @@ def test_visionzip_by_hand() -> None:
     zipped = VisionZip(Cut("input", "visionzip", 3, options={"contextual": 0.4}), GEOMETRY)
     chosen = zipped.select(seen, 3)
     assert chosen.tolist() == [0, 1, 4]
-    assert zipped.merge(seen, chosen)[:, 0].tolist() == [(0 + 2 + 3 + 5) / 4, 1.0, 4.0]
+    assert zipped.merge(seen, chosen)[:, 0].tolist() == pytest.approx([0 + (2 + 3 + 5) / 3, 1.0, 4.0])
+
+
+def test_visionzip_merges_before_the_projector() -> None:
+    # As above: the target 0 of features 0 gets the mean of 2, 3 and 5, and then becomes a token of its own.
+    features = torch.arange(6.0)[:, None]
+    attention, keys = torch.tensor([0.1, 0.9, 0.2, 0.1, 0.8, 0.3]), torch.ones(6, 2)
+    projected = InputView(features.square(), torch.ones(1, 1), attention, keys, features, torch.square)
+    zipped = VisionZip(Cut("input", "visionzip", 3, options={"contextual": 0.4}), GEOMETRY)
+    assert zipped.merge(projected, torch.tensor([0, 1, 4]))[:, 0].tolist() == pytest.approx([(10 / 3) ** 2, 1.0, 16.0])
 
 
 def test_a_larger_block_takes_several_at_once() -> None:
@@ -168,7 +177,7 @@ def test_a_larger_block_takes_several_at_once() -> None:
         ("zspaprune", {"block": 0}),
         ("zspaprune", {"relevance": "clip"}),
         ("divprune", {"block": 0}),
-        ("cdpruner", {"weight": 1.0}),
+        ("cdpruner", {"weight": 1.1}),
         ("dart", {"image_pivots": 0}),
         ("visionzip", {"contextual": -0.1}),
         ("divprune", {"core": 0.5}),

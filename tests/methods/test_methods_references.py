@@ -68,12 +68,13 @@ def test_divprune_in_blocks(keep: int) -> None:
     assert kept("divprune", seen, keep, block=3) == least_similar(similarity, [first], keep, 3, "max")
 
 
-@pytest.mark.parametrize("weight", [0.2, 0.5, 0.8])  # with 0 all first picks tie, and rounding decides
+@pytest.mark.parametrize("weight", [0.2, 0.5, 0.8, 1.0])  # with 0 all first picks tie, and rounding decides
 @pytest.mark.parametrize("keep", [1, 5, 10])
 def test_cdpruner(weight: float, keep: int) -> None:
     seen = view(seed=3)
     relevance = cosines(seen.visual, seen.prompt).mean(axis=1)
-    scale = np.exp(weight / (2 * (1 - weight)) * (relevance - relevance.min()) / np.ptp(relevance))
+    relevance = (relevance - relevance.min() + 1e-6) / np.ptp(relevance)
+    scale = relevance if weight == 1.0 else np.exp(weight / (2 * (1 - weight)) * relevance)
     kernel = scale[:, None] * cosines(seen.visual, seen.visual) * scale[None]
     chosen: list[int] = []
     for _ in range(keep):
@@ -83,10 +84,11 @@ def test_cdpruner(weight: float, keep: int) -> None:
 
 
 def test_cdpruner_by_hand() -> None:
-    # Tokens 0 and 1 are alike, 2 is at right angles to both. The word points along x: relevance 1, .99, 0; scale e^.5, about e^.5
-    # and 1. First 0, then 2, since 1 adds no volume, however relevant.
+    # Tokens 0 and 1 are alike, 2 is at right angles to 0. The word points along x: relevance 1, .99, 0; with w = .5 the scale is
+    # e^.5, about e^.5 and 1. First 0, then 2, since 1 adds no volume, however relevant. With w = 1 token 2 is worth nothing.
     seen = InputView(torch.tensor([[1.0, 0.0], [7.0, 1.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
-    assert kept("cdpruner", seen, 2) == [0, 2]
+    assert kept("cdpruner", seen, 2, weight=0.5) == [0, 2]
+    assert kept("cdpruner", seen, 2) == [0, 1]
 
 
 def test_divprune_by_hand() -> None:
@@ -129,7 +131,7 @@ def test_visionzip(share: float, keep: int) -> None:
     contextual = min(int(share * keep), keep - 1)
     ranked = np.argsort(-seen.attention.numpy()).tolist()
     dominant, rest = ranked[: keep - contextual], sorted(ranked[keep - contextual :])
-    targets = [rest[index * len(rest) // contextual] for index in range(contextual)]
+    targets = [rest[index * (len(rest) // contextual)] for index in range(contextual)]
     groups = {token: [token] for token in (*dominant, *targets)}
     likeness = cosines(seen.keys, seen.keys)
     for token in set(rest) - set(targets):
@@ -138,7 +140,8 @@ def test_visionzip(share: float, keep: int) -> None:
     zipped = method_class("visionzip")(Cut("input", "visionzip", keep, options={"contextual": share}), GEOMETRY)
     chosen = zipped.select(seen, keep)
     assert chosen.tolist() == sorted(groups)
-    merged = np.stack([seen.visual[group].mean(dim=0).numpy() for _, group in sorted(groups.items())])
+    rows = seen.visual.numpy()
+    merged = np.stack([rows[token] + (rows[more].mean(axis=0) if more else 0) for token, (_, *more) in sorted(groups.items())])
     assert np.allclose(zipped.merge(seen, chosen).numpy(), merged, atol=1e-5)
 
 

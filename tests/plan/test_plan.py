@@ -120,6 +120,20 @@ def test_keep_ratios_round_down_to_at_least_one(keep: float, count: int) -> None
     assert keep_count(144, keep) == count
 
 
+@pytest.mark.parametrize(
+    ("method", "counts"),  # of 576 tokens at 10 %, 57.6, and of 45 at 10 %, 4.5
+    [
+        *(("fastv", (58, 4)), ("divprune", (58, 4))),  # Python's round: a half goes to the even number
+        *(("evit", (58, 5)), ("dart", (58, 5))),
+        *(("pyramiddrop", (57, 4)), ("cdpruner", (57, 4)), ("evs", (57, 4)), ("random", (57, 4))),
+    ],
+)
+def test_counts_are_rounded_as_the_authors_do(method: str, counts: tuple[int, int]) -> None:
+    assert (keep_count(576, 0.1, method), keep_count(45, 0.1, method)) == counts
+    assert keep_count(576, 0.25, method) == 144
+    assert keep_count(3, 0.1, method) == 1
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.01, float("nan"), float("inf")])
 def test_keep_ratios_outside_are_refused(keep: float) -> None:
     with pytest.raises(PlanError, match=r"outside \(0, 1\]"):
@@ -177,4 +191,4 @@ def test_every_view_keeps_its_share() -> None:
     views = tuple(View(0, 0, 80, 80, 5, 5, time=time) for time in range(3))
     base = unpruned_plan("qwen2_vl", 8, Geometry(80, 80, 16, 1, views, frames=3, fps=1.0))
     cut = staircase_plan(base, "evit", [0.5], [4], site="vision").cuts[0]
-    assert (cut.site, cut.layer, cut.keep) == ("vision", 4, 36)
+    assert (cut.site, cut.layer, cut.keep) == ("vision", 4, 39)  # EViT rounds up

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,8 +112,12 @@ def test_no_stage_is_reused_from_the_question_before(tiny_bundle: Bundle, tiny_i
     runtime = load(tiny_bundle.path, threads=1)
     runtime.watch(receipts.append)
     asked = collect_answers(runtime, tiny_image, ["What is it?", "And what is that?"], max_tokens=2).asked
-    assert [receipt.reused for receipt in receipts] == [()] * 3
-    assert all("vision 0.0" not in dict(question.facts)["of which"] for question in asked)
+    assert [receipt.pruned for receipt in receipts] == [True, False] * 3  # the first pair warms up
+    assert [receipt.reused for receipt in receipts[2:]] == [()] * 4
+    for question in asked:
+        rows = {name: values for name, *values in question.facts}
+        assert all(value != "0.0 ms" for value in rows["vision encoder"])
+        assert rows["visual KV cache kept"][1] == "100% of all" != rows["visual KV cache kept"][0]
 
 
 def test_nothing_is_loaded_from_outside(whole_page: str) -> None:
@@ -155,7 +160,7 @@ def test_every_section_is_on_the_whole_page(whole_page: str) -> None:
 def test_a_plan_without_cuts_has_a_page() -> None:
     page = page_of(ReportInputs("none", replace(PLAN, cuts=())))
     assert "every visual token is kept" in page
-    assert "Visual cache by decode step" not in page
+    assert "What each step of an answer reads" not in page
 
 
 def tips(page: str, words: str) -> list[str]:
@@ -164,12 +169,10 @@ def tips(page: str, words: str) -> list[str]:
 
 def test_budgets_have_two_bars_a_layer() -> None:
     svg = charts.budgets(PLAN)
-    assert tips(svg, "alive in prefill") == [f"layer {n}: {count} alive in prefill" for n, count in enumerate((10, 6, 6))]
-    assert tips(svg, "stored") == [f"layer {n}: {count} stored in the KV cache" for n, count in enumerate((8, 5, 3))]
-    heights = [
-        float(y)
-        for y in re.findall(r"<title>layer \d: \d+ stored[^<]*</title>\s*<path d=\"M [\d.]+ [\d.]+ \nL .*\nL [\d.]+ ([\d.]+)", svg)
-    ]
+    assert tips(svg, "in prefill") == [f"layer {n}: {count} in prefill" for n, count in enumerate((10, 6, 6))]
+    assert tips(svg, "in the KV cache") == [f"layer {n}: {count} in the KV cache" for n, count in enumerate((8, 5, 3))]
+    bar = r"<title>layer \d: \d+ in the KV cache</title>\s*<path d=\"M [\d.]+ [\d.]+ \nL .*\nL [\d.]+ ([\d.]+)"
+    heights = [float(y) for y in re.findall(bar, svg)]
     assert len(heights) == 3 and heights == sorted(heights)  # y grows downwards: 8, 5, 3
     assert (heights[2] - heights[1]) / (heights[1] - heights[0]) == pytest.approx(2 / 3, rel=1e-3)
 
@@ -233,7 +236,7 @@ def test_the_decode_chart_shows_the_schedule_and_what_answers_read(
     assert tips(whole_page, "schedule over 10 steps")
     read = tips(whole_page, "answer 1, step")
     assert read[:3] == ["answer 1, step 0: 100%", "answer 1, step 1: 100%", "answer 1, step 2: 50%"]
-    assert "decided step by step" in page_of(ReportInputs("p", LIVE))
+    assert "chosen anew at every step" in page_of(ReportInputs("p", LIVE))
     asked = collect_answers(Runtime(reference_model(tiny, LIVE)), tiny_image, ["What is it?"], max_tokens=4)
     assert len(tips(page_of(ReportInputs("p", LIVE, interview=asked)), "answer 1, step")) == len(asked.asked[0].decode_shares) > 0
 
@@ -244,7 +247,7 @@ def test_two_prompts_stand_side_by_side(whole_page: str) -> None:
         n for n in ("random @ input", "fastv @ layer 1", "KV caches") for _ in "12"
     ]
     assert captions[1][1] == "answer 1: kept 10 of 12 (83%)"
-    assert captions[6][1] == "answer 2: kept 3 to 8 of 12 in a head&#39;s cache (44%)"
+    assert captions[6][1] == "answer 2: each KV head keeps 3 to 8 of 12 (44%)"
     assert "10 of 10 kept for both questions" in whole_page
     assert whole_page.count("3 KV caches") == 2 and "6 to 10 → 3 to 8 visual tokens in every head" in whole_page
 
@@ -288,3 +291,28 @@ def test_importing_stays_torch_free_and_without_global_figures() -> None:
     modules = set(subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert "matplotlib.figure" in modules
     assert not {"torch", "transformers", "onnx", "safetensors", "matplotlib.pyplot"} & modules
+
+
+def test_the_answer_without_pruning_stands_beside_the_other(whole_page: str, tiny: LoadedModel, tiny_image: Image.Image) -> None:
+    assert whole_page.count("<p>Without pruning</p>") == 2
+    unpruned = Runtime(reference_model(tiny, replace(PLAN, cuts=())))
+    (question,) = collect_answers(unpruned, tiny_image, ["What is it?"], max_tokens=2).asked
+    assert question.unpruned is None and {row[2] for row in question.facts} == {""}
+    page = page_of(
+        ReportInputs("p", replace(PLAN, cuts=()), interview=collect_answers(unpruned, tiny_image, ["What?"], max_tokens=2))
+    )
+    assert "Without pruning" not in page and "not pruned" in page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_report_in_a_browser(whole_page: str, scheme: str, width: int, browser: Any, tmp_path: Path) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
+    (tmp_path / "report.html").write_text(whole_page)
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page.goto((tmp_path / "report.html").as_uri())
+    assert axe.run(page).response["violations"] == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    drawn = page.evaluate("[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height)")
+    assert min(drawn) > 7  # pixels: the smallest letters of a chart, on a phone too
+    page.close()

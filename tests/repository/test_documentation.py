@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import click
 import pytest
 from repository import ROOT
 
+from edgeprune import runtime
 from edgeprune.cli import main
 
 PAGES = sorted(
@@ -37,7 +39,12 @@ def test_commands_exist_with_their_options(page: str) -> None:
     for _, name, *words in shown(page):
         command = main.get_command(context, name)
         assert command is not None, name
-        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        options = {
+            option
+            for parameter in command.params
+            if not getattr(parameter, "hidden", False)
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         unknown = {named(word) for word in words if word.startswith("-")} - options - {"--help"}
         assert not unknown, (name, unknown)
 
@@ -45,6 +52,26 @@ def test_commands_exist_with_their_options(page: str) -> None:
 def test_commands_are_found() -> None:
     assert sum(len(shown(page)) for page in PAGES) > 60
     assert ["edgeprune", "inspect", "table.bundle"] in shown("docs/tutorials/first-bundle.md")
+
+
+def members() -> list[str]:
+    """Return the public names of the runtime, and what each class defines for others."""
+    names = []
+    for name in runtime.__all__:
+        held = vars(value) if inspect.isclass(value := getattr(runtime, name)) else {}
+        made = [key for key, part in held.items() if inspect.isfunction(part) or isinstance(part, property | classmethod)]
+        names += [name, *(f"{name}.{key}" for key in made if not key.startswith("_"))]
+    return [f"edgeprune.runtime.{name}" for name in names if name != "AnswerOptions"]  # shown by its fields
+
+
+def test_help_says_what_each_parameter_is() -> None:
+    for function in (runtime.load, runtime.Runtime.generate):
+        said = inspect.getdoc(function) or ""
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert name == "self" or parameter.kind is parameter.VAR_KEYWORD or f"`{name}`" in said, (function, name)
+        assert "Raises" in said
+    for kind in (runtime.Sampling, runtime.RequestLimits):
+        assert all(f"`{field}`" in (kind.__doc__ or "") for field in kind.__dataclass_fields__), kind
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
@@ -55,6 +82,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         name: (tmp_path / name).read_text() for name in ("reference/cli.html", "reference/runtime.html", "reference/methods.html")
     }
     assert "--image-size" in pages["reference/cli.html"]
-    assert "ask_latest" in pages["reference/runtime.html"]
+    missing = [name for name in members() if f'id="{name}"' not in pages["reference/runtime.html"]]
+    assert not missing
     assert "https://arxiv.org/abs/2502.14504" in pages["reference/methods.html"]
     assert (tmp_path / "searchindex.js").is_file()

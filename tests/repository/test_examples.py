@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgeprune.bundle import Bundle
 from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.cli import main
+from edgeprune.tabletop.dataset import write_dataset
 
 
 def run(*arguments: object) -> str:
@@ -49,6 +51,36 @@ def test_sampling_is_measured() -> None:
     shown = cells((ROOT / "examples" / "sampling" / "README.md").read_text())
     assert [row[:2] for row in printed] == [row[:2] for row in shown]
     assert all(float(row[2]) <= float(row[3]) for row in printed[2:])
+
+
+def test_the_picture_of_the_papers_shows_their_table(tmp_path: Path) -> None:
+    module = runpy.run_path(str(ROOT / "examples" / "papers" / "draw.py"))
+    table = module["table_of"]((ROOT / "docs" / "papers.md").read_text())
+    with Image.open(ROOT / "docs" / "pareto.png") as kept:
+        remedy = "python examples/papers/draw.py docs/papers.md docs/pareto.png"
+        assert kept.info["Description"] == module["digest_of"](table), f"the table has changed: {remedy}"
+    rows = module["read_rows"](table)
+    assert {"none", "plphp", "zspaprune", "auto", "dyrate-map", "plphp-last-row", "random-cache"} <= {row.method for row in rows}
+    assert [row.shares["read"] for row in rows if row.method == "plphp"] == [0.5, 0.396, 0.297]
+    module["draw"](table, tmp_path / "drawn.png")
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.size == kept.size
+
+
+@pytest.mark.slow
+def test_ways_of_ranking_several_images_are_compared(tmp_path: Path) -> None:
+    options = ("--methods", "fastv", "plphp")
+    run("examples/several_images/overlap.py", tmp_path, *options, "--images", 2, "--scenes", 1)
+    rows = json.loads((tmp_path / "overlap.json").read_text())
+    assert [row["apart questions"] for row in rows] == [1.0, 1.0]
+    assert all(row["apart"] < row["ahead"] and row["ahead questions"] < 0.6 for row in rows)
+    write_dataset(tmp_path / "scenes", 1, 5)
+    lines = [json.loads(line) for line in (tmp_path / "scenes" / "dataset.jsonl").read_text().splitlines()][:2]
+    data = tmp_path / "scenes" / "pairs.jsonl"
+    data.write_text("\n".join(json.dumps({**line, "image": [line["image"]] * 2}) for line in lines))
+    run("examples/several_images/accuracy.py", tmp_path, *options, "--keep", 0.5, "--data", data)
+    rows = json.loads((tmp_path / "accuracy.json").read_text())
+    assert [row["turn"] != "" for row in rows] == [True, False]
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from edgeprune.plan.presets import unpruned_plan
 # In the order that ruff wants of __all__: constants, classes, functions.
 TABLE = {
     "edgeprune.runtime": """
-        NV12 Answer Chat CutReceipt Feed FeedClosed FeedError FeedTimeout PreparedImage Receipt RequestLimits Runtime Sampling Shot
-        Stream Times Turn load
+        NV12 Answer AnswerOptions Chat CutReceipt Feed FeedClosed FeedError FeedTimeout PreparedImage Receipt RequestLimits
+        Runtime Sampling Shot Stream Times Turn load
     """,
     "edgeprune.plan": """
         SITES Cut Geometry KeepPlan View check_keep_ratio keep_count keep_count_up
@@ -37,7 +37,7 @@ TABLE = {
     """,
     "edgeprune.errors": """
         BundleError EdgePruneError EngineError ImageError MissingExtraError NoBundleError PlanError UnsupportedModelError UsageError
-        VerificationError did_you_mean install_command one_line renamed require_extra
+        VerificationError did_you_mean install_command one_line renamed require_extra update_hint
     """,
 }
 RENAMED = {"edgeprune.runtime.Terms": "RequestLimits", "edgeprune.runtime.server.Limits": "ServerLimits"}  # for one release

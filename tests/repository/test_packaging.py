@@ -80,7 +80,10 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel_names: set[str]) ->
     expected |= {path.relative_to(ROOT / NAMESPACE).as_posix() for path in sources(NAMESPACE)}
     assert {name for name in wheel_names if name.endswith(".py")} == expected
     data = {name for name in wheel_names - expected if not name.startswith("edgeprune/tabletop/model/")}
-    web = {f"edgeprune/runtime/server/web/{name}" for name in ("index.html", "style.css", "page.js", "icon.svg")}
+    web = {
+        f"edgeprune/runtime/server/web/{name}"
+        for name in ("index.html", "style.css", "icon.svg", "page.js", "server.js", "picture.js", "answers.js")
+    }
     assert data == {"edgeprune/py.typed", "edgeprune/report/page.html.jinja", *web}
 
 

@@ -51,7 +51,7 @@ def test_ten_seconds_lose_nothing_and_cross_nothing(tiered: Bundle, tmp_path: Pa
         10 / 60,
         "--json",
         tmp_path / "account.json",
-        "--keep",
+        "--logs",
         tmp_path,
     ]
     small = ["--siege", 0, "--questions", 40, "--scenes", 12, "--inside", 10, "--every", 0.5, "--cache-bytes", 200_000]

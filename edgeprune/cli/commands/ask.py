@@ -83,6 +83,7 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
         check_output(overlay, force=force, inputs=[bundle, *image])
         image_format(overlay)
     from edgeprune.cli.output.basic import show_answer
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.runtime import load
     from edgeprune.runtime.media.images import read_image
 
@@ -90,11 +91,13 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
     # A deadline selects the tier by the times of earlier answers, so these need a warm-up.
     has_deadline = options["deadline_ms"] is not None
     load_options = {name: options.pop(name) for name in ("threads", "provider", "check", "require_signature")}
-    runtime = load(bundle, **load_options, warm_up=has_deadline)
+    with CommandProgress(quiet=as_json) as progress:
+        progress.say("loading the bundle")
+        runtime = load(bundle, **load_options, warm_up=has_deadline)
     stream = runtime.stream(pictures, prompt, prune=prune, **options)
-    show_answer(stream, as_json)
+    answer = show_answer(stream, as_json)
     if overlay is not None:
-        save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"]), overlay)
+        save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"], question=prompt, answer=answer), overlay)
 
 
 @command("eval")
@@ -120,15 +123,18 @@ def eval_command(model: str, data: Path, limit: int | None, fit: str, tier: str 
     """
     from edgeprune.calibration.data.samples import read_samples
     from edgeprune.calibration.evaluation import EvaluationError, evaluate
-    from edgeprune.cli.output.basic import ProgressBar, show_evaluation
+    from edgeprune.cli.output.basic import show_evaluation
+    from edgeprune.cli.output.progress import CommandProgress
 
     skipped: list[BadSampleError] = []
     on_bad = skipped.append if options.pop("skip_bad") else None
     samples = read_samples(data, limit, on_bad=on_bad)
-    runtime = _open_model(model, **options)
     try:
-        with ProgressBar("samples", len(samples), quiet=as_json) as counter:
-            report = evaluate(runtime, samples, fit=fit, tier=tier, progress=counter.update, on_bad=on_bad)
+        with CommandProgress(quiet=as_json) as progress:
+            progress.say("loading the model")
+            runtime = _open_model(model, **options)
+            counted = progress.count("samples", len(samples))
+            report = evaluate(runtime, samples, fit=fit, tier=tier, progress=counted, on_bad=on_bad)
     except EvaluationError as error:  # what was measured before it is not lost
         show_evaluation(error.report, skipped, as_json)
         raise

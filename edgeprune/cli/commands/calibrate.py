@@ -14,10 +14,13 @@ from edgeprune.cli.options import (
     fit_option,
     force_option,
     json_option,
+    option_option,
+    parse_method_options,
     parse_shard,
     parse_share,
     parse_size,
     provider_option,
+    renamed_option,
     skip_option,
     source_options,
     threads_option,
@@ -25,21 +28,19 @@ from edgeprune.cli.options import (
 )
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import check_output
+from edgeprune.registry import METHODS, options_of
 
-# Copied from edgeprune.methods.plphp, whose import of torch is too slow for --help.
-ROWS, REDUCTIONS = ("last", "text", "peak"), ("mean", "max")
+_RANKING = {option.name: option for option in options_of("plphp")}
 _COLLECT = (
     click.option("--limit", type=click.IntRange(min=1), help="Only N samples, drawn by the seed."),
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws samples, and DyRate's training noise."
     ),
-    click.option("--rows", type=click.Choice(ROWS), default="last", show_default=True, help="Whose attention ranks caches."),
+    click.option("--rows", type=click.Choice(_RANKING["rows"].choices), help="Whose attention ranks caches.  [default: last]"),
     click.option(
         "--reduce",
-        type=click.Choice(REDUCTIONS),
-        default="mean",
-        show_default=True,
-        help="Query heads of one KV head count by mean or max.",
+        type=click.Choice(_RANKING["reduce"].choices),
+        help="Query heads of one KV head count by mean or max.  [default: mean]",
     ),
     click.option("--spread", is_flag=True, help="Rank caches also by an even lattice."),
     click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer to learn from."),
@@ -51,17 +52,16 @@ _COLLECT = (
     click.option("--ray", "ray_address", help="Spread the pass over a Ray cluster: its address, or local."),
 )
 _ALLOCATE = (
+    option_option,
     click.option("--site", type=click.Choice(["input", "cache"]), help="Where random and uniform act.  [default: input]"),
     click.option("--layer", type=int, help="First layer of a single cut, or of DyRate's."),
-    click.option("--allocate", type=click.Choice(["classes", "least-cost", "even"]), help="PLPHP's budgets.  [default: classes]"),
-    click.option("--delta", type=float, help="PLPHP: how far the classes' rates lie apart."),
-    click.option("--prior", is_flag=True, help="PLPHP, DyRate: rank also by where the samples' answers looked."),
-    click.option("--stages", type=click.IntRange(min=1), help="FitPrune: cuts into which the recipe is gathered.  [default: 4]"),
-    click.option("--core", type=float, help="ZSPAPrune: share of the relevant core.  [default: 0.5]"),
-    click.option("--relevance", type=click.Choice(["pooled", "mean", "max"]), help="ZSPAPrune: how words are compared."),
-    click.option("--form", type=click.Choice(["predictor", "schedule", "map"]), help="DyRate's rate.  [default: predictor]"),
-    click.option("--follow", is_flag=True, help="DyRate: the share may also grow within an answer."),
     click.option("--onto", type=click.Path(path_type=Path), help="Add the cuts to this plan."),
+)
+# --core 0.3 is short for --option core=0.3, and --prior for --option prior=yes.
+_SHORT = ("core", "relevance", "allocate", "delta", "stages", "form"), ("prior", "follow")
+_SHORTHANDS = (
+    *(click.option(f"--{name}", hidden=True) for name in _SHORT[0]),
+    *(click.option(f"--{name}", is_flag=True, hidden=True) for name in _SHORT[1]),
 )
 _SEARCH = (
     click.option("--max-drop", help="auto: agreement that may be lost, such as 1%.  [default: 1%]"),
@@ -79,7 +79,7 @@ _SEARCH = (
 
 
 def _all_options(command: Any) -> Any:
-    for option in reversed((*_COLLECT, *_ALLOCATE, *_SEARCH)):
+    for option in reversed((*_COLLECT, *_ALLOCATE, *_SHORTHANDS, *_SEARCH)):
         command = option(command)
     return command
 
@@ -88,7 +88,8 @@ def _all_options(command: Any) -> Any:
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt; answers are not needed.")
 @click.option("--method", type=MethodName(), help="Method to make a plan of, or auto; without one, statistics alone are collected.")
-@click.option("--keep", type=Share(), help="Share of the method's cost that stays, in (0, 1].")
+@click.option("--budget", type=Share(), help="Share of the method's cost that the plan may spend, in (0, 1].")
+@renamed_option("--keep", "--budget", "a share of the method's cost")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The plan to write.")
 @click.option("--statistics", type=click.Path(path_type=Path), help="Kept here, and used from here.  [default: beside the plan]")
 @force_option
@@ -103,11 +104,11 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
 
     MODEL is a transformers folder, an id of the Hugging Face Hub, or `tabletop`. Samples need no answers.
 
-    --keep is a share of what the method spends: visual tokens (input methods), their mean over the layers (layer methods), the
-    visual KV cache (plphp), or its reads while answering (dyrate).
+    --budget is a share of what the method spends without pruning: visual tokens (input methods), visual tokens averaged over the
+    layers (layer methods), the visual KV cache (plphp), or reads of that cache while answering (dyrate).
 
     \b
-    Example: edgeprune calibrate tabletop --data samples.jsonl --method plphp --keep 0.5 -o plan.json
+    Example: edgeprune calibrate tabletop --data samples.jsonl --method plphp --budget 0.5 -o plan.json
     """
     from edgeprune.calibration.options import CalibrateOptions, prepare
 
@@ -117,16 +118,18 @@ def calibrate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     for share in ("max_drop", "target_flops", "target_kv", "target_reads"):
         options[share] = parse_share(options[share])
     options["target_ttft"] = _parse_milliseconds(options["target_ttft"])
+    options["settings"] = _settings(options)
     request = prepare(CalibrateOptions(model=model, data=data, **options))  # before torch is imported, which takes seconds
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.checkpoint.loading import fetch_weights
 
     fetch_weights(request.folder)
     from edgeprune.calibration.calibrate import run_calibrate
-    from edgeprune.cli.output.basic import ActivityProgress, show_calibration
+    from edgeprune.cli.output.basic import show_calibration
+    from edgeprune.cli.output.progress import CommandProgress
 
-    with ActivityProgress(quiet=as_json) as activity:
-        result = run_calibrate(request, activity)
+    with CommandProgress(quiet=as_json) as progress:
+        result = run_calibrate(request, progress)
     show_calibration(result, as_json)
 
 
@@ -166,10 +169,25 @@ def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int 
     from edgeprune.benchmark.profile import profile as measure
     from edgeprune.bundle import Bundle
     from edgeprune.cli.output.measure import show_profile
+    from edgeprune.cli.output.progress import CommandProgress
 
-    times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider)
+    with CommandProgress(quiet=as_json) as progress:
+        times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider, progress=progress)
     times.save(output)
     show_profile(times, as_json)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    # The options of the method by name, from --option and its shorthands, which are taken out of `options`.
+    short = {name: options.pop(name) for name in (*_SHORT[0], *_SHORT[1])}
+    texts = [f"{name}={'yes' if value is True else value}" for name, value in short.items() if value not in (None, False)]
+    method, texts = options["method"], [*texts, *options.pop("option")]
+    if method in METHODS:
+        return parse_method_options(method, tuple(texts), calibration=True)
+    if texts:
+        name = texts[0].partition("=")[0]
+        raise UsageError(f"Option {name!r} is for one method.", hint="Name it with --method. Its options: edgeprune methods NAME")
+    return {}
 
 
 def _split_devices(names: tuple[str, ...]) -> tuple[str, str | None]:
@@ -211,8 +229,11 @@ def report(output: Path, force: bool, as_json: bool, **request: Any) -> None:
     check_output(output, force=force, inputs=[request[name] for name in ("target", "statistics", "curve", "image")])
     require_extra("plot", "matplotlib")
     from edgeprune.cli.output.basic import show_facts
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.report.gather import ReportOptions
     from edgeprune.report.page import write_report
 
-    sections = write_report(ReportOptions(**request), output)
+    with CommandProgress(quiet=as_json) as progress:
+        progress.say("reading, asking and drawing")
+        sections = write_report(ReportOptions(**request), output)
     show_facts({"report": str(output), "sections": ", ".join(sections)}, as_json)

@@ -53,12 +53,12 @@ def check(
     opened = Bundle.load(bundle, require_signature=require_signature)
     profile_limits = ProfileLimits(**limits)
     require_extra("check", "onnx")
-    from edgeprune.cli.output.basic import StageProgress
     from edgeprune.cli.output.engines import show_check
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.export.checking import check_bundle
 
-    with StageProgress(list(opened.manifest.graphs), quiet=as_json) as stages:
-        report = check_bundle(opened, target_named(target or opened.manifest.target), profile_limits, progress=stages.begin)
+    with CommandProgress(list(opened.manifest.graphs), quiet=as_json) as progress:
+        report = check_bundle(opened, target_named(target or opened.manifest.target), profile_limits, progress=progress)
     show_check(report, as_json)
     ctx.exit(0 if report.passed else 1)
 
@@ -84,7 +84,8 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
 
     Engines fit one GPU and one TensorRT: build them where they will run. --dry-run shows what would be built anywhere.
     """
-    from edgeprune.cli.output.engines import EngineProgress, show_engines, show_jobs
+    from edgeprune.cli.output.engines import show_engines, show_jobs
+    from edgeprune.cli.output.progress import CommandProgress, EngineProgress
     from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, plan_build
 
     build_request = BuildRequest.of(bundle, reuse=reuse, **request)
@@ -92,8 +93,8 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
         show_jobs(*plan_build(build_request), as_json)
         return
     try:
-        with EngineProgress(quiet=as_json) as progress:
-            results = build_bundle(build_request, progress.advance)
+        with CommandProgress(quiet=as_json) as progress:
+            results = build_bundle(build_request, EngineProgress(progress).advance)
     except EngineError as error:
         hint = error.hint or f"See what would be built: edgeprune build {shlex.quote(str(bundle))} --dry-run"
         raise EngineError(error.message, hint=hint) from error
@@ -113,14 +114,15 @@ def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, force: bo
     """
     if output is not None:
         check_output(output, force=force, inputs=[bundle])
+    from edgeprune.benchmark.selftest import STAGES
     from edgeprune.benchmark.selftest import selftest as run_selftest
     from edgeprune.bundle import Bundle
-    from edgeprune.cli.output.basic import StageProgress
     from edgeprune.cli.output.engines import show_selftest
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.io.files import write_text
 
-    with StageProgress(["reference", "engines", "memory"], quiet=as_json) as stages:
-        report = run_selftest(Bundle.load(bundle), progress=stages.begin)
+    with CommandProgress(STAGES, quiet=as_json) as progress:
+        report = run_selftest(Bundle.load(bundle), progress=progress)
     if output is not None:
         write_text(output, json.dumps(report.to_dict(), indent=2) + "\n")
     show_selftest(report, as_json)

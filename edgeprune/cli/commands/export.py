@@ -71,14 +71,15 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     check_folder(folder)
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
     fetch_weights(folder)
-    from edgeprune.cli.output.basic import StageProgress, show_export
+    from edgeprune.cli.output.basic import show_export
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.export.exporter import STAGES, export_bundle
 
-    with StageProgress(["model", *STAGES], quiet=as_json) as stages:
-        stages.begin("model")
+    with CommandProgress(["model", *STAGES], quiet=as_json) as progress:
+        progress.begin("model")
         loaded = load_model(folder, on_disk=True)
         plan = resolve_tiers(loaded, **request)
-        bundle = export_bundle(loaded, plan, output, lowering=lowering, force=force, progress=stages.begin)
+        bundle = export_bundle(loaded, plan, output, lowering=lowering, force=force, progress=progress)
     show_export(bundle, as_json)
 
 
@@ -101,15 +102,17 @@ def verify(ctx: click.Context, /, bundle: Path, require_signature: tuple[Path, .
     opened = Bundle.load(bundle, require_signature=require_signature)
     require_extra("export", "torch", "transformers", "optimum")
     from edgeprune.checkpoint.loading import fetch_weights, load_model, resolve_model
-    from edgeprune.cli.output.basic import StageProgress, show_verification
+    from edgeprune.cli.output.basic import show_verification
+    from edgeprune.cli.output.progress import CommandProgress
+    from edgeprune.export.verification import STAGES
     from edgeprune.export.verification import verify as verify_bundle
 
     name, revision, adapter = _source(opened.manifest.source, request["against"], request["revision"], request["adapter"])
     folder = resolve_model(name, revision=revision, adapter=adapter, trust_remote_code=request["trust_remote_code"])
     fetch_weights(folder)
-    with StageProgress(["model", "prompts", "reference", "vision", "decoder", "text"], quiet=as_json) as stages:
-        stages.begin("model")
-        report = verify_bundle(opened, load_model(folder), stages.begin, request["tier"])
+    with CommandProgress(["model", *STAGES], quiet=as_json) as progress:
+        progress.begin("model")
+        report = verify_bundle(opened, load_model(folder), progress, request["tier"])
     show_verification(report, as_json)
     ctx.exit(0 if all(stage.passed for stage in report) else 1)
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeprune.cli.help import command
+from edgeprune.cli.help import MethodName, command
 from edgeprune.cli.options import bundle_argument, force_option, json_option, open_plan
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import is_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgeprune.plan import KeepPlan
+    from edgeprune.registry import Applicability
 
 
 @command()
@@ -31,11 +34,13 @@ def tabletop(out: Path, scenes: int, seed: int, images: int, kinds: tuple[str, .
     OUT/dataset.jsonl has a line for each question: image, prompt, answer, kind. With two images, a scene is a pair of them, and
     "image" lists both: which picture has an object, what has changed, how many objects there are together.
     """
-    from edgeprune.cli.output.basic import ProgressBar, show_facts
+    from edgeprune.cli.output.basic import show_facts
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.tabletop.dataset import write_dataset
 
-    with ProgressBar("scenes", scenes, quiet=as_json) as counter:
-        questions = write_dataset(out, scenes, seed, images=images, kinds=kinds, force=force, progress=counter.update)
+    with CommandProgress(quiet=as_json) as progress:
+        count = progress.count("scenes", scenes)
+        questions = write_dataset(out, scenes, seed, images=images, kinds=kinds, force=force, progress=count)
     show_facts({"dataset": str(out / "dataset.jsonl"), "scenes": scenes, "questions": questions, "seed": seed}, as_json)
 
 
@@ -105,8 +110,21 @@ def models(model_type: str | None, as_json: bool) -> None:
     from edgeprune.registry import applicability
 
     found = applicability(family_class(model_type))
-    rows = [[field.method, field.site, field.reason or ", ".join(filter(None, ("yes", field.layers)))] for field in found]
-    show_table(["method", "site", "applies"], rows, as_json)
+    if as_json:
+        rows = [[field.method, field.site, field.reason or ", ".join(filter(None, ("yes", field.layers)))] for field in found]
+        show_table(["method", "site", "applies"], rows, as_json=True)
+        return
+    methods = {field.method: [each for each in found if each.method == field.method] for field in found}
+    show_table(
+        ["method", "acts at", "not, because"], [[name, *_summary(fields)] for name, fields in methods.items()], as_json=False
+    )
+
+
+def _summary(fields: Sequence[Applicability]) -> tuple[str, str]:
+    # Where a method acts, and why not elsewhere among its own sites.
+    places = [" ".join(filter(None, (field.site, field.layers))) for field in fields if not field.reason]
+    own = dict.fromkeys(f"{field.site}: {field.reason}" for field in fields if field.reason and field.own_site)
+    return ", ".join(places) or "-", "; ".join(own)
 
 
 @command()
@@ -126,11 +144,22 @@ def completion(ctx: click.Context, shell: str) -> None:
 
 
 @command()
+@click.argument("method", required=False, type=MethodName())
 @json_option
-def methods(as_json: bool) -> None:
-    """List the pruning methods."""
-    from edgeprune.cli.output.basic import show_table
-    from edgeprune.registry import METHODS, summary_of
+def methods(method: str | None, as_json: bool) -> None:
+    """List the pruning methods, or the options of one.
 
-    rows = [[name, summary_of(reference)] for name, reference in sorted(METHODS.items())]
-    show_table(["method", "keeps"], rows, as_json)
+    Options that decide how many tokens stay are for `edgeprune calibrate`: --method METHOD --option NAME=VALUE. It takes the others
+    too, as do the commands that need no calibration.
+    """
+    from edgeprune.cli.output.basic import show_options, show_table
+    from edgeprune.registry import METHODS, options_of, summary_of, unknown_method
+
+    if method is None:
+        rows = [[name, summary_of(reference)] for name, reference in sorted(METHODS.items())]
+        show_table(["method", "keeps"], rows, as_json)
+        return
+    if method not in METHODS:
+        raise unknown_method(method, METHODS)
+    ranking = options_of(method)
+    show_options(method, ranking, options_of(method, calibration=True)[len(ranking) :], as_json)

@@ -17,6 +17,7 @@ from edgeprune.cli.options import (
     plan_options,
     provider_option,
     refuse_model_options,
+    renamed_option,
     resolve_plan,
     source_options,
     threads_option,
@@ -42,7 +43,13 @@ _PICTURES = (".png", ".svg", ".pdf")
     help="What to put beside it, with commas: none (the same unpruned), random, uniform, paths of other bundles.",
 )
 @click.option("--contexts", default="", help="Text tokens in the cache at which ms per token is measured, such as 200,1000,2000.")
-@click.option("--kept", default="", help="Visual tokens with which the first token is measured, such as 256,1024,4096.")
+@click.option(
+    "--visual-tokens",
+    "kept",
+    default="",
+    help="Numbers of visual tokens with which the first token is measured, such as 256,1024,4096.",
+)
+@renamed_option("--kept", "--visual-tokens", "numbers of visual tokens")
 @click.option(
     "--device-report", type=click.Path(path_type=Path), help="Take the machine's peaks from what `edgeprune profile` wrote."
 )
@@ -74,18 +81,21 @@ def bench(
     \b
     Example: edgeprune bench table.bundle --compare none,uniform
     """
-    options["contexts"], options["kept"] = parse_counts(contexts, "--contexts 200,1000,2000"), parse_counts(kept, "--kept 256,1024")
+    options["contexts"], options["kept"] = (
+        parse_counts(contexts, "--contexts 200,1000,2000"),
+        parse_counts(kept, "--visual-tokens 256,1024"),
+    )
     names = [name.strip() for name in compare.split(",") if name.strip()]
     if plot is not None:
         require_extra("plot", "matplotlib")
         check_output(plot, force=force, inputs=[bundle, options["device_report"], options["image"]])
         _check_picture(plot)
     from edgeprune.benchmark.run import benchmark
-    from edgeprune.cli.output.basic import ProgressBar
     from edgeprune.cli.output.measure import show_benchmark
+    from edgeprune.cli.output.progress import CommandProgress
 
-    with ProgressBar("rounds", repeats, quiet=as_json) as counter:
-        result = benchmark(bundle, compare=names, repeats=repeats, progress=counter.update, **options)
+    with CommandProgress(quiet=as_json) as progress:
+        result = benchmark(bundle, compare=names, repeats=repeats, progress=progress, **options)
     show_benchmark(result, as_json)
     if plot is not None:
         from edgeprune.benchmark.chart import draw
@@ -145,7 +155,7 @@ def estimate(
         chosen = precision or ("fp16" if bundle_precision == "fp32" else bundle_precision)
     else:
         chosen = precision or "fp16"
-        sizes, plan = _sizes_of_model(model, Lowering(module.target, chosen), request)
+        sizes, plan = _sizes_of_model(model, Lowering(module.target, chosen), request, as_json)
     show_estimate(workload.workload(sizes, plan, **question, precision=chosen), module, bundle_precision, as_json)
 
 
@@ -159,7 +169,7 @@ def _sizes_of_bundle(path: Path, request: dict[str, Any]) -> tuple[ModelSizes, K
     return ModelSizes.of(bundle), bundle.plan, bundle.manifest.precision
 
 
-def _sizes_of_model(model: str, lowering: Lowering, request: dict[str, Any]) -> tuple[ModelSizes, KeepPlan]:
+def _sizes_of_model(model: str, lowering: Lowering, request: dict[str, Any], quiet: bool) -> tuple[ModelSizes, KeepPlan]:
     from edgeprune.checkpoint.configuration import check_folder
     from edgeprune.checkpoint.loading import load_outline, resolve_model
 
@@ -167,11 +177,14 @@ def _sizes_of_model(model: str, lowering: Lowering, request: dict[str, Any]) -> 
     check_plan_options(folder, **request)
     check_folder(folder)
     require_extra("export", "torch", "transformers", "optimum", "onnx", "onnxscript")
+    from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.export.sizes import sizes_of
 
-    outline = load_outline(folder)
-    plan = resolve_plan(outline, **request)
-    return sizes_of(outline, plan, lowering), plan
+    with CommandProgress(quiet=quiet) as progress:
+        progress.say("counting operations and bytes")
+        outline = load_outline(folder)
+        plan = resolve_plan(outline, **request)
+        return sizes_of(outline, plan, lowering), plan
 
 
 @command()

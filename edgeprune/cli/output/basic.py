@@ -1,18 +1,17 @@
-"""Print results as tables or JSON, and show progress on stderr if that is a terminal."""
+"""Print results as tables or JSON."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from edgeprune.cli.output.progress import CommandProgress
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle, Manifest
@@ -20,86 +19,8 @@ if TYPE_CHECKING:
     from edgeprune.calibration.data.samples import BadSampleError
     from edgeprune.calibration.evaluation import EvalReport
     from edgeprune.export.verification import ParityStage
-    from edgeprune.plan import KeepPlan
+    from edgeprune.plan import KeepPlan, Option
     from edgeprune.runtime import Stream
-
-
-class StageProgress:
-    """Prints each stage of a long command with its seconds on stderr."""
-
-    def __init__(self, names: Sequence[str], *, quiet: bool) -> None:
-        self._names, self._quiet = list(names), quiet
-        self._current, self._started = "", 0.0
-        self._console = Console(stderr=True)
-        self._status = self._console.status("")
-
-    def begin(self, name: str) -> None:
-        """End the current stage and begin the next."""
-        self._end()
-        self._current, self._started = name, time.perf_counter()
-        if not self._quiet:
-            self._status.update(f"[{self._names.index(name) + 1}/{len(self._names)}] {name}")
-            self._status.start()
-
-    def _end(self) -> None:
-        if self._current and not self._quiet:
-            self._status.stop()
-            self._console.print(f"{self._current:16} {time.perf_counter() - self._started:6.1f} s", highlight=False)
-
-    def __enter__(self) -> StageProgress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._status.stop()
-        if kind is None:
-            self._end()
-
-
-class ProgressBar:
-    """A progress bar with the remaining time on stderr."""
-
-    def __init__(self, what: str, total: int, *, quiet: bool) -> None:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
-        self._task = self._bar.add_task(what, total=total)
-
-    def update(self, done: int) -> None:
-        """Set the number of completed items."""
-        self._bar.update(self._task, completed=done)
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
-
-
-class ActivityProgress:
-    """Shows the current activity on stderr, with progress bars for countable work."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
-        self._status = self._bars.add_task("", total=None)
-
-    def count(self, what: str, total: int) -> Callable[[int], None]:
-        """Add a bar and return the function that sets its number of completed items."""
-        task = self._bars.add_task(what, total=total)
-        return lambda done: self._bars.update(task, completed=done)
-
-    def say(self, what: str) -> None:
-        """Show a status line until the next call."""
-        self._bars.update(self._status, description=what)
-
-    def __enter__(self) -> ActivityProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
 
 
 def show_calibration(result: CalibrationResult, as_json: bool) -> None:
@@ -151,6 +72,19 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], as_json
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console().print(table)
+
+
+def show_options(method: str, ranking: Sequence[Option], calibration: Sequence[Option], as_json: bool) -> None:
+    """Print the options of a method: those that decide which tokens stay, then those for how many."""
+    rows = [
+        [each.name, each.shown_default, "authors" if each.published else "ours", each.allowed, decides, each.meaning]
+        for decides, options in (("which stay", ranking), ("how many", calibration))
+        for each in options
+    ]
+    if rows or as_json:
+        show_table(["option", "default", "by", "allowed", "decides", "meaning"], rows, as_json)
+    else:
+        click.echo(f"{method} has no options.")
 
 
 def show_facts(facts: Mapping[str, object], as_json: bool) -> None:
@@ -228,35 +162,53 @@ def _show_cuts(plan: KeepPlan) -> None:
         click.echo(f"{'cut':14} {cut}: keep {cut.keep} of {tokens} = {cut.keep / tokens:.0%}, remove {1 - cut.keep / tokens:.0%}")
     if not plan.cuts:
         click.echo(f"{'cut':14} none: every visual token is kept")
+    else:
+        click.echo(f"{'budgets':14} of each {'video' if plan.geometry.frames > 1 else 'image'} of a turn")
 
 
 def show_verification(report: Sequence[ParityStage], as_json: bool) -> None:
     """Print the stages and the first that fails."""
     names = ("stage", "compared", "worst", "tolerance", "passed")
-    rows = [(s.name, s.compared, f"{s.worst:.2g}", f"{s.tolerance:.2g}", "yes" if s.passed else "NO") for s in report]
+    rows = [
+        (s.name, s.compared, *(("-", "-", "not compared") if s.worst is None else _verdict(s.worst, s.tolerance, s.passed)))
+        for s in report
+    ]
     failing = next((stage.name for stage in report if not stage.passed), None)
     if as_json:
-        stages = [{"stage": s.name, "worst": s.worst, "tolerance": s.tolerance, "passed": s.passed} for s in report]
+        fields = ("compared", "worst", "tolerance", "passed")
+        stages = [{"stage": s.name, **{field: getattr(s, field) for field in fields}} for s in report]
         show_json({"passed": failing is None, "first_failing_stage": failing, "stages": stages})
         return
     show_table(names, rows, as_json=False)
     click.echo("verified" if failing is None else f"FAILED: the first stage that differs is {failing!r}.")
 
 
-def show_answer(stream: Stream, as_json: bool) -> None:
-    """Print an answer as it is generated, then its receipt."""
+def _verdict(worst: float, tolerance: float, passed: bool) -> tuple[str, str, str]:
+    return (f"{worst:.2g}", f"{tolerance:.2g}", "yes" if passed else "NO")
+
+
+def show_answer(stream: Stream, as_json: bool) -> str:
+    """Print an answer as it is generated, then its receipt; return the answer."""
+    with CommandProgress(quiet=as_json) as progress:
+        progress.say("reading the question")
+        first = next(stream, "")
     if as_json:
-        text = "".join(stream)
+        text = first + "".join(stream)
         show_json({"text": text, "receipt": stream.receipt.to_dict()})
-        return
+        return text
+    click.echo(first, nl=False)
+    text = first
     for piece in stream:
         click.echo(piece, nl=False)
+        text += piece
     receipt = stream.receipt
     click.echo()
     for cut in receipt.cuts:
         click.echo(f"  {cut.cut}: {cut.before} -> {cut.after} visual tokens", err=True)
     if not receipt.pruned:
         click.echo(f"  not pruned: {receipt.reason}", err=True)
+    if receipt.ranked_early:
+        click.echo(f"  {receipt.ranked_early} of the images were ranked before the question: this model has states", err=True)
     if receipt.tier is not None:
         click.echo(f"  tier {receipt.tier} ({receipt.tier_reason})", err=True)
     times = receipt.times
@@ -266,6 +218,7 @@ def show_answer(stream: Stream, as_json: bool) -> None:
         f"KV cache {receipt.kv_bytes / 1024:.0f} KiB; finished by {receipt.finish_reason}",
         err=True,
     )
+    return text
 
 
 def show_skipped(skipped: Sequence[object]) -> None:

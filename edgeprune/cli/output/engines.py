@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from edgeprune.cli.output.basic import show_facts, show_json, show_table
 from edgeprune.errors import install_command
@@ -20,39 +17,6 @@ if TYPE_CHECKING:
     from edgeprune.export.checking import CheckReport
     from edgeprune.runtime.backends.tensorrt.build import BuildJob, BuildRequest, BuildResult
     from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile, Shapes
-
-
-class EngineProgress:
-    """A progress bar per engine on stderr, from the phases that the builder reports."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[phase]}"),
-        )
-        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
-        self._tasks: dict[str, tuple[TaskID, str]] = {}
-
-    def advance(self, graph: str, phase: str, done: float) -> None:
-        """Update a graph's progress. The first reported phase is the complete build; later ones are nested in it."""
-        if graph not in self._tasks:
-            self._tasks[graph] = self._bars.add_task(graph, total=1.0, phase=""), phase
-        task, outer_phase = self._tasks[graph]
-        if phase == outer_phase:
-            self._bars.update(task, completed=done, phase="")
-        else:
-            self._bars.update(task, phase=phase)
-
-    def __enter__(self) -> EngineProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
 
 
 def show_jobs(request: BuildRequest, jobs: Sequence[BuildJob], as_json: bool) -> None:

@@ -38,9 +38,18 @@ def show_benchmark(result: Benchmark, as_json: bool) -> None:
     if as_json:
         show_json(result.to_dict())
         return
-    click.echo(f"{verdict(result)}\n\n{_header(result)}\n")
-    rows = [*_cost_rows(result), *_size_rows(result), *_roofline_rows(result), *_startup_rows(result)]
-    show_table(["", *(variant.name for variant in result.variants)], rows, as_json=False)
+    click.echo(f"{verdict(result)}\n\n{_header(result)}")
+    names = [variant.name for variant in result.variants]
+    tables = {
+        "an answer": _cost_rows(result),
+        "its size": _size_rows(result),
+        "share of the roofline": _roofline_rows(result),
+        "in a new process": _startup_rows(result),
+    }
+    for title, rows in tables.items():
+        if rows:
+            click.echo()
+            show_table([f"{title:21}", *names], rows, as_json=False)
     _show_growth(result)
     _show_notes(result)
 
@@ -220,25 +229,21 @@ def _show_notes(result: Benchmark) -> None:
         click.echo(f"{cut}: {before} -> {after} visual tokens")
     if not own_result.cuts:
         click.echo("The plan has no cuts: nothing was pruned.")
-    click.echo(f"(x) beside {result.request.baseline}: the median of the rounds' own ratios")
+    click.echo(f"(0.50x): half of {result.request.baseline}, as the median over the rounds")
     if {"random", "uniform"} & {variant.name for variant in result.variants}:
-        click.echo(f"random, uniform: {result.equal_work_tokens} of {result.visual_tokens} visual tokens in every layer")
+        click.echo(
+            f"random, uniform: {result.equal_work_tokens} of {result.visual_tokens} visual tokens in every layer, the plan's work"
+        )
     if not all(variant.reused for variant in result.variants):
-        click.echo("image again: the chat template reads an answer otherwise than it was written: the caches were not reused")
-    click.echo("image again: the first token of a second question about it in the same conversation")
-    if result.request.contexts:
-        click.echo("at N keys: after a question of N text tokens, the image besides")
-    if "overhead" in own_result.costs:
-        click.echo("beside the graph: what a decode step takes besides the run of its graph, as a share of that run")
-    if "energy_j" not in own_result.costs:
-        click.echo("energy: not measured: no sensor")
-    else:
+        click.echo(
+            "image again: the caches were not reused, because the chat template does not repeat the answer as it was written"
+        )
+    if "energy_j" in own_result.costs:
         click.echo(f"energy: {result.power_source}, {' + '.join(result.power_rails)}, idle power included")
-    click.echo("visual tokens: the mean over the layers in prefill")
-    click.echo(
-        "import to peak RSS: of a process of its own; peak RSS while it answers, in brackets over the bytes of weights and KV cache"
-    )
+    else:
+        click.echo("energy: not measured: no sensor")
     click.echo(_peaks_note(result))
+    click.echo("What each figure covers: docs/benchmark.md")
 
 
 def _peaks_note(result: Benchmark) -> str:

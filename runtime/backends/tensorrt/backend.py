@@ -36,7 +36,9 @@ class Executor:
         self._record, self._profiles, self._pool = record, profiles, pool
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineError("TensorRT does not take an engine that was built here.", hint="Build it again: edgeprune build")
+            raise EngineError(
+                "TensorRT does not take an engine that was built here.", hint="Build it again: edgeprune build BUNDLE"
+            )
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._outputs = [name for name in names if name not in self._inputs]
@@ -56,7 +58,7 @@ class Executor:
             arrays.append(array)  # keeps the lease until the run is enqueued
             if not context.set_input_shape(name, array.shape) or not context.set_tensor_address(name, array.address):
                 raise EngineError(
-                    f"TensorRT refuses {name} of shape {array.shape}.", hint="Build the engines again: edgeprune build"
+                    f"TensorRT refuses {name} of shape {array.shape}.", hint="Build the engines again: edgeprune build BUNDLE"
                 )
         outputs = {name: self._output(context, name, profile) for name in self._outputs}
         if not context.execute_async_v3(self._pool.driver.stream):
@@ -106,12 +108,12 @@ class Executor:
 
 def _remedy(name: str, maximum: Sequence[int]) -> str:
     if name.startswith("visual_past"):
-        return "Ask about fewer images, or build for more: edgeprune build --images N"
+        return "Ask about fewer images, or build for more: edgeprune build BUNDLE --images N"
     if name.startswith("past_"):
-        return "Begin a new conversation, or build for a longer one: edgeprune build --context N"
+        return "Begin a new conversation, or build for a longer one: edgeprune build BUNDLE --context N"
     if name.startswith("prefix") and 0 in maximum:
-        return "Build engines that can answer without pruning: edgeprune build --unpruned"
-    return "Ask something shorter, or build for longer turns: edgeprune build --turn N"
+        return "Build engines that can answer without pruning: edgeprune build BUNDLE --unpruned"
+    return "Ask something shorter, or build for longer turns: edgeprune build BUNDLE --turn N"
 
 
 class TensorRTBackend:
@@ -176,7 +178,7 @@ class TensorRTBackend:
         if VISION_UNPRUNED not in self._open:
             raise EngineError(
                 "There is no engine of the vision encoder without its cuts.",
-                hint="Build engines that can answer without pruning: edgeprune build --unpruned",
+                hint="Build engines that can answer without pruning: edgeprune build BUNDLE --unpruned",
             )
         if VISION_UNPRUNED not in self._executors:
             self._executors[VISION_UNPRUNED] = self._open[VISION_UNPRUNED]()

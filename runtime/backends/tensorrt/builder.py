@@ -66,7 +66,7 @@ def build_engine(
     cache = _timing_cache(config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"TensorRT cannot build {graph.name}: {log.first_error}", hint="See: edgeprune check")
+        raise EngineError(f"TensorRT cannot build {graph.name}: {log.first_error}", hint="See: edgeprune check BUNDLE")
     del parser  # not earlier: the network refers to weights that the parser has mapped
     serialized = bytes(cache.serialize()) if cache is not None else b""
     return Built(memoryview(plan).cast("B"), parsed - started, time.perf_counter() - parsed, serialized)
@@ -80,7 +80,7 @@ def _parsed(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
     if not parser.parse_from_file(str(graph)):
         errors = [_refusal(parser.get_error(index)) for index in range(min(parser.num_errors, _MAX_ERRORS))]
         raise EngineError(
-            f"TensorRT cannot parse {graph.name}: {'; '.join(errors) or log.first_error}", hint="See: edgeprune check"
+            f"TensorRT cannot parse {graph.name}: {'; '.join(errors) or log.first_error}", hint="See: edgeprune check BUNDLE"
         )
     return network, parser
 

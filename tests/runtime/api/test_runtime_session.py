@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from edgeprune.errors import ImageError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime import Runtime, Turn, load
+from edgeprune.runtime import Feed, Runtime, Turn, load
 from edgeprune.runtime.generation.conversation import Stream
 
 PROMPT = "What colour is the cube?"
@@ -243,3 +245,43 @@ def test_the_drawing_has_a_panel_for_each_cut(runtime: Runtime, tiny_image: Imag
     receipt = runtime.generate(tiny_image, PROMPT, max_tokens=1).receipt
     picture = runtime.draw(tiny_image, receipt)
     assert picture.width > 2.5 * picture.height * 112 / 84 * 0.7
+
+
+def held_in_memory(image: Image.Image) -> dict[str, Callable[[], Any]]:
+    """Return ways to give an image file without a path, each anew."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    data = file.getvalue()
+    return {
+        "bytes": lambda: data,
+        "bytearray": lambda: bytearray(data),
+        "view": lambda: memoryview(data),
+        "file": lambda: io.BytesIO(data),
+    }
+
+
+@pytest.mark.parametrize("way", ["bytes", "bytearray", "view", "file"])
+def test_an_image_file_in_memory_is_taken_wherever_an_image_is(way: str, tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
+    model, given = load(tiny_bundle.path, threads=1), held_in_memory(tiny_image)[way]
+    expected = model.generate(tiny_image, PROMPT, max_tokens=3)
+    feed = Feed()
+    feed.put(given())
+    chat, later = model.chat(), model.chat(history=[Turn("user", PROMPT, (given(),)), Turn("assistant", "a cup")])
+    answers = {
+        "generate": model.generate(given(), PROMPT, max_tokens=3).text,
+        "stream": "".join(model.stream([given()], PROMPT, max_tokens=3)),
+        "ask_latest": "".join(model.ask_latest(feed, PROMPT, max_tokens=3)),
+        "chat": "".join(chat.ask(PROMPT, given(), max_tokens=3)),
+        "parts": "".join(model.chat().ask([given(), PROMPT], max_tokens=3)),
+        "prepare": "".join(model.stream(model.prepare(given()), PROMPT, max_tokens=3)),
+    }
+    assert answers == dict.fromkeys(answers, expected.text)
+    assert "".join(later.ask("And now?", max_tokens=1)) is not None
+    drawn = model.draw(given(), expected.receipt)
+    assert drawn.tobytes() == model.draw(tiny_image, expected.receipt).tobytes()
+
+
+def test_a_file_object_is_read_from_its_beginning_each_time(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
+    model, file = load(tiny_bundle.path, threads=1), held_in_memory(tiny_image)["file"]()
+    texts = {model.generate(file, PROMPT, max_tokens=3).text for _ in range(2)}
+    assert texts == {model.generate(tiny_image, PROMPT, max_tokens=3).text}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, Turn, load
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
-from edgeprune.runtime.generation import prefill
+from edgeprune.runtime.generation.sequence import SequenceState
 from edgeprune.runtime.text.prompt import ChatTemplate
 
 PROMPT = "What colour is the cube?"
@@ -88,16 +89,23 @@ def test_positions_follow_the_unpruned_sequence(withdrawn: Bundle, tiny_image: I
     starts = [int(tokens.visual.positions[0, 0]) for tokens in (first, second, third)]
     assert starts == [starts[0], starts[0] + 4, starts[0] + 8]  # a grid of 3 x 4 advances by its longer side
     assert third.suffix.positions[0, 0] == starts[2] + 4
-    assert [tokens.suffix.positions[0, 0] for tokens in (first, second)] == starts[1:]
+    borrowed = [tokens.suffix.positions[0].tolist() for tokens in (first, second)]
+    assert borrowed == [[starts[2] + 4]] * 2  # at its own place, behind all images
 
 
 def test_the_borrowed_token_leaves_nothing_behind(
     withdrawn: Bundle, tiny_image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
+    ahead = SequenceState._ahead
     for borrowed in (None, 7, 300):
         if borrowed is not None:
-            monkeypatch.setattr(prefill, "_first_text", lambda turns, token=borrowed: token)
+
+            def other(*given: Any, token: int = borrowed, **kind: bool) -> tuple[list[int], np.ndarray]:
+                ids, places = ahead(*given, **kind)
+                return [token] * len(ids), places
+
+            monkeypatch.setattr(SequenceState, "_ahead", other)
         runtime, recorder = adjacent(withdrawn)
         answer = runtime.generate(turned(tiny_image, 3), PROMPT, max_tokens=6)
         runs.append((answer.text, answer.receipt.kv_bytes, np.stack([step.logits for step in recorder.steps[2:]])))
@@ -109,9 +117,8 @@ def test_the_borrowed_token_leaves_nothing_behind(
 def test_methods_rank_by_the_text_that_follows(tiny_bundle: Bundle, tiny_image: Image.Image) -> None:
     runtime, recorder = adjacent(tiny_bundle)
     runtime.generate(turned(tiny_image, 3), PROMPT, max_tokens=1)
-    expected = runtime._pipeline.backend.embed_tokens(runtime._pipeline.tokenizer.encode(PROMPT)[:1])
     for tokens, _ in recorder.inputs[:2]:
-        np.testing.assert_array_equal(tokens.suffix.embeds, expected)
+        np.testing.assert_array_equal(tokens.suffix.embeds, recorder.inputs[2][0].suffix.embeds)
 
 
 def test_a_prompt_that_ends_with_an_image_is_refused_or_answered_whole(withdrawn: Bundle, tiny_image: Image.Image) -> None:

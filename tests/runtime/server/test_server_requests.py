@@ -302,6 +302,22 @@ def test_no_message_repeats_the_request() -> None:
         assert "secret" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tools": [{}]}, "'tools' is not supported here. Leave it out, or give it empty."),
+        ({"n": 2}, "'n' is not supported here. Leave it out, or give 1."),
+        ({"logprobs": True}, "'logprobs' is not supported here. Leave it out, or give false."),
+        ({"temprature": 1}, "Unknown parameter: 'temprature'. Did you mean temperature?"),
+        ({"messages": []}, "'messages': Give at least 1, not 0."),
+    ],
+)
+def test_refusals_say_what_to_do(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}).encode())
+    assert caught.value.message == message
+
+
 def test_a_body_that_is_no_json() -> None:
     deep = b'{"messages":' + b"[" * 20_000
     lone = b'{"messages":[{"role":"user","content":"\\ud800"}]}'

@@ -17,8 +17,9 @@ from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
 from edgeprune.checkpoint.loading import LoadedModel
-from edgeprune.export.tracing import trace_decoder, trace_predictor, trace_selector, trace_vision, wants_signals
+from edgeprune.export.tracing import trace_decoder, trace_predictor, trace_selector, trace_vision
 from edgeprune.lint.check import lint
+from edgeprune.model import signals_for
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import METHODS, method_class
@@ -92,13 +93,13 @@ PLANS = dict(plans())
 
 def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path) -> Iterator[tuple[str, Path, GraphRecord]]:
     """Write the graphs that a plan changes."""
-    parts, key_dim = model.family.decoder(), 0
-    if not plan.cuts or plan.vision_cuts or wants_signals(plan):
+    parts, signals = model.family.decoder(), dict.fromkeys(signals_for(plan, model.family), ())
+    if not plan.cuts or plan.vision_cuts or signals:
         vision = trace_vision(model.family, plan, lowering, folder / "vision.onnx")
-        key_dim = int(vision.outputs["vision_keys"].shape[1]) if wants_signals(plan) else 0
+        signals = {name: vision.outputs[name].shape for name in signals}
         yield VISION, folder / "vision.onnx", vision
     if plan.input is not None:
-        selector = trace_selector(parts, plan, key_dim, lowering, folder / "selector.onnx")
+        selector = trace_selector(parts, plan, signals, lowering, folder / "selector.onnx")
         yield SELECTOR, folder / "selector.onnx", selector
     if plan.follows_attention:
         yield PREDICTOR, folder / "predictor.onnx", trace_predictor(plan, lowering, folder / "predictor.onnx")

@@ -21,12 +21,13 @@ from simulated_device import LIMITS, ORIN, SECRET, on_device, prepare
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.benchmark.profile import profile
-from edgeprune.benchmark.selftest import selftest
+from edgeprune.benchmark.selftest import STAGES, selftest
 from edgeprune.bundle import EMBED, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
+from edgeprune.io.progress import Silent
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends import providers
 from edgeprune.runtime.backends.providers import open_backend
@@ -138,15 +139,15 @@ def own(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
 
 def test_what_is_too_long_names_the_limit(own: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
     runtime = on_device(own, driver)
-    with pytest.raises(EngineError, match=r"ids has shape .*edgeprune build --turn N"):
+    with pytest.raises(EngineError, match=r"ids has shape .*edgeprune build BUNDLE --turn N"):
         runtime.generate(tiny_image, "word " * 40, max_tokens=2)
-    with pytest.raises(EngineError, match="edgeprune build --unpruned"):
+    with pytest.raises(EngineError, match="edgeprune build BUNDLE --unpruned"):
         runtime.generate(tiny_image, "Hi", max_tokens=2, prune=False)
-    with pytest.raises(EngineError, match="edgeprune build --context N"):
+    with pytest.raises(EngineError, match="edgeprune build BUNDLE --context N"):
         runtime.generate(tiny_image, "Hi", max_tokens=60)
     chat = runtime.chat()
     "".join(chat.ask("Hi", tiny_image, max_tokens=1))
-    with pytest.raises(EngineError, match="edgeprune build --images N"):
+    with pytest.raises(EngineError, match="edgeprune build BUNDLE --images N"):
         "".join(chat.ask("Hi", tiny_image, max_tokens=1))
     assert runtime.generate(tiny_image, "Hi", max_tokens=2).receipt.pruned  # a refusal leaves the engine as it was
 
@@ -195,7 +196,7 @@ def test_a_device_is_profiled_through_its_engines(own: Bundle, driver: Simulated
         return TensorRTBackend(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
 
     monkeypatch.setattr(TensorRTBackend, "on_this_device", here)
-    with pytest.raises(EngineError, match="edgeprune build --turn N"):
+    with pytest.raises(EngineError, match="edgeprune build BUNDLE --turn N"):
         profile(own, repeats=1, provider="tensorrt")  # the image's tokens are timed as text, of which 30 are too few
     prepare(own, ProfileLimits(context=64, turn=64))
     times = profile(own, repeats=2, provider="tensorrt")
@@ -236,8 +237,13 @@ def test_the_selftest_compares_and_reports(
         return TensorRTBackend(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
 
     stages: list[str] = []
-    report = selftest(bundle, simulated, stages.append)
-    assert report.passed and stages == ["reference", "engines", "memory"]
+
+    class Stages(Silent):
+        def begin(self, stage: str) -> None:
+            stages.append(stage)
+
+    report = selftest(bundle, simulated, Stages())
+    assert report.passed and stages == list(STAGES)
     assert {check.name for check in report.checks} == {"vision", "kept", "logits", "text", "memory", "limits"}
     assert driver.closed
     monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened: simulated(opened))

@@ -21,7 +21,16 @@ from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.cli import main as command_line
 from edgeprune.errors import EdgePruneError
 from edgeprune.export import exporter
+from edgeprune.io.progress import Silent
 from edgeprune.plan import KeepPlan
+
+
+class _Steps(Silent):
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def begin(self, stage: str) -> None:
+        self._step(stage)
 
 
 class Export(Scenario):
@@ -39,7 +48,7 @@ class Export(Scenario):
 
     def run(self, folder: Path, step: Step) -> None:
         self._step = step
-        exporter.export_bundle(self._loaded, self._source.plan, folder / "bundle", force=True, progress=step)
+        exporter.export_bundle(self._loaded, self._source.plan, folder / "bundle", force=True, progress=_Steps(step))
 
     def check(self, folder: Path, *, done: bool = False) -> None:
         assert Bundle.load(folder / "bundle").plan == self._source.plan
@@ -79,7 +88,7 @@ class Calibrate(Scenario):
         (folder / "samples.jsonl").write_text("\n".join(lines))
 
     def run(self, folder: Path, step: Step) -> None:
-        words = ["--method", "plphp", "--keep", "0.5", "--max-tokens", "3", "--image-size", "84x112", "--force", "--json"]
+        words = ["--method", "plphp", "--budget", "0.5", "--max-tokens", "3", "--image-size", "84x112", "--force", "--json"]
         words += [str(self._folder), "--data", str(folder / "samples.jsonl"), "-o", str(folder / "plan.json")]
         # `invoke` of the group would make an exit code of an error, which is wanted as it is.
         command = command_line.commands["calibrate"]

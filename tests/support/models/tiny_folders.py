@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import write_words
 from transformers import AutoTokenizer
-
-from edgeprune.tabletop import MODEL_FOLDER
 
 
 def write_tokenizer(path: Path, template: str, *tokens: str, **named: str) -> Any:
     """Write the bundled tokenizer with more special tokens, `named` ones known by name, and a chat template; return it."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    write_words(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     # Only the family's own template may be there.
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"extra_special_tokens": [*tokens, *named.values()]}, replace_extra_special_tokens=False)

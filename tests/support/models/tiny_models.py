@@ -10,13 +10,24 @@ from typing import Any
 from edgeprune.plan import Geometry
 from edgeprune.tabletop import MODEL_FOLDER
 
+WORDS = 455
 TINY_GEOMETRY = Geometry(height=84, width=112, patch=14, merge=2)  # 3 x 4 visual tokens
+
+
+def write_words(folder: Path) -> None:
+    """Write the first WORDS tokens of the bundled tokenizer: later words would draw other random weights for every tiny model."""
+    shutil.copy(MODEL_FOLDER / "tokenizer_config.json", folder)
+    tokenizer = json.loads((MODEL_FOLDER / "tokenizer.json").read_text())
+    words = {text: number for text, number in tokenizer["model"]["vocab"].items() if number < WORDS}
+    tokenizer["model"]["merges"] = [merge for merge in tokenizer["model"]["merges"] if "".join(merge) in words]
+    tokenizer["model"]["vocab"] = words
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def model_folder(folder: Path, kind: Any, config: Any, size: tuple[int, int] = (84, 112)) -> Path:
     """Write a model of random weights with the bundled tokenizer and a processor of 14-pixel patches; return the folder."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(MODEL_FOLDER / name, folder)
+    write_words(folder)
+    shutil.copy(MODEL_FOLDER / "chat_template.jinja", folder)
     processor = json.loads((MODEL_FOLDER / "preprocessor_config.json").read_text())
     processor |= {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": size[0] * size[1]}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -44,7 +55,7 @@ def tiny_config(kind: Any, vision: dict[str, Any], sizes: dict[str, Any] | None 
     """Return a configuration for the bundled tokenizer: 3 layers, 6 heads on 2 KV heads of 8, unless `sizes` says otherwise."""
     shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
     text = {
-        "vocab_size": shipped["text_config"]["vocab_size"],
+        "vocab_size": WORDS,
         "hidden_size": 48,
         "intermediate_size": 56,
         "num_hidden_layers": 3,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from tiny_models import model_folder
+from tiny_models import WORDS, model_folder
 from tiny_qwen2_vl import TURN, inputs, template
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
@@ -21,7 +21,7 @@ def folder(path: Path) -> Path:
     """Write the model folder into `path`: attention in 2 of 4 layers, 6 heads on 2 KV heads of 16, 2 key heads."""
     shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
     text = {
-        "vocab_size": shipped["text_config"]["vocab_size"],
+        "vocab_size": WORDS,
         "hidden_size": 48,
         "intermediate_size": 56,
         "num_hidden_layers": 4,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from tiny_models import model_folder
+from tiny_models import WORDS, model_folder
 from tiny_qwen2_vl import TURN, inputs, template
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -21,7 +21,7 @@ def folder(path: Path) -> Path:
     """Write the model folder into `path`: 3 layers, 6 heads on 2 KV heads of 16, a tower of 4 blocks with 2 planes, tied head."""
     shipped = json.loads((MODEL_FOLDER / "config.json").read_text())
     text = {
-        "vocab_size": shipped["text_config"]["vocab_size"],
+        "vocab_size": WORDS,
         "hidden_size": 48,
         "intermediate_size": 56,
         "num_hidden_layers": 3,

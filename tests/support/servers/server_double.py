@@ -79,21 +79,21 @@ class Double:
         def ask(self, prompt: Sequence[Any], **options: Any) -> AnswerDouble:
             turn = Turn("user", prompt)
             self._double.asked.append({**self._asked, "parts": turn.parts, **options})
-            return AnswerDouble(self._double, turn.words, turn.all_images)
+            return AnswerDouble(self._double, turn.words, turn.all_images, self._asked["prune"])
 
 
 class AnswerDouble:
     """As a Stream."""
 
-    def __init__(self, double: Double, prompt: str, image: Any) -> None:
+    def __init__(self, double: Double, prompt: str, image: Any, prune: bool) -> None:
         self._double, self._prompt, self._cancelled = double, prompt, False
         images, each = len(image or ()), double.plan.geometry.tokens
         images = min(images, 1) if double.kind == "video" else images
         kept = {"layer": np.array([0, 1, 5]), "cache": np.array([[0, 1], [1, 5]])}  # a cache has two heads
-        cuts = tuple(CutReceipt(str(cut), each, cut.keep, kept[cut.site]) for cut in double.plan.cuts) * images
-        self.receipt = Receipt(pruned=bool(images), reason="", visual_tokens=each * images, text_tokens=5, cuts=cuts)
+        cuts = tuple(CutReceipt(str(cut), each, cut.keep, kept[cut.site]) for cut in double.plan.cuts if prune) * images
+        self.receipt = Receipt(pruned=prune and bool(images), reason="", visual_tokens=each * images, text_tokens=5, cuts=cuts)
         double.streams.append(self)
-        self.receipt.visual_whole, self.receipt.visual_stored = 12 * images, 9 * images
+        self.receipt.visual_whole, self.receipt.visual_stored = 12 * images, (9 if prune else 12) * images
 
     def cancel(self) -> None:
         with self._double.changed:
