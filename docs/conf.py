@@ -28,7 +28,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click", "sphinx_copyb
 myst_heading_anchors = 3
 html_theme, html_title = "furo", f"EdgePrune {version}"
 html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
+html_static_path, html_css_files = ["static"], ["site.css"]
 exclude_patterns = ["build"]
+smartquotes_action = "qe"  # no dashes: options begin with two hyphens
 default_role = "literal"  # docstrings write code as `name`
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True}
@@ -69,7 +71,7 @@ def _methods() -> str:
         spec = find_spec(reference.partition(":")[0])
         assert spec is not None and spec.origin is not None
         docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-        papers = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", docstring)
+        papers = re.sub(r"arXiv\s(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", docstring)
         sections.append(f"## `{name}`\n\nActs at: {', '.join(sites_of(name))}.\n\n{papers}\n\n{_options(name)}\n")
     return "\n".join(sections)
 

@@ -41,4 +41,4 @@ def text_raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Return the mask of raters [T], 1 or 0, among `text` [T, hidden] for `visual` [V, hidden] embeddings."""
     similarity = torch.softmax(visual @ text.transpose(0, 1), dim=1).sum(dim=0)
     average = similarity.mean()
-    return ((similarity > average) | (similarity.amax() <= average)).to(text.dtype)
+    return ((similarity > average) | (similarity.amax(dim=0) <= average)).to(text.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -24,6 +26,18 @@ def test_pyramiddrop_by_hand() -> None:
     rows = torch.tensor([[0.1, 0.3, 0.2], [0.3, 0.1, 0.3]])  # means .2, .2, .25
     view = LayerView(torch.arange(3), next_attention=lambda: rows)
     assert PyramidDrop(cut("pyramiddrop", 1), GEOMETRY).select(view, 1).tolist() == [2]
+
+
+def test_text_raters_become_a_graph() -> None:
+    # The exporter writes no maximum over "all" dimensions.
+    class Raters(torch.nn.Module):
+        def forward(self, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return text_raters(visual, text)
+
+    pair = (torch.eye(3), torch.ones(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.onnx.export(Raters(), pair, dynamo=True, opset_version=20, verbose=False) is not None
 
 
 def test_text_raters_by_hand() -> None:

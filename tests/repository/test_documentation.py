@@ -82,6 +82,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         name: (tmp_path / name).read_text() for name in ("reference/cli.html", "reference/runtime.html", "reference/methods.html")
     }
     assert "--image-size" in pages["reference/cli.html"]
+    assert not re.search("\u2013(method|compare|image)", pages["reference/cli.html"])  # an option is no dash
+    unlinked = re.findall(r"[^>]arXiv\s\d{4}", pages["reference/methods.html"])
+    assert not unlinked
+    assert "_static/site.css" in pages["reference/cli.html"] and (tmp_path / "_static" / "site.css").is_file()
     missing = [name for name in members() if f'id="{name}"' not in pages["reference/runtime.html"]]
     assert not missing
     assert "https://arxiv.org/abs/2502.14504" in pages["reference/methods.html"]

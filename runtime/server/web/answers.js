@@ -76,10 +76,10 @@ export function showTruth(answer) {
 function showTable() {
   const begun = shown.filter((each) => each.times?.prefill !== undefined);
   $("times").hidden = begun.length === 0;
-  $("reused").hidden = !begun.some((each) => each.receipt?.reused.length);
+  const [two, reused] = [shown.length > 1, begun.some((each) => each.receipt?.reused.length)];
   const most = Math.max(...begun.map(firstToken));
-  $("bars").replaceChildren(...begun.map((each) => bar(each, most)));
-  const two = shown.length > 1;
+  $("reused").hidden = !reused;
+  $("bars").replaceChildren(...(two && reused ? [] : begun).map((each) => bar(each, most))); // side by side they would mislead
   $("columns").replaceChildren(...(two ? [row("", shown.map((each) => COLUMNS[each.kind]), "th")] : []));
   $("parts").replaceChildren(...PARTS.map(([name, label, reuse], number) => {
     const item = row(label, shown.map((each) => part(each, name, reuse)));

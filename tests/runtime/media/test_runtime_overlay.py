@@ -172,7 +172,8 @@ def test_a_grid_lies_on_the_first_of_its_frames() -> None:
     pair = frames(4, 2)
     assert [np.asarray(pair.picture)[box[1] + 5, box[0] + 5, 0] for box in pair.parts] == [10, 50]
     # The names differ: "frames 1 to 2", "frames 3 to 4".
-    assert not np.array_equal(*(np.asarray(pair.picture)[:20, box[0] : box[2]] for box in pair.parts))
+    first, second = (np.asarray(pair.picture)[:20, box[0] : box[2]] for box in pair.parts)
+    assert not np.array_equal(first, second)
 
 
 def test_names_stay_readable_where_tokens_are_dropped() -> None:
