@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 )
 @force_option
 @json_option
-def export(model: str, output: Path, force: bool, as_json: bool, **request: Any) -> None:
+def export(model: str, output: Path, data: Path | None, fit: str, force: bool, as_json: bool, **request: Any) -> None:
     """Export MODEL as a bundle of ONNX graphs under a keep plan.
 
     MODEL is a transformers folder, an id of the Hugging Face Hub such as Qwen/Qwen2.5-VL-3B-Instruct, or `tabletop`, the bundled
@@ -71,10 +71,10 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     # What can be refused by files and options alone is refused before torch is imported, which takes seconds.
     check_output(output, force=force, folder=True)
     lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
-    data = _weight_samples(request.pop("data"), request.pop("fit"), lowering)
+    samples = _weight_samples(data, fit, lowering)
     folder = resolve_model(model, **{name: request.pop(name) for name in ("revision", "adapter", "trust_remote_code")})
     adapter = folder.adapter.path if folder.adapter else None
-    inputs = [folder.path, adapter, request["plan_file"], *tier_files(request["tier"]).values()]
+    inputs = [folder.path, adapter, data, request["plan_file"], *tier_files(request["tier"]).values()]
     check_output(output, force=force, inputs=inputs, folder=True)
     check_tier_options(folder, **request)
     check_folder(folder)
@@ -88,7 +88,7 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
         progress.begin("model")
         loaded = load_model(folder, on_disk=True)
         plan = resolve_tiers(loaded, **request)
-        bundle = export_bundle(loaded, plan, output, lowering=lowering, data=data, force=force, progress=progress)
+        bundle = export_bundle(loaded, plan, output, lowering=lowering, data=samples, force=force, progress=progress)
     show_export(bundle, as_json)
 
 
