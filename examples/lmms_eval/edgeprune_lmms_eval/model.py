@@ -73,7 +73,7 @@ class EdgePrune(lmms):  # type: ignore[misc]
             _, doc_to_messages, generation, document, task, split = request.args
             with _one_line(f"{task}, document {document}: "):
                 text, receipt = self._answer(doc_to_messages(self.task_dict[task][split][document]), generation)
-            results.append(GenerationResult(text, _counts(receipt)))
+            results.append(GenerationResult(text, _counts(receipt, task)))
             shares.append(receipt.visual_kv_share)
         seconds, generated = perf_counter() - started, sum(result.token_counts.output_tokens or 0 for result in results)
         log_metrics(seconds, generated, generated / seconds, {"visual_kv_share": sum(shares) / max(len(shares), 1)})
@@ -145,7 +145,7 @@ def _refuse_task(requests: Sequence[Instance], what: str) -> NoReturn:
     raise SystemExit(f"edgeprune: {requests[0].task_name} {what}. Choose tasks whose output_type is generate_until.")
 
 
-def _counts(receipt: Receipt) -> TokenCounts:
+def _counts(receipt: Receipt, task: str) -> TokenCounts:
     asked, said = receipt.text_tokens + receipt.visual_tokens, receipt.generated_tokens
-    log_usage("edgeprune", input_tokens=asked, output_tokens=said)
+    log_usage("edgeprune", task, input_tokens=asked, output_tokens=said)
     return TokenCounts(input_tokens=asked, output_tokens=said)
