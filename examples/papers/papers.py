@@ -48,7 +48,7 @@ PLANS = {
     },
 }
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
-PAIR_PLANS = {f"plphp-{keep}": f"{ALL} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
+PAIR_PLANS = {f"plphp-{keep}": f"{FEW} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
 # As they come. PLPHP, whose rows above are calibrated, is not among them.
 METHODS = "cdpruner,dart,divprune,evit,fastv,fitprune,pyramiddrop,sparsevlm,visionzip,vtw,zspaprune,random,uniform,resize"
 PAIR_METHODS = "cdpruner,divprune,fastv,fitprune,pyramiddrop,sparsevlm,zspaprune,random,uniform"
