@@ -64,9 +64,9 @@ LMMS := build/lmms-eval/bin/python
 lmms-eval: build/lmms-eval/.done
 build/lmms-eval/.done: examples/lmms_eval/requirements.txt examples/lmms_eval/pyproject.toml pyproject.toml
 	$(PYTHON) -m venv build/lmms-eval
-	$(LMMS) $(PIP) --no-deps $(TORCH)
-	$(LMMS) $(PIP) $(TORCH) -r examples/lmms_eval/requirements.txt -e .
-	$(LMMS) $(PIP) --no-deps lmms-eval==0.7.3 -e examples/lmms_eval
+	$(LMMS) $(PIP) --no-compile --no-deps $(TORCH)
+	$(LMMS) $(PIP) --no-compile $(TORCH) -r examples/lmms_eval/requirements.txt -e .
+	$(LMMS) $(PIP) --no-compile --no-deps lmms-eval==0.7.3 -e examples/lmms_eval
 	touch $@
 
 # A warning is an error: a link that leads nowhere, a name that is not there.
