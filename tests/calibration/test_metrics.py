@@ -199,10 +199,6 @@ def test_a_report_has_every_measure(capsys: pytest.CaptureFixture[str]) -> None:
     report = EvalReport(pruned=False, metric=metric)
     for sample in samples:
         report.add(sample, {UNPRUNED: said("yes")})
-<<<<<<< HEAD
-=======
-    assert [metric.value(metric.score(sample, "yes"), 1) for sample in samples] == [1.0, 0.0]
->>>>>>> f47a2b0399af9749cabdbb5b98a74362423e2d09
     row = report.to_dict()["kinds"][EVERY]
     assert (row[UNPRUNED], row["precision"], row["yes_ratio"]) == (0.5, {UNPRUNED: 0.5}, {UNPRUNED: 1.0})
     show_evaluation(report, [], as_json=False)
