@@ -223,6 +223,6 @@ def _difference(stored: np.ndarray, actual: np.ndarray) -> float:
     if stored.shape != actual.shape:
         return float("inf")
     scale = max(float(stored.max(initial=0)), -float(stored.min(initial=0)), 1e-6)
-    rows = (np.abs(one.astype(np.float32) - other).max() for one, other in zip(stored, actual, strict=True))
-    worst = max(map(float, rows), default=0.0) / scale
+    rows = [np.abs(one.astype(np.float32) - other).max(initial=0) for one, other in zip(stored, actual, strict=True)]
+    worst = float(np.max(rows, initial=0)) / scale  # NumPy's maximum keeps what is not a number
     return worst if np.isfinite(worst) else float("inf")

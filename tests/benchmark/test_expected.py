@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tiny_models import TINY_GEOMETRY
 
-from edgeprune.benchmark.expected import PROMPTS, TOKENS, ComparingBackend, converse, read_expected, write_expected
+from edgeprune.benchmark.expected import PROMPTS, TOKENS, ComparingBackend, Expected, converse, read_expected, write_expected
 from edgeprune.bundle import EXPECTED, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.runtime.api.loading import runtime_on
+from edgeprune.runtime.backends.interface import BackendProxy, VisionOutput
 from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from edgeprune.targets import TARGETS, Lowering
 
@@ -45,6 +48,21 @@ def test_the_file_is_small_and_the_same_each_time(bundle: Bundle) -> None:
     assert record.bytes == len(before) < most + 4096
     write_expected(bundle)
     assert bundle.file(EXPECTED).read_bytes() == before
+
+
+def test_a_value_that_is_no_number_is_no_small_difference() -> None:
+    stored = Expected((), [], {"embeds": np.ones((1, 4, 2), np.float16), "logits": np.ones((1, 3), np.float16)})
+
+    class Engines(BackendProxy):
+        def encode_image(self, patches: Any, **_: Any) -> VisionOutput:
+            return VisionOutput(patches)
+
+    nothing: Any = None
+    for value, difference in ((1.0, 0.0), (1.5, 0.5), (np.nan, np.inf), (np.inf, np.inf)):
+        found, embeds = ComparingBackend(Engines(nothing), stored), np.ones((1, 4, 2), np.float32)
+        embeds[0, 2, 1] = value
+        found.encode_image(embeds)
+        assert found.vision == difference
 
 
 def test_a_bundle_for_onnx_runtime_has_none(tiny_bundle: Bundle) -> None:
