@@ -17,10 +17,12 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
+from edgeprune.benchmark.expected import write_expected
 from edgeprune.bundle import (
     CHAT_TEMPLATE,
     DECODER,
     EMBED,
+    EXPECTED,
     MANIFEST,
     PLAN,
     PREDICTOR,
@@ -39,7 +41,7 @@ from edgeprune.bundle import (
     tier_selector,
 )
 from edgeprune.bundle.graph_io import SIGNALS
-from edgeprune.bundle.integrity import record_files
+from edgeprune.bundle.integrity import record_file, record_files
 from edgeprune.calibration.data.samples import WeightSamples
 from edgeprune.calibration.replay.layerwise import check_fitting, fitted_int4
 from edgeprune.calibration.replay.products import wide_products
@@ -58,7 +60,7 @@ from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.targets import PLAIN, Lowering
 
-STAGES = ("products", "weights", "vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
+STAGES = ("products", "weights", "vision encoder", "embedding", "selection", "decoder", "processor", "manifest", "expected outputs")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
 WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
@@ -110,7 +112,12 @@ def export_bundle(
         progress.begin("manifest")
         manifest = _manifest(loaded, first, lowering, graphs, folder)
         gptq = None if data is None else GptqRecord(len(data.samples), data.sha256)
-        replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide, gptq=gptq).save(folder)
+        manifest = replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide, gptq=gptq)
+        progress.begin("expected outputs")
+        if lowering.target.tensorrt is not None:
+            write_expected(Bundle(folder, manifest, first, tuple(lower_tiers.values())))
+            manifest = replace(manifest, files={**manifest.files, EXPECTED: record_file(folder / EXPECTED)})
+        manifest.save(folder)
     return Bundle.load(output)
 
 

@@ -11,6 +11,7 @@ onnx/selector.NAME.onnx          the input cut with the budget of another tier
 onnx/predictor.onnx              the rate of a decode cut that follows attention: split [layers, 4] and step -> share kept [1]
 onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
 onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
+expected/conversation.npz        a conversation and its outputs: see edgeprune.benchmark.expected; only for a target with TensorRT
 processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
 
 Engines that a device builds later have their own records. The runtime reads only files that the manifest lists; this includes the
@@ -41,6 +42,7 @@ VISION, EMBED, DECODER = "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "
 VISION_UNPRUNED, SELECTOR, PREDICTOR = "onnx/vision_unpruned.onnx", "onnx/selector.onnx", "onnx/predictor.onnx"
 TOKENIZER, SPECIAL_TOKENS = "processor/tokenizer.json", "processor/special_tokens.json"
 CHAT_TEMPLATE, PREPROCESSOR = "processor/chat_template.jinja", "processor/preprocessor_config.json"
+EXPECTED = "expected/conversation.npz"
 _RENAMED = {"lower": "lower_tiers", "opening": "open_while_verifying"}  # the old names work for one release
 _WEIGHTS, _GRAPH = ".data", ".onnx"  # suffixes of weight files and of the graphs that refer to them
 

@@ -57,7 +57,12 @@ class FileRecord:
 def record_files(folder: Path, *left_out: str) -> dict[str, FileRecord]:
     """Return the record of every file in `folder` by relative path, except files named in `left_out`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in left_out)
-    return {path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path)) for path in paths}
+    return {path.relative_to(folder).as_posix(): record_file(path) for path in paths}
+
+
+def record_file(path: Path) -> FileRecord:
+    """Return the record of one file."""
+    return FileRecord(path.stat().st_size, sha256_of(path))
 
 
 def sha256_of(path: Path) -> str:

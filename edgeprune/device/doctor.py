@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeprune.device.gpu import GpuTrial
 from edgeprune.device.machine import BINDING, Machine, dotted
+from edgeprune.device.memory import NO_ZRAM
 from edgeprune.device.system import version_numbers
 from edgeprune.errors import install_command
 from edgeprune.targets import TARGETS
@@ -68,8 +69,12 @@ def _memory_warnings(machine: Machine) -> Iterator[DeviceWarning]:
     if memory.available is not None and memory.available < LITTLE_MEMORY:
         remedy = "sudo systemctl isolate multi-user.target" if machine.is_jetson else ""
         yield DeviceWarning(f"Only {memory.available} MiB of memory are free.", remedy)
-    if memory.swap_total == 0 and memory.total is not None and memory.total <= SMALL_BOARD:
-        yield DeviceWarning(f"There is no swap beside {memory.total} MiB of memory; building an engine may need it.", _MORE_SWAP)
+    if memory.zram_total and machine.is_jetson:
+        what = f"{memory.zram_total} MiB of the swap are zram, which is compressed memory: no engine can be built or run in it."
+        yield DeviceWarning(what, NO_ZRAM)
+    if 0 in (memory.swap_total, memory.disk_swap_total) and memory.total is not None and memory.total <= SMALL_BOARD:
+        what = f"There is no swap on a disk beside {memory.total} MiB of memory; building an engine may need it."
+        yield DeviceWarning(what, _MORE_SWAP)
     if machine.module == "Orin Nano" and memory.cma_total is not None and memory.cma_total < SMALL_CMA:
         what = f"The contiguous memory pool has {memory.cma_total} MiB; building an engine on an Orin Nano may need more."
         yield DeviceWarning(what, _LARGER_CMA)

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.device.cudart import library_files
 from edgeprune.device.jetson import JetPack, PowerMode, jetpack_of, parse_clocks, parse_mode, parse_module, parse_release
-from edgeprune.device.memory import Memory, parse_meminfo
+from edgeprune.device.memory import Memory, parse_memory
 from edgeprune.device.system import Runner, Software, installed_debs, read_number, read_text, run_command, version_numbers
 from edgeprune.targets import TARGETS, Target
 
@@ -115,7 +115,7 @@ def read_machine(root: Path = Path("/"), run: Runner = run_command, software: So
         software=Software.here() if software is None else software,
         mode=_power_mode(root, run) if is_jetson else PowerMode(None, None),
         clocks_pinned=_clocks_pinned(root, run, is_jetson),
-        memory=parse_meminfo(read_text(root, "proc/meminfo")),
+        memory=parse_memory(read_text(root, "proc/meminfo"), read_text(root, "proc/swaps")),
     )
 
 

@@ -1,4 +1,4 @@
-"""Memory of the machine (/proc/meminfo), the peak of this process, and malloc settings for long-running processes.
+"""Memory of the machine (/proc/meminfo, /proc/swaps), the peak of this process, and malloc settings for long-running processes.
 
 glibc creates up to eight arenas per core. After a large block is freed, it raises the size up to which blocks come from an arena
 (mallopt(3), M_MMAP_THRESHOLD). If several threads allocate images and caches of many sizes, the arenas fragment and resident memory
@@ -16,7 +16,10 @@ from pathlib import Path
 
 from edgeprune.device.system import read_text
 
+NO_ZRAM = "sudo systemctl disable nvzramconfig && sudo reboot"  # the service of JetPack that makes zram of half the memory
 _LINE = re.compile(r"^(\w+):\s+(\d{1,15})\s*kB", re.MULTILINE)
+_SWAP = re.compile(r"^(\S+)\s+(?:partition|file)\s+(\d{1,15})\s+(\d{1,15})\s", re.MULTILINE)  # name, size and use in KiB
+_ZRAM = re.compile(r"(?:^|/)zram\d+$")
 
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # mallopt's parameters
 _ARENAS, _LARGE_BYTES = 2, 256 << 10
@@ -24,7 +27,10 @@ _ARENAS, _LARGE_BYTES = 2, 256 << 10
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in MiB; None for what the kernel does not report. CMA is the contiguous pool that an Orin's GPU allocates from."""
+    """Memory in MiB; None for what the kernel does not report. CMA is the contiguous pool that an Orin's GPU allocates from.
+
+    Swap includes zram, which is compressed memory.
+    """
 
     total: int | None
     available: int | None
@@ -32,13 +38,37 @@ class Memory:
     swap_free: int | None
     cma_total: int | None
     cma_free: int | None
+    zram_total: int | None = None
+    zram_free: int | None = None
+
+    @property
+    def disk_swap_total(self) -> int | None:
+        """Swap on disks; None if it is not known how much of the swap is zram."""
+        return _difference(self.swap_total, self.zram_total)
+
+    @property
+    def disk_swap_free(self) -> int | None:
+        """Free swap on disks; None as for `disk_swap_total`."""
+        return _difference(self.swap_free, self.zram_free)
 
 
-def parse_meminfo(text: str | None) -> Memory:
-    """Parse the text of /proc/meminfo."""
-    found = {name: int(kilobytes) // 1024 for name, kilobytes in _LINE.findall(text or "")}
+def parse_memory(meminfo: str | None, swaps: str | None) -> Memory:
+    """Parse the texts of /proc/meminfo and /proc/swaps."""
+    found = {name: int(kilobytes) // 1024 for name, kilobytes in _LINE.findall(meminfo or "")}
     names = ("MemTotal", "MemAvailable", "SwapTotal", "SwapFree", "CmaTotal", "CmaFree")
-    return Memory(*(found.get(name) for name in names))
+    return Memory(*[*map(found.get, names), *_zram(swaps)])
+
+
+def _zram(swaps: str | None) -> tuple[int | None, int | None]:
+    # Total and free MiB. A file without its heading is no /proc/swaps.
+    if not (swaps or "").startswith("Filename"):
+        return None, None
+    sizes = [(int(size), int(size) - int(used)) for name, size, used in _SWAP.findall(swaps or "") if _ZRAM.search(name)]
+    return sum(size for size, _ in sizes) // 1024, sum(free for _, free in sizes) // 1024
+
+
+def _difference(whole: int | None, part: int | None) -> int | None:
+    return None if whole is None or part is None else max(whole - part, 0)
 
 
 def peak_rss(root: Path = Path("/")) -> int | None:

@@ -51,7 +51,7 @@ _BANDWIDTH = Interval(0.75, 0.95)  # fitted to published decode rates
 _LAUNCH_MS = Interval(0.001, 0.006)  # per kernel, with or without a CUDA graph: fitted to decode rates of small models
 _KERNELS = 12  # per transformer layer in an engine: products, attention, rotary embedding, norms, cache
 # CUDA context, libraries and workspaces: published memory of Orin Nano and NX minus the weights.
-_RUNTIME_BYTES = Interval(1.0e9, 2.0e9)
+RUNTIME_BYTES = Interval(1.0e9, 2.0e9)
 # Orin Nano's firmware keeps 0.6 GB (tegrastats shows 7620 of 8192 MiB); the rest, without and with a desktop, is assumed.
 _SYSTEM_BYTES = Interval(1.0e9, 2.5e9)
 
@@ -92,17 +92,22 @@ class Stage:
 class MemoryEstimate:
     """Bytes of memory, which CPU and GPU share on the module.
 
-    `file_cache`: cached pages of the weight files, which the system reclaims when needed. `system`: what firmware and operating
-    system take, which is not counted at rest and at peak.
+    `weight_parts`: the weights of each part of the model. `file_cache`: cached pages of the weight files, which the system reclaims
+    when needed. `system`: what firmware and operating system take, which is not counted at rest and at peak.
     """
 
-    weights: float
+    weight_parts: Mapping[str, float]
     kv: float
     activations: float
     runtime: Interval
     file_cache: float
     system: Interval
     ram: int
+
+    @property
+    def weights(self) -> float:
+        """The weights of all parts."""
+        return sum(self.weight_parts.values())
 
     @property
     def at_rest(self) -> Interval:
@@ -116,12 +121,16 @@ class MemoryEstimate:
         return self.at_rest + Interval(extra, extra)
 
     @property
+    def needed(self) -> Interval:
+        """The peak and what the system takes beside it."""
+        return self.at_peak + self.system
+
+    @property
     def fits(self) -> str:
         """Whether the peak fits in memory beside the system: "yes", "no", or "perhaps" if only the lower bounds do."""
-        needed = self.at_peak + self.system
-        if needed.high < self.ram:
+        if self.needed.high < self.ram:
             return "yes"
-        return "perhaps" if needed.low < self.ram else "no"
+        return "perhaps" if self.needed.low < self.ram else "no"
 
 
 @dataclass(frozen=True)
@@ -224,11 +233,16 @@ def _stage(name: str, work: Workload, module: Module, operations: float, moved: 
 
 def _memory(work: Workload, module: Module) -> MemoryEstimate:
     tower, decoder = work.tower, work.decoder
-    weights = work.layer_bytes + work.head_bytes + work.embedding_bytes + work.tower_bytes
+    parts = {
+        "vision encoder": work.tower_bytes,
+        "token embedding": work.embedding_bytes,
+        "decoder layers": work.layer_bytes,
+        "output head": work.head_bytes,
+    }
     # Live at once: the residual, a norm's output, and inputs and outputs of a layer's widest kernel.
     widest = max(decoder.attention_width + decoder.kv_width, 2 * decoder.intermediate)
     prefill = (max(work.alive) + work.text_tokens) * (2 * decoder.hidden + widest)
     vision = tower.patches * (2 * tower.hidden + max(4 * tower.hidden, 2 * tower.mlp))
     activations = float(max(prefill, vision) * work.precision.number)
     kv = work.kv_bytes(work.generated) + decoder.state_bytes
-    return MemoryEstimate(weights, kv, activations, _RUNTIME_BYTES, weights, _SYSTEM_BYTES, module.ram_bytes)
+    return MemoryEstimate(parts, kv, activations, RUNTIME_BYTES, sum(parts.values()), _SYSTEM_BYTES, module.ram_bytes)

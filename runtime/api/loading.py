@@ -68,6 +68,11 @@ def load(
     return runtime
 
 
+def runtime_on(bundle: Bundle, backend: Backend) -> Runtime:
+    """Return the runtime of an opened bundle on a given backend, without a cache of images."""
+    return Runtime(_pipeline(bundle, backend, SharedState(), None))
+
+
 def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes: int | None) -> Pipeline:
     manifest, lock = bundle.manifest, FifoLock()
     return Pipeline(

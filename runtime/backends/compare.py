@@ -38,7 +38,7 @@ class RecordingBackend(BackendProxy):
         vision_output = self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
         self.patches += [patches] if self._replayable else []
         self.seen.append(
-            vision_output if self._replayable else VisionOutput(_on_host(vision_output.embeds), kept=vision_output.kept)
+            vision_output if self._replayable else VisionOutput(on_host(vision_output.embeds), kept=vision_output.kept)
         )
         return vision_output
 
@@ -86,6 +86,7 @@ def differing_indices(pairs: Pairs) -> int:
     return sum(len(np.setxor1d(*both)) for both in rows)
 
 
-def _on_host(array: Any) -> np.ndarray:
+def on_host(array: Any) -> np.ndarray:
+    """Return an array of a device as one of the host; others as they are."""
     on_host: np.ndarray = array.numpy() if hasattr(array, "numpy") else array
     return on_host

@@ -32,14 +32,21 @@ class OnnxRuntimeBackend:
     """Runs a bundle's graphs on ONNX Runtime.
 
     `providers`: execution providers; EngineError is raised if the first is not available. `exact`: multiply quantized weights in
-    floating point, as TensorRT does. Otherwise ONNX Runtime rounds the activations to int8.
+    floating point, as TensorRT does. Otherwise ONNX Runtime rounds the activations to int8. `mapped`: leave the weights in their
+    files and convert each at every use: slow, and in little memory.
     """
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, *, providers: Sequence[str] = (CPU,), exact: bool = False
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        *,
+        providers: Sequence[str] = (CPU,),
+        exact: bool = False,
+        mapped: bool = False,
     ) -> None:
         self._plan, self._follows_attention = bundle.plan, bundle.plan.follows_attention
-        options = _session_options(threads, providers, exact=exact, integers=_rounds(bundle))
+        options = _session_options(threads, providers, exact=exact, integers=_rounds(bundle), mapped=mapped)
         selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
         graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if bundle.plan.has_rate_predictor else [])]
         loaders = {graph: partial(_open_session, bundle.file(graph), options, providers) for graph in graphs}
@@ -149,7 +156,7 @@ def _run(
             raise
 
 
-def _session_options(threads: int | None, providers: Sequence[str], *, exact: bool, integers: bool) -> Any:
+def _session_options(threads: int | None, providers: Sequence[str], *, exact: bool, integers: bool, mapped: bool = False) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if exact:
@@ -159,13 +166,23 @@ def _session_options(threads: int | None, providers: Sequence[str], *, exact: bo
     if providers[0] == CPU:
         # A memory pattern allocates one block in addition to the chunks of the first run: twice the memory, and no faster.
         options.enable_mem_pattern = False
-        _share_arena()
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        if mapped:
+            _leave_weights_in_files(options)
+        else:
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if integers:
             # CPUs with AVX2 alone add two products of 8 bits in 16, which overflows for large weights: answers would be noise.
             # Elsewhere ONNX Runtime 1.31.1 would give DequantizeLinear a zero point of a wrong shape.
             options.add_session_config_entry("session.x64quantprecision", "1")
     return options
+
+
+def _leave_weights_in_files(options: Any) -> None:
+    # Folding constants and packing matrices for kernels would copy every weight, and the arena would keep the largest copy.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
 
 
 @cache

@@ -7,7 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recordings_jetson import CLOCKS_FREE, CLOCKS_PINNED, NANO_MODES, Recording, agx_orin, deb, desktop, orin_nano, orin_nx, thor
+from recordings_jetson import (
+    CLOCKS_FREE,
+    CLOCKS_PINNED,
+    NANO_MODES,
+    Recording,
+    agx_orin,
+    deb,
+    desktop,
+    meminfo,
+    orin_nano,
+    orin_nx,
+    swaps,
+    thor,
+)
 
 from edgeprune.device.jetson import (
     JETPACKS,
@@ -20,7 +33,7 @@ from edgeprune.device.jetson import (
     parse_release,
 )
 from edgeprune.device.machine import read_machine
-from edgeprune.device.memory import Memory, parse_meminfo, peak_rss, reset_peak_rss
+from edgeprune.device.memory import Memory, parse_memory, peak_rss, reset_peak_rss
 from edgeprune.device.system import Software, installed_debs, read_text, run_command, version_numbers
 
 NINES = "9" * 5000  # more digits than Python turns into a number
@@ -216,8 +229,20 @@ def test_odd_input_is_absent_not_an_error(text: str | None) -> None:
     assert parse_module(text, text) is None
     assert parse_clocks(text) is None
     assert parse_mode(text, text, text) == PowerMode(None, None)
-    assert parse_meminfo(text) == Memory(None, None, None, None, None, None)
+    assert parse_memory(text, text) == Memory(None, None, None, None, None, None)
     assert installed_debs(text, ("libnvinfer10",)) == {}
+
+
+def test_zram_is_no_swap_on_a_disk() -> None:
+    both = parse_memory(meminfo(7.44, 5.1, swap_gib=11), swaps(zram_gib=3, used_gib=0.75, file_gib=8))
+    assert (both.zram_total, both.zram_free) == (3072, 2304)
+    assert both.disk_swap_total == 8192
+    zram = parse_memory(meminfo(7.44, 5.1, swap_gib=3), swaps(zram_gib=3))
+    assert (zram.swap_free, zram.disk_swap_free) == (3072, 0)
+    none = parse_memory(meminfo(7.44, 5.1, swap_gib=0), swaps())
+    assert (none.zram_total, none.disk_swap_total) == (0, 0)
+    unknown = parse_memory(meminfo(7.44, 5.1, swap_gib=3), None)
+    assert (unknown.zram_total, unknown.disk_swap_free) == (None, None)
 
 
 def test_commands_that_fail_are_none() -> None:

@@ -21,6 +21,7 @@ from recordings_jetson import (
     meminfo,
     orin_nano,
     orin_nx,
+    swaps,
     tensorrt_debs,
     thor,
 )
@@ -68,7 +69,9 @@ def test_jetsons_that_are_ready(recording: Callable[[], Recording], tmp_path: Pa
 
 def test_an_orin_nano_as_it_comes(tmp_path: Path) -> None:
     found = cautions(orin_nano(), tmp_path)
-    assert len(found) == 3
+    assert len(found) == 5
+    assert remedy_for("3809 MiB of the swap are zram", found) == "sudo systemctl disable nvzramconfig && sudo reboot"
+    assert "swapon /swapfile" in remedy_for("no swap on a disk", found)
     assert remedy_for("MAXN_SUPER", found) == "sudo nvpmodel -m 2"
     assert remedy_for("not pinned", found) == "sudo jetson_clocks"
     assert "cma=950M" in remedy_for("256 MiB", found)
@@ -137,10 +140,12 @@ def test_the_package_indexs_wheel_has_no_kernels_for_a_jetson(tmp_path: Path) ->
 
 def test_memory(tmp_path: Path) -> None:
     recording = orin_nano()
-    recording.files["proc/meminfo"] = meminfo(7.44, 1.5, swap_gib=0, cma_mib=950)
+    recording.files["proc/meminfo"] = meminfo(7.44, 1.5, swap_gib=3, cma_mib=950)
+    recording.files["proc/swaps"] = swaps(zram_gib=3)
     found = cautions(recording, tmp_path)
     assert remedy_for("1536 MiB of memory are free", found) == "sudo systemctl isolate multi-user.target"
-    assert "swapon /swapfile" in remedy_for("no swap", found)
+    assert "swapon /swapfile" in remedy_for("no swap on a disk", found)
+    assert remedy_for("3072 MiB of the swap are zram", found) == "sudo systemctl disable nvzramconfig && sudo reboot"
     assert not any("contiguous" in what for what in found)
 
 

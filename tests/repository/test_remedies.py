@@ -20,7 +20,11 @@ from edgeprune.cli import main
 # After a colon a command is to be typed, with all that it needs. Elsewhere a sentence names it.
 TYPED = re.compile(r"(?::|-> |\bExample:) edgeprune ([a-z0-9]+[^,;`\n]*)")
 NAMED = re.compile(r"`edgeprune ([a-z0-9]+)")
-VALUES = {"method": "plphp", "target": "jetpack6"}  # of options that take certain words only, by what is filled in
+VALUES = {
+    "method": "plphp",
+    "target": "jetpack6",
+    "precision": "fp16",
+}  # of options that take certain words only, by what is filled in
 SOURCES = [path for folder in ("edgeprune", "runtime", "export", "calibration") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

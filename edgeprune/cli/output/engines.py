@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeprune.cli.output.basic import show_facts, show_json, show_table
+from edgeprune.device.roofline import RUNTIME_BYTES, Interval
 from edgeprune.errors import install_command
 
 if TYPE_CHECKING:
@@ -20,28 +21,52 @@ if TYPE_CHECKING:
 
 
 def show_jobs(request: BuildRequest, jobs: Sequence[BuildJob], as_json: bool) -> None:
-    """Print the engines to build: profiles, memory, and equivalent trtexec commands."""
-    from edgeprune.runtime.backends.tensorrt.build import trtexec_command
+    """Print the engines to build: profiles, memory of each build, equivalent trtexec commands, and memory while they answer."""
+    from edgeprune.runtime.backends.tensorrt.build import answering_parts, trtexec_command
 
+    answering = answering_parts(request.bundle, jobs)
     settings, commands = request.settings, [trtexec_command(request.bundle, job, request.settings) for job in jobs]
     if as_json:
         entries = [
-            {"graph": job.graph, "profiles": job.profiles, "peak_bytes": job.peak_bytes(settings), "trtexec": command}
+            {
+                "graph": job.graph,
+                "profiles": job.profiles,
+                "peak_bytes": job.peak_bytes(settings),
+                "peak_parts": job.peak_parts(settings),
+                "trtexec": command,
+            }
             for job, command in zip(jobs, commands, strict=True)
         ]
-        show_json({"bundle": str(request.bundle.path), "engines": entries})
+        answers = {"parts": answering, "runtime": asdict(RUNTIME_BYTES)}
+        show_json({"bundle": str(request.bundle.path), "engines": entries, "answering": answers})
         return
     for job, command in zip(jobs, commands, strict=True):
         facts = {
             "engine": job.graph,
             "weights": f"{job.weights / 1e6:.1f} MB",
-            "memory": f"{job.peak_bytes(settings) / 1e9:.1f} GB at most",
+            "memory": f"{job.peak_bytes(settings) / 1e9:.1f} GB at most: {_sum_of(job.peak_parts(settings))}",
         }
         show_facts(facts, as_json=False)
         for number, profile in enumerate(job.profiles):
             for names, shapes in _group_inputs(profile):
                 click.echo(f"  profile {number}  {names:44} {' | '.join('x'.join(map(str, shape)) for shape in shapes)}")
         click.echo(f"  {command}\n")
+    _show_answering(answering)
+
+
+def _sum_of(parts: Mapping[str, int]) -> str:
+    return " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
+
+
+def _show_answering(parts: Mapping[str, int]) -> None:
+    # The sum while engines answer, without what only a built engine knows.
+    whole = RUNTIME_BYTES + Interval(sum(parts.values()), sum(parts.values()))
+    rows = [[name, f"{size / 1e6:.1f}"] for name, size in parts.items()]
+    rows += [
+        [name, f"{span.low / 1e6:.0f} to {span.high / 1e6:.0f}"] for name, span in (("runtime", RUNTIME_BYTES), ("sum", whole))
+    ]
+    show_table(["while they answer", "MB"], rows, as_json=False)
+    click.echo("One block of scratch memory comes on top, as large as the largest engine needs: known once they are built.")
 
 
 def _group_inputs(profile: ShapeProfile) -> Iterator[tuple[str, Shapes]]:
@@ -113,7 +138,7 @@ def _verdict(report: CheckReport) -> str:
 
 
 def show_selftest(report: SelfTest, as_json: bool) -> None:
-    """Print the comparisons, the times of both backends, and the verdict."""
+    """Print the comparisons, the times, and the verdict."""
     if as_json:
         show_json(report.to_dict())
         return

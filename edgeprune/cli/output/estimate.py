@@ -86,6 +86,7 @@ def _time_rows(pruned: Estimate, unpruned: Estimate) -> list[list[str]]:
 def _memory_rows(pruned: MemoryEstimate, unpruned: MemoryEstimate) -> list[list[str]]:
     both = pruned, unpruned
     return [
+        *([part, *(f"{memory.weight_parts[part] / 1e6:.1f}" for memory in both)] for part in pruned.weight_parts),
         ["weights", *(f"{memory.weights / 1e6:.1f}" for memory in both)],
         ["runtime", *(_span(memory.runtime, 1e-6) for memory in both)],
         ["at rest", *(_span(memory.at_rest, 1e-6) for memory in both)],
@@ -93,6 +94,8 @@ def _memory_rows(pruned: MemoryEstimate, unpruned: MemoryEstimate) -> list[list[
         ["activations", *(f"{memory.activations / 1e6:.1f}" for memory in both)],
         ["at peak", *(_span(memory.at_peak, 1e-6) for memory in both)],
         ["system, beside it", *(_span(memory.system, 1e-6) for memory in both)],
+        ["needed", *(_span(memory.needed, 1e-6) for memory in both)],
+        ["the module has", *(f"{memory.ram / 1e6:.0f}" for memory in both)],
         ["file cache, given back", *(f"{memory.file_cache / 1e6:.1f}" for memory in both)],
     ]
 
@@ -104,7 +107,8 @@ def _span(value: Interval, scale: float = 1.0) -> str:
 
 def _to_json(result: Estimate) -> dict[str, Any]:
     memory = result.memory
-    totals = {"at_rest": asdict(memory.at_rest), "at_peak": asdict(memory.at_peak), "fits": memory.fits}
+    sums = {"at_rest": memory.at_rest, "at_peak": memory.at_peak, "needed": memory.needed}
+    totals = {"weights": memory.weights, **{name: asdict(span) for name, span in sums.items()}, "fits": memory.fits}
     return {
         "stages": [asdict(stage) for stage in result.stages],
         "ttft_ms": asdict(result.ttft_ms),

@@ -1,4 +1,4 @@
-"""Device arrays that the generation loop uses like NumPy arrays, and the memory pool behind them.
+"""Device arrays that the generation loop uses like NumPy arrays, the memory pool behind them, and the scratch memory of engines.
 
 The loop only reads shapes, slices prefixes, concatenates and writes rows. It never reads values. Each array holds a lease on a
 block of the pool. The block returns to the pool when its last array is garbage-collected.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.tensorrt.bindings import Driver
 
 _ALIGNMENT = 256  # bytes; TensorRT requires it of tensor addresses
@@ -59,6 +60,54 @@ class Lease:
 
     def __del__(self) -> None:
         self.pool.give_back(self.address)
+
+
+class Scratch:
+    """The scratch memory of all execution contexts: one block, because they run one after another on one stream.
+
+    `bytes`: its size, which is the largest that a context needs.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver, self._contexts, self._address = driver, list[Any](), 0
+        self.bytes = 0
+
+    def serve(self, context: Any, size: int) -> None:
+        """Let a context work in the block, which grows to `size` bytes if that is more.
+
+        Raises EngineError when there is no memory for it; the other contexts then have a block as before.
+        """
+        if size > self.bytes:
+            self._grow(size)
+        self._contexts.append(context)
+        context.set_device_memory(self._address, self.bytes)
+
+    def close(self) -> None:
+        """Free the block. Its contexts must not run any more."""
+        self._contexts.clear()
+        self._free()
+
+    def _grow(self, size: int) -> None:
+        before = self.bytes
+        self._driver.synchronize()  # what runs still works in the old block
+        self._free()  # first, because both together may not fit
+        try:
+            self._allocate(size)
+        except EngineError:
+            self._allocate(before)
+            raise
+        finally:
+            for context in self._contexts:
+                context.set_device_memory(self._address, self.bytes)
+
+    def _allocate(self, size: int) -> None:
+        if size:
+            self._address, self.bytes = self._driver.allocate(size), size
+
+    def _free(self) -> None:
+        if self.bytes:
+            self._driver.free(self._address)
+        self._address = self.bytes = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,14 @@
 """The backend interface on TensorRT engines.
 
-Each engine has one execution context per optimization profile. Inputs are bound by address, outputs to pooled memory. Only token
-ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back. Embeddings, KV
-caches, states and attention shares stay on the device, and the keys and values of a step are appended there. The decode step has
-no CUDA graph, because its text caches grow by one at every step.
+Each engine has one execution context per optimization profile, and all contexts work in one block of scratch memory. Inputs are
+bound by address, outputs to pooled memory. Only token ids, positions and pixels are copied to the device. Only logits, kept indices
+and keep ratios are copied back. Embeddings, KV caches, states and attention shares stay on the device, and the keys and values of a
+step are appended there. The decode step has no CUDA graph, because its text caches grow by one at every step.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -20,7 +21,7 @@ from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
-from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, upload
+from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, Scratch, upload
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, Driver, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.profiles import TEXT, ShapeProfile, image_prefill_of
 from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, usable_engines
@@ -29,10 +30,21 @@ Value = DeviceArray | np.ndarray
 
 
 class Executor:
-    """One deserialized engine. `record` describes its inputs and outputs. `profiles` are those it was built with, in order."""
+    """One deserialized engine.
+
+    `plan`: its file, which may be unmapped afterwards. `record`: inputs and outputs. `profiles`: those it was built with, in order.
+    `scratch`: where its contexts work.
+    """
 
     def __init__(
-        self, trt: Any, runtime: Any, plan: bytes, record: GraphRecord, profiles: Sequence[ShapeProfile], pool: MemoryPool
+        self,
+        trt: Any,
+        runtime: Any,
+        plan: mmap.mmap,
+        record: GraphRecord,
+        profiles: Sequence[ShapeProfile],
+        pool: MemoryPool,
+        scratch: Scratch,
     ) -> None:
         self._record, self._profiles, self._pool = record, profiles, pool
         self._engine = runtime.deserialize_cuda_engine(plan)
@@ -43,7 +55,7 @@ class Executor:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._outputs = [name for name in names if name not in self._inputs]
-        self._contexts = [self._context(number) for number in range(len(profiles))]
+        self._contexts = [self._context(trt, number, scratch) for number in range(len(profiles))]
         self._capacity = [self._capacities(number) for number in range(len(profiles))]
 
     def run(self, values: Mapping[str, Value], profile: int = 0) -> dict[str, DeviceArray]:
@@ -71,12 +83,14 @@ class Executor:
         self._contexts.clear()
         self._engine = None
 
-    def _context(self, number: int) -> Any:
-        context = self._engine.create_execution_context()
+    def _context(self, trt: Any, number: int, scratch: Scratch) -> Any:
+        # A context's own scratch memory would be as large as the largest profile needs, in each of them.
+        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise EngineError("There is no memory for another execution context.", hint="Build with a smaller --context or --turn.")
         if len(self._profiles) > 1:
             context.set_optimization_profile_async(number, self._pool.driver.stream)
+        scratch.serve(context, self._engine.device_memory_size_v2)
         return context
 
     def _capacities(self, number: int) -> dict[str, int]:
@@ -125,7 +139,7 @@ class TensorRTBackend:
     """
 
     def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: DeviceIdentity) -> None:
-        self._plan, self._driver, self._pool = bundle.plan, driver, MemoryPool(driver)
+        self._plan, self._driver, self._pool, self._scratch = bundle.plan, driver, MemoryPool(driver), Scratch(driver)
         self._tiers, self._has_attention_split = bundle.manifest.tiers, bundle.plan.follows_attention
         self._executors: dict[str, Executor] = {}
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
@@ -150,7 +164,8 @@ class TensorRTBackend:
     def _executor(
         self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[ShapeProfile]
     ) -> Executor:
-        return Executor(trt, self._runtime, store.read(record), described, profiles, self._pool)
+        with store.mapped(record) as plan:
+            return Executor(trt, self._runtime, plan, described, profiles, self._pool, self._scratch)
 
     @classmethod
     def on_this_device(cls, bundle: Bundle) -> TensorRTBackend:
@@ -160,8 +175,8 @@ class TensorRTBackend:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of inputs, outputs and caches, without the engines and their scratch memory."""
-        return self._pool.bytes
+        """Bytes of inputs, outputs, caches and scratch memory, without the engines."""
+        return self._pool.bytes + self._scratch.bytes
 
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
@@ -218,6 +233,7 @@ class TensorRTBackend:
         """Destroy the engines, then free the memory, then destroy the stream."""
         for executor in self._executors.values():
             executor.close()
+        self._scratch.close()
         self._pool.close()
         self._driver.close()
 

@@ -7,6 +7,7 @@ another bundle, such as one with other keep budgets.
 from __future__ import annotations
 
 import hashlib
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import Bundle, files_of
+import numpy as np
+
+from edgeprune.bundle import DECODER, Bundle, files_of
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.cudart import load_cudart
 from edgeprune.device.machine import Machine, read_machine
-from edgeprune.device.memory import Memory
+from edgeprune.device.memory import NO_ZRAM, Memory
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, build_engine
@@ -26,8 +29,10 @@ from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapePro
 from edgeprune.runtime.backends.tensorrt.store import TIMINGS, EngineRecord, Store, engine_key
 
 # Peak resident memory of TensorRT-RTX builds, fitted to decoders with 3 to 1400 MB of weights (docs/tensorrt.md): a constant, and
-# copies of the weights (parsed, laid out for kernels, serialized).
-BASE_BYTES, COPIES = 600 << 20, 3.5
+# copies of the weights (parsed, laid out for kernels, serialized). Kernels are timed with one copy on the GPU; how many there are
+# at once on a Jetson was not measured.
+BASE_BYTES, COPIES, GPU_COPIES = 600 << 20, 3.5, 1
+GPU_PARTS = ("weights on the GPU", "workspace on the GPU")
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,20 @@ class BuildJob:
     key: str = ""
     ready: bool = False
 
+    def peak_parts(self, settings: BuilderSettings) -> dict[str, int]:
+        """Return the estimated parts of the build's peak memory in bytes. GPU_PARTS names those of the GPU."""
+        on_gpu = GPU_COPIES * self.weights
+        parts = (BASE_BYTES, int(COPIES * self.weights) - on_gpu, on_gpu, settings.workspace)
+        return dict(zip(("TensorRT", "copies of the weights", *GPU_PARTS), parts, strict=True))
+
     def peak_bytes(self, settings: BuilderSettings) -> int:
         """Return the estimated peak memory of the build in bytes."""
-        return int(BASE_BYTES + COPIES * self.weights + settings.workspace)
+        return sum(self.peak_parts(settings).values())
+
+    def gpu_bytes(self, settings: BuilderSettings) -> int:
+        """Return what of the peak is memory of the GPU, which cannot be swapped."""
+        parts = self.peak_parts(settings)
+        return sum(parts[name] for name in GPU_PARTS)
 
 
 @dataclass(frozen=True)
@@ -90,30 +106,63 @@ def build_jobs(
     results = []
     for job in jobs:
         kept = _found(store, job.graph, job.key)
-        taken = None if kept else next((found for other in others if (found := _read(other, job)) is not None), None)
+        taken = None if kept else next((record for other in others if (record := _take(other, job, store)) is not None), None)
         if kept is not None:
             results.append(BuildResult(kept, "kept"))
         elif taken is not None:
-            store.add(*taken)
-            results.append(BuildResult(taken[0], "taken"))
+            results.append(BuildResult(taken, "taken"))
         else:
             results.append(BuildResult(_build(trt, bundle, job, identity, settings, store, advance, configure), "built"))
     return results
 
 
-def check_memory(jobs: Sequence[BuildJob], settings: BuilderSettings, memory: Memory) -> None:
-    """Raise EngineError when the largest build does not fit into available memory and swap."""
+def check_memory(jobs: Sequence[BuildJob], settings: BuilderSettings, memory: Memory, *, jetson: bool = True) -> None:
+    """Raise EngineError when the largest build does not fit.
+
+    The whole has to fit into available memory and swap on disks; zram is memory itself and adds nothing. `jetson`: GPU and CPU
+    share the memory, so the GPU's part has to fit into what is available, without swap.
+    """
     pending = [job for job in jobs if not job.ready]
     if not pending or memory.available is None:
         return
     largest = max(pending, key=lambda job: job.weights)
-    needed, free = largest.peak_bytes(settings), (memory.available + (memory.swap_free or 0)) << 20
-    if needed > free:
-        raise EngineError(
-            f"Building {largest.graph} takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free with swap.",
-            hint="Close other programs (a desktop: sudo systemctl isolate multi-user.target), add swap "
-            f"({(needed - free) / 1e9:.1f} GB or more), export with --precision int8 or int4, or try it with --ignore-memory.",
-        )
+    needed, on_gpu = largest.peak_bytes(settings), largest.gpu_bytes(settings) if jetson else 0
+    available, swap = memory.available << 20, (memory.disk_swap_free or 0) << 20
+    if on_gpu <= available and needed <= available + swap:
+        return
+    shared = f", {on_gpu / 1e9:.1f} of them on the GPU, where swap does not count" if jetson else ""
+    swapped = f", with {swap / 1e9:.1f} GB of swap on disks" if swap else ""
+    raise EngineError(
+        f"Building {largest.graph} takes about {needed / 1e9:.1f} GB{shared}, and {available / 1e9:.1f} GB are free{swapped}.",
+        hint=_more_memory(memory.zram_total or 0 if jetson else 0, max(needed - available - swap, 0) if on_gpu <= available else 0),
+    )
+
+
+def _more_memory(zram: int, missing: int) -> str:
+    # `zram`: MiB of it that JetPack made. `missing`: bytes of swap that would do, 0 if swap does not help.
+    swap = f" add swap on a disk ({missing / 1e9:.1f} GB or more)," if missing else ""
+    remedy = (
+        f"Close other programs (a desktop: sudo systemctl isolate multi-user.target),{swap} export with --precision int8 or int4, "
+    )
+    off = (
+        f" The {zram / 1024:.1f} GiB of zram are this memory too, and no such swap. Switch it off first: {NO_ZRAM}" if zram else ""
+    )
+    return f"{remedy}or try it with --ignore-memory.{off}"
+
+
+def answering_parts(bundle: Bundle, jobs: Sequence[BuildJob]) -> dict[str, int]:
+    """Return the bytes of the engines and of the KV caches and states at their limits.
+
+    An engine is counted as its weights. Scratch memory is not known before the build, and the outputs of a step are small.
+    """
+    engines = {job.graph: job.weights for job in jobs}
+    inputs, (decoder,) = bundle.manifest.graphs[DECODER].inputs, [job for job in jobs if job.graph == DECODER]
+    caches = 0
+    for name, tensor in inputs.items():
+        if "past_" in name:
+            shapes = [profile[name][2] for profile in decoder.profiles if name in profile] or [tensor.shape]
+            caches += max(math.prod(map(int, shape)) for shape in shapes) * np.dtype(tensor.type).itemsize
+    return {**engines, "KV caches": caches}
 
 
 def trtexec_command(bundle: Bundle, job: BuildJob, settings: BuilderSettings) -> str:
@@ -177,9 +226,13 @@ def _found(store: Store, graph: str, key: str) -> EngineRecord | None:
         return None
 
 
-def _read(store: Store, job: BuildJob) -> tuple[EngineRecord, bytes] | None:
-    record = _found(store, job.graph, job.key)
-    return None if record is None else (record, store.read(record))
+def _take(other: Store, job: BuildJob, store: Store) -> EngineRecord | None:
+    # Copies the engine of another bundle, if it has one that fits.
+    record = _found(other, job.graph, job.key)
+    if record is not None:
+        with other.mapped(record) as plan, memoryview(plan) as content:
+            store.add(record, content)
+    return record
 
 
 @dataclass(frozen=True)
@@ -247,7 +300,7 @@ def build_bundle(
     jobs = plan_jobs(request.bundle, request.limits, request.settings, device, store)
     others = [Store(other, secret) for other in request.reuse]
     if not request.ignore_memory:
-        check_memory(jobs, request.settings, machine.memory)
+        check_memory(jobs, request.settings, machine.memory, jetson=machine.is_jetson)
     return build_jobs(
         trt, request.bundle, jobs, device, request.settings, store, others=others, advance=advance, configure=configure
     )

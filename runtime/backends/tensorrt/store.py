@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import mmap
 import os
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -122,17 +123,27 @@ class Store:
         record = next((record for record in self.records() if (record.graph, record.key) == (graph, key)), None)
         return record if record is not None and self._is_intact(record) else None
 
-    def read(self, record: EngineRecord) -> bytes:
-        """Read a recorded engine. Raises EngineError when its file is missing or has changed."""
+    @contextmanager
+    def mapped(self, record: EngineRecord) -> Iterator[mmap.mmap]:
+        """Map a recorded engine, so that its pages are the file's and no memory of this process.
+
+        Raises EngineError when the file is missing or has changed, also when it changes before the block ends.
+        """
         path = self._folder / record.file
         try:
-            plan = path.read_bytes()
+            with path.open("rb") as file:
+                before = _state(os.fstat(file.fileno()))
+                plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise EngineError(f"Cannot read {path}: {error.strerror}.", hint=REBUILD) from error
-        # Hash the bytes that will be deserialized: the file could change between a check and the read.
-        if not hmac.compare_digest(hashlib.sha256(plan).hexdigest(), record.sha256):
-            raise EngineError(f"{path} is not the engine that was built here.", hint=REBUILD)
-        return plan
+        except ValueError as error:  # an empty file cannot be mapped
+            raise _changed(path) from error
+        with plan:
+            if not hmac.compare_digest(hashlib.sha256(plan).hexdigest(), record.sha256):
+                raise _changed(path)
+            yield plan
+        if not path.is_file() or _state(path.stat()) != before:
+            raise _changed(path)
 
     def add(self, record: EngineRecord, plan: bytes | memoryview) -> None:
         """Write an engine and its record, and delete engines without a record."""
@@ -177,6 +188,14 @@ class Store:
     def _signature(self, records: tuple[EngineRecord, ...]) -> str:
         signed = json.dumps([asdict(record) for record in records], sort_keys=True).encode()
         return hmac.new(self._secret, signed, hashlib.sha256).hexdigest()
+
+
+def _changed(path: Path) -> EngineError:
+    return EngineError(f"{path} is not the engine that was built here.", hint=REBUILD)
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def device_key() -> bytes:

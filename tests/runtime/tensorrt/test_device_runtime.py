@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,23 +15,28 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from device_simulation import SimulatedDriver, simulated_tensorrt
+from device_simulation import SCRATCH, SimulatedDriver, simulated_tensorrt
 from PIL import Image
 from plans import PLANS, PROMPT
 from simulated_device import LIMITS, ORIN, SECRET, on_device, prepare
 from tiny_models import TINY_GEOMETRY
 
+from edgeprune.benchmark.expected import ComparingBackend, Expected, read_expected
 from edgeprune.benchmark.profile import profile
-from edgeprune.benchmark.selftest import STAGES, selftest
-from edgeprune.bundle import EMBED, Bundle
+from edgeprune.benchmark.selftest import STAGES, SelfTest, selftest
+from edgeprune.bundle import EMBED, EXPECTED, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
 from edgeprune.device.cudart import load_cudart
-from edgeprune.errors import EngineError, UsageError
+from edgeprune.errors import BundleError, EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.io.progress import Silent
+from edgeprune.plan import Cut
+from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends import providers
+from edgeprune.runtime.backends.interface import BackendProxy, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from edgeprune.runtime.backends.providers import open_backend
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, joined, upload
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
@@ -39,11 +45,13 @@ from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle
 from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.backends.tensorrt.store import Store
+from edgeprune.targets import TARGETS, Lowering
 
 
 @pytest.fixture(scope="module", params=["everything", "input, layers", "withdrawn, map"])
 def bundle(request: pytest.FixtureRequest, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    made = export_bundle(tiny, PLANS[request.param], tmp_path_factory.mktemp("device") / "bundle")
+    jetpack = Lowering(TARGETS["jetpack6"], "fp32")  # only a bundle for TensorRT has outputs to compare engines with
+    made = export_bundle(tiny, PLANS[request.param], tmp_path_factory.mktemp("device") / "bundle", lowering=jetpack)
     prepare(made)
     return made
 
@@ -128,6 +136,38 @@ def test_closing_gives_everything_back(bundle: Bundle, tiny_image: Image.Image, 
     assert not driver.blocks and driver.closed
     del chat
     gc.collect()  # arrays that outlive the engine have nothing to give back
+
+
+def test_all_contexts_work_in_one_block_of_scratch_memory(
+    tiny: LoadedModel, tiny_image: Image.Image, tmp_path: Path, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = driver.allocate
+
+    def full(size: int) -> int:
+        if size == SCRATCH["vision_unpruned.onnx"]:
+            raise EngineError(f"no memory for {size} bytes")
+        return allocate(size)
+
+    evit = unpruned_plan("qwen2_vl", 3, TINY_GEOMETRY).with_cuts(Cut("vision", "evit", 6, layer=1))
+    bundle = export_bundle(tiny, evit, tmp_path / "bundle")
+    prepare(bundle)
+    runtime = on_device(bundle, driver)
+    engine: Any = runtime._pipeline.backend
+    assert engine._scratch.bytes == SCRATCH["decoder.onnx"]  # the largest; the unpruned encoder is not open yet
+    assert sum(call == ("allocate", SCRATCH["decoder.onnx"]) for call in driver.calls) == 1
+    expected = [load(bundle.path).generate(tiny_image, PROMPT, max_tokens=4, prune=prune).text for prune in (True, False)]
+    assert runtime.generate(tiny_image, PROMPT, max_tokens=4).text == expected[0]
+    monkeypatch.setattr(driver, "allocate", full)
+    with pytest.raises(EngineError, match="no memory for 40960 bytes"):
+        runtime.generate(tiny_image, PROMPT, max_tokens=4, prune=False)
+    monkeypatch.undo()
+    assert runtime.generate(tiny_image, PROMPT, max_tokens=4).text == expected[0]  # in a block as before
+    assert runtime.generate(tiny_image, PROMPT, max_tokens=4, prune=False).text == expected[1]
+    assert engine._scratch.bytes == SCRATCH["vision_unpruned.onnx"]  # grown, and the old block is given back
+    assert not any(len(block) == SCRATCH["decoder.onnx"] for block in driver.blocks.values())
+    assert runtime.generate(tiny_image, PROMPT, max_tokens=4).text == expected[0]
+    engine.close()
+    assert not driver.blocks
 
 
 @pytest.fixture
@@ -247,7 +287,8 @@ def test_the_selftest_compares_and_reports(bundle: Bundle, tmp_path: Path, monke
 
     report = selftest(bundle, simulated, Stages())
     assert report.passed and stages == list(STAGES)
-    assert {check.name for check in report.checks} == {"vision", "kept", "logits", "text", "memory", "limits"}
+    ratio = {"ratio"} if bundle.plan.has_rate_predictor else set()
+    assert {check.name for check in report.checks} == {"vision", "kept", "logits", "tokens", "memory", "limits"} | ratio
     monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened: simulated(opened))
     shown = CliRunner().invoke(main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json")])
     assert shown.exit_code == 0 and "Every check passed." in shown.output
@@ -255,17 +296,80 @@ def test_the_selftest_compares_and_reports(bundle: Bundle, tmp_path: Path, monke
     assert len(drivers) == 2 and all(driver.closed for driver in drivers)
 
 
-def test_the_selftest_notices_a_wrong_engine(bundle: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["vision", "kept", "logits", "ratio"])
+def test_the_selftest_names_what_a_wrong_engine_got_wrong(
+    part: str, bundle: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if part == "ratio" and not bundle.plan.has_rate_predictor:
+        pytest.skip("this plan has no predictor")
     engine = TensorRTBackend(bundle, simulated_tensorrt(driver), driver, Store(bundle.path, SECRET), ORIN)
-    right = engine.forward
+    name = {"vision": "encode_image", "ratio": "predict_keep_ratio"}.get(part, "forward")
+    right = getattr(engine, name)
 
-    def wrong(tokens: Any, cache: Any, **given: Any) -> Any:
-        step = right(tokens, cache, **given)
-        return replace(step, logits=step.logits * 1.1)
+    def wrong(*given: Any, **named: Any) -> Any:
+        found = right(*given, **named)
+        if part == "vision":
+            return replace(found, embeds=found.embeds.numpy() * 1.1)
+        if part == "kept":
+            return replace(found, kept=tuple(kept[..., ::-1] // 2 for kept in found.kept))
+        return found + 0.1 if part == "ratio" else replace(found, logits=found.logits * 1.1)
 
-    monkeypatch.setattr(engine, "forward", wrong)
-    report = selftest(bundle, lambda opened: engine)
-    assert [check.name for check in report.checks if not check.passed] == ["logits"]
+    report = _selftest_without_a_second_model(bundle, engine, name, wrong, monkeypatch)
+    assert [check.name for check in report.checks if not check.passed] == [part]
+
+
+def _selftest_without_a_second_model(
+    bundle: Bundle, engine: TensorRTBackend, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> SelfTest:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a second model beside the engines")
+
+    monkeypatch.setattr(engine, name, wrong)
+    monkeypatch.setattr(OnnxRuntimeBackend, "__init__", refuse)
+    return selftest(bundle, lambda opened: engine)
+
+
+def test_a_bundle_without_expected_outputs_says_how_to_get_them(tiny_bundle: Bundle, bundle: Bundle, tmp_path: Path) -> None:
+    refused = CliRunner().invoke(main, ["selftest", str(tiny_bundle.path)])
+    remedy = "edgeprune export MODEL -o BUNDLE --target jetpack6 --precision fp32"
+    assert refused.exit_code == 1 and "is for target onnxruntime" in refused.output and remedy in refused.output
+    files = {name: record for name, record in bundle.manifest.files.items() if name != EXPECTED}
+    with pytest.raises(BundleError, match=f"was exported by an older version.*{remedy}"):
+        selftest(replace(bundle, manifest=replace(bundle.manifest, files=files)))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + bytes(18), b"\x93NUMPY"])
+def test_expected_outputs_that_cannot_be_read_are_refused(content: bytes, bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.path, tmp_path / "own")
+    (tmp_path / "own" / EXPECTED).write_bytes(content)
+    with pytest.raises(BundleError, match=r"Cannot read expected/conversation\.npz"):
+        read_expected(replace(bundle, path=tmp_path / "own"))
+    arrays = dict(np.load(bundle.path / EXPECTED))
+    np.savez(tmp_path / "own" / EXPECTED, **{**arrays, "logits": arrays["logits"][:, 1:]})
+    with pytest.raises(BundleError, match=r"shapes that are not the model's"):
+        read_expected(replace(bundle, path=tmp_path / "own"))
+
+
+def test_comparing_takes_little_memory_at_real_size() -> None:
+    # LLaVA-NeXT's 2,880 tokens of 4,096, and 16 steps of 151,936 logits.
+    arrays = {"embeds": np.ones((1, 2880, 4096), np.float16), "logits": np.ones((16, 151_936), np.float16)}
+
+    class Engines(BackendProxy):
+        def encode_image(self, patches: Any, **_: Any) -> VisionOutput:
+            return VisionOutput(np.ones((1, 2880, 4096), np.float16))
+
+        def forward(self, tokens: Any, cache: Any, **_: Any) -> DecoderOutput:
+            return DecoderOutput(np.ones(151_936, np.float32), (), (), None)
+
+    nothing: Any = None
+    compared = ComparingBackend(Engines(nothing), Expected((), [], arrays))
+    tracemalloc.start()
+    compared.encode_image(nothing)
+    for _ in range(16):
+        compared.forward(nothing, nothing)
+    peak = tracemalloc.get_traced_memory()[1] + sum(array.nbytes for array in arrays.values())
+    tracemalloc.stop()
+    assert peak < 60e6 and compared.vision == 0.0 and compared.logits == [0.0] * 16
 
 
 @pytest.mark.device

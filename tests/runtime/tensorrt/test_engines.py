@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from recordings_jetson import orin_nano
+from recordings_jetson import meminfo, orin_nano
 
 from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.device.memory import Memory
+from edgeprune.device.workload import PRECISIONS
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, tensorrt
-from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, check_memory, plan_jobs, trtexec_command
+from edgeprune.runtime.backends.tensorrt.build import BuildJob, BuildRequest, build_bundle, check_memory, plan_jobs, trtexec_command
 from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 from edgeprune.runtime.backends.tensorrt.store import RECORDS, TIMINGS, Store
@@ -106,16 +107,33 @@ def test_a_truncated_or_exchanged_plan_is_not_loaded(own: Bundle) -> None:
     decoder, vision = (next(record for record in store.records() if record.graph == graph) for graph in (DECODER, VISION))
     path = own.path / decoder.file
     plan = path.read_bytes()
-    path.write_bytes(plan[:-1])
-    with pytest.raises(EngineError, match="is not the engine that was built here"):
-        store.read(decoder)
-    path.write_bytes(bytes([plan[0] ^ 1]) + plan[1:])
-    with pytest.raises(EngineError, match="is not the engine that was built here"):
-        store.read(decoder)
+    with store.mapped(decoder) as mapped:
+        assert mapped[:] == plan
+    for altered in (plan[:-1], bytes([plan[0] ^ 1]) + plan[1:], b""):
+        path.write_bytes(altered)
+        with pytest.raises(EngineError, match="is not the engine that was built here"), store.mapped(decoder):
+            pytest.fail("an altered engine was given out")
     (own.path / vision.file).unlink()
-    with pytest.raises(EngineError, match="Cannot read"):
-        store.read(vision)
+    with pytest.raises(EngineError, match="Cannot read"), store.mapped(vision):
+        pytest.fail("a missing engine was given out")
     assert build(own) == {VISION: "built", EMBED: "kept", DECODER: "built"}
+
+
+def test_a_plan_that_changes_while_it_is_loaded_is_not_used(own: Bundle) -> None:
+    store = Store(own.path, SECRET)
+    record = next(record for record in store.records() if record.graph == EMBED)
+    path, message = own.path / record.file, "is not the engine that was built here"
+    with pytest.raises(EngineError, match=message), store.mapped(record), path.open("r+b") as file:
+        file.write(b"\0\0")  # in place: the mapping shows it
+
+
+def test_nvidias_binding_takes_a_mapped_plan(own: Bundle) -> None:
+    store = Store(own.path, SECRET)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    with store.mapped(store.records()[0]) as plan:
+        assert runtime.deserialize_cuda_engine(plan) is None  # without a GPU; what it does not take is a TypeError
+    with pytest.raises(TypeError):
+        runtime.deserialize_cuda_engine("a text")
 
 
 def test_an_interruption_keeps_what_is_finished(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -155,12 +173,62 @@ def test_a_graph_that_is_refused_is_named(own: Bundle) -> None:
 
 def test_too_little_memory_is_refused_before_anything_starts(own: Bundle) -> None:
     jobs = plan_jobs(own, ProfileLimits(context=600), BuilderSettings(), ORIN, Store(own.path, SECRET))
-    little = Memory(total=7600, available=500, swap_total=0, swap_free=0, cma_total=None, cma_free=None)
-    with pytest.raises(EngineError, match=r"takes about 1\.2 GB, and 0\.5 GB are free.*--ignore-memory"):
+    little = Memory(7600, 600, 0, 0, None, None, 0, 0)
+    with pytest.raises(EngineError, match=r"about 1\.2 GB, 0\.5 of them on the GPU.* 0\.6 GB are free\. Close.*--ignore-memory"):
         check_memory(jobs, BuilderSettings(), little)
     check_memory(jobs, BuilderSettings(), replace(little, swap_free=8000))
     check_memory(jobs, BuilderSettings(), replace(little, available=None))
     check_memory([replace(job, ready=True) for job in jobs], BuilderSettings(), little)
+
+
+def test_zram_is_not_counted_as_free_memory(own: Bundle) -> None:
+    jobs = plan_jobs(own, ProfileLimits(context=600), BuilderSettings(), ORIN, Store(own.path, SECRET))
+    zram = Memory(7600, 600, 3800, 3800, None, None, 3800, 3800)  # what JetPack makes: half of the memory
+    with pytest.raises(EngineError, match=r"3\.7 GiB of zram .*: sudo systemctl disable nvzramconfig && sudo reboot$"):
+        check_memory(jobs, BuilderSettings(), zram)
+    with pytest.raises(EngineError, match="takes about"):
+        check_memory(jobs, BuilderSettings(), replace(zram, zram_total=None, zram_free=None))  # /proc/swaps is hidden
+    check_memory(jobs, BuilderSettings(), replace(zram, swap_free=8000))
+    check_memory(jobs, BuilderSettings(), replace(zram, available=2000))
+
+
+def test_swap_is_no_memory_of_the_gpu(own: Bundle) -> None:
+    jobs = plan_jobs(own, ProfileLimits(context=600), BuilderSettings(), ORIN, Store(own.path, SECRET))
+    disk = Memory(7600, 400, 16000, 16000, None, None, 0, 0)
+    with pytest.raises(EngineError, match=r"where swap does not count, and 0\.4 GB are free, with 16\.8 GB of swap") as refused:
+        check_memory(jobs, BuilderSettings(), disk)
+    assert "add swap" not in str(refused.value)
+    check_memory(jobs, BuilderSettings(), disk, jetson=False)  # a graphics card has memory of its own
+    with pytest.raises(EngineError, match=r"about 1\.2 GB, and 0\.4 GB are free\. Close"):
+        check_memory(jobs, BuilderSettings(), replace(disk, swap_free=4, zram_total=4, zram_free=4), jetson=False)
+    largest = max(jobs, key=lambda job: job.weights)
+    assert sum(largest.peak_parts(BuilderSettings()).values()) == largest.peak_bytes(BuilderSettings())
+
+
+def test_an_8_gb_board_as_it_comes_builds_a_2b_decoder_at_int4_alone(tmp_path: Path) -> None:
+    nano, settings = orin_nano().machine(tmp_path).memory, BuilderSettings()
+    layers, head = 1_310_195_712, 233_373_696  # Qwen2-VL-2B's weights
+    int4 = BuildJob(DECODER, ProfileLimits(), (), int(layers * PRECISIONS["int4"].layers + head * PRECISIONS["int4"].head))
+    check_memory([int4], settings, nano)
+    fp16 = replace(int4, weights=2 * (layers + head))
+    with pytest.raises(EngineError, match=r"takes about 12\.0 GB, 3\.6 of them on the GPU.*3\.7 GiB of zram"):
+        check_memory([fp16], settings, nano)
+
+
+def test_a_build_on_a_board_with_zram_stops_unless_told_otherwise(own: Bundle, tmp_path: Path) -> None:
+    nano = orin_nano()
+    nano.files["proc/meminfo"] = meminfo(7.44, 0.4, swap_gib=3.7)
+    request = BuildRequest(own, ProfileLimits(context=601), BuilderSettings())
+    given: dict[str, Any] = {
+        "trt": trt,
+        "device": ORIN,
+        "secret": SECRET,
+        "configure": configure,
+        "machine": nano.machine(tmp_path),
+    }
+    with pytest.raises(EngineError, match="nvzramconfig"):
+        build_bundle(request, **given)
+    assert len(build_bundle(replace(request, ignore_memory=True), **given)) == 3
 
 
 def test_trtexec_builds_the_same(own: Bundle) -> None:
@@ -196,6 +264,13 @@ def test_the_command_says_what_it_would_do(own: Bundle) -> None:
     assert shown.exit_code == 0 and "trtexec --onnx=" in shown.output and "and 5 more" in shown.output
     listed = json.loads(CliRunner().invoke(main, ["build", str(own.path), "--dry-run", "--json"]).output)
     assert [engine["graph"] for engine in listed["engines"]] == [VISION, EMBED, DECODER]
+    assert all(sum(engine["peak_parts"].values()) == engine["peak_bytes"] for engine in listed["engines"])
+    assert "0.6 TensorRT + 0.0 copies of the weights + 0.0 weights on the GPU + 0.5 workspace on the GPU" in shown.output
+    assert "while they answer" in shown.output and "One block of scratch memory comes on top" in shown.output
+    parts, decoder = listed["answering"]["parts"], own.manifest.decoder
+    row, stored = 2 * decoder.kv_heads * decoder.head_dim * 4, map(own.plan.tokens_cached, range(decoder.layers))
+    assert parts.pop("KV caches") == row * sum((1 + 2048) + (1 + tokens) for tokens in stored)
+    assert parts == {job.graph: job.weights for job in plan_jobs(own, ProfileLimits(), BuilderSettings())}
     refused = CliRunner().invoke(main, ["build", str(own.path)])
     assert refused.exit_code == 1 and "TensorRT cannot be used here" in refused.output
     assert CliRunner().invoke(main, ["build", str(own.path), "--dry-run", "--turn", "0"]).exit_code == 2

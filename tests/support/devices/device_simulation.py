@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from edgeprune.device.cudart import Cudart
 from edgeprune.runtime.backends.tensorrt.bindings import Driver
 
 STREAM = 77
+USER_MANAGED = 2
+SCRATCH = {"vision_encoder.onnx": 8192, "decoder.onnx": 20480, "vision_unpruned.onnx": 40960}  # bytes that a context needs
 
 
 class SimulatedCudart:
@@ -175,6 +178,7 @@ class SimulatedContext:
 
     def __init__(self, engine: SimulatedEngine) -> None:
         self._engine, self._profile = engine, 0
+        self._scratch = (0, 0)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
 
@@ -182,6 +186,10 @@ class SimulatedContext:
         assert stream == STREAM
         self._profile = number
         return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory % 256 == 0
+        self._scratch = (memory, size)
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
         low, _, high = self._engine.profiles[self._profile].get(name, (shape, shape, shape))
@@ -203,6 +211,7 @@ class SimulatedContext:
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM and set(self._addresses) == set(self._engine.names), "every address is set"
         inputs = {name: self._read(name) for name in self._engine.graph["inputs"] if name in self._engine.used}
+        self._spoil_scratch()
         outputs = self._engine.session.run(list(self._engine.graph["outputs"]), inputs)
         spans = []
         for name, array in zip(self._engine.graph["outputs"], outputs, strict=True):
@@ -211,9 +220,16 @@ class SimulatedContext:
             spans.append((self._addresses[name], array.nbytes))
         reads = [(self._addresses[name], array.nbytes) for name, array in inputs.items() if array.nbytes]
         assert not any(_overlap(one, other) for one in spans for other in reads), "outputs never overwrite inputs"
+        assert not any(_overlap(self._scratch, other) for other in [*spans, *reads]), "scratch memory is nobody else's"
         self._engine.driver.calls.append(("execute", Path(self._engine.plan["onnx"]).stem, self._profile))
         self._addresses.clear()  # nothing may rely on what an earlier step set
         return True
+
+    def _spoil_scratch(self) -> None:
+        # What a context leaves in scratch memory is garbage for every other one.
+        address, size = self._scratch
+        assert size >= self._engine.device_memory_size_v2, "the context has enough scratch memory"
+        self._engine.driver.view(address, size)[:] = b"\xee" * size
 
     def _read(self, name: str) -> np.ndarray:
         kind = np.dtype(self._engine.graph["inputs"][name]["type"])
@@ -240,6 +256,7 @@ class SimulatedEngine:
         self.session = onnxruntime.InferenceSession(plan["onnx"], providers=["CPUExecutionProvider"])
         self.used = {node.name for node in self.session.get_inputs()}
         self.num_io_tensors = len(self.names)
+        self.device_memory_size_v2 = SCRATCH.get(Path(plan["onnx"]).name, 1024)
 
     def get_tensor_name(self, index: int) -> str:
         return str(self.names[index])
@@ -247,7 +264,8 @@ class SimulatedEngine:
     def get_tensor_mode(self, name: str) -> str:
         return "in" if name in self.graph["inputs"] else "out"
 
-    def create_execution_context(self) -> SimulatedContext:
+    def create_execution_context(self, strategy: int = 0) -> SimulatedContext:
+        assert strategy == USER_MANAGED, "a context of its own scratch memory takes the most that any profile needs"
         return SimulatedContext(self)
 
 
@@ -269,10 +287,12 @@ def simulated_tensorrt(driver: SimulatedDriver) -> Any:
         def __init__(self, logger: Logger) -> None:
             self.logger = logger
 
-        def deserialize_cuda_engine(self, plan: bytes) -> SimulatedEngine | None:
-            return None if plan == b"not an engine" else SimulatedEngine(json.loads(plan), driver)
+        def deserialize_cuda_engine(self, plan: mmap.mmap) -> SimulatedEngine | None:
+            assert isinstance(plan, mmap.mmap), "a plan is mapped, not read"
+            return None if plan[:] == b"not an engine" else SimulatedEngine(json.loads(plan[:]), driver)
 
-    return SimpleNamespace(Logger=Logger, Runtime=Runtime, TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"))
+    modes, strategies = SimpleNamespace(INPUT="in", OUTPUT="out"), SimpleNamespace(STATIC=0, USER_MANAGED=USER_MANAGED)
+    return SimpleNamespace(Logger=Logger, Runtime=Runtime, TensorIOMode=modes, ExecutionContextAllocationStrategy=strategies)
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -26,6 +26,7 @@ SwapFree:        {swap} kB
 CmaTotal:         {cma} kB
 CmaFree:           98304 kB
 """
+SWAPS = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
 NANO_MODES = """< PARAM TYPE=FILE NAME=CPU_ONLINE >
 CORE_0 /sys/devices/system/cpu/cpu0/online
 
@@ -150,6 +151,14 @@ def meminfo(total_gib: float, available_gib: float, *, swap_gib: float = 4, cma_
     return MEMINFO.format(**{name: int(value) for name, value in sizes.items()})
 
 
+def swaps(*, zram_gib: float = 0, devices: int = 6, used_gib: float = 0, file_gib: float = 0) -> str:
+    """Return /proc/swaps: the devices of JetPack's nvzramconfig, one a core, and a file on a disk."""
+    size, used = (int(gib * 1024 * 1024) // devices for gib in (zram_gib, used_gib))
+    zram = [f"/dev/zram{number:<38}partition\t{size}\t\t{used}\t\t5\n" for number in range(devices if zram_gib else 0)]
+    files = [f"/mnt/16GB.swap{'':<26}file\t\t{int(file_gib * 1024 * 1024)}\t0\t\t-2\n"] if file_gib else []
+    return SWAPS + "".join([*zram, *files])
+
+
 def orin_nano() -> Recording:
     """Return an Orin Nano 8GB, JetPack 6.2, as it comes: 25 W, clocks free, the CMA pool of the default kernel line."""
     return Recording(
@@ -162,7 +171,8 @@ def orin_nano() -> Recording:
             "var/lib/dpkg/status": deb("nvidia-l4t-core", "36.4.3-20250107174145") + tensorrt_debs("10.3.0.30-1+cuda12.5"),
             "usr/local/cuda-12.6/targets/aarch64-linux/lib/libcudart.so.12.6.68": "",
             "usr/local/cuda-12.6/targets/aarch64-linux/lib/libcudart.so.12": "",
-            "proc/meminfo": meminfo(7.44, 5.1),
+            "proc/meminfo": meminfo(7.44, 5.1, swap_gib=3.72),
+            "proc/swaps": swaps(zram_gib=3.72),
             **clocks(729_600, 1_344_000),
             **rails(1, ("VDD_IN", 5016, 1440), ("VDD_CPU_GPU_CV", 5008, 320), ("VDD_SOC", 5008, 488)),
         },
@@ -227,6 +237,6 @@ def thor() -> Recording:
 def desktop() -> Recording:
     """Return an x86 machine with an NVIDIA driver and nothing else."""
     return Recording(
-        {"proc/driver/nvidia/version": "NVRM version", "proc/meminfo": meminfo(31, 20)},
+        {"proc/driver/nvidia/version": "NVRM version", "proc/meminfo": meminfo(31, 20), "proc/swaps": swaps(file_gib=4)},
         software=Software((3, 11), BASE, CPU_ONLY, True),
     )
