@@ -203,7 +203,7 @@ def test_the_service_is_installed_with_a_key_of_its_own(copied: Path, tmp_path: 
 def prepared(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder that prepare.py makes of the tiny model."""
     out = tmp_path_factory.mktemp("jetson") / "out"
-    pruned = ("--image-size", "84x112", "--method", "uniform", "--keep", "0.5", "--layer", "1", "--context", "200")
+    pruned = ("--image-size", "84x112", "--method", "uniform", "--keep", "0.5", "--layer", "1", "--context", "600")
     assert "Orin Nano" in clean(sys.executable, EXAMPLE / "prepare.py", tiny_folder, out, *pruned)
     return out
 
@@ -212,7 +212,7 @@ def prepared(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_preparing_for_a_jetson(prepared: Path) -> None:
     assert {path.name for path in DEVICE.iterdir()} < {path.name for path in prepared.iterdir()}
     assert len(list(prepared.glob("edgeprune-*.whl"))) == 1
-    assert dict(line.split("=") for line in (prepared / ".env").read_text().split()) == SETTINGS | {"CONTEXT": "200"}
+    assert dict(line.split("=") for line in (prepared / ".env").read_text().split()) == SETTINGS | {"CONTEXT": "600"}
 
 
 def test_every_jetpack_has_a_base_image() -> None:
