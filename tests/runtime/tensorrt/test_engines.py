@@ -91,7 +91,7 @@ def test_one_timing_cache_serves_all_bundles(
     tiny_bundle: Bundle, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert timing_cache().is_file() and not list(built.rglob("*.cache"))
-    given = []
+    given: list[bytes] = []
 
     def build_engine(*_: Any, timings: bytes, **__: Any) -> Built:
         given.append(timings)
