@@ -17,7 +17,7 @@ from typing import Any
 from edgeprune.errors import EngineError
 
 TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
-CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # cudaDeviceAttr
+CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS = 75, 76, 16  # cudaDeviceAttr
 _OUT_OF_MEMORY, _INSUFFICIENT_DRIVER, _NEWER_DRIVER_NEEDED = 2, 35, 36  # cudaError
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int

@@ -1,4 +1,4 @@
-"""Do everything for a Jetson that needs no Jetson: export, check, estimate. Write the commands that are left for the device.
+"""Do everything for a Jetson that needs no Jetson: export, check, estimate. Write a folder with what is left for the device.
 
 python examples/jetson/prepare.py MODEL OUT --module orin-nano --target jetpack6 --method fastv --keep 0.5 --layer 2
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,22 +18,13 @@ from edgeprune.errors import install_command
 from edgeprune.io.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-REMAINING = """\
-#!/bin/sh
-# On the Jetson, in the folder with the bundle. Stops at the first step that fails.
-set -e
-python3 -m venv --system-site-packages venv   # JetPack's own TensorRT is a system package
-venv/bin/pip install "$(ls edgeprune-*.whl)[tensorrt,serve]"
-PATH="$PWD/venv/bin:$PATH"
-edgeprune doctor
-edgeprune build {name} --context {context} --unpruned   # bench compares with no pruning; leave it out to save memory
-edgeprune selftest {name} -o selftest.json --force
-edgeprune bench {name} --provider tensorrt
-edgeprune run {name} --provider tensorrt --image "$1" --prompt "$2"
-# Then one of:
-#   edgeprune serve {name} --provider tensorrt --host 0.0.0.0 --api-key-file keys.txt
-#   edgeprune ros2 {name} --provider tensorrt --image-topic /camera/image_raw --fit pad
-"""
+DEVICE = Path(__file__).parent / "device"
+# TensorRT and CUDA of the JetPack: an engine fits one TensorRT, and CUDA may not be newer than the driver.
+BASE_IMAGES = {
+    "jetpack6": "nvcr.io/nvidia/l4t-jetpack:r36.4.0",
+    "jetpack7": "nvcr.io/nvidia/tensorrt:25.09-py3",
+    "jetpack7.2": "nvcr.io/nvidia/tensorrt:26.03-py3",
+}
 
 
 def command(*words: object) -> None:
@@ -49,7 +41,7 @@ def main() -> None:
     parser.add_argument("model", help="a transformers folder, an id of the Hugging Face Hub, or tabletop")
     parser.add_argument("out", type=Path, help="the folder to copy to the Jetson; not there yet")
     parser.add_argument("--module", default="orin-nano", help="a module that `edgeprune estimate --device` knows")
-    parser.add_argument("--target", default="jetpack6", choices=("jetpack6", "jetpack7", "jetpack7.2"))
+    parser.add_argument("--target", default="jetpack6", choices=tuple(BASE_IMAGES))
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--context", type=int, default=1024, help="text tokens that the caches may hold")
     options, export = parser.parse_known_args()
@@ -62,9 +54,8 @@ def main() -> None:
     command("estimate", bundle, "--device", options.module)
     print("$ python tools/build_wheel.py", options.out, flush=True)
     subprocess.run([sys.executable, ROOT / "tools" / "build_wheel.py", options.out], check=True)
-    script = options.out / "on_device.sh"
-    write_text(script, REMAINING.format(name=bundle.name, context=options.context))
-    script.chmod(0o755)
+    shutil.copytree(DEVICE, options.out, dirs_exist_ok=True)
+    write_text(options.out / ".env", f"CONTEXT={options.context}\nBASE_IMAGE={BASE_IMAGES[options.target]}\n")
     print("\nWhat is left, on the Jetson:")
     print(f"  scp -r {options.out} robot:answers", "  ssh robot 'cd answers && ./on_device.sh IMAGE PROMPT'", sep="\n")
 

@@ -111,6 +111,7 @@ def test_the_constants_are_nvidias() -> None:
     ) == (cudart.TO_DEVICE, cudart.TO_HOST, cudart.ON_DEVICE)
     assert attributes.cudaDevAttrComputeCapabilityMajor == cudart.CAPABILITY_MAJOR
     assert attributes.cudaDevAttrComputeCapabilityMinor == cudart.CAPABILITY_MINOR
+    assert attributes.cudaDevAttrMultiProcessorCount == cudart.MULTIPROCESSORS
     named = errors.cudaErrorMemoryAllocation, errors.cudaErrorInsufficientDriver, errors.cudaErrorCallRequiresNewerDriver
     assert named == (cudart._OUT_OF_MEMORY, cudart._INSUFFICIENT_DRIVER, cudart._NEWER_DRIVER_NEEDED)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -155,24 +153,6 @@ def test_own_data_is_calibrated_and_measured(tiny_folder: Path, tmp_path: Path) 
     kept = [float(row.split(" | ")[-1].split()[0]) for row in rows[1:]]
     assert kept[0] >= kept[1] >= kept[2] < kept[3]
     assert "answer" not in (tmp_path / "own" / "calibration.jsonl").read_text()
-
-
-@pytest.mark.slow
-def test_preparing_for_a_jetson(tiny_folder: Path, tmp_path: Path) -> None:
-    pruned = ("--image-size", "84x112", "--method", "uniform", "--keep", "0.5", "--layer", "1")
-    output = run("jetson/prepare.py", tiny_folder, tmp_path / "out", *pruned)
-    assert "Orin Nano" in output
-    script = (tmp_path / "out" / "on_device.sh").read_text()
-    (wheel,) = (tmp_path / "out").glob("edgeprune-*.whl")
-    listed = subprocess.run(["sh", "-c", "ls edgeprune-*.whl"], cwd=tmp_path / "out", capture_output=True, text=True)
-    assert listed.stdout.strip() == wheel.name and '"$(ls edgeprune-*.whl)[tensorrt,serve]"' in script
-    commands = [shlex.split(line.lstrip("# "), comments=True) for line in script.splitlines() if "edgeprune " in line]
-    named = {words[1]: words[2:] for words in commands if words[0] == "edgeprune"}
-    assert set(named) == {"doctor", "build", "selftest", "bench", "run", "serve", "ros2"}
-    for name, words in named.items():  # its options exist
-        command = main.get_command(click.Context(main), name)
-        assert command is not None
-        command.make_context(name, list(words))
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from edgeprune.device.cudart import CAPABILITY_MAJOR, CAPABILITY_MINOR, ON_DEVICE, TO_DEVICE, TO_HOST, Cudart
+from edgeprune.device.cudart import CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS, ON_DEVICE, TO_DEVICE, TO_HOST, Cudart
 from edgeprune.device.doctor import OLDEST_TENSORRT, diagnose
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.errors import EngineError
@@ -16,10 +16,14 @@ from edgeprune.errors import EngineError
 
 @dataclass(frozen=True)
 class DeviceIdentity:
-    """What an engine is specific to: the TensorRT version and the GPU's compute capability, such as "8.7"."""
+    """What an engine is specific to: the TensorRT version and the GPU's compute capability, such as "8.7".
+
+    `sms`: streaming multiprocessors in this power mode. An engine for another number runs, and may be slower.
+    """
 
     tensorrt: str
     capability: str
+    sms: int = field(default=0, compare=False)
 
 
 class Driver:
@@ -81,8 +85,9 @@ def tensorrt(machine: Machine | None = None) -> Any:
 
 def identity(trt: Any, cudart: Cudart) -> DeviceIdentity:
     """Return the identity of this machine's GPU and TensorRT. Raises EngineError when CUDA cannot use the GPU."""
-    numbers = [cudart.number("cudaDeviceGetAttribute", attribute, 0) for attribute in (CAPABILITY_MAJOR, CAPABILITY_MINOR)]
-    return DeviceIdentity(str(trt.__version__), ".".join(map(str, numbers)))
+    asked = (CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS)
+    major, minor, sms = (cudart.number("cudaDeviceGetAttribute", attribute, 0) for attribute in asked)
+    return DeviceIdentity(str(trt.__version__), f"{major}.{minor}", sms)
 
 
 def _missing(machine: Machine, error: ImportError) -> str:

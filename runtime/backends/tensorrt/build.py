@@ -26,13 +26,15 @@ from edgeprune.errors import EngineError, UsageError
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, identity, tensorrt
 from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, build_engine
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
-from edgeprune.runtime.backends.tensorrt.store import TIMINGS, EngineRecord, Store, engine_key
+from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, engine_key, keep_timings, read_timings, timing_cache
 
 # Peak resident memory of TensorRT-RTX builds, fitted to decoders with 3 to 1400 MB of weights (docs/tensorrt.md): a constant, and
 # copies of the weights (parsed, laid out for kernels, serialized). Kernels are timed with one copy on the GPU; how many there are
 # at once on a Jetson was not measured.
 BASE_BYTES, COPIES, GPU_COPIES = 600 << 20, 3.5, 1
 GPU_PARTS = ("weights on the GPU", "workspace on the GPU")
+
+JETPACK_TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # not in PATH
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,11 @@ def answering_parts(bundle: Bundle, jobs: Sequence[BuildJob]) -> dict[str, int]:
 
 
 def trtexec_command(bundle: Bundle, job: BuildJob, settings: BuilderSettings) -> str:
-    """Return the `trtexec` command line that builds the same engine."""
-    command = ["trtexec", f"--onnx={bundle.file(job.graph)}", f"--saveEngine={Path(job.graph).stem}.plan", "--stronglyTyped"]
+    """Return the `trtexec` command line that builds the same engine, to look at: plans of others are not loaded."""
+    command = [JETPACK_TRTEXEC if "JetPack" in bundle.manifest.lowering.target.modules else "trtexec"]
+    command += [f"--onnx={bundle.file(job.graph)}", f"--saveEngine={Path(job.graph).stem}.plan", "--stronglyTyped"]
     command += [f"--builderOptimizationLevel={settings.level}", f"--memPoolSize=workspace:{settings.workspace >> 20}M"]
-    command += [f"--timingCacheFile={bundle.path / TIMINGS}", "--skipInference"]
+    command += [f"--timingCacheFile={timing_cache()}", "--skipInference"]
     for number, profile in enumerate(job.profiles):
         if profile:
             command += [f"--profile={number}"] if len(job.profiles) > 1 else []
@@ -197,7 +200,7 @@ def _build(
         bundle.file(job.graph),
         job.profiles,
         settings,
-        timings=store.timings,
+        timings=read_timings(),
         configure=configure,
         advance=lambda phase, done: advance(job.graph, phase, done),
     )
@@ -212,9 +215,10 @@ def _build(
         bytes=len(built.serialized_engine),
         sha256=hashlib.sha256(built.serialized_engine).hexdigest(),
         seconds=time.perf_counter() - started,
+        sms=identity.sms,
     )
     store.add(record, built.serialized_engine)
-    store.keep_timings(built.timings)
+    keep_timings(built.timings)
     return record
 
 

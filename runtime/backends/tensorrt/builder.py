@@ -6,6 +6,7 @@ have are looked up by name and skipped where they are missing.
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
 
 BuildProgress = Callable[[str, float], None]  # phase name, fraction done
 _MAX_ERRORS = 3  # parser errors quoted in a message
+# TensorRT 8 to 10 spell "insufficient" in two ways.
+_LITTLE_MEMORY = re.compile(r"insuff?icient memory|memory is insuff?icient|could not be allocated|out ?of ?memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def build_engine(
     cache = _timing_cache(config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"TensorRT cannot build {graph.name}: {log.first_error}", hint="See: edgeprune check BUNDLE")
+        raise _failure(graph, log)
     del parser  # not earlier: the network refers to weights that the parser has mapped
     serialized = bytes(cache.serialize()) if cache is not None else b""
     return Built(memoryview(plan).cast("B"), parsed - started, time.perf_counter() - parsed, serialized)
@@ -121,15 +124,29 @@ def _timing_cache(config: Any, timings: bytes) -> Any:
     return cache
 
 
+def _failure(graph: Path, log: Any) -> EngineError:
+    # TensorRT leaves out kernels that do not fit, and says so in warnings; its error is that it found none.
+    if not log.memory_warning:
+        return EngineError(f"TensorRT cannot build {graph.name}: {log.first_error}", hint="See: edgeprune check BUNDLE")
+    count = "once" if log.memory_warnings == 1 else f"{log.memory_warnings} times"
+    return EngineError(
+        f"TensorRT cannot build {graph.name}: {log.first_error} It warned of too little memory ({count}): {log.memory_warning}",
+        hint="Close other programs, give a smaller --context and --turn, or export with --precision int8 or int4.",
+    )
+
+
 def _log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.first_error = "no reason given."
+            self.first_error, self.memory_warning, self.memory_warnings = "no reason given.", "", 0
 
         def log(self, severity: Any, message: str) -> None:
+            line = message.strip().partition("\n")[0]
             if severity <= trt.ILogger.Severity.ERROR and self.first_error == "no reason given.":
-                self.first_error = message.strip().splitlines()[0]
+                self.first_error = line
+            if severity <= trt.ILogger.Severity.WARNING and _LITTLE_MEMORY.search(line):
+                self.memory_warning, self.memory_warnings = self.memory_warning or line, self.memory_warnings + 1
 
     return Log()
 

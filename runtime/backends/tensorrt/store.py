@@ -6,7 +6,8 @@ copied bundle, or whose records somebody else wrote, must be rebuilt.
 
 engines/engines.json    the records and their signature
 engines/KEY.plan        one engine, named by the hash of its inputs
-engines/timings.cache   the builder's timing cache, for the next build
+
+The key and the builder's timing cache are the device's: they lie in the user's data folder, and serve all bundles.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import json
 import mmap
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
 from edgeprune.bundle.integrity import sha256_of
@@ -30,14 +32,17 @@ from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
 
 FOLDER = "engines"
-RECORDS, TIMINGS = f"{FOLDER}/engines.json", f"{FOLDER}/timings.cache"
+RECORDS = f"{FOLDER}/engines.json"
 REBUILD = "Build it here: edgeprune build BUNDLE"
 _KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One engine that this device built: what it was built from and for, and the size and hash of its file."""
+    """One engine that this device built: what it was built from and for, and the size and hash of its file.
+
+    `sms`: streaming multiprocessors of the GPU in the power mode of the build; 0 in records that do not say.
+    """
 
     graph: str
     key: str
@@ -49,6 +54,7 @@ class EngineRecord:
     bytes: int
     sha256: str
     seconds: float
+    sms: int = 0
 
     @property
     def file(self) -> str:
@@ -60,7 +66,8 @@ def engine_key(bundle: Bundle, graph: str, identity: DeviceIdentity, profiles: S
     """Return the key of an engine: a hash of graph, weights, TensorRT version, GPU, precision, profiles and builder level."""
     files = bundle.manifest.files
     weights = {name: record.sha256 for name, record in files.items() if name in files_of(graph)}
-    inputs = [weights, asdict(identity), bundle.manifest.precision, list(profiles), level]
+    gpu = {"tensorrt": identity.tensorrt, "capability": identity.capability}
+    inputs = [weights, gpu, bundle.manifest.precision, list(profiles), level]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -106,11 +113,11 @@ class Store:
             return ()
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            records = tuple(EngineRecord(**{**record, "limits": ProfileLimits(**record["limits"])}) for record in data["engines"])
-            signature = str(data["signature"])
+            entries, signature = list(data["engines"]), str(data["signature"])
+            records = tuple(EngineRecord(**{**entry, "limits": ProfileLimits(**entry["limits"])}) for entry in entries)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"Cannot read {path}: {error!r}.", hint=REBUILD) from error
-        if not hmac.compare_digest(signature, self._signature(records)):
+        if not hmac.compare_digest(signature, self._signature(entries)):
             raise EngineError(f"The engines in {path.parent} were not built on this device.", hint=REBUILD)
         return records
 
@@ -159,18 +166,6 @@ class Store:
             if not any(path == self._folder / each.file for each in records):
                 path.unlink()
 
-    @property
-    def timings(self) -> bytes:
-        """The builder's timing cache, empty when none is stored."""
-        path = self._folder / TIMINGS
-        return path.read_bytes() if path.is_file() else b""
-
-    def keep_timings(self, timings: bytes) -> None:
-        """Write the builder's timing cache."""
-        if timings:
-            self._make_folder()
-            write_bytes(self._folder / TIMINGS, timings)
-
     def _make_folder(self) -> None:
         try:
             (self._folder / FOLDER).mkdir(exist_ok=True)
@@ -182,12 +177,38 @@ class Store:
         return path.is_file() and path.stat().st_size == record.bytes and sha256_of(path) == record.sha256
 
     def _sign(self, records: tuple[EngineRecord, ...]) -> None:
-        data = {"engines": [asdict(record) for record in records], "signature": self._signature(records)}
+        entries = [asdict(record) for record in records]
+        data = {"engines": entries, "signature": self._signature(entries)}
         write_text(self._folder / RECORDS, json.dumps(data, indent=2) + "\n")
 
-    def _signature(self, records: tuple[EngineRecord, ...]) -> str:
-        signed = json.dumps([asdict(record) for record in records], sort_keys=True).encode()
-        return hmac.new(self._secret, signed, hashlib.sha256).hexdigest()
+    def _signature(self, entries: Sequence[Mapping[str, Any]]) -> str:
+        # Of what the file says: older records have fewer fields.
+        return hmac.new(self._secret, json.dumps(entries, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+
+
+def timing_cache() -> Path:
+    """Return the file of the builder's timing cache. TensorRT refuses what another version or GPU has timed."""
+    return _data_folder() / "timings.cache"
+
+
+def read_timings() -> bytes:
+    """Return this device's timing cache, empty when there is none."""
+    try:
+        return timing_cache().read_bytes()
+    except OSError:
+        return b""
+
+
+def keep_timings(timings: bytes) -> None:
+    """Write this device's timing cache, if the builder has one and it can be written: without it the next build is only slower."""
+    with suppress(OSError, EdgePruneError):
+        if timings:
+            timing_cache().parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(timing_cache(), timings)
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgeprune"
 
 
 def _changed(path: Path) -> EngineError:
@@ -200,8 +221,7 @@ def _state(stat: os.stat_result) -> tuple[int, ...]:
 
 def device_key() -> bytes:
     """Return this device's key. It is created on first use and readable only by its user."""
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    path = Path(base) / "edgeprune" / "device.key"
+    path = _data_folder() / "device.key"
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def test_what_went_wrong_is_named() -> None:
 def test_the_gpu_is_what_engines_fit() -> None:
     trt = SimpleNamespace(__version__="10.3.0")
     found = identity(trt, Cudart(SimulatedCudart(), "libcudart.so.12", (12, 6)))
-    assert (found.tensorrt, found.capability) == ("10.3.0", "8.7")
+    assert (found.tensorrt, found.capability, found.sms) == ("10.3.0", "8.7", 8)
     none = SimulatedCudart(failing={"cudaDeviceGetAttribute": 100})
     with pytest.raises(EngineError, match=r"cudaDeviceGetAttribute failed: cudaErrorNoDevice \(100\)\. See: edgeprune doctor"):
         identity(trt, Cudart(none, "libcudart.so.12", (12, 6)))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +24,24 @@ from edgeprune.device.workload import PRECISIONS
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import KeepPlan
+from edgeprune.runtime.backends.tensorrt import build as building
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, tensorrt
 from edgeprune.runtime.backends.tensorrt.build import BuildJob, BuildRequest, build_bundle, check_memory, plan_jobs, trtexec_command
-from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings
+from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, Built
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
-from edgeprune.runtime.backends.tensorrt.store import RECORDS, TIMINGS, Store
+from edgeprune.runtime.backends.tensorrt.store import (
+    RECORDS,
+    Store,
+    keep_timings,
+    read_timings,
+    timing_cache,
+    usable_engines,
+)
+from edgeprune.targets import TARGETS, Lowering
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
 
-ORIN = DeviceIdentity("10.3.0", "8.7")
+ORIN = DeviceIdentity("10.3.0", "8.7", 8)
 SECRET = b"a device's own key, 32 bytes long"
 SMALL = ProfileLimits(context=64, turn=32)
 
@@ -42,6 +55,14 @@ def build(bundle: Bundle, limits: ProfileLimits = SMALL, **changed: Any) -> dict
     request = BuildRequest(bundle, limits, BuilderSettings(), reuse=changed.pop("reuse", ()))
     given: dict[str, Any] = {"trt": trt, "device": ORIN, "secret": SECRET, "configure": configure} | changed
     return {done.record.graph: done.how for done in build_bundle(request, **given)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the device's timing cache out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +85,46 @@ def test_what_is_built_stays(own: Bundle) -> None:
     before = {path: path.stat().st_mtime_ns for path in (own.path / "engines").glob("*.plan")}
     assert set(build(own).values()) == {"kept"} and len(before) == 3
     assert before == {path: path.stat().st_mtime_ns for path in (own.path / "engines").glob("*.plan")}
-    assert (own.path / TIMINGS).is_file()
+    assert {record.sms for record in Store(own.path, SECRET).records()} == {8}
+
+
+def test_one_timing_cache_serves_all_bundles(
+    tiny_bundle: Bundle, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert timing_cache().is_file() and not list(built.rglob("*.cache"))
+    given: list[bytes] = []
+
+    def build_engine(*_: Any, timings: bytes, **__: Any) -> Built:
+        given.append(timings)
+        return Built(memoryview(b"plan"), 0.0, 0.0, timings + b"1")
+
+    monkeypatch.setattr(building, "build_engine", build_engine)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "new" / "data"))
+    for name in ("one", "other"):
+        shutil.copytree(tiny_bundle.path, tmp_path / name)
+        build(Bundle.load(tmp_path / name))
+    assert given == [b"1" * count for count in range(6)] and read_timings() == b"1" * 6
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    keep_timings(b"a build is not lost for this")
+    assert read_timings() == b""
+
+
+def test_the_number_of_sms_is_no_reason_to_build_again(own: Bundle) -> None:
+    store, fewer = Store(own.path, SECRET), replace(ORIN, sms=4)  # another power mode
+    assert all(job.ready for job in plan_jobs(own, SMALL, BuilderSettings(), fewer, store))
+    assert set(usable_engines(own, store, fewer)) == {VISION, EMBED, DECODER}
+
+
+def test_a_record_without_the_number_of_sms_is_read(own: Bundle) -> None:
+    store, path = Store(own.path, SECRET), own.path / RECORDS
+    entries = json.loads(path.read_text())["engines"]
+    for entry in entries:
+        del entry["sms"]
+    signature = hmac.new(SECRET, json.dumps(entries, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+    path.write_text(json.dumps({"engines": entries, "signature": signature}))
+    assert {record.sms for record in store.records()} == {0}
+    assert all(job.ready for job in plan_jobs(own, SMALL, BuilderSettings(), ORIN, store))
 
 
 def test_longer_profiles_rebuild_what_they_concern(own: Bundle) -> None:
@@ -234,13 +294,57 @@ def test_a_build_on_a_board_with_zram_stops_unless_told_otherwise(own: Bundle, t
 def test_trtexec_builds_the_same(own: Bundle) -> None:
     jobs = {job.graph: job for job in plan_jobs(own, SMALL, BuilderSettings(level=2))}
     command = trtexec_command(own, jobs[DECODER], BuilderSettings(level=2))
+    assert command.startswith("trtexec --onnx=")
     assert "--stronglyTyped --builderOptimizationLevel=2" in command and "--fp16" not in command
+    assert f"--timingCacheFile={timing_cache()} " in command
     image, text = command.split("--profile=1")
     assert "--profile=0" in image and "visual_embeds:1x12x48" in image and "visual_embeds:1x0x48" in text
     assert "past_key_values.0.key:65x2x8" in text
     assert "--profile" not in trtexec_command(own, jobs[EMBED], BuilderSettings()) and "Shapes" not in trtexec_command(
         own, jobs[VISION], BuilderSettings()
     )
+
+
+def test_a_jetson_has_trtexec_outside_its_path(own: Bundle, tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
+    bundle = export_bundle(tiny, tiny_plan, tmp_path / "orin", lowering=Lowering(TARGETS["jetpack6"], "fp16"))
+    (job, *_) = plan_jobs(bundle, SMALL, BuilderSettings())
+    assert trtexec_command(bundle, job, BuilderSettings()).startswith("/usr/src/tensorrt/bin/trtexec --onnx=")
+
+
+SKIPPED = "Tactic Device request: 1000MB Available: 302MB. Device memory is insufficient to use tactic."
+
+
+@pytest.mark.parametrize(
+    ("warnings", "said"),
+    [
+        ([], r"^TensorRT cannot build \S+: (?!.*of too little memory).* See: edgeprune check"),
+        (["Detected layernorm nodes in FP16."], r"^TensorRT cannot build \S+: (?!.*of too little memory).* See: edgeprune check"),
+        ([SKIPPED, SKIPPED], "It warned of too little memory \\(2 times\\): Tactic Device request.* Close other programs"),
+        (["Skipping tactic 3 due to insuficient memory on requested size of 2243 detected\nTry decreasing"], "detected Close"),
+        (
+            ["Requested amount of GPU memory (2833252352 bytes) could not be allocated."],
+            r"of too little memory \(once\): Requested",
+        ),
+    ],
+)
+def test_a_build_that_lacks_memory_says_so(own: Bundle, warnings: list[str], said: str) -> None:
+    severity = trt.ILogger.Severity
+
+    class Starved:
+        def __init__(self, log: Any) -> None:
+            self._log, self._builder = log, trt.Builder(log)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._builder, name)
+
+        def build_serialized_network(self, *_: Any) -> None:
+            for warning in warnings:
+                self._log.log(severity.WARNING, warning)
+            self._log.log(severity.INFO, "Out of memory, were it no piece of information")
+            self._log.log(severity.ERROR, "Error Code 10: Could not find any implementation for node {ForeignNode[a...b]}.")
+
+    with pytest.raises(EngineError, match=said):
+        build(own, ProfileLimits(context=66, turn=33), trt=SimpleNamespace(**{**vars(trt), "Builder": Starved}))
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:

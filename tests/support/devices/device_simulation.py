@@ -75,7 +75,7 @@ class SimulatedCudart:
         return f"cudaError{names[code]}".encode() if code in names else None
 
     def _cudaDeviceGetAttribute(self, out: Any, attribute: int, device: int) -> int:
-        out._obj.value = {75: 8, 76: 7}[attribute]
+        out._obj.value = {75: 8, 76: 7, 16: 8}[attribute]
         return 0 if device == 0 else 101
 
     def _cudaStreamCreate(self, out: Any) -> int:

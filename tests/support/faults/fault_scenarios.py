@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class Build(Scenario):
             return Built(memoryview(graph.name.encode() * 99), 0.0, 0.0, given["timings"] + b"timed")
 
         vars(jobs)["build_engine"] = build_engine  # this process is given up afterwards
+        os.environ["XDG_DATA_HOME"] = str(folder / "data")
         request = BuildRequest(Bundle.load(folder / "bundle"), ProfileLimits(context=64, turn=32), BuilderSettings())
         given: dict[str, Any] = {"trt": object(), "device": ORIN, "secret": SECRET, "machine": read_machine()}
         build_bundle(request, lambda graph, phase, done: step("advance"), **given)
