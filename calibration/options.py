@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.calibration.allocate.recipes import STATISTICAL, method_names
-from edgeprune.calibration.data.samples import BadSampleError, Sample, draw_samples, read_samples
+from edgeprune.calibration.data.samples import BadSampleError, Sample, check_images, draw_samples, read_samples
 from edgeprune.calibration.search.goal import Goal
 from edgeprune.calibration.search.tuning import check_samples, to_try
 from edgeprune.checkpoint.configuration import check_folder, check_size, decoder_layers
@@ -18,9 +18,10 @@ from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
 from edgeprune.plan import Option
+from edgeprune.plan.weights import weights_path
 from edgeprune.registry import METHODS, options_of, unknown_method
 
-AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
+AUTO, DYRATE, LEARNED, PLPHP, VTW = "auto", "dyrate", "learned", "plphp", "vtw"
 DROP = 0.01  # the loss of agreement that a search allows by default
 _PLACES = {  # which methods take --site or --layer
     "evit": ("layer",),
@@ -116,7 +117,7 @@ class CalibrateOptions:
             unused = {"--budget": self.budget} if self.method == AUTO else {}
             self._check_budget()
         self._check_foreign([name for name, value in unused.items() if value is not None])
-        if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
+        if self.method is not None and self.method not in (names := [AUTO, DYRATE, LEARNED, *method_names()]):
             raise unknown_method(self.method, names)
         self._check_files()
 
@@ -149,7 +150,8 @@ class CalibrateOptions:
         inputs = [self.data, self.onto, self.times]
         inputs += [path for path in (statistics, model) if is_file(path) or is_folder(path)]
         outputs = [path for path in (self.output, self.curve) if path is not None]
-        for path in outputs:
+        learned = [weights_path(self.output)] if self.output is not None and self.method in (AUTO, LEARNED) else []
+        for path in (*outputs, *learned):
             check_output(path, force=self.force, inputs=inputs)
         if not is_file(statistics):
             check_output(statistics, force=False, inputs=[*inputs, *outputs])
@@ -199,6 +201,8 @@ def prepare(options: CalibrateOptions) -> CalibrationRequest:
     if options.method == AUTO:
         _check_search(options, len(samples[1::2]))
     check_samples(options.method or "", options.to_try, len(samples))
+    if options.method == LEARNED:
+        check_images(len({str(sample.image) for sample in samples}), "The samples show")
     return CalibrationRequest(options, folder, tuple(samples), tuple(skipped))
 
 

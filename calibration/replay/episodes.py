@@ -66,6 +66,10 @@ class Recorder:
 
         Raises BadSampleError for a sample that cannot be asked about.
         """
+        return tuple(self._with_caches(recording) for recording in self.ask(sample, fit))
+
+    def ask(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
+        """Like `record`, without the caches of the recordings."""
         recorder, images, _ = self._ask(sample, fit, self._max_tokens)
         prefills, steps = recorder.inputs[:images], recorder.inputs[images:]
         inputs = [tokens.suffix for tokens, _ in steps]
@@ -74,12 +78,16 @@ class Recorder:
         positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(empty.positions[:, :0])]
         answer = Segment(torch.cat(embeds, dim=1), torch.cat(positions, dim=1))
         said = self._tensor(steps[-1][0].text_groups[len(prefills[-1][0].text_groups) :] if steps else _NO_GROUPS)
-        return tuple(self._recording(_beside_others(prefills, number), answer, said) for number in range(images))
+        beside = [_beside_others(prefills, number) for number in range(images)]
+        return tuple(Recording(each, (), answer, torch.cat([self._tensor(each.text_groups), said])) for each in beside)
+
+    def embedded(self, text: str) -> torch.Tensor:
+        """Return the embeddings [M, hidden] of the words of a question, without the chat template."""
+        return self._tensor(self._pipeline.backend.embed_tokens(self._pipeline.tokenizer.encode(text)))[0]
 
     @torch.no_grad()
-    def _recording(self, prefill: DecoderInput, answer: Segment, said: torch.Tensor) -> Recording:
-        # `said` [answer, 3]: the text groups of the answer.
-        recording = Recording(prefill, (), answer, torch.cat([self._tensor(prefill.text_groups), said]))
+    def _with_caches(self, recording: Recording) -> Recording:
+        prefill = recording.prefill
         before, after = (part.embeds.shape[1] for part in (prefill.prefix, prefill.suffix))
         empty = self.decoder.empty_caches()
         rows = self.decoder(*self.segments(recording), empty, self._tensor(prefill.visual_indices)).rows

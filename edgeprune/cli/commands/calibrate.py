@@ -58,7 +58,7 @@ _ALLOCATE = (
     click.option("--onto", type=click.Path(path_type=Path), help="Add the cuts to this plan."),
 )
 # --core 0.3 is short for --option core=0.3, and --prior for --option prior=yes.
-_SHORT = ("core", "relevance", "allocate", "delta", "stages", "form"), ("prior", "follow")
+_SHORT = ("core", "relevance", "allocate", "delta", "stages", "form"), ("prior", "follow", "train")
 _SHORTHANDS = (
     *(click.option(f"--{name}", hidden=True) for name in _SHORT[0]),
     *(click.option(f"--{name}", is_flag=True, hidden=True) for name in _SHORT[1]),
