@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from edgeprune.calibration.learn.closed import TRIES, Settings
-from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, lost, probabilities
+from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, lost
 from edgeprune.methods.base import InputView
 
 Select = Callable[[InputView, int], torch.Tensor]
@@ -22,23 +22,18 @@ class HeldOut:
     listener: Listener
     scenes: Sequence[Callable[[], Scene]]
     width: int
-    _references: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def divergence(self, select: Select, keeps: Sequence[int], most: int | None = None) -> float:
         """Return the mean divergence in nats an answer of a selection, over questions and `keeps`; of the first `most` images."""
         total, questions = 0.0, 0
-        for number, load in enumerate(self.scenes[:most]):
+        for load in self.scenes[:most]:
             scene = load()
-            if number not in self._references:
-                self._references[number] = probabilities(self.listener.logits(scene))
-            answers = _split(self._references[number], scene)
             visual = scene.visual.embeds[0, :, : self.width]
             for keep in keeps:
-                for chosen, group in _alike(select, scene, visual, keep):
-                    logits = self.listener.logits(scene, asked=[scene.asked[index] for index in group], chosen=chosen)
-                    reference = tuple(torch.cat(rows) for rows in zip(*(answers[index] for index in group), strict=True))
-                    total += float(lost(reference, logits).sum())  # type: ignore[arg-type]
+                for chosen, numbers in _alike(select, scene, visual, keep):
+                    some = scene.only(numbers)
+                    total += float(lost(some, self.listener.logits(some, chosen=chosen)).sum())
             questions += len(scene.asked) * len(keeps)
         return total / questions
 
@@ -60,11 +55,6 @@ def search(score: Callable[[Settings], float], progress: Callable[[int], None]) 
 
 
 MOST_TRIED = 1 + sum(len(values) - 1 for values in TRIES.values())  # the defaults are among the values
-
-
-def _split(reference: tuple[torch.Tensor, torch.Tensor], scene: Scene) -> list[tuple[torch.Tensor, ...]]:
-    sizes = [1 + asked.answer.embeds.shape[1] for asked in scene.asked]
-    return list(zip(*(torch.split(rows, sizes) for rows in reference), strict=True))
 
 
 def _alike(select: Select, scene: Scene, visual: torch.Tensor, keep: int) -> list[tuple[torch.Tensor, list[int]]]:

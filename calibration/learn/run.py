@@ -20,7 +20,7 @@ import torch
 from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
-from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, importance_of
+from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, measured
 from edgeprune.calibration.learn.straight import BATCH, Schedule, Trainee, train
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel
@@ -184,7 +184,7 @@ def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequen
     # All variants on a few images, then the best of them on all.
     counted = progress.count("comparing methods that learn nothing", len(variants := _variants()) + FINALISTS)
 
-    def measured(compared: Sequence[Rival], images: int | None, before: int) -> list[Rival]:
+    def compare(compared: Sequence[Rival], images: int | None, before: int) -> list[Rival]:
         found = []
         for number, each in enumerate(compared, start=1):
             cut = Cut("input", each.method, request.keep, options=each.options)
@@ -193,8 +193,8 @@ def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequen
             counted(before + number)
         return sorted(found, key=lambda rival: rival.divergence)
 
-    best = measured([Rival(method, options, 0.0) for method, options in variants], FIRST_IMAGES, 0)[:FINALISTS]
-    return tuple(measured(best, None, len(variants)))
+    best = compare([Rival(method, options, 0.0) for method, options in variants], FIRST_IMAGES, 0)[:FINALISTS]
+    return tuple(compare(best, None, len(variants)))
 
 
 def _variants() -> list[tuple[str, dict[str, Any]]]:
@@ -248,8 +248,7 @@ def _scenes_of(recorder: Recorder, listener: Listener, samples: Sequence[Sample]
                     break
             else:
                 shown.append((prefix, visual, [asked]))
-    bare = [Scene(prefix, visual, tuple(asked), torch.zeros(0)) for prefix, visual, asked in shown]
-    return [replace(scene, importance=importance_of(listener, scene)) for scene in bare]
+    return [measured(listener, prefix, visual, tuple(asked)) for prefix, visual, asked in shown]
 
 
 def _same(one: Segment, other: Segment) -> bool:

@@ -7,7 +7,7 @@ caches, and those whose prompts attend to each other, take one question at a tim
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from edgeprune.plan import KeepPlan
 
 PACKED = 512  # tokens of questions and answers in one forward pass
 LIKELY = 64  # tokens of the vocabulary whose probabilities a divergence compares one by one
+_MEASURED = ("importance", "likely", "ids")
 DROPPED = 1e-6  # the weight of a token that a gate leaves out: above 0, so that its gradient says what it would have given
 
 
@@ -43,18 +44,33 @@ class Asked:
         """The number of tokens of prompt and answer."""
         return self.prompt.embeds.shape[1] + self.answer.embeds.shape[1]
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of the answer."""
+        return 1 + self.answer.embeds.shape[1]
+
 
 @dataclass(frozen=True)
 class Scene:
     """The tokens of one image, those before it, and the questions about it.
 
     `importance` [V]: of each visual token, the logarithm of |v·∂L/∂v|, where L is the negative log-likelihood of all answers.
+    `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens without pruning.
     """
 
     prefix: Segment
     visual: Segment
     asked: tuple[Asked, ...]
     importance: torch.Tensor
+    likely: torch.Tensor
+    ids: torch.Tensor
+
+    def only(self, numbers: Sequence[int]) -> Scene:
+        """Return the scene with only some of its questions, by their numbers; with the importance to all of them."""
+        lengths = [asked.tokens for asked in self.asked]
+        parts = (torch.split(rows, lengths) for rows in (self.likely, self.ids))
+        likely, ids = (torch.cat([rows[number] for number in numbers]) for rows in parts)
+        return replace(self, asked=tuple(self.asked[number] for number in numbers), likely=likely, ids=ids)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
@@ -65,7 +81,7 @@ class Scene:
             parts |= {f"prompt.{number}": asked.prompt, f"answer.{number}": asked.answer}
         tensors = {f"{name}.{field}": getattr(part, field) for name, part in parts.items() for field in ("embeds", "positions")}
         tensors |= {f"words.{number}": asked.words for number, asked in enumerate(self.asked)}
-        tensors["importance"] = self.importance
+        tensors |= {name: getattr(self, name) for name in _MEASURED}
         write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
     @classmethod
@@ -80,7 +96,7 @@ class Scene:
 
         count = sum(name.startswith("words.") for name in tensors)
         asked = (Asked(segment(f"prompt.{n}"), segment(f"answer.{n}"), tensors[f"words.{n}"]) for n in range(count))
-        return cls(segment("prefix"), segment("visual"), tuple(asked), tensors["importance"])
+        return cls(segment("prefix"), segment("visual"), tuple(asked), *(tensors[name] for name in _MEASURED))
 
 
 class Listener:
@@ -100,14 +116,13 @@ class Listener:
         self,
         scene: Scene,
         *,
-        asked: Sequence[Asked] | None = None,
         visual: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits [answer tokens, vocabulary] of all answers, question after question.
 
-        `asked`: only these questions. `visual`: other embeddings of the visual tokens. `chosen` [K]: the visual tokens that there
+        `visual`: other embeddings of the visual tokens. `chosen` [K]: the visual tokens that there
         are. `gate` [V]: the weight from 0 to 1 with which others attend to each, exact at 1.
         """
         seen = scene.visual if visual is None else Segment(visual, scene.visual.positions)
@@ -115,11 +130,11 @@ class Listener:
         if chosen is not None:
             seen, order = Segment(seen.embeds.index_select(1, chosen), seen.positions.index_select(1, chosen)), chosen
         weight = None if gate is None else torch.log(gate + DROPPED)
-        asked = scene.asked if asked is None else asked
-        parts = [self._replayed(scene.prefix, seen, pack, order, weight) for pack in self._packs(asked)]
+        parts = [self._replayed(scene.prefix, seen, pack, order, weight) for pack in self.packs(scene.asked)]
         return torch.cat(parts)
 
-    def _packs(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+    def packs(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+        """Yield the questions of one forward pass after another."""
         pack: list[Asked] = []
         for each in asked:
             if pack and (self.alone or sum(other.length for other in pack) + each.length > PACKED):
@@ -186,16 +201,20 @@ def bias_of(before: int, tokens: int, lengths: Sequence[int], weight: torch.Tens
     return bias + columns - own
 
 
-def importance_of(listener: Listener, scene: Scene) -> torch.Tensor:
-    """Return the logarithm [V] of |v·∂L/∂v| of each visual token v, by one backward pass to the visual tokens alone."""
-    visual = scene.visual.embeds.detach().clone().requires_grad_(True)
-    total = torch.zeros_like(visual)
-    for asked in listener._packs(scene.asked):  # a pass's memory is free before the next
-        logits = listener.logits(scene, asked=asked, visual=visual).float()
+def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[Asked, ...]) -> Scene:
+    """Return a scene with what the unpruned model says and what matters to it, by one backward pass to the visual tokens alone."""
+    tokens = visual.embeds.detach().clone().requires_grad_(True)
+    bare = Scene(prefix, visual, asked, *[torch.zeros(0)] * len(_MEASURED))
+    gradient, references = torch.zeros_like(tokens), list[tuple[torch.Tensor, torch.Tensor]]()
+    for pack in listener.packs(asked):  # a pass's memory is free before the next
+        logits = listener.logits(replace(bare, asked=tuple(pack)), visual=tokens)
+        references.append(probabilities(logits.detach()))
         said = logits.detach().argmax(dim=-1)  # the unpruned model's own answers
-        loss = torch.nn.functional.cross_entropy(logits, said, reduction="sum")
-        total += torch.autograd.grad(loss, visual)[0]
-    return torch.log((total * visual.detach())[0].sum(dim=-1).abs() + 1e-4).detach()
+        loss = torch.nn.functional.cross_entropy(logits.float(), said, reduction="sum")
+        gradient += torch.autograd.grad(loss, tokens)[0]
+    importance = torch.log((gradient * visual.embeds)[0].sum(dim=-1).abs() + 1e-4)
+    likely, ids = (torch.cat(rows) for rows in zip(*references, strict=True))
+    return replace(bare, importance=importance, likely=likely, ids=ids)
 
 
 def probabilities(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,12 +224,11 @@ def probabilities(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return likely, ids
 
 
-def lost(reference: tuple[torch.Tensor, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-    """Return the KL divergence in nats [n] from unpruned `probabilities` to logits [n, vocabulary].
+def lost(scene: Scene, logits: torch.Tensor) -> torch.Tensor:
+    """Return the KL divergence in nats [n] from the unpruned model to logits [n, vocabulary] of a scene's answers.
 
     Tokens that the unpruned model holds unlikely count as one.
     """
-    likely, ids = reference
-    logs = torch.log_softmax(logits.float(), dim=-1).gather(1, ids)
-    rest, others = (torch.log1p(-each.exp().sum(dim=-1).clamp_max(1 - 1e-6)) for each in (likely, logs))
-    return (likely.exp() * (likely - logs)).sum(dim=-1) + rest.exp() * (rest - others)
+    logs = torch.log_softmax(logits.float(), dim=-1).gather(1, scene.ids)
+    rest, others = (torch.log1p(-each.exp().sum(dim=-1).clamp_max(1 - 1e-6)) for each in (scene.likely, logs))
+    return (scene.likely.exp() * (scene.likely - logs)).sum(dim=-1) + rest.exp() * (rest - others)

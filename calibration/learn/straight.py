@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeprune.calibration.learn.scenes import Listener, Scene, lost, probabilities
+from edgeprune.calibration.learn.scenes import Listener, Scene, lost
 from edgeprune.io.files import write_bytes
 from edgeprune.methods.learned import MARGIN
 
@@ -28,6 +28,7 @@ BATCH = 4  # images of one step
 RATE = 3e-3
 TEMPERATURE = (1.0, 0.3)  # first and last
 NOISE = 0.3  # of the Gumbel noise at first
+AVERAGED = 0.97  # of the running mean of the parameters stays at each step
 SAVE_EVERY = 20  # steps
 _LEAST = 1e-6
 
@@ -44,6 +45,13 @@ class Trainee(nn.Module):
         self.hidden = nn.Parameter(torch.randn(width, HIDDEN, generator=generator).to(mean.device) * width**-0.5)
         self.hidden_bias = nn.Parameter(torch.zeros(HIDDEN, device=mean.device))
         self.out = nn.Parameter(torch.zeros(HIDDEN, device=mean.device))
+        self.averages = [parameter.detach().clone() for parameter in self.parameters()]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the running means a little towards the parameters: single steps are noisy."""
+        for mean, parameter in zip(self.averages, self.parameters(), strict=True):
+            mean.lerp_(parameter, 1 - AVERAGED)
 
     def forward(self, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores [V] and places [V, rank] of visual tokens [V, d]."""
@@ -51,18 +59,19 @@ class Trainee(nn.Module):
         scores = rows @ self.theta + functional.gelu(rows @ self.hidden + self.hidden_bias) @ self.out
         return scores, functional.normalize(rows @ self.metric, dim=-1)
 
+    @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of `edgeprune.methods.learned`, by name; they take tokens as they are."""
+        """Return the tensors of `edgeprune.methods.learned` by name, of the running means; they take tokens as they are."""
+        theta, metric, hidden, bias, out = self.averages
         scale, moved = self.deviation[:, None], self.mean / self.deviation
-        found = {
-            "theta": self.theta / self.deviation,
-            "hidden": self.hidden / scale,
-            "hidden_bias": self.hidden_bias - moved @ self.hidden,
-            "out": self.out,
-            "metric": self.metric / scale,
-            "metric_bias": -moved @ self.metric,
+        return {
+            "theta": theta / self.deviation,
+            "hidden": hidden / scale,
+            "hidden_bias": bias - moved @ hidden,
+            "out": out,
+            "metric": metric / scale,
+            "metric_bias": -moved @ metric,
         }
-        return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def straight_through(
@@ -125,6 +134,7 @@ def train(
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        trainee.average()
         progress(step + 1, float(np.mean(losses[-8 * BATCH :])))
         if (step + 1) % SAVE_EVERY == 0:
             _save(state, step + 1, trainee, optimizer)
@@ -147,17 +157,16 @@ def _loss(listener: Listener, scene: Scene, trainee: Trainee, keep: int, done: f
         drawn = rng.gumbel(size=visual.shape[0]) * NOISE * (1 - done)
         return torch.from_numpy(drawn).to(visual)
 
-    with torch.no_grad():
-        reference = probabilities(listener.logits(scene))
     scores, places = trainee(visual)
     gate = straight_through(scores, places, min(keep, visual.shape[0]), first * (last / first) ** done, noise)
-    return lost(reference, listener.logits(scene, gate=gate)).sum() / len(scene.asked)
+    return lost(scene, listener.logits(scene, gate=gate)).sum() / len(scene.asked)
 
 
 def _save(path: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
     from safetensors.torch import save
 
     tensors = {f"trainee.{name}": tensor for name, tensor in trainee.state_dict().items()}
+    tensors |= {f"average.{number}": tensor for number, tensor in enumerate(trainee.averages)}
     for number, kept in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in kept.items()}
     write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"step": str(step)}))
@@ -174,6 +183,7 @@ def _resume(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> i
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is not iterable
     prefix = "trainee."
     trainee.load_state_dict({name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)})
+    trainee.averages = [tensors[f"average.{number}"] for number in range(len(trainee.averages))]
     kept: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

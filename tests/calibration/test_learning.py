@@ -16,7 +16,7 @@ from edgeprune.calibration.learn import run, straight
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
 from edgeprune.calibration.learn.run import LearnRequest, learn
-from edgeprune.calibration.learn.scenes import Listener, Scene, importance_of, lost, probabilities
+from edgeprune.calibration.learn.scenes import Listener, Scene, lost, probabilities
 from edgeprune.calibration.learn.straight import Schedule, Trainee, straight_through, train
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
@@ -81,13 +81,12 @@ def test_tokens_behind_a_gate_are_as_good_as_gone(scene: tuple[Listener, Scene])
 def test_a_dropped_token_has_a_gradient(scene: tuple[Listener, Scene]) -> None:
     listener, found = scene
     gate = torch.zeros(12).index_fill(0, torch.tensor([1, 4]), 1.0).requires_grad_(True)
-    reference = probabilities(listener.logits(found).detach())
-    (gradient,) = torch.autograd.grad(lost(reference, listener.logits(found, gate=gate)).sum(), gate)
+    (gradient,) = torch.autograd.grad(lost(found, listener.logits(found, gate=gate)).sum(), gate)
     # By the difference that a little of the token makes of which a little makes most.
     most = int((gradient.abs() * (gate.detach() == 0)).argmax())
     step = torch.zeros(12).index_fill(0, torch.tensor([most]), 1e-3)
     with torch.no_grad():
-        before, after = (float(lost(reference, listener.logits(found, gate=gate + by)).sum()) for by in (0 * step, step))
+        before, after = (float(lost(found, listener.logits(found, gate=gate + by)).sum()) for by in (0 * step, step))
     assert float(gradient[most]) == pytest.approx((after - before) / 1e-3, rel=0.05)
 
 
@@ -102,16 +101,21 @@ def test_importance_is_what_a_longer_token_would_change(scene: tuple[Listener, S
             return float(torch.nn.functional.cross_entropy(listener.logits(found, visual=visual).double(), said, reduction="sum"))
 
     slope = (loss(1e-3) - loss(-1e-3)) / 2e-3
-    assert float(importance_of(listener, found)[3].exp()) == pytest.approx(abs(slope) + 1e-4, rel=0.02)
+    assert float(found.importance[3].exp()) == pytest.approx(abs(slope) + 1e-4, rel=0.02)
 
 
-def test_divergence_is_that_of_whole_distributions() -> None:
+def test_divergence_is_that_of_whole_distributions(scene: tuple[Listener, Scene]) -> None:
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(5, 60, generator=generator) for _ in range(2))
+
+    def found(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        likely, ids = probabilities(one)
+        return lost(replace(scene[1], likely=likely, ids=ids), other)
+
     expected = torch.nn.functional.kl_div(other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    assert torch.allclose(lost(probabilities(one), other), expected, atol=1e-4)
-    wide = torch.cat([one, torch.full((5, 100), -20.0)], dim=1), torch.cat([other, torch.full((5, 100), -20.0)], dim=1)
-    assert torch.allclose(lost(probabilities(wide[0]), wide[1]), expected, atol=1e-3)
+    assert torch.allclose(found(one, other), expected, atol=1e-4)
+    wide = (torch.cat([rows, torch.full((5, 100), -20.0)], dim=1) for rows in (one, other))
+    assert torch.allclose(found(*wide), expected, atol=1e-3)
 
 
 def planted(images: int = 12, width: int = 6) -> tuple[Sums, torch.Tensor]:
@@ -157,6 +161,7 @@ def trainee_of(sums: Sums, seed: int = 0) -> Trainee:
     made = Trainee(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, seed)
     with torch.no_grad():
         made.out.copy_(torch.linspace(-1, 1, len(made.out)))
+    made.averages = [parameter.detach().clone() for parameter in made.parameters()]
     return made
 
 
@@ -181,7 +186,7 @@ def test_an_interrupted_training_ends_the_same(
     listener, found = scene
     sums = Sums()
     sums.add(found.visual.embeds[0], found.importance)
-    scenes: list[Callable[[], Scene]] = [lambda: found, lambda: replace(found, asked=found.asked[:1])]
+    scenes: list[Callable[[], Scene]] = [lambda: found, lambda: found.only([0])]
 
     def trained(state: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
         def progress(done: int, loss: float) -> None:
@@ -203,7 +208,7 @@ def test_a_search_takes_the_best_of_one_setting_after_the_other() -> None:
     wanted = Settings(exponent=1.0, ridge=0.02, whitening=1.0, question=0.0)
 
     def score(settings: Settings) -> float:
-        return sum(abs(one - other) for one, other in zip(astuple(settings), astuple(wanted), strict=True))
+        return float(sum(abs(one - other) for one, other in zip(astuple(settings), astuple(wanted), strict=True)))
 
     assert search(score, counted.append) == (wanted, 0.0)
     assert counted == list(range(1, MOST_TRIED + 1))
@@ -268,7 +273,7 @@ def test_questions_with_the_same_choice_go_through_together(scene: tuple[Listene
     first, second = (torch.arange(4) + by for by in (0, 1))
     with torch.no_grad():
         expected = 0.0
-        for asked, chosen in zip(found.asked, (first, second), strict=True):
-            reference = probabilities(listener.logits(found, asked=[asked]))
-            expected += float(lost(reference, listener.logits(found, asked=[asked], chosen=chosen)).sum()) / 2
+        for number, chosen in enumerate((first, second)):
+            one = found.only([number])
+            expected += float(lost(one, listener.logits(one, chosen=chosen)).sum()) / 2
     assert judge.divergence(by_question, (4,)) == pytest.approx(expected, rel=1e-3)
