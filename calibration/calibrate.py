@@ -125,7 +125,8 @@ def _learn_plan(
     assert options.output is not None and options.budget is not None
     keep = keep_count(base.tokens_from_encoder, options.budget)
     bare = replace(base, cuts=base.vision_cuts)  # later cuts act on what this one leaves
-    learning = learn(loaded, samples, bare, _learn_request(options, keep, keep), options.output, progress)
+    request = _learn_request(options, keep, keep)
+    learning = learn(loaded, samples, bare, request, options.output, progress, kept=options.statistics)
     plan = base.with_cuts(Cut("input", LEARNED, keep, weights=learning.weights))
     loaded.check_plan(plan)
     return _save_plan(options, loaded, plan, CalibrationResult(None, len(samples), learning=learning))

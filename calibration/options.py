@@ -155,7 +155,10 @@ class CalibrateOptions:
         learned = [weights_path(self.output)] if self.output is not None and self.method in (AUTO, LEARNED) else []
         for path in (*outputs, *learned):
             check_output(path, force=self.force, inputs=inputs)
-        if not is_file(statistics):
+        if self.method == LEARNED:
+            if self.statistics is not None and not is_folder(self.statistics):
+                check_output(self.statistics, force=False, inputs=[self.data, *outputs], folder=True)
+        elif not is_file(statistics):
             check_output(statistics, force=False, inputs=[*inputs, *outputs])
         if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():
             raise UsageError(f"-o and --curve both name {self.output}.", hint="Give them files of their own.")

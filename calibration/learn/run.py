@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,27 +88,32 @@ def learn(
     output: Path,
     progress: Progress,
     *,
+    kept: Path | None = None,
     gate: bool = True,
 ) -> Learning:
     """Learn a selection of the visual tokens that enter the decoder under `base`, whose cuts are in the vision encoder.
 
-    `gate`: also measure rivals. An interrupted run leaves a folder beside `output`, from which the same request goes on. Raises
-    UsageError for samples of too few images, or of images that are alike.
+    `kept`: a folder where what is recorded stays, for other requests over the same samples. Without one it stays beside `output`
+    only if the run is interrupted, and the same request goes on from there. `gate`: also measure rivals. Raises UsageError for
+    samples of too few images, or of images that are alike.
     """
     loaded.model.requires_grad_(False)
-    state = loaded.family.stateful
-    if request.train and state:
+    if request.train and loaded.family.stateful:
         raise UsageError(
-            f"Training needs attention in every layer: most of a {loaded.folder.model_type} have {state} instead.",
+            f"Training needs attention in every layer: most of a {loaded.folder.model_type} have {loaded.family.stateful} instead.",
             hint="Leave --train out: the closed form needs none.",
         )
-    folder = output.with_name(f".{output.name}.{_digest(loaded, samples, base, request)}.learning")
-    folder.mkdir(exist_ok=True)
+    digest = _digest(loaded, samples, base, request)
+    folder = output.with_name(f".{output.name}.{digest}.learning") if kept is None else kept / digest
+    folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(loaded, base, request.max_tokens, request.device)
     listener = Listener(recorder.decoder)
     scenes = _record(recorder, listener, samples, request.fit, folder, progress)
-    found = _learn(loaded, listener, scenes, base, request, folder, progress, gate=gate)
-    shutil.rmtree(folder)
+    state = folder / f"training.{request.keep}.{request.least}.{request.rank}.{request.seed}.safetensors"
+    found = _learn(loaded, listener, scenes, base, request, state, progress, gate=gate)
+    state.unlink(missing_ok=True)
+    if kept is None:
+        shutil.rmtree(folder)
     return found
 
 
@@ -118,7 +123,7 @@ def _learn(
     scenes: Sequence[Path],
     base: KeepPlan,
     request: LearnRequest,
-    folder: Path,
+    state: Path,
     progress: Progress,
     *,
     gate: bool,
@@ -144,7 +149,7 @@ def _learn(
     settings, closed = search(lambda each: divergence(closed_form(sums, each, rank), each.question), counted)
     best, lowest, trained = closed_form(sums, settings, rank), closed, False
     if request.train:
-        tensors = _train(listener, rest, sums, best, keeps, request, folder, progress)
+        tensors = _train(listener, rest, sums, best, keeps, request, state, progress)
         lowest = divergence(tensors, settings.question)
         trained = lowest < closed
         best, lowest = (tensors, lowest) if trained else (best, closed)
@@ -167,16 +172,14 @@ def _train(
     start: dict[str, torch.Tensor],
     keeps: tuple[int, ...],
     request: LearnRequest,
-    folder: Path,
+    state: Path,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
     steps = min(MOST_STEPS, max(FEWEST_STEPS, EPOCHS * len(scenes) // BATCH))
     counted = progress.count("training, steps", steps)
     trainee = Trainee(start, sums.mean, sums.deviation, request.seed)
     schedule = Schedule(steps, keeps, request.seed)
-    train(
-        listener, scenes, trainee, schedule, folder / "state.safetensors", lambda done, loss: counted(done, f"loss {loss:.3f} nats")
-    )
+    train(listener, scenes, trainee, schedule, state, lambda done, loss: counted(done, f"loss {loss:.3f} nats"))
     return trainee.tensors()
 
 
@@ -256,6 +259,7 @@ def _same(one: Segment, other: Segment) -> bool:
 
 
 def _digest(loaded: LoadedModel, samples: Sequence[Sample], base: KeepPlan, request: LearnRequest) -> str:
-    # Part of the folder's name, so that another request does not go on from it.
-    content = [loaded.weights_sha256, base.to_dict(), asdict(request), [(str(each.image), each.prompt) for each in samples]]
+    # Part of the folder's name, so that what was recorded otherwise is not taken.
+    how = [base.to_dict(), request.max_tokens, request.fit]
+    content = [loaded.weights_sha256, *how, [(str(each.image), each.prompt) for each in samples]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

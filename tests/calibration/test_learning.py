@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import partial
@@ -10,16 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from learned_weights import input_cut
 
+from edgeprune.calibration.calibrate import CalibrationResult
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.learn import run, straight
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
-from edgeprune.calibration.learn.run import LearnRequest, learn
+from edgeprune.calibration.learn.run import Learning, LearnRequest, Rival, learn
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost, probabilities
 from edgeprune.calibration.learn.straight import Schedule, Trainee, straight_through, train
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.cli import main
+from edgeprune.cli.output.basic import show_calibration
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import SILENT
 from edgeprune.methods.base import InputView
@@ -277,3 +283,72 @@ def test_questions_with_the_same_choice_go_through_together(scene: tuple[Listene
             one = found.only([number])
             expected += float(lost(one, listener.logits(one, chosen=chosen)).sum()) / 2
     assert judge.divergence(by_question, (4,)) == pytest.approx(expected, rel=1e-3)
+
+
+def calibrate(*words: object) -> Any:
+    return CliRunner().invoke(main, ["calibrate", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def data(samples: list[Sample]) -> Path:
+    return Path(str(samples[0].images[0])).parents[1] / "dataset.jsonl"
+
+
+def test_the_command_writes_a_plan_that_can_be_exported(tiny: LoadedModel, data: Path, tmp_path: Path) -> None:
+    output, kept = tmp_path / "plan.json", tmp_path / "kept"
+    how = ("--method", "learned", "--budget", 0.42, "--max-tokens", 2, "--image-size", "84x112", "--fit", "pad")
+    done = calibrate(tiny.folder.path, "--data", data, *how, "--statistics", kept, "-o", output)
+    assert done.exit_code == 0, done.output
+    plan = KeepPlan.load(output)
+    assert plan.input is not None and (plan.input.method, plan.input.keep) == ("learned", 5)
+    tiny.check_plan(plan)
+    assert "on 5 held-out images" in done.output and "closed form" in done.output
+    assert len(list(kept.rglob("*.safetensors"))) == 22
+    # Another budget asks the model nothing again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "ask", None)
+        other: tuple[object, ...] = (*how[:3], 0.2, *how[4:], "--statistics", kept, "--train", "--json")
+        patch.setattr(run, "FEWEST_STEPS", 2)
+        patch.setattr(run, "EPOCHS", 0)
+        again = calibrate(tiny.folder.path, "--data", data, *other, "-o", tmp_path / "other.json")
+    assert again.exit_code == 0, again.output
+    learning = json.loads(again.stdout)["learning"]
+    assert learning["held_out"] == 5 and learning["rivals"][0]["divergence"] <= learning["rivals"][1]["divergence"]
+    assert [path.name for path in sorted(tmp_path.glob("*.safetensors"))] == [
+        "other.weights.safetensors",
+        "plan.weights.safetensors",
+    ]
+
+
+def test_what_is_not_ahead_says_so(capsys: pytest.CaptureFixture[str], tiny: LoadedModel) -> None:
+    rivals = (Rival("cdpruner", {"weight": 0.2}, 0.3), Rival("divprune", {}, 0.4))
+    plan = base_of(tiny).with_cuts(input_cut("learned", 3, 48))
+    learning = Learning(plan.weights[0], 30, 10, Settings(), False, 0.35, rivals)
+    show_calibration(CalibrationResult(None, 40, plan=plan, output=Path("p.json"), learning=learning), as_json=False)
+    command = "edgeprune export MODEL --method cdpruner --keep 0.25 --option weight=0.2 -o BUNDLE"
+    assert f"learned is not ahead here. Take cdpruner: {command}" in capsys.readouterr().err
+    ahead = replace(learning, divergence=0.2)
+    show_calibration(CalibrationResult(None, 40, plan=plan, output=Path("p.json"), learning=ahead), as_json=False)
+    assert "not ahead" not in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line_each(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    how = ("--method", "learned", "--image-size", "84x112", "-o", tmp_path / "plan.json")
+    few = calibrate(tiny_folder, "--data", data, *how, "--budget", 0.25, "--limit", 6)
+    assert few.exit_code == 2 and "different images; to learn which tokens matter takes 20." in few.output
+    assert "learned needs a budget" in calibrate(tiny_folder, "--data", data, *how).output
+    (tmp_path / "plan.weights.safetensors").write_bytes(b"")
+    there = calibrate(tiny_folder, "--data", data, *how, "--budget", 0.25)
+    assert there.exit_code == 2 and "plan.weights.safetensors exists already" in there.output
+    bundle = CliRunner().invoke(main, ["export", str(tiny_folder), "-o", str(tmp_path / "b"), *map(str, how[:4]), "--keep", "0.25"])
+    assert bundle.exit_code != 0 and "learned @ input has no weights." in bundle.output
+
+
+def test_training_needs_attention_in_every_layer(samples: list[Sample], tmp_path: Path) -> None:
+    import tiny_lfm2_vl
+
+    (tmp_path / "model").mkdir()
+    model = load_model(resolve_model(str(tiny_lfm2_vl.folder(tmp_path / "model"))))
+    base = unpruned_plan(model.folder.model_type, model.decoder_shape().layers, model.geometry(tiny_lfm2_vl.SIZE))
+    with pytest.raises(UsageError, match="Training needs attention in every layer"):
+        learn(model, samples, base, replace(REQUEST, train=True), tmp_path / "plan.json", SILENT)

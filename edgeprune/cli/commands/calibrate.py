@@ -92,7 +92,11 @@ def _all_options(command: Any) -> Any:
 @click.option("--budget", type=Share(), help="Share of the method's cost that the plan may spend, in (0, 1].")
 @renamed_option("--keep", "--budget", "a share of the method's cost")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The plan to write.")
-@click.option("--statistics", type=click.Path(path_type=Path), help="Kept here, and used from here.  [default: beside the plan]")
+@click.option(
+    "--statistics",
+    type=click.Path(path_type=Path),
+    help="Kept here, and used from here; of learned, a folder.  [default: beside the plan]",
+)
 @force_option
 @skip_option
 @_all_options
