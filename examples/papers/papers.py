@@ -24,8 +24,9 @@ from edgeprune.tabletop.questions import DESCRIBE
 CALIBRATION_SEED, EVALUATION_SEED = 77, 2000
 RANKING = "--rows peak --reduce max"
 SHORT = "all short answers"
-# Row: how its plan is calibrated, on all samples or on those with long answers.
-ALL, LONG = "dataset.jsonl", "long.jsonl"
+# Row: how its plan is calibrated, on all samples or on those with long answers. Methods that learn as they come have a few samples.
+ALL, LONG, FEW = "dataset.jsonl", "long.jsonl", "few.jsonl"
+EVERY = 8  # of all samples is among the few
 RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --budget 0.62"
 PLANS = {
     "plphp-50": f"{LONG} {RANKING} --method plphp --prior --budget 0.5",
@@ -73,7 +74,7 @@ def main() -> None:
         print(f"[{number}/{len(rows)}] {row}", flush=True)
         made += ["--plan", str(_plan(out, row, plans))]
     methods = ["--methods", PAIR_METHODS if request.pairs else METHODS, "--keep", "0.5,0.25" if request.pairs else "0.5,0.25,0.1"]
-    samples = ["--data", str(out / "evaluation" / ALL), "--calibrate-on", str(out / "calibration" / ALL)]
+    samples = ["--data", str(out / "evaluation" / ALL), "--calibrate-on", str(out / "calibration" / FEW)]
     _edgeprune("compare", "tabletop", *methods, *samples, *made, "-o", str(out / "comparison"))
     if request.pairs:
         (out / "kinds.md").write_text(_kinds_table(json.loads((out / "comparison" / "results.json").read_text())))
@@ -84,6 +85,7 @@ def _draw(folder: Path, scenes: int, seed: int, images: int) -> None:
         _edgeprune("tabletop", str(folder), "--scenes", str(scenes), "--seed", str(seed), "--images", str(images))
     lines = (folder / ALL).read_text().splitlines()
     (folder / LONG).write_text("\n".join(line for line in lines if json.loads(line)["kind"] == DESCRIBE) + "\n")
+    (folder / FEW).write_text("\n".join(lines[::EVERY]) + "\n")
 
 
 def _plan(out: Path, row: str, plans: dict[str, str]) -> Path:
