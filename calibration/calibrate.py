@@ -12,7 +12,7 @@ from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, class
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
-from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
@@ -145,6 +145,7 @@ def _learned_candidate(
     assert options.output is not None
     most, least = (keep_count(unpruned.tokens_from_encoder, share) for share in LEARNED_SHARES)
     try:
+        check_images(len({str(sample.image) for sample in samples}), "The samples show")  # before the model is asked
         request = _learn_request(options, most, least)
         return learn(loaded, samples, unpruned, request, options.output, progress, gate=False).weights, ""
     except UsageError as error:

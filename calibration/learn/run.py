@@ -33,7 +33,7 @@ from edgeprune.registry import method_class, options_of
 
 HELD_OUT = 4  # every fourth image
 MOST_HELD_OUT = 24
-EPOCHS, FEWEST_STEPS, MOST_STEPS = 6, 60, 400
+EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 60, 400
 # Methods without learning that need no signal of the vision encoder; the baselines are not among them.
 FIRST_IMAGES, FINALISTS = 6, 3
 RIVALS = ("cdpruner", "dart", "divprune", "zspaprune")
@@ -241,6 +241,7 @@ def _tokens_of(path: Path) -> bytes:
 def _scenes_of(recorder: Recorder, listener: Listener, samples: Sequence[Sample], fit: str) -> list[Scene]:
     # Questions whose visual tokens and text before them are the same share a scene: all about one image.
     shown: list[tuple[Segment, Segment, list[Asked]]] = []
+    recorder.see(len(samples[0].images))
     for sample in samples:
         for recording in recorder.ask(sample, fit):
             prefix, visual, prompt = recorder.segments(recording)

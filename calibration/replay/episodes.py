@@ -25,9 +25,11 @@ from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
+from edgeprune.runtime.generation.pipeline import SharedState
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
 
+_SHARED = 1 << 31  # bytes of an image's features and KV cache that are kept for the next question
 _NO_GROUPS = np.zeros((0, 3), np.float32)
 
 
@@ -58,6 +60,7 @@ class Recorder:
         self.plan = plan
         self._pipeline = reference_model(loaded, self.plan, device)
         self._max_tokens, self._device = max_tokens, device
+        self._whole: DecoderInput | None = None  # the last prefill with an image in it
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
         loaded.model.requires_grad_(False)  # the model itself is never trained
 
@@ -67,6 +70,14 @@ class Recorder:
         Raises BadSampleError for a sample that cannot be asked about.
         """
         return tuple(self._with_caches(recording) for recording in self.ask(sample, fit))
+
+    def see(self, images: int) -> None:
+        """Begin with other images, `images` in a sample. Until then the samples that `ask` is given are about the same.
+
+        A single image is encoded and prefilled once, unless a prompt changes what is cached of it.
+        """
+        shared = images == 1 and not self._pipeline.decoder.states
+        self._pipeline = replace(self._pipeline, state=SharedState(_SHARED if shared else 0))
 
     def ask(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
         """Like `record`, without the caches of the recordings."""
@@ -78,7 +89,12 @@ class Recorder:
         positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(empty.positions[:, :0])]
         answer = Segment(torch.cat(embeds, dim=1), torch.cat(positions, dim=1))
         said = self._tensor(steps[-1][0].text_groups[len(prefills[-1][0].text_groups) :] if steps else _NO_GROUPS)
-        beside = [_beside_others(prefills, number) for number in range(images)]
+        tokens = prefills[0][0]
+        if tokens.visual.embeds.shape[1] or self._whole is None:
+            beside = [_beside_others(prefills, number) for number in range(images)]
+            self._whole = beside[0]
+        else:
+            beside = [replace(self._whole, suffix=tokens.suffix, text_groups=tokens.text_groups)]
         return tuple(Recording(each, (), answer, torch.cat([self._tensor(each.text_groups), said])) for each in beside)
 
     def embedded(self, text: str) -> torch.Tensor:

@@ -5,24 +5,28 @@
     python examples/learned/learned_tokens.py OUT --time
 
 Plans are learned from scenes of seed 77 and compared by `edgeprune compare` on scenes of another. At each budget: the closed form,
-the trained one, and the methods that learn nothing, with options that `edgeprune calibrate` chose. --images: a learning curve.
---time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already holds is kept.
+the trained one, DivPrune, and the three best variants of methods that learn nothing, as the held-out images rank them. --images: a
+learning curve. --time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already
+holds is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import subprocess
-import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgeprune.cli import main as command
+from edgeprune.plan import Cut, KeepPlan
+
 LEARNING_SEED = 77
-TUNED = ("cdpruner", "zspaprune")  # whose options calibration chooses
+FORMS = ("closed", "trained")
 WIDTH, TOKENS, KEPT, RANK, HIDDEN, REPEATS = 896, 729, 73, 64, 16, 40
 
 
@@ -34,6 +38,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[120], help="scenes to learn from; several for a curve")
     parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--seed", type=int, default=2000, help="of the scenes to measure on")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
     parser.add_argument("--time", action="store_true")
     request = parser.parse_args()
     request.out.mkdir(parents=True, exist_ok=True)
@@ -42,25 +47,14 @@ def main() -> None:
         return
     draw(unseen := request.out / f"unseen-{request.seed}", request.scenes, request.seed)
     for budget in request.budgets:
+        plans = [learned(request.out, budget, images, form) for images in request.images for form in request.forms]
         curve = len(request.images) > 1
-        plans = [plan for images in request.images for plan in learned(request.out, budget, images)]
-        plans += [] if curve else [tuned(request.out, budget, method, request.images[0]) for method in TUNED]
-        given = [word for plan in plans for word in ("--plan", str(plan))]
+        plans += [] if curve else others(plans[-1])
+        given = [word for plan in plans for word in ("--plan", plan)]
         folder = request.out / f"{'curve' if curve else 'comparison'}-{budget:g}-{request.seed}"
-        edgeprune(
-            "compare",
-            "tabletop",
-            "--data",
-            unseen / "dataset.jsonl",
-            "--methods",
-            "divprune",
-            "--keep",
-            budget,
-            *given,
-            "-o",
-            folder,
-        )
-        print((folder / "table.md").read_text())
+        data = unseen / "dataset.jsonl"
+        edgeprune("compare", "tabletop", "--data", data, "--methods", "divprune", "--keep", budget, *given, "-o", folder)
+        print((folder / "table.md").read_text(), flush=True)
 
 
 def draw(folder: Path, count: int, seed: int) -> None:
@@ -69,46 +63,48 @@ def draw(folder: Path, count: int, seed: int) -> None:
         edgeprune("tabletop", folder, "--scenes", count, "--seed", seed)
 
 
-def learned(out: Path, budget: float, images: int) -> list[Path]:
-    """Learn plans from some images, by the closed form and trained, and print how long each took; return their files."""
+def learned(out: Path, budget: float, images: int, form: str) -> Path:
+    """Learn a plan from some images in one of FORMS, print how long it took, and return its file."""
     draw(data := out / f"scenes-{images}", images, LEARNING_SEED)
-    plans = []
-    for how in ("closed", "trained"):
-        plan = out / f"{how}-{budget:g}-{images}.json"
-        if not plan.is_file():
-            began = time.perf_counter()
-            train = ["--train"] if how == "trained" else []
-            kept = ["--statistics", out / f"recorded-{images}"]
-            options = ["--method", "learned", "--budget", budget, *train, *kept, "-o", plan, "--json"]
-            found = json.loads(edgeprune("calibrate", "tabletop", "--data", data / "dataset.jsonl", *options))["learning"]
-            rival = found["rivals"][0]
-            print(
-                f"{plan.name}: {time.perf_counter() - began:.0f} s, {found['divergence']:.3f} nats on held-out images, "
-                f"{rival['method']} {rival['divergence']:.3f}, settings {found['settings']}, trained {found['trained']}",
-                flush=True,
-            )
-        plans.append(plan)
-    return plans
-
-
-def tuned(out: Path, budget: float, method: str, images: int) -> Path:
-    """Make the plan of a method that learns nothing, with the options that calibration prefers; return its file."""
-    plan = out / f"{method}-{budget:g}.json"
+    plan = out / f"{form}-{budget:g}-{images}.json"
     if not plan.is_file():
-        data = out / f"scenes-{images}" / "dataset.jsonl"
-        edgeprune("calibrate", "tabletop", "--data", data, "--limit", 60, "--method", method, "--budget", budget, "-o", plan)
+        began = time.perf_counter()
+        options = ["--method", "learned", "--budget", budget, "--statistics", out / f"recorded-{images}", "-o", plan, "--json"]
+        options += ["--train"] if form == "trained" else []
+        found = json.loads(edgeprune("calibrate", "tabletop", "--data", data / "dataset.jsonl", *options))["learning"]
+        report(plan).write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{plan.name}: {time.perf_counter() - began:.0f} s, {json.dumps(found)}", flush=True)
     return plan
 
 
+def report(plan: Path) -> Path:
+    """Return where what `calibrate` said of a plan is kept."""
+    return plan.with_suffix(".report.json")
+
+
+def others(learned_plan: Path) -> list[Path]:
+    """Make plans of the best variants of methods that learn nothing, at the same count of tokens; return their files."""
+    plan, paths = KeepPlan.load(learned_plan), list[Path]()
+    for rival in json.loads(report(learned_plan).read_text())["rivals"]:
+        if rival["method"] == "divprune":
+            continue  # a row of its own
+        assert plan.input is not None
+        cut = Cut("input", rival["method"], plan.input.keep, options=rival["options"])
+        words = [rival["method"], *(f"{name}-{value}" for name, value in rival["options"].items())]
+        paths.append(learned_plan.with_name(f"{'-'.join(words)}-{plan.input.keep}.json"))
+        KeepPlan(plan.family, plan.layers, plan.geometry, (cut,)).save(paths[-1])
+    return paths
+
+
 def print_times() -> None:
-    """Print how long each selection takes in ONNX Runtime on one thread, and how many nodes its graph has."""
-    for name, options in (("divprune", {}), ("cdpruner", {}), ("zspaprune", {}), ("learned", {})):
-        nodes, milliseconds = selection_time(name, options)
+    """Print how much CPU time each selection takes in ONNX Runtime on one thread, and how many nodes its graph has."""
+    for name in ("divprune", "learned", "zspaprune"):
+        nodes, milliseconds = selection_time(name)
         print(f"{name}: {nodes} nodes, {milliseconds:.2f} ms")
 
 
-def selection_time(name: str, options: dict[str, Any]) -> tuple[int, float]:
-    """Return the number of nodes of a method's selection, and its median time in ms."""
+def selection_time(name: str) -> tuple[int, float]:
+    """Return the number of nodes of a method's selection, and its median CPU time in ms."""
     import tempfile
 
     import onnx
@@ -116,14 +112,14 @@ def selection_time(name: str, options: dict[str, Any]) -> tuple[int, float]:
 
     from edgeprune.export.tracing import trace_selector
     from edgeprune.families.base import DecoderParts
-    from edgeprune.plan import Cut, Geometry, KeepPlan
+    from edgeprune.plan import Geometry
     from edgeprune.targets import PLAIN
 
     class Parts:
         hidden, planes = WIDTH, 0
 
     side = int(TOKENS**0.5)
-    cut = Cut("input", name, KEPT, options=options, weights=_drawn() if name == "learned" else None)
+    cut = Cut("input", name, KEPT, weights=_drawn() if name == "learned" else None)
     plan = KeepPlan("llava", 2, Geometry(16 * side, 16 * side, 16, 1), (cut,))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "selector.onnx"
@@ -139,9 +135,9 @@ def selection_time(name: str, options: dict[str, Any]) -> tuple[int, float]:
     feeds = {key: rng.normal(size=shape).astype(np.float32) for key, shape in given.items() if key in wanted}
     taken = []
     for _ in range(REPEATS):
-        began = time.perf_counter()
+        began = time.thread_time()  # not the clock: others may use the CPU
         session.run(None, feeds)
-        taken.append(1e3 * (time.perf_counter() - began))
+        taken.append(1e3 * (time.thread_time() - began))
     return nodes, float(np.median(taken))
 
 
@@ -158,8 +154,11 @@ def _drawn() -> Any:
 
 def edgeprune(*words: object) -> str:
     """Run a command; return what it printed on stdout."""
-    line = [sys.executable, "-m", "edgeprune", *map(str, words)]
-    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with redirect_stdout(io.StringIO()) as printed:
+        code = command([str(word) for word in words], prog_name="edgeprune", standalone_mode=False)
+    if code:
+        raise SystemExit(code)
+    return printed.getvalue()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ PLANS = {
     # What steps read is what DyRate's read, by cuts that shorten prefill too.
     "fastv-reads-25": f"{ALL} --method fastv --layer 1 --budget 0.25",
     "vtw-reads-25": f"{LONG} {RANKING} --method vtw --budget 0.25",
+    **{f"learned-{keep}": f"{ALL} --method learned --train --budget {keep / 100}" for keep in (25, 10)},
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
