@@ -62,14 +62,12 @@ class Learned:
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""
         scores, places = self.score(view), self.places(view.visual)
-        gain = torch.exp((scores - scores.amax(dim=0)).clamp_min(_LEAST))
-        # What the shared search takes for similarity is minus the gain: [chosen, candidate].
-        chosen = add_most_different(
-            (places @ places.transpose(0, 1) - MARGIN) * gain[None],
-            torch.topk(scores, 1).indices,
-            min(keep, view.visual.shape[0]) - 1,
-        )
-        return ascending(chosen)
+        gain = torch.exp((scores - scores.amax(dim=0)).clamp_min(_LEAST))[:, None]
+        # What the shared search takes for similarity is minus the gain, [chosen, candidate]; one product makes all of it.
+        chosen = torch.cat([places, torch.full_like(gain, -MARGIN)], dim=1)
+        candidates = torch.cat([places, torch.ones_like(gain)], dim=1) * gain
+        first, others = torch.topk(scores, 1).indices, min(keep, view.visual.shape[0]) - 1
+        return ascending(add_most_different(chosen @ candidates.transpose(0, 1), first, others))
 
     def score(self, view: InputView) -> torch.Tensor:
         """Return how much each visual token matters [V], as a logarithm."""
