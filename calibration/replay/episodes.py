@@ -25,9 +25,10 @@ from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
-from edgeprune.runtime.generation.pipeline import SharedState
+from edgeprune.runtime.generation.pipeline import Pipeline, SharedState
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 _SHARED = 1 << 31  # bytes of an image's features and KV cache that are kept for the next question
 _NO_GROUPS = np.zeros((0, 3), np.float32)
@@ -64,6 +65,11 @@ class Recorder:
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
         loaded.model.requires_grad_(False)  # the model itself is never trained
 
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of prompts and answers."""
+        return self._pipeline.tokenizer
+
     def record(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
         """Record the greedy answer to one sample, for each of its images. An answer of one token has no decode steps.
 
@@ -81,7 +87,7 @@ class Recorder:
 
     def ask(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
         """Like `record`, without the caches of the recordings."""
-        recorder, images, _ = self._ask(sample, fit, self._max_tokens)
+        recorder, images, _ = ask(self._pipeline, sample, fit, self._max_tokens)
         prefills, steps = recorder.inputs[:images], recorder.inputs[images:]
         inputs = [tokens.suffix for tokens, _ in steps]
         empty = prefills[-1][0].suffix
@@ -91,7 +97,7 @@ class Recorder:
         said = self._tensor(steps[-1][0].text_groups[len(prefills[-1][0].text_groups) :] if steps else _NO_GROUPS)
         tokens = prefills[0][0]
         if tokens.visual.embeds.shape[1] or self._whole is None:
-            beside = [_beside_others(prefills, number) for number in range(images)]
+            beside = [beside_others(prefills, number) for number in range(images)]
             self._whole = beside[0]
         else:
             beside = [replace(self._whole, suffix=tokens.suffix, text_groups=tokens.text_groups)]
@@ -113,7 +119,7 @@ class Recorder:
     @torch.no_grad()
     def teacher_forced_logits(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
         """Return the logits [len(ids) + 1, vocabulary] for the given answer tokens: before each token and after the last."""
-        recorder, images, conversation = self._ask(sample, fit, 1)
+        recorder, images, conversation = ask(self._pipeline, sample, fit, 1)
         tokens, _ = recorder.inputs[images - 1]
         first = self._tensor(recorder.steps[images - 1].logits)[None]
         if not ids:
@@ -122,16 +128,6 @@ class Recorder:
         answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), positions)
         replayed = self.replay(Recording(tokens, self._caches(conversation.cache), answer, self._tensor(tokens.text_groups)))
         return torch.cat([first, replayed.logits[0]])
-
-    def _ask(self, sample: Sample, fit: str, most: int) -> tuple[RecordingBackend, int, Conversation]:
-        # The recorded forward passes of an answer of at most `most` tokens, the first of which are one for each image.
-        recorder = RecordingBackend(self._pipeline.backend)
-        conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
-        with _naming(sample):
-            images = _images_of(sample, self.plan)
-            for _ in conversation.ask(sample.prompt, images, Sampling(max_tokens=most)):
-                pass
-        return recorder, len(images), conversation
 
     def segments(self, recording: Recording) -> tuple[Segment, Segment, Segment]:
         """Return the prefill's prefix, visual and suffix segments."""
@@ -166,6 +162,20 @@ class Recorder:
 
     def _tensor(self, array: object) -> torch.Tensor:
         return torch.as_tensor(array, device=self._device)
+
+
+def ask(pipeline: Pipeline, sample: Sample, fit: str, most: int) -> tuple[RecordingBackend, int, Conversation]:
+    """Answer a sample with at most `most` tokens; return the recorded forward passes, the number of images, and the conversation.
+
+    The first passes are one for each image. Raises BadSampleError for a sample that cannot be asked about.
+    """
+    recorder = RecordingBackend(pipeline.backend)
+    conversation = Conversation(replace(pipeline, backend=recorder), fit=fit)
+    with _naming(sample):
+        images = _images_of(sample, pipeline.plan)
+        for _ in conversation.ask(sample.prompt, images, Sampling(max_tokens=most)):
+            pass
+    return recorder, len(images), conversation
 
 
 def _with_attention(caches: Iterable[LayerCache | LayerStates]) -> tuple[LayerCache, ...]:
@@ -210,8 +220,11 @@ def _images_of(sample: Sample, plan: KeepPlan) -> Sequence[ImageOrFrames]:
     return [pictures] if plan.geometry.frames > 1 else pictures
 
 
-def _beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], number: int) -> DecoderInput:
-    # One prefill of a whole prompt, whose visual segment is image `number`. Text that was run ahead of its turn is left out.
+def beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], number: int) -> DecoderInput:
+    """Return one prefill of a whole prompt, whose visual segment is image `number`.
+
+    `prefills`: the recorded forward passes, one for each image. Text that was run ahead of its turn is left out.
+    """
     before, groups, (last, _) = list[TokenSegment](), list[np.ndarray](), prefills[-1]
     begins = [cache.length - 1 for _, cache in prefills]  # without the null row
     for index, (tokens, _) in enumerate(prefills):
