@@ -12,10 +12,11 @@ from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, class
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
-from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.options import AUTO, DYRATE, PLPHP, VTW, CalibrateOptions, CalibrationRequest
+from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
+from edgeprune.calibration.options import AUTO, DYRATE, LEARNED, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
@@ -25,9 +26,11 @@ from edgeprune.checkpoint.loading import LoadedModel, load_model
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import Progress
-from edgeprune.plan import KeepPlan
+from edgeprune.plan import Cut, KeepPlan, Weights, keep_count
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.registry import family_class
+from edgeprune.registry import family_class, options_of
+
+LEARNED_SHARES = 0.5, 0.1  # between which a search may take the method learned
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class CalibrationResult:
     """A plan with its costs, or the path of statistics without a plan.
 
     `flops`, `kv`: shares of the unpruned model's cost. `skipped`: why samples were left out. `tried`: the options that were
-    compared, best first.
+    compared, best first. `learning`: what the method learned found.
     """
 
     statistics: Path | None
@@ -49,6 +52,7 @@ class CalibrationResult:
     times: DeviceProfile | None = None
     skipped: tuple[str, ...] = ()
     tried: tuple[Trial, ...] = ()
+    learning: Learning | None = None
 
 
 def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> CalibrationResult:
@@ -71,7 +75,7 @@ def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> Calibr
     if options.skip_bad:
         samples = usable_samples(loaded, unpruned, samples, options.fit, skipped.append, progress)
     result = _calibrate(options, loaded, samples, request, unpruned, progress)
-    return replace(result, skipped=tuple(map(str, skipped)))
+    return replace(result, skipped=(*map(str, skipped), *result.skipped))
 
 
 def check_statistics(method: str | None, model_type: str) -> None:
@@ -99,6 +103,8 @@ def _calibrate(
         return CalibrationResult(path, statistics().samples)
     base = unpruned if options.onto is None else read_plan(options.onto, unpruned)
     loaded.check_plan(base)
+    if options.method == LEARNED:
+        return _learn_plan(options, loaded, samples, base, progress)
     allocate = partial(_allocate, options, base, statistics, partial(fit_decode_rate, loaded, samples, request, progress))
     tried: list[Trial] = []
     if options.to_try:
@@ -111,6 +117,39 @@ def _calibrate(
     found = path if path.is_file() else None
     result = CalibrationResult(found, len(samples), classes=tuple(_classes(options, statistics)), tried=tuple(tried))
     return _save_plan(options, loaded, plan, result)
+
+
+def _learn_plan(
+    options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], base: KeepPlan, progress: Progress
+) -> CalibrationResult:
+    assert options.output is not None and options.budget is not None
+    keep = keep_count(base.tokens_from_encoder, options.budget)
+    bare = replace(base, cuts=base.vision_cuts)  # later cuts act on what this one leaves
+    request = _learn_request(options, keep, keep)
+    learning = learn(loaded, samples, bare, request, options.output, progress, kept=options.statistics)
+    plan = base.with_cuts(Cut("input", LEARNED, keep, weights=learning.weights))
+    loaded.check_plan(plan)
+    return _save_plan(options, loaded, plan, CalibrationResult(None, len(samples), learning=learning))
+
+
+def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnRequest:
+    settings = {option.name: option.default for option in options_of(LEARNED, calibration=True)} | dict(options.settings)
+    common: dict[str, Any] = {"seed": options.seed, "max_tokens": options.max_tokens, "fit": options.fit, "device": options.device}
+    return LearnRequest(keep, least, settings["rank"], settings["train"], **common)
+
+
+def _learned_candidate(
+    options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], unpruned: KeepPlan, progress: Progress
+) -> tuple[Weights | None, str]:
+    # The weights of the method learned for a search, or why it is no candidate.
+    assert options.output is not None
+    most, least = (keep_count(unpruned.tokens_from_encoder, share) for share in LEARNED_SHARES)
+    try:
+        check_images(len({str(sample.image) for sample in samples}), "The samples show")  # before the model is asked
+        request = _learn_request(options, most, least)
+        return learn(loaded, samples, unpruned, request, options.output, progress, gate=False).weights, ""
+    except UsageError as error:
+        return None, f"learned was not tried: {error.message}"
 
 
 def _allocate(
@@ -158,15 +197,17 @@ def _search_plan(
     )
     statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
     fit_rate = partial(fit_decode_rate, loaded, samples[::2], request, progress)
+    learned, why_not = _learned_candidate(options, loaded, samples[::2], unpruned, progress)
     try:
-        plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress)
+        plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress, learned)
     except DropExceededError as error:
         if options.curve is not None:
             error.curve.save(options.curve)
         raise
     if options.curve is not None:
         curve.save(options.curve)
-    return _save_plan(options, loaded, plan, CalibrationResult(path, len(samples), curve=curve, times=times))
+    found = CalibrationResult(path, len(samples), curve=curve, times=times, skipped=(why_not,) if why_not else ())
+    return _save_plan(options, loaded, plan, found)
 
 
 def _times(options: CalibrateOptions, loaded: LoadedModel, unpruned: KeepPlan) -> DeviceProfile | None:

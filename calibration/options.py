@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.calibration.allocate.recipes import STATISTICAL, method_names
-from edgeprune.calibration.data.samples import BadSampleError, Sample, draw_samples, read_samples
+from edgeprune.calibration.data.samples import BadSampleError, Sample, check_images, draw_samples, read_samples
 from edgeprune.calibration.interop.lightcompress import is_lightcompress
 from edgeprune.calibration.search.candidates import BASELINES
 from edgeprune.calibration.search.goal import Goal
@@ -20,9 +20,10 @@ from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
 from edgeprune.plan import KeepPlan, Option, check_keep_ratio
+from edgeprune.plan.weights import weights_path
 from edgeprune.registry import METHODS, allow_method, options_of, unknown_method
 
-AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
+AUTO, DYRATE, LEARNED, PLPHP, VTW = "auto", "dyrate", "learned", "plphp", "vtw"
 DROP = 0.01  # the loss of agreement that a search allows by default
 _PLACES = {  # which methods take --site or --layer
     "evit": ("layer",),
@@ -118,7 +119,7 @@ class CalibrateOptions:
             unused = {"--budget": self.budget} if self.method == AUTO else {}
             self._check_budget()
         self._check_foreign([name for name, value in unused.items() if value is not None])
-        if self.method is not None and self.method not in (names := [AUTO, DYRATE, *method_names()]):
+        if self.method is not None and self.method not in (names := [AUTO, DYRATE, LEARNED, *method_names()]):
             raise unknown_method(self.method, names)
         self._check_files()
 
@@ -151,9 +152,13 @@ class CalibrateOptions:
         inputs = [self.data, self.onto, self.times]
         inputs += [path for path in (statistics, model) if is_file(path) or is_folder(path)]
         outputs = [path for path in (self.output, self.curve) if path is not None]
-        for path in outputs:
+        learned = [weights_path(self.output)] if self.output is not None and self.method in (AUTO, LEARNED) else []
+        for path in (*outputs, *learned):
             check_output(path, force=self.force, inputs=inputs)
-        if not is_file(statistics):
+        if self.method == LEARNED:
+            if self.statistics is not None and not is_folder(self.statistics):
+                check_output(self.statistics, force=False, inputs=[self.data, *outputs], folder=True)
+        elif not is_file(statistics):
             check_output(statistics, force=False, inputs=[*inputs, *outputs])
         if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():
             raise UsageError(f"-o and --curve both name {self.output}.", hint="Give them files of their own.")
@@ -201,6 +206,8 @@ def prepare(options: CalibrateOptions) -> CalibrationRequest:
     if options.method == AUTO:
         _check_search(options, len(samples[1::2]))
     check_samples(options.method or "", options.to_try, len(samples))
+    if options.method == LEARNED:
+        check_images(len({str(sample.image) for sample in samples}), "The samples show")
     return CalibrationRequest(options, folder, tuple(samples), tuple(skipped))
 
 
@@ -279,9 +286,10 @@ class CompareOptions:
         self.learning()
 
     def _check_method(self, method: str) -> None:
-        if method == DYRATE:
-            make = "edgeprune calibrate MODEL --data FILE --method dyrate --budget 0.25 -o dyrate.json"
-            raise UsageError("dyrate is trained for the plan that it joins.", hint=f"Give --plan dyrate.json, made by: {make}")
+        if method in (DYRATE, LEARNED):
+            why = {DYRATE: "dyrate is trained for the plan that it joins.", LEARNED: "learned is learned for one count of tokens."}
+            make = f"edgeprune calibrate MODEL --data FILE --method {method} --budget 0.25 -o {method}.json"
+            raise UsageError(why[method], hint=f"Give --plan {method}.json, made by: {make}")
         if method in STATISTICAL and self.calibrate_on is None:
             raise UsageError(f"{method} learns from samples, others than those of --data.", hint="Give them: --calibrate-on FILE")
         if method not in method_names():

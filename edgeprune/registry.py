@@ -25,6 +25,7 @@ METHODS = {
     "evs": "edgeprune.methods.evs:EVS",
     "fastv": "edgeprune.methods.fastv:FastV",
     "fitprune": "edgeprune.methods.fitprune:FitPrune",
+    "learned": "edgeprune.methods.learned:Learned",
     "plphp": "edgeprune.methods.plphp:PLPHP",
     "pyramiddrop": "edgeprune.methods.pyramiddrop:PyramidDrop",
     "random": "edgeprune.methods.random:Random",

@@ -38,8 +38,8 @@ _PYRAMID = (0.25, 0.5, 0.75)  # relative depth; PyramidDrop cuts after layers 8,
 
 
 def method_names() -> list[str]:
-    """Return the methods of `plan_for_budget`: all registered ones except DyRate, which is trained, plus RESIZE."""
-    return sorted({*METHODS, RESIZE} - {"dyrate"})
+    """Return the methods of `plan_for_budget`: all registered ones except those that are trained, plus RESIZE."""
+    return sorted({*METHODS, RESIZE} - {"dyrate", "learned"})
 
 
 def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
@@ -66,7 +66,7 @@ def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Stati
     if method in INPUT:
         return _input_or_baseline(method, share, base, settings)
     if method not in recipes:
-        raise unknown_method(method, ["auto", "dyrate", *method_names()])
+        raise unknown_method(method, ["auto", "dyrate", "learned", *method_names()])
     return recipes[method](method, share, base, **settings)
 
 

@@ -24,6 +24,7 @@ from edgeprune.io.files import is_file, is_folder
 from edgeprune.io.typed_json import is_text
 from edgeprune.tabletop.questions import DESCRIBE, parse_description
 
+MIN_IMAGES = 20  # that it takes to learn which tokens matter
 _EXAMPLE = 'A line is {"image": "a.png", "prompt": "What is it?", "answer": "a cup", "kind": "object"}.'
 
 
@@ -167,6 +168,15 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(content.split(b"\n"), start=1):  # not splitlines: texts may hold other separators of lines
         if line.strip():
             yield number, line
+
+
+def check_images(images: int, what: str) -> None:
+    """Raise UsageError unless there are enough different images to learn from; `what` begins the message."""
+    if images < MIN_IMAGES:
+        raise UsageError(
+            f"{what} {images} different image{'' if images == 1 else 's'}; to learn which tokens matter takes {MIN_IMAGES}.",
+            hint="Give more images, or take a method that learns nothing: --method zspaprune",
+        )
 
 
 def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:

@@ -25,11 +25,12 @@ from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
-from edgeprune.runtime.generation.pipeline import Pipeline
+from edgeprune.runtime.generation.pipeline import Pipeline, SharedState
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 
+_SHARED = 1 << 31  # bytes of an image's features and KV cache that are kept for the next question
 _NO_GROUPS = np.zeros((0, 3), np.float32)
 
 
@@ -60,6 +61,7 @@ class Recorder:
         self.plan = plan
         self._pipeline = reference_model(loaded, self.plan, device)
         self._max_tokens, self._device = max_tokens, device
+        self._whole: DecoderInput | None = None  # the last prefill with an image in it
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
         loaded.model.requires_grad_(False)  # the model itself is never trained
 
@@ -73,6 +75,18 @@ class Recorder:
 
         Raises BadSampleError for a sample that cannot be asked about.
         """
+        return tuple(self._with_caches(recording) for recording in self.ask(sample, fit))
+
+    def see(self, images: int) -> None:
+        """Begin with other images, `images` in a sample. Until then the samples that `ask` is given are about the same.
+
+        A single image is encoded and prefilled once, unless a prompt changes what is cached of it.
+        """
+        shared = images == 1 and not self._pipeline.decoder.states
+        self._pipeline = replace(self._pipeline, state=SharedState(_SHARED if shared else 0))
+
+    def ask(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
+        """Like `record`, without the caches of the recordings."""
         recorder, images, _ = ask(self._pipeline, sample, fit, self._max_tokens)
         prefills, steps = recorder.inputs[:images], recorder.inputs[images:]
         inputs = [tokens.suffix for tokens, _ in steps]
@@ -81,12 +95,21 @@ class Recorder:
         positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(empty.positions[:, :0])]
         answer = Segment(torch.cat(embeds, dim=1), torch.cat(positions, dim=1))
         said = self._tensor(steps[-1][0].text_groups[len(prefills[-1][0].text_groups) :] if steps else _NO_GROUPS)
-        return tuple(self._recording(beside_others(prefills, number), answer, said) for number in range(images))
+        tokens = prefills[0][0]
+        if tokens.visual.embeds.shape[1] or self._whole is None:
+            beside = [beside_others(prefills, number) for number in range(images)]
+            self._whole = beside[0]
+        else:
+            beside = [replace(self._whole, suffix=tokens.suffix, text_groups=tokens.text_groups)]
+        return tuple(Recording(each, (), answer, torch.cat([self._tensor(each.text_groups), said])) for each in beside)
+
+    def embedded(self, text: str) -> torch.Tensor:
+        """Return the embeddings [M, hidden] of the words of a question, without the chat template."""
+        return self._tensor(self._pipeline.backend.embed_tokens(self._pipeline.tokenizer.encode(text)))[0]
 
     @torch.no_grad()
-    def _recording(self, prefill: DecoderInput, answer: Segment, said: torch.Tensor) -> Recording:
-        # `said` [answer, 3]: the text groups of the answer.
-        recording = Recording(prefill, (), answer, torch.cat([self._tensor(prefill.text_groups), said]))
+    def _with_caches(self, recording: Recording) -> Recording:
+        prefill = recording.prefill
         before, after = (part.embeds.shape[1] for part in (prefill.prefix, prefill.suffix))
         empty = self.decoder.empty_caches()
         rows = self.decoder(*self.segments(recording), empty, self._tensor(prefill.visual_indices)).rows

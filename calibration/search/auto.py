@@ -20,7 +20,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import EdgePruneError
 from edgeprune.io.progress import Progress
-from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan import Cut, KeepPlan, Weights
 
 FitRate = Callable[[KeepPlan, DecodeRateOptions], KeepPlan]  # adds a fitted DyRate cut to a plan
 
@@ -59,15 +59,17 @@ def find_plan(
     goal: Goal,
     times: DeviceProfile | None,
     progress: Progress,
+    learned: Weights | None = None,
 ) -> tuple[KeepPlan, Curve]:
     """Return the cheapest plan found that meets the goal, and the curve of all plans measured on every held-out sample.
 
+    `learned`: weights of the method of that name, which is a candidate then.
     Raises EdgePruneError before the search if pruning cannot reach the target latency, and DropExceededError if no plan at the
     target's cost stays within the allowed drop.
     """
     check_goal(goal, loaded, unpruned, times, len(held_out))
     blocks = prunable_encoder_blocks(loaded, unpruned)
-    search = Search(loaded.family.decoder(), unpruned, statistics, held_out, times, progress, blocks)
+    search = Search(loaded.family.decoder(), unpruned, statistics, held_out, times, progress, blocks, learned)
     budgets = goal.budgets
     axis = budgets[0].axis
     best: Point | None = None

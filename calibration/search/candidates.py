@@ -15,7 +15,7 @@ from edgeprune.calibration.allocate.recipes import INPUT, RESIZE, method_names, 
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.pareto import PlanFactory
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan import Cut, KeepPlan, Weights, keep_count
 from edgeprune.plan.presets import encoder_count
 from edgeprune.registry import METHODS, options_of
 
@@ -39,13 +39,20 @@ _CACHE_SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def single_method_candidates(unpruned: KeepPlan, statistics: Statistics, blocks: int) -> Iterator[Recipe]:
-    """Yield every method that reduces prefill, alone. `blocks`: number of encoder blocks, 0 for no cuts inside the encoder."""
+def single_method_candidates(
+    unpruned: KeepPlan, statistics: Statistics, blocks: int, learned: Weights | None = None
+) -> Iterator[Recipe]:
+    """Yield every method that reduces prefill, alone.
+
+    `blocks`: number of encoder blocks, 0 for no cuts inside the encoder. `learned`: weights of that method.
+    """
     for method in method_names():
         if method in (ENCODER, "plphp"):  # ENCODER needs block numbers and follows below; PLPHP does not reduce prefill
             continue
         for settings in _variants(method):
             yield method, partial(_single_method, method, settings, unpruned, statistics)
+    if learned is not None:
+        yield "learned", partial(_learned, unpruned, learned)
     for places in encoder_places(blocks):
         for method in (ENCODER, "uniform"):
             yield method, partial(encoder_plan, unpruned, method, places)
@@ -61,6 +68,10 @@ def _variants(method: str) -> list[dict[str, Any]]:
 
 def _single_method(method: str, settings: dict[str, Any], unpruned: KeepPlan, statistics: Statistics, share: float) -> KeepPlan:
     return plan_for_budget(method, share, unpruned, statistics, **settings)
+
+
+def _learned(unpruned: KeepPlan, weights: Weights, share: float) -> KeepPlan:
+    return unpruned.with_cuts(Cut("input", "learned", keep_count(unpruned.tokens_entering_decoder, share), weights=weights))
 
 
 def input_cuts() -> list[Cut]:

@@ -30,7 +30,7 @@ from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts
 from edgeprune.io.progress import Count, Progress
-from edgeprune.plan import KeepPlan
+from edgeprune.plan import KeepPlan, Weights
 
 FIRST_ROUND = 24  # samples
 SCORE_TOLERANCE = 0.01  # difference in agreement that few samples cannot resolve
@@ -44,7 +44,8 @@ Candidate = tuple[str, KeepPlan]  # group and plan
 class Search:
     """One search and its measurements so far. `points`: every plan that was scored on all samples.
 
-    `blocks`: number of blocks of a vision encoder that supports cuts, 0 for no cuts inside it.
+    `blocks`: number of blocks of a vision encoder that supports cuts, 0 for no cuts inside it. `learned`: weights of that
+    method, which is a candidate then.
     """
 
     parts: DecoderParts
@@ -54,6 +55,7 @@ class Search:
     times: DeviceProfile | None
     progress: Progress
     blocks: int = 0
+    learned: Weights | None = None
 
     def __post_init__(self) -> None:
         self.points: list[Point] = []
@@ -61,7 +63,7 @@ class Search:
     def at(self, budget: Budget) -> Point:
         """Return the best plan found within a budget; raise PlanError if there is none."""
         composer = CandidateComposer(self.unpruned, self.statistics)
-        single = list(single_method_candidates(self.unpruned, self.statistics, self.blocks))
+        single = list(single_method_candidates(self.unpruned, self.statistics, self.blocks, self.learned))
         if budget.axis == "kv":
             single += [("plphp", make) for make in composer.caches()]
         ranked = self.successive_halving(list(self._affordable(single, budget)), "single methods")

@@ -3,7 +3,8 @@
 manifest.json                    edgeprune.bundle.manifest's Manifest, with the sha256 of every file below
 signature.json                   optional signature of the manifest: see edgeprune.bundle.signing
 plan.json                        the keep plan that is frozen into the decoder; the first tier's plan if there are several
-tiers/NAME.json                  the plans of the other tiers, if any
+plan.weights.safetensors         what the plan's method learned, if it did: for verify, as the graphs have it too
+tiers/NAME.json                  the plans of the other tiers, if any, with weights of their own beside them likewise
 onnx/vision_encoder.onnx         patches [patches, patch pixels] -> visual tokens [1, V, hidden], kept indices of vision cuts
 onnx/vision_unpruned.onnx        the encoder without cuts, if the plan has vision cuts: for answers with pruning switched off
 onnx/selector.onnx               the input cut, if the plan has one: visual tokens and prompt -> kept tokens [1, K, hidden], indices
@@ -35,6 +36,7 @@ from edgeprune.io.background import ThreadTask
 from edgeprune.io.files import is_file
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers, tier_number
+from edgeprune.plan.weights import weights_path
 
 CHECKS = ("full", "fast")
 PLAN = "plan.json"
@@ -156,10 +158,10 @@ def _load_plans(folder: Path, manifest: Manifest) -> tuple[KeepPlan, tuple[KeepP
     plan = KeepPlan.load(folder / PLAN)
     optional = {VISION_UNPRUNED: plan.vision_cuts, SELECTOR: plan.input, PREDICTOR: plan.has_rate_predictor}
     names = manifest.tiers[1:]
-    selectors = [tier_selector(name) for name in names] if plan.input else []
-    _check_listed(
-        folder, manifest, [name for name, needed in optional.items() if needed] + [tier_plan(name) for name in names] + selectors
-    )
+    needed_by_tiers = [tier_plan(name) for name in names] + ([tier_selector(name) for name in names] if plan.input else [])
+    if plan.weights:
+        needed_by_tiers += [weights_path(Path(path)).as_posix() for path in (PLAN, *map(tier_plan, names))]
+    _check_listed(folder, manifest, [name for name, needed in optional.items() if needed] + needed_by_tiers)
     lower = tuple(KeepPlan.load(folder / tier_plan(name)) for name in names)
     if lower:
         Tiers(dict(zip(manifest.tiers, (plan, *lower), strict=True)))  # raises PlanError if one decoder cannot serve all tiers

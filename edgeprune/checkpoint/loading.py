@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,27 @@ class LoadedModel:
             raise PlanError(f"{cut.method} cannot act at site {cut.site!r} of {self.folder.model_type}.", hint=f"It {reason}.")
         if cut.keep == 1 and cut.site in ("layer", "cache"):  # torch.export assumes min(1, length) == 1 for every length
             raise PlanError(f"{cut} keeps a single token, which no graph can.", hint="Keep 2, or none.")
-        method_class(cut.method)(cut, geometry)  # raises for unknown options
+        method = method_class(cut.method)(cut, geometry)  # raises for unknown options
+        if cut.weights is not None:
+            self._check_weights(cut, method)
+
+    def _check_weights(self, cut: Cut, method: Any) -> None:
+        again = (
+            f"Learn it for this one: edgeprune calibrate {self.folder.name} --data FILE --method {cut.method} --budget 0.25 -o PLAN"
+        )
+        hidden = self.family.decoder().hidden
+        if method.width != hidden:
+            raise PlanError(
+                f"The weights of {cut} are for visual tokens of width {method.width}; those of {self.folder.name} have {hidden}.",
+                hint=again,
+            )
+        if method.header["weights_sha256"] != self.weights_sha256:
+            raise PlanError(f"The weights of {cut} were learned from another model than {self.folder.name}.", hint=again)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The sha256 of the model's weights, as a manifest records it."""
+        return self.folder.source().weights_sha256
 
     def _check_vision(self, plan: KeepPlan) -> None:
         if not plan.vision_cuts:

@@ -8,6 +8,14 @@ from typing import Protocol
 Count = Callable[[int], None]  # is given the number that are done
 
 
+class NotedCount(Protocol):
+    """A Count that may also be given a note on how it goes."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """Take note of how many are done."""
+        ...
+
+
 class Progress(Protocol):
     """Receives how far long work is. The command line shows it (`edgeprune.cli.output.progress`)."""
 
@@ -19,7 +27,7 @@ class Progress(Protocol):
         """Take note of what is done now, if nobody knows how much of it there is."""
         ...
 
-    def count(self, what: str, total: int) -> Count:
+    def count(self, what: str, total: int) -> NotedCount:
         """Take note of what is done now, `total` times; return the function that is given the number done."""
         ...
 
@@ -33,9 +41,9 @@ class Silent:
     def say(self, what: str) -> None:
         """Show nothing."""
 
-    def count(self, what: str, total: int) -> Count:
+    def count(self, what: str, total: int) -> NotedCount:
         """Return a function that shows nothing."""
-        return lambda done: None
+        return lambda done, note="": None
 
 
 SILENT: Progress = Silent()

@@ -124,6 +124,12 @@ class Mask:
         joined = torch.cat([self.added[..., :before], self.added[..., before:] + added], dim=-1)
         return Mask(self.visible, joined, whole=None if self.whole is None else self.whole.hide(added))
 
+    def biased(self, bias: torch.Tensor, past_text: int) -> Mask:
+        """Return the mask with `bias` [S, S] on top for this step's keys, which follow `past_text` cached ones."""
+        after = self.added.shape[-1] - past_text - bias.shape[1]
+        whole = None if self.whole is None else self.whole.biased(bias, past_text)
+        return Mask(self.visible, self.added + torch.nn.functional.pad(bias, (past_text, after)), whole=whole)
+
 
 class Scores:
     """Attention scores of scaled queries [kv heads, group, S, head_dim] over the parts of the keys.

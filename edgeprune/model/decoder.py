@@ -132,6 +132,7 @@ class PrunedDecoder(nn.Module):
         probe: Probe | None = None,
         delete: Deletion | None = None,
         hide: Sequence[torch.Tensor] | None = None,
+        bias: torch.Tensor | None = None,
         every_logit: bool = False,
     ) -> StepOutput:
         """Run the tokens of three segments on top of the caches.
@@ -141,8 +142,8 @@ class PrunedDecoder(nn.Module):
         (system, instruction, generated) of each text key, cached and new. `probe(layer, view)` is called after the attention of
         each layer that has it. `delete(layer, view)` then returns the positions of the visual tokens that stay, ascending, for
         counts that depend on values; not for a trace. `hide`, one per layer [S, K]: added to the scores of the last K cached
-        visual tokens. `every_logit`: return the logits of the whole suffix, which is an answer: its tokens are causal in every
-        family.
+        visual tokens. `bias` [S, S]: added to the scores of the new tokens among each other, in every layer. `every_logit`: return
+        the logits of the whole suffix, which is an answer: its tokens are causal in every family.
         """
         mutual = self.shape.bidirectional and not every_logit
         tokens = self._join((prefix, visual, suffix), order, mutual)
@@ -163,6 +164,7 @@ class PrunedDecoder(nn.Module):
                 rows.append(states)
             else:
                 mask = self._mask(index, tokens, cache, masks, mutual, hide)
+                mask = mask if bias is None else mask.biased(bias, cache.key.shape[0])
                 attended = attend(layer.self_attn, self.shape, hidden, tokens, cache, mask, fused=self.fused)
                 if probe is not None:
                     probe(index, self._view(tokens, attended, embeds, None))

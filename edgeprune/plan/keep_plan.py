@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import PlanError, renamed
-from edgeprune.io.files import write_text
+from edgeprune.io.files import write_bytes, write_text
 from edgeprune.io.typed_json import from_json, read_json
 from edgeprune.plan.geometry import MAX_LAYERS, Geometry
 from edgeprune.plan.options import Option, settled
+from edgeprune.plan.weights import Weights, read_weights, weights_path
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION, OLDEST_SCHEMA = 3, 2  # 2 had no weights
 CLASSES = "classes"  # the form of a decode cut by which each layer has a class
 SITES = ("vision", "input", "layer", "cache", "decode")  # in the order in which a plan lists its cuts
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _WHAT = "A plan is the JSON file that edgeprune calibrate writes, and a bundle is a folder."
 _RENAMED = {  # old public names, which work for one release
     "live": "follows_attention",
@@ -42,7 +45,7 @@ class Cut:
     encoder, the same number in every view. "input" acts before decoder layer 0. "layer" acts before decoder layer `layer` (1 or
     more). "cache" prunes the KV cache of `layer` at the end of prefill, separately for each KV head. "decode" reads fewer entries
     of the caches of `layer` and all later layers while tokens are generated. `seed` is for randomised methods; `options` are
-    the method's settings.
+    the method's settings. `weights`: what the method learned from the model, for one that does.
     """
 
     site: str
@@ -51,6 +54,7 @@ class Cut:
     layer: int = 0
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if self.site not in SITES:
@@ -95,6 +99,8 @@ class KeepPlan:
         for cut in self.cuts:
             if cut.site != "vision" and cut.layer >= self.layers:  # the plan does not have the encoder's depth
                 raise beyond_layers(str(cut), self.layers)
+        if len(self.weights) > 1:
+            raise PlanError("The cuts of a plan name different weights.", hint="Only one of them may be learned.")
         self._check_counts()
         self._check_decode()
 
@@ -163,6 +169,11 @@ class KeepPlan:
         return self.follows_attention and not self.has_classes
 
     @property
+    def weights(self) -> list[Weights]:
+        """The weights that cuts have learned: at most one."""
+        return list(dict.fromkeys(cut.weights for cut in self.cuts if cut.weights is not None))
+
+    @property
     def tokens_from_encoder(self) -> int:
         """Visual tokens that leave the vision encoder."""
         return [self.geometry.tokens, *(cut.keep for cut in self.vision_cuts)][-1]
@@ -210,18 +221,26 @@ class KeepPlan:
         return replace(self, cuts=tuple(ordered))
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON, atomically."""
+        """Write the plan as JSON, atomically, and the weights of its cuts beside it."""
+        for weights in self.weights:
+            if weights.content is None:
+                raise PlanError("The weights of the plan are not at hand.", hint="Take the plan's own file.")
+            write_bytes(weights_path(path), weights.content)
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON data."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        """Return the plan as JSON data, with the sha256 of weights in their place."""
+        bare = replace(self, cuts=tuple(replace(cut, weights=None) for cut in self.cuts))
+        data = {"schema_version": SCHEMA_VERSION, **asdict(bare)}
+        for cut, written in zip(self.cuts, data["cuts"], strict=True):
+            written["weights"] = None if cut.weights is None else cut.weights.sha256
+        return data
 
     @classmethod
     def load(cls, path: Path) -> KeepPlan:
-        """Read a plan; raise PlanError if the file is not a valid plan of this schema."""
+        """Read a plan and the weights of its cuts; raise PlanError if the file is not a valid plan of this schema."""
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(read_json(path))._with_weights(path)
         except PlanError as error:
             raise PlanError(f"{path}: {error.message}", hint=error.hint) from error
         except OSError as error:
@@ -233,23 +252,40 @@ class KeepPlan:
         except ValueError as error:
             raise PlanError(f"Plan {path} cannot be read: {error}.", hint=_WHAT) from error
 
+    def _with_weights(self, path: Path) -> KeepPlan:
+        found = {weights: read_weights(path, weights) for weights in self.weights}
+        return replace(self, cuts=tuple(replace(cut, weights=found[cut.weights]) if cut.weights else cut for cut in self.cuts))
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KeepPlan:
-        """Build a plan from JSON data; raise PlanError if it is malformed or of another schema version."""
-        if not isinstance(data, Mapping) or data.get("schema_version") != SCHEMA_VERSION:
+        """Build a plan from JSON data; raise PlanError if it is malformed or of another schema version.
+
+        Of weights it knows no more than their sha256.
+        """
+        if not isinstance(data, Mapping) or data.get("schema_version") not in range(OLDEST_SCHEMA, SCHEMA_VERSION + 1):
             found = data.get("schema_version") if isinstance(data, Mapping) and "cuts" in data else None
             if found is None:
                 raise PlanError("This is no plan: it has no cuts, or no schema version.", hint=_WHAT)
-            raise PlanError(f"Plan schema version is {found}, this EdgePrune reads {SCHEMA_VERSION}.")
+            raise PlanError(f"Plan schema version is {found}, this EdgePrune reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}.")
         try:
             fields = {name: value for name, value in data.items() if name != "schema_version"}
             cuts = fields.pop("cuts", None)
             plan = from_json(cls, {**fields, "geometry": asdict(Geometry.from_dict(fields.get("geometry", {})))}, "plan")
             if not 1 <= plan.layers <= MAX_LAYERS or not isinstance(cuts, (list, tuple)) or len(cuts) > 4 * MAX_LAYERS:
                 raise ValueError("plan lacks its list of cuts, or has no layers or far too many")
-            return replace(plan, cuts=tuple(from_json(Cut, cut, f"cut {number}") for number, cut in enumerate(cuts)))
+            return replace(plan, cuts=tuple(_cut(cut, f"cut {number}") for number, cut in enumerate(cuts)))
         except ValueError as error:
             raise PlanError(f"Malformed plan: {error}.") from error
+
+
+def _cut(data: Any, name: str) -> Cut:
+    # In JSON the weights of a cut are the sha256 of their file.
+    named = data.get("weights") if isinstance(data, Mapping) else None
+    if named is None:
+        return from_json(Cut, data, name)
+    if not isinstance(named, str) or not _SHA256.fullmatch(named):
+        raise ValueError(f"{name}.weights must be a sha256")
+    return replace(from_json(Cut, {**data, "weights": None}, name), weights=Weights(named))
 
 
 def beyond_layers(cut: str, layers: int) -> PlanError:

@@ -37,6 +37,7 @@ PLANS = {
     "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
     **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
+    **{f"learned-{keep}": f"{ALL} --method learned --train --budget {keep / 100}" for keep in (25, 10)},
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "

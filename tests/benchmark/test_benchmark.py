@@ -28,7 +28,7 @@ from edgeprune.device.power import Power
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import EdgePruneError, ImageError, MissingExtraError, UsageError, install_command
-from edgeprune.io.progress import Count, Silent
+from edgeprune.io.progress import NotedCount, Silent
 from edgeprune.runtime.telemetry.receipt import Receipt
 
 TOKENS, REPEATS, CONTEXTS = 5, 3, (40, 60)
@@ -160,8 +160,9 @@ def test_contenders_take_turns(tiny_bundle: Bundle, machine: Machine, report: Pa
     rounds: list[int] = []
 
     class Rounds(Silent):
-        def count(self, what: str, total: int) -> Count:
-            return rounds.append if what == "rounds" else super().count(what, total)
+        def count(self, what: str, total: int) -> NotedCount:
+            counted = super().count(what, total)
+            return counted if what != "rounds" else lambda done, note="": rounds.append(done)
 
     quick(tiny_bundle.path, machine, report, compare=("none", "random"), repeats=3, progress=Rounds())
     forwards = ["pruned", "none", "random"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from learned_weights import drawn_weights
 
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions
 from edgeprune.calibration.data.samples import Score
@@ -290,3 +291,22 @@ def test_what_is_not_of_the_model_is_left_out_and_tiles_are_not_resized(tiny: Lo
     found.unpruned = replace(WHOLE, geometry=replace(GEOMETRY, views=GEOMETRY.layout))
     assert found.at(Budget("flops", 0.3)).plan.cuts
     assert {point.plan.geometry for point in found.points} == {found.unpruned.geometry}
+
+
+class Taught(Judge):
+    """To whom only what was learned chooses well."""
+
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
+        skill = 1.0 if plan.weights else 0.5
+        return Agreed(min(1.0, skill * (0.6 + plan.tokens_at_layer(2) / 400 * 2)), Score(1, 2, 4))
+
+
+def test_what_was_learned_is_a_candidate_alone_and_in_compositions(tiny: LoadedModel) -> None:
+    looking = search(tiny, Taught())
+    looking.learned = drawn_weights(48, (40, 200))
+    found = looking.at(Budget("flops", 0.5))
+    assert "learned" in found.name and found.plan.weights == [looking.learned]
+    assert {"learned", "composed"} <= {point.group for point in looking.points if point.plan.weights}
+    without = search(tiny, Taught())
+    without.at(Budget("flops", 0.5))
+    assert not any(point.plan.weights for point in without.points)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learned_weights import input_cut
 
 from edgeprune.methods.base import InputView, LayerView
 from edgeprune.methods.cdpruner import greedy_map
@@ -77,7 +78,7 @@ def check(chosen: torch.Tensor, keep: int) -> None:
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 1000), keep=st.integers(5, TOKENS))
 @settings(max_examples=60, deadline=None)
 def test_input_methods(name: str, kind: str, seed: int, keep: int) -> None:
-    check(method_class(name)(Cut("input", name, keep), geometry(name)).select(input_view(kind, seed), keep), keep)
+    check(method_class(name)(input_cut(name, keep, WIDTH), geometry(name)).select(input_view(kind, seed), keep), keep)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.98, 0.999, 1.0])
@@ -112,7 +113,7 @@ def selectors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def traced(name: str, path: Path) -> Any:
     view, names = input_view("gaussian", 0), ["visual", "prompt", "attention", "keys"]
-    selector = InputSelector(Cut("input", name, 15), geometry(name), WIDTH).eval()
+    selector = InputSelector(input_cut(name, 15, WIDTH), geometry(name), WIDTH).eval()
     arguments = (view.visual[None], view.prompt[None], view.attention, view.keys)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from learned_weights import input_cut
 
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, add_most_different, cosine
@@ -44,7 +45,7 @@ def view(words: int = 6, seed: int = 0) -> InputView:
 
 
 def method(name: str, keep: int = 9, **options: Any) -> Any:
-    return method_class(name)(Cut("input", name, keep, options=options), GEOMETRIES.get(name, GEOMETRY))
+    return method_class(name)(input_cut(name, keep, 12, **options), GEOMETRIES.get(name, GEOMETRY))
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
@@ -60,7 +61,7 @@ def test_exactly_the_budget_is_kept_in_order(name: str, options: dict[str, Any],
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_the_graph_keeps_the_same_tokens(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    selector = InputSelector(Cut("input", name, 9, options=options), GEOMETRIES.get(name, GEOMETRY), view().visual.shape[1]).eval()
+    selector = InputSelector(input_cut(name, 9, 12, **options), GEOMETRIES.get(name, GEOMETRY), view().visual.shape[1]).eval()
     seen = view()
     arguments = (seen.visual[None], seen.prompt[None], seen.attention, seen.keys)
     names = ["visual", "prompt", "attention", "keys"]

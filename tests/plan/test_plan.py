@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, Geometry, KeepPlan, View, keep_count
+from edgeprune.plan import Cut, Geometry, KeepPlan, View, Weights, keep_count
 from edgeprune.plan.presets import DEFAULT_LAYER, staircase_plan, unpruned_plan
 
 GEOMETRY = Geometry(192, 192, 16, 1)
@@ -92,11 +92,11 @@ def test_a_plan_survives_being_written(tmp_path: Path) -> None:
 
 def test_the_written_form_is_stable() -> None:
     assert plan(Cut("layer", "fastv", 72, layer=2)).to_dict() == {
-        "schema_version": 2,
+        "schema_version": 3,
         "family": "qwen2_vl",
         "layers": 8,
         "geometry": {"height": 192, "width": 192, "patch": 16, "merge": 1, "views": (), "frames": 1, "fps": 0.0},
-        "cuts": ({"site": "layer", "method": "fastv", "keep": 72, "layer": 2, "seed": 0, "options": {}},),
+        "cuts": ({"site": "layer", "method": "fastv", "keep": 72, "layer": 2, "seed": 0, "options": {}, "weights": None},),
     }
 
 
@@ -105,6 +105,52 @@ def test_malformed_files_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PlanError):
         KeepPlan.load(tmp_path / "plan.json")
+
+
+def test_the_schema_before_weights_is_read() -> None:
+    data = plan(Cut("layer", "fastv", 72, layer=2)).to_dict()
+    del data["cuts"][0]["weights"]
+    assert KeepPlan.from_dict({**data, "schema_version": 2}) == plan(Cut("layer", "fastv", 72, layer=2))
+    with pytest.raises(PlanError, match="schema version is 4, this EdgePrune reads 2 to 3"):
+        KeepPlan.from_dict({**data, "schema_version": 4})
+
+
+def learned(content: bytes = b"numbers") -> KeepPlan:
+    return plan(Cut("input", "learned", 36, weights=Weights.of(content)))
+
+
+def test_weights_lie_beside_the_plan(tmp_path: Path) -> None:
+    learned().save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.weights.safetensors").read_bytes() == b"numbers"
+    again = KeepPlan.load(tmp_path / "plan.json")
+    assert again == learned() and again.weights[0].content == b"numbers"
+    assert learned(b"others") != learned()
+
+
+def test_a_plan_without_its_own_weights_is_refused(tmp_path: Path) -> None:
+    learned().save(tmp_path / "plan.json")
+    (tmp_path / "plan.weights.safetensors").write_bytes(b"others")
+    with pytest.raises(PlanError, match=r"is not the file that .* was made with"):
+        KeepPlan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.weights.safetensors").unlink()
+    with pytest.raises(PlanError, match=r"weights of .* are missing"):
+        KeepPlan.load(tmp_path / "plan.json")
+    from_a_curve = KeepPlan.from_dict(learned().to_dict())
+    with pytest.raises(PlanError, match="not at hand"):
+        from_a_curve.save(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("named", [3, "abc", "A" * 64, ["0" * 64]])
+def test_weights_are_named_by_their_sha256(named: object) -> None:
+    data = learned().to_dict()
+    data["cuts"][0]["weights"] = named
+    with pytest.raises(PlanError, match="must be a sha256"):
+        KeepPlan.from_dict(data)
+
+
+def test_only_one_cut_is_learned() -> None:
+    with pytest.raises(PlanError, match="different weights"):
+        learned().with_cuts(Cut("layer", "learned", 20, layer=2, weights=Weights.of(b"others")))
 
 
 def test_an_unknown_field_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import edgeprune
 from edgeprune.registry import METHODS
 
 CITATION: dict[str, Any] = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-BASELINES = {"random", "uniform"}  # ours
+BASELINES = {"learned", "random", "uniform"}  # ours
 
 
 def paper(method: str) -> tuple[str, str, str]:

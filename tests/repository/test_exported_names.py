@@ -28,7 +28,7 @@ TABLE = {
         Runtime Sampling Shot Stream Times Turn load
     """,
     "edgeprune.plan": """
-        CLASSES SITES Cut Geometry KeepPlan Option View check_keep_ratio keep_count keep_count_up
+        CLASSES SITES Cut Geometry KeepPlan Option View Weights check_keep_ratio keep_count keep_count_up
     """,
     "edgeprune.bundle": """
         CHAT_TEMPLATE CHECKS DECODER EMBED MANIFEST PLAN PREDICTOR PREPROCESSOR SCHEMA_VERSION SELECTOR SPECIAL_TOKENS TOKENIZER

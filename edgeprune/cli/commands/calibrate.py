@@ -59,7 +59,7 @@ _ALLOCATE = (
     click.option("--onto", type=click.Path(path_type=Path), help="Add the cuts to this plan."),
 )
 # --core 0.3 is short for --option core=0.3, and --prior for --option prior=yes.
-_SHORT = ("core", "relevance", "allocate", "delta", "stages", "form"), ("prior", "follow")
+_SHORT = ("core", "relevance", "allocate", "delta", "stages", "form"), ("prior", "follow", "train")
 _SHORTHANDS = (
     *(click.option(f"--{name}", hidden=True) for name in _SHORT[0]),
     *(click.option(f"--{name}", is_flag=True, hidden=True) for name in _SHORT[1]),
@@ -92,7 +92,11 @@ def _all_options(command: Any) -> Any:
 @click.option("--budget", type=Share(), help="Share of the method's cost that the plan may spend, in (0, 1].")
 @renamed_option("--keep", "--budget", "a share of the method's cost")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The plan to write.")
-@click.option("--statistics", type=click.Path(path_type=Path), help="Kept here, and used from here.  [default: beside the plan]")
+@click.option(
+    "--statistics",
+    type=click.Path(path_type=Path),
+    help="Kept here, and used from here; of learned, a folder.  [default: beside the plan]",
+)
 @force_option
 @skip_option
 @_all_options

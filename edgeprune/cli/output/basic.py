@@ -16,6 +16,7 @@ from edgeprune.cli.output.progress import CommandProgress
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle, Manifest
     from edgeprune.calibration.calibrate import CalibrationResult
+    from edgeprune.calibration.learn.run import Learning
     from edgeprune.calibration.search.pareto import Point
     from edgeprune.export.verification import ParityStage
     from edgeprune.plan import KeepPlan, Option
@@ -43,6 +44,13 @@ def show_calibration(result: CalibrationResult, as_json: bool) -> None:
         names = list(result.tried[0].options)
         trials = [(*(trial.options[name] for name in names), f"{trial.divergence:.3f}") for trial in result.tried]
         show_table((*names, "divergence, nats an answer"), trials, as_json=False)
+    _show_search(result)
+    click.echo(f"\nplan written to {result.output}; next: edgeprune export MODEL --plan {result.output} -o BUNDLE")
+
+
+def _show_search(result: CalibrationResult) -> None:
+    if result.learning is not None:
+        show_learning(result)
     if result.curve is not None:
         best = [(p.name, f"{p.flops:.1%}", f"{p.kv:.1%}", f"{p.score:.1%}", *_facts_of(p)) for p in result.curve.front()]
         show_table(
@@ -50,7 +58,31 @@ def show_calibration(result: CalibrationResult, as_json: bool) -> None:
         )
     if result.times is not None:
         click.echo(f"times: {result.times.how}, {result.times.device}")
-    click.echo(f"\nplan written to {result.output}; next: edgeprune export MODEL --plan {result.output} -o BUNDLE")
+
+
+def show_learning(result: CalibrationResult) -> None:
+    """Print how a learned selection compares with methods that learn nothing, and which one to take if it is not ahead."""
+    learning, plan = result.learning, result.plan
+    assert learning is not None and plan is not None
+    how = "trained through the decoder" if learning.trained else "closed form"
+    rows = [("learned", how, f"{learning.divergence:.3f}")]
+    rows += [(each.method, _options_text(each.options) or "as it comes", f"{each.divergence:.3f}") for each in learning.rivals]
+    show_table((f"on {learning.held_out} held-out images", "options", "divergence, nats an answer"), rows, as_json=False)
+    if not learning.ahead:
+        best = learning.rivals[0]
+        share = plan.tokens_entering_decoder / plan.tokens_from_encoder
+        words = ["edgeprune export MODEL", f"--method {best.method}", f"--keep {share:.3g}", _options_text(best.options)]
+        click.echo(f"learned is not ahead here. Take {best.method}: {' '.join(filter(None, words))} -o BUNDLE", err=True)
+
+
+def _options_text(options: Mapping[str, Any]) -> str:
+    return " ".join(f"--option {name}={value}" for name, value in options.items())
+
+
+def _learning_data(learning: Learning) -> dict[str, Any]:
+    names = ("images", "held_out", "trained", "divergence", "ahead")
+    found = {name: getattr(learning, name) for name in names}
+    return {**found, "settings": asdict(learning.settings), "rivals": [asdict(rival) for rival in learning.rivals]}
 
 
 def _facts_of(point: Point) -> list[str]:
@@ -61,6 +93,7 @@ def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
     found: dict[str, Any] = {"statistics": None if result.statistics is None else str(result.statistics), "samples": result.samples}
     found["skipped"] = list(result.skipped)
     found["tried"] = [asdict(trial) for trial in result.tried]
+    found["learning"] = None if result.learning is None else _learning_data(result.learning)
     if result.plan is not None:
         costs = {"flops": result.flops, "kv": result.kv}
         found |= {"output": str(result.output), "plan": result.plan.to_dict(), **costs}

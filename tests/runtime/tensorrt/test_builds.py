@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from learned_weights import input_cut
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
@@ -30,6 +31,7 @@ from edgeprune.targets import TARGETS, Lowering
 pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
 
 BASE = unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY)
+WIDTH = 128  # of the visual tokens of the model "even"
 RANKED: dict[str, Any] = {"rows": "peak", "reduce": "max", "spread": True, "prior": [list(range(12))] * 2}
 CACHES = BASE.with_cuts(*(Cut("cache", "plphp", keep, layer) for layer, keep in enumerate((7, 5))))
 PREDICTOR_OPTIONS = {"form": "predictor", "weight": [[0.1] * 9] * 2, "bias": [0.5, 0.0], "shares": [1.0, 0.4]}
@@ -54,7 +56,7 @@ def plans() -> Iterator[tuple[str, KeepPlan]]:
             if site == "vision":
                 yield f"{name} @ vision", BASE.with_cuts(Cut("vision", name, 6, layer=1))
             elif site == "input":
-                yield f"{name} @ input", BASE.with_cuts(Cut("input", name, 5))
+                yield f"{name} @ input", BASE.with_cuts(input_cut(name, 5, WIDTH))
             elif site == "layer":
                 yield f"{name} @ layer", BASE.with_cuts(Cut("layer", name, 0 if name == "vtw" else 5, layer=1))
             elif site == "cache":
@@ -80,7 +82,7 @@ def composed() -> Iterator[tuple[str, KeepPlan]]:
         form = list(FORMS)[index % len(FORMS)]
         cuts = [
             Cut("vision", vision, 11, layer=1),
-            Cut("input", first, 10),
+            input_cut(first, 10, WIDTH),
             Cut("layer", layer, 0 if layer == "vtw" else 8, layer=1),
         ]
         cuts += [Cut("cache", cache, 9), Cut("cache", cache, 0 if layer == "vtw" else 4, layer=1)]

@@ -1,0 +1,266 @@
+"""`calibrate --method learned`: record the samples, learn a selection, and compare it with methods that learn nothing.
+
+Every fourth image is held out. They choose the settings, and are the gate: what is learned has to be closer to the unpruned model
+there than every method without learning, in each of its variants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.calibration.data.samples import Sample, check_images
+from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
+from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
+from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, measured
+from edgeprune.calibration.learn.straight import BATCH, Schedule, Trainee, train
+from edgeprune.calibration.replay.episodes import Recorder
+from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.errors import UsageError
+from edgeprune.io.progress import Progress
+from edgeprune.methods.learned import Learned, write
+from edgeprune.model import Segment
+from edgeprune.plan import Cut, KeepPlan, Weights
+from edgeprune.registry import method_class, options_of
+
+HELD_OUT = 4  # every fourth image
+MOST_HELD_OUT = 24
+EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 60, 400
+# Methods without learning that need no signal of the vision encoder; the baselines are not among them.
+FIRST_IMAGES, FINALISTS = 6, 3
+RIVALS = ("cdpruner", "dart", "divprune", "zspaprune")
+
+
+@dataclass(frozen=True)
+class LearnRequest:
+    """What is learned: a selection of `keep` visual tokens, and of `least` for weights that tiers share."""
+
+    keep: int
+    least: int
+    rank: int
+    train: bool
+    seed: int
+    max_tokens: int
+    fit: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A selection and its divergence from the unpruned model on the held-out images, in nats an answer."""
+
+    method: str
+    options: Mapping[str, Any]
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Learned weights, and how they compare. `images` were learned from, `held_out` others; `rivals` are in order."""
+
+    weights: Weights
+    images: int
+    held_out: int
+    settings: Settings
+    trained: bool
+    divergence: float
+    rivals: tuple[Rival, ...]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether what was learned is closer to the unpruned model than every rival."""
+        return self.divergence < self.rivals[0].divergence
+
+
+def learn(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    base: KeepPlan,
+    request: LearnRequest,
+    output: Path,
+    progress: Progress,
+    *,
+    kept: Path | None = None,
+    gate: bool = True,
+) -> Learning:
+    """Learn a selection of the visual tokens that enter the decoder under `base`, whose cuts are in the vision encoder.
+
+    `kept`: a folder where what is recorded stays, for other requests over the same samples. Without one it stays beside `output`
+    only if the run is interrupted, and the same request goes on from there. `gate`: also measure rivals. Raises UsageError for
+    samples of too few images, or of images that are alike.
+    """
+    loaded.model.requires_grad_(False)
+    if request.train and loaded.family.stateful:
+        raise UsageError(
+            f"Training needs attention in every layer: most of a {loaded.folder.model_type} have {loaded.family.stateful} instead.",
+            hint="Leave --train out: the closed form needs none.",
+        )
+    digest = _digest(loaded, samples, base, request)
+    folder = output.with_name(f".{output.name}.{digest}.learning") if kept is None else kept / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(loaded, base, request.max_tokens, request.device)
+    listener = Listener(recorder.decoder)
+    scenes = _record(recorder, listener, samples, request.fit, folder, progress)
+    state = folder / f"training.{request.keep}.{request.least}.{request.rank}.{request.seed}.safetensors"
+    found = _learn(loaded, listener, scenes, base, request, state, progress, gate=gate)
+    state.unlink(missing_ok=True)
+    if kept is None:
+        shutil.rmtree(folder)
+    return found
+
+
+def _learn(
+    loaded: LoadedModel,
+    listener: Listener,
+    scenes: Sequence[Path],
+    base: KeepPlan,
+    request: LearnRequest,
+    state: Path,
+    progress: Progress,
+    *,
+    gate: bool,
+) -> Learning:
+    load = [partial(Scene.load, path, request.device) for path in scenes]
+    held = load[HELD_OUT - 1 :: HELD_OUT][:MOST_HELD_OUT]
+    rest = [scene for number, scene in enumerate(load) if number % HELD_OUT != HELD_OUT - 1]
+    width = loaded.family.decoder().hidden
+    judge = HeldOut(listener, held, width)
+    keeps = tuple(dict.fromkeys((request.keep, request.least)))
+    header = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
+
+    def weights(tensors: dict[str, torch.Tensor], question: float) -> Weights:
+        return write(tensors, {**header, "question": question})
+
+    def divergence(tensors: dict[str, torch.Tensor], question: float) -> float:
+        cut = Cut("input", "learned", request.keep, weights=weights(tensors, question))
+        return judge.divergence(Learned(cut, base.geometry).select, keeps)
+
+    sums = _sums(rest, width)
+    rank = min(request.rank, width)
+    counted = progress.count("comparing settings", MOST_TRIED)
+    settings, closed = search(lambda each: divergence(closed_form(sums, each, rank), each.question), counted)
+    best, lowest, trained = closed_form(sums, settings, rank), closed, False
+    if request.train:
+        tensors = _train(listener, rest, sums, best, keeps, request, state, progress)
+        lowest = divergence(tensors, settings.question)
+        trained = lowest < closed
+        best, lowest = (tensors, lowest) if trained else (best, closed)
+    rivals = _rivals(judge, base, request, keeps, progress) if gate else ()
+    return Learning(weights(best, settings.question), len(rest), len(held), settings, trained, lowest, rivals)
+
+
+def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:
+    sums = Sums()
+    for load in scenes:
+        scene = load()
+        sums.add(scene.visual.embeds[0, :, :width], scene.importance)
+    return sums
+
+
+def _train(
+    listener: Listener,
+    scenes: Sequence[Callable[[], Scene]],
+    sums: Sums,
+    start: dict[str, torch.Tensor],
+    keeps: tuple[int, ...],
+    request: LearnRequest,
+    state: Path,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    steps = min(MOST_STEPS, max(FEWEST_STEPS, EPOCHS * len(scenes) // BATCH))
+    counted = progress.count("training, steps", steps)
+    trainee = Trainee(start, sums.mean, sums.deviation, request.seed)
+    schedule = Schedule(steps, keeps, request.seed)
+    train(listener, scenes, trainee, schedule, state, lambda done, loss: counted(done, f"loss {loss:.3f} nats"))
+    return trainee.tensors()
+
+
+def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequence[int], progress: Progress) -> tuple[Rival, ...]:
+    # All variants on a few images, then the best of them on all.
+    counted = progress.count("comparing methods that learn nothing", len(variants := _variants()) + FINALISTS)
+
+    def compare(compared: Sequence[Rival], images: int | None, before: int) -> list[Rival]:
+        found = []
+        for number, each in enumerate(compared, start=1):
+            cut = Cut("input", each.method, request.keep, options=each.options)
+            select = method_class(each.method)(cut, base.geometry).select
+            found.append(replace(each, divergence=judge.divergence(select, keeps, images)))
+            counted(before + number)
+        return sorted(found, key=lambda rival: rival.divergence)
+
+    best = compare([Rival(method, options, 0.0) for method, options in variants], FIRST_IMAGES, 0)[:FINALISTS]
+    return tuple(compare(best, None, len(variants)))
+
+
+def _variants() -> list[tuple[str, dict[str, Any]]]:
+    # The defaults of each rival's options, and each option that calibration compares at each of its other values.
+    variants: list[tuple[str, dict[str, Any]]] = []
+    for method in RIVALS:
+        variants.append((method, {}))
+        for option in options_of(method):
+            variants += [(method, {option.name: value}) for value in option.tries if value != option.default]
+    return variants
+
+
+def _record(
+    recorder: Recorder, listener: Listener, samples: Sequence[Sample], fit: str, folder: Path, progress: Progress
+) -> list[Path]:
+    # Writes a scene for each image; those of an interrupted run are there already.
+    groups: dict[Any, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.images, []).append(sample)
+    counted = progress.count("answering without pruning, images", len(groups))
+    paths, different = list[Path](), set[bytes]()
+    for number, group in enumerate(groups.values()):
+        place = folder / f"{number:06}"
+        if not place.is_dir():
+            for index, scene in enumerate(_scenes_of(recorder, listener, group, fit)):
+                scene.save(folder / f"{number:06}.{index}.safetensors")
+            place.mkdir()  # all of them are written
+        found = sorted(folder.glob(f"{number:06}.*.safetensors"))
+        different |= {hashlib.sha256(_tokens_of(path)).digest() for path in found}
+        paths += found
+        counted(number + 1)
+    check_images(len(different), "To the model the samples show")
+    return paths
+
+
+def _tokens_of(path: Path) -> bytes:
+    embeds: bytes = Scene.load(path, "cpu").visual.embeds.numpy().tobytes()
+    return embeds
+
+
+def _scenes_of(recorder: Recorder, listener: Listener, samples: Sequence[Sample], fit: str) -> list[Scene]:
+    # Questions whose visual tokens and text before them are the same share a scene: all about one image.
+    shown: list[tuple[Segment, Segment, list[Asked]]] = []
+    recorder.see(len(samples[0].images))
+    for sample in samples:
+        for recording in recorder.ask(sample, fit):
+            prefix, visual, prompt = recorder.segments(recording)
+            asked = Asked(prompt, recording.answer, recorder.embedded(sample.prompt))
+            for before, tokens, questions in shown:
+                if _same(before, prefix) and _same(tokens, visual):
+                    questions.append(asked)
+                    break
+            else:
+                shown.append((prefix, visual, [asked]))
+    return [measured(listener, prefix, visual, tuple(asked)) for prefix, visual, asked in shown]
+
+
+def _same(one: Segment, other: Segment) -> bool:
+    return torch.equal(one.embeds, other.embeds) and torch.equal(one.positions, other.positions)
+
+
+def _digest(loaded: LoadedModel, samples: Sequence[Sample], base: KeepPlan, request: LearnRequest) -> str:
+    # Part of the folder's name, so that what was recorded otherwise is not taken.
+    how = [base.to_dict(), request.max_tokens, request.fit]
+    content = [loaded.weights_sha256, *how, [(str(each.image), each.prompt) for each in samples]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

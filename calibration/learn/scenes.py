@@ -1,0 +1,234 @@
+"""Images with the unpruned model's answers to the questions about each, and what the decoder says with other visual tokens.
+
+The questions of an image stand behind one copy of it in one forward pass, hidden from each other. Decoders with states instead of
+caches, and those whose prompts attend to each other, take one question at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from edgeprune.io.files import write_bytes
+from edgeprune.model import PrunedDecoder, Segment
+from edgeprune.model.cache import LayerCache
+from edgeprune.plan import KeepPlan
+
+PACKED = 512  # tokens of questions and answers in one forward pass
+LIKELY = 64  # tokens of the vocabulary whose probabilities a divergence compares one by one
+_MEASURED = ("importance", "likely", "ids")
+DROPPED = 1e-6  # the weight of a token that a gate leaves out: above 0, so that its gradient says what it would have given
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and the unpruned model's answer: `prompt`, the text behind the image, and `answer`, without its last token.
+
+    `words` [M, hidden]: the embedded question without the chat template.
+    """
+
+    prompt: Segment
+    answer: Segment
+    words: torch.Tensor
+
+    @property
+    def text(self) -> Segment:
+        """Prompt and answer."""
+        return joined([self.prompt, self.answer])
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of prompt and answer."""
+        return self.prompt.embeds.shape[1] + self.answer.embeds.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of the answer."""
+        return 1 + self.answer.embeds.shape[1]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The tokens of one image, those before it, and the questions about it.
+
+    `importance` [V]: of each visual token, the logarithm of |v·∂L/∂v|, where L is the negative log-likelihood of all answers.
+    `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens without pruning.
+    """
+
+    prefix: Segment
+    visual: Segment
+    asked: tuple[Asked, ...]
+    importance: torch.Tensor
+    likely: torch.Tensor
+    ids: torch.Tensor
+
+    def only(self, numbers: Sequence[int]) -> Scene:
+        """Return the scene with only some of its questions, by their numbers; with the importance to all of them."""
+        lengths = [asked.tokens for asked in self.asked]
+        parts = (torch.split(rows, lengths) for rows in (self.likely, self.ids))
+        likely, ids = (torch.cat([rows[number] for number in numbers]) for rows in parts)
+        return replace(self, asked=tuple(self.asked[number] for number in numbers), likely=likely, ids=ids)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, atomically."""
+        from safetensors.torch import save
+
+        parts = {"prefix": self.prefix, "visual": self.visual}
+        for number, asked in enumerate(self.asked):
+            parts |= {f"prompt.{number}": asked.prompt, f"answer.{number}": asked.answer}
+        tensors = {f"{name}.{field}": getattr(part, field) for name, part in parts.items() for field in ("embeds", "positions")}
+        tensors |= {f"words.{number}": asked.words for number, asked in enumerate(self.asked)}
+        tensors |= {name: getattr(self, name) for name in _MEASURED}
+        write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+    @classmethod
+    def load(cls, path: Path, device: str) -> Scene:
+        """Read a scene that was saved."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(path, device)
+
+        def segment(name: str) -> Segment:
+            return Segment(tensors[f"{name}.embeds"], tensors[f"{name}.positions"])
+
+        count = sum(name.startswith("words.") for name in tensors)
+        asked = (Asked(segment(f"prompt.{n}"), segment(f"answer.{n}"), tensors[f"words.{n}"]) for n in range(count))
+        return cls(segment("prefix"), segment("visual"), tuple(asked), *(tensors[name] for name in _MEASURED))
+
+
+class Listener:
+    """The decoder of a model whose own answers are replayed, `plan` being one without cuts in it."""
+
+    def __init__(self, decoder: PrunedDecoder) -> None:
+        self.decoder = decoder
+        self.alone = bool(decoder.shape.states or decoder.shape.bidirectional)
+        self.gates = not decoder.shape.states
+
+    @classmethod
+    def of(cls, parts: object, plan: KeepPlan) -> Listener:
+        """Return the listener of a decoder's parts."""
+        return cls(PrunedDecoder(parts, plan).eval())  # type: ignore[arg-type]
+
+    def logits(
+        self,
+        scene: Scene,
+        *,
+        visual: torch.Tensor | None = None,
+        chosen: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the logits [answer tokens, vocabulary] of all answers, question after question.
+
+        `visual`: other embeddings of the visual tokens. `chosen` [K]: the visual tokens that there
+        are. `gate` [V]: the weight from 0 to 1 with which others attend to each, exact at 1.
+        """
+        seen = scene.visual if visual is None else Segment(visual, scene.visual.positions)
+        order = torch.arange(seen.embeds.shape[1], device=seen.embeds.device)
+        if chosen is not None:
+            seen, order = Segment(seen.embeds.index_select(1, chosen), seen.positions.index_select(1, chosen)), chosen
+        weight = None if gate is None else torch.log(gate + DROPPED)
+        parts = [self._replayed(scene.prefix, seen, pack, order, weight) for pack in self.packs(scene.asked)]
+        return torch.cat(parts)
+
+    def packs(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+        """Yield the questions of one forward pass after another."""
+        pack: list[Asked] = []
+        for each in asked:
+            if pack and (self.alone or sum(other.length for other in pack) + each.length > PACKED):
+                yield pack
+                pack = []
+            pack.append(each)
+        yield pack
+
+    def _replayed(
+        self, prefix: Segment, visual: Segment, pack: list[Asked], order: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.decoder.shape.bidirectional:
+            return self._after_prefill(prefix, visual, pack[0], order, weight)
+        text = joined([asked.text for asked in pack])
+        bias = bias_of(prefix.embeds.shape[1], visual.embeds.shape[1], [asked.length for asked in pack], weight)
+        output = self.decoder(prefix, visual, text, self.decoder.empty_caches(), order, bias=bias, every_logit=True)
+        rows, start = list[torch.Tensor](), 0
+        for asked in pack:
+            rows.append(output.logits[0, start + asked.prompt.embeds.shape[1] - 1 : start + asked.length])
+            start += asked.length
+        return torch.cat(rows)
+
+    def _after_prefill(
+        self, prefix: Segment, visual: Segment, asked: Asked, order: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        # The tokens of a prompt attend to each other, and those of its answer only to what is before them.
+        before, tokens, after = (part.embeds.shape[1] for part in (prefix, visual, asked.prompt))
+        bias, empty = bias_of(before, tokens, [after], weight), self.decoder.empty_caches()
+        prefill = self.decoder(prefix, visual, asked.prompt, empty, order, bias=bias)
+        caches = [cache.append(rows, before, after) for cache, rows in zip(empty, prefill.rows, strict=True)]
+        assert all(isinstance(cache, LayerCache) for cache in caches)
+        steps = asked.answer.embeds.shape[1]
+        if not steps:
+            return torch.as_tensor(prefill.logits[0])
+        nothing = Segment(asked.answer.embeds[:, :0], asked.answer.positions[:, :0])
+        hide = None if weight is None else [weight[None].expand(steps, -1)] * len(caches)
+        output = self.decoder(nothing, nothing, asked.answer, caches, hide=hide, every_logit=True)
+        return torch.cat([prefill.logits[0], output.logits[0]])
+
+
+def joined(parts: Sequence[Segment]) -> Segment:
+    """Return segments one after another."""
+    return Segment(torch.cat([part.embeds for part in parts], dim=1), torch.cat([part.positions for part in parts], dim=1))
+
+
+def bias_of(before: int, tokens: int, lengths: Sequence[int], weight: torch.Tensor | None) -> torch.Tensor | None:
+    """Return what is added to the scores [S, S] of `before` tokens, `tokens` visual ones and texts of `lengths`; None for nothing.
+
+    Texts do not see each other. `weight` [tokens] is added for each visual token as a key, but not where it attends to itself.
+    """
+    if len(lengths) == 1 and weight is None:
+        return None
+    after = sum(lengths)
+    total = before + tokens + after
+    device = None if weight is None else weight.device
+    bias = torch.zeros(total, total, device=device)
+    if len(lengths) > 1:
+        text = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+        bias[before + tokens :, before + tokens :] = torch.where(text[:, None] == text[None], 0.0, float("-inf"))
+    if weight is None:
+        return bias
+    columns = torch.nn.functional.pad(weight, (before, after))[None]
+    own = torch.nn.functional.pad(torch.diag(weight), (before, after, before, after))
+    return bias + columns - own
+
+
+def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[Asked, ...]) -> Scene:
+    """Return a scene with what the unpruned model says and what matters to it, by one backward pass to the visual tokens alone."""
+    tokens = visual.embeds.detach().clone().requires_grad_(True)
+    bare = Scene(prefix, visual, asked, *[torch.zeros(0)] * len(_MEASURED))
+    gradient, references = torch.zeros_like(tokens), list[tuple[torch.Tensor, torch.Tensor]]()
+    for pack in listener.packs(asked):  # a pass's memory is free before the next
+        logits = listener.logits(replace(bare, asked=tuple(pack)), visual=tokens)
+        references.append(probabilities(logits.detach()))
+        said = logits.detach().argmax(dim=-1)  # the unpruned model's own answers
+        loss = torch.nn.functional.cross_entropy(logits.float(), said, reduction="sum")
+        gradient += torch.autograd.grad(loss, tokens)[0]
+    importance = torch.log((gradient * visual.embeds)[0].sum(dim=-1).abs() + 1e-4)
+    likely, ids = (torch.cat(rows) for rows in zip(*references, strict=True))
+    return replace(bare, importance=importance, likely=likely, ids=ids)
+
+
+def probabilities(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of the LIKELY most likely tokens of each row of logits, and their ids, both [n, LIKELY]."""
+    logs = torch.log_softmax(logits.float(), dim=-1)
+    likely, ids = torch.topk(logs, min(LIKELY, logs.shape[1]))
+    return likely, ids
+
+
+def lost(scene: Scene, logits: torch.Tensor) -> torch.Tensor:
+    """Return the KL divergence in nats [n] from the unpruned model to logits [n, vocabulary] of a scene's answers.
+
+    Tokens that the unpruned model holds unlikely count as one.
+    """
+    logs = torch.log_softmax(logits.float(), dim=-1).gather(1, scene.ids)
+    rest, others = (torch.log1p(-each.exp().sum(dim=-1).clamp_max(1 - 1e-6)) for each in (scene.likely, logs))
+    return (scene.likely.exp() * (scene.likely - logs)).sum(dim=-1) + rest.exp() * (rest - others)

@@ -1,0 +1,142 @@
+"""Learned: keep the tokens that matter and differ, where calibration learned from this model what both mean.
+
+Our own method, no paper: `edgeprune calibrate --method learned` learns it offline (`edgeprune.calibration.learn`). A visual token v
+has a score s = v·θ + gelu(v H + h)·o and a place f = (v M + m) / |v M + m| in a space of few dimensions. The first token has the
+highest score. Each further one has the highest gain exp(s) (1.001 - max over the chosen c of f·f_c): greedy max-min diversity,
+weighted by importance. With a weight q for the question, s gains q times how similar v is to the mean embedding of the prompt's
+words (cosine, standardized over the image). A set for fewer tokens is a part of every set for more.
+
+Related: DivPrune (arXiv 2503.02175) has the same search with cosines of the tokens themselves and no score. CDPruner (2506.10967)
+weighs by relevance to the prompt and maximizes a determinant. Both learn nothing. VisionSelector (2510.16598) and other trained
+pruners learn scores with answers and much data, and take the highest, of which neighbours say the same.
+
+Static by nature: constant shapes, products and the greedy chain that DivPrune has. Weights belong to one model, and to the counts
+that they were learned for.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional
+
+from edgeprune.errors import PlanError
+from edgeprune.methods.base import InputView, add_most_different, ascending, cosine, unit
+from edgeprune.plan import Cut, Geometry, Option, Weights
+
+SCHEMA_VERSION = 1
+MARGIN = 1.001  # keeps the gain of tokens that equal a chosen one above 0, so that their scores still count
+_TINY, _LEAST, _MOST = 1e-12, -60.0, 1e30
+_AGAIN = "Learn it: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
+_SHAPES = {"theta": "d", "hidden": "dh", "hidden_bias": "h", "out": "h", "metric": "dr", "metric_bias": "r"}
+
+
+class Learned:
+    """Keep a set of tokens by a learned score and a learned metric."""
+
+    sites: ClassVar[tuple[str, ...]] = ("input",)
+    needs: ClassVar[tuple[str, ...]] = ()
+    calibration_options: ClassVar[tuple[Option, ...]] = (
+        Option("train", False, "train score and metric further, through the frozen decoder; takes longer"),
+        Option("rank", 64, "dimensions of the learned metric", least=1, most=1024),
+    )
+
+    def __init__(self, cut: Cut, geometry: Geometry) -> None:
+        del geometry
+        cut.settings()  # what there is to set, calibration sets
+        if cut.weights is None or cut.weights.content is None:
+            raise PlanError(f"{cut} has no weights.", hint=_AGAIN)
+        self.header, self.tensors = read(cut.weights)
+        least, most = self.header["keeps"]
+        if not least <= cut.keep <= most:
+            learned = f"{least} to {most}" if least < most else f"{least}"
+            raise PlanError(f"{cut} keeps {cut.keep} tokens; its weights were learned for {learned}.", hint=_AGAIN)
+
+    @property
+    def width(self) -> int:
+        """The width of visual tokens that the weights are for."""
+        return int(self.tensors["theta"].shape[0])
+
+    def select(self, view: InputView, keep: int) -> torch.Tensor:
+        """Return the ascending positions [min(keep, V)] of the set."""
+        scores, places = self.score(view), self.places(view.visual)
+        gain = torch.exp((scores - scores.amax(dim=0)).clamp_min(_LEAST))[:, None]
+        # What the shared search takes for similarity is minus the gain, [chosen, candidate]; one product makes all of it.
+        chosen = torch.cat([places, torch.full_like(gain, -MARGIN)], dim=1)
+        candidates = torch.cat([places, torch.ones_like(gain)], dim=1) * gain
+        first, others = torch.topk(scores, 1).indices, min(keep, view.visual.shape[0]) - 1
+        return ascending(add_most_different(chosen @ candidates.transpose(0, 1), first, others))
+
+    def score(self, view: InputView) -> torch.Tensor:
+        """Return how much each visual token matters [V], as a logarithm."""
+        rows = finite(view.visual)
+        t = {name: tensor.to(rows.device) for name, tensor in self.tensors.items()}
+        score = rows @ t["theta"] + functional.gelu(rows @ t["hidden"] + t["hidden_bias"]) @ t["out"]
+        if self.header["question"]:
+            score = score + self.header["question"] * standardized(cosine(view.visual, view.prompt.mean(dim=0, keepdim=True))[:, 0])
+        # NaN compares false.
+        return torch.where(score.abs() <= _MOST, score, 0.0)
+
+    def places(self, visual: torch.Tensor) -> torch.Tensor:
+        """Return each visual token's place on the unit sphere of the metric [V, rank]."""
+        metric, bias = (self.tensors[name].to(visual.device) for name in ("metric", "metric_bias"))
+        return unit(finite(visual) @ metric + bias)
+
+
+def finite(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows in float32, with zeros for what is no finite number."""
+    rows = rows.float()
+    return torch.where(rows.abs() <= _MOST, rows, 0.0)
+
+
+def standardized(values: torch.Tensor) -> torch.Tensor:
+    """Return values [V] with mean 0 and mean square 1."""
+    centred = values - values.mean(dim=0)
+    return centred / centred.square().mean(dim=0).sqrt().clamp_min(_TINY)
+
+
+def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
+    """Return the weights of a cut.
+
+    `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], for tokens of width d.
+    `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, and the weight of the `question`.
+    """
+    from safetensors.torch import save
+
+    rows = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+    return Weights.of(save(rows, {"edgeprune": json.dumps({"schema_version": SCHEMA_VERSION, **header})}))
+
+
+def read(weights: Weights) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return header and tensors of a cut's weights, checked; raise PlanError if they are not those of this method."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    assert weights.content is not None
+    try:
+        length = int.from_bytes(weights.content[:8], "little")
+        header = json.loads(json.loads(weights.content[8 : 8 + length])["__metadata__"]["edgeprune"])
+        tensors = load(weights.content)
+        keeps, question = header["keeps"], header["question"]
+        counted = [type(keep) is int and keep > 0 for keep in keeps]
+        well = header["schema_version"] == SCHEMA_VERSION and counted == [True, True] and isinstance(question, (int, float))
+        well = well and isinstance(header["weights_sha256"], str) and set(tensors) == set(_SHAPES) and _fit(tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PlanError(f"The weights are not readable: {error!r}.", hint=_AGAIN) from error
+    if not well:
+        raise PlanError("The weights are not those of the method learned, or of another version.", hint=_AGAIN)
+    return header, tensors
+
+
+def _fit(tensors: dict[str, torch.Tensor]) -> bool:
+    # Whether the tensors are float32, finite, and have shapes that belong together.
+    sizes: dict[str, int] = {}
+    for name, axes in _SHAPES.items():
+        tensor = tensors[name]
+        if tensor.ndim != len(axes) or tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            return False
+        if any(sizes.setdefault(axis, length) != length for axis, length in zip(axes, tensor.shape, strict=True)):
+            return False
+    return True

@@ -1,0 +1,165 @@
+"""What learning which tokens matter brings on the bundled model, on scenes that nothing was chosen on.
+
+    python examples/learned/learned_tokens.py OUT
+    python examples/learned/learned_tokens.py OUT --images 20 40 80 160 --budgets 0.112
+    python examples/learned/learned_tokens.py OUT --time
+
+Plans are learned from scenes of seed 77 and compared by `edgeprune compare` on scenes of another. At each budget: the closed form,
+the trained one, DivPrune, and the three best variants of methods that learn nothing, as the held-out images rank them. --images: a
+learning curve. --time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already
+holds is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.cli import main as command
+from edgeprune.plan import Cut, KeepPlan
+
+LEARNING_SEED = 77
+FORMS = ("closed", "trained")
+WIDTH, TOKENS, KEPT, RANK, HIDDEN, REPEATS = 896, 729, 73, 64, 16, 40
+
+
+def main() -> None:
+    """Make the plans and compare them, or time the selections."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.112, 0.05])
+    parser.add_argument("--images", type=int, nargs="+", default=[120], help="scenes to learn from; several for a curve")
+    parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
+    parser.add_argument("--seed", type=int, default=2000, help="of the scenes to measure on")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+    parser.add_argument("--time", action="store_true")
+    request = parser.parse_args()
+    request.out.mkdir(parents=True, exist_ok=True)
+    if request.time:
+        print_times()
+        return
+    draw(unseen := request.out / f"unseen-{request.seed}", request.scenes, request.seed)
+    for budget in request.budgets:
+        plans = [learned(request.out, budget, images, form) for images in request.images for form in request.forms]
+        curve = len(request.images) > 1
+        plans += [] if curve else others(plans[-1])
+        given = [word for plan in plans for word in ("--plan", plan)]
+        folder = request.out / f"{'curve' if curve else 'comparison'}-{budget:g}-{request.seed}"
+        data = unseen / "dataset.jsonl"
+        edgeprune("compare", "tabletop", "--data", data, "--methods", "divprune", "--keep", budget, *given, "-o", folder)
+        print((folder / "table.md").read_text(), flush=True)
+
+
+def draw(folder: Path, count: int, seed: int) -> None:
+    """Draw scenes with questions, unless they are there."""
+    if not folder.is_dir():
+        edgeprune("tabletop", folder, "--scenes", count, "--seed", seed)
+
+
+def learned(out: Path, budget: float, images: int, form: str) -> Path:
+    """Learn a plan from some images in one of FORMS, print how long it took, and return its file."""
+    draw(data := out / f"scenes-{images}", images, LEARNING_SEED)
+    plan = out / f"{form}-{budget:g}-{images}.json"
+    if not plan.is_file():
+        began = time.perf_counter()
+        options = ["--method", "learned", "--budget", budget, "--statistics", out / f"recorded-{images}", "-o", plan, "--json"]
+        options += ["--train"] if form == "trained" else []
+        found = json.loads(edgeprune("calibrate", "tabletop", "--data", data / "dataset.jsonl", *options))["learning"]
+        report(plan).write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{plan.name}: {time.perf_counter() - began:.0f} s, {json.dumps(found)}", flush=True)
+    return plan
+
+
+def report(plan: Path) -> Path:
+    """Return where what `calibrate` said of a plan is kept."""
+    return plan.with_suffix(".report.json")
+
+
+def others(learned_plan: Path) -> list[Path]:
+    """Make plans of the best variants of methods that learn nothing, at the same count of tokens; return their files."""
+    plan, paths = KeepPlan.load(learned_plan), list[Path]()
+    for rival in json.loads(report(learned_plan).read_text())["rivals"]:
+        if rival["method"] == "divprune":
+            continue  # a row of its own
+        assert plan.input is not None
+        cut = Cut("input", rival["method"], plan.input.keep, options=rival["options"])
+        words = [rival["method"], *(f"{name}-{value}" for name, value in rival["options"].items())]
+        paths.append(learned_plan.with_name(f"{'-'.join(words)}-{plan.input.keep}.json"))
+        KeepPlan(plan.family, plan.layers, plan.geometry, (cut,)).save(paths[-1])
+    return paths
+
+
+def print_times() -> None:
+    """Print how much CPU time each selection takes in ONNX Runtime on one thread, and how many nodes its graph has."""
+    for name in ("divprune", "learned", "zspaprune"):
+        nodes, milliseconds = selection_time(name)
+        print(f"{name}: {nodes} nodes, {milliseconds:.2f} ms")
+
+
+def selection_time(name: str) -> tuple[int, float]:
+    """Return the number of nodes of a method's selection, and its median CPU time in ms."""
+    import tempfile
+
+    import onnx
+    import onnxruntime
+
+    from edgeprune.export.tracing import trace_selector
+    from edgeprune.families.base import DecoderParts
+    from edgeprune.plan import Geometry
+    from edgeprune.targets import PLAIN
+
+    class Parts:
+        hidden, planes = WIDTH, 0
+
+    side = int(TOKENS**0.5)
+    cut = Cut("input", name, KEPT, weights=_drawn() if name == "learned" else None)
+    plan = KeepPlan("llava", 2, Geometry(16 * side, 16 * side, 16, 1), (cut,))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "selector.onnx"
+        parts: Any = Parts()
+        record: DecoderParts = parts
+        trace_selector(record, plan, {}, PLAIN, path)
+        threads = onnxruntime.SessionOptions()
+        threads.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(str(path), threads)
+        nodes = len(onnx.load(path, load_external_data=False).graph.node)
+    rng, wanted = np.random.default_rng(0), {entry.name for entry in session.get_inputs()}
+    given = {"visual_embeds": (1, TOKENS, WIDTH), "prompt_embeds": (1, 20, WIDTH)}
+    feeds = {key: rng.normal(size=shape).astype(np.float32) for key, shape in given.items() if key in wanted}
+    taken = []
+    for _ in range(REPEATS):
+        began = time.thread_time()  # not the clock: others may use the CPU
+        session.run(None, feeds)
+        taken.append(1e3 * (time.thread_time() - began))
+    return nodes, float(np.median(taken))
+
+
+def _drawn() -> Any:
+    import torch
+
+    from edgeprune.methods.learned import write
+
+    shapes = {"theta": (WIDTH,), "hidden": (WIDTH, HIDDEN), "hidden_bias": (HIDDEN,), "out": (HIDDEN,)}
+    shapes |= {"metric": (WIDTH, RANK), "metric_bias": (RANK,)}
+    tensors = {name: torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / 30 for name, shape in shapes.items()}
+    return write(tensors, {"weights_sha256": "", "keeps": [KEPT, KEPT], "question": 0.0})
+
+
+def edgeprune(*words: object) -> str:
+    """Run a command; return what it printed on stdout."""
+    with redirect_stdout(io.StringIO()) as printed:
+        code = command([str(word) for word in words], prog_name="edgeprune", standalone_mode=False)
+    if code:
+        raise SystemExit(code)
+    return printed.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The method learned: by hand, against a plain loop over numbers, and weights that do not belong to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learned_weights import drawn_weights, input_cut
+
+from edgeprune.bundle import Bundle
+from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.errors import BundleError, PlanError
+from edgeprune.export.exporter import export_bundle
+from edgeprune.export.verification import verify
+from edgeprune.methods.base import InputView
+from edgeprune.methods.learned import Learned, read, write
+from edgeprune.plan import Cut, Geometry, KeepPlan, Weights
+from edgeprune.plan.presets import unpruned_plan
+
+GEOMETRY = Geometry(80, 80, 16, 1)  # 5 x 5
+PLAIN = {"weights_sha256": "0" * 64, "keeps": [1, 25], "question": 0.0}
+
+
+def method(weights: Weights, keep: int = 9) -> Learned:
+    return Learned(Cut("input", "learned", keep, weights=weights), GEOMETRY)
+
+
+def tensors(theta: list[float], metric: list[list[float]]) -> dict[str, torch.Tensor]:
+    width, rank = np.shape(metric)
+    hidden = {"hidden": torch.zeros(width, 1), "hidden_bias": torch.zeros(1), "out": torch.zeros(1)}
+    return {"theta": torch.tensor(theta), "metric": torch.tensor(metric), "metric_bias": torch.zeros(rank), **hidden}
+
+
+def test_by_hand() -> None:
+    # Scores are the first numbers, places the angles of the other two. Token 0 scores most. Token 1 has the same place as 0, so its
+    # gain is e^1.9 * 0.001. Token 2 is at a right angle: e^0.5 * 1.001 = 1.65; token 3 opposite: e^0 * 2.001. So 3, then 2.
+    visual = torch.tensor([[2.0, 1.0, 0.0], [1.9, 3.0, 0.0], [0.5, 0.0, 2.0], [0.0, -1.0, 0.0]])
+    weights = write(tensors([1.0, 0.0, 0.0], [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), PLAIN)
+    seen = InputView(visual, torch.ones(1, 3))
+    assert [method(weights, keep).select(seen, keep).tolist() for keep in (1, 2, 3)] == [[0], [0, 3], [0, 2, 3]]
+
+
+@pytest.mark.parametrize("keep", [1, 6, 25])
+@pytest.mark.parametrize("question", [0.0, 0.5])
+def test_against_a_plain_loop(keep: int, question: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    visual, prompt = torch.randn(25, 12, generator=generator), torch.randn(4, 12, generator=generator)
+    weights = drawn_weights(12, question=question, seed=2)
+    t = {name: tensor.double().numpy() for name, tensor in read(weights)[1].items()}
+    rows, words = visual.double().numpy(), prompt.double().numpy().mean(axis=0)
+    inner = torch.from_numpy(rows @ t["hidden"] + t["hidden_bias"])
+    score = rows @ t["theta"] + torch.nn.functional.gelu(inner).numpy() @ t["out"]
+    cosines = rows @ words / np.linalg.norm(rows, axis=1) / np.linalg.norm(words)
+    score += question * (cosines - cosines.mean()) / cosines.std()
+    places = rows @ t["metric"] + t["metric_bias"]
+    places /= np.linalg.norm(places, axis=1, keepdims=True)
+    chosen = [int(score.argmax())]
+    while len(chosen) < keep:
+        others = [index for index in range(25) if index not in chosen]
+        chosen.append(max(others, key=lambda u: np.exp(score[u]) * (1.001 - max(places[u] @ places[c] for c in chosen))))
+    assert method(weights, keep).select(InputView(visual, prompt), keep).tolist() == sorted(chosen)
+
+
+def test_fewer_tokens_are_some_of_more() -> None:
+    seen = InputView(torch.randn(25, 12, generator=torch.Generator().manual_seed(1)), torch.ones(1, 12))
+    sets = [set(method(drawn_weights(12), keep).select(seen, keep).tolist()) for keep in range(1, 26)]
+    assert all(fewer < more for fewer, more in pairwise(sets))
+
+
+def test_a_cut_needs_weights() -> None:
+    for weights in (None, Weights("0" * 64)):  # the second of a plan without its file
+        with pytest.raises(PlanError, match="has no weights") as refused:
+            Learned(Cut("input", "learned", 9, weights=weights), GEOMETRY)
+        assert "--method learned --budget 0.25" in str(refused.value.hint)
+
+
+def test_counts_that_were_not_learned_are_refused() -> None:
+    for keep in (3, 10):
+        with pytest.raises(PlanError, match=f"keeps {keep} tokens; its weights were learned for 4 to 9"):
+            method(drawn_weights(12, (4, 9)), keep)
+    with pytest.raises(PlanError, match="were learned for 7\\."):
+        method(drawn_weights(12, (7, 7)), 9)
+
+
+def changed(**parts: Any) -> Weights:
+    header, found = read(drawn_weights(12))
+    return write({**found, **parts}, header)
+
+
+def stated(**parts: Any) -> Weights:
+    header, found = read(drawn_weights(12))
+    return write(found, {**header, **parts})
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        Weights.of(b""),
+        Weights.of(b"\xff" * 100),
+        Weights.of((drawn_weights(12).content or b"")[:-4]),
+        changed(theta=torch.zeros(11)),
+        changed(out=torch.full((3,), float("nan"))),
+        changed(extra=torch.zeros(3)),
+        stated(keeps=[4]),
+        stated(keeps=["1", "9"]),
+        stated(question="much"),
+        stated(schema_version=2),
+    ],
+)
+def test_what_is_not_its_weights_is_refused(weights: Weights) -> None:
+    with pytest.raises(PlanError, match="weights are not"):
+        method(weights)
+
+
+def plan_of(model: LoadedModel, width: int = 48, sha256: str | None = None) -> KeepPlan:
+    base = unpruned_plan("qwen2_vl", 3, model.geometry((84, 112)))
+    return base.with_cuts(input_cut("learned", 5, width, model=sha256 or model.weights_sha256))
+
+
+def test_weights_of_another_model_are_refused(tiny: LoadedModel) -> None:
+    tiny.check_plan(plan_of(tiny))
+    with pytest.raises(PlanError, match="learned from another model than"):
+        tiny.check_plan(plan_of(tiny, sha256="1" * 64))
+    with pytest.raises(PlanError, match=r"tokens of width 12; those of .* have 48"):
+        tiny.check_plan(plan_of(tiny, width=12))
+
+
+def test_a_bundle_has_the_weights_with_their_hash(tiny: LoadedModel, tmp_path: Path) -> None:
+    plan = plan_of(tiny)
+    bundle = export_bundle(tiny, plan, tmp_path / "bundle")
+    (weights,) = plan.weights
+    assert bundle.manifest.files["plan.weights.safetensors"].sha256 == weights.sha256
+    assert bundle.plan == plan
+    assert all(stage.passed for stage in verify(bundle, tiny))
+    file = bundle.path / "plan.weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+    with pytest.raises((BundleError, PlanError)):
+        Bundle.load(bundle.path)
+
+
+def test_a_bundle_that_does_not_list_the_weights_is_refused(tiny: LoadedModel, tmp_path: Path) -> None:
+    bundle = export_bundle(tiny, plan_of(tiny), tmp_path / "bundle")
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    del manifest["files"]["plan.weights.safetensors"]
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"does not list plan\.weights\.safetensors"):
+        Bundle.load(bundle.path)
+
+
+def test_the_order_of_tokens_does_not_matter() -> None:
+    generator = torch.Generator().manual_seed(4)
+    visual, order = torch.randn(25, 12, generator=generator), torch.randperm(25, generator=generator)
+    one, other = (method(drawn_weights(12)).select(InputView(rows, visual[:1]), 9) for rows in (visual, visual[order]))
+    assert sorted(order[other].tolist()) == one.tolist()
+    assert replace(Cut("input", "learned", 9, weights=drawn_weights(12)), keep=4).weights == drawn_weights(12)

@@ -1,0 +1,33 @@
+"""Weights of the method learned for tests, drawn by a seed, and cuts that have them where their method needs some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from edgeprune.methods.learned import write
+from edgeprune.plan import Cut, Weights
+
+
+def drawn_weights(
+    width: int, keeps: tuple[int, int] = (1, 1000), *, question: float = 0.0, model: str = "0" * 64, seed: int = 0, rank: int = 4
+) -> Weights:
+    """Return random weights for visual tokens of a width."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "theta": (width,),
+        "hidden": (width, 3),
+        "hidden_bias": (3,),
+        "out": (3,),
+        "metric": (width, rank),
+        "metric_bias": (rank,),
+    }
+    tensors = {name: torch.randn(*shape, generator=generator) * 0.5 for name, shape in shapes.items()}
+    return write(tensors, {"weights_sha256": model, "keeps": keeps, "question": question})
+
+
+def input_cut(name: str, keep: int, width: int, *, model: str = "0" * 64, **options: Any) -> Cut:
+    """Return a method's cut at the input, with drawn weights for tokens of a width if it needs some."""
+    weights = drawn_weights(width, model=model) if name == "learned" else None
+    return Cut("input", name, keep, options=options, weights=weights)
