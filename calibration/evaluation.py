@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
+from edgeprune.calibration.cluster import Cluster
 from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample, Score
 from edgeprune.calibration.metrics import AS_BEFORE, Metric
 from edgeprune.calibration.predictions import Prediction, Predictions
@@ -80,19 +80,17 @@ class EvalReport:
     cost: dict[str, Cost] = field(default_factory=lambda: {PRUNED: Cost(), UNPRUNED: Cost()})
     metric: Metric = AS_BEFORE
 
-    def add(self, sample: Sample, answers: Mapping[str, Answer | Prediction]) -> dict[str, float]:
-        """Score the answers to one sample, by variant, and return what each scores alone."""
+    def add(self, sample: Sample, answers: Mapping[str, Answer | Prediction]) -> None:
+        """Score the answers to one sample, by variant."""
         entry = self.kinds.setdefault(sample.kind or "question", KindScore(self.metric))
         entry.total += 1
         said = {name: each if isinstance(each, Prediction) else Prediction.of(each) for name, each in answers.items()}
-        points = {variant: self.metric.score(sample, answer.text) for variant, answer in said.items()}
         for variant, answer in said.items():
-            entry.points[variant] += points[variant]
+            entry.points[variant] += self.metric.score(sample, answer.text)
             self.cost[variant].add(answer)
         if PRUNED in said:
             entry.visual_reads += said[PRUNED].visual_reads
             entry.agreed += said[PRUNED].text == said[UNPRUNED].text
-        return {variant: self.metric.value(score, 1) for variant, score in points.items()}
 
     def rows(self) -> dict[str, KindScore]:
         """Return the kinds in order of appearance, then their total; without a metric that was asked for, over short answers alone.
@@ -133,6 +131,36 @@ class EvaluationError(BadSampleError):
         self.report = report
 
 
+Answers = Mapping[str, Prediction]  # by variant
+Numbered = tuple[int, Sample]
+Ask = Callable[["Questions", Sequence[Numbered]], Iterator[tuple[int, Answers | BadSampleError]]]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """How samples are asked, greedily: in which `variants`, by which `fit` and `tier`, for answers of at most `max_tokens`."""
+
+    variants: tuple[str, ...] = (UNPRUNED,)
+    fit: str = "exact"
+    tier: str | None = None
+    max_tokens: int = 128
+
+    def ask(self, runtime: Runtime, samples: Iterable[Numbered]) -> Iterator[tuple[int, Answers | BadSampleError]]:
+        """Yield the answers to each sample, or why it cannot be asked."""
+        for number, sample in samples:
+            try:
+                yield number, {variant: self._answer(runtime, sample, variant) for variant in self.variants}
+            except UsageError as error:
+                yield number, sample.error(error)
+
+    def _answer(self, runtime: Runtime, sample: Sample, variant: str) -> Prediction:
+        # All images of a sample for a video are the frames of one.
+        prune = variant == PRUNED
+        tier = self.tier if prune else None
+        answer = runtime.generate(sample.image, sample.prompt, prune=prune, fit=self.fit, tier=tier, max_tokens=self.max_tokens)
+        return Prediction.of(answer)
+
+
 def evaluate(
     runtime: Runtime,
     samples: Sequence[Sample],
@@ -142,45 +170,62 @@ def evaluate(
     max_tokens: int = 128,
     metric: Metric = AS_BEFORE,
     predictions: Predictions | None = None,
+    unpruned: Mapping[int, Prediction] | None = None,
     progress: Callable[[int], None] = lambda done: None,
     on_bad: OnBadSample | None = None,
+    ask: Ask | None = None,
 ) -> EvalReport:
     """Answer every sample with greedy decoding, pruned (under `tier` if given) and unpruned, and score the answers.
 
     `max_tokens`: of the longest answer. `predictions`: a file that each answer is added to, and from which those that it has are
-    taken. Raises EvaluationError, which has the scores so far, for the first sample whose image or prompt cannot be used; with
-    `on_bad`, such samples are given to it and left out.
+    taken. `unpruned`: the answers of the unpruned model by the number of the sample, if they are known; `runtime` then answers only
+    as its plan says. `ask`: asks other runtimes of the same plan (`on_cluster`). Raises EvaluationError, which has the scores so
+    far, for the first sample whose image or prompt cannot be used; with `on_bad`, such samples are given to it and left out.
     """
-    report = EvalReport(pruned=bool(runtime.plan.cuts), metric=metric)
+    pruned = bool(runtime.plan.cuts) or unpruned is not None
     if tier is not None:
         tier_number(runtime.tiers, tier)  # raises UsageError: no sample is to blame
-    ask = partial(_answers, runtime, pruned=report.pruned, fit=fit, tier=tier, max_tokens=max_tokens)
-    for number, sample in enumerate(samples):
-        known = None if predictions is None else predictions.found.get(number)
-        try:
-            answers = ask(sample) if known is None else known
-        except UsageError as error:
-            bad = sample.error(error)
+    variants = (UNPRUNED,) if not pruned else (PRUNED, UNPRUNED) if unpruned is None else (PRUNED,)
+    questions = Questions(variants, fit, tier, max_tokens)
+    found: dict[int, Answers] = (
+        {} if predictions is None else {n: each for n, each in predictions.found.items() if n < len(samples)}
+    )
+    missing = [(number, sample) for number, sample in enumerate(samples) if number not in found]
+    done = len(found)
+    for number, answers in questions.ask(runtime, missing) if ask is None else ask(questions, missing):
+        if isinstance(answers, BadSampleError):
             if on_bad is None:
-                raise EvaluationError(bad, report) from error
-            on_bad(bad)
+                raise EvaluationError(answers, _report(samples, found, pruned, metric))
+            on_bad(answers)
         else:
-            points = report.add(sample, answers)
-            if predictions is not None and known is None:
-                predictions.write(number, sample, answers, points)
-        progress(number + 1)
+            found[number] = answers if unpruned is None else {**answers, UNPRUNED: unpruned[number]}
+            if predictions is not None:
+                points = {name: metric.value(metric.score(samples[number], each.text), 1) for name, each in found[number].items()}
+                predictions.write(number, samples[number], found[number], points)
+        progress(done := done + 1)
+    return _report(samples, found, pruned, metric)
+
+
+def _report(samples: Sequence[Sample], found: Mapping[int, Answers], pruned: bool, metric: Metric) -> EvalReport:
+    report = EvalReport(pruned, metric=metric)
+    for number in sorted(found):
+        report.add(samples[number], found[number])
     return report
 
 
-def _answers(
-    runtime: Runtime, sample: Sample, *, pruned: bool, fit: str, tier: str | None, max_tokens: int
-) -> dict[str, Prediction]:
-    # The answers by variant. All images of a sample for a video are the frames of one.
-    found = {}
-    for variant in (PRUNED, UNPRUNED) if pruned else (UNPRUNED,):
-        prune = variant == PRUNED
-        answer = runtime.generate(
-            sample.image, sample.prompt, prune=prune, fit=fit, tier=tier if prune else None, max_tokens=max_tokens
-        )
-        found[variant] = Prediction.of(answer)
-    return found
+def on_cluster(cluster: Cluster, open_runtime: Callable[[], Runtime]) -> Ask:
+    """Return what asks samples on a cluster, whose machines open the runtime by a function that can be pickled."""
+
+    def ask(questions: Questions, samples: Sequence[Numbered]) -> Iterator[tuple[int, Answers | BadSampleError]]:
+        count = cluster.parts(len(samples))
+        parts = [(open_runtime, questions, samples[index::count]) for index in range(count)]
+        for answers in cluster.run(_ask_part, parts):
+            yield from answers
+
+    return ask
+
+
+def _ask_part(
+    open_runtime: Callable[[], Runtime], questions: Questions, samples: Sequence[Numbered]
+) -> list[tuple[int, Answers | BadSampleError]]:
+    return list(questions.ask(open_runtime(), samples))  # runs on a machine of the cluster

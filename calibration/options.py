@@ -1,4 +1,4 @@
-"""The options of `edgeprune calibrate`, and what is checked before torch is imported: values, files, model folder and samples."""
+"""The options of `edgeprune calibrate` and `compare`, and what is checked before torch is imported: values, files and samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from edgeprune.calibration.allocate.recipes import STATISTICAL, method_names
 from edgeprune.calibration.data.samples import BadSampleError, Sample, draw_samples, read_samples
+from edgeprune.calibration.interop.lightcompress import is_lightcompress
+from edgeprune.calibration.search.candidates import BASELINES
 from edgeprune.calibration.search.goal import Goal
 from edgeprune.calibration.search.tuning import check_samples, to_try
 from edgeprune.checkpoint.configuration import check_folder, check_size, decoder_layers
@@ -17,8 +19,8 @@ from edgeprune.device.jetson import module_named
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, is_file, is_folder
-from edgeprune.plan import Option
-from edgeprune.registry import METHODS, options_of, unknown_method
+from edgeprune.plan import KeepPlan, Option, check_keep_ratio
+from edgeprune.registry import METHODS, allow_method, options_of, unknown_method
 
 AUTO, DYRATE, PLPHP, VTW = "auto", "dyrate", "plphp", "vtw"
 DROP = 0.01  # the loss of agreement that a search allows by default
@@ -217,3 +219,72 @@ def _check_search(options: CalibrateOptions, samples: int) -> None:
     if options.device_name is not None:
         module_named(options.device_name)
     options.goal().check_inputs(has_times=options.times is not None or options.device_name is not None, samples=samples)
+
+
+RESULTS = "results.json"  # what a folder of a comparison holds from the beginning
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of `edgeprune compare`. `methods`: those that were named, `shares`: of --keep; `calibrate_on`: learned from."""
+
+    methods: tuple[str, ...]
+    shares: tuple[float, ...]
+    plans: tuple[Path, ...]
+    data: Path
+    calibrate_on: Path | None
+    output: Path
+    fit: str
+    max_tokens: int
+    device: str
+    ray_address: str | None = None
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The methods that are compared: those that were named, or all that need no training, the baselines last."""
+        known = [name for name in method_names() if name not in BASELINES and (self.calibrate_on or name not in STATISTICAL)]
+        return self.methods or (*known, *BASELINES)
+
+    def learning(self) -> list[Sample]:
+        """Return the samples that methods learn from."""
+        assert self.calibrate_on is not None
+        return read_samples(self.calibrate_on, need_answers=False)
+
+    def check(self) -> None:
+        """Raise UsageError for methods, shares or files that cannot be compared."""
+        if not self.shares:
+            raise UsageError("--keep names no share.", hint="For example: --keep 0.5,0.25")
+        if len(set(self.methods)) < len(self.methods) or len(set(self.shares)) < len(self.shares):
+            raise UsageError("A method or a share is named twice.", hint="Name each once in --methods and --keep.")
+        for share in self.shares:
+            check_keep_ratio(share)
+        for method in self.methods:
+            self._check_method(method)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        for path in self.plans:
+            if not is_lightcompress(path):
+                KeepPlan.load(path)
+        check_output(self.output, force=True, inputs=[self.data, self.calibrate_on, *self.plans], folder=True)
+        if is_folder(self.output) and any(self.output.iterdir()) and not is_file(self.output / RESULTS):
+            raise UsageError(f"{self.output} holds no comparison, but other files.", hint="Give a new folder.")
+        if self.calibrate_on is not None:
+            self._check_learning(self.calibrate_on)
+
+    def _check_learning(self, samples: Path) -> None:
+        if is_file(self.data) and is_file(samples) and self.data.samefile(samples):
+            hint = "What methods learn from is not what they are compared on: give another file."
+            raise UsageError("--calibrate-on names the questions of --data.", hint=hint)
+        self.learning()
+
+    def _check_method(self, method: str) -> None:
+        if method == DYRATE:
+            make = "edgeprune calibrate MODEL --data FILE --method dyrate --budget 0.25 -o dyrate.json"
+            raise UsageError("dyrate is trained for the plan that it joins.", hint=f"Give --plan dyrate.json, made by: {make}")
+        if method in STATISTICAL and self.calibrate_on is None:
+            raise UsageError(f"{method} learns from samples, others than those of --data.", hint="Give them: --calibrate-on FILE")
+        if method not in method_names():
+            if ":" not in method:
+                raise unknown_method(method, method_names(), "or package.module:Class")
+            allow_method(method)  # the user named it, which allows it

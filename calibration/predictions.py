@@ -45,7 +45,7 @@ class Prediction:
 
 
 class Predictions:
-    """A file of predictions that grows by a line a sample. `found`: those that it had, by the number of the sample.
+    """A file of predictions that grows by a line a sample. `found`: those that it has, by the number of the sample.
 
     `run`: model, metric and settings, as texts. A last line that was cut short is dropped. Raises UsageError for a file that is
     none of predictions, or of another run or other samples.
@@ -94,6 +94,7 @@ class Predictions:
         line["run"] = {**self._run, "data": self._digests[number]}
         with self._path.open("ab") as file:
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.found[number] = dict(answers)
 
 
 _BEGINNING = b'{"sample": '

@@ -9,21 +9,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from edgeprune.calibration.cluster import Cluster
 from edgeprune.calibration.collect.measure import SampleMeter
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.replay.reference import check_device
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
-from edgeprune.errors import EdgePruneError, UsageError, require_extra
+from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.io.files import move
 from edgeprune.io.progress import Count, Progress
 from edgeprune.plan import Geometry
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
 
 SAVE_EVERY = 10  # samples between checkpoints
-LOCAL = "local"
-SHARDS_PER_CPU = 4  # small shards, so that a slow machine does not delay the others
 
 
 @dataclass(frozen=True)
@@ -137,31 +136,14 @@ def collect_on_ray(
     address: str,
     progress: Count,
 ) -> Statistics:
-    """Like `collect`, on the Ray cluster at `address`; "local" starts one on this machine.
-
-    Every machine of the cluster needs access to the model and the images. Raises EdgePruneError if the cluster is unreachable.
-    """
-    require_extra("ray", "ray")
-    import ray
-
-    try:
-        ray.init(address=None if address == LOCAL else address, log_to_driver=False, include_dashboard=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EdgePruneError(
-            f"Cannot reach the Ray cluster at {address}: {error}.", hint="Use --ray local to start one here."
-        ) from error
-    try:
-        count = min(len(samples), max(1, int(ray.cluster_resources().get("CPU", 1))) * SHARDS_PER_CPU)
-        task = ray.remote(max_retries=3)(collect_shard)
-        pending = [task.remote(model, list(samples), replace(request, shard=(i, count))) for i in range(1, count + 1)]
-        total: Statistics | None = None
-        while pending:
-            done, pending = ray.wait(pending)
-            for part in ray.get(done):
-                total = part if total is None else total + part
-            progress(0 if total is None else total.samples)
-    finally:
-        ray.shutdown()
+    """Like `collect`, on the Ray cluster at `address`. Raises EdgePruneError if the cluster is unreachable."""
+    total: Statistics | None = None
+    with Cluster(address) as cluster:
+        count = cluster.parts(len(samples))
+        shards = [(model, list(samples), replace(request, shard=(index, count))) for index in range(1, count + 1)]
+        for part in cluster.run(collect_shard, shards):
+            total = part if total is None else total + part
+            progress(total.samples)
     assert total is not None
     total.save(output)
     return total

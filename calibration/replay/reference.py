@@ -12,13 +12,14 @@ from tokenizers import Tokenizer
 
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.checkpoint.configuration import check_context
-from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
 from edgeprune.errors import EdgePruneError, UnsupportedModelError, UsageError
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector, signals_for
 from edgeprune.model.quantization import at_precision
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.processors import image_spec
-from edgeprune.registry import method_class
+from edgeprune.registry import METHODS, allow_method, method_class
+from edgeprune.runtime import Runtime
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
 from edgeprune.runtime.generation.pipeline import Pipeline
@@ -141,6 +142,22 @@ def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") ->
         decoder=loaded.decoder_shape(),
         plan=plan,
     )
+
+
+_opened: list[LoadedModel] = []  # the last model that `open_reference` loaded
+
+
+def open_reference(folder: ModelFolder, plan: KeepPlan, device: str = "cpu") -> Runtime:
+    """Load a model and return a runtime on it, in a process that works for another: see `calibration.cluster`.
+
+    The last model stays loaded. The plan's own methods may run their code, as they may in the other process.
+    """
+    if not _opened or _opened[0].folder != folder:
+        _opened[:] = [load_model(folder)]
+    for cut in plan.cuts:
+        if cut.method not in METHODS:
+            allow_method(cut.method)
+    return Runtime(reference_model(_opened[0], plan, device))
 
 
 def prompt_encoder(loaded: LoadedModel, geometry: Geometry) -> PromptEncoder:

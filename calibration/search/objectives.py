@@ -7,7 +7,8 @@ answers under a plan with those of the unpruned model, so samples need no refere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -102,10 +103,14 @@ def _milliseconds(module: Module, operations: float, part: torch.nn.Module) -> f
 
 @dataclass(frozen=True)
 class Agreed:
-    """How far answers agree with the unpruned ones: `mean` over samples, 0 to 1, and the `facts` of descriptions, added up."""
+    """How far answers agree with the unpruned ones: `mean` over samples, 0 to 1, and the `facts` of descriptions, added up.
+
+    `complete`: False if the rest was not asked, because the mean could not reach what it had to; it then counts as wrong.
+    """
 
     mean: float
     facts: Score = field(default_factory=Score)
+    complete: bool = True
 
 
 class Agreement:
@@ -124,8 +129,12 @@ class Agreement:
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
         self._unpruned = unpruned
-        answers = self._answers(unpruned, samples, progress.count("answering without pruning, samples", len(samples)))
-        self._samples = [replace(sample, answer=answer) for sample, answer in zip(samples, answers, strict=True)]
+        self._points: dict[str, list[Score]] = {}  # by plan, of the first samples
+        self._samples: list[Sample] = []
+        counted = progress.count("answering without pruning, samples", len(samples))
+        for sample, answer in zip(samples, self._each_answer(unpruned, samples), strict=True):
+            self._samples.append(replace(sample, answer=answer))
+            counted(len(self._samples))
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -134,12 +143,21 @@ class Agreement:
         """Raise PlanError if the model does not support a plan."""
         self._loaded.check_plan(plan)
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
-        """Return the agreement over the first `count` samples: 1 for an equal answer, the F1 of its facts for a description."""
-        samples = self._samples[:count]
-        points = [score(sample, text) for sample, text in zip(samples, self._answers(plan, samples, progress), strict=True)]
-        described = [point for sample, point in zip(samples, points, strict=True) if sample.kind == DESCRIBE]
-        return Agreed(sum(point.f1 for point in points) / len(points), sum(described, Score()))
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
+        """Return the agreement over the first `count` samples: 1 for an equal answer, the F1 of its facts for a description.
+
+        Samples that the plan has answered are not asked again. Those left are not asked once the mean cannot reach `least`.
+        """
+        points = self._points.setdefault(json.dumps(plan.to_dict(), sort_keys=True), [])
+        missing = self._samples[len(points) : count]
+        for sample, text in zip(missing, self._each_answer(plan, missing), strict=True):
+            points.append(score(sample, text))
+            progress(len(points))
+            if sum(point.f1 for point in points) + count - len(points) < least * count:
+                break
+        known = points[:count]
+        described = [point for sample, point in zip(self._samples, known, strict=False) if sample.kind == DESCRIBE]
+        return Agreed(sum(point.f1 for point in known) / count, sum(described, Score()), len(known) == count)
 
     def divergences(self, plans: Sequence[KeepPlan], progress: Count = lambda done: None) -> list[float]:
         """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.
@@ -157,9 +175,7 @@ class Agreement:
             progress(done)
         return [total / len(self._samples) for total in totals]
 
-    def _answers(self, plan: KeepPlan, samples: Sequence[Sample], progress: Count) -> list[str]:
-        runtime, answers = Runtime(reference_model(self._loaded, plan, self._device)), list[str]()
+    def _each_answer(self, plan: KeepPlan, samples: Sequence[Sample]) -> Iterator[str]:
+        runtime = Runtime(reference_model(self._loaded, plan, self._device))
         for sample in samples:
-            answers.append(runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text)
-            progress(len(answers))
-        return answers
+            yield runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text

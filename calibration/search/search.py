@@ -1,15 +1,17 @@
 """Search for the plan of a given cost that agrees best with the unpruned model: methods, layers, budgets, compositions, image size.
 
 Candidates of the same cost go through successive halving: all are scored on a few samples, the better half on twice as many, and
-so on. Single methods come first. The best input and encoder methods are then composed with each other and with later cuts at the
-same total cost, and compete in a second round. Savings inside the vision encoder count only if the cost is a time: the shares of
-work and of cache cover the decoder alone.
+so on. A candidate is left as soon as it cannot reach the better half. Single methods come first. The best input and encoder
+methods are then composed with each other and with later cuts at the same total cost, and compete in a second round, in which
+whatever cannot reach the best single method, but for one answer, is left at once. Savings inside the vision encoder count only if
+the cost is a time: the shares of work and of cache cover the decoder alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from edgeprune.calibration.allocate.recipes import RESIZE
 from edgeprune.calibration.data.statistics import Statistics
@@ -64,10 +66,9 @@ class Search:
             single += [("plphp", make) for make in composer.caches()]
         ranked = self.successive_halving(list(self._affordable(single, budget)), "single methods")
         composed = [("composed", make) for make in self._compositions(composer, ranked, budget.axis)]
-        finalists = [
-            *ranked,
-            *self.successive_halving([item for item in self._affordable(composed, budget) if not is_noop(item[1])], "combinations"),
-        ]
+        combinations = [item for item in self._affordable(composed, budget) if not is_noop(item[1])]
+        best = next((point for point in ranked if point.group not in BASELINES), None)
+        finalists = [*ranked, *self.successive_halving(combinations, "combinations", best)]
         finalists = [point for point in finalists if point.cost(budget.axis) <= budget.most + 1e-6]
         if not finalists:
             raise PlanError(f"No plan costs {budget} or less.", hint="Ask for more.")
@@ -84,20 +85,18 @@ class Search:
         divergences = self.agreement.divergences([point.plan for point in tied], counted)
         return tied[divergences.index(min(divergences))]
 
-    def successive_halving(self, candidates: list[Candidate], what: str) -> list[Point]:
+    def successive_halving(self, candidates: list[Candidate], what: str, rival: Point | None = None) -> list[Point]:
         """Return the candidates of the last round, scored on all samples, best first; the best of every group stays to the end.
 
-        `what`: names the candidates in the progress, whose total is the answers that they take at most.
+        `what`: names the candidates in the progress, whose total is the answers that they take at most. `rival`: a plan that they
+        have to reach, but for one answer.
         """
         count, remaining = min(FIRST_ROUND, len(self.agreement)), candidates
         total = self._most_answers(len(candidates), len({group for group, _ in candidates}), count)
-        counted = self.progress.count(f"trying {len(candidates)} {what}, answers", total)
+        counted = self.progress.count(f"trying {len(candidates)} {what}, answers at most", total)
         while True:
             rest = self._most_answers(len(remaining), len({group for group, _ in remaining}), count)
-            points = [
-                self._measure(*candidate, count, counted, total - rest + index * count) for index, candidate in enumerate(remaining)
-            ]
-            points.sort(key=lambda point: -point.score)
+            points = self._round(remaining, count, rival, counted, total - rest)
             if count == len(self.agreement):
                 break
             half = points[: max(PARTNERS, len(points) // 2)]
@@ -105,6 +104,23 @@ class Search:
             remaining = [(point.group, point.plan) for point in (*half, *(p for p in best.values() if p not in half))]
             count = min(2 * count, len(self.agreement))
         self.points += points
+        return points
+
+    def _round(self, candidates: list[Candidate], count: int, rival: Point | None, counted: Count, before: int) -> list[Point]:
+        # The candidates that were scored on `count` samples, best first. `before`: the answers that are already counted.
+        half = max(PARTNERS, len(candidates) // 2)
+        floor = 0.0 if rival is None else self.agreement.score(rival.plan, count).mean - 1 / count
+        points: list[Point] = []
+        for index, (group, plan) in enumerate(candidates):
+            worst = points[half - 1].score if len(points) >= half else 0.0
+            # The first of each group is scored in any case: the curve shows it.
+            least = max(floor, worst) if any(point.group == group for point in points) else 0.0
+            begun = before + index * count
+            point = self._measure(group, plan, count, partial(_count_on, counted, begun), least)
+            counted(begun + count)
+            if point is not None:
+                points.append(point)
+                points.sort(key=lambda point: -point.score)
         return points
 
     def _most_answers(self, plans: int, groups: int, count: int) -> int:
@@ -116,14 +132,16 @@ class Search:
             answers += plans * count
         return answers
 
-    def _measure(self, group: str, plan: KeepPlan, count: int, counted: Count, before: int) -> Point:
-        # `before`: the answers that are already counted.
+    def _measure(self, group: str, plan: KeepPlan, count: int, counted: Count, least: float) -> Point | None:
+        # None if the plan cannot reach the score `least`.
+        agreed = self.agreement.score(plan, count, counted, least)
+        if not agreed.complete:
+            return None
         name = " + ".join(dict.fromkeys(cut.method for cut in plan.cuts)) or (
             RESIZE if plan.geometry != self.unpruned.geometry else "none"
         )
         ttft = None if self.times is None else self._ttft_ms(plan)
         flops, kv = flops_share(self.parts, plan, self.unpruned), kv_share(plan, self.unpruned)
-        agreed = self.agreement.score(plan, count, lambda done: counted(before + done))
         return Point(name, group, flops, kv, agreed.mean, count, plan, ttft, *facts_of(agreed.facts))
 
     def _ttft_ms(self, plan: KeepPlan) -> float:
@@ -157,3 +175,7 @@ class Search:
             if (plan.cuts or plan.geometry != self.unpruned.geometry) and plan not in plans:
                 plans.append(plan)
                 yield group, plan
+
+
+def _count_on(counted: Count, before: int, done: int) -> None:
+    counted(before + done)

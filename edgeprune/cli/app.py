@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from edgeprune import __version__
-from edgeprune.cli.commands.ask import eval_command, run
+from edgeprune.cli.commands.ask import run
 from edgeprune.cli.commands.calibrate import calibrate, merge, profile, report
 from edgeprune.cli.commands.engines import build, check, selftest
+from edgeprune.cli.commands.evaluate import compare, eval_command
 from edgeprune.cli.commands.export import export, keygen, sign, verify
 from edgeprune.cli.commands.inspect import completion, inspect, methods, models, tabletop
 from edgeprune.cli.commands.measure import bench, doctor, estimate
@@ -61,6 +62,7 @@ for _command in (
     selftest,
     run,
     eval_command,
+    compare,
     report,
     tabletop,
     inspect,

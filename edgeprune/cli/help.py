@@ -16,8 +16,8 @@ from edgeprune.registry import METHODS, options_of
 # Of the options that several subjects share a page with. Options that are not here stand first, under "Options".
 _SECTIONS = {
     "Model": "revision adapter trust_remote_code own_method model against",
-    "Samples": "data data_format image_folder split limit skip_bad metric statistics shard ray_address",
-    "Plan": "plan_file method keep budget layer site option seed tier onto",
+    "Samples": "data data_format image_folder split limit skip_bad metric calibrate_on statistics shard ray_address",
+    "Plan": "plan_file plans method methods keep budget layer site option seed tier onto",
     "Ranking of caches": "rows reduce spread",
     "Search": "max_drop target_flops target_kv target_ttft target_reads times curve",
     "Images": "image_size frames fps fit image max_images max_pixels max_request_pixels",

@@ -84,6 +84,7 @@ provider_option = click.option(
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="ONNX Runtime threads.  [default: all cores]")
 tier_option = click.option("--tier", help="Of a bundle with several plans the one to use.  [default: the first]")
+ray_option = click.option("--ray", "ray_address", help="Spread the samples over a Ray cluster: its address, or local.")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 signature_option = click.option(
     "--require-signature",
@@ -129,6 +130,16 @@ def plan_options(command: F) -> F:
         click.option("--site", type=click.Choice(["vision", "input", "layer"]), help="Where, if the method has several sites."),
         option_option,
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For methods that draw lots."),
+        geometry_options,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def geometry_options(command: F) -> F:
+    """Add the options that say which images or videos a model is asked about."""
+    options = (
         click.option("--image-size", help="Height x width in pixels, such as 448x448.  [default: the model's own]"),
         click.option("--frames", type=int, help="Of a video: how many frames are asked about at once."),
         click.option("--fps", type=float, help=f"Of a video: its frames a second.  [default: {FPS}]"),
@@ -188,6 +199,12 @@ def parse_share(text: str | None) -> float | None:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError as error:
         raise UsageError(f"{text!r} is no share.", hint="Write 1% or 0.01.") from error
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Return (0.5, 0.25) for "0.5,0.25"."""
+    shares = [parse_share(part.strip()) for part in text.split(",") if part.strip()]
+    return tuple(share for share in shares if share is not None)
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

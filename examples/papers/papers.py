@@ -1,11 +1,10 @@
-"""Calibrate the methods of three papers on the bundled model, and measure them on scenes that nothing was tuned on.
+"""Calibrate the methods of three papers on the bundled model, and compare them with all others on scenes that nothing was tuned on.
 
     python examples/papers/papers.py OUT --scenes 60
     python examples/papers/papers.py OUT --scenes 60 --pairs
 
-Plans come from `edgeprune calibrate` on its own scenes; every plan is exported and measured by `edgeprune eval` on others. Rows
-that OUT already holds are kept, so an interrupted run goes on; --only NAME ... makes some rows. Writes OUT/table.md. --pairs asks
-about two images instead, with every method that ranks tokens by the question, and writes OUT/pairs/table.md.
+Plans come from `edgeprune calibrate` on its own scenes, the rest is `edgeprune compare` on others. What OUT already holds is kept:
+an interrupted run goes on. --only NAME ... makes some of the calibrated plans. --pairs asks about two images instead.
 """
 
 from __future__ import annotations
@@ -25,51 +24,43 @@ from edgeprune.tabletop.questions import DESCRIBE
 CALIBRATION_SEED, EVALUATION_SEED = 77, 2000
 RANKING = "--rows peak --reduce max"
 SHORT = "all short answers"
-# Row: how its plan is calibrated, on all samples or on those with long answers.
-ALL, LONG = "dataset.jsonl", "long.jsonl"
+# Row: how its plan is calibrated, on all samples or on those with long answers. Methods that learn as they come have a few samples.
+ALL, LONG, FEW = "dataset.jsonl", "long.jsonl", "few.jsonl"
+EVERY = 8  # of all samples is among the few; of pairs, which take twice as long, half as many
 RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --budget 0.62"
 PLANS = {
     "plphp-50": f"{LONG} {RANKING} --method plphp --prior --budget 0.5",
     "plphp-40": f"{LONG} {RANKING} --method plphp --prior --budget 0.4 --delta 0.16",
     "plphp-30": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1",
     "plphp-30-last-row": f"{LONG} --method plphp --budget 0.3 --delta 0.1",
+    "plphp-30-live": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1 --option classes=live",
     "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
-    "plphp-30-live": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1 --option classes=live",
-    **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
-    **{f"{method}-{keep}": f"{ALL} --method {method} --budget {keep / 100}" for method in BASELINES for keep in (50, 25, 10)},
+    **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
     # What steps read is what DyRate's read, by cuts that shorten prefill too.
     "fastv-reads-25": f"{ALL} --method fastv --layer 1 --budget 0.25",
     "vtw-reads-25": f"{LONG} {RANKING} --method vtw --budget 0.25",
-    **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
+    **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
         f"--curve auto-{share}.curve.json"
         for share in (50, 25, 10)
     },
 }
-AS_IT_COMES = {  # Row: what export takes, without calibration.
-    f"zspaprune-{keep}": f"--method zspaprune --keep {keep / 100}" for keep in (25, 10)
-}
-# About two images: what ranks tokens by the question, as it comes, and baselines. In the decoder the share is that of the last
-# layers, for PLPHP that of the cache.
-WHOLE = {50: "--keep 0.5", 25: "--keep 0.25"}
-LAYER = {keep: f"{cut} --layer 2" for keep, cut in WHOLE.items()}
-STAGES = {50: "--keep 0.75 --layer 2 --keep 0.5 --layer 4", 25: "--keep 0.5 --layer 2 --keep 0.25 --layer 4"}
-CUTS = {"cdpruner": WHOLE, "zspaprune": WHOLE, "fastv": LAYER, "fitprune": STAGES, "pyramiddrop": STAGES, "sparsevlm": STAGES}
-CUTS |= {"random": WHOLE, "uniform": WHOLE}
-PAIR_EXPORTED = {f"{method}-{keep}": f"--method {method} {cut}" for method, cuts in CUTS.items() for keep, cut in cuts.items()}
-PAIR_PLANS = {f"plphp-{keep}": f"{ALL} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
+PAIR_PLANS = {f"plphp-{keep}": f"{FEW} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
+# As they come. PLPHP, whose rows above are calibrated, is not among them.
+METHODS = "cdpruner,dart,divprune,evit,fastv,fitprune,pyramiddrop,sparsevlm,visionzip,vtw,zspaprune,random,uniform,resize"
+PAIR_METHODS = "cdpruner,divprune,fastv,pyramiddrop,sparsevlm,zspaprune,random,uniform"
 
 
 def main() -> None:
-    """Make the rows that are asked for, and the table of all."""
+    """Make the plans, and compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--calibration-scenes", type=int, default=120)
-    parser.add_argument("--only", nargs="+", help="rows to make")
+    parser.add_argument("--only", nargs="*", help="calibrated plans to compare; without a name, none")
     parser.add_argument("--pairs", action="store_true", help="ask about two images")
     request = parser.parse_args()
     out, plans = (request.out / "pairs", PAIR_PLANS) if request.pairs else (request.out, PLANS)
@@ -77,15 +68,16 @@ def main() -> None:
     images = 2 if request.pairs else 1
     _draw(out / "calibration", request.calibration_scenes, CALIBRATION_SEED, images)
     _draw(out / "evaluation", request.scenes, EVALUATION_SEED, images)
-    exported = PAIR_EXPORTED if request.pairs else AS_IT_COMES
-    rows = ["none", *exported, *plans, *(() if request.pairs else SINGLES)]
-    chosen = request.only or rows
-    for number, row in enumerate(chosen, start=1):
-        if not (out / f"{row}.result.json").is_file():
-            print(f"[{number}/{len(chosen)}] {row}", flush=True)
-            options = exported[row].split() if row in exported else _plan_options(out, row, plans)
-            _measure(out, row, options)
-    (out / "table.md").write_text(_kinds_table(out, rows) if request.pairs else _cost_table(out, rows))
+    rows = [*plans, *(() if request.pairs else SINGLES)] if request.only is None else request.only
+    made = []
+    for number, row in enumerate(rows, start=1):
+        print(f"[{number}/{len(rows)}] {row}", flush=True)
+        made += ["--plan", str(_plan(out, row, plans))]
+    methods = ["--methods", PAIR_METHODS if request.pairs else METHODS, "--keep", "0.5,0.25" if request.pairs else "0.5,0.25,0.1"]
+    samples = ["--data", str(out / "evaluation" / ALL), "--calibrate-on", str(out / "calibration" / FEW)]
+    _edgeprune("compare", "tabletop", *methods, *samples, *made, "-o", str(out / "comparison"))
+    if request.pairs:
+        (out / "kinds.md").write_text(_kinds_table(json.loads((out / "comparison" / "results.json").read_text())))
 
 
 def _draw(folder: Path, scenes: int, seed: int, images: int) -> None:
@@ -93,16 +85,7 @@ def _draw(folder: Path, scenes: int, seed: int, images: int) -> None:
         _edgeprune("tabletop", str(folder), "--scenes", str(scenes), "--seed", str(seed), "--images", str(images))
     lines = (folder / ALL).read_text().splitlines()
     (folder / LONG).write_text("\n".join(line for line in lines if json.loads(line)["kind"] == DESCRIBE) + "\n")
-
-
-def _plan_options(out: Path, row: str, plans: dict[str, str]) -> list[str]:
-    return [] if row == "none" else ["--plan", str(_plan(out, row, plans))]
-
-
-def _measure(out: Path, row: str, options: list[str]) -> None:
-    _edgeprune("export", "tabletop", "-o", str(out / row), "--force", *options)
-    result = _edgeprune("eval", str(out / row), "--data", str(out / "evaluation" / ALL), "--json")
-    (out / f"{row}.result.json").write_text(result)
+    (folder / FEW).write_text("\n".join(lines[:: EVERY * images]) + "\n")
 
 
 def _plan(out: Path, row: str, plans: dict[str, str]) -> Path:
@@ -127,58 +110,20 @@ def _best_single(curve: Curve, share: float) -> Point:
     return max(singles, key=lambda point: (point.score, -point.flops))
 
 
-def _kinds_table(out: Path, rows: list[str]) -> str:
-    kinds = [*(kind for kind in PAIR_KINDS if kind != DESCRIBE), SHORT, DESCRIBE, "agreement", "visual KV held"]
-    lines = ["| plan | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    for row in rows:
-        path = out / f"{row}.result.json"
-        if path.is_file():
-            result = json.loads(path.read_text())
-            variant = "unpruned" if row == "none" else "pruned"
-            shares = {kind: entry[variant] for kind, entry in result["kinds"].items()}
-            shares |= {"agreement": result["kinds"][SHORT].get("agreement"), "visual KV held": result["cost"][variant]["visual_kv"]}
-            lines.append(_cells(row, [shares[kind] for kind in kinds]))
+def _kinds_table(results: dict[str, Any]) -> str:
+    kinds = [*(kind for kind in PAIR_KINDS if kind != DESCRIBE), SHORT, DESCRIBE]
+    lines = ["| plan | " + " | ".join([*kinds, "agreement"]) + " |", "|---" * (len(kinds) + 2) + "|"]
+    for row in results["rows"]:
+        if row["plan"] is not None:
+            variant = "unpruned" if row["name"] == "none" else "pruned"
+            found = row["report"]["kinds"]
+            shares = [*(found[kind][variant] for kind in kinds), found[SHORT].get("agreement")]
+            lines.append(f"| {row['name']} | " + " | ".join("-" if share is None else f"{share:.1%}" for share in shares) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cost_table(out: Path, rows: list[str]) -> str:
-    measures = "short answers | facts: F1 | precision | recall | agreement"
-    lines = [
-        f"| plan | {measures} | visual tokens' prefill work | visual KV held | read |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        path = out / f"{row}.result.json"
-        if path.is_file():
-            lines.append(_line(row, json.loads(path.read_text()), _prefill(out / row)))
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: str, result: dict[str, Any], prefill: float) -> str:
-    kinds, variant = result["kinds"], "pruned" if "pruned" in result["cost"] else "unpruned"
-    short, facts = kinds[SHORT], kinds[DESCRIBE]
-    agreement, reads = short.get("agreement"), facts.get("visual_reads", 1.0)
-    kept = prefill if row.startswith(("resize", "best-single")) and variant == "unpruned" else result["cost"][variant]["visual_kv"]
-    measures = [facts[measure][variant] for measure in ("f1", "precision", "recall")]
-    # A smaller image is a bundle without cuts: its answers have none beside them to agree with.
-    return _cells(row, [short[variant], *measures, agreement, prefill, kept, reads if variant == "pruned" else kept])
-
-
-def _cells(row: str, shares: list[float | None]) -> str:
-    return f"| {row} | " + " | ".join("-" if share is None else f"{share:.1%}" for share in shares) + " |"
-
-
-def _prefill(bundle: Path) -> float:
-    # Against the whole image, which a smaller one has less of: mean of the living tokens over the layers.
-    from edgeprune.bundle import Bundle
-
-    plan = Bundle.load(bundle).plan
-    return sum(map(plan.tokens_at_layer, range(plan.layers))) / plan.layers / 144
-
-
-def _edgeprune(*arguments: str) -> str:
-    command = [sys.executable, "-c", "from edgeprune.cli import main; main()", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def _edgeprune(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-c", "from edgeprune.cli import main; main()", *arguments], check=True)
 
 
 if __name__ == "__main__":

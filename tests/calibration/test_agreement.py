@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from edgeprune.calibration.search.objectives import Agreement
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry
 from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime import Runtime
 from edgeprune.tabletop.dataset import write_dataset
 
 WHOLE = unpruned_plan("qwen2_vl", 3, Geometry(84, 84, 14, 2))
@@ -39,3 +41,22 @@ def test_fewer_tokens_are_farther_away(agreement: Agreement) -> None:
 def test_the_score_is_over_the_first_samples(agreement: Agreement, tmp_path: Path) -> None:
     assert len(agreement) == 3
     assert agreement.score(WHOLE, 1).mean == 1.0
+
+
+def test_no_sample_is_asked_in_vain(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    generate = Runtime.generate
+
+    def counting(runtime: Runtime, image: Any, prompt: str, **options: Any) -> Any:
+        asked.append(prompt)
+        return generate(runtime, image, prompt, **options)
+
+    monkeypatch.setattr(Runtime, "generate", counting)
+    whole = WHOLE.with_cuts(Cut("input", "uniform", 9))  # agrees in everything
+    assert agreement.score(whole, 2).mean == 1.0 and len(asked) == 2
+    assert agreement.score(whole, 3).complete and len(asked) == 3
+    lost = WHOLE.with_cuts(Cut("input", "uniform", 1, seed=5))
+    reached = agreement.score(lost, 3, least=1.0)
+    alone = agreement.score(lost, 3)
+    assert reached.complete == (alone.mean == 1.0) and reached.mean <= alone.mean
+    assert len(asked) == 6  # what was left is asked now, and nothing twice

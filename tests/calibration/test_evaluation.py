@@ -9,7 +9,7 @@ import pytest
 
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, EvalReport
-from edgeprune.cli.output.basic import show_evaluation
+from edgeprune.cli.output.evaluate import show_evaluation
 
 DESCRIPTION = Sample(Path(), "Describe.", "red cube at top, blue ball at left.", "describe")
 SHORT = Sample(Path(), "What?", "red", "colour")

@@ -44,7 +44,7 @@ class Judge:
         if any(cut.method in self.refused for cut in plan.cuts):
             raise PlanError("not of this model")
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
         assert not any(cut.method in self.refused for cut in plan.cuts)
         self.asked.append(count)
         skill = 1.0 if any(cut.method == "divprune" for cut in plan.cuts) else 0.5
@@ -68,8 +68,16 @@ def untrained(base: KeepPlan, rate: DecodeRateOptions) -> KeepPlan:
 class Skilled(Judge):
     """To whom all methods are alike: what counts is how many tokens reach the last layer."""
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
         return Agreed(plan.tokens_at_layer(2) / 400 if plan.geometry == GEOMETRY else 0.0)
+
+
+class Racing(Judge):
+    """Leaves a plan as soon as it cannot reach what it has to."""
+
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
+        agreed = super().score(plan, count, progress)
+        return replace(agreed, complete=agreed.mean >= least)
 
 
 def search(tiny: LoadedModel, judge: Judge, blocks: int = 0, times: DeviceProfile | None = None) -> Search:
@@ -137,6 +145,13 @@ def test_the_best_method_wins_at_its_cost(tiny: LoadedModel) -> None:
     found = search(tiny, Judge()).at(Budget("flops", 0.5))
     assert found.group in ("divprune", "composed") and "divprune" in found.name
     assert found.flops <= 0.5 and found.samples == 40
+
+
+def test_what_cannot_win_is_left(tiny: LoadedModel) -> None:
+    whole, racing = search(tiny, Judge(), blocks=12), search(tiny, Racing(), blocks=12)
+    assert racing.at(Budget("flops", 0.5)) == whole.at(Budget("flops", 0.5))
+    assert {point.group for point in racing.points} == {point.group for point in whole.points}
+    assert len(racing.agreement.asked) < len(whole.agreement.asked)  # type: ignore[attr-defined]
 
 
 def test_plans_that_agree_alike_are_told_apart_by_divergence(tiny: LoadedModel) -> None:

@@ -39,7 +39,7 @@ class Listener(Judge):
         super().__init__()
         self._losses = losses
 
-    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None) -> Agreed:
+    def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
         loss = self._losses[plan.decode.options["form"]] if plan.decode else 0.0
         agreed = super().score(replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.site in ("input", "layer"))), count)
         return replace(agreed, mean=agreed.mean - loss)

@@ -236,7 +236,7 @@ def test_ctrl_c_in_the_middle_of_export_leaves_nothing(tiny_folder: Path, tmp_pa
     while process.returncode is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):  # Python drops an interrupt that arrives inside a finalizer: press again
-            _, errors = process.communicate(timeout=4)
+            _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "Aborted!" in errors and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []

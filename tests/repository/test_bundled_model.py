@@ -1,4 +1,4 @@
-"""The bundled model as its card says, on a few scenes of a seed that training never drew from, seeing and blind."""
+"""The bundled model as its card says, on a few scenes of a seed that training never drew from: one image, two, and blind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeprune.checkpoint.loading import load_model, resolve_model
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, load
-from edgeprune.tabletop.dataset import scenes
+from edgeprune.tabletop.dataset import pairs, scenes
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import DESCRIBE, Question
 from edgeprune.tabletop.world import SIDE, Scene
@@ -43,3 +43,17 @@ def test_it_answers_about_one_image(model: Runtime) -> None:
     asked = [((scene,), questions) for scene, questions in scenes(1, 6)]
     assert share_right(model, asked) >= 0.98
     assert share_right(model, asked, blind=True) < 0.35
+
+
+def test_it_answers_about_two_images(model: Runtime) -> None:
+    asked = list(pairs(1, 10))
+    assert share_right(model, asked) >= 0.95
+    assert share_right(model, asked, blind=True) < 0.4
+
+
+def test_the_order_of_two_images_matters(model: Runtime) -> None:
+    swapped = {"first": "second", "second": "first", "both": "both", "neither": "neither"}
+    for pair, questions in pairs(1, 10):
+        question = next(question for question in questions if question.kind == "which")
+        answers = [model.generate([draw_scene(scene) for scene in order], question.prompt).text for order in (pair, pair[::-1])]
+        assert answers[1] == swapped[answers[0]], question

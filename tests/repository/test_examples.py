@@ -59,10 +59,10 @@ def test_the_picture_of_the_papers_shows_their_table(tmp_path: Path) -> None:
     with Image.open(ROOT / "docs" / "pareto.png") as kept:
         remedy = "python examples/papers/draw.py docs/papers.md docs/pareto.png"
         assert kept.info["Description"] == module["digest_of"](table), f"the table has changed: {remedy}"
-    rows = module["read_rows"](table)
-    assert {"none", "plphp", "zspaprune", "auto", "dyrate-map", "plphp-last-row", "random-cache"} <= {row.method for row in rows}
-    assert [row.shares["read"] for row in rows if row.method == "plphp"] == [0.5, 0.396, 0.297]
-    module["draw"](table, tmp_path / "drawn.png")
+    plans, columns = module["read_table"](table)
+    assert {"none", "plphp-30", "zspaprune-25", "fastv-50", "auto-25", "dyrate-map", "plphp-30-last-row", "random-cache-30"} <= set(plans)
+    assert columns["read"][plans.index("none")] == 1.0 and columns["agreement"][plans.index("none")] is None
+    module["draw"](plans, columns, tmp_path / "drawn.png")
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert drawn.size == kept.size
 

@@ -1,47 +1,28 @@
-"""Commands that query a model: run, eval."""
+"""The command that asks a bundle: run."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edgeprune.cli.help import command
 from edgeprune.cli.options import (
-    FORMATS,
-    METRICS,
     bundle_argument,
     check_option,
-    check_plan_options,
     fit_option,
     force_option,
     json_option,
-    plan_options,
     provider_option,
-    refuse_model_options,
-    resolve_plan,
     signature_option,
-    skip_option,
-    source_options,
     threads_option,
     tier_option,
-    trust_option,
 )
-from edgeprune.errors import UsageError, require_extra
+from edgeprune.errors import UsageError
 from edgeprune.io.files import check_output, image_format, is_file, save_image
 from edgeprune.io.typed_json import is_text
-
-if TYPE_CHECKING:
-    from edgeprune.calibration.data.samples import BadSampleError, Sample
-    from edgeprune.runtime import Runtime
-
-_DATA_OPTIONS = ("data", "data_format", "image_folder", "split", "limit")
 
 
 @command()
@@ -109,98 +90,6 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
         save_image(runtime.draw(pictures, stream.receipt, fit=options["fit"], question=prompt, answer=answer), overlay)
 
 
-@command("eval")
-@click.argument("model")
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="JSON lines of image, prompt, answer, kind; or see --format."
-)
-@click.option("--format", "data_format", type=click.Choice(FORMATS), help="The published benchmark that the data is a file of.")
-@click.option(
-    "--images",
-    "image_folder",
-    type=click.Path(path_type=Path),
-    help="With --format: the folder of its images.  [default: beside the data]",
-)
-@click.option("--split", help="With --format: of several splits the one to use.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N samples.")
-@skip_option
-@click.option(
-    "--metric",
-    type=click.Choice(METRICS),
-    help="How answers are scored.  [default: that of the format, else exact, facts for descriptions]",
-)
-@click.option(
-    "--predictions", type=click.Path(path_type=Path), help="Write each answer to this file of JSON lines; go on where it ends."
-)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer, in tokens.")
-@provider_option
-@click.option("--device", help="Where torch runs a model that is no bundle: cpu or cuda.  [default: cpu]")
-@fit_option
-@tier_option
-@source_options
-@plan_options
-@trust_option
-@json_option
-def eval_command(model: str, as_json: bool, **options: Any) -> None:
-    """Measure accuracy over a file of questions, pruned and not.
-
-    MODEL is a bundle, a transformers folder, an id of the Hugging Face Hub, or `tabletop`. Agreement is the share of answers that
-    equal those without pruning. The plan options are for models: a bundle has its plan.
-
-    \b
-    Example: edgeprune eval table.bundle --data scenes/dataset.jsonl
-    """
-    from edgeprune.calibration.evaluation import EvaluationError, evaluate
-    from edgeprune.calibration.metrics import metric_for
-    from edgeprune.calibration.predictions import Predictions
-    from edgeprune.cli.output.basic import show_evaluation
-    from edgeprune.cli.output.progress import CommandProgress
-
-    skipped: list[BadSampleError] = []
-    on_bad = skipped.append if options.pop("skip_bad") else None
-    data, asked, output = options["data"], options.pop("metric"), options.pop("predictions")
-    if output is not None:
-        check_output(output, force=True, inputs=[data, Path(model)])
-    samples, published = _read_data(on_bad, **{name: options.pop(name) for name in _DATA_OPTIONS})
-    metric, samples = metric_for(asked or published, samples, on_bad)
-    answering = {name: options.pop(name) for name in ("fit", "tier", "max_tokens")}
-    run = {"metric": metric.name, "provider": options["device"] or options["provider"]}
-    run |= {name: str(value) for name, value in answering.items()}
-    opened = _open_model(model, **options)
-    kept = None if output is None else Predictions(output, {"model": opened.identity(), **run}, samples)
-    try:
-        with CommandProgress(quiet=as_json) as progress:
-            progress.say("loading the model")
-            runtime = opened.load()
-            counted = progress.count("samples", len(samples))
-            report = evaluate(runtime, samples, **answering, metric=metric, predictions=kept, progress=counted, on_bad=on_bad)
-    except EvaluationError as error:  # what was measured before it is not lost
-        show_evaluation(error.report, skipped, as_json)
-        raise
-    show_evaluation(report, skipped, as_json)
-    if skipped and not report.kinds:
-        raise UsageError(f"None of the samples in {data} could be used.")
-
-
-def _read_data(
-    on_bad: Any, data: Path, data_format: str | None, image_folder: Path | None, split: str | None, limit: int | None
-) -> tuple[list[Sample], str | None]:
-    # The samples, and the metric of their format.
-    if data_format is None:
-        from edgeprune.calibration.data.samples import read_samples
-
-        if image_folder is not None or split is not None:
-            named = "--split" if image_folder is None else "--images"
-            raise UsageError(f"{named} is for published files.", hint=f"Say which: --format {'|'.join(FORMATS)}")
-        return read_samples(data, limit, on_bad=on_bad), None
-    from edgeprune.calibration.data.formats import read_format
-
-    read = read_format(data_format, data, limit, images=image_folder, split=split, on_bad=on_bad)
-    if read.without_image:
-        click.echo(f"questions without an image, left out: {read.without_image}", err=True)
-    return read.samples, read.metric
-
-
 def _require_image_and_prompt(image: tuple[Path, ...], prompt: str | None) -> str:
     example = 'For example: --image table.png --prompt "What is on the table?"'
     if not image:
@@ -213,63 +102,3 @@ def _require_image_and_prompt(image: tuple[Path, ...], prompt: str | None) -> st
         order = f"--image {shlex.quote(prompt)} --prompt {shlex.quote(str(image[0]))}"
         raise UsageError(f"There is no image {str(image[0])!r}, and --prompt names a file.", hint=f"In the other order: {order}")
     return prompt
-
-
-@dataclass(frozen=True)
-class _Opened:
-    # A model whose options were checked. `identity`: says in predictions which it is. `load`: does the heavy work.
-    identity: Callable[[], str]
-    load: Callable[[], Runtime]
-
-
-def _open_model(
-    model: str,
-    provider: str,
-    device: str | None,
-    revision: str | None,
-    adapter: str | None,
-    trust_remote_code: bool,
-    **plan_request: Any,
-) -> _Opened:
-    from edgeprune.bundle import is_bundle
-
-    if is_bundle(Path(model)):
-        refuse_model_options(Path(model), revision, adapter, plan_request)
-        if device is not None:
-            raise UsageError(f"{model} is a bundle, which torch does not run.", hint="Use --provider, or leave --device out.")
-        from edgeprune.bundle.integrity import sha256_of
-        from edgeprune.bundle.manifest import MANIFEST
-        from edgeprune.runtime import load
-
-        return _Opened(
-            lambda: f"bundle {sha256_of(Path(model) / MANIFEST)[:16]}", lambda: load(model, provider=provider, cache_bytes=0)
-        )
-    if provider != "cpu":
-        raise UsageError(f"{model} is no bundle: PyTorch computes it.", hint="Export it, or leave --provider out; see --device.")
-    from edgeprune.checkpoint.configuration import check_folder
-    from edgeprune.checkpoint.loading import fetch_weights, load_model, resolve_model
-
-    folder = resolve_model(model, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code)
-    check_plan_options(folder, **plan_request)
-    check_folder(folder)
-    require_extra("export", "torch", "transformers", "optimum")
-    from edgeprune.calibration.replay.reference import check_device, reference_model
-    from edgeprune.runtime import Runtime
-
-    check_device(device or "cpu")
-
-    def identity() -> str:
-        fetch_weights(folder)
-        return f"model {_fingerprint(folder.source().weights_sha256, **plan_request)}"
-
-    def load_reference() -> Runtime:
-        fetch_weights(folder)
-        loaded = load_model(folder)
-        return Runtime(reference_model(loaded, resolve_plan(loaded, **plan_request), device or "cpu"))
-
-    return _Opened(identity, load_reference)
-
-
-def _fingerprint(weights: str, plan_file: Path | None, **plan_request: Any) -> str:
-    plan = b"" if plan_file is None else plan_file.read_bytes()
-    return hashlib.sha256(json.dumps([weights, plan.hex(), sorted(plan_request.items())]).encode()).hexdigest()[:16]

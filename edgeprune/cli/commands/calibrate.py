@@ -20,6 +20,7 @@ from edgeprune.cli.options import (
     parse_share,
     parse_size,
     provider_option,
+    ray_option,
     renamed_option,
     skip_option,
     source_options,
@@ -49,7 +50,7 @@ _COLLECT = (
         "--device", multiple=True, help="Where torch runs, cpu or cuda; or the target of --target-ttft, such as orin-nano."
     ),
     click.option("--shard", help="Only samples i, i + n ... of the file, as i/n; merge the statistics afterwards."),
-    click.option("--ray", "ray_address", help="Spread the pass over a Ray cluster: its address, or local."),
+    ray_option,
 )
 _ALLOCATE = (
     option_option,

@@ -16,9 +16,6 @@ from edgeprune.cli.output.progress import CommandProgress
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle, Manifest
     from edgeprune.calibration.calibrate import CalibrationResult
-    from edgeprune.calibration.data.samples import BadSampleError
-    from edgeprune.calibration.evaluation import EvalReport
-    from edgeprune.calibration.metrics import Metric
     from edgeprune.calibration.search.pareto import Point
     from edgeprune.export.verification import ParityStage
     from edgeprune.plan import KeepPlan, Option
@@ -240,42 +237,3 @@ def show_skipped(skipped: Sequence[object]) -> None:
         click.echo(f"skipped: {error}", err=True)
     if skipped:
         click.echo(f"{len(skipped)} bad sample{'s' * (len(skipped) > 1)} skipped", err=True)
-
-
-_MEASURES = {"f1": "F1", "yes_ratio": 'answers "yes"'}
-
-
-def _evaluation_lines(kind: str, row: Mapping[str, Any], columns: Sequence[str], metric: Metric) -> list[list[str]]:
-    # A kind with several measures has a line for each, all others one.
-    shown = "{:.1%}" if metric.percent else "{:.3f}"
-    measures = list(metric.measures_of(kind))
-    if len(measures) == 1:
-        forms = [shown if name in ("pruned", "unpruned") else "{:.1%}" for name in columns]
-        return [[kind, str(row["asked"]), *(form.format(row[name]) for form, name in zip(forms, columns, strict=True))]]
-    of = " of facts" if "accuracy" not in measures else ""
-    lines = []
-    for number, measure in enumerate(measures):
-        whole = row if number == 0 else {}
-        cells = [row[measure].get(name, whole.get(name)) for name in columns]
-        label = f"{kind}: {_MEASURES.get(measure, measure)}{of}"
-        lines.append([label, str(row["asked"]) if whole else "", *("" if cell is None else f"{cell:.1%}" for cell in cells)])
-    return lines
-
-
-def show_evaluation(report: EvalReport, skipped: Sequence[BadSampleError], as_json: bool) -> None:
-    """Print the scores of each kind of question, then the costs of an answer; on stderr the samples that were left out."""
-    show_skipped(skipped)
-    data = {**report.to_dict(), "skipped": [str(error) for error in skipped]}
-    if as_json:
-        show_json(data)
-        return
-    columns = [name for name in ("pruned", "unpruned", "agreement", "visual_reads") if name in next(iter(data["kinds"].values()))]
-    rows = [line for kind, row in data["kinds"].items() for line in _evaluation_lines(kind, row, columns, report.metric)]
-    click.echo(f"metric: {report.metric.name}\n")
-    show_table(["kind", "asked", *(name.replace("_", " ") for name in columns)], rows, as_json=False)
-    costs = [
-        [name, f"{c['ttft_ms']:.1f}", f"{c['ms_per_token']:.2f}", f"{c['kv_bytes'] / 1024:.0f}", f"{c['visual_kv']:.0%}"]
-        for name, c in data["cost"].items()
-    ]
-    click.echo()
-    show_table(["cost (median)", "TTFT ms", "ms per token", "KV KiB", "visual KV"], costs, as_json=False)

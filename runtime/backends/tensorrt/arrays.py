@@ -78,7 +78,7 @@ class DeviceArray:
     @property
     def nbytes(self) -> int:
         """The size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]
