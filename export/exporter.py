@@ -7,9 +7,11 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -29,6 +31,7 @@ from edgeprune.bundle import (
     VISION,
     VISION_UNPRUNED,
     Bundle,
+    GptqRecord,
     GraphRecord,
     Manifest,
     SourceQuantization,
@@ -37,6 +40,8 @@ from edgeprune.bundle import (
 )
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.bundle.integrity import record_files
+from edgeprune.calibration.data.samples import WeightSamples
+from edgeprune.calibration.replay.layerwise import check_fitting, fitted_int4
 from edgeprune.calibration.replay.products import wide_products
 from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
@@ -53,7 +58,7 @@ from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.targets import PLAIN, Lowering
 
-STAGES = ("products", "vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
+STAGES = ("products", "weights", "vision encoder", "embedding", "selection", "decoder", "processor", "manifest")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
 WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
@@ -65,14 +70,17 @@ def export_bundle(
     output: Path,
     *,
     lowering: Lowering = PLAIN,
+    data: WeightSamples | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
     """Trace a model under a plan or several tiers, lower it and write the bundle.
 
-    `progress` is told each of STAGES as it begins, and how many weights are written. Before anything is traced, raises PlanError if
-    the plan was made for another model, UnsupportedModelError if the model has no chat template, image token or end token,
-    UsageError if `output` exists without `force`, and EdgePruneError if the disk is too small.
+    `data`: samples that int4 weights are fitted to by GPTQ; without, they are rounded to the nearest. `progress` is told each of
+    STAGES as it begins, and how many weights are written. Before anything is traced, raises PlanError if the plan was made for
+    another model, UnsupportedModelError if the model has no chat template, image token or end token, UsageError if `output` exists
+    without `force`, or `data` can decide no weights, and EdgePruneError if the disk is too small. Raises BadSampleError for a
+    sample that cannot be used.
     """
     tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
     (_, first), *others = tiers.items()
@@ -80,12 +88,19 @@ def export_bundle(
     for tier in tiers.values():
         loaded.check_plan(tier)
     prompt_encoder(loaded, first.geometry)
+    if data is not None:
+        check_fitting(loaded, lowering)
     with new_folder(output, force=force) as folder:
-        _check_space(loaded, lowering, folder)
+        _check_space(loaded, lowering, folder, fitting=data is not None)
         progress.begin("products")
         wide = wide_products(loaded, first) if lowering.products == "float16" else None
         lowering = replace(lowering, wide=tuple(wide or ()))
-        graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)
+        progress.begin("weights")
+        with ExitStack() as fitting:
+            if data is not None:
+                scratch = Path(fitting.enter_context(TemporaryDirectory(dir=folder)))
+                fitting.enter_context(fitted_int4(loaded, first, data, lowering, scratch, progress))
+            graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)
         progress.begin("processor")
         _write_processor(loaded, first, folder)
         first.save(folder / PLAN)
@@ -94,7 +109,8 @@ def export_bundle(
             lower_tiers[name].save(folder / tier_plan(name))
         progress.begin("manifest")
         manifest = _manifest(loaded, first, lowering, graphs, folder)
-        replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide).save(folder)
+        gptq = None if data is None else GptqRecord(len(data.samples), data.sha256)
+        replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide, gptq=gptq).save(folder)
     return Bundle.load(output)
 
 
@@ -177,8 +193,10 @@ def _quantization(loaded: LoadedModel, tower: nn.Module, lowering: Lowering) -> 
     return SourceQuantization(method, counts["kept"], counts["requantized"], counts["dequantized"])
 
 
-def _check_space(loaded: LoadedModel, lowering: Lowering, folder: Path) -> None:
+def _check_space(loaded: LoadedModel, lowering: Lowering, folder: Path, *, fitting: bool) -> None:
+    # Weights that are fitted are on the disk twice for a while.
     needed, free = _bytes(loaded, lowering), shutil.disk_usage(folder).free
+    needed += int(sum(loaded.family.decoder().layer_weights) * _BYTES["int4"]) if fitting else 0
     if free < needed:
         raise EdgePruneError(
             f"The bundle will take {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free beside it.",

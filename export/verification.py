@@ -5,21 +5,30 @@ the faulty one. Stages: prompts, processor pixels, vision embeddings, kept indic
 generated token, and the text that the bundle generates by itself. The reference uses the weights and rounding of the bundle's
 precision, so the comparison covers the graph, not the quantization error.
 
+Int4 weights that were fitted to samples are taken from the bundle, since the samples are not in it. They must stand for the model's
+own: how far they are from these is a stage too.
+
 Prompts, pixels and an answer without pruning are compared with transformers itself (`edgeprune.export.upstream`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_ir as ir
+import torch
 
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import DECODER, Bundle
+from edgeprune.calibration.replay.layerwise import named_matrices
 from edgeprune.calibration.replay.reference import TorchBackend, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import VerificationError
+from edgeprune.export.passes.fusion import PROJECTIONS
 from edgeprune.export.upstream import Comparison, Upstream
 from edgeprune.io.progress import SILENT, Progress
+from edgeprune.model.quantization import Quantized
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
 from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -30,7 +39,9 @@ from edgeprune.tabletop.questions import DESCRIBE_PROMPT
 
 STAGES = ("prompts", "reference", "vision", "decoder", "text")
 MAX_TOKENS = 32  # generated tokens
-_INPUTS = {"prompts": 0.0, "pixels": 1e-5}
+# Fitted weights leave the model's own further than rounded ones do (0.1): where inputs hardly vary, any weight will do. Weights of
+# another matrix, or in another order, differ by 1.4.
+_INPUTS = {"prompts": 0.0, "pixels": 1e-5, "weights": 0.7}
 _FP32 = {"vision kept": 0.0, "vision": 1e-4, "kept": 0.0, "prefill": 1e-3, "generation": 1e-3, "text": 0.0, "unpruned text": 0.0}
 _FP32 = {**_INPUTS, **_FP32, "states": 1e-3}
 # Half precision rounds at 5e-4, and errors accumulate over the layers; nearly equal scores may swap ranks.
@@ -80,10 +91,12 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tie
     upstream = Upstream(loaded, bundle, frames)
     progress.begin("prompts")
     comparisons = [upstream.compare_prompts(), upstream.compare_pixels()]
+    fitted = {} if bundle.manifest.gptq is None else fitted_weights(bundle)
+    comparisons += [_compare_weights(loaded, fitted)] if fitted else []
     progress.begin("reference")
     recorder = RecordingBackend(reference.backend)
     assert isinstance(reference.backend, TorchBackend)
-    with reference.backend.lowered(lowering):
+    with reference.backend.lowered(lowering, fitted):
         conversation = Conversation(replace(reference, backend=recorder))
         text = "".join(conversation.ask(DESCRIBE_PROMPT, [image], Sampling(max_tokens=MAX_TOKENS)))
     backend = OnnxRuntimeBackend(bundle, exact=True)
@@ -99,6 +112,36 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tie
         comparisons.append(Comparison("text", float(generated != text), f"{len(text.split())} words"))
         comparisons.append(upstream.compare_answer(runtime, DESCRIBE_PROMPT, MAX_TOKENS))
     return [ParityStage(name, worst, tolerances[name], compared) for name, worst, compared in comparisons]
+
+
+def fitted_weights(bundle: Bundle) -> dict[str, Quantized]:
+    """Return the int4 matrices of a bundle's decoder by name, such as decoder.layers.0.mlp.down_proj."""
+    stored = {name: value.const_value for name, value in ir.load(bundle.file(DECODER)).graph.initializers.items()}
+    found: dict[str, Quantized] = {}
+    for weight in [name for name, tensor in stored.items() if tensor is not None and tensor.dtype == ir.DataType.INT4]:
+        name = weight.removesuffix(".weight.int4")
+        values, scales = (_transposed(stored[key]) for key in (weight, f"{name}.weight.scales"))
+        sizes, names = [len(values)], [name]
+        if f"{name}.sizes" in stored:  # query, key and value in one, for CPUs
+            sizes, layer = _transposed(stored[f"{name}.sizes"]).tolist(), name.rpartition(".")[0]
+            names = [f"{layer}.{projection}" for projection in PROJECTIONS]
+        parts = zip(names, torch.split(values, sizes), torch.split(scales, sizes), strict=True)
+        found |= {name: Quantized("int4", *both) for name, *both in parts}
+    return found
+
+
+def _transposed(tensor: ir.TensorProtocol | None) -> torch.Tensor:
+    assert tensor is not None
+    numbers = tensor.numpy()
+    return torch.from_numpy((numbers.astype(np.int8) if tensor.dtype == ir.DataType.INT4 else numbers).T.copy())
+
+
+def _compare_weights(loaded: LoadedModel, fitted: Mapping[str, Quantized]) -> Comparison:
+    matrices, worst = named_matrices(loaded.family.decoder().layers), 0.0
+    for name, quantized in fitted.items():
+        own = matrices[name].weight.detach()
+        worst = max(worst, float((quantized.restored() - own).norm() / own.norm().clamp(min=1e-9)))
+    return Comparison("weights", worst, f"{len(fitted)} matrices in int4, fitted to samples")
 
 
 def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> list[Comparison]:

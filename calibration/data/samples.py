@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.bundle.integrity import sha256_of
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.io.files import is_file, is_folder
 from edgeprune.io.typed_json import is_text
@@ -73,6 +74,20 @@ class Sample:
     def error(self, error: EdgePruneError) -> BadSampleError:
         """Return the error of this sample for what went wrong with it."""
         return BadSampleError(f"{self.where or self.images[0]}: {error.message}", hint=error.hint)
+
+
+@dataclass(frozen=True)
+class WeightSamples:
+    """Samples that weights are fitted to, and the `sha256` of their file. `fit`: how an image of another aspect is brought in."""
+
+    samples: tuple[Sample, ...]
+    sha256: str
+    fit: str = "exact"
+
+    @classmethod
+    def read(cls, path: Path, fit: str) -> WeightSamples:
+        """Read a file as `read_samples` does; its samples need no answers."""
+        return cls(tuple(read_samples(path, need_answers=False)), sha256_of(path), fit)
 
 
 class BadSampleError(UsageError):

@@ -25,8 +25,10 @@ from edgeprune.plan import KeepPlan, keep_count_up
 from edgeprune.runtime.backends.compare import RecordingBackend
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrames
+from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.runtime.media.images import read_image
+from edgeprune.runtime.text.tokenizer import TextTokenizer
 
 _NO_GROUPS = np.zeros((0, 3), np.float32)
 
@@ -61,12 +63,17 @@ class Recorder:
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()
         loaded.model.requires_grad_(False)  # the model itself is never trained
 
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of prompts and answers."""
+        return self._pipeline.tokenizer
+
     def record(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
         """Record the greedy answer to one sample, for each of its images. An answer of one token has no decode steps.
 
         Raises BadSampleError for a sample that cannot be asked about.
         """
-        recorder, images, _ = self._ask(sample, fit, self._max_tokens)
+        recorder, images, _ = ask(self._pipeline, sample, fit, self._max_tokens)
         prefills, steps = recorder.inputs[:images], recorder.inputs[images:]
         inputs = [tokens.suffix for tokens, _ in steps]
         empty = prefills[-1][0].suffix
@@ -74,7 +81,7 @@ class Recorder:
         positions = [self._tensor(part.positions) for part in inputs] or [self._tensor(empty.positions[:, :0])]
         answer = Segment(torch.cat(embeds, dim=1), torch.cat(positions, dim=1))
         said = self._tensor(steps[-1][0].text_groups[len(prefills[-1][0].text_groups) :] if steps else _NO_GROUPS)
-        return tuple(self._recording(_beside_others(prefills, number), answer, said) for number in range(images))
+        return tuple(self._recording(beside_others(prefills, number), answer, said) for number in range(images))
 
     @torch.no_grad()
     def _recording(self, prefill: DecoderInput, answer: Segment, said: torch.Tensor) -> Recording:
@@ -89,7 +96,7 @@ class Recorder:
     @torch.no_grad()
     def teacher_forced_logits(self, sample: Sample, ids: Sequence[int], fit: str) -> torch.Tensor:
         """Return the logits [len(ids) + 1, vocabulary] for the given answer tokens: before each token and after the last."""
-        recorder, images, conversation = self._ask(sample, fit, 1)
+        recorder, images, conversation = ask(self._pipeline, sample, fit, 1)
         tokens, _ = recorder.inputs[images - 1]
         first = self._tensor(recorder.steps[images - 1].logits)[None]
         if not ids:
@@ -98,16 +105,6 @@ class Recorder:
         answer = Segment(self._tensor(self._pipeline.backend.embed_tokens(ids)), positions)
         replayed = self.replay(Recording(tokens, self._caches(conversation.cache), answer, self._tensor(tokens.text_groups)))
         return torch.cat([first, replayed.logits[0]])
-
-    def _ask(self, sample: Sample, fit: str, most: int) -> tuple[RecordingBackend, int, Conversation]:
-        # The recorded forward passes of an answer of at most `most` tokens, the first of which are one for each image.
-        recorder = RecordingBackend(self._pipeline.backend)
-        conversation = Conversation(replace(self._pipeline, backend=recorder), fit=fit)
-        with _naming(sample):
-            images = _images_of(sample, self.plan)
-            for _ in conversation.ask(sample.prompt, images, Sampling(max_tokens=most)):
-                pass
-        return recorder, len(images), conversation
 
     def segments(self, recording: Recording) -> tuple[Segment, Segment, Segment]:
         """Return the prefill's prefix, visual and suffix segments."""
@@ -142,6 +139,20 @@ class Recorder:
 
     def _tensor(self, array: object) -> torch.Tensor:
         return torch.as_tensor(array, device=self._device)
+
+
+def ask(pipeline: Pipeline, sample: Sample, fit: str, most: int) -> tuple[RecordingBackend, int, Conversation]:
+    """Answer a sample with at most `most` tokens; return the recorded forward passes, the number of images, and the conversation.
+
+    The first passes are one for each image. Raises BadSampleError for a sample that cannot be asked about.
+    """
+    recorder = RecordingBackend(pipeline.backend)
+    conversation = Conversation(replace(pipeline, backend=recorder), fit=fit)
+    with _naming(sample):
+        images = _images_of(sample, pipeline.plan)
+        for _ in conversation.ask(sample.prompt, images, Sampling(max_tokens=most)):
+            pass
+    return recorder, len(images), conversation
 
 
 def _with_attention(caches: Iterable[LayerCache | LayerStates]) -> tuple[LayerCache, ...]:
@@ -186,8 +197,11 @@ def _images_of(sample: Sample, plan: KeepPlan) -> Sequence[ImageOrFrames]:
     return [pictures] if plan.geometry.frames > 1 else pictures
 
 
-def _beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], number: int) -> DecoderInput:
-    # One prefill of a whole prompt, whose visual segment is image `number`. Text that was run ahead of its turn is left out.
+def beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], number: int) -> DecoderInput:
+    """Return one prefill of a whole prompt, whose visual segment is image `number`.
+
+    `prefills`: the recorded forward passes, one for each image. Text that was run ahead of its turn is left out.
+    """
     before, groups, (last, _) = list[TokenSegment](), list[np.ndarray](), prefills[-1]
     begins = [cache.length - 1 for _, cache in prefills]  # without the null row
     for index, (tokens, _) in enumerate(prefills):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from edgeprune.checkpoint.configuration import check_context
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
 from edgeprune.errors import EdgePruneError, UnsupportedModelError, UsageError
 from edgeprune.model import PrunedDecoder, Segment, TextEmbedding, input_selector, signals_for
-from edgeprune.model.quantization import at_precision
+from edgeprune.model.quantization import Quantized, at_precision
 from edgeprune.plan import Geometry, KeepPlan
 from edgeprune.processors import image_spec
 from edgeprune.registry import METHODS, allow_method, method_class
@@ -63,9 +63,9 @@ class TorchBackend:
             if isinstance(module, torch.nn.Linear)
         }
 
-    def lowered(self, lowering: Lowering) -> AbstractContextManager[None]:
-        """Return a context in which the backend computes with the weights and rounding of a lowering."""
-        return at_precision(self._parts, self._vision, lowering)
+    def lowered(self, lowering: Lowering, fitted: Mapping[str, Quantized] | None = None) -> AbstractContextManager[None]:
+        """Return a context in which the backend computes with the weights and rounding of a lowering, and `fitted` matrices."""
+        return at_precision(self._parts, self._vision, lowering, fitted)
 
     @torch.no_grad()
     def encode_image(

@@ -17,7 +17,7 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
@@ -28,6 +28,7 @@ _ADDED: dict[int, dict[str, Any]] = {
     7: {"generation": {}},
     8: {},
     9: {"encoder_work": [], "wide_products": None},
+    10: {"gptq": None},
 }
 
 
@@ -74,6 +75,14 @@ class Operations:
     def total(self) -> float:
         """Sum of both."""
         return self.products + self.attention
+
+
+@dataclass(frozen=True)
+class GptqRecord:
+    """What int4 weights were fitted to by GPTQ: the number of `samples`, and the `sha256` of their file."""
+
+    samples: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,8 @@ class Manifest:
     `encoder_work`: operations of the vision encoder for one image, under the plan and without cuts; empty before schema 9.
     `target` and `precision`: how the graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
     `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
-    hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9.
+    hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9. `gptq`: what
+    int4 weights were fitted to; None if they are rounded, and before schema 10.
     """
 
     source: Source
@@ -198,6 +208,7 @@ class Manifest:
     tiers: tuple[str, ...] = ()
     wide_products: Mapping[str, float] | None = None
     encoder_work: tuple[Operations, ...] = ()
+    gptq: GptqRecord | None = None
 
     @property
     def lowering(self) -> Lowering:
@@ -235,6 +246,7 @@ class Manifest:
                 tiers=tuple(map(_text, _list(data["tiers"]))),
                 wide_products=_wide_products(data["wide_products"]),
                 encoder_work=_encoder_work(data["encoder_work"]),
+                gptq=None if data["gptq"] is None else from_json(GptqRecord, data["gptq"], "gptq"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error

@@ -20,6 +20,7 @@ MODULES = ("Orin", "Thor")
 ONNX_RULES: tuple[Rule, ...] = (  # violations of ONNX itself, for every target
     operators.unreadable_shapes,
     types.mixed_types,
+    types.unusable_scales,
     arguments.short_axes,
 )
 ONNXRUNTIME_RULES: tuple[Rule, ...] = (

@@ -181,6 +181,23 @@ class PrunedDecoder(nn.Module):
         in_order = tuple(kept[str(cut)] for cut in (*self.plan.layer_cuts, *self.plan.cache_cuts))
         return StepOutput(logits[None], tuple(rows), in_order, torch.stack(splits, dim=-2) if splits else None)
 
+    def rows_of(self, prefix: Segment, visual: Segment, suffix: Segment, *, every_logit: bool = False) -> TokenRows:
+        """Return the tokens of three segments as they enter layer 0; `every_logit` as in `forward`."""
+        return self._join((prefix, visual, suffix), None, self.shape.bidirectional and not every_logit)
+
+    def run_layer(
+        self, index: int, tokens: TokenRows, cache: LayerCache | LayerStates, *, every_logit: bool = False
+    ) -> tuple[TokenRows, NewKv | LayerStates]:
+        """Run one layer without its cuts; return the tokens behind it, and the layer's new KV rows or states."""
+        layer: Any = self.layers[index]
+        hidden = layer.input_layernorm(tokens.hidden)
+        if isinstance(cache, LayerStates):
+            mixed, states = self._mix(index, layer, hidden, tokens, cache, {})
+            return self._after_mixing(index, layer, tokens, mixed), states
+        mask = self._shared_mask(index, tokens, cache, {}, self.shape.bidirectional and not every_logit)
+        attended = attend(layer.self_attn, self.shape, hidden, tokens, cache, mask)
+        return self._after_mixing(index, layer, tokens, attended.output), attended.rows
+
     def _after_mixing(self, index: int, layer: Any, tokens: TokenRows, mixed: torch.Tensor) -> TokenRows:
         # The rest of a layer behind its attention or its state.
         hidden = tokens.hidden + mixed

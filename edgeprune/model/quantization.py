@@ -1,15 +1,16 @@
 """Symmetric weight quantization with zero point 0, as TensorRT requires, and the eager model at the precision of a lowering.
 
 int8 has one scale per output; int4 has one per output and block of 128 inputs (weight-only, the form that TensorRT and ONNX Runtime
-multiply directly). int4 scales are clipped: outliers are rare, so of a few scales up to that of the largest weight, the one with
-the least squared error is taken (the clipping search of Lin et al., AWQ, arXiv 2306.00978, section 3.2, without activations).
+multiply directly). int4 uses its whole range, -8 to 7. Its scales are clipped: outliers are rare, so of a few scales up to that of
+the largest weight, the one with the least squared error is taken (the clipping search of Lin et al., AWQ, arXiv 2306.00978, section
+3.2, without activations), and then the best scale for the integers that it gives.
 
 `at_precision` gives the eager model the weights and roundings of a lowering, as the reference for a bundle of that precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +23,17 @@ from edgeprune.families.base import DecoderParts
 from edgeprune.targets import Lowering
 
 BLOCK = 128  # inputs that share an int4 scale
-_LARGEST = {"int8": 127, "int4": 7}
-_CLIPS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
+_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
+_STEPS = {"int8": (127.0,), "int4": (7.0, 7.5, 8.0, 8.5, 9.0, 9.5)}  # scales that are tried: the block's largest weight is so many
+_LEAST = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}  # TensorRT refuses a scale of 0: a row of zeros has this one
 
-_TAKEN = "taken"  # weights that are in the checkpoint as the lowering holds them
+_TAKEN = "taken"  # weights that are already as the lowering holds them
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix: int8 `values` [out, in] (-7 to 7 for int4) and `scales` [out, blocks]."""
+    """A quantized matrix: int8 `values` [out, in] (-8 to 7 for int4) and `scales` [out, blocks]."""
 
     kind: str
     values: torch.Tensor
@@ -51,23 +53,41 @@ def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype) -> Quanti
     kind = kind_for(weight.shape[1], kind)
     count = weight.shape[1] // BLOCK if kind == "int4" else 1
     blocks = weight.detach().float().view(weight.shape[0], count, -1)
-    peak = blocks.abs().amax(dim=2).clamp(min=1e-7)
-    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    for clip in _CLIPS[kind]:
-        scales = (peak * clip / _LARGEST[kind]).to(scale_type)
-        values = (blocks / scales.float()[:, :, None]).round().clamp(-_LARGEST[kind], _LARGEST[kind])
-        error = (values * scales.float()[:, :, None] - blocks).square().sum(dim=2)
-        if best is None:
-            best = values, scales, error
-        else:
-            better = error < best[2]
-            best = (
-                torch.where(better[:, :, None], values, best[0]),
-                torch.where(better, scales, best[1]),
-                torch.where(better, error, best[2]),
-            )
-    assert best is not None
-    return Quantized(kind, best[0].flatten(1).to(torch.int8), best[1])
+    scales = scales_for(blocks, kind, scale_type)
+    return Quantized(kind, rounded(blocks, scales, kind).flatten(1).to(torch.int8), scales)
+
+
+def scales_for(blocks: torch.Tensor, kind: str, scale_type: torch.dtype) -> torch.Tensor:
+    """Return the scales [...] of blocks of weights [..., n] that round with the least squared error; none is 0."""
+    peak = blocks.abs().amax(dim=-1)
+    best, least = _cast(peak / _STEPS[kind][0], scale_type), torch.full_like(peak, float("inf"))
+    if len(_STEPS[kind]) == 1:
+        return best
+    values = torch.zeros_like(blocks)
+    for steps in _STEPS[kind]:
+        tried = _cast(peak / steps, scale_type)
+        integers = rounded(blocks, tried, kind)
+        error = _error(blocks, integers, tried)
+        better = error < least
+        best, least = torch.where(better, tried, best), torch.where(better, error, least)
+        values = torch.where(better[..., None], integers, values)
+    # For given integers q, the error of scale * q is least at <weights, q> / <q, q>.
+    fitted = _cast((blocks * values).sum(dim=-1) / values.square().sum(dim=-1).clamp(min=1), scale_type)
+    return torch.where(_error(blocks, rounded(blocks, fitted, kind), fitted) < least, fitted, best)
+
+
+def rounded(blocks: torch.Tensor, scales: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return the integers, as floats, that weights [..., n] round to with scales [...]."""
+    return (blocks / scales.float()[..., None]).round().clamp(*_RANGES[kind])
+
+
+def _cast(scales: torch.Tensor, scale_type: torch.dtype) -> torch.Tensor:
+    # Clamped after the cast, which makes 0 of what float16 does not hold.
+    return scales.to(scale_type).clamp(min=_LEAST[scale_type])
+
+
+def _error(blocks: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (integers * scales.float()[..., None] - blocks).square().sum(dim=-1)
 
 
 def kind_for(inputs: int, kind: str) -> str:
@@ -84,11 +104,13 @@ def dynamically_rounded(states: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> Iterator[None]:
+def at_precision(
+    parts: DecoderParts, vision: nn.Module, lowering: Lowering, fitted: Mapping[str, Quantized] | None = None
+) -> Iterator[None]:
     """Make a decoder and a vision tower compute at the precision of a lowering, and restore them on exit.
 
     Matrices are replaced by their dequantized values; inputs and outputs of products are rounded. Attention rounds to the type of
-    the cache.
+    the cache. `fitted`: matrices that were quantized otherwise than by `quantize`, by name, such as decoder.layers.0.mlp.down_proj.
     """
     modules = (("layers", parts.layers), ("head", parts.lm_head), ("vision", vision))
     names = {"layers": "decoder.layers", "head": "decoder.lm_head", "vision": "vision"}
@@ -102,7 +124,11 @@ def at_precision(parts: DecoderParts, vision: nn.Module, lowering: Lowering) -> 
                     own = _own_kind(matrix, lowering, part)
                     kind = own or kind_for(matrix.in_features, lowering.weights_of(part))
                     kind = "fp32" if kind == "fp16" and wide else kind
-                    changes.enter_context(_lowered(matrix, _TAKEN if own else kind, products, inner))
+                    found = (fitted or {}).get(inner)
+                    if found is not None:
+                        changes.enter_context(_with_weight(matrix, found.restored()))
+                    taken = own is not None or found is not None
+                    changes.enter_context(_lowered(matrix, _TAKEN if taken else kind, products, inner))
                     if kind == "int8" and lowering.rounds(kind):
                         changes.enter_context(_rounded(matrix, normed))
         changes.enter_context(_lowered(parts.embed_tokens, lowering.weights_of("embedding"), torch.float32))
@@ -145,6 +171,15 @@ def _rounded(matrix: nn.Linear, normed: list[torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _with_weight(module: Any, weight: torch.Tensor) -> Iterator[None]:
+    own, module.weight = module.weight, nn.Parameter(weight)
+    try:
+        yield
+    finally:
+        module.weight = own
 
 
 def _half(values: torch.Tensor, name: str) -> torch.Tensor:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import PassManager, Sequential
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
@@ -37,12 +35,11 @@ from onnxscript.rewriter.onnx_fusions import fuse
 from onnxscript.rewriter.rules.common._basic_rules import slice_split_rule
 
 from edgeprune.checkpoint.packed import PackedMatrix
-from edgeprune.checkpoint.weights import Matrix
 from edgeprune.export.passes.replacement import replace_nodes
-from edgeprune.export.passes.weights import LazyInitializer, matrix_of
+from edgeprune.export.passes.weights import LazyInitializer, StackedMatrix, matrix_of
 
 _MAX_INPUT, _MAX_OUTPUT = 8192, 512 * 512  # elements; size limits of constant folding
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def optimize(model: ir.Model) -> None:
@@ -171,28 +168,8 @@ def fuse_qkv(graph: ir.Graph) -> None:
             groups.setdefault((node.inputs[0], layer), {})[part] = node
     for (state, layer), nodes in groups.items():
         quantized = any(isinstance(matrix_of(node.inputs[1]), PackedMatrix) for node in nodes.values() if node.inputs[1])
-        if set(_PROJECTIONS) <= set(nodes) and not quantized:
-            _join_gemms(graph, state, layer, [nodes[name] for name in _PROJECTIONS])
-
-
-@dataclass(frozen=True)
-class _StackedMatrix:
-    # Matrices with the same number of columns, stacked vertically.
-    parts: tuple[Matrix, ...]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        pieces, first = [], 0
-        for part in self.parts:
-            count = part.shape[0]
-            begin, end = max(start - first, 0), min(stop - first, count)
-            if begin < end:
-                pieces.append(part.rows(begin, end))
-            first += count
-        return torch.cat(pieces)
+        if set(PROJECTIONS) <= set(nodes) and not quantized:
+            _join_gemms(graph, state, layer, [nodes[name] for name in PROJECTIONS])
 
 
 def _join_gemms(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir.Node]) -> None:
@@ -200,7 +177,7 @@ def _join_gemms(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir
     matrices = tuple(matrix_of(weight) for weight in weights)
     sizes = [matrix.shape[0] for matrix in matrices]
     tape = Tape()
-    inputs = [state, tape.initializer(LazyInitializer(_StackedMatrix(matrices), f"{layer}.qkv_proj.weight"))]
+    inputs = [state, tape.initializer(LazyInitializer(StackedMatrix(matrices), f"{layer}.qkv_proj.weight"))]
     if any(biases):
         rows = [np.zeros(size, np.float32) if bias is None else _numbers(bias) for bias, size in zip(biases, sizes, strict=True)]
         inputs.append(tape.initializer(ir.tensor(np.concatenate(rows), name=f"{layer}.qkv_proj.bias")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import ml_dtypes
@@ -12,6 +13,7 @@ import torch
 
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
+from edgeprune.model.gptq import FittedMatrix
 from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
 
 _PIECE = 1 << 20  # elements converted at once; pieces that fit the CPU cache are several times faster
@@ -50,6 +52,31 @@ def as_fp16(value: ir.Value, name: str) -> ir.TensorProtocol:
     if isinstance(constant, LazyInitializer):
         return LazyInitializer(constant.matrix, name, torch.float16)
     return ir.tensor(constant.numpy().astype(np.float16), name=name)
+
+
+@dataclass(frozen=True)
+class StackedMatrix:
+    """Matrices with the same number of columns, one below the other."""
+
+    parts: tuple[Matrix, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The rows of all, and the columns of each."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return the rows from `start` to `stop`."""
+        return torch.cat([part.rows(*span) for part, span in self.within(start, stop)])
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[Matrix, tuple[int, int]]]:
+        """Yield the parts between `start` and `stop`, each with the span of its own rows."""
+        first = 0
+        for part in self.parts:
+            begin, end = max(start - first, 0), min(stop - first, part.shape[0])
+            if begin < end:
+                yield part, (begin, end)
+            first += part.shape[0]
 
 
 class IntegerMatrix:
@@ -114,10 +141,7 @@ class IntegerMatrix:
         return ir.tensor(result.numpy())
 
     def _quantized_pieces(self) -> Iterator[tuple[int, Quantized]]:
-        start = 0
-        for rows in _pieces(self._matrix):
-            yield start, quantize(rows, self.kind, self._products)
-            start += len(rows)
+        return ((start, _quantized(self._matrix, start, stop, self.kind, self._products)) for start, stop in _spans(self._matrix))
 
 
 class OwnIntegers:
@@ -187,6 +211,15 @@ class OwnIntegers:
         for start, stop in _spans(self._matrix):
             result[:, start:stop] = self._matrix.rows(start, stop).T
         return ir.tensor(result.numpy())
+
+
+def _quantized(matrix: Matrix, start: int, stop: int, kind: str, products: torch.dtype) -> Quantized:
+    if isinstance(matrix, FittedMatrix):
+        return matrix.quantized(start, stop)
+    if not isinstance(matrix, StackedMatrix):
+        return quantize(matrix.rows(start, stop), kind, products)
+    parts = [_quantized(part, *span, kind, products) for part, span in matrix.within(start, stop)]
+    return Quantized(kind, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
 
 def _pieces(matrix: Matrix) -> Iterator[torch.Tensor]:

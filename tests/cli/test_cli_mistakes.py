@@ -244,6 +244,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         "Choose --precision",
         2,
     ),
+    "samples of int8": (
+        (*EXPORT, "--precision", "int8", *DATA),
+        "--data decides int4 weights, and the precision is int8",
+        "Give --precision int4",
+        2,
+    ),
+    "fit of nothing": ((*EXPORT, "--precision", "int4", "--fit", "pad"), "--fit is for the images of --data", "Leave out --fit", 2),
     "no image": (("run", "table.bundle", "--prompt", "x"), "There is no image to ask about", "For example: --image", 2),
     "keep of calibrate": (
         ("calibrate", "model", *DATA, "--method", "plphp", "--keep", "0.5", "-o", "p.json"),
@@ -337,6 +344,7 @@ EARLY = (
     ("calibrate", "tabletop", *DATA, *PLAN, "--option", "delta=2"),
     (*EXPORT, "--plan", "none.json"),
     (*EXPORT, "--tier", "a=none.json"),
+    (*EXPORT, "--precision", "int4", "--data", "none.jsonl"),
     ("eval", "model", *DATA, "--method", "fastv", "--keep", "25"),
     ("eval", "no-end", *DATA),
     ("calibrate", "tabletop", *DATA, "--method", "plphp", "--budget", "25", "-o", "p.json"),

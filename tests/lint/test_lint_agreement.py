@@ -75,6 +75,8 @@ AGREED: dict[str, tuple[bool, str, list[Profile]]] = {
     ),
     "symmetric": (True, f"{VECTOR} {{ z = Constant<value = int8 {{0}}>() {Q} }}", []),
     "asymmetric": (False, f"{VECTOR} {{ z = Constant<value = int8 {{1}}>() {Q} }}", []),
+    "scale of 0": (False, f"{VECTOR} {{ z = Constant<value = int8 {{0}}>() {Q.replace('0.5', '0.0')} }}", []),
+    "negative scale": (False, f"{VECTOR} {{ z = Constant<value = int8 {{0}}>() {Q.replace('0.5', '-0.5')} }}", []),
     "unsigned": (False, f"{VECTOR} {{ z = Constant<value = uint8 {{128}}>() {Q} }}", []),
     "int16": (False, f"{VECTOR} {{ a = Cast<to = 5>(x) y = Cast<to = 1>(a) }}", []),
     "float64": (True, f"{VECTOR} {{ a = Cast<to = 11>(x) y = Cast<to = 1>(a) }}", []),

@@ -136,6 +136,31 @@ def test_small_floats_need_their_jetson(tmp_path: Path) -> None:
     assert lint(path, TARGETS["jetpack7.2"], modules=["Thor"]) == []
 
 
+@pytest.mark.parametrize("element", [TensorProto.INT8, TensorProto.INT4])
+@pytest.mark.parametrize(
+    ("scale", "reason"), [(0.0, "1 of 8 scales in scale are 0 or less"), (np.inf, "no numbers"), (np.nan, "no")]
+)
+def test_scales_that_are_zero_or_no_numbers(tmp_path: Path, element: int, scale: float, reason: str) -> None:
+    path = weights(tmp_path, element, block=128)
+    assert lint(path, TARGETS["jetpack7.2"]) == []
+    model = onnx.load(str(path))
+    (scales,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
+    numbers = numpy_helper.to_array(scales).copy()
+    numbers[0, 3] = scale
+    scales.CopyFrom(numpy_helper.from_array(numbers.astype(np.float16).astype(np.float32), "scale"))
+    onnx.save(model, str(path))
+    found = only(lint(path, TARGETS["jetpack7.2"]))
+    assert (found.node, found.severity) == ("unpack", "error") and reason in found.reason
+    # ONNX Runtime multiplies by 0, which is what a block of zeros needs.
+    assert [finding.severity for finding in lint(path, TARGETS["onnxruntime"])] == ["error"] * (scale != 0)
+
+
+def test_quantizing_divides_by_the_scale(tmp_path: Path) -> None:
+    text = "agraph (float[4] x) => (int8[4] y) { s = Constant<value = float {0.0}>() y = QuantizeLinear(x, s, z) }"
+    text = text.replace("{ s", "{ z = Constant<value = int8 {0}>() s")
+    assert "1 of 1 scales in s are 0 or less" in only(findings_of(tmp_path, text, "onnxruntime")).reason
+
+
 def test_quantized_activations_may_be_moved_and_not_computed_with(tmp_path: Path) -> None:
     text = (
         "agraph (float[4,4] x) => (float[4,4] y) { s = Constant<value = float {0.5}>() z = Constant<value = int8 {0}>() "

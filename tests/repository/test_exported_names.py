@@ -32,8 +32,8 @@ TABLE = {
     """,
     "edgeprune.bundle": """
         CHAT_TEMPLATE CHECKS DECODER EMBED MANIFEST PLAN PREDICTOR PREPROCESSOR SCHEMA_VERSION SELECTOR SPECIAL_TOKENS TOKENIZER
-        VISION VISION_UNPRUNED Bundle DecoderShape GenerationDefaults GraphRecord ImageText LayerState Manifest Operations Source
-        SourceQuantization Tensor files_of is_bundle tier_plan tier_selector
+        VISION VISION_UNPRUNED Bundle DecoderShape GenerationDefaults GptqRecord GraphRecord ImageText LayerState Manifest
+        Operations Source SourceQuantization Tensor files_of is_bundle tier_plan tier_selector
     """,
     "edgeprune.errors": """
         BundleError EdgePruneError EngineError ImageError MissingExtraError NoBundleError PlanError UnsupportedModelError UsageError

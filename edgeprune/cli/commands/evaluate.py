@@ -192,7 +192,7 @@ def compare(model: str, methods: str, keep: str, as_json: bool, **options: Any) 
     decoder's layers; for plphp that of its KV cache. The same command again goes on where it was interrupted.
 
     \b
-    Example: edgeprune compare tabletop --methods fastv,divprune,uniform --data scenes/dataset.jsonl -o comparison
+    Example: edgeprune compare tabletop --data scenes/dataset.jsonl -o comparison
     """
     from edgeprune.calibration.metrics import metric_for
     from edgeprune.calibration.options import CompareOptions

@@ -13,6 +13,7 @@ from edgeprune.cli.options import (
     TargetName,
     bundle_argument,
     check_tier_options,
+    fit_option,
     force_option,
     json_option,
     plan_options,
@@ -29,6 +30,7 @@ from edgeprune.targets import PRECISIONS, Lowering, target_named
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Source
+    from edgeprune.calibration.data.samples import WeightSamples
 
 
 @command()
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
 @click.option("--target", type=TargetName(), default="onnxruntime", show_default=True, help="What will read the graphs.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="How weights are kept.")
 @click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Samples (JSON lines of image, prompt, answer) that int4 weights are fitted to, by GPTQ.  [default: round them]",
+)
+@fit_option
+@click.option(
     "--tier",
     multiple=True,
     metavar="NAME=PLAN",
@@ -47,7 +55,7 @@ if TYPE_CHECKING:
 )
 @force_option
 @json_option
-def export(model: str, output: Path, force: bool, as_json: bool, **request: Any) -> None:
+def export(model: str, output: Path, data: Path | None, fit: str, force: bool, as_json: bool, **request: Any) -> None:
     """Export MODEL as a bundle of ONNX graphs under a keep plan.
 
     MODEL is a transformers folder, an id of the Hugging Face Hub such as Qwen/Qwen2.5-VL-3B-Instruct, or `tabletop`, the bundled
@@ -63,9 +71,10 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
     # What can be refused by files and options alone is refused before torch is imported, which takes seconds.
     check_output(output, force=force, folder=True)
     lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
+    samples = _weight_samples(data, fit, lowering)
     folder = resolve_model(model, **{name: request.pop(name) for name in ("revision", "adapter", "trust_remote_code")})
     adapter = folder.adapter.path if folder.adapter else None
-    inputs = [folder.path, adapter, request["plan_file"], *tier_files(request["tier"]).values()]
+    inputs = [folder.path, adapter, data, request["plan_file"], *tier_files(request["tier"]).values()]
     check_output(output, force=force, inputs=inputs, folder=True)
     check_tier_options(folder, **request)
     check_folder(folder)
@@ -79,8 +88,20 @@ def export(model: str, output: Path, force: bool, as_json: bool, **request: Any)
         progress.begin("model")
         loaded = load_model(folder, on_disk=True)
         plan = resolve_tiers(loaded, **request)
-        bundle = export_bundle(loaded, plan, output, lowering=lowering, force=force, progress=progress)
+        bundle = export_bundle(loaded, plan, output, lowering=lowering, data=samples, force=force, progress=progress)
     show_export(bundle, as_json)
+
+
+def _weight_samples(data: Path | None, fit: str, lowering: Lowering) -> WeightSamples | None:
+    from edgeprune.calibration.data.samples import WeightSamples
+
+    if data is None and fit != "exact":
+        raise UsageError("--fit is for the images of --data.", hint="Leave out --fit.")
+    if data is not None and lowering.precision != "int4":
+        raise UsageError(
+            f"--data decides int4 weights, and the precision is {lowering.precision}.", hint="Give --precision int4, or no --data."
+        )
+    return None if data is None else WeightSamples.read(data, fit)
 
 
 @command()

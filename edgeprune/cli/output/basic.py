@@ -123,9 +123,10 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
         facts |= {"revision": manifest.source.revision, "adapter": manifest.source.adapter}
         facts |= {"target": manifest.target, "precision": manifest.precision}
-        quantized = manifest.source.quantization
+        quantized, fitted = manifest.source.quantization, manifest.gptq
         plans = {
             "quantization": quantized and asdict(quantized),
+            "gptq": fitted and asdict(fitted),
             "plan": plan.to_dict(),
             "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers},
         }
@@ -150,6 +151,8 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
 
 def _quantized_layers(manifest: Manifest) -> dict[str, str]:
     quantized = manifest.source.quantization
+    if manifest.gptq is not None:
+        return {"quantized": f"gptq; int4 weights fitted to {manifest.gptq.samples} samples"}
     if quantized is None:
         return {}
     counts = {"kept": quantized.kept, "quantized again": quantized.requantized, "dequantized": quantized.dequantized}

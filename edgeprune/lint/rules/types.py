@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from edgeprune.lint.graph import Node, Scope, Value
 from edgeprune.lint.operator_support import DOUBLES, FP4, FP4_MODULES, FP8, FP8_MODULES, IMAGES, INT4_BLOCKS, KNOWN_TYPES, Version
 from edgeprune.lint.rule import Finding, RuleContext
@@ -22,7 +24,7 @@ _SAME_TYPE: dict[str, tuple[int, ...]] = {
 }
 _UINT8_OPERATORS = ("Cast", "CastLike", "DequantizeLinear", "Identity", "Shape", "Size")
 
-_ZERO_POINT = 2
+_SCALE, _ZERO_POINT = 1, 2
 _FP4_SINCE: Version = (10, 8)
 
 
@@ -69,6 +71,25 @@ def mixed_types(context: RuleContext) -> Iterator[Finding]:
             if len(elements) > 1:
                 reason = f"{node.operator} is given {' and '.join(elements)}, and takes one type."
                 yield context.error(node, reason, f"Cast its inputs to {_widest(node, chosen)}.")
+
+
+def unusable_scales(context: RuleContext) -> Iterator[Finding]:
+    """Find constant scales that are not finite, that divide by 0, and for TensorRT all that are not positive.
+
+    TensorRT-RTX 1.7.1 refuses scales of INT8 that are 0, negative or NaN, and builds with an infinite one.
+    """
+    for node in _quantize_nodes(context):
+        found = constant(node.scope, node.inputs[_SCALE])
+        if found is None:
+            continue
+        scales = found.astype(np.float64)
+        name, count = node.inputs[_SCALE], int((~np.isfinite(scales)).sum())
+        if count:
+            reason = f"{count} of {scales.size} scales in {name} are infinite or no numbers."
+            yield context.error(node, reason, "Quantize finite weights, with scales that their type can hold.")
+        elif (low := int((scales <= 0).sum())) and (context.target.tensorrt or node.operator == "QuantizeLinear"):
+            reason = f"{low} of {scales.size} scales in {name} are 0 or less."
+            yield context.error(node, reason, "Take a small positive scale for what is all zeros.")
 
 
 def zero_points(context: RuleContext) -> Iterator[Finding]:
