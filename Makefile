@@ -5,6 +5,7 @@
 # make check   the checks alone (ruff, mypy, import contracts)
 # make coverage  the tests with a count of the lines and branches that they reach, in build/coverage
 # make fuzz    a million made-up inputs for everything that reads what others wrote; with CASES=10000 so many
+# make lmms-eval  lmms-eval with EdgePrune's model for it, in build/lmms-eval (1.6 GB); its tests are in test-all
 # make docs    the documentation as a site, in build/docs; open build/docs/index.html
 # make lock    solve locks/ again after pyproject.toml has changed; with UPGRADE=--upgrade to newer versions
 # make wheel   the wheel, the same bytes from the same sources, in dist/
@@ -26,7 +27,7 @@ TORCH := torch==2.13.0
 EXTRAS := export check plot ray parquet tensorrt serve structured telemetry sign ros2 docs test
 RELEASE := build/release/bin
 
-.PHONY: demo instrument test test-all check coverage fuzz docs lock wheel runtime sbom licences clean
+.PHONY: demo instrument test test-all check coverage fuzz lmms-eval docs lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
@@ -46,7 +47,8 @@ test: .venv/.test
 		wait $$checks || { echo "make check failed: see above, or run it alone"; exit 1; }; exit $$tests
 
 test-all: check
-	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, no kept traces, coverage."
+	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, lmms-eval, no kept traces, coverage."
+	-$(MAKE) --no-print-directory lmms-eval
 	mkdir -p build/coverage
 	EDGEPRUNE_TRACE_CACHE=off COVERAGE_FILE=build/coverage/data $(PYTEST) --all $(COVERED)
 
@@ -62,6 +64,17 @@ fuzz: .venv/.test
 	-$(BIN)/python $(LOCKED) locks/fuzz.txt --only-binary :all:
 	rm -rf build/fuzz
 	PYTHONPATH=tests:tests/support/servers:tests/support/devices OMP_NUM_THREADS=1 $(BIN)/python -m fuzz run --cases $(CASES) -o build/fuzz
+
+# An environment of its own: lmms-eval asks for other versions than locks/, and for much that its models of images do not import.
+# Where there is no index, the tests skip.
+LMMS := build/lmms-eval/bin/python
+lmms-eval: build/lmms-eval/.done
+build/lmms-eval/.done: examples/lmms_eval/requirements.txt examples/lmms_eval/pyproject.toml pyproject.toml
+	$(PYTHON) -m venv build/lmms-eval
+	$(LMMS) $(PIP) --no-compile --no-deps $(TORCH)
+	$(LMMS) $(PIP) --no-compile $(TORCH) -r examples/lmms_eval/requirements.txt -e .
+	$(LMMS) $(PIP) --no-compile --no-deps lmms-eval==0.7.3 -e examples/lmms_eval
+	touch $@
 
 # A warning is an error: a link that leads nowhere, a name that is not there.
 docs: .venv/.test

@@ -37,9 +37,6 @@ PLANS = {
     "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
     **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
-    # What steps read is what DyRate's read, by cuts that shorten prefill too.
-    "fastv-reads-25": f"{ALL} --method fastv --layer 1 --budget 0.25",
-    "vtw-reads-25": f"{LONG} {RANKING} --method vtw --budget 0.25",
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
