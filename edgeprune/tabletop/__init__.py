@@ -2,4 +2,11 @@
 
 from pathlib import Path
 
+from edgeprune.io.files import user_cache
+
 MODEL_FOLDER = Path(__file__).parent / "model"
+
+
+def large_model_folder() -> Path:
+    """Return where `make instrument` puts TableTop-L."""
+    return user_cache() / "tabletop-l"

@@ -6,43 +6,67 @@ the position right after the images, exactly as if it were asked alone, so the i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
 from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.pairs import PAIR_KINDS, Pair, ask_both, change_between, sample_pair
 from edgeprune.tabletop.questions import DESCRIBE, KINDS, Question, ask_one, describe
-from edgeprune.tabletop.world import COLOURS, DIGITS, LETTERS, SHAPES, SIDE, SIZES, Scene, sample_scene
+from edgeprune.tabletop.world import CELL, COLOURS, DIGITS, LETTERS, RIM, SHAPES, SIDE, SIZES, Label, Scene, sample_scene
 
 PATCH = 16
 GRID = SIDE // PATCH
 TOKENS = GRID * GRID
-HEAD = 3  # <|im_start|> user <|vision_start|>
-BETWEEN = 2  # <|vision_end|> <|vision_start|>
-TEXT = 250  # packed question tokens a row
 CHANGED = 0.7  # share of the pairs that show one scene before and after a change
-NAMES = (*KINDS, *(f"two: {kind}" for kind in PAIR_KINDS))
-_MEAN, _STD = 0.5, 0.25
+CHAT = "chat"  # what has nothing to do with the picture
+NAMES = (*KINDS, *(f"two: {kind}" for kind in PAIR_KINDS), CHAT)
+CHATS = 0.15  # that many to each other question, where there are any
 IGNORE = -100
 _HARD = {"relation": 3, "count": 3, "exists": 2, "picture": 2, "which": 3, "more": 3, "together": 3}  # asked that much more often
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How one model takes images and questions: as its processor and its chat template have each question alone."""
+
+    before: str  # the first image
+    between: str  # two images
+    after: str  # the last image; all questions share it
+    question: str  # "{}" and what stands around it
+    image: str  # the token that visual tokens replace
+    head: int  # tokens of `before`
+    gap: int  # tokens of `between`
+    text: int  # packed tokens a row, with `after`
+    grid: bool  # whether visual tokens have a row and a column for positions (mRoPE), or follow each other
+    pixels: Callable[[Image.Image], np.ndarray]  # what the tower takes of an image
+
+    def images_at(self, images: int) -> list[slice]:
+        """Return where the visual tokens of each image lie in a row."""
+        step = TOKENS + self.gap
+        return [slice(start, start + TOKENS) for start in range(self.head, self.head + images * step, step)]
+
+
 @dataclass
 class Batch:
-    """Everything one step needs. B rows of I images, S = HEAD + I * TOKENS + (I - 1) * BETWEEN + TEXT positions."""
+    """Everything one step needs. B rows of I images and S positions, as the layout has them."""
 
-    patches: torch.Tensor  # [B, I, TOKENS, 3 * PATCH * PATCH]
+    pixels: torch.Tensor  # [B, I, ...]: what the tower takes of each image
     ids: torch.Tensor  # [B, S]
     segments: torch.Tensor  # [B, S]: 0 head and images, 1.. a question each, -1 padding
-    positions: torch.Tensor  # [3, B, S] mRoPE rows: time, height, width
+    positions: torch.Tensor  # [3, B, S] mRoPE rows: time, height, width; without mRoPE three times the same
     labels: torch.Tensor  # [B, S]: id of the next token where it belongs to an answer, else IGNORE
     kinds: torch.Tensor  # [B, S]: index into NAMES where labels is set, else IGNORE
     token_labels: torch.Tensor  # [B, I, TOKENS, len(ATTRIBUTES)]
     changes: torch.Tensor  # [B, TOKENS]: what each token of the last image shows against the first, see DIFFERENCES
+
+    def to(self, device: str) -> Batch:
+        """Return the batch on a device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 # What each visual token shows; class 0 is "nothing". The last one is known everywhere: the cell of the grid.
@@ -61,14 +85,16 @@ ATTRIBUTES = {
 DIFFERENCES = ("the same", "gone", "new", "other")
 
 
-def make_batch(rng: np.random.Generator, tokenizer: Tokenizer, rows: int, images: int = 1) -> Batch:
-    """Draw `rows` fresh scenes, or pairs for two images, and pack questions of random kinds behind each."""
+def make_batch(
+    rng: np.random.Generator, tokenizer: Tokenizer, layout: Layout, rows: int, images: int = 1, chats: Sequence[Question] = ()
+) -> Batch:
+    """Draw `rows` fresh scenes, or pairs for two images, and pack questions of random kinds behind each, some of them `chats`."""
     shown = [sample_scenes(rng, images) for _ in range(rows)]
-    packed = [pack(choose_questions(scenes, rng), tokenizer, images) for scenes in shown]
+    packed = [pack(choose_questions(scenes, rng, chats), tokenizer, layout, images) for scenes in shown]
     ids, segments, positions, labels, kinds = (np.stack([p[k] for p in packed]) for k in range(5))
-    patches = [[patchify(np.asarray(draw_scene(scene))) for scene in scenes] for scenes in shown]
+    pixels = [[layout.pixels(draw_scene(scene)) for scene in scenes] for scenes in shown]
     return Batch(
-        patches=torch.from_numpy(np.stack(patches)),
+        pixels=torch.from_numpy(np.stack(pixels)),
         ids=torch.from_numpy(ids),
         segments=torch.from_numpy(segments),
         positions=torch.from_numpy(positions).transpose(0, 1),
@@ -79,18 +105,37 @@ def make_batch(rng: np.random.Generator, tokenizer: Tokenizer, rows: int, images
     )
 
 
-def patchify(pixels: np.ndarray) -> np.ndarray:
-    """Return normalised patches [TOKENS, 3 * PATCH * PATCH] of an RGB image [SIDE, SIDE, 3], channels first."""
-    scaled = (pixels.astype(np.float32) / 255 - _MEAN) / _STD
-    grid = scaled.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 4, 1, 3)
-    return np.ascontiguousarray(grid.reshape(TOKENS, -1))
+def put_sheets(batch: Batch, rng: np.random.Generator, layout: Layout) -> None:
+    """Replace every second image with a sheet of labels: scenes show too few letters to learn from."""
+    pixels, labels = batch.pixels.flatten(0, 1), batch.token_labels.flatten(0, 1)
+    for image in range(1, len(pixels), 2):
+        sheet, labels[image] = _label_sheet(rng)
+        pixels[image] = torch.from_numpy(layout.pixels(sheet))
+
+
+def _label_sheet(rng: np.random.Generator) -> tuple[Image.Image, torch.Tensor]:
+    # An empty table with a label in nearly every cell, each cut from a scene that shows it alone, and its token labels.
+    sheet = Image.new("RGB", (SIDE, SIDE))
+    labels = torch.zeros(TOKENS, len(ATTRIBUTES), dtype=torch.int64)
+    for row, column in np.ndindex(3, 3):
+        text = str(rng.choice(list(LETTERS))) + str(rng.choice(list(DIGITS)))
+        x, y = (RIM + CELL * (cell + 0.5) + float(rng.uniform(-8, 8)) for cell in (column, row))
+        scene = Scene((), Label(text, row, column, x, y), "top", float(rng.uniform(0.92, 1.08)), int(rng.integers(2**31)))
+        if row == column == 0:
+            sheet = draw_scene(scene)
+        elif rng.random() < 0.1:
+            continue
+        box = (RIM + CELL * column, RIM + CELL * row, RIM + CELL * (column + 1), RIM + CELL * (row + 1))
+        sheet.paste(draw_scene(scene).crop(box), box)
+        labels = torch.maximum(labels, torch.from_numpy(token_labels(scene)))
+    return sheet, labels
 
 
 def token_labels(scene: Scene) -> np.ndarray:
     """Return the class of every attribute for every visual token [TOKENS, len(ATTRIBUTES)] (training only)."""
     labels = np.zeros((GRID, GRID, len(ATTRIBUTES)), np.int64)
     labels[..., 6], labels[..., 7] = np.mgrid[:GRID, :GRID]
-    nearest = min(scene.items, key=scene.distance)
+    nearest = min(scene.items, key=scene.distance, default=None)
     for item in scene.items:
         rows, columns = (slice(*_span(c - item.radius, c + item.radius)) for c in (item.y, item.x))
         values = (COLOURS.index(item.colour) + 1, SHAPES.index(item.shape) + 1, SIZES.index(item.size) + 1, 0, 0)
@@ -117,32 +162,18 @@ def _span(low: float, high: float) -> tuple[int, int]:
     return int((low + 3) // PATCH), int((high - 3) // PATCH) + 1
 
 
-def images_at(images: int) -> list[slice]:
-    """Return where the visual tokens of each image lie in a row."""
-    return [slice(start, start + TOKENS) for start in range(HEAD, HEAD + images * (TOKENS + BETWEEN), TOKENS + BETWEEN)]
-
-
-def pack(asked: Sequence[tuple[str, Question]], tokenizer: Tokenizer, images: int) -> tuple[np.ndarray, ...]:
+def pack(asked: Sequence[tuple[str, Question]], tokenizer: Tokenizer, layout: Layout, images: int) -> tuple[np.ndarray, ...]:
     """Return one row of ids, segments, positions, labels and kinds. `asked`: questions with their names of NAMES."""
-    at = images_at(images)[-1].stop
-    length = at + TEXT
+    shared, places = _encoded_images(tokenizer, layout, images)
+    at, position = len(shared), int(places.max()) + 1
+    length = layout.images_at(images)[-1].stop + layout.text
     ids = np.full(length, tokenizer.token_to_id("<|endoftext|>") or 0, np.int64)
     segments = np.full(length, -1, np.int64)
     positions = np.zeros((3, length), np.int64)
     labels, kinds = np.full(length, IGNORE, np.int64), np.full(length, IGNORE, np.int64)
-    before, position = "<|im_start|>user<|vision_start|>", 0
-    rows, columns = np.mgrid[:GRID, :GRID].reshape(2, -1)
-    for visual in images_at(images):
-        text = tokenizer.encode(before).ids
-        words = slice(visual.start - len(text), visual.start)
-        ids[words], ids[visual] = text, tokenizer.encode("<|image_pad|>").ids
-        positions[:, words] = position + np.arange(len(text))
-        position += len(text)
-        positions[:, visual] = position + np.stack([np.zeros_like(rows), rows, columns])
-        before, position = "<|vision_end|><|vision_start|>", position + GRID
-    segments[:at] = 0
+    ids[:at], positions[:, :at], segments[:at] = shared, places, 0
     for segment, (name, question) in enumerate(asked, start=1):
-        prompt, answer = encode_question(question, tokenizer)
+        prompt, answer = encode_question(question, tokenizer, layout)
         end = at + len(prompt) + len(answer)
         if end > length:
             break
@@ -156,9 +187,28 @@ def pack(asked: Sequence[tuple[str, Question]], tokenizer: Tokenizer, images: in
     return ids, segments, positions, labels, kinds
 
 
-def encode_question(question: Question, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the ids after the last image up to the answer, and the answer's ids with its end mark."""
-    asked = f"<|vision_end|>{question.prompt}<|im_end|><|im_start|>assistant"
+def _encoded_images(tokenizer: Tokenizer, layout: Layout, images: int) -> tuple[list[int], np.ndarray]:
+    # Ids of what all questions of a row share, and their positions [3, ids].
+    rows, columns = np.mgrid[:GRID, :GRID].reshape(2, -1)
+    places = np.stack([np.zeros_like(rows), rows, columns]) if layout.grid else np.tile(np.arange(TOKENS), (3, 1))
+    ids: list[int] = []
+    positions: list[np.ndarray] = []
+    position = 0
+    for text in (layout.before, *[layout.between] * (images - 1), layout.after):
+        words = tokenizer.encode(text).ids
+        ids += words
+        positions.append(position + np.tile(np.arange(len(words)), (3, 1)))
+        position += len(words)
+        if len(positions) < 2 * images:
+            ids += tokenizer.encode(layout.image).ids * TOKENS
+            positions.append(position + places)
+            position += int(places.max()) + 1
+    return ids, np.concatenate(positions, axis=1)
+
+
+def encode_question(question: Question, tokenizer: Tokenizer, layout: Layout) -> tuple[list[int], list[int]]:
+    """Return the ids after the images up to the answer, and the answer's ids with its end mark."""
+    asked = layout.question.format(question.prompt)
     return tokenizer.encode(asked).ids, tokenizer.encode(f"{question.answer}<|im_end|>").ids
 
 
@@ -167,11 +217,18 @@ def sample_scenes(rng: np.random.Generator, images: int) -> tuple[Scene, ...]:
     return (sample_scene(rng),) if images == 1 else sample_pair(rng, CHANGED)
 
 
-def choose_questions(scenes: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[str, Question]]:
+def choose_questions(
+    scenes: tuple[Scene, ...], rng: np.random.Generator, chats: Sequence[Question] = ()
+) -> list[tuple[str, Question]]:
     """Return more questions than a row has room for, with their names of NAMES."""
     if len(scenes) == 1:
-        return [(question.kind, question) for question in _about_one(scenes[0], rng)]
-    return [(f"two: {question.kind}", question) for question in _about_two((scenes[0], scenes[1]), rng)]
+        asked = [(question.kind, question) for question in _about_one(scenes[0], rng)]
+    else:
+        asked = [(f"two: {question.kind}", question) for question in _about_two((scenes[0], scenes[1]), rng)]
+    for place in range(len(asked) if chats else 0, 0, -1):
+        if rng.random() < CHATS:
+            asked.insert(place, (CHAT, chats[int(rng.integers(len(chats)))]))
+    return asked
 
 
 def _about_one(scene: Scene, rng: np.random.Generator) -> list[Question]:

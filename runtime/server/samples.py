@@ -1,4 +1,4 @@
-"""Sample pictures of the web page for the bundled model, with questions and their true answers.
+"""Sample pictures of the web page for the models of TableTop, with questions and their true answers.
 
 The scenes are drawn when they are asked for, so neither the wheel nor a bundle carries pictures. Other models have no samples.
 """
@@ -22,18 +22,18 @@ from edgeprune.tabletop.drawing import draw_scene
 from edgeprune.tabletop.questions import DESCRIBE, Question
 from edgeprune.tabletop.world import Scene
 
-NOTE = "tabletop is a toy model: it knows only drawn robot tables like the samples, no photographs."
-_MODEL = "tabletop"
+NOTE = "{} is a toy model: it knows only drawn robot tables like the samples, no photographs."
+_MODELS = ("tabletop", "tabletop-l")
 _SEED, _COUNT = 7, 6
 _KINDS = ("label", "where", "nearest", "count", DESCRIBE)  # of the questions, in the order in which the page shows them
 
 
 def sample_list(model: Runtime) -> dict[str, Any]:
     """Return what the page shows beside its samples: a `note` on what the model knows, and the samples. Both may be empty."""
-    if model.name != _MODEL or model.kind != "image":
+    if model.name not in _MODELS or model.kind != "image":
         return {"note": "", "samples": []}
     samples = [{"picture": f"samples/{number}.png", "questions": _shown(asked)} for number, (_, asked) in enumerate(_scenes())]
-    return {"note": NOTE, "samples": samples}
+    return {"note": NOTE.format(model.name), "samples": samples}
 
 
 def sample_picture(number: int) -> bytes:

@@ -45,7 +45,15 @@ def drawn(batches: Any, loaded: LoadedModel, images: int, seed: int = 0) -> tupl
     tokenizer = loaded.tokenizer.backend_tokenizer
     rng = np.random.default_rng(seed)
     scenes = batches.sample_scenes(rng, images)
-    return scenes, batches.choose_questions(scenes, rng), batches.make_batch(np.random.default_rng(seed), tokenizer, 1, images)
+    return (
+        scenes,
+        batches.choose_questions(scenes, rng),
+        batches.make_batch(np.random.default_rng(seed), tokenizer, layout(), 1, images),
+    )
+
+
+def layout() -> Any:
+    return import_module("forward").SmallTrainee.layout
 
 
 def asked_alone(loaded: LoadedModel, scenes: Any, prompt: str) -> Any:
@@ -80,10 +88,10 @@ def test_packs_have_the_ids_and_positions_of_transformers(tabletop: LoadedModel,
 
 @pytest.mark.parametrize("images", IMAGES)
 def test_the_training_forward_is_that_of_transformers(tabletop: LoadedModel, batches: Any, images: int) -> None:
-    trainee = import_module("forward").Trainee(tabletop.model)
+    trainee = import_module("forward").SmallTrainee(tabletop.model)
     scenes, asked, batch = drawn(batches, tabletop, images)
     with torch.no_grad():
-        hidden, ordinals, differences = trainee.read(batch, trainee.see(batch.patches))
+        hidden, ordinals, differences = trainee.read(batch, trainee.see(batch.pixels))
         for segment in (1, 4, 7):
             inputs = asked_alone(tabletop, scenes, asked[segment - 1][1].prompt)
             expected = tabletop.model(**inputs).logits[0, -1]
@@ -94,10 +102,10 @@ def test_the_training_forward_is_that_of_transformers(tabletop: LoadedModel, bat
 
 
 def test_a_question_does_not_see_another(tabletop: LoadedModel, batches: Any) -> None:
-    trainee = import_module("forward").Trainee(tabletop.model)
+    trainee = import_module("forward").SmallTrainee(tabletop.model)
     _, _, batch = drawn(batches, tabletop, 2)
     with torch.no_grad():
-        visual = trainee.see(batch.patches)
+        visual = trainee.see(batch.pixels)
         before, *_ = trainee.read(batch, visual)
         batch.ids[batch.segments == 1] = 0
         after, *_ = trainee.read(batch, visual)
@@ -109,9 +117,7 @@ def test_a_question_does_not_see_another(tabletop: LoadedModel, batches: Any) ->
 def test_changed_tokens_are_those_that_differ(tabletop: LoadedModel, batches: Any) -> None:
     for seed in range(20):
         (first, second), _, batch = drawn(batches, tabletop, 2, seed)
-        differ = np.abs(batches.patchify(np.asarray(draw_scene(first))) - batches.patchify(np.asarray(draw_scene(second)))).mean(
-            axis=1
-        )
+        differ = np.abs(layout().pixels(draw_scene(first)) - layout().pixels(draw_scene(second))).mean(axis=1)
         labelled = batch.changes[0].numpy() > 0
         if batches.change_between((first, second)):
             assert labelled.any()

@@ -59,8 +59,8 @@ def export(model: str, output: Path, data: Path | None, fit: str, force: bool, a
     """Export MODEL as a bundle of ONNX graphs under a keep plan.
 
     MODEL is a transformers folder, an id of the Hugging Face Hub such as Qwen/Qwen2.5-VL-3B-Instruct, or `tabletop`, the bundled
-    model. Without a plan nothing is pruned. Repeat --keep and --layer for a staircase:
-    --method fastv --keep 0.5 --layer 2 --keep 0.25 --layer 4.
+    model; `tabletop-l` is a larger one, which `make instrument` makes. Without a plan nothing is pruned. Repeat --keep and --layer
+    for a staircase: --method fastv --keep 0.5 --layer 2 --keep 0.25 --layer 4.
 
     \b
     Example: edgeprune export tabletop -o table.bundle --method zspaprune --keep 0.25

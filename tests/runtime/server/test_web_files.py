@@ -100,3 +100,11 @@ def test_other_models_have_no_samples(name: str, kind: str) -> None:
     double.name = name
     with serving(double) as address:
         assert httpx.get(f"{address}/samples").json() == {"note": "", "samples": []}
+
+
+def test_the_larger_model_of_tabletop_has_samples_too() -> None:
+    double = Double(kind="image")
+    double.name = "tabletop-l"
+    with serving(double) as address:
+        found = httpx.get(f"{address}/samples").json()
+    assert found["note"].startswith("tabletop-l is a toy model") and len(found["samples"]) == 6
