@@ -55,7 +55,7 @@ def test_the_sums_make_sense(whole: Statistics) -> None:
     assert whole.mean("fitprune")[0].tolist() == [9.0, 9.0, 9.0]
 
 
-@pytest.mark.parametrize("after", [1, 11])
+@pytest.mark.parametrize("after", [1, pytest.param(11, marks=pytest.mark.slow)])
 def test_an_interrupted_pass_resumes(
     after: int, tiny: LoadedModel, samples: list[Sample], whole: Statistics, tmp_path: Path
 ) -> None:
@@ -84,6 +84,7 @@ def test_another_request_does_not_go_on_from_it(tiny: LoadedModel, samples: list
     assert seen[0] == 0
 
 
+@pytest.mark.slow
 def test_shards_add_up_to_the_whole(tiny: LoadedModel, samples: list[Sample], whole: Statistics, tmp_path: Path) -> None:
     parts = [
         collect(tiny, samples, CollectOptions(GEOMETRY, rows="peak", spread=True, max_tokens=4, shard=(i, 3)), tmp_path / str(i))

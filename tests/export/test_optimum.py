@@ -71,6 +71,7 @@ def test_optimum_cli_lists_the_command() -> None:
     assert "edgeprune" in optimum_cli("export", "--help").stdout
 
 
+@pytest.mark.slow
 def test_both_commands_export_the_same(tiny_folder: Path, tmp_path: Path) -> None:
     plan = ("--image-size", "84x112", "--method", "fastv", "--keep", "0.5", "--layer", "1")
     done = optimum_cli("export", "edgeprune", "--model", tiny_folder, tmp_path / "a", "--task", TASK, *plan, "--json")

@@ -96,6 +96,7 @@ def test_layer_methods(name: str, kind: str, seed: int, keep: int) -> None:
     check(method_class(name)(Cut("layer", name, keep, layer=1), SQUARE).select(layer_view(kind, seed), keep), keep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", INPUT)
 def test_the_graph_too(name: str, kind: str, selectors: dict[str, Any]) -> None:

@@ -240,6 +240,7 @@ def bundle(models: Any, staircase: KeepPlan, tmp_path_factory: pytest.TempPathFa
     return export_bundle(models("qwen2_5_vl"), staircase, tmp_path_factory.mktemp("vision") / "bundle")
 
 
+@pytest.mark.slow
 def test_the_bundle_keeps_what_the_reference_keeps(models: Any, bundle: Bundle) -> None:
     model = models("qwen2_5_vl")
     assert [stage.name for stage in verify(bundle, model) if not stage.passed] == []

@@ -86,6 +86,7 @@ def test_text_between_the_tiles_of_an_image_may_stand_anywhere(pair: Pair) -> No
     assert pair.difference((40, 100, 10, 0, 0), row.expand(3, -1)) < 1e-4
 
 
+@pytest.mark.slow
 def test_tokens_that_all_see_each_other_do_so_in_every_block(even: LoadedModel, tmp_path: Path) -> None:
     pair = Pair(replace(even.family.decoder(), bidirectional=True), tmp_path)
     assert pair.difference((10, 100, 20, 0, 0)) < 1e-4

@@ -256,6 +256,7 @@ def test_a_bundle_with_a_foreign_tier_is_refused(altered: Callable[[Callable[[Pa
         Bundle.load(altered(lambda path: base.save(path / "tiers" / "fast.json")))
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_tiers(tiny_folder: Path, tiers: Tiers, tiny_image: Image.Image, tmp_path: Path) -> None:
     runner, given = CliRunner(), []
     for name, plan in tiers.plans.items():

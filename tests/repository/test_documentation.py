@@ -74,6 +74,7 @@ def test_help_says_what_each_parameter_is() -> None:
         assert all(f"`{field}`" in (kind.__doc__ or "") for field in kind.__dataclass_fields__), kind
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--builder", "html", "docs", str(tmp_path)]
     result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)

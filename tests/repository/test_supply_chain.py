@@ -119,7 +119,8 @@ def test_the_makefile_installs_from_the_locks_by_hash(project: dict[str, Any]) -
     assert all(variables[name].count("$(EXACT)") == 1 for name in ("LOCKED", "UV_LOCKED"))
     assert set(variables["EXTRAS"].split()) == set(project["project"]["optional-dependencies"])
     assert variables["TORCH"] == f"torch=={project['tool']['uv']['dependency-metadata'][0]['version']}"
-    installs = [line for line in makefile.splitlines() if "$(PIP)" in line and line.startswith("\t")]
+    # lmms-eval has an environment of its own, which no lock covers.
+    installs = [line for line in makefile.splitlines() if "$(PIP)" in line and line.startswith("\t") and "$(LMMS)" not in line]
     assert len(installs) == 4 and all("$(TORCH)" in line or "--no-deps" in line for line in installs)
 
 

@@ -108,7 +108,7 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
 @json_option
 @click.pass_context
 def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, force: bool, as_json: bool) -> None:
-    """Compare the engines of BUNDLE with the outputs that `export` stored in it.
+    """Compare the engines of BUNDLE with what `export` stored in it.
 
     Every graph and every step is compared, so that what differs is named. The report can be sent to us.
     """

@@ -170,7 +170,7 @@ def _read_data(
     "--keep",
     default="0.5,0.25,0.1",
     show_default=True,
-    help="Shares of the visual tokens that stay, averaged over the decoder's layers.",
+    help="Shares of all visual tokens that stay, averaged over the decoder's layers.",
 )
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A keep plan to compare too; repeatable.")
 @click.option(
