@@ -162,8 +162,9 @@ def answering_parts(bundle: Bundle, jobs: Sequence[BuildJob]) -> dict[str, int]:
     caches = 0
     for name, tensor in inputs.items():
         if "past_" in name:
-            shapes = [profile[name][2] for profile in decoder.profiles if name in profile] or [tensor.shape]
-            caches += max(math.prod(map(int, shape)) for shape in shapes) * np.dtype(tensor.type).itemsize
+            limits = [profile[name][2] for profile in decoder.profiles if name in profile]
+            shapes = limits or [tuple(map(int, tensor.shape))]
+            caches += max(map(math.prod, shapes)) * np.dtype(tensor.type).itemsize
     return {**engines, "KV caches": caches}
 
 
