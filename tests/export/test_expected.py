@@ -19,7 +19,9 @@ from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from edgeprune.targets import TARGETS, Lowering
 
 
-@pytest.fixture(scope="module", params=[("jetpack6", "int4"), ("jetpack7.2", "fp16")], ids=" ".join)
+@pytest.fixture(
+    scope="module", params=[("jetpack6", "int4"), pytest.param(("jetpack7.2", "fp16"), marks=pytest.mark.slow)], ids=" ".join
+)
 def bundle(request: pytest.FixtureRequest, even: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     target, precision = request.param
     plan = staircase_plan(unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY), "fastv", [0.5], [1])

@@ -66,7 +66,7 @@ def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:
 
 once_for_twins = slow_unless(lambda name: name not in TWINS)
 once_per_kind = slow_unless(lambda name: name in VERIFIED)
-video_kinds = slow_unless(lambda name: name in ("llava_onevision", "qwen3_5"))
+video_kinds = slow_unless(lambda name: name == "llava_onevision")
 once_per_decoder = slow_unless(lambda name: name in DECODERS)
 
 
@@ -370,7 +370,7 @@ def test_decoders_with_windows_or_states_are_built(name: str, target: str, model
     assert try_build(graph, "decoder", profiles, substitute_capability(lowering.target)).error == ""
 
 
-@slow_unless(lambda name: name in ("llava", "qwen3_5"))
+@slow_unless(lambda name: name == "llava")
 def test_its_graphs_for_cpus_are_verified(name: str, model: LoadedModel, tmp_path: Path) -> None:
     bundle = export_bundle(model, pruned(model, name), tmp_path / "bundle", lowering=Lowering(TARGETS["cpu"], "int8"))
     assert [(stage.name, stage.worst) for stage in verify(bundle, model) if not stage.passed] == []
