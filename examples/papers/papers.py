@@ -97,7 +97,8 @@ def _plan(out: Path, row: str, plans: dict[str, str]) -> Path:
     data, *options = plans[row].split()
     options = [str(out / option) if option.endswith(".json") else option for option in options]
     # Rows of the same samples and ranking share statistics; a search collects them from every second sample.
-    pass_of = "auto" if row.startswith("auto") else Path(data).stem
+    # What the learned selection records is a folder of its own.
+    pass_of = next((name for name in ("auto", "learned") if row.startswith(name)), Path(data).stem)
     statistics = ["--statistics", str(out / f"{pass_of}-{'ranked' if RANKING in plans[row] else 'last'}.safetensors")]
     _edgeprune("calibrate", "tabletop", "--data", str(out / "calibration" / data), *options, *statistics, "-o", str(path))
     return path
