@@ -51,6 +51,9 @@ def cautions_of(machine: Machine) -> tuple[DeviceWarning, ...]:
 
 
 def _speed_warnings(machine: Machine) -> Iterator[DeviceWarning]:
+    if machine.byte_products is False:
+        what = "This CPU has no instructions for products of 8-bit integers (VNNI): prefill in int8 is as slow as in fp32."
+        yield DeviceWarning(what)
     if not machine.is_jetson:
         return
     best = machine.mode.best

@@ -11,7 +11,16 @@ from typing import Any
 from edgeprune.device.cudart import library_files
 from edgeprune.device.jetson import JetPack, PowerMode, jetpack_of, parse_clocks, parse_mode, parse_module, parse_release
 from edgeprune.device.memory import Memory, parse_memory
-from edgeprune.device.system import Runner, Software, installed_debs, read_number, read_text, run_command, version_numbers
+from edgeprune.device.system import (
+    Runner,
+    Software,
+    has_byte_products,
+    installed_debs,
+    read_number,
+    read_text,
+    run_command,
+    version_numbers,
+)
 from edgeprune.targets import TARGETS, Target
 
 _CORE = "nvidia-l4t-core"
@@ -27,7 +36,7 @@ class Machine:
 
     `model`: the device tree's model name. `module`: the Jetson module, such as "Orin Nano". `l4t`: such as (36, 4, 3). `gpu`: an
     NVIDIA driver is loaded. `cuda`: version of the runtime library. `debs`: versions of TensorRT's Debian packages.
-    `clocks_pinned`: the clocks of CPU and GPU are fixed.
+    `clocks_pinned`: the clocks of CPU and GPU are fixed. `byte_products`: as `has_byte_products`.
     """
 
     architecture: str
@@ -41,6 +50,7 @@ class Machine:
     mode: PowerMode
     clocks_pinned: bool | None
     memory: Memory
+    byte_products: bool | None = None
 
     @property
     def is_jetson(self) -> bool:
@@ -94,6 +104,7 @@ class Machine:
             "power_mode_number": self.mode.number,
             "clocks_pinned": self.clocks_pinned,
             "memory_mib": vars(self.memory),
+            "byte_products": self.byte_products,
         }
 
 
@@ -116,6 +127,7 @@ def read_machine(root: Path = Path("/"), run: Runner = run_command, software: So
         mode=_power_mode(root, run) if is_jetson else PowerMode(None, None),
         clocks_pinned=_clocks_pinned(root, run, is_jetson),
         memory=parse_memory(read_text(root, "proc/meminfo"), read_text(root, "proc/swaps")),
+        byte_products=has_byte_products(root),
     )
 
 

@@ -178,6 +178,26 @@ def test_a_desktop_with_everything(tmp_path: Path) -> None:
     assert abilities[BUILD].reason.endswith("export MODEL -o BUNDLE --target tensorrt11, edgeprune build BUNDLE")
 
 
+@pytest.mark.parametrize(
+    ("processor", "flags", "slow"),
+    [
+        ("x86_64", "fpu avx2 fma", True),
+        ("x86_64", "fpu avx2 avx512f avx512_vnni", False),
+        ("AMD64", "fpu avx2 avx_vnni", False),
+        ("aarch64", None, False),
+        ("x86_64", None, False),  # unknown
+    ],
+)
+def test_a_cpu_without_products_of_bytes_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processor: str, flags: str | None, slow: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: processor)
+    files = {} if flags is None else {"proc/cpuinfo": f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: spectre_v1\n"}
+    recording = desktop()
+    recording.files.update(files)
+    assert any("VNNI" in what for what in cautions(recording, tmp_path)) is slow
+
+
 def test_without_onnx_runtime_nothing_runs(tmp_path: Path) -> None:
     recording = replace(desktop(), software=Software((3, 11), {}, (), True))
     abilities, diagnosis = examine(recording, tmp_path)
