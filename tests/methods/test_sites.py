@@ -25,8 +25,12 @@ from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import ranked_plan
 from edgeprune.runtime import Runtime, load
 
+# The others are run on ONNX Runtime and on the simulated device by test_device_runtime.py; `make test-all` has all.
+QUICK = ("cache, schedule", "everything", "live classes")
+NAMED = [plan if plan in QUICK else pytest.param(plan, marks=pytest.mark.slow) for plan in sorted(PLANS)]
 
-@pytest.fixture(scope="module", params=sorted(PLANS))
+
+@pytest.fixture(scope="module", params=NAMED)
 def bundle(request: pytest.FixtureRequest, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_bundle(tiny, PLANS[request.param], tmp_path_factory.mktemp("sites") / "bundle")
 

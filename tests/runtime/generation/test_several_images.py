@@ -290,7 +290,7 @@ KINDS: dict[str, Callable[[LoadedModel], Geometry]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "gemma3")) for kind in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("gemma3", "smolvlm"))) for kind in KINDS])
 def test_tiles_windows_and_videos(kind: str, tmp_path: Path) -> None:
     loaded = load_model(resolve_model(str(import_module(f"tiny_{kind.split()[0]}").folder(new_folder(tmp_path)))))
     geometry = KINDS[kind](loaded)

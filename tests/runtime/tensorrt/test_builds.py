@@ -141,7 +141,7 @@ def test_every_method_is_built(even: LoadedModel, plan: str, target: str, tmp_pa
 
 
 @pytest.mark.parametrize("target", [pytest.param("jetpack6", marks=pytest.mark.slow), "jetpack7.2"])
-@pytest.mark.parametrize("plan", ["none", "plphp, all options @ cache"])
+@pytest.mark.parametrize("plan", ["none", pytest.param("plphp, all options @ cache", marks=pytest.mark.slow)])
 def test_every_graph_is_built_for_every_target(even: LoadedModel, plan: str, target: str, tmp_path: Path) -> None:
     refuse_nothing(even, PLANS[plan], Lowering(TARGETS[target], "fp16"), tmp_path)
 
