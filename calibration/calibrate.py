@@ -127,7 +127,8 @@ def _learn_plan(
     bare = replace(base, cuts=base.vision_cuts)  # later cuts act on what this one leaves
     request = _learn_request(options, keep, keep)
     learning = learn(loaded, samples, bare, request, options.output, progress, kept=options.statistics)
-    plan = base.with_cuts(Cut("input", LEARNED, keep, weights=learning.weights))
+    weigh = {"weigh": True} if request.weigh else {}
+    plan = base.with_cuts(Cut("input", LEARNED, keep, options=weigh, weights=learning.weights))
     loaded.check_plan(plan)
     return _save_plan(options, loaded, plan, CalibrationResult(None, len(samples), learning=learning))
 
@@ -135,7 +136,7 @@ def _learn_plan(
 def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnRequest:
     settings = {option.name: option.default for option in options_of(LEARNED, calibration=True)} | dict(options.settings)
     common: dict[str, Any] = {"seed": options.seed, "max_tokens": options.max_tokens, "fit": options.fit, "device": options.device}
-    return LearnRequest(keep, least, settings["rank"], settings["train"], **common)
+    return LearnRequest(keep, least, settings["rank"], settings["train"], **common, weigh=settings["weigh"])
 
 
 def _learned_candidate(

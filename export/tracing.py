@@ -21,6 +21,8 @@ from edgeprune.bundle.graph_io import (
     PLACE,
     SEGMENTS,
     TIER,
+    WEIGHT,
+    WEIGHTS,
     cache_slots,
     decoder_inputs,
     decoder_outputs,
@@ -65,7 +67,8 @@ def trace_selector(
 ) -> GraphRecord:
     """Write the input cut: visual_embeds, prompt_embeds -> kept_embeds [1, K, width], kept.N [K], where N is the cut's index.
 
-    If the encoder has cuts, visual_order [V], the image indices, is an input too. `signals`: the shapes of the vision encoder's
+    If the cut weighs, visual_weights [K] is an output too: the logarithms of how many tokens each kept one stands for. If the
+    encoder has cuts, visual_order [V], the image indices, is an input too. `signals`: the shapes of the vision encoder's
     outputs that the cut needs, by name. `projector`: the module from features to visual tokens, if features are among them.
     """
     tokens = plan.tokens_from_encoder
@@ -80,6 +83,7 @@ def trace_selector(
     names, shapes = [*names, *signals], [*shapes, *[None] * len(signals)]
     selector = input_selector(plan, parts.hidden, projector).eval()
     outputs, part = ["kept_embeds", *kept_names(plan, "input")], "" if projector is None else "projector"
+    outputs += [WEIGHTS] if plan.weighs else []
     return _trace(_Graph(selector, tuple(arguments), tuple(shapes), names, outputs, part), lowering, path)
 
 
@@ -119,12 +123,13 @@ def trace_decoder(
     past, past_shapes = _example_caches(parts, (plan, *lower_tiers), getattr(torch, lowering.products))
     groups = torch.zeros(past[0].shape[0] - 1 + 3 + 5, 3)
     arguments += [
+        torch.zeros(plan.tokens_entering_decoder) if plan.weighs else None,
         torch.zeros(1 + len(lower_tiers), dtype=torch.int64) if lower_tiers else None,
         groups if plan.follows_attention else None,
         past,
     ]
     tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower_tiers))} if lower_tiers else None
-    shapes += [tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
+    shapes += [{0: lengths["visual"]} if plan.weighs else None, tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
     kinds = parts.local_layers, parts.layer_states
     names = decoder_inputs(plan, *kinds, tiers=bool(lower_tiers)), decoder_outputs(plan, *kinds)
     return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path, progress)
@@ -145,6 +150,7 @@ class _FlatDecoder(nn.Module):
         visual_positions: torch.Tensor,
         suffix_positions: torch.Tensor,
         order: torch.Tensor,
+        weights: torch.Tensor | None,
         tier: torch.Tensor | None,
         groups: torch.Tensor | None,
         past: Sequence[torch.Tensor],
@@ -155,6 +161,7 @@ class _FlatDecoder(nn.Module):
             Segment(suffix, suffix_positions),
             self.decoder.caches(past),
             order,
+            weights=weights,
             tier=tier,
             text_groups=groups,
         )
@@ -179,6 +186,8 @@ def _example_caches(parts: DecoderParts, plans: Sequence[KeepPlan], kind: torch.
         row = torch.zeros(1, parts.kv_heads, parts.head_dim, dtype=kind)
         if part == PLACE:
             row = torch.zeros(1, place_heads(plans[0], layer, parts.kv_heads), dtype=torch.int64)
+        elif part == WEIGHT:
+            row = torch.zeros(1, 1)
         past.append((row.repeat(7, *[1] * (row.ndim - 1)), {0: text}))
         visual.append((row.repeat(11 + list(stages).index(stage), *[1] * (row.ndim - 1)), {0: length}))
     states = [(torch.zeros(state.shape), None) for state in parts.layer_states]

@@ -1,6 +1,6 @@
 """`calibrate --method learned`: record the samples, learn a selection, and compare it with methods that learn nothing.
 
-Every fourth image is held out. They choose the settings, and are the gate: what is learned has to be closer to the unpruned model
+Every fourth image, or every fourth group of images that are asked about together, is held out. They choose the settings, and are the gate: what is learned has to be closer to the unpruned model
 there than every method without learning, in each of its variants.
 """
 
@@ -26,6 +26,7 @@ from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import Progress
+from edgeprune.methods.base import unit
 from edgeprune.methods.learned import Learned, write
 from edgeprune.model import Segment
 from edgeprune.plan import Cut, KeepPlan, Weights
@@ -37,11 +38,15 @@ EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 60, 400
 # Methods without learning that need no signal of the vision encoder; the baselines are not among them.
 FIRST_IMAGES, FINALISTS = 6, 3
 RIVALS = ("cdpruner", "dart", "divprune", "zspaprune")
+_FORM = 2  # of what is recorded
 
 
 @dataclass(frozen=True)
 class LearnRequest:
-    """What is learned: a selection of `keep` visual tokens, and of `least` for weights that tiers share."""
+    """What is learned: a selection of `keep` visual tokens, and of `least` for weights that tiers share.
+
+    `weigh`: for a cut with the option weigh.
+    """
 
     keep: int
     least: int
@@ -51,6 +56,7 @@ class LearnRequest:
     max_tokens: int
     fit: str
     device: str
+    weigh: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ def learn(
     recorder = Recorder(loaded, base, request.max_tokens, request.device)
     listener = Listener(recorder.decoder)
     scenes = _record(recorder, listener, samples, request.fit, folder, progress)
-    state = folder / f"training.{request.keep}.{request.least}.{request.rank}.{request.seed}.safetensors"
+    how = f"{request.keep}.{request.least}.{request.rank}.{request.seed}{'.weighed' if request.weigh else ''}"
+    state = folder / f"training.{how}.safetensors"
     found = _learn(loaded, listener, scenes, base, request, state, progress, gate=gate)
     state.unlink(missing_ok=True)
     if kept is None:
@@ -140,8 +147,8 @@ def _learn(
         return write(tensors, {**header, "question": question})
 
     def divergence(tensors: dict[str, torch.Tensor], question: float) -> float:
-        cut = Cut("input", "learned", request.keep, weights=weights(tensors, question))
-        return judge.divergence(Learned(cut, base.geometry).select, keeps)
+        method = Learned(Cut("input", "learned", request.keep, weights=weights(tensors, question)), base.geometry)
+        return judge.divergence(method.select, keeps, places=method.places if request.weigh else None)
 
     sums = _sums(rest, width)
     rank = min(request.rank, width)
@@ -161,7 +168,8 @@ def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:
     sums = Sums()
     for load in scenes:
         scene = load()
-        sums.add(scene.visual.embeds[0, :, :width], scene.importance)
+        for visual, importance in zip(scene.images(width), torch.split(scene.importance, list(scene.sizes)), strict=True):
+            sums.add(visual, importance)
     return sums
 
 
@@ -178,21 +186,23 @@ def _train(
     steps = min(MOST_STEPS, max(FEWEST_STEPS, EPOCHS * len(scenes) // BATCH))
     counted = progress.count("training, steps", steps)
     trainee = Trainee(start, sums.mean, sums.deviation, request.seed)
-    schedule = Schedule(steps, keeps, request.seed)
+    schedule = Schedule(steps, keeps, request.seed, request.weigh)
     train(listener, scenes, trainee, schedule, state, lambda done, loss: counted(done, f"loss {loss:.3f} nats"))
     return trainee.tensors()
 
 
 def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequence[int], progress: Progress) -> tuple[Rival, ...]:
     # All variants on a few images, then the best of them on all.
-    counted = progress.count("comparing methods that learn nothing", len(variants := _variants()) + FINALISTS)
+    variants = _variants(weigh=request.weigh)
+    counted = progress.count("comparing methods that learn nothing", len(variants) + FINALISTS)
+    places = unit if request.weigh else None
 
     def compare(compared: Sequence[Rival], images: int | None, before: int) -> list[Rival]:
         found = []
         for number, each in enumerate(compared, start=1):
             cut = Cut("input", each.method, request.keep, options=each.options)
             select = method_class(each.method)(cut, base.geometry).select
-            found.append(replace(each, divergence=judge.divergence(select, keeps, images)))
+            found.append(replace(each, divergence=judge.divergence(select, keeps, images, places=places)))
             counted(before + number)
         return sorted(found, key=lambda rival: rival.divergence)
 
@@ -200,13 +210,14 @@ def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequen
     return tuple(compare(best, None, len(variants)))
 
 
-def _variants() -> list[tuple[str, dict[str, Any]]]:
+def _variants(*, weigh: bool) -> list[tuple[str, dict[str, Any]]]:
     # The defaults of each rival's options, and each option that calibration compares at each of its other values.
     variants: list[tuple[str, dict[str, Any]]] = []
+    given: dict[str, Any] = {"weigh": True} if weigh else {}
     for method in RIVALS:
-        variants.append((method, {}))
+        variants.append((method, given))
         for option in options_of(method):
-            variants += [(method, {option.name: value}) for value in option.tries if value != option.default]
+            variants += [(method, {option.name: value, **given}) for value in option.tries if value != option.default]
     return variants
 
 
@@ -226,33 +237,34 @@ def _record(
                 scene.save(folder / f"{number:06}.{index}.safetensors")
             place.mkdir()  # all of them are written
         found = sorted(folder.glob(f"{number:06}.*.safetensors"))
-        different |= {hashlib.sha256(_tokens_of(path)).digest() for path in found}
+        different |= {hashlib.sha256(tokens).digest() for path in found for tokens in _tokens_of(path)}
         paths += found
         counted(number + 1)
     check_images(len(different), "To the model the samples show")
     return paths
 
 
-def _tokens_of(path: Path) -> bytes:
-    embeds: bytes = Scene.load(path, "cpu").visual.embeds.numpy().tobytes()
-    return embeds
+def _tokens_of(path: Path) -> list[bytes]:
+    scene = Scene.load(path, "cpu")
+    return [tokens.numpy().tobytes() for tokens in scene.images(scene.visual.embeds.shape[2])]
 
 
 def _scenes_of(recorder: Recorder, listener: Listener, samples: Sequence[Sample], fit: str) -> list[Scene]:
-    # Questions whose visual tokens and text before them are the same share a scene: all about one image.
+    # Questions whose visual tokens and text before them are the same share a scene: all about the same images.
     shown: list[tuple[Segment, Segment, list[Asked]]] = []
     recorder.see(len(samples[0].images))
     for sample in samples:
-        for recording in recorder.ask(sample, fit):
-            prefix, visual, prompt = recorder.segments(recording)
-            asked = Asked(prompt, recording.answer, recorder.embedded(sample.prompt))
-            for before, tokens, questions in shown:
-                if _same(before, prefix) and _same(tokens, visual):
-                    questions.append(asked)
-                    break
-            else:
-                shown.append((prefix, visual, [asked]))
-    return [measured(listener, prefix, visual, tuple(asked)) for prefix, visual, asked in shown]
+        (recording,) = recorder.ask(sample, fit, together=True)
+        prefix, visual, prompt = recorder.segments(recording)
+        asked = Asked(prompt, recording.answer, recorder.embedded(sample.prompt))
+        for before, tokens, questions in shown:
+            if _same(before, prefix) and _same(tokens, visual):
+                questions.append(asked)
+                break
+        else:
+            shown.append((prefix, visual, [asked]))
+    images = shown[0][1].embeds.shape[1] // recorder.plan.tokens_from_encoder
+    return [measured(listener, prefix, visual, tuple(asked), images) for prefix, visual, asked in shown]
 
 
 def _same(one: Segment, other: Segment) -> bool:
@@ -261,6 +273,6 @@ def _same(one: Segment, other: Segment) -> bool:
 
 def _digest(loaded: LoadedModel, samples: Sequence[Sample], base: KeepPlan, request: LearnRequest) -> str:
     # Part of the folder's name, so that what was recorded otherwise is not taken.
-    how = [base.to_dict(), request.max_tokens, request.fit]
+    how = [_FORM, base.to_dict(), request.max_tokens, request.fit]
     content = [loaded.weights_sha256, *how, [(str(each.image), each.prompt) for each in samples]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

@@ -1,7 +1,8 @@
 """Images with the unpruned model's answers to the questions about each, and what the decoder says with other visual tokens.
 
 The questions of an image stand behind one copy of it in one forward pass, hidden from each other. Decoders with states instead of
-caches, and those whose prompts attend to each other, take one question at a time.
+caches, and those whose prompts attend to each other, take one question at a time. Images of one question are a scene together, each
+with a selection of its own, as at run time.
 """
 
 from __future__ import annotations
@@ -52,18 +53,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class Scene:
-    """The tokens of one image, those before it, and the questions about it.
+    """The V visual tokens of an image, or of several, the text before the question, and the questions about them.
 
-    `importance` [V]: of each visual token, the logarithm of |v·∂L/∂v|, where L is the negative log-likelihood of all answers.
+    `sizes`: the tokens of each image. `importance` [V]: of each visual token, the logarithm of |v·∂L/∂v|, where L is the negative log-likelihood of all answers.
     `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens without pruning.
     """
 
     prefix: Segment
     visual: Segment
     asked: tuple[Asked, ...]
+    sizes: tuple[int, ...]
     importance: torch.Tensor
     likely: torch.Tensor
     ids: torch.Tensor
+
+    def images(self, width: int) -> tuple[torch.Tensor, ...]:
+        """Return the visual tokens of each image, their first `width` columns."""
+        return torch.split(self.visual.embeds[0, :, :width], list(self.sizes))
 
     def only(self, numbers: Sequence[int]) -> Scene:
         """Return the scene with only some of its questions, by their numbers; with the importance to all of them."""
@@ -81,7 +87,7 @@ class Scene:
             parts |= {f"prompt.{number}": asked.prompt, f"answer.{number}": asked.answer}
         tensors = {f"{name}.{field}": getattr(part, field) for name, part in parts.items() for field in ("embeds", "positions")}
         tensors |= {f"words.{number}": asked.words for number, asked in enumerate(self.asked)}
-        tensors |= {name: getattr(self, name) for name in _MEASURED}
+        tensors |= {name: getattr(self, name) for name in _MEASURED} | {"sizes": torch.tensor(self.sizes)}
         write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
     @classmethod
@@ -96,7 +102,8 @@ class Scene:
 
         count = sum(name.startswith("words.") for name in tensors)
         asked = (Asked(segment(f"prompt.{n}"), segment(f"answer.{n}"), tensors[f"words.{n}"]) for n in range(count))
-        return cls(segment("prefix"), segment("visual"), tuple(asked), *(tensors[name] for name in _MEASURED))
+        sizes = tuple(tensors["sizes"].tolist())
+        return cls(segment("prefix"), segment("visual"), tuple(asked), sizes, *(tensors[name] for name in _MEASURED))
 
 
 class Listener:
@@ -119,18 +126,20 @@ class Listener:
         visual: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits [answer tokens, vocabulary] of all answers, question after question.
 
         `visual`: other embeddings of the visual tokens. `chosen` [K]: the visual tokens that there
-        are. `gate` [V]: the weight from 0 to 1 with which others attend to each, exact at 1.
+        are. `gate` [V]: the weight from 0 to 1 with which others attend to each, exact at 1. `counts` [V] or [K]: how many tokens
+        each visual token stands for, by which it is attended to.
         """
         seen = scene.visual if visual is None else Segment(visual, scene.visual.positions)
         order = torch.arange(seen.embeds.shape[1], device=seen.embeds.device)
         if chosen is not None:
             seen, order = Segment(seen.embeds.index_select(1, chosen), seen.positions.index_select(1, chosen)), chosen
-        weight = None if gate is None else torch.log(gate + DROPPED)
-        parts = [self._replayed(scene.prefix, seen, pack, order, weight) for pack in self.packs(scene.asked)]
+        added = None if gate is None else torch.log(gate + DROPPED), None if counts is None else torch.log(counts)
+        parts = [self._replayed(scene.prefix, seen, pack, order, *added) for pack in self.packs(scene.asked)]
         return torch.cat(parts)
 
     def packs(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
@@ -144,12 +153,18 @@ class Listener:
         yield pack
 
     def _replayed(
-        self, prefix: Segment, visual: Segment, pack: list[Asked], order: torch.Tensor, weight: torch.Tensor | None
+        self,
+        prefix: Segment,
+        visual: Segment,
+        pack: list[Asked],
+        order: torch.Tensor,
+        weight: torch.Tensor | None,
+        logs: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.decoder.shape.bidirectional:
-            return self._after_prefill(prefix, visual, pack[0], order, weight)
+            return self._after_prefill(prefix, visual, pack[0], order, weight, logs)
         text = joined([asked.text for asked in pack])
-        bias = bias_of(prefix.embeds.shape[1], visual.embeds.shape[1], [asked.length for asked in pack], weight)
+        bias = bias_of(prefix.embeds.shape[1], visual.embeds.shape[1], [asked.length for asked in pack], weight, logs)
         output = self.decoder(prefix, visual, text, self.decoder.empty_caches(), order, bias=bias, every_logit=True)
         rows, start = list[torch.Tensor](), 0
         for asked in pack:
@@ -158,11 +173,17 @@ class Listener:
         return torch.cat(rows)
 
     def _after_prefill(
-        self, prefix: Segment, visual: Segment, asked: Asked, order: torch.Tensor, weight: torch.Tensor | None
+        self,
+        prefix: Segment,
+        visual: Segment,
+        asked: Asked,
+        order: torch.Tensor,
+        weight: torch.Tensor | None,
+        logs: torch.Tensor | None,
     ) -> torch.Tensor:
         # The tokens of a prompt attend to each other, and those of its answer only to what is before them.
         before, tokens, after = (part.embeds.shape[1] for part in (prefix, visual, asked.prompt))
-        bias, empty = bias_of(before, tokens, [after], weight), self.decoder.empty_caches()
+        bias, empty = bias_of(before, tokens, [after], weight, logs), self.decoder.empty_caches()
         prefill = self.decoder(prefix, visual, asked.prompt, empty, order, bias=bias)
         caches = [cache.append(rows, before, after) for cache, rows in zip(empty, prefill.rows, strict=True)]
         assert all(isinstance(cache, LayerCache) for cache in caches)
@@ -170,7 +191,8 @@ class Listener:
         if not steps:
             return torch.as_tensor(prefill.logits[0])
         nothing = Segment(asked.answer.embeds[:, :0], asked.answer.positions[:, :0])
-        hide = None if weight is None else [weight[None].expand(steps, -1)] * len(caches)
+        row = sum((each for each in (weight, logs) if each is not None), torch.zeros(tokens, device=order.device))
+        hide = None if weight is None and logs is None else [row[None].expand(steps, -1)] * len(caches)
         output = self.decoder(nothing, nothing, asked.answer, caches, hide=hide, every_logit=True)
         return torch.cat([prefill.logits[0], output.logits[0]])
 
@@ -180,20 +202,25 @@ def joined(parts: Sequence[Segment]) -> Segment:
     return Segment(torch.cat([part.embeds for part in parts], dim=1), torch.cat([part.positions for part in parts], dim=1))
 
 
-def bias_of(before: int, tokens: int, lengths: Sequence[int], weight: torch.Tensor | None) -> torch.Tensor | None:
+def bias_of(
+    before: int, tokens: int, lengths: Sequence[int], weight: torch.Tensor | None, logs: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Return what is added to the scores [S, S] of `before` tokens, `tokens` visual ones and texts of `lengths`; None for nothing.
 
-    Texts do not see each other. `weight` [tokens] is added for each visual token as a key, but not where it attends to itself.
+    Texts do not see each other. `weight` [tokens] is added for each visual token as a key, but not where it attends to itself;
+    `logs` [tokens] also there.
     """
-    if len(lengths) == 1 and weight is None:
+    if len(lengths) == 1 and weight is None and logs is None:
         return None
     after = sum(lengths)
     total = before + tokens + after
-    device = None if weight is None else weight.device
+    device = next((each.device for each in (weight, logs) if each is not None), None)
     bias = torch.zeros(total, total, device=device)
     if len(lengths) > 1:
         text = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
         bias[before + tokens :, before + tokens :] = torch.where(text[:, None] == text[None], 0.0, float("-inf"))
+    if logs is not None:
+        bias = bias + torch.nn.functional.pad(logs, (before, after))[None]
     if weight is None:
         return bias
     columns = torch.nn.functional.pad(weight, (before, after))[None]
@@ -201,10 +228,14 @@ def bias_of(before: int, tokens: int, lengths: Sequence[int], weight: torch.Tens
     return bias + columns - own
 
 
-def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[Asked, ...]) -> Scene:
-    """Return a scene with what the unpruned model says and what matters to it, by one backward pass to the visual tokens alone."""
+def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[Asked, ...], images: int = 1) -> Scene:
+    """Return a scene with what the unpruned model says and what matters to it, by one backward pass to the visual tokens alone.
+
+    `images`: how many the visual tokens are of, all of them equally many.
+    """
     tokens = visual.embeds.detach().clone().requires_grad_(True)
-    bare = Scene(prefix, visual, asked, *[torch.zeros(0)] * len(_MEASURED))
+    sizes = (tokens.shape[1] // images,) * images
+    bare = Scene(prefix, visual, asked, sizes, *[torch.zeros(0)] * len(_MEASURED))
     gradient, references = torch.zeros_like(tokens), list[tuple[torch.Tensor, torch.Tensor]]()
     for pack in listener.packs(asked):  # a pass's memory is free before the next
         logits = listener.logits(replace(bare, asked=tuple(pack)), visual=tokens)

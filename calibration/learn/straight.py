@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost
 from edgeprune.io.files import write_bytes
+from edgeprune.methods.base import represented
 from edgeprune.methods.learned import MARGIN
 
 HIDDEN = 16  # units of the score
@@ -101,11 +102,15 @@ def straight_through(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long training takes: `steps` of BATCH images, for selections of each of `keeps` tokens in turn."""
+    """How long training takes: `steps` of BATCH images, for selections of each of `keeps` tokens in turn.
+
+    `weigh`: whether the decoder attends to kept tokens by how many they stand for, which is no path of the gradient.
+    """
 
     steps: int
     keeps: tuple[int, ...]
     seed: int
+    weigh: bool = False
 
 
 def train(
@@ -128,7 +133,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, step / 5 + 0.2) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
         for number in _drawn(schedule, step, len(scenes)):
-            loss = _loss(listener, scenes[number](), trainee, schedule.keeps[rng.integers(len(schedule.keeps))], done, rng)
+            loss = _loss(listener, scenes[number](), trainee, schedule, done, rng)
             (loss / BATCH).backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -149,17 +154,23 @@ def _drawn(schedule: Schedule, step: int, count: int) -> list[int]:
     return [int(orders[place // count][place % count]) for place in places]
 
 
-def _loss(listener: Listener, scene: Scene, trainee: Trainee, keep: int, done: float, rng: np.random.Generator) -> torch.Tensor:
+def _loss(
+    listener: Listener, scene: Scene, trainee: Trainee, schedule: Schedule, done: float, rng: np.random.Generator
+) -> torch.Tensor:
+    keep = schedule.keeps[rng.integers(len(schedule.keeps))]
     first, last = TEMPERATURE
-    visual = scene.visual.embeds[0, :, : len(trainee.mean)]
+    gates, counts = [], []
+    for visual in scene.images(len(trainee.mean)):
 
-    def noise() -> torch.Tensor:
-        drawn = rng.gumbel(size=visual.shape[0]) * NOISE * (1 - done)
-        return torch.from_numpy(drawn).to(visual)
+        def noise(tokens: torch.Tensor = visual) -> torch.Tensor:
+            return torch.from_numpy(rng.gumbel(size=len(tokens)) * NOISE * (1 - done)).to(tokens)
 
-    scores, places = trainee(visual)
-    gate = straight_through(scores, places, min(keep, visual.shape[0]), first * (last / first) ** done, noise)
-    return lost(scene, listener.logits(scene, gate=gate)).sum() / len(scene.asked)
+        scores, places = trainee(visual)
+        gates.append(straight_through(scores, places, min(keep, len(visual)), first * (last / first) ** done, noise))
+        chosen = torch.nonzero(gates[-1].detach().round())[:, 0]
+        counts.append(torch.ones_like(scores).index_copy(0, chosen, represented(places, chosen).to(scores)).detach())
+    weights = torch.cat(counts) if schedule.weigh else None
+    return lost(scene, listener.logits(scene, gate=torch.cat(gates), counts=weights)).sum() / len(scene.asked)
 
 
 def _save(path: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:

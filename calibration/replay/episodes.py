@@ -1,7 +1,8 @@
 """Record the unpruned model's answer to a sample (prefill, KV caches, answer tokens) and replay it with changed caches.
 
 A sample of several images has a recording for each: in one forward pass the image is the visual segment, and the other images are
-part of the prefix, which is never cut. So whatever is measured on an image is measured beside the others as they are.
+part of the prefix, which is never cut. So whatever is measured on an image is measured beside the others as they are. What is learned
+has one recording for all images of a sample instead, which are the visual segment together: it is learned beside the others pruned.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Recorder:
         shared = images == 1 and not self._pipeline.decoder.states
         self._pipeline = replace(self._pipeline, state=SharedState(_SHARED if shared else 0))
 
-    def ask(self, sample: Sample, fit: str) -> tuple[Recording, ...]:
-        """Like `record`, without the caches of the recordings."""
+    def ask(self, sample: Sample, fit: str, *, together: bool = False) -> tuple[Recording, ...]:
+        """Like `record`, without the caches of the recordings. `together`: one recording, whose visual segment is all images."""
         recorder, images, _ = ask(self._pipeline, sample, fit, self._max_tokens)
         prefills, steps = recorder.inputs[:images], recorder.inputs[images:]
         inputs = [tokens.suffix for tokens, _ in steps]
@@ -97,7 +98,8 @@ class Recorder:
         said = self._tensor(steps[-1][0].text_groups[len(prefills[-1][0].text_groups) :] if steps else _NO_GROUPS)
         tokens = prefills[0][0]
         if tokens.visual.embeds.shape[1] or self._whole is None:
-            beside = [beside_others(prefills, number) for number in range(images)]
+            shown = [tuple(range(images))] if together else [(number,) for number in range(images)]
+            beside = [beside_others(prefills, *numbers) for numbers in shown]
             self._whole = beside[0]
         else:
             beside = [replace(self._whole, suffix=tokens.suffix, text_groups=tokens.text_groups)]
@@ -220,8 +222,8 @@ def _images_of(sample: Sample, plan: KeepPlan) -> Sequence[ImageOrFrames]:
     return [pictures] if plan.geometry.frames > 1 else pictures
 
 
-def beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], number: int) -> DecoderInput:
-    """Return one prefill of a whole prompt, whose visual segment is image `number`.
+def beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], *shown: int) -> DecoderInput:
+    """Return one prefill of a whole prompt, whose visual segment is the images with the ascending numbers `shown`.
 
     `prefills`: the recorded forward passes, one for each image. Text that was run ahead of its turn is left out.
     """
@@ -232,16 +234,16 @@ def beside_others(prefills: Sequence[tuple[DecoderInput, KvCache]], number: int)
         end = [*begins, between][index + 1]  # of the text up to the next image; the last one's is the suffix
         before.append(tokens.prefix)
         groups.append(last.text_groups[begins[index] : between])
-        if index != number:
+        if index not in shown:
             before.append(tokens.visual)
             groups.append(np.zeros((tokens.visual.embeds.shape[1], 3), np.float32))
         before.append(tokens.suffix.first(end - between))
         groups.append(last.text_groups[between:end])
     groups.append(last.text_groups[between:])
-    shown = prefills[number][0]
-    return DecoderInput(
-        reduce(TokenSegment.concat, before), shown.visual, last.suffix, shown.visual_indices, np.concatenate(groups)
-    )
+    images = [prefills[number][0] for number in shown]
+    visual = reduce(TokenSegment.concat, [tokens.visual for tokens in images])
+    indices = np.concatenate([tokens.visual_indices for tokens in images])
+    return DecoderInput(reduce(TokenSegment.concat, before), visual, last.suffix, indices, np.concatenate(groups))
 
 
 def limit_visual(caches: tuple[LayerCache, ...], layers: Iterable[int], share: float) -> tuple[LayerCache, ...]:

@@ -81,13 +81,15 @@ class TorchBackend:
         return VisionOutput(embeds, dict(zip(names, others, strict=False)), tuple(others[len(names) :]))
 
     @torch.no_grad()
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply the plan's input cut with prompt embeddings [1, M, hidden]; return kept embeddings [1, K, hidden], indices [K]."""
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
+        """Apply the plan's input cut with prompt embeddings [1, M, hidden]; return kept embeddings [1, K, hidden], indices [K].
+
+        If the plan weighs, the logarithms of how many tokens each kept one stands for [K] are the third.
+        """
         assert self._selector is not None
         order = [vision_output.token_indices] if self._plan.vision_cuts else []
         others = [self._tensor(values) for values in (*order, *vision_output.signals.values())]
-        embeds, kept = self._selector(self._tensor(vision_output.embeds), self._tensor(prompt), *others)
-        return _array(embeds), _array(kept)
+        return tuple(map(_array, self._selector(self._tensor(vision_output.embeds), self._tensor(prompt), *others)))
 
     @torch.no_grad()
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
@@ -103,7 +105,8 @@ class TorchBackend:
         ]
         caches = self._decoder.caches([self._tensor(rows) for rows in (*cache.text, *cache.visual, *cache.states)])
         groups = self._tensor(tokens.text_groups) if self._plan.follows_attention else None
-        output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), text_groups=groups)
+        weights = None if tokens.weights is None else self._tensor(tokens.weights)
+        output = self._decoder(*segments, caches, self._tensor(tokens.visual_indices), weights=weights, text_groups=groups)
         return DecoderOutput(
             _array(output.logits)[0, 0],
             tuple(_array(rows) for rows in self._decoder.flat_rows(output.rows)),

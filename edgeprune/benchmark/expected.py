@@ -89,10 +89,10 @@ class _Recorder(BackendProxy):
         self._single |= {f"vision_kept.{cut}": kept for cut, kept in enumerate(output.kept)}
         return output
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        embeds, kept = self._backend.select_tokens(vision_output, prompt, tier)
-        self._single["selected"] = kept
-        return embeds, kept
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
+        selected = self._backend.select_tokens(vision_output, prompt, tier)
+        self._single["selected"] = selected[1]
+        return selected
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         step = self._backend.forward(tokens, cache, cancellation=cancellation)
@@ -179,11 +179,11 @@ class ComparingBackend(BackendProxy):
         self.vision = max(self.vision, _difference(stored[0], actual[0]))
         return output
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
         """Apply the input cut and compare its indices."""
-        embeds, kept = self._backend.select_tokens(vision_output, prompt, tier)
-        self._compare_kept([self._expected.arrays["selected"]], [kept])
-        return embeds, kept
+        selected = self._backend.select_tokens(vision_output, prompt, tier)
+        self._compare_kept([self._expected.arrays["selected"]], [selected[1]])
+        return selected
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run a forward pass, compare its logits and indices, and return the stored logits."""

@@ -11,13 +11,16 @@ SEGMENTS = ("prefix", "visual", "suffix")
 TIER = "tier"  # an input whose length selects the tier: 1 for the first, 2 for the second, and so on
 GROUPS = "text_groups"  # the group of each text token, if the decode cut follows attention
 SIGNALS = ("vision_attention", "vision_keys", "vision_features")
+WEIGHTS = "visual_weights"  # the logarithms of how many tokens each visual token stands for, if the input cut weighs
+WEIGHT = "weight"  # the part of a cache that holds them
 PLACE = "place"  # the part of a cache that holds the tokens' places in the sequence, for layers with a window
 
 
 def cache_name(layer: int, part: str) -> str:
     """Return the input name of a layer's "key" or "value" cache of text tokens [1 + T, kv heads, head_dim].
 
-    The "place" cache of a layer is [1 + T, 1], or [1 + T, kv heads] if a cache cut gives each head tokens of its own.
+    The "place" cache of a layer is [1 + T, 1], or [1 + T, kv heads] if a cache cut gives each head tokens of its own. The "weight"
+    cache is [1 + T, 1].
     """
     return f"past_key_values.{layer}.{part}"
 
@@ -52,10 +55,11 @@ def cache_slots(plan: KeepPlan, local: Sequence[int] = (), states: Sequence[Laye
     """Return the layer and the part of each cache, in graph order; `local`: the layers whose attention has a window.
 
     Keys and values of all layers without `states` come first. Local layers whose caches hold the same tokens share one cache of
-    places.
+    places. If the input cut weighs, all layers share one cache of weights.
     """
     layers = [(layer, part) for layer in attention_layers(plan.layers, states) for part in ("key", "value")]
-    return layers + [(layer, PLACE) for layer in sorted(set(plan.place_layers(local).values()))]
+    places = [(layer, PLACE) for layer in sorted(set(plan.place_layers(local).values()))]
+    return layers + places + ([(layers[0][0], WEIGHT)] if plan.weighs else [])
 
 
 def place_heads(plan: KeepPlan, layer: int, kv_heads: int) -> int:
@@ -72,7 +76,7 @@ def decoder_inputs(
     """
     slots = cache_slots(plan, local, states)
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
-    names += ["visual_order", *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
+    names += ["visual_order", *([WEIGHTS] if plan.weighs else []), *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
     names += [cache_name(*slot) for slot in slots] + [visual_cache_name(*slot) for slot in slots]
     return names + state_names(states, "past")
 

@@ -136,6 +136,28 @@ class Merging(Protocol):
         ...
 
 
+@runtime_checkable
+class Placing(Protocol):
+    """An input method with a metric of its own, by which tokens say the same."""
+
+    def places(self, visual: torch.Tensor) -> torch.Tensor:
+        """Return each visual token's place on the unit sphere of the metric [V, dimensions]."""
+        ...
+
+
+def represented(places: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return how many tokens each of the chosen [K] stands for [K], float32: those whose nearest chosen token it is, at least one.
+
+    `places` [V, dimensions]: rows of length 1, which are near if their product is large. With the logarithms added to its attention
+    scores, a kept token is attended to as the tokens that it stands for would be if they were its equals ("proportional attention"
+    of Bolya et al., "Token Merging", arXiv 2210.09461).
+    """
+    similarity = places @ places.index_select(0, chosen).transpose(0, 1)
+    nearest = torch.topk(similarity, 1, dim=1).indices
+    own = torch.arange(chosen.shape[0], device=chosen.device)
+    return torch.where(nearest == own[None], 1.0, 0.0).sum(dim=0).clamp_min(1.0)
+
+
 def keep_best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Return the ascending positions [min(keep, V)] of the highest scores [V].
 

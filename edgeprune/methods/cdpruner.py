@@ -38,6 +38,7 @@ class CDPruner:
             tries=(0.0, 0.2, 0.5, 0.8, 1.0),
             published=True,
         ),
+        Option("weigh", False, "the decoder attends to each kept token by how many it stands for; no later cut may follow"),
     )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:

@@ -26,6 +26,7 @@ class DART:
     options: ClassVar[tuple[Option, ...]] = (
         Option("image_pivots", 4, "visual tokens of the largest norm that are pivots", least=1, published=True),
         Option("text_pivots", 4, "prompt tokens of the largest norm that are pivots", least=0, published=True),
+        Option("weigh", False, "the decoder attends to each kept token by how many it stands for; no later cut may follow"),
     )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:

@@ -26,6 +26,7 @@ class DivPrune:
         Option(
             "block", 1, "tokens that each step of the greedy search takes, which may resemble each other", least=1, published=True
         ),
+        Option("weigh", False, "the decoder attends to each kept token by how many it stands for; no later cut may follow"),
     )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:

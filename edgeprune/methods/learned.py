@@ -38,6 +38,9 @@ class Learned:
 
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("weigh", False, "the decoder attends to each kept token by how many it stands for; no later cut may follow"),
+    )
     calibration_options: ClassVar[tuple[Option, ...]] = (
         Option("train", False, "train score and metric further, through the frozen decoder; takes longer"),
         Option("rank", 64, "dimensions of the learned metric", least=1, most=1024),
@@ -45,7 +48,7 @@ class Learned:
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        cut.settings()  # what there is to set, calibration sets
+        cut.settings(*self.options)  # all else, calibration sets
         if cut.weights is None or cut.weights.content is None:
             raise PlanError(f"{cut} has no weights.", hint=_AGAIN)
         self.header, self.tensors = read(cut.weights)

@@ -56,6 +56,7 @@ class ZSPAPrune:
         ),
         Option("reduce", "max", "similarity to a set: that to its nearest token, or the mean", ("max", "mean")),
         Option("block", 1, "tokens that each step of the greedy search takes, which may resemble each other", least=1),
+        Option("weigh", False, "the decoder attends to each kept token by how many it stands for; no later cut may follow"),
     )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:

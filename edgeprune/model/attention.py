@@ -41,13 +41,14 @@ class BlockMask:
     reach: torch.Tensor
 
     @classmethod
-    def of(cls, tokens: TokenRows, past: int) -> BlockMask:
-        """Return the mask for tokens after `past` keys that are visible to all of them."""
+    def of(cls, tokens: TokenRows, past: int, weights: Sequence[torch.Tensor] = ()) -> BlockMask:
+        """Return the mask for tokens after `past` keys that are visible to all of them. `weights`: parts of what is added to keys."""
         places = tokens.places
         visible = places[None] <= tokens.reach[:, None]
         row = torch.arange(1, places.shape[0] + 1, device=places.device)
         added = torch.where(visible, 0.0, float("-inf"))
         mask = torch.cat([added.new_zeros(places.shape[0], past), added], dim=1)
+        mask = mask + torch.cat(list(weights))[None] if weights else mask
         return cls(mask, torch.where(visible, row, torch.zeros_like(row)).amax(dim=1))
 
 
@@ -74,6 +75,7 @@ class TokenRows:
     order: torch.Tensor  # [V] indices of the visual tokens in the image
     sizes: tuple[int, int, int]
     query_scale: torch.Tensor | None = None  # [S, 1] of the queries, by position; None for 1
+    weight: torch.Tensor | None = None  # [S] logarithms of how many tokens each stands for, 0 for text; None if no cut weighs
 
     def keep(self, chosen: torch.Tensor) -> TokenRows:
         """Return the tokens with only the visual tokens at the positions `chosen` [K]."""
@@ -83,6 +85,7 @@ class TokenRows:
         planes = None if self.planes is None else self.pick(self.planes, chosen)
         scale = None if self.query_scale is None else self.pick(self.query_scale, chosen)
         order = self.order.index_select(0, chosen)
+        assert self.weight is None  # a plan that weighs has no cuts inside the decoder
         return TokenRows(**rows, planes=planes, order=order, sizes=sizes, query_scale=scale)
 
     def pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -104,6 +107,8 @@ class TokenRows:
 class Mask:
     """The attention mask: `visible` as booleans, `added` to scores as 0 or -inf; `in_row` for blocked attention only.
 
+    If the input cut weighs, the logarithms of how many tokens each visual token stands for are `added` too.
+
     Both are [S, keys], or [kv heads, 1, S, keys] where a window meets keys that each head chose. `whole`: the mask without the
     window, if there is one.
     """
@@ -114,9 +119,15 @@ class Mask:
     whole: Mask | None = None
 
     @classmethod
-    def of(cls, visible: torch.Tensor, in_row: BlockMask | None = None, whole: Mask | None = None) -> Mask:
-        """Return the mask of the keys that are `visible`."""
-        return cls(visible, torch.where(visible, 0.0, float("-inf")), in_row, whole)
+    def of(
+        cls,
+        visible: torch.Tensor,
+        in_row: BlockMask | None = None,
+        whole: Mask | None = None,
+        weights: torch.Tensor | float = 0.0,
+    ) -> Mask:
+        """Return the mask of the keys that are `visible`; `weights` [keys] are added to their scores."""
+        return cls(visible, torch.where(visible, weights, float("-inf")), in_row, whole)
 
     def hide(self, added: torch.Tensor) -> Mask:
         """Return the mask with `added` [S, K] on top for the last K keys, which are cached visual tokens."""
@@ -220,7 +231,8 @@ def attend(
     Products are computed in the type of the cache, the rest in that of `hidden`. `fused` uses one operator each for attention and
     rotation (Attention and RotaryEmbedding of opset 23), over joined keys. TensorRT has kernels for Attention in half precision
     with head_dim 16 or more; with a soft cap, or a mask for each head, attention stays decomposed. So it does in a graph with
-    loops, where NVIDIA's builder fails on the operator (TensorRT-RTX 1.7.1). It is blocked if the mask has `in_row`.
+    loops, where NVIDIA's builder fails on the operator (TensorRT-RTX 1.7.1), and where tokens have weights. It is blocked if the
+    mask has `in_row`.
     """
     query, key, gate = rotated(attn, shape, hidden, tokens, fused=fused)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
@@ -229,7 +241,7 @@ def attend(
     by_head = [rows.transpose(0, 1) for rows in keys]
     scores = Scores(query, by_head, mask, shape.softcap)
     fits = shape.head_dim >= _SMALLEST_HEAD and shape.softcap is None and mask.visible.ndim == 2 and not shape.loops
-    use_fused = fused and query.dtype is torch.float16 and fits
+    use_fused = fused and query.dtype is torch.float16 and fits and tokens.weight is None
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:
@@ -239,7 +251,8 @@ def attend(
     output = attn.o_proj(output if gate is None else output * gate.sigmoid())
     ranked = scores if mask.whole is None else scores.under(mask.whole)
     place = None if cache.place is None else tokens.places[:, None]
-    return AttentionOutput(output, NewKv(key, value, place), ranked, tokens.sizes)
+    weight = None if tokens.weight is None else tokens.weight[:, None]
+    return AttentionOutput(output, NewKv(key, value, place, weight), ranked, tokens.sizes)
 
 
 def _mixed(scores: Scores, query: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -306,17 +319,27 @@ def sequence_order(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros_like(ranks).scatter(0, ranks, torch.arange(ranks.shape[0], device=ranks.device)), ranks
 
 
-def causal_mask(tokens: TokenRows, past_text: int, past_visual: int, *, blocked: bool = False) -> Mask:
-    """Return the mask of new tokens after caches of `past_text` and `past_visual` rows, which are visible to all except null rows.
+def causal_mask(tokens: TokenRows, cache: LayerCache, *, blocked: bool = False) -> Mask:
+    """Return the mask of new tokens after a cache, whose rows are visible to all except the null rows.
 
     `blocked` adds the mask of blocked attention.
     """
+    past_text, past_visual = cache.key.shape[0], cache.visual_key.shape[0]
     # The place of each key, in the order of the parts: -1 for cached tokens, and beyond every token for the null rows.
     null = torch.full_like(tokens.places[-1:], _NEVER)
     text, visual = (torch.full((rows - 1,), -1, device=null.device) for rows in (past_text, past_visual))
     column = torch.cat([null, text, tokens.places, null, visual])
-    in_row = BlockMask.of(tokens, past_text + past_visual - 2) if blocked else None
-    return Mask.of(column[None] <= tokens.reach[:, None], in_row)
+    weights = _weights(tokens, cache)
+    of_blocks = [weights[2][1:], weights[0][1:], weights[1]] if weights else []
+    in_row = BlockMask.of(tokens, past_text + past_visual - 2, of_blocks) if blocked else None
+    return Mask.of(column[None] <= tokens.reach[:, None], in_row, weights=torch.cat(weights) if weights else 0.0)
+
+
+def _weights(tokens: TokenRows, cache: LayerCache) -> list[torch.Tensor]:
+    # What is added to the scores of the keys, in the order of the parts; nothing if no cut weighs.
+    if tokens.weight is None or cache.weight is None or cache.visual_weight is None:
+        return []
+    return [cache.weight[:, 0], tokens.weight, cache.visual_weight[:, 0]]
 
 
 def windowed_mask(whole: Mask, tokens: TokenRows, cache: LayerCache, window: int, *, bidirectional: bool = False) -> Mask:
@@ -330,7 +353,10 @@ def windowed_mask(whole: Mask, tokens: TokenRows, cache: LayerCache, window: int
     heads = cache.visual_place.shape[1]
     column = torch.cat([cache.place.expand(-1, heads), step[:, None].expand(-1, heads), cache.visual_place])
     near = column.transpose(0, 1)[:, None] > tokens.places[:, None] - window  # [1 or kv heads, S, keys]
-    return Mask.of(whole.visible & (near[0] if heads == 1 else near[:, None]), whole=whole)
+    weights = _weights(tokens, cache)
+    return Mask.of(
+        whole.visible & (near[0] if heads == 1 else near[:, None]), whole=whole, weights=torch.cat(weights) if weights else 0.0
+    )
 
 
 def _angles(attn: Any, rows: torch.Tensor, width: int) -> torch.Tensor:

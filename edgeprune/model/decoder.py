@@ -99,17 +99,19 @@ class PrunedDecoder(nn.Module):
         """Return one cache per layer that holds only its null rows, or states of zeros."""
         null = next(self.parameters()).new_zeros(1, self.shape.kv_heads, self.shape.head_dim)
         place = torch.zeros(1, 1, dtype=torch.int64, device=null.device)
+        weight = null.new_zeros(1, 1, dtype=torch.float32) if self.plan.weighs else None
         heads = partial(place_heads, self.plan, kv_heads=self.shape.kv_heads)
         return tuple(
             LayerStates(tuple(null.new_zeros(shape) for shape in self.shape.states[layer]))
             if layer in self.shape.states
-            else LayerCache(null, null, null, null, *([place.expand(1, heads(layer))] * 2 if layer in self.places else ()))
+            else LayerCache(*[null] * 4, *[place.expand(1, heads(layer)) if layer in self.places else None] * 2, *[weight] * 2)
             for layer in range(len(self.layers))
         )
 
     def caches(self, flat: Sequence[torch.Tensor]) -> list[LayerCache | LayerStates]:
         """Return the caches of a flat sequence in the order of the graph's inputs."""
-        return caches_of(flat, self.places, {layer: len(shapes) for layer, shapes in self.shape.states.items()})
+        states = {layer: len(shapes) for layer, shapes in self.shape.states.items()}
+        return caches_of(flat, self.places, states, weighs=self.plan.weighs)
 
     def flat_rows(self, rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
         """Return the rows of a step in the order of the graph's outputs."""
@@ -127,6 +129,7 @@ class PrunedDecoder(nn.Module):
         caches: Sequence[LayerCache | LayerStates],
         order: torch.Tensor | None = None,
         *,
+        weights: torch.Tensor | None = None,
         tier: torch.Tensor | None = None,
         text_groups: torch.Tensor | None = None,
         probe: Probe | None = None,
@@ -137,7 +140,8 @@ class PrunedDecoder(nn.Module):
     ) -> StepOutput:
         """Run the tokens of three segments on top of the caches.
 
-        `order` [V]: indices of the visual tokens in the image, by default all of them. `tier`: a marker whose length selects the
+        `order` [V]: indices of the visual tokens in the image, by default all of them. `weights` [V], if the plan weighs: the
+        logarithms of how many tokens each stands for. `tier`: a marker whose length selects the
         budgets, 1 (the default) for the plan, 2 for the first of `lower_tiers`, and so on. `text_groups` [text, 3]: one-hot group
         (system, instruction, generated) of each text key, cached and new. `probe(layer, view)` is called after the attention of
         each layer that has it. `delete(layer, view)` then returns the positions of the visual tokens that stay, ascending, for
@@ -146,7 +150,7 @@ class PrunedDecoder(nn.Module):
         the logits of the whole suffix, which is an answer: its tokens are causal in every family.
         """
         mutual = self.shape.bidirectional and not every_logit
-        tokens = self._join((prefix, visual, suffix), order, mutual)
+        tokens = self._join((prefix, visual, suffix), order, mutual, weights)
         embeds = tokens.split(tokens.hidden)[1:]
         rows, kept, splits = list[NewKv | LayerStates](), dict[str, torch.Tensor](), []
         masks: dict[Any, Mask] = {}
@@ -209,7 +213,13 @@ class PrunedDecoder(nn.Module):
     def _layers(self) -> list[Any]:
         return list(self.layers)
 
-    def _join(self, segments: tuple[Segment, Segment, Segment], order: torch.Tensor | None, mutual: bool) -> TokenRows:
+    def _join(
+        self,
+        segments: tuple[Segment, Segment, Segment],
+        order: torch.Tensor | None,
+        mutual: bool,
+        weights: torch.Tensor | None = None,
+    ) -> TokenRows:
         positions = torch.cat([segment.positions for segment in segments], dim=1)
         cos, sin = self.rope(positions)
         embeds = torch.cat([segment.embeds[0] for segment in segments])
@@ -219,7 +229,11 @@ class PrunedDecoder(nn.Module):
         order = torch.arange(sizes[1], device=hidden.device) if order is None else order
         places, reach = places_of(positions, bidirectional=mutual)
         scale = None if self.shape.query_scale is None else self.shape.query_scale(positions)
-        return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes, scale)
+        weight = None
+        if self.plan.weighs:
+            before, after = (hidden.new_zeros(sizes[part], dtype=torch.float32) for part in (0, 2))
+            weight = torch.cat([before, hidden.new_zeros(sizes[1], dtype=torch.float32) if weights is None else weights, after])
+        return TokenRows(hidden, cos, sin, places, reach, planes, order, sizes, scale, weight)
 
     def _with_plane(self, index: int, hidden: torch.Tensor, tokens: TokenRows) -> torch.Tensor:
         # DeepStack: features of the encoder's earlier blocks are added after the first layers.
@@ -255,7 +269,7 @@ class PrunedDecoder(nn.Module):
         length = cache.visual_key.shape[0]  # symbolic in a trace, where the plan tells which layers have equal lengths
         stage = (tokens_at_layer(self._plans, index), length if isinstance(length, int) else cache_group(self._plans, index))
         if stage not in masks:
-            masks[stage] = causal_mask(tokens, cache.key.shape[0], length, blocked=self.blocked)
+            masks[stage] = causal_mask(tokens, cache, blocked=self.blocked)
         if index not in self.places:
             return masks[stage]
         window = self.shape.windows[index]

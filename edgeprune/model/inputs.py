@@ -12,7 +12,7 @@ from torch import nn
 
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.families.base import DecoderParts, Family
-from edgeprune.methods.base import InputView, Merging
+from edgeprune.methods.base import InputView, Merging, Placing, represented, unit
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.registry import method_class
 
@@ -39,6 +39,7 @@ class InputSelector(nn.Module):
         self.cut, self.hidden = cut, hidden
         self.projector = nn.Identity() if projector is None else projector
         self.method = method_class(cut.method)(cut, geometry)
+        self.weighs = bool(cut.options.get("weigh"))
 
     def forward(
         self,
@@ -47,8 +48,10 @@ class InputSelector(nn.Module):
         attention: torch.Tensor | None = None,
         keys: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Return the kept embeddings [1, K, width] and their indices [K], given `visual` [1, V, width] and `prompt` [1, M, width].
+
+        If the cut weighs, the logarithms of how many tokens each of them stands for [K] are the third.
 
         Methods receive and merge the tokens without their planes; the planes of kept tokens are kept unchanged. `attention` [V],
         `keys` [V, key dim] and `features` [V, width] come from the vision encoder, for methods that need them.
@@ -61,15 +64,20 @@ class InputSelector(nn.Module):
         prompt: torch.Tensor,
         signals: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
         order: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         without_planes = visual.shape[2] == self.hidden
         tokens, text = (visual, prompt) if without_planes else (visual[..., : self.hidden], prompt[..., : self.hidden])
         view = InputView(tokens[0], text[0], *signals, project=self.projector, kept=order)
         chosen = self.method.select(view, self.cut.keep)
         if not isinstance(self.method, Merging):
-            return visual.index_select(1, chosen), chosen
+            kept = visual.index_select(1, chosen), chosen
+            return (*kept, self._weights(tokens[0], chosen)) if self.weighs else kept
         merged = self.method.merge(view, chosen)[None]
         return merged if without_planes else torch.cat([merged, visual[..., self.hidden :].index_select(1, chosen)], dim=2), chosen
+
+    def _weights(self, visual: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        places = self.method.places(visual) if isinstance(self.method, Placing) else unit(visual)
+        return represented(places, chosen).log()
 
 
 class ThinnedSelector(InputSelector):
@@ -83,10 +91,10 @@ class ThinnedSelector(InputSelector):
         attention: torch.Tensor | None = None,
         keys: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Return the same as InputSelector for tokens with indices `order` [V] in the image; the returned indices [K] are too."""
-        embeds, chosen = self._select(visual, prompt, (attention, keys, features), order)
-        return embeds, order.index_select(0, chosen)
+        embeds, chosen, *weights = self._select(visual, prompt, (attention, keys, features), order)
+        return embeds, order.index_select(0, chosen), *weights
 
 
 def input_selector(plan: KeepPlan, hidden: int, projector: nn.Module | None = None) -> InputSelector:

@@ -103,6 +103,11 @@ class KeepPlan:
             raise PlanError("The cuts of a plan name different weights.", hint="Only one of them may be learned.")
         self._check_counts()
         self._check_decode()
+        if self.weighs and (later := next((cut for cut in self.cuts if cut.site in ("layer", "cache", "decode")), None)):
+            raise PlanError(
+                f"{self.input} weighs the tokens that it keeps; {later} would drop some of them.",
+                hint="Leave out either the option weigh or the later cuts.",
+            )
 
     if not TYPE_CHECKING:
 
@@ -137,6 +142,11 @@ class KeepPlan:
     def input(self) -> Cut | None:
         """The cut before decoder layer 0, if any."""
         return next((cut for cut in self.cuts if cut.site == "input"), None)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the decoder attends to a visual token by how many it stands for (option weigh of the input cut)."""
+        return self.input is not None and bool(self.input.options.get("weigh"))
 
     @property
     def layer_cuts(self) -> tuple[Cut, ...]:

@@ -42,12 +42,12 @@ class RecordingBackend(BackendProxy):
         )
         return vision_output
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
         """Apply the input cut and record its indices."""
-        embeds, kept = self._backend.select_tokens(vision_output, prompt, tier)
+        selected = self._backend.select_tokens(vision_output, prompt, tier)
         self.prompts += [prompt] if self._replayable else []
-        self.selected.append(kept)
-        return embeds, kept
+        self.selected.append(selected[1])
+        return selected
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run a forward pass and record its logits, kept indices and states."""

@@ -120,10 +120,10 @@ class Backend(Protocol):
         """
         ...
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
         """Apply the input cut of a tier, given prompt embeddings [1, M, hidden]; return embeddings [1, K, hidden] and indices [K].
 
-        `tier`: index of the plan.
+        `tier`: index of the plan. If it weighs, the logarithms of how many tokens each kept one stands for [K] are the third.
         """
         ...
 
@@ -152,7 +152,7 @@ class BackendProxy:
         """Call the wrapped backend."""
         return self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
         """Call the wrapped backend."""
         return self._backend.select_tokens(vision_output, prompt, tier)
 

@@ -18,11 +18,12 @@ from typing import TypeVar
 import numpy as np
 
 from edgeprune.bundle import DecoderShape
-from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, cache_slots, place_heads
+from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, WEIGHT, WEIGHTS, cache_slots, place_heads
 from edgeprune.plan import KeepPlan, keep_count_up
 
 T = TypeVar("T")
-KvArrays = tuple[np.ndarray, ...]  # key and value of each layer with attention, in order; then places, for layers with a window
+# Key and value of each layer with attention, in order; places, for layers with a window; weights, if the input cut weighs.
+KvArrays = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class DecoderInput:
     """The new tokens of one forward pass.
 
     `visual_indices` [V]: indices of the visual tokens in the image. `text_groups` [text, 3]: one-hot group (system, instruction,
-    generated) of each text key, past and new. `tier`: index of the plan whose keep budgets apply.
+    generated) of each text key, past and new. `tier`: index of the plan whose keep budgets apply. `weights` [V]: the logarithms of
+    how many tokens each visual token stands for, if the plan weighs; None for one each.
     """
 
     prefix: TokenSegment
@@ -61,6 +63,7 @@ class DecoderInput:
     visual_indices: np.ndarray
     text_groups: np.ndarray
     tier: int = 0
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ class KvCache:
         """Return an empty cache of a decoder under a plan."""
         null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type)
         slots = cache_slots(plan, shape.local_layers, shape.states)
-        nulls = tuple(
-            np.zeros((1, place_heads(plan, layer, shape.kv_heads)), np.int64) if part == PLACE else null for layer, part in slots
-        )
+        others = {WEIGHT: lambda layer: np.zeros((1, 1), np.float32)}
+        others[PLACE] = lambda layer: np.zeros((1, place_heads(plan, layer, shape.kv_heads)), np.int64)
+        nulls = tuple(others[part](layer) if part in others else null for layer, part in slots)
         states = tuple(np.zeros(state.shape, np.float32) for state in shape.states)
         return cls(nulls, 1, (), nulls, tuple(layer for layer, _ in slots), states=states)
 
@@ -172,6 +175,8 @@ def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) ->
     """Return the feeds of a forward pass for a decoder with these input names, in the order of `decoder_inputs`."""
     segments = (tokens.prefix, tokens.visual, tokens.suffix)
     values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.visual_indices]
+    if WEIGHTS in names:
+        values.append(np.zeros(len(tokens.visual_indices), np.float32) if tokens.weights is None else tokens.weights)
     values += [np.zeros(1 + tokens.tier, np.int64)] if TIER in names else []
     values += [tokens.text_groups] if GROUPS in names else []
     return dict(zip(names, (*values, *cache.text, *cache.visual, *cache.states), strict=True))

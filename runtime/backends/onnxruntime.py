@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, tier_selector
-from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import run_in_threads
 from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput, VisionOutput
@@ -77,8 +77,11 @@ class OnnxRuntimeBackend:
         signals = {name: outputs[name] for name in SIGNALS if name in outputs}
         return VisionOutput(outputs["visual_embeds"], signals, tuple(outputs[name] for name in self._kept_names if name in outputs))
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Apply a tier's input cut, given prompt embeddings [1, M, hidden]; return embeddings [1, K, hidden] and indices [K]."""
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
+        """Apply a tier's input cut, given prompt embeddings [1, M, hidden]; return embeddings [1, K, hidden] and indices [K].
+
+        If the plan weighs, the logarithms of how many tokens each kept one stands for [K] are the third.
+        """
         selector = self._selectors[tier]
         values = {
             "visual_embeds": vision_output.embeds,
@@ -87,8 +90,8 @@ class OnnxRuntimeBackend:
             **vision_output.signals,
         }
         feeds = {node.name: values[node.name] for node in selector.get_inputs()}
-        embeds, kept = selector.run(["kept_embeds", *kept_names(self._plan, "input")], feeds)
-        return embeds, kept
+        weights = [WEIGHTS] if self._plan.weighs else []
+        return tuple(selector.run(["kept_embeds", *kept_names(self._plan, "input"), *weights], feeds))
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [1, n, hidden] of n token ids."""

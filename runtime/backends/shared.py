@@ -114,7 +114,7 @@ class GuardedBackend(BackendProxy):
         with self._lock.acquire(cancellation), _out_of_memory_as_error("the vision encoder"):
             return self._backend.encode_image(patches, unpruned=unpruned, cancellation=cancellation)
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
         """Apply the input cut under the lock."""
         with self._lock.acquire(), _out_of_memory_as_error("the selection"):
             return self._backend.select_tokens(vision_output, prompt, tier)

@@ -121,11 +121,13 @@ class SelectedTokens:
     """The visual tokens that enter the decoder.
 
     `embeds` [1, K, width]: embeddings of the tokens with indices `order` [K]. `vision_output`: output of the vision encoder.
+    `weights` [K]: the logarithms of how many tokens each stands for, None for one each.
     """
 
     vision_output: VisionOutput
     embeds: np.ndarray
     order: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class SequenceState:
         unpruned = geometry.tokens * len(self._pipeline.decoder.attention_layers)
         if self._prune:
             visual = visual.gather(chosen.order, chosen.embeds)
-            tokens = DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier)
+            tokens = DecoderInput(prefix, visual, suffix, chosen.order, _NO_GROUPS, tier, chosen.weights)
             step = self._step(tokens, INSTRUCTION, cancellation, dropped=dropped)
             cuts = cut_receipts(plan, chosen.vision_output.kept, chosen.order, step)
             usage = ImageUsage(geometry.tokens, unpruned, self.cache.visual_entries_read - before, cuts, dropped, early)

@@ -242,11 +242,11 @@ def test_an_interrupted_recording_goes_on(
     whole = learn(tiny, samples, base_of(tiny), REQUEST, tmp_path / "whole.json", SILENT, gate=False)
     ask, asked = Recorder.ask, list[str]()
 
-    def interrupted(self: Recorder, sample: Sample, fit: str) -> Any:
+    def interrupted(self: Recorder, sample: Sample, fit: str, **how: bool) -> Any:
         asked.append(sample.prompt)
         if len(asked) == 9:
             raise KeyboardInterrupt
-        return ask(self, sample, fit)
+        return ask(self, sample, fit, **how)
 
     monkeypatch.setattr(Recorder, "ask", interrupted)
     again = partial(learn, tiny, samples, base_of(tiny), REQUEST, tmp_path / "parts.json", SILENT, gate=False)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
-from edgeprune.bundle.graph_io import SIGNALS, cache_slots, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
@@ -200,10 +200,11 @@ class TensorRTBackend:
             self._executors[VISION_UNPRUNED] = self._open[VISION_UNPRUNED]()
         return self._executors[VISION_UNPRUNED]
 
-    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def select_tokens(self, vision_output: VisionOutput, prompt: np.ndarray, tier: int = 0) -> tuple[np.ndarray, ...]:
         """Apply the input cut of a tier's plan.
 
-        `prompt`: text embeddings [1, M, hidden]. Returns embeddings [1, K, hidden] on the device and indices [K] on the host.
+        `prompt`: text embeddings [1, M, hidden]. Returns embeddings [1, K, hidden] on the device and indices [K] on the host, and
+        weights [K] on the host if the plan weighs.
         """
         values = {
             "visual_embeds": vision_output.embeds,
@@ -213,7 +214,8 @@ class TensorRTBackend:
         }
         selector = self._executors[tier_selector(self._tiers[tier]) if tier else SELECTOR]
         outputs, (name,) = selector.run(values), kept_names(self._plan, "input")
-        return _array(outputs["kept_embeds"]), outputs[name].numpy()
+        weights = [outputs[WEIGHTS].numpy()] if self._plan.weighs else []
+        return _array(outputs["kept_embeds"]), outputs[name].numpy(), *weights
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [1, n, hidden] of n token ids."""

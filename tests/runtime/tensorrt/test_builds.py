@@ -41,6 +41,7 @@ FORMS = {
     "predictor": PREDICTOR_OPTIONS,
     CLASSES: {"form": CLASSES, "thresholds": [0.2, 0.5], "shares": [0.25, 0.5, 1.0]},
 }
+WEIGHING = "zspaprune, weigh @ input"
 LIMITS = ProfileLimits(context=256, turn=64, images=2, unpruned=True)
 # TensorRT's targets that differ in nothing but their version share their graphs.
 LOWERED = ("jetpack6", "jetpack7.2")
@@ -67,6 +68,7 @@ def plans() -> Iterator[tuple[str, KeepPlan]]:
                     (f"{name} {form} @ decode", CACHES.with_cuts(Cut("decode", name, 0, options=options)))
                     for form, options in forms.items()
                 )
+    yield WEIGHING, BASE.with_cuts(Cut("input", "zspaprune", 5, options={"weigh": True}))
     yield "plphp, all options @ cache", BASE.with_cuts(Cut("cache", "plphp", 5, 0, options=RANKED))
 
 
@@ -109,7 +111,7 @@ def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path)
         yield SELECTOR, folder / "selector.onnx", selector
     if plan.has_rate_predictor:
         yield PREDICTOR, folder / "predictor.onnx", trace_predictor(plan, lowering, folder / "predictor.onnx")
-    if plan.input is None or len(plan.cuts) > 1:
+    if plan.input is None or len(plan.cuts) > 1 or plan.weighs:
         yield DECODER, folder / "decoder.onnx", trace_decoder(parts, 3, plan, lowering, folder / "decoder.onnx")
 
 
@@ -141,7 +143,9 @@ def test_every_method_is_built(even: LoadedModel, plan: str, target: str, tmp_pa
 
 
 @pytest.mark.parametrize("target", [pytest.param("jetpack6", marks=pytest.mark.slow), "jetpack7.2"])
-@pytest.mark.parametrize("plan", ["none", pytest.param("plphp, all options @ cache", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "plan", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plphp, all options @ cache", WEIGHING))]
+)
 def test_every_graph_is_built_for_every_target(even: LoadedModel, plan: str, target: str, tmp_path: Path) -> None:
     refuse_nothing(even, PLANS[plan], Lowering(TARGETS[target], "fp16"), tmp_path)
 
