@@ -22,13 +22,15 @@ from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
 from edgeprune.calibration.learn.run import Learning, LearnRequest, Rival, learn
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost, probabilities
 from edgeprune.calibration.learn.straight import Schedule, Trainee, straight_through, train
-from edgeprune.calibration.replay.episodes import Recorder
+from edgeprune.calibration.replay.episodes import Recorder, ask
+from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.cli import main
 from edgeprune.cli.output.basic import show_calibration
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import SILENT
-from edgeprune.methods.base import InputView
+from edgeprune.methods.base import InputView, represented, unit
+from edgeprune.methods.divprune import DivPrune
 from edgeprune.methods.learned import Learned, read, write
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
@@ -122,6 +124,63 @@ def test_divergence_is_that_of_whole_distributions(scene: tuple[Listener, Scene]
     assert torch.allclose(found(one, other), expected, atol=1e-4)
     wide = (torch.cat([rows, torch.full((5, 100), -20.0)], dim=1) for rows in (one, other))
     assert torch.allclose(found(*wide), expected, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    folder = tmp_path_factory.mktemp("pairs") / "pairs"
+    write_dataset(folder, 20, 6, images=2, kinds=("picture", "which"))
+    return read_samples(folder / "dataset.jsonl")
+
+
+def test_images_of_one_question_are_a_scene_and_chosen_by_themselves(tiny: LoadedModel, pairs: list[Sample]) -> None:
+    listener, found = recorded(tiny, pairs[:2])
+    assert found.sizes == (12, 12) and len(found.asked) == 2
+    for asked, said in zip(found.asked, torch.split(listener.logits(found), [each.tokens for each in found.asked]), strict=True):
+        again = tiny.family.decoder().embed_tokens(said[:-1].argmax(dim=-1))
+        assert torch.allclose(again, asked.answer.embeds[0, :, : again.shape[1]], atol=1e-6)
+    seen = list[torch.Tensor]()
+
+    def first(view: InputView, keep: int) -> torch.Tensor:
+        seen.append(view.visual)
+        return torch.arange(keep)
+
+    with torch.no_grad():
+        divergence = HeldOut(listener, [lambda: found], 48).divergence(first, (3,))
+        chosen = torch.tensor([0, 1, 2, 12, 13, 14])
+        expected = float(lost(found, listener.logits(found, chosen=chosen)).sum()) / 2
+    assert [len(tokens) for tokens in seen] == [12] * 4
+    assert divergence == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "paligemma", "gemma3"])
+def test_the_decoder_says_what_a_cut_that_weighs_answers(family: str, samples: list[Sample], pairs: list[Sample], tmp_path: Path) -> None:
+    # The runtime has the counts as inputs and in its caches, image after image; here they are a bias over one forward pass.
+    import importlib
+
+    made = importlib.import_module(f"tiny_{family}")
+    (tmp_path / family).mkdir()
+    model = load_model(resolve_model(str(made.folder(tmp_path / family))))
+    asked = samples[:1] if family == "paligemma" else pairs[:1]  # it takes one image
+    listener, found = recorded(model, asked, model.geometry(made.SIZE))
+    cut = Cut("input", "divprune", 3, options={"weigh": True})
+    base = unpruned_plan(model.folder.model_type, model.decoder_shape().layers, model.geometry(made.SIZE))
+    recorder, images, _ = ask(reference_model(model, base.with_cuts(cut)), asked[0], "pad", 6)
+    said = torch.stack([torch.as_tensor(step.logits) for step in recorder.steps[images - 1 :]])
+
+    choices, counts, start = list[torch.Tensor](), list[torch.Tensor](), 0
+    for tokens in found.images(model.family.decoder().hidden):
+        chosen = DivPrune(cut, base.geometry).select(InputView(tokens, tokens[:1]), 3)
+        choices.append(chosen + start)
+        counts.append(represented(unit(tokens), chosen))
+        start += len(tokens)
+    replayed = listener.logits(found, chosen=torch.cat(choices), counts=torch.cat(counts))
+    same = 1  # rows are comparable as long as the pruned answer is the unpruned one
+    while same < min(len(said), len(replayed)) and int(said[same - 1].argmax()) == int(found.ids[same - 1, 0]):
+        same += 1
+    assert torch.allclose(said[:same], replayed[:same].detach(), atol=1e-4)
+    plain = listener.logits(found, chosen=torch.cat(choices))
+    assert not torch.allclose(said[:same], plain[:same].detach(), atol=1e-4)
 
 
 def planted(images: int = 12, width: int = 6) -> tuple[Sums, torch.Tensor]:
@@ -234,6 +293,20 @@ def test_learning_from_start_to_end(tiny: LoadedModel, samples: list[Sample], tm
     assert header["keeps"] == [5, 5] and header["weights_sha256"] == tiny.weights_sha256
     assert tensors["metric"].shape == (48, 8)
     assert not list(tmp_path.iterdir())  # what an interruption would need is gone
+
+
+def test_learning_for_a_cut_that_weighs_from_one_image_and_from_two(
+    tiny: LoadedModel, samples: list[Sample], pairs: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(run, "EPOCHS", 0)
+    mixed = [*samples[:20], *pairs[:20]]
+    request = replace(REQUEST, train=True, weigh=True)
+    found = learn(tiny, mixed, base_of(tiny), request, tmp_path / "plan.json", SILENT)
+    assert (found.images, found.held_out) == (15, 5)  # 10 single ones and 10 pairs
+    assert all(rival.options["weigh"] for rival in found.rivals)
+    plain = learn(tiny, mixed, base_of(tiny), replace(request, weigh=False), tmp_path / "plain.json", SILENT)
+    assert found.divergence != plain.divergence and "weigh" not in plain.rivals[0].options
 
 
 def test_an_interrupted_recording_goes_on(
