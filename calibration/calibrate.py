@@ -126,9 +126,10 @@ def _learn_plan(
     keep = keep_count(base.tokens_from_encoder, options.budget)
     bare = replace(base, cuts=base.vision_cuts)  # later cuts act on what this one leaves
     request = _learn_request(options, keep, keep)
+    cut = Cut("input", LEARNED, keep, options={"weigh": True} if request.weigh else {})
+    base.with_cuts(cut)  # refuses later cuts before anything is learned
     learning = learn(loaded, samples, bare, request, options.output, progress, kept=options.statistics)
-    weigh = {"weigh": True} if request.weigh else {}
-    plan = base.with_cuts(Cut("input", LEARNED, keep, options=weigh, weights=learning.weights))
+    plan = base.with_cuts(replace(cut, weights=learning.weights))
     loaded.check_plan(plan)
     return _save_plan(options, loaded, plan, CalibrationResult(None, len(samples), learning=learning))
 

@@ -129,7 +129,12 @@ def trace_decoder(
         past,
     ]
     tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower_tiers))} if lower_tiers else None
-    shapes += [{0: lengths["visual"]} if plan.weighs else None, tier, {0: torch.export.Dim.AUTO} if plan.follows_attention else None, past_shapes]
+    shapes += [
+        {0: lengths["visual"]} if plan.weighs else None,
+        tier,
+        {0: torch.export.Dim.AUTO} if plan.follows_attention else None,
+        past_shapes,
+    ]
     kinds = parts.local_layers, parts.layer_states
     names = decoder_inputs(plan, *kinds, tiers=bool(lower_tiers)), decoder_outputs(plan, *kinds)
     return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path, progress)

@@ -26,9 +26,7 @@ class HeldOut:
     width: int
 
     @torch.no_grad()
-    def divergence(
-        self, select: Select, keeps: Sequence[int], most: int | None = None, *, places: Places | None = None
-    ) -> float:
+    def divergence(self, select: Select, keeps: Sequence[int], most: int | None = None, *, places: Places | None = None) -> float:
         """Return the mean divergence in nats an answer of a selection, over questions and `keeps`; of the first `most` images.
 
         `places`: the metric of a cut that weighs.
@@ -82,9 +80,7 @@ def _counts(places: Places, scene: Scene, visual: Sequence[torch.Tensor], chosen
     # How many tokens of its image each chosen one stands for.
     kept = torch.zeros(sum(scene.sizes), dtype=torch.bool, device=chosen.device).index_fill(0, chosen, True)
     of_each = torch.split(kept, list(scene.sizes))
-    return torch.cat(
-        [represented(places(tokens), torch.nonzero(of)[:, 0]) for tokens, of in zip(visual, of_each, strict=True)]
-    )
+    return torch.cat([represented(places(tokens), torch.nonzero(of)[:, 0]) for tokens, of in zip(visual, of_each, strict=True)])
 
 
 def _view(visual: torch.Tensor, asked: Asked) -> InputView:

@@ -1,8 +1,8 @@
 """Record the unpruned model's answer to a sample (prefill, KV caches, answer tokens) and replay it with changed caches.
 
 A sample of several images has a recording for each: in one forward pass the image is the visual segment, and the other images are
-part of the prefix, which is never cut. So whatever is measured on an image is measured beside the others as they are. What is learned
-has one recording for all images of a sample instead, which are the visual segment together: it is learned beside the others pruned.
+part of the prefix, which is never cut. So whatever is measured on an image is measured beside the others as they are. Where a
+selection is learned, all images are the visual segment of one recording instead, so that each is learned beside the others pruned.
 """
 
 from __future__ import annotations

@@ -76,7 +76,12 @@ def decoder_inputs(
     """
     slots = cache_slots(plan, local, states)
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
-    names += ["visual_order", *([WEIGHTS] if plan.weighs else []), *([TIER] if tiers else []), *([GROUPS] if plan.follows_attention else [])]
+    names += [
+        "visual_order",
+        *([WEIGHTS] if plan.weighs else []),
+        *([TIER] if tiers else []),
+        *([GROUPS] if plan.follows_attention else []),
+    ]
     names += [cache_name(*slot) for slot in slots] + [visual_cache_name(*slot) for slot in slots]
     return names + state_names(states, "past")
 

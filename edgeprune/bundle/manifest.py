@@ -17,7 +17,7 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
@@ -29,6 +29,7 @@ _ADDED: dict[int, dict[str, Any]] = {
     8: {},
     9: {"encoder_work": [], "wide_products": None},
     10: {"gptq": None},
+    11: {},  # decoders with the inputs of a cut that weighs
 }
 
 

@@ -5,6 +5,7 @@ first token is the farthest from its nearest neighbour (cosine distance); each f
 (max-min).
 
 Made static: no change needed. Departure: kept tokens keep their original positions. Option block: see `base.add_most_different`.
+Our addition: option weigh, see `base.represented`.
 """
 
 from __future__ import annotations

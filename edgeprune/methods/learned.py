@@ -4,7 +4,8 @@ Our own method, no paper: `edgeprune calibrate --method learned` learns it offli
 has a score s = v·θ + gelu(v H + h)·o and a place f = (v M + m) / |v M + m| in a space of few dimensions. The first token has the
 highest score. Each further one has the highest gain exp(s) (1.001 - max over the chosen c of f·f_c): greedy max-min diversity,
 weighted by importance. With a weight q for the question, s gains q times how similar v is to the mean embedding of the prompt's
-words (cosine, standardized over the image). A set for fewer tokens is a part of every set for more.
+words (cosine, standardized over the image). A set for fewer tokens is a part of every set for more. Option weigh: see
+`base.represented`, by the learned metric.
 
 Related: DivPrune (arXiv 2503.02175) has the same search with cosines of the tokens themselves and no score. CDPruner (2506.10967)
 weighs by relevance to the prompt and maximizes a determinant. Both learn nothing. VisionSelector (2510.16598) and other trained

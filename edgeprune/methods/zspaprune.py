@@ -10,7 +10,7 @@ nearest chosen token (reduce = "max", or "mean"), and the prompt is the user's t
 weighs by its norm (option norm; 0 for cosine alone). The defaults of core and norm are what calibration favours on the bundled
 model: there a core of one token, and norms of exponent 1/2. Other models want larger cores: `edgeprune calibrate --method
 zspaprune` compares. Option relevance: "pooled" as published; "mean" and "max" reduce the similarities to the single prompt
-tokens. Option block: see `base.add_most_different`.
+tokens. Option block: see `base.add_most_different`. Our addition too: option weigh, see `base.represented`.
 """
 
 from __future__ import annotations

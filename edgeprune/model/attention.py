@@ -42,7 +42,10 @@ class BlockMask:
 
     @classmethod
     def of(cls, tokens: TokenRows, past: int, weights: Sequence[torch.Tensor] = ()) -> BlockMask:
-        """Return the mask for tokens after `past` keys that are visible to all of them. `weights`: parts of what is added to keys."""
+        """Return the mask for tokens after `past` keys that are visible to all of them.
+
+        `weights`: what is added to the scores of the keys, in parts in their order; nothing if empty.
+        """
         places = tokens.places
         visible = places[None] <= tokens.reach[:, None]
         row = torch.arange(1, places.shape[0] + 1, device=places.device)

@@ -47,8 +47,8 @@ class LayerStates:
 class LayerCache:
     """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim].
 
-    `place` and `visual_place`, for layers with a window: the places of the tokens as in `NewKv`, also with null rows. So are `weight`
-    and `visual_weight`.
+    `place` and `visual_place`, for layers with a window: the places of the tokens as in `NewKv`, also with null rows. `weight` and
+    `visual_weight`, if the input cut weighs: their weights, likewise.
     """
 
     key: torch.Tensor

@@ -46,7 +46,13 @@ PLANS = {
     },
 }
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
-PAIR_PLANS = {f"plphp-{keep}": f"{FEW} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)}
+AS_IT_COMES = "--option core=0 --option relevance=pooled --option norm=0.5"
+WEIGHED = "--budget 0.25 --option weigh=yes"
+PAIR_PLANS = {
+    **{f"plphp-{keep}": f"{FEW} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)},
+    "zspaprune-25-weighed": f"{ALL} --method zspaprune {AS_IT_COMES} {WEIGHED}",
+    "learned-25-weighed": f"{ALL} --method learned {WEIGHED}",
+}
 # As they come. PLPHP, whose rows above are calibrated, is not among them.
 METHODS = "cdpruner,dart,divprune,evit,fastv,fitprune,pyramiddrop,sparsevlm,visionzip,vtw,zspaprune,random,uniform,resize"
 PAIR_METHODS = "cdpruner,divprune,fastv,pyramiddrop,sparsevlm,zspaprune,random,uniform"

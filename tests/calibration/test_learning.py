@@ -154,7 +154,9 @@ def test_images_of_one_question_are_a_scene_and_chosen_by_themselves(tiny: Loade
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "paligemma", "gemma3"])
-def test_the_decoder_says_what_a_cut_that_weighs_answers(family: str, samples: list[Sample], pairs: list[Sample], tmp_path: Path) -> None:
+def test_the_decoder_says_what_a_cut_that_weighs_answers(
+    family: str, samples: list[Sample], pairs: list[Sample], tmp_path: Path
+) -> None:
     # The runtime has the counts as inputs and in its caches, image after image; here they are a bias over one forward pass.
     import importlib
 

@@ -47,9 +47,7 @@ def test_equal_tokens_leave_each_chosen_one_its_own_weight() -> None:
 @pytest.mark.parametrize("method", ["divprune", "zspaprune", "cdpruner", "dart", "learned"])
 def test_the_selection_stays_and_its_weights_are_of_all_tokens(method: str) -> None:
     visual, prompt = (torch.randn(1, n, 12, generator=torch.Generator().manual_seed(n)) for n in (100, 4))
-    plain, weighing = (
-        input_selector(BASE.with_cuts(input_cut(method, 9, 12, **options)), 12) for options in ({}, {"weigh": True})
-    )
+    plain, weighing = (input_selector(BASE.with_cuts(input_cut(method, 9, 12, **options)), 12) for options in ({}, {"weigh": True}))
     embeds, kept, logs = weighing(visual, prompt)
     assert [rows.tolist() for rows in (embeds, kept)] == [rows.tolist() for rows in plain(visual, prompt)]
     assert logs.exp().sum().item() == pytest.approx(100)

@@ -76,7 +76,7 @@ def show_learning(result: CalibrationResult) -> None:
 
 
 def _options_text(options: Mapping[str, Any]) -> str:
-    return " ".join(f"--option {name}={value}" for name, value in options.items())
+    return " ".join(f"--option {name}={'yes' if value is True else value}" for name, value in options.items())
 
 
 def _learning_data(learning: Learning) -> dict[str, Any]:
