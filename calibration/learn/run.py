@@ -1,7 +1,7 @@
 """`calibrate --method learned`: record the samples, learn a selection, and compare it with methods that learn nothing.
 
-Every fourth image, or every fourth group of images that are asked about together, is held out. They choose the settings, and are the
-gate: what is learned has to be closer to the unpruned model there than every method without learning, in each of its variants.
+Every fourth image, or every fourth group of images that are asked about together, is held out. They choose the settings, and are
+the gate: what is learned has to be closer to the unpruned model there than every method without learning, in each of its variants.
 """
 
 from __future__ import annotations

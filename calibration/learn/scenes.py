@@ -56,8 +56,8 @@ class Scene:
     """The V visual tokens of an image, or of several, the text before the question, and the questions about them.
 
     `sizes`: the tokens of each image. `importance` [V]: of each visual token, the logarithm of |v·∂L/∂v|, where L is the negative
-    log-likelihood of all answers. `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens without
-    pruning.
+    log-likelihood of all answers. `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens
+    without pruning.
     """
 
     prefix: Segment

@@ -47,7 +47,7 @@ def test_equal_tokens_leave_each_chosen_one_its_own_weight() -> None:
 @pytest.mark.parametrize("method", ["divprune", "zspaprune", "cdpruner", "dart", "learned"])
 def test_the_selection_stays_and_its_weights_are_of_all_tokens(method: str) -> None:
     visual, prompt = (torch.randn(1, n, 12, generator=torch.Generator().manual_seed(n)) for n in (100, 4))
-    plain, weighing = (input_selector(BASE.with_cuts(input_cut(method, 9, 12, **options)), 12) for options in ({}, {"weigh": True}))
+    plain, weighing = (input_selector(BASE.with_cuts(input_cut(method, 9, 12, weigh=weigh)), 12) for weigh in (False, True))
     embeds, kept, logs = weighing(visual, prompt)
     assert [rows.tolist() for rows in (embeds, kept)] == [rows.tolist() for rows in plain(visual, prompt)]
     assert logs.exp().sum().item() == pytest.approx(100)
@@ -107,7 +107,7 @@ def test_graphs_weigh_as_the_eager_decoder_does(
         rows[0] = 0.0  # null rows
     shape = parts.kv_heads, parts.head_dim
     keys = [torch.randn(1 + rows, *shape, generator=generator) for rows in (text, text, kept, kept) * 2]
-    caches = [LayerCache(*keys[layer : layer + 4], weight=held[0], visual_weight=held[1]) for layer in (0, 4)]
+    caches = [LayerCache(*keys[layer : layer + 4], None, None, *held) for layer in (0, 4)]
     eager = PrunedDecoder(parts, WEIGHED).eval()
     with torch.no_grad():
         output = eager(*tokens, caches, torch.arange(lengths[1]), weights=logs)
