@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from learned_weights import input_cut
 
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, Option
@@ -44,7 +46,8 @@ def test_a_declaration_is_whole(name: str) -> None:
 def test_a_cut_knows_the_options_that_its_method_declares(name: str) -> None:
     site = method_class(name).sites[0]
     for option in options_of(name):
-        method_class(name)(Cut(site, name, 4, options={option.name: option.default}), Geometry(64, 64, 16, 1))
+        cut = input_cut(name, 4, 12, **{option.name: option.default})
+        method_class(name)(replace(cut, site=site), Geometry(64, 64, 16, 1))
     with pytest.raises(PlanError, match="unknown option 'colour'"):
         method_class(name)(Cut(site, name, 4, options={"colour": 1}), Geometry(64, 64, 16, 1))
 
