@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_graphs_weigh_as_the_eager_decoder_does(
         rows[0] = 0.0  # null rows
     shape = parts.kv_heads, parts.head_dim
     keys = [torch.randn(1 + rows, *shape, generator=generator) for rows in (text, text, kept, kept) * 2]
-    caches = [LayerCache(*keys[layer : layer + 4], None, None, *held) for layer in (0, 4)]
+    caches = [replace(LayerCache(*keys[layer : layer + 4]), weight=held[0], visual_weight=held[1]) for layer in (0, 4)]
     eager = PrunedDecoder(parts, WEIGHED).eval()
     with torch.no_grad():
         output = eager(*tokens, caches, torch.arange(lengths[1]), weights=logs)
