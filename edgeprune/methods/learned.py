@@ -86,6 +86,12 @@ class Learned:
             score = score + self.header["question"] * standardized(cosine(view.visual, view.prompt.mean(dim=0, keepdim=True))[:, 0])
         return torch.where(score.abs() <= _MOST, score, 0.0), unit(place + t["metric_bias"])
 
+    def places(self, visual: torch.Tensor) -> torch.Tensor:
+        """Return each visual token's place on the unit sphere of the metric [V, rank]."""
+        metric, bias = (self.tensors[name].to(visual.device) for name in ("metric", "metric_bias"))
+        product = visual.float() @ metric
+        return unit(torch.where(product.abs() <= _MOST, product, 0.0) + bias)
+
 
 def standardized(values: torch.Tensor) -> torch.Tensor:
     """Return values [V] with mean 0 and mean square 1."""
