@@ -40,11 +40,8 @@ PLANS = {
     },
     "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
-    **{
-        f"dyrate-{form}{ranked}": f"{LONG} {RATE} --onto plphp-40{ranked}.json --form {form}"
-        for ranked in ("", "-learned")
-        for form in ("predictor", "schedule", "map")
-    },
+    **{f"dyrate-{form}": f"{LONG} {RATE} --onto plphp-40.json --form {form}" for form in ("predictor", "schedule", "map")},
+    "dyrate-learned": f"{LONG} {RATE} --onto plphp-40-learned.json --form predictor",
     **{f"learned-{keep}": f"{ALL} --method learned --train --budget {keep / 100}" for keep in (25, 10)},
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
