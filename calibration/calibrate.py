@@ -15,6 +15,7 @@ from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
+from edgeprune.calibration.learn.ranking import learn_ranking
 from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
 from edgeprune.calibration.options import AUTO, DYRATE, LEARNED, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
@@ -105,7 +106,12 @@ def _calibrate(
     loaded.check_plan(base)
     if options.method == LEARNED:
         return _learn_plan(options, loaded, samples, base, progress)
-    allocate = partial(_allocate, options, base, statistics, partial(fit_decode_rate, loaded, samples, request, progress))
+    if options.learns_ranking and not base.cache_cuts:
+        request = replace(request, weights=learn_ranking(loaded, samples, base, request, progress))
+        statistics = partial(load_or_collect, loaded, samples, request, path, progress, options.ray_address)
+    allocate = partial(
+        _allocate, options, base, request.weights, statistics, partial(fit_decode_rate, loaded, samples, request, progress)
+    )
     tried: list[Trial] = []
     if options.to_try:
         progress.say("answering without pruning")
@@ -157,11 +163,12 @@ def _learned_candidate(
 def _allocate(
     options: CalibrateOptions,
     base: KeepPlan,
+    weights: Weights | None,
     statistics: Callable[[], Statistics],
     fit_rate: Callable[..., KeepPlan],
     chosen: Mapping[str, Any],
 ) -> KeepPlan:
-    # `chosen`: options that calibration compared, beside those that the user gave.
+    # `weights`: of a learned ranking. `chosen`: options that calibration compared, beside those that the user gave.
     method, spent = str(options.method), float(options.spent or 0.0)
     settings = {**options.allocation, **chosen}
     if method == DYRATE:
@@ -172,6 +179,8 @@ def _allocate(
         return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
     if method == VTW and options.budget is None:
         return vtw_plan(statistics(), base, **settings)
+    if weights is not None:
+        settings["weights"] = weights
     return plan_for_budget(method, spent, base, statistics() if method in STATISTICAL else None, **settings)
 
 

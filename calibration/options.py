@@ -87,6 +87,11 @@ class CalibrateOptions:
         return {"rows": "last", "reduce": "mean", "spread": False} | self.given(_RANKING) | own
 
     @property
+    def learns_ranking(self) -> bool:
+        """Whether calibration learns how caches are ranked."""
+        return bool(self.ranking["rows"] == "learned")
+
+    @property
     def allocation(self) -> dict[str, Any]:
         """The settings of `edgeprune.calibration.allocate.recipes.plan_for_budget`."""
         ranking = _RANKING if self.method == PLPHP else ()
@@ -152,7 +157,8 @@ class CalibrateOptions:
         inputs = [self.data, self.onto, self.times]
         inputs += [path for path in (statistics, model) if is_file(path) or is_folder(path)]
         outputs = [path for path in (self.output, self.curve) if path is not None]
-        learned = [weights_path(self.output)] if self.output is not None and self.method in (AUTO, LEARNED) else []
+        learns = self.method in (AUTO, LEARNED) or self.learns_ranking
+        learned = [weights_path(self.output)] if self.output is not None and learns else []
         for path in (*outputs, *learned):
             check_output(path, force=self.force, inputs=inputs)
         if self.method == LEARNED:
@@ -170,6 +176,10 @@ class CalibrateOptions:
         twice = [name for name in self.given(_RANKING) if self.method == PLPHP and name in self.settings]
         if twice:
             raise UsageError(f"Option {twice[0]!r} of {self.method} is given twice.", hint="Give it once.")
+        if self.learns_ranking and self.method not in (PLPHP, DYRATE):
+            raise UsageError(
+                f"--rows learned is not for {self.method or 'statistics alone'}.", hint="It is for --method plphp and dyrate."
+            )
         options = [*(f"--{name.replace('_', '-')}" for name in foreign), *unused]
         if options:
             raise UsageError(f"{options[0]} is not for {self.method or 'statistics alone'}.")
@@ -206,7 +216,7 @@ def prepare(options: CalibrateOptions) -> CalibrationRequest:
     if options.method == AUTO:
         _check_search(options, len(samples[1::2]))
     check_samples(options.method or "", options.to_try, len(samples))
-    if options.method == LEARNED:
+    if options.method == LEARNED or options.learns_ranking:
         check_images(len({str(sample.image) for sample in samples}), "The samples show")
     return CalibrationRequest(options, folder, tuple(samples), tuple(skipped))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, Statistics
 from edgeprune.errors import PlanError, UsageError
-from edgeprune.plan import CLASSES, Cut, KeepPlan
+from edgeprune.plan import CLASSES, Cut, KeepPlan, Weights
 from edgeprune.plan.presets import ranked_plan
 
 ATTENTIVE, BALANCED, INDIFFERENT = "attentive", "balanced", "indifferent"
@@ -103,21 +103,28 @@ def classify(statistics: Statistics, rule: ClassRule) -> list[LayerClass]:
     ]
 
 
-def plphp_plan(statistics: Statistics, base: KeepPlan, shares: Sequence[float], *, prior: bool = False) -> KeepPlan:
+def plphp_plan(
+    statistics: Statistics, base: KeepPlan, shares: Sequence[float], *, prior: bool = False, weights: Weights | None = None
+) -> KeepPlan:
     """Return `base` with a PLPHP cut of every layer's cache; `shares` are keep ratios of the tokens that reach each layer.
 
-    `prior`: also rank by the positions that the calibration set's answers attended to.
+    `prior`: also rank by the positions that the calibration set's answers attended to. `weights`: of a learned ranking.
     """
     counts = [int(base.tokens_at_layer(layer) * share + 1e-9) for layer, share in enumerate(shares)]
-    return ranked_plan(base, counts, statistics.prior() if prior else None, **statistics.source.ranking)
+    return ranked_plan(base, counts, statistics.prior() if prior else None, weights, **statistics.source.ranking)
 
 
-def live_plan(statistics: Statistics, base: KeepPlan, rule: ClassRule, *, prior: bool = False) -> KeepPlan:
-    """Return `base` with PLPHP cuts whose caches hold what an attentive layer keeps, and a decode cut that reads by class."""
+def live_plan(
+    statistics: Statistics, base: KeepPlan, rule: ClassRule, *, prior: bool = False, weights: Weights | None = None
+) -> KeepPlan:
+    """Return `base` with PLPHP cuts whose caches hold what an attentive layer keeps, and a decode cut that reads by class.
+
+    `prior` and `weights` as in `plphp_plan`.
+    """
     low, middle, high = rule.shares
     if not high:
         raise PlanError("Attentive layers keep nothing.", hint="Ask for more: --budget or --option r.")
-    plan = plphp_plan(statistics, base, [high] * base.layers, prior=prior)
+    plan = plphp_plan(statistics, base, [high] * base.layers, prior=prior, weights=weights)
     shares = [round(share / high, 5) for share in (low, middle, high)]
     options = {"form": CLASSES, "thresholds": [round(rule.beta, 5), round(rule.alpha, 5)], "shares": shares}
     return plan.with_cuts(Cut("decode", "plphp", 0, 0, options=options))

@@ -79,7 +79,7 @@ def fit_decode_rate(
     `priors`. Raises UsageError if all answers are too short to learn from.
     """
     if not base.cache_cuts:
-        base = ranked_plan(base, None, priors, **source_of(loaded, request).ranking)
+        base = ranked_plan(base, None, priors, request.weights, **source_of(loaded, request).ranking)
     replay = PolicyReplay(Recorder(loaded, base, request.max_tokens, request.device), rate.layer, monotone=rate.monotone)
     answers = replay.record(samples, request.fit, MIN_STEPS, progress.count("answering without pruning, samples", len(samples)))
     options = dyrate_options(replay, answers, rate.share, rate.form, rate.seed, progress)

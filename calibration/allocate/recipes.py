@@ -45,8 +45,8 @@ def method_names() -> list[str]:
 def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
     """Return `base` with a method's cuts, at `share` of the cost of `base`.
 
-    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; the calibration options of PLPHP and FitPrune; all others
-    become options of the cut. Raises PlanError if the method cannot reach this cost.
+    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; the calibration options of PLPHP and FitPrune, and the
+    `weights` of its learned ranking; all others become options of the cut. Raises PlanError if the method cannot reach this cost.
     """
     check_keep_ratio(share)
     if method in STATISTICAL:
@@ -97,11 +97,11 @@ def _from_statistics(method: str, share: float, base: KeepPlan, statistics: Stat
         return fitprune_plan(statistics, base, share, **settings)
     if method == "vtw":
         return vtw_plan(statistics, base, share)
-    prior = bool(settings.get("prior"))
+    ranked: dict[str, Any] = {"prior": bool(settings.get("prior")), "weights": settings.get("weights")}
     _check_allocator(settings)
     if settings.get("classes") == LIVE:
-        return live_plan(statistics, base, class_rule(statistics, share, settings), prior=prior)
-    return plphp_plan(statistics, base, plphp_shares(statistics, share, settings), prior=prior)
+        return live_plan(statistics, base, class_rule(statistics, share, settings), **ranked)
+    return plphp_plan(statistics, base, plphp_shares(statistics, share, settings), **ranked)
 
 
 def plphp_shares(statistics: Statistics, share: float, settings: dict[str, Any]) -> list[float]:

@@ -19,7 +19,7 @@ from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.io.files import move
 from edgeprune.io.progress import Count, Progress
-from edgeprune.plan import Geometry
+from edgeprune.plan import Geometry, Weights
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
 
 SAVE_EVERY = 10  # samples between checkpoints
@@ -30,7 +30,7 @@ class CollectOptions:
     """Options of the collection.
 
     `shard` (i, n): every n-th sample starting with the i-th, counted from 1. `rows`, `reduce`, `spread`: the ranking of caches (see
-    `edgeprune.methods.plphp`). Raises UsageError for an invalid shard or device.
+    `edgeprune.methods.plphp`), and `weights` those of a learned one. Raises UsageError for an invalid shard or device.
     """
 
     geometry: Geometry
@@ -41,6 +41,7 @@ class CollectOptions:
     max_tokens: int = 128
     fit: str = "exact"
     device: str = "cpu"
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         index, count = self.shard
@@ -105,7 +106,7 @@ def collect(
     partial = output.with_name(f".{output.name}.{_digest(source, shard, request)}.partial")
     statistics = Statistics.load(partial) if partial.is_file() else Statistics.empty(source)
     base = unpruned_plan(source.family, source.layers, request.geometry)
-    recorder = Recorder(loaded, ranked_plan(base, **source.ranking), request.max_tokens, request.device)
+    recorder = Recorder(loaded, ranked_plan(base, weights=request.weights, **source.ranking), request.max_tokens, request.device)
     meter = SampleMeter(loaded, base, source, recorder)
     try:
         for sample in shard[statistics.samples :]:
@@ -124,7 +125,8 @@ def collect(
 
 def _digest(source: StatisticsSource, samples: Sequence[Sample], request: CollectOptions) -> str:
     # Part of the partial file's name, so that another request does not resume from it.
-    content = [asdict(source), asdict(request), [(str(sample.image), sample.prompt) for sample in samples]]
+    how = {**asdict(replace(request, weights=None)), "weights": request.weights and request.weights.sha256}
+    content = [asdict(source), how, [(str(sample.image), sample.prompt) for sample in samples]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

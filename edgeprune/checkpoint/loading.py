@@ -173,17 +173,19 @@ class LoadedModel:
             self._check_weights(cut, method)
 
     def _check_weights(self, cut: Cut, method: Any) -> None:
-        again = (
-            f"Learn it for this one: edgeprune calibrate {self.folder.name} --data FILE --method {cut.method} --budget 0.25 -o PLAN"
-        )
-        hidden = self.family.decoder().hidden
-        if method.width != hidden:
+        from edgeprune.methods.weights import Taught  # imports torch
+
+        if not isinstance(method, Taught):
+            raise PlanError(f"{cut} names weights, and what it does has none.", hint="Take the plan as calibrate wrote it.")
+        name, own = self.folder.name, method.width_in(self.family.decoder())
+        rows = " --rows learned" if cut.site == "cache" else ""
+        again = f"Learn it for this one: edgeprune calibrate {name} --data FILE --method {cut.method}{rows} --budget 0.25 -o PLAN"
+        if method.width != own:
             raise PlanError(
-                f"The weights of {cut} are for visual tokens of width {method.width}; those of {self.folder.name} have {hidden}.",
-                hint=again,
+                f"The weights of {cut} are for visual tokens of width {method.width}; those of {name} have {own}.", hint=again
             )
         if method.header["weights_sha256"] != self.weights_sha256:
-            raise PlanError(f"The weights of {cut} were learned from another model than {self.folder.name}.", hint=again)
+            raise PlanError(f"The weights of {cut} were learned from another model than {name}.", hint=again)
 
     @cached_property
     def weights_sha256(self) -> str:

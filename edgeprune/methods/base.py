@@ -81,8 +81,9 @@ class LayerView:
 
     `attention()` [H, V]: from the last token. `text_attention()` [H, T, V]: from every text token after the image.
     `past_attention()` [H, S, K]: from every new token to the cached visual tokens. `visual_attention()` [H, V, V]: among visual
-    tokens. `next_attention()` [H, V]: from the last token, by the projections of the next layer. `embeds()`: the embeddings that
-    entered the decoder, of all visual tokens before any layer cut [N, hidden] and of the text after the image [T, hidden].
+    tokens. `next_attention()` [H, V]: from the last token, by the projections of the next layer. `values()` [V, KV heads, width]:
+    of the visual tokens in this layer. `embeds()`: the embeddings that entered the decoder, of all visual tokens before any layer
+    cut [N, hidden] and of the text after the image [T, hidden].
     """
 
     order: torch.Tensor
@@ -92,6 +93,7 @@ class LayerView:
     past_attention: Signal = _absent
     visual_attention: Signal = _absent
     next_attention: Signal = _absent
+    values: Signal = _absent
     embeds: Signal = _absent
 
 
@@ -170,6 +172,18 @@ def rank(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Return the positions [..., min(keep, V)] of the highest scores [..., V], in descending order of score."""
     count = torch.sym_min(keep, scores.shape[-1])  # type: ignore[no-untyped-call]
     return torch.topk(scores, count).indices
+
+
+def in_turns(rankings: list[torch.Tensor]) -> torch.Tensor:
+    """Return scores [..., V] that interleave several rankings [..., V]: the best token of each, then the second best, and so on."""
+    count = rankings[0].shape[-1]
+    turns = []
+    for turn, scores in enumerate(rankings):
+        # Sorting twice gives the inverse permutation, that is the rank of each token.
+        order = torch.topk(scores, count).indices
+        rank = torch.topk(order, count, largest=False).indices
+        turns.append(rank * len(rankings) + turn)
+    return -torch.stack(turns).amin(dim=0).float()
 
 
 def ascending(positions: torch.Tensor) -> torch.Tensor:

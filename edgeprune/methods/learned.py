@@ -17,7 +17,6 @@ that they were learned for.
 
 from __future__ import annotations
 
-import json
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +24,9 @@ from torch.nn import functional
 
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, add_most_different, ascending, cosine, unit
+from edgeprune.methods.weights import pack, unpack
 from edgeprune.plan import Cut, Geometry, Option, Weights
 
-SCHEMA_VERSION = 1
 MARGIN = 1.001  # keeps the gain of tokens that equal a chosen one above 0, so that their scores still count
 _TINY, _LEAST, _MOST = 1e-12, -60.0, 1e30
 _AGAIN = "Learn it: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
@@ -63,6 +62,10 @@ class Learned:
     def width(self) -> int:
         """The width of visual tokens that the weights are for."""
         return int(self.tensors["theta"].shape[0])
+
+    def width_in(self, parts: Any) -> int:
+        """Return the width of visual tokens in a model."""
+        return int(parts.hidden)
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""
@@ -105,39 +108,25 @@ def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
     `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], for tokens of width d.
     `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, and the weight of the `question`.
     """
-    from safetensors.torch import save
-
-    rows = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
-    return Weights.of(save(rows, {"edgeprune": json.dumps({"schema_version": SCHEMA_VERSION, **header})}))
+    return pack(tensors, header)
 
 
 def read(weights: Weights) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return header and tensors of a cut's weights, checked; raise PlanError if they are not those of this method."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    assert weights.content is not None
-    try:
-        length = int.from_bytes(weights.content[:8], "little")
-        header = json.loads(json.loads(weights.content[8 : 8 + length])["__metadata__"]["edgeprune"])
-        tensors = load(weights.content)
-        keeps, question = header["keeps"], header["question"]
-        counted = [type(keep) is int and keep > 0 for keep in keeps]
-        well = header["schema_version"] == SCHEMA_VERSION and counted == [True, True] and isinstance(question, (int, float))
-        well = well and isinstance(header["weights_sha256"], str) and set(tensors) == set(_SHAPES) and _fit(tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PlanError(f"The weights are not readable: {error!r}.", hint=_AGAIN) from error
-    if not well:
-        raise PlanError("The weights are not those of the method learned, or of another version.", hint=_AGAIN)
+    header, tensors = unpack(weights, _AGAIN)
+    keeps = header.get("keeps")
+    counted = isinstance(keeps, list) and [type(keep) is int and keep > 0 for keep in keeps] == [True, True]
+    if not counted or not isinstance(header.get("question"), (int, float)) or set(tensors) != set(_SHAPES) or not _fit(tensors):
+        raise PlanError("The weights are not those of the method learned.", hint=_AGAIN)
     return header, tensors
 
 
 def _fit(tensors: dict[str, torch.Tensor]) -> bool:
-    # Whether the tensors are float32, finite, and have shapes that belong together.
+    # Whether the tensors have shapes that belong together.
     sizes: dict[str, int] = {}
     for name, axes in _SHAPES.items():
         tensor = tensors[name]
-        if tensor.ndim != len(axes) or tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+        if tensor.ndim != len(axes):
             return False
         if any(sizes.setdefault(axis, length) != length for axis, length in zip(axes, tensor.shape, strict=True)):
             return False

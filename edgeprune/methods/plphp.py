@@ -13,21 +13,23 @@ token's share of attention to visual tokens, averaged over heads. Tokens are ran
 alpha and beta are quantiles of the layers' mean scores. Query heads that share a KV head, which the paper does not cover, are
 averaged (reduce = "mean") or the highest counts ("max"). Our additions, since the last prompt token does not predict what a long
 answer will need: rows = "text" averages over every token of the instruction; rows = "peak" alternates a token's highest attention
-from any of them with its highest from any visual token; spread also alternates with an even lattice, shifted from head to head;
-prior alternates with the order in which the answers of a calibration set attended to the image (one list of all tokens per KV
-head).
+from any of them with its highest from any visual token; rows = "learned" takes the attention that the answer will give, as
+calibration learned to predict it (`edgeprune.methods.ranking`); spread also alternates with an even lattice, shifted from head to
+head; prior alternates with the order in which the answers of a calibration set attended to the image (one list of all tokens per
+KV head).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import LayerView
+from edgeprune.methods.base import LayerView, in_turns
+from edgeprune.methods.ranking import Ranking, grouped
 from edgeprune.methods.uniform import earliness, ranked
 from edgeprune.plan import CLASSES, Cut, Geometry, Option
 
@@ -41,8 +43,8 @@ class PLPHP:
         Option(
             "rows",
             "last",
-            "whose attention ranks: the last prompt token's, all the text's, or peaks of text and image",
-            ("last", "text", "peak"),
+            "whose attention ranks: the last prompt token's, all the text's, peaks of text and image, or the answer's as learned",
+            ("last", "text", "peak", "learned"),
         ),
         Option("reduce", "mean", "how query heads that share a KV head count: by their mean or their maximum", ("mean", "max")),
         Option("spread", False, "rank also by an even lattice, shifted from head to head"),
@@ -79,14 +81,30 @@ class PLPHP:
         settings = cut.settings(*self.options, prior=[])
         self._reduce, self._rows, self._spread = settings["reduce"], settings["rows"], settings["spread"]
         self._geometry = geometry
+        if cut.weights is not None and self._rows != "learned":
+            raise PlanError(f"{cut} names weights, which its rows = {self._rows} does not use.")
+        self._ranking = Ranking(cut, geometry) if self._rows == "learned" else None
+        self.header: dict[str, Any] = {} if self._ranking is None else self._ranking.header
         if any(sorted(order) != list(range(geometry.tokens)) for order in settings["prior"]):
             raise PlanError(f"The prior of {cut} must list every visual token once for each KV head.")
         # The argsort of an order is each token's rank in it.
         self._prior = torch.tensor(settings["prior"], dtype=torch.int64).argsort(dim=-1).neg().float()
 
+    @property
+    def width(self) -> int:
+        """The width of the values that a learned ranking is for, over all KV heads."""
+        return 0 if self._ranking is None else self._ranking.width
+
+    def width_in(self, parts: Any) -> int:
+        """Return the width of the values in a model."""
+        return int(parts.kv_heads * parts.head_dim)
+
     def score_heads(self, view: LayerView) -> torch.Tensor:
         """Return a score per KV head and visual token [kv heads, V], the highest for the token to keep first."""
-        rankings = [self._grouped(rows, view.kv_heads) for rows in self._attention(view)]
+        if self._ranking is not None:
+            rankings = [self._ranking.scores(view, self._reduce)]
+        else:
+            rankings = [grouped(rows, view.kv_heads, self._reduce) for rows in self._attention(view)]
         if self._spread:
             rankings.append(self._lattice(view))
         if len(self._prior):
@@ -102,10 +120,6 @@ class PLPHP:
         # Without an image there is no visual row to take the maximum over, hence the row of zeros.
         visual = torch.cat([torch.zeros_like(text[:, :1]), view.visual_attention()], dim=1)
         return [text.amax(dim=1), visual.amax(dim=1)]
-
-    def _grouped(self, rows: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        grouped = rows.view(kv_heads, rows.shape[0] // kv_heads, rows.shape[1])
-        return grouped.mean(dim=1) if self._reduce == "mean" else grouped.amax(dim=1)
 
     def _lattice(self, view: LayerView) -> torch.Tensor:
         grids = [earliness(part) for part in self._geometry.layout]
@@ -124,18 +138,6 @@ def _check_classes(cut: Cut) -> None:
         )
     if any(sorted(settings[name]) != list(settings[name]) for name in ("thresholds", "shares")):
         raise PlanError(f"The thresholds and the shares of {cut} must ascend.")
-
-
-def in_turns(rankings: list[torch.Tensor]) -> torch.Tensor:
-    """Return scores [..., V] that interleave several rankings [..., V]: the best token of each, then the second best, and so on."""
-    count = rankings[0].shape[-1]
-    turns = []
-    for turn, scores in enumerate(rankings):
-        # Sorting twice gives the inverse permutation, that is the rank of each token.
-        order = torch.topk(scores, count).indices
-        rank = torch.topk(order, count, largest=False).indices
-        turns.append(rank * len(rankings) + turn)
-    return -torch.stack(turns).amin(dim=0).float()
 
 
 def vision_attention_score(attention: torch.Tensor) -> torch.Tensor:

@@ -329,6 +329,7 @@ class PrunedDecoder(nn.Module):
             past_attention=attended.past_columns,
             visual_attention=lambda: attended.visual_columns()[:, before : before + visual],
             next_attention=next_attention,
+            values=lambda: tokens.split(attended.rows.value)[1],
             embeds=lambda: embeds,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 from edgeprune.errors import PlanError
 from edgeprune.plan.geometry import Geometry
 from edgeprune.plan.keep_plan import Cut, KeepPlan, keep_count
+from edgeprune.plan.weights import Weights
 
 DEFAULT_LAYER = 2  # FastV's default layer
 
@@ -18,16 +19,21 @@ def unpruned_plan(family: str, layers: int, geometry: Geometry) -> KeepPlan:
 
 
 def ranked_plan(
-    base: KeepPlan, keeps: Sequence[int] | None = None, priors: Sequence[list[list[int]]] | None = None, **options: Any
+    base: KeepPlan,
+    keeps: Sequence[int] | None = None,
+    priors: Sequence[list[list[int]]] | None = None,
+    weights: Weights | None = None,
+    **options: Any,
 ) -> KeepPlan:
     """Return `base` with a PLPHP cache cut in every layer that ranks its tokens and keeps `keeps[layer]` (None: all).
 
-    `priors`: for each layer and KV head, an order of the image's tokens. `options`: other settings of `edgeprune.methods.plphp`.
+    `priors`: for each layer and KV head, an order of the image's tokens. `weights`: of a learned ranking. `options`: other settings
+    of `edgeprune.methods.plphp`.
     """
     counts = [base.tokens_at_layer(layer) for layer in range(base.layers)] if keeps is None else keeps
     prior_options = [{} for _ in counts] if priors is None else [{"prior": prior} for prior in priors]
     return base.with_cuts(
-        *(Cut("cache", "plphp", counts[n], n, options={**options, **prior_options[n]}) for n in range(base.layers))
+        *(Cut("cache", "plphp", counts[n], n, options={**options, **prior_options[n]}, weights=weights) for n in range(base.layers))
     )
 
 

@@ -36,7 +36,7 @@ def read_weights(plan: Path, named: Weights) -> Weights:
     Raises PlanError if the file is missing, unreadable, or another than the plan was made with.
     """
     path = weights_path(plan)
-    again = "Copy it with the plan, or learn again: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
+    again = "Copy it with the plan, or make both again with `edgeprune calibrate`."
     if not is_file(path):
         raise PlanError(f"The weights of {plan} are missing: there is no {path}.", hint=again)
     try:

@@ -22,21 +22,26 @@ from edgeprune.tabletop.pairs import PAIR_KINDS
 from edgeprune.tabletop.questions import DESCRIBE
 
 CALIBRATION_SEED, EVALUATION_SEED = 77, 2000
-RANKING = "--rows peak --reduce max"
+RANKING, LEARNED_RANKING = "--rows peak --reduce max", "--rows learned --reduce max"
 SHORT = "all short answers"
 # Row: how its plan is calibrated, on all samples or on those with long answers. Methods that learn as they come have a few samples.
 ALL, LONG, FEW = "dataset.jsonl", "long.jsonl", "few.jsonl"
 EVERY = 8  # of all samples is among the few; of pairs, which take twice as long, half as many
-RATE = f"{LONG} {RANKING} --prior --onto plphp-40.json --method dyrate --follow --budget 0.62"
+RATE = "--method dyrate --follow --budget 0.62"
 PLANS = {
     "plphp-50": f"{LONG} {RANKING} --method plphp --prior --budget 0.5",
     "plphp-40": f"{LONG} {RANKING} --method plphp --prior --budget 0.4 --delta 0.16",
     "plphp-30": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1",
     "plphp-30-last-row": f"{LONG} --method plphp --budget 0.3 --delta 0.1",
     "plphp-30-live": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1 --option classes=live",
+    **{
+        f"plphp-{keep}-learned": f"{LONG} {LEARNED_RANKING} --method plphp --allocate even --budget {keep / 100}"
+        for keep in (40, 25)
+    },
     "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
-    **{f"dyrate-{form}": f"{RATE} --form {form}" for form in ("predictor", "schedule", "map")},
+    **{f"dyrate-{form}": f"{LONG} {RATE} --onto plphp-40.json --form {form}" for form in ("predictor", "schedule", "map")},
+    "dyrate-learned": f"{LONG} {RATE} --onto plphp-40-learned.json --form predictor",
     **{f"learned-{keep}": f"{ALL} --method learned --train --budget {keep / 100}" for keep in (25, 10)},
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
@@ -45,6 +50,7 @@ PLANS = {
         for share in (50, 25, 10)
     },
 }
+_STATISTICS = {"ranked": RANKING, "learned": LEARNED_RANKING}  # named by how caches are ranked
 SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
 AS_IT_COMES = "--option core=0 --option relevance=pooled --option norm=0.5"
 WEIGHED = "--budget 0.25 --option weigh=yes"
@@ -105,7 +111,8 @@ def _plan(out: Path, row: str, plans: dict[str, str]) -> Path:
     # Rows of the same samples and ranking share statistics; a search collects them from every second sample.
     # What the learned selection records is a folder of its own.
     pass_of = next((name for name in ("auto", "learned") if row.startswith(name)), Path(data).stem)
-    statistics = ["--statistics", str(out / f"{pass_of}-{'ranked' if RANKING in plans[row] else 'last'}.safetensors")]
+    ranked = next((name for name, how in _STATISTICS.items() if how in plans[row]), "last")
+    statistics = ["--statistics", str(out / f"{pass_of}-{ranked}.safetensors")]
     _edgeprune("calibrate", "tabletop", "--data", str(out / "calibration" / data), *options, *statistics, "-o", str(path))
     return path
 

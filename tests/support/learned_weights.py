@@ -1,4 +1,4 @@
-"""Weights of the method learned for tests, drawn by a seed, and cuts that have them where their method needs some."""
+"""Weights of the method learned and of a learned ranking for tests, drawn by a seed, and cuts at the input with what they need."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from edgeprune.methods import ranking
 from edgeprune.methods.learned import write
 from edgeprune.plan import Cut, Weights
 
@@ -25,6 +26,12 @@ def drawn_weights(
     }
     tensors = {name: torch.randn(*shape, generator=generator) * 0.5 for name, shape in shapes.items()}
     return write(tensors, {"weights_sha256": model, "keeps": keeps, "question": question})
+
+
+def drawn_ranking(layers: int, kv_heads: int, head_dim: int, *, model: str = "0" * 64) -> Weights:
+    """Return random weights of a ranking of every layer's cache."""
+    drawn = torch.randn(layers, kv_heads * head_dim + kv_heads, kv_heads, generator=torch.Generator().manual_seed(0))
+    return ranking.write(drawn, {"weights_sha256": model})
 
 
 def input_cut(name: str, keep: int, width: int, *, model: str = "0" * 64, **options: Any) -> Cut:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from learned_weights import input_cut
+from learned_weights import drawn_ranking, input_cut
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
@@ -70,6 +70,8 @@ def plans() -> Iterator[tuple[str, KeepPlan]]:
                 )
     yield WEIGHING, BASE.with_cuts(Cut("input", "zspaprune", 5, options={"weigh": True}))
     yield "plphp, all options @ cache", BASE.with_cuts(Cut("cache", "plphp", 5, 0, options=RANKED))
+    ranking = drawn_ranking(2, 2, 32)  # of the layers and heads of the model "even"
+    yield "plphp, learned @ cache", BASE.with_cuts(Cut("cache", "plphp", 5, 0, options={"rows": "learned"}, weights=ranking))
 
 
 def methods_at(site: str) -> list[str]:
