@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -25,46 +26,90 @@ from edgeprune.model.attention import DOMAIN, INPUTS, OPERATOR
 BLOCKS = 8
 KV_PREFIXES = ("past_text_", "", "past_visual_")  # name prefixes of keys and values
 MIN_BLOCKED_LENGTH = 64  # shorter steps attend in one piece: their scores are small, and caches are read without a copy
+_ROW = "_one_row"  # the end of the name of a branch
 _PIECE = 16 << 20  # bytes of scores per tile of whole heads
 _HEAD = 64 << 20  # bytes of scores of one head above which it is split into row blocks
 _FLOAT = 4  # bytes
 
 
 def expand_blocked(graph: ir.Graph) -> None:
-    """Replace every BlockedAttention node by standard ONNX operators."""
-    constants: dict[tuple[int, ...], ir.Value] = {}
+    """Replace every BlockedAttention node by standard ONNX operators, with what brings its queries and output into shape."""
+    shared = _Shared(graph)
     for node in list(graph):
-        if (node.domain, node.op_type) != (DOMAIN, OPERATOR):
-            continue
-        inputs = {name: value for name, value in zip(INPUTS, node.inputs, strict=True) if value is not None}
-        tape, output = Tape(), node.outputs[0]
-        single = _Branch(f"{node.name}_whole", graph, constants)
-        blocks = _Branch(f"{node.name}_blocks", graph, constants)
-        length = tape.op("Shape", [inputs["query"]], {"start": 2, "end": 3})
-        short = tape.op("Less", [length, single.constant(MIN_BLOCKED_LENGTH)])
-        branches = {
-            "then_branch": single.graph(single.attend(inputs), output),
-            "else_branch": blocks.graph(_attend_in_blocks(blocks, inputs), output),
-        }
-        value = tape.op("If", [short], branches)
-        replace_nodes(graph, node, [node], tape, {output: value})
+        if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
+            _expand(graph, node, shared)
 
 
-class _Branch:
-    # Builds the subgraph of one branch. Value names carry its prefix, because names of the outer graph are visible inside.
-    def __init__(self, name: str, graph: ir.Graph, constants: dict[tuple[int, ...], ir.Value]) -> None:
-        self._name, self._graph, self._constants = name, graph, constants
-        self._tape = Tape()
+def one_row_branch(node: ir.Node) -> ir.Graph | None:
+    """Return the branch of an expanded attention that one row of queries takes, None for any other node."""
+    graph = node.attributes["then_branch"].as_graph() if node.op_type == "If" else None
+    return graph if graph is not None and str(graph.name).endswith(_ROW) else None
 
-    def op(self, kind: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
-        (value,) = self.op_multi(kind, 1, *inputs, **attributes)
-        return value
 
-    def op_multi(self, kind: str, outputs: int, *inputs: ir.Value, **attributes: int | Sequence[int]) -> Sequence[ir.Value]:
-        number = len(self._tape.nodes)
-        values = [ir.Value(name=f"{self._name}_{number}_{output}") for output in range(outputs)]
-        self._tape.op_multi_out(kind, inputs, attributes, outputs=values, name=f"{self._name}_{number}")
-        return values
+def _expand(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
+    inputs = {name: value for name, value in zip(INPUTS, node.inputs, strict=True) if value is not None}
+    tape, query = Tape(), _Query.of(inputs["query"])
+    # The output [KV heads, group, S, head_dim] becomes [S, heads * head_dim] by a Transpose and a Reshape.
+    turn = _only_consumer(node.outputs[0])
+    flat = _only_consumer(turn.outputs[0]) if turn is not None else None
+    assert turn is not None and flat is not None and (turn.op_type, flat.op_type) == ("Transpose", "Reshape")
+    output = flat.outputs[0]
+    one, short = shared.conditions(tape, inputs["mask"])
+    row, whole, blocks = (_Branch(f"{node.name}{name}", shared) for name in (_ROW, "_whole", "_blocks"))
+    several = _Branch(f"{node.name}_several", shared)
+    attended = several.op(
+        "If",
+        short,
+        then_branch=whole.graph(whole.attend(query, inputs), output),
+        else_branch=blocks.graph(_attend_in_blocks(blocks, query, inputs), output),
+    )
+    branches = {
+        "then_branch": row.graph(row.attend_one(query, inputs, shared.lengths(tape, inputs)), output),
+        "else_branch": several.graph(attended, output),
+    }
+    replace_nodes(graph, flat, [flat, turn, node], tape, {output: tape.op("If", [one], branches)})
+
+
+@dataclass(frozen=True)
+class _Query:
+    # Queries before they become [KV heads, group, S, head_dim]: `rows` of S * heads * head_dim numbers, and the factor to come.
+    rows: ir.Value
+    scale: ir.Value | None
+    shape: tuple[int, int, int]  # KV heads, group, head_dim
+
+    @classmethod
+    def of(cls, query: ir.Value) -> _Query:
+        assert query.shape is not None
+        shape = _static(query.shape[0]), _static(query.shape[1]), _static(query.shape[3])
+        node, scale = query.producer(), None
+        if node is not None and node.op_type == "Mul":
+            turned, scale = node.inputs
+            node = turned.producer() if turned is not None else None
+        assert node is not None and node.op_type == "Transpose" and node.inputs[0] is not None
+        view = node.inputs[0].producer()
+        assert view is not None and view.op_type == "Reshape" and view.inputs[0] is not None
+        return cls(view.inputs[0], scale, shape)
+
+    def turned(self, branch: _Branch) -> ir.Value:
+        # [KV heads, group, S, head_dim], scaled.
+        heads, group, width = self.shape
+        rows = branch.op("Reshape", self.rows, branch.constant(-1, heads, group, width))
+        return self.scaled(branch, branch.op("Transpose", rows, perm=[1, 2, 0, 3]))
+
+    def scaled(self, branch: _Branch, rows: ir.Value) -> ir.Value:
+        return rows if self.scale is None else branch.op("Mul", rows, self.scale)
+
+    def flattened(self, branch: _Branch, mixed: ir.Value) -> ir.Value:
+        return branch.op("Reshape", branch.op("Transpose", mixed, perm=[2, 0, 1, 3]), branch.constant(-1, math.prod(self.shape)))
+
+
+class _Shared:
+    # What the attention of several layers has in common: constants, and what follows from the lengths of their keys.
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._constants: dict[tuple[int, ...], ir.Value] = {}
+        self._conditions: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._lengths: dict[tuple[str, ...], ir.Value] = {}
 
     def constant(self, *numbers: int) -> ir.Value:
         if numbers not in self._constants:
@@ -77,6 +122,41 @@ class _Branch:
             self._constants[numbers] = value
         return self._constants[numbers]
 
+    def conditions(self, tape: Tape, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+        # Whether there is one row of queries, and whether there are few.
+        if mask not in self._conditions:
+            length = tape.op("Shape", [mask], {"start": 0, "end": 1})
+            one, few = (tape.op("Less", [length, self.constant(limit)]) for limit in (2, MIN_BLOCKED_LENGTH))
+            self._conditions[mask] = one, few
+        return self._conditions[mask]
+
+    def lengths(self, tape: Tape, inputs: dict[str, ir.Value]) -> ir.Value:
+        # The numbers of keys in the order of KV_PREFIXES, for one row.
+        past, _, visual = (inputs[f"{prefix}key"] for prefix in KV_PREFIXES)
+        known = tuple(str(key.shape[0]) if key.shape is not None else str(key.name) for key in (past, visual))
+        if known not in self._lengths:
+            text, image = (tape.op("Shape", [key], {"start": 0, "end": 1}) for key in (past, visual))
+            self._lengths[known] = tape.op("Concat", [text, self.constant(1), image], {"axis": 0})
+        return self._lengths[known]
+
+
+class _Branch:
+    # Builds the subgraph of one branch. Value names carry its prefix, because names of the outer graph are visible inside.
+    def __init__(self, name: str, shared: _Shared) -> None:
+        self._name, self._tape, self.constant = name, Tape(), shared.constant
+
+    def op(self, kind: str, *inputs: ir.Value, **attributes: int | Sequence[int] | ir.Graph) -> ir.Value:
+        (value,) = self.op_multi(kind, 1, *inputs, **attributes)
+        return value
+
+    def op_multi(
+        self, kind: str, outputs: int, *inputs: ir.Value, **attributes: int | Sequence[int] | ir.Graph
+    ) -> Sequence[ir.Value]:
+        number = len(self._tape.nodes)
+        values = [ir.Value(name=f"{self._name}_{number}_{output}") for output in range(outputs)]
+        self._tape.op_multi_out(kind, inputs, attributes, outputs=values, name=f"{self._name}_{number}")
+        return values
+
     def slice(self, value: ir.Value, start: ir.Value, end: ir.Value, axis: int) -> ir.Value:
         return self.op("Slice", value, start, end, self.constant(axis))
 
@@ -84,12 +164,23 @@ class _Branch:
         result.type, result.shape = like.type, like.shape
         return ir.Graph([], [result], nodes=list(self._tape.nodes), name=self._name)
 
-    def attend(self, inputs: dict[str, ir.Value]) -> ir.Value:
+    def attend_one(self, query: _Query, inputs: dict[str, ir.Value], lengths: ir.Value) -> ir.Value:
+        # Like `attend`, for one row of queries: every shape is known, and the mask needs no axis for the heads. No key is copied.
+        rows = query.scaled(self, self.op("Reshape", query.rows, self.constant(*query.shape)))
+        keys, values = ([inputs[f"{prefix}{kind}"] for prefix in KV_PREFIXES] for kind in ("key", "value"))
+        scores = self.op("Concat", *(self.op("MatMul", rows, self.op("Transpose", key, perm=[1, 2, 0])) for key in keys), axis=2)
+        weights = self.op("Softmax", self.op("Add", scores, inputs["mask"]), axis=-1)
+        parts = self.op_multi("Split", 3, weights, lengths, axis=2)
+        mixed = [
+            self.op("MatMul", part, self.op("Transpose", value, perm=[1, 0, 2])) for part, value in zip(parts, values, strict=True)
+        ]
+        return self.op("Reshape", self.op("Sum", *mixed), self.constant(1, math.prod(query.shape)))
+
+    def attend(self, query: _Query, inputs: dict[str, ir.Value]) -> ir.Value:
         # Like attention._mixed: separate key segments with concatenated scores. No key is expanded or copied.
-        query = inputs["query"]
-        assert query.shape is not None
-        heads, group, width = (_static(query.shape[axis]) for axis in (0, 1, 3))
-        rows = self.op("Reshape", query, self.constant(heads, -1, width))
+        heads, group, width = query.shape
+        turned = query.turned(self)
+        rows = self.op("Reshape", turned, self.constant(heads, -1, width))
         keys, values = ([inputs[f"{prefix}{kind}"] for prefix in KV_PREFIXES] for kind in ("key", "value"))
         joined = self.op("Concat", *(self.op("MatMul", rows, self.op("Transpose", key, perm=[1, 2, 0])) for key in keys), axis=2)
         shape = self.op("Concat", self.constant(heads, group), self.op("Shape", inputs["mask"]), axis=0)
@@ -101,7 +192,7 @@ class _Branch:
         mixed = [
             self.op("MatMul", part, self.op("Transpose", value, perm=[1, 0, 2])) for part, value in zip(parts, values, strict=True)
         ]
-        return self.op("Reshape", self.op("Add", self.op("Add", mixed[0], mixed[1]), mixed[2]), self.op("Shape", query))
+        return query.flattened(self, self.op("Reshape", self.op("Sum", *mixed), self.op("Shape", turned)))
 
 
 def _static(size: object) -> int:
@@ -109,13 +200,13 @@ def _static(size: object) -> int:
     return size
 
 
-def _attend_in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
-    query, mask, reach = (inputs[name] for name in ("query", "mask_in_row", "reach"))
+def _attend_in_blocks(branch: _Branch, query: _Query, inputs: dict[str, ir.Value]) -> ir.Value:
+    rows, mask, reach = query.turned(branch), inputs["mask_in_row"], inputs["reach"]
     # Concatenated keys [KV heads, 1, head_dim, n] and values [KV heads, 1, n, head_dim], broadcast over the heads of a group.
     one = branch.constant(1)
     keys = branch.op("Unsqueeze", branch.op("Transpose", _concat_tokens(branch, inputs, "key"), perm=[1, 2, 0]), one)
     values = branch.op("Unsqueeze", branch.op("Transpose", _concat_tokens(branch, inputs, "value"), perm=[1, 0, 2]), one)
-    length = branch.op("Shape", query, start=2, end=3)
+    length = branch.op("Shape", mask, start=0, end=1)
     past = branch.op("Sub", branch.op("Shape", mask, start=1, end=2), length)
     edges = [
         branch.op("Div", branch.op("Mul", length, branch.constant(block)), branch.constant(BLOCKS)) for block in range(BLOCKS + 1)
@@ -123,11 +214,11 @@ def _attend_in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
     mixed, zero = [], branch.constant(0)
     for start, end in pairwise(edges):
         visible = branch.op("Add", past, branch.op("ReduceMax", branch.slice(reach, start, end, 0), keepdims=1))
-        scores = branch.op("MatMul", branch.slice(query, start, end, 2), branch.slice(keys, zero, visible, 3))
+        scores = branch.op("MatMul", branch.slice(rows, start, end, 2), branch.slice(keys, zero, visible, 3))
         bias = branch.slice(branch.slice(mask, start, end, 0), zero, visible, 1)
         weights = branch.op("Softmax", branch.op("Add", scores, bias), axis=-1)
         mixed.append(branch.op("MatMul", weights, branch.slice(values, zero, visible, 2)))
-    return branch.op("Concat", *mixed, axis=2)
+    return query.flattened(branch, branch.op("Concat", *mixed, axis=2))
 
 
 def _concat_tokens(branch: _Branch, inputs: dict[str, ir.Value], kind: str) -> ir.Value:

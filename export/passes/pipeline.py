@@ -15,7 +15,7 @@ from edgeprune.bundle import GraphRecord, Tensor
 from edgeprune.checkpoint.weights import Matrix, address
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.passes.attention import expand_blocked, tile_encoder_attention
-from edgeprune.export.passes.fusion import fuse_qkv, fuse_rotation, optimize
+from edgeprune.export.passes.fusion import divide_norms, fuse_qkv, fuse_rotation, merge_reshapes, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
 from edgeprune.export.passes.recurrence import expand_delta_rules
 from edgeprune.export.passes.weights import LazyInitializer
@@ -44,10 +44,13 @@ def run_passes(
     _name_dimensions(model.graph, dimensions)
     if lowering.target.fused:
         model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
+    elif lowering.target.tensorrt is None:
+        divide_norms(model.graph)
     if lowering.target.blocked:
         fuse_qkv(model.graph)
         fuse_rotation(model.graph)
         tile_encoder_attention(model.graph)
+        merge_reshapes(model.graph)
     if part == "embedding":
         lower_table(model.graph, lowering)
     elif part in ("layers", "vision", "projector"):
