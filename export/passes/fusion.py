@@ -232,7 +232,7 @@ def merge_reshapes(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type not in _RESHAPES or node.outputs[0].shape is None:
             continue
-        output, root = node.outputs[0], _before_reshapes(node)
+        output, root = node.outputs[0], before_reshapes(node.outputs[0])
         sizes = tuple(size if isinstance(size, int) else -1 for size in output.shape or ())
         if root.shape is not None and list(root.shape) == list(output.shape or ()) and not output.is_graph_output():
             ir.convenience.replace_all_uses_with(output, root)
@@ -244,11 +244,13 @@ def merge_reshapes(graph: ir.Graph) -> None:
             replace_nodes(graph, node, [node], tape, {output: tape.op("Reshape", [root, shapes[sizes]])})
 
 
-def _before_reshapes(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
+def before_reshapes(value: ir.Value) -> ir.Value:
+    """Return the value that reshapes made into this one, which is itself if none did."""
     producer = value.producer()
-    return _before_reshapes(producer) if producer is not None and producer.op_type in _RESHAPES else value
+    if producer is None or producer.op_type not in _RESHAPES:
+        return value
+    assert producer.inputs[0] is not None
+    return before_reshapes(producer.inputs[0])
 
 
 def divide_norms(graph: ir.Graph) -> None:

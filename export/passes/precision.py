@@ -227,10 +227,10 @@ def _divide_branches(tape: Tape, state: ir.Value, last: ir.Value, least: ir.Valu
         for number, value in enumerate(value for added_node in added.nodes for value in added_node.outputs):
             value.name = f"{branch.name}_scale_{number}"  # names of the outer graph are visible inside
         branch.extend(added.nodes)
+    others = several.outputs[1:]
     row.outputs.extend(scales)
-    several.outputs[:] = [divided, row_scale]
-    outer = Tape()
-    branches = {"then_branch": row, "else_branch": several}
-    value, row_scale = outer.op_multi_out("If", [node.inputs[0]], branches, num_outputs=2)
-    replace_nodes(node.graph, node, [node], outer, {state: value})
-    return value, row_scale
+    several.outputs[:] = [divided, *others, row_scale]
+    outer, branches = Tape(), {"then_branch": row, "else_branch": several}
+    *values, row_scale = outer.op_multi_out("If", [node.inputs[0]], branches, num_outputs=len(several.outputs))
+    replace_nodes(node.graph, node, [node], outer, dict(zip(node.outputs, values, strict=True)))
+    return values[0], row_scale

@@ -22,6 +22,7 @@ from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, cache_slots, place_he
 from edgeprune.plan import KeepPlan, keep_count_up
 
 T = TypeVar("T")
+SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2  # groups of text tokens
 KvArrays = tuple[np.ndarray, ...]  # key and value of each layer with attention, in order; then places, for layers with a window
 
 
@@ -61,6 +62,11 @@ class DecoderInput:
     visual_indices: np.ndarray
     text_groups: np.ndarray
     tier: int = 0
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is a decode step: one token, and no image."""
+        return self.suffix.embeds.shape[1] == 1 and not self.prefix.embeds.shape[1] and not self.visual.embeds.shape[1]
 
 
 @dataclass(frozen=True)

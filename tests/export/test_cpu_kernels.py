@@ -17,7 +17,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
-from edgeprune.export.passes import attention as tiling
+from edgeprune.export import tracing
+from edgeprune.export.passes import tiling
 from edgeprune.export.passes.fusion import merge_reshapes
 from edgeprune.export.passes.precision import DynamicQuantizer
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_vision
@@ -96,28 +97,40 @@ def test_query_key_and_value_are_one_product(even: LoadedModel, tiny_plan: KeepP
     assert found["int8"]["DynamicQuantizeLinear"] == 2 * 4 + 1  # gate and up meet the same
 
 
-def test_a_layer_of_a_decode_step_has_few_nodes(even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
-    plan = KeepPlan("qwen2_vl", 2, tiny_plan.geometry)
-    trace_decoder(even.family.decoder(), 3, plan, cpu("int8"), tmp_path / "decoder.onnx")
+@pytest.mark.parametrize("buffers", [True, False])
+def test_a_layer_of_a_decode_step_has_few_nodes(
+    buffers: bool, even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "has_buffers", lambda *_: buffers)
+    trace_decoder(even.family.decoder(), 3, KeepPlan("qwen2_vl", 2, tiny_plan.geometry), cpu("int8"), tmp_path / "decoder.onnx")
     graph = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
     found = Counter(node.op_type for node in graph.node)
-    assert found["If"] == 2 and found["Less"] == 2  # the lengths that decide are compared once for all layers
+    # One of the three cuts the blocks; the lengths that decide are compared once for all layers.
+    assert found["If"] == 3 and found["Less"] == 2
     makers = {output: node.op_type for node in graph.node for output in node.output}
     reshapes = ("Reshape", "Unsqueeze", "Squeeze")
     assert not [node.name for node in graph.node if node.op_type in reshapes and makers.get(node.input[0]) in reshapes]
+    # Two of these Transposes fuse with each of the products; one row has no scale, which is an Identity.
+    products = {"MatMul": 6, "Transpose": 6, "Reshape": 2, **dict.fromkeys(("Mul", "Concat", "Add", "Softmax", "Split", "Sum"), 1)}
+    attentions = 0
     for node in graph.node:
-        if node.op_type == "If":
-            row, several = (next(part.g for part in node.attribute if part.name == name) for name in ("then_branch", "else_branch"))
-            # Two of these Transposes fuse with each of the products; one row has no scale, which is an Identity.
-            assert Counter(part.op_type for part in row.node) == {
-                **{"MatMul": 6, "Transpose": 6, "Reshape": 2},
-                **dict.fromkeys(("Mul", "Concat", "Add", "Softmax", "Split", "Sum", "Identity"), 1),
-            }
-            assert [part.op_type for part in several.node] == ["If", "ReduceMax", "ReduceMin", "Neg", "Max", "Div"]
+        branches = {part.name: part.g for part in node.attribute} if node.op_type == "If" else {}
+        if not branches or not branches["then_branch"].name.endswith("_one_row"):
+            continue
+        row, several = (Counter(part.op_type for part in branches[name].node) for name in ("then_branch", "else_branch"))
+        assert row == {**({"GroupQueryAttention": 1, "Reshape": 1} if buffers else products), "Identity": 1}
+        scaled = dict.fromkeys(("If", "ReduceMax", "ReduceMin", "Neg", "Max", "Div"), 1)
+        assert several == {**scaled, **({"Identity": 2} if buffers else {})}  # buffers that are none
+        attentions += 1
+    assert attentions == 2
 
 
-def test_one_row_attends_as_several_do(even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
-    # The last of two rows attends in another branch than the same row alone, after the first is cached.
+def test_one_row_attends_as_several_do(
+    even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last of two rows attends in another branch than the same row alone, after the first is cached. For buffers see
+    # test_step_buffers.py.
+    monkeypatch.setattr(tracing, "has_buffers", lambda *_: False)
     parts, plan = even.family.decoder(), KeepPlan("qwen2_vl", 2, tiny_plan.geometry)
     trace_decoder(parts, 3, plan, cpu("fp32"), tmp_path / "decoder.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx", providers=[CPU])
