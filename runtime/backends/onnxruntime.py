@@ -65,9 +65,10 @@ class OnnxRuntimeBackend:
         self._slots, self._states = len(cache_slots(bundle.plan, *kinds)), len(shape.states)
         # A decoder without cuts has no input for the token indices.
         self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
-        # Decoders with buffers for steps take those of other passes as empty.
+        # Decoders with buffers for steps take those of other passes as empty. Other providers need not write them in place.
         self._no_buffers = empty_buffers(self._decoder)
-        self._steps = Recent(partial(BoundStep, self._decoder, bundle)) if self._no_buffers else None
+        bound = self._no_buffers and providers[0] == CPU
+        self._steps = Recent(partial(BoundStep, self._decoder, bundle)) if bound else None
 
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
@@ -136,7 +137,7 @@ def nodes_run(
         options.profile_file_prefix = str(Path(folder) / "step")
         session = _open_session(bundle.file(DECODER), options, providers)
         buffers = empty_buffers(session)
-        if buffers and can_step(bundle.plan, tokens, cache):
+        if buffers and providers[0] == CPU and can_step(bundle.plan, tokens, cache):
             BoundStep(session, bundle).forward(tokens, cache, None)
         else:
             values = decoder_feeds(decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers)), tokens, cache) | buffers

@@ -129,7 +129,7 @@ def test_one_row_attends_as_several_do(
     even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last of two rows attends in another branch than the same row alone, after the first is cached. For buffers see
-    # test_step_buffers.py.
+    # test_step_answers.py.
     monkeypatch.setattr(tracing, "has_buffers", lambda *_: False)
     parts, plan = even.family.decoder(), KeepPlan("qwen2_vl", 2, tiny_plan.geometry)
     trace_decoder(parts, 3, plan, cpu("fp32"), tmp_path / "decoder.onnx")
