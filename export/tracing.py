@@ -41,6 +41,7 @@ from edgeprune.registry import method_class
 from edgeprune.targets import Lowering
 
 MEGABYTE = 10**6
+_HEAD_STEP = 8  # GroupQueryAttention takes only multiples of it as head_dim
 MAX_LENGTH = 32768  # upper bound of every dynamic length, in tokens
 
 
@@ -137,7 +138,18 @@ def trace_decoder(
     ]
     kinds = parts.local_layers, parts.layer_states
     names = decoder_inputs(plan, *kinds, tiers=bool(lower_tiers)), decoder_outputs(plan, *kinds)
-    return _trace(_Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers"), lowering, path, progress)
+    graph = _Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers")
+    return _trace(graph, lowering, path, progress, buffers=decoder.blocked and has_buffers(parts, plan))
+
+
+def has_buffers(parts: DecoderParts, plan: KeepPlan) -> bool:
+    """Return whether decode steps of a decoder for CPUs can read one buffer for keys and one for values.
+
+    They cannot beside states, nor where a predictor follows the attention of every step, which GroupQueryAttention does not return,
+    nor where some keys count more than others.
+    """
+    fits = parts.head_dim % _HEAD_STEP == 0
+    return fits and not parts.layer_states and not plan.has_rate_predictor and not plan.weighs
 
 
 class _FlatDecoder(nn.Module):
@@ -211,11 +223,11 @@ class _Graph:
     part: str = ""
 
 
-def _trace(graph: _Graph, lowering: Lowering, path: Path, progress: Progress = SILENT) -> GraphRecord:
+def _trace(graph: _Graph, lowering: Lowering, path: Path, progress: Progress = SILENT, *, buffers: bool = False) -> GraphRecord:
     progress.say("tracing")
     model = traced(graph, lowering.opset_of(graph.part))
     progress.say("rewriting")
-    model = run_passes(model, _dimensions(graph), lowering, graph.part, stored_in(graph.module))
+    model = run_passes(model, _dimensions(graph), lowering, graph.part, stored_in(graph.module), buffers=buffers)
     drop_unused_inputs(model.graph)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     written = progress.count("writing MB of weights", weights // MEGABYTE)

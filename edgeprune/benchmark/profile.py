@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
 from edgeprune.io.progress import SILENT, Progress
 from edgeprune.io.protobuf import integers, message
-from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
+from edgeprune.runtime.backends.kv_cache import GENERATED, INSTRUCTION, DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.backends.onnxruntime import nodes_run
 from edgeprune.runtime.backends.providers import ONNXRUNTIME, open_backend
 from edgeprune.runtime.generation.sequence import text_positions
@@ -169,8 +170,12 @@ def step_nodes(bundle: Bundle, provider: str = "cpu", threads: int | None = None
     """
     if provider not in ONNXRUNTIME:
         return None
-    step = _text_input(bundle.manifest.decoder, np.random.default_rng(0), 1)
-    return nodes_run(bundle, step, KvCache.empty(bundle.manifest.decoder, bundle.plan), threads, providers=ONNXRUNTIME[provider])
+    shape, cache = bundle.manifest.decoder, KvCache.empty(bundle.manifest.decoder, bundle.plan)
+    # A generated token behind one of the prompt.
+    cache = cache.append(tuple(np.zeros_like(rows) for rows in cache.buffers), 0, 1, cache.states)
+    groups = np.eye(3, dtype=np.float32)[[INSTRUCTION, GENERATED]]
+    step = replace(_text_input(shape, np.random.default_rng(0), 1), text_groups=groups)
+    return nodes_run(bundle, step, cache, threads, providers=ONNXRUNTIME[provider])
 
 
 def _text_input(shape: DecoderShape, rng: np.random.Generator, count: int) -> DecoderInput:

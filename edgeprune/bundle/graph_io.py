@@ -13,6 +13,7 @@ GROUPS = "text_groups"  # the group of each text token, if the decode cut follow
 SIGNALS = ("vision_attention", "vision_keys", "vision_features")
 WEIGHTS = "visual_weights"  # the logarithms of how many tokens each visual token stands for, if the input cut weighs
 WEIGHT = "weight"  # the part of a cache that holds them
+LENGTHS = "cache_lengths"  # [layers], int32: the valid rows of the buffers of each layer that has them
 PLACE = "place"  # the part of a cache that holds the tokens' places in the sequence, for layers with a window
 
 
@@ -33,6 +34,19 @@ def visual_cache_name(layer: int, part: str) -> str:
 def rows_name(layer: int, part: str) -> str:
     """Return the output name of the rows [n, ...] that a step adds to a layer's cache, with the parts of `cache_name`."""
     return f"present.{layer}.{part}"
+
+
+def buffer_name(layer: int, part: str) -> str:
+    """Return the input name of a layer's buffer of all keys ("key") or values [1, kv heads, capacity, head_dim] for single tokens.
+
+    LENGTHS counts its valid rows. A capacity of 1 stands for no buffers. Not every decoder has them.
+    """
+    return f"cache_{part}.{layer}"
+
+
+def grown_name(layer: int, part: str) -> str:
+    """Return the output name of a layer's buffer with the row that a step adds; it is bound to the memory of the input."""
+    return f"grown_{part}.{layer}"
 
 
 def state_names(states: Sequence[LayerState], when: str) -> list[str]:

@@ -52,7 +52,8 @@ class Learned:
         if cut.weights is None or cut.weights.content is None:
             raise PlanError(f"{cut} has no weights.", hint=_AGAIN)
         self.header, self.tensors = read(cut.weights)
-        self._columns = torch.cat([self.tensors["metric"], self.tensors["hidden"], self.tensors["theta"][:, None]], dim=1)
+        columns = self.tensors["metric"], self.tensors["hidden"], self.tensors["theta"][:, None]
+        self._columns, self._widths = torch.cat(columns, dim=1), [part.shape[1] for part in columns]
         least, most = self.header["keeps"]
         if not least <= cut.keep <= most:
             learned = f"{least} to {most}" if least < most else f"{least}"
@@ -69,7 +70,7 @@ class Learned:
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""
-        scores, places = self.read(view)
+        scores, places = self.score(view), self.places(view.visual)
         gain = torch.exp((scores - scores.amax(dim=0)).clamp_min(_LEAST))[:, None]
         # What the shared search takes for similarity is minus the gain, [chosen, candidate]; one product makes all of it.
         chosen = torch.cat([places, torch.full_like(gain, -MARGIN)], dim=1)
@@ -77,23 +78,24 @@ class Learned:
         first, others = torch.topk(scores, 1).indices, min(keep, view.visual.shape[0]) - 1
         return ascending(add_most_different(chosen @ candidates.transpose(0, 1), first, others))
 
-    def read(self, view: InputView) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return how much each visual token matters [V], as a logarithm, and its place on the metric's unit sphere [V, rank]."""
-        t = {name: tensor.to(view.visual.device) for name, tensor in self.tensors.items()}
-        # One product reads a large image once. Of a token that is no finite number the columns count as 0: NaN compares false.
-        product = view.visual.float() @ self._columns.to(view.visual.device)
-        product = torch.where(product.abs() <= _MOST, product, 0.0)
-        place, hidden, linear = torch.split(product, [t["metric"].shape[1], t["hidden"].shape[1], 1], dim=1)
-        score = linear[:, 0] + functional.gelu(hidden + t["hidden_bias"]) @ t["out"]
+    def score(self, view: InputView) -> torch.Tensor:
+        """Return how much each visual token matters [V], as a logarithm."""
+        _, hidden, linear = self._products(view.visual)
+        bias, out = (self.tensors[name].to(view.visual.device) for name in ("hidden_bias", "out"))
+        score = linear[:, 0] + functional.gelu(hidden + bias) @ out
         if self.header["question"]:
             score = score + self.header["question"] * standardized(cosine(view.visual, view.prompt.mean(dim=0, keepdim=True))[:, 0])
-        return torch.where(score.abs() <= _MOST, score, 0.0), unit(place + t["metric_bias"])
+        return torch.where(score.abs() <= _MOST, score, 0.0)
 
     def places(self, visual: torch.Tensor) -> torch.Tensor:
         """Return each visual token's place on the unit sphere of the metric [V, rank]."""
-        metric, bias = (self.tensors[name].to(visual.device) for name in ("metric", "metric_bias"))
-        product = visual.float() @ metric
-        return unit(torch.where(product.abs() <= _MOST, product, 0.0) + bias)
+        return unit(self._products(visual)[0] + self.tensors["metric_bias"].to(visual.device))
+
+    def _products(self, visual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # With metric [V, rank], hidden [V, h] and θ [V, 1], by one product that reads a large image once: the graph has one for
+        # score and places. For tokens that are no finite numbers they are 0, since NaN compares false.
+        products = visual.float() @ self._columns.to(visual.device)
+        return torch.split(torch.where(products.abs() <= _MOST, products, 0.0), self._widths, dim=1)
 
 
 def standardized(values: torch.Tensor) -> torch.Tensor:

@@ -1,70 +1,210 @@
-"""Attention for CPUs: expand the decoder's BlockedAttention nodes, and tile the vision encoder's attention by heads.
+"""Attention of decoders for CPUs: expand BlockedAttention nodes.
 
 A BlockedAttention node becomes an If with two branches: attention in one piece, or in blocks of query rows. Measured with ONNX
 Runtime 1.31 on one AVX512 core, 769 tokens, GQA with 14 query and 2 KV heads of size 64 (ms per layer): concatenated scores 49,
 concatenated keys 39, Attention-23 29, GroupQueryAttention 28, eight blocks 31, eight blocks up to the last visible key 17.
-
-The scores of an encoder with 2,916 patches and 16 heads take 544 MB, twice. Tiles that fit the CPU's cache avoid main memory.
-Measured with ONNX Runtime 1.31 on two cores, 16 heads of size 80 (ms per layer): untiled 299, six row blocks 277, four tiles of
-four heads 250, one head per tile 241.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from edgeprune.export.passes.replacement import replace_nodes
+from edgeprune.bundle.graph_io import LENGTHS, buffer_name, grown_name
+from edgeprune.export.passes.fusion import before_reshapes
+from edgeprune.export.passes.replacement import only_consumer, replace_nodes
 from edgeprune.model.attention import DOMAIN, INPUTS, OPERATOR
 
 BLOCKS = 8
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 KV_PREFIXES = ("past_text_", "", "past_visual_")  # name prefixes of keys and values
 MIN_BLOCKED_LENGTH = 64  # shorter steps attend in one piece: their scores are small, and caches are read without a copy
-_PIECE = 16 << 20  # bytes of scores per tile of whole heads
-_HEAD = 64 << 20  # bytes of scores of one head above which it is split into row blocks
-_FLOAT = 4  # bytes
+_ROW = "_one_row"  # the end of the name of a branch
 
 
-def expand_blocked(graph: ir.Graph) -> None:
-    """Replace every BlockedAttention node by standard ONNX operators."""
-    constants: dict[tuple[int, ...], ir.Value] = {}
-    for node in list(graph):
-        if (node.domain, node.op_type) != (DOMAIN, OPERATOR):
-            continue
-        inputs = {name: value for name, value in zip(INPUTS, node.inputs, strict=True) if value is not None}
-        tape, output = Tape(), node.outputs[0]
-        single = _Branch(f"{node.name}_whole", graph, constants)
-        blocks = _Branch(f"{node.name}_blocks", graph, constants)
-        length = tape.op("Shape", [inputs["query"]], {"start": 2, "end": 3})
-        short = tape.op("Less", [length, single.constant(MIN_BLOCKED_LENGTH)])
-        branches = {
-            "then_branch": single.graph(single.attend(inputs), output),
-            "else_branch": blocks.graph(_attend_in_blocks(blocks, inputs), output),
-        }
-        value = tape.op("If", [short], branches)
-        replace_nodes(graph, node, [node], tape, {output: value})
+def expand_blocked(graph: ir.Graph, *, buffers: bool = False) -> None:
+    """Replace every BlockedAttention node by operators of ONNX, with what brings its queries and output into shape.
+
+    `buffers`: steps of one token read and extend one buffer of keys and one of values, by ONNX Runtime's GroupQueryAttention. The
+    graph gets them as inputs and outputs (`edgeprune.bundle.graph_io`).
+    """
+    nodes = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+    shared = _Shared(graph)
+    packed = _Buffers(graph, nodes, shared) if buffers and nodes else None
+    for node in nodes:
+        _expand(graph, node, shared, packed)
 
 
-class _Branch:
-    # Builds the subgraph of one branch. Value names carry its prefix, because names of the outer graph are visible inside.
-    def __init__(self, name: str, graph: ir.Graph, constants: dict[tuple[int, ...], ir.Value]) -> None:
-        self._name, self._graph, self._constants = name, graph, constants
-        self._tape = Tape()
+def one_row_branch(node: ir.Node) -> ir.Graph | None:
+    """Return the branch of an expanded attention that one row of queries takes, None for any other node."""
+    graph = node.attributes["then_branch"].as_graph() if node.op_type == "If" else None
+    return graph if graph is not None and str(graph.name).endswith(_ROW) else None
 
-    def op(self, kind: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
-        (value,) = self.op_multi(kind, 1, *inputs, **attributes)
+
+def _expand(graph: ir.Graph, node: ir.Node, shared: _Shared, packed: _Buffers | None) -> None:
+    inputs = {name: value for name, value in zip(INPUTS, node.inputs, strict=True) if value is not None}
+    tape, query = Tape(), _Query.of(inputs["query"])
+    # The output [KV heads, group, S, head_dim] becomes [S, heads * head_dim] by a Transpose and a Reshape.
+    turn = only_consumer(node.outputs[0])
+    flat = only_consumer(turn.outputs[0]) if turn is not None else None
+    assert turn is not None and flat is not None and (turn.op_type, flat.op_type) == ("Transpose", "Reshape")
+    output = flat.outputs[0]
+    one, short = shared.conditions(tape, inputs["mask"])
+    row, several, whole, blocks = (_Branch(f"{node.name}{name}", shared) for name in (_ROW, "_several", "_whole", "_blocks"))
+    attended = several.op(
+        "If",
+        short,
+        then_branch=whole.graph(whole.attend(query, inputs), like=[output]),
+        else_branch=blocks.graph(_attend_in_blocks(blocks, query, inputs, shared.blocks(tape, inputs)), like=[output]),
+    )
+    caches = [] if packed is None else packed.caches[node]
+    results: Sequence[ir.Value]
+    if packed is None:
+        results = [row.attend_one(query, inputs, shared.lengths(tape, inputs))]
+    else:
+        one, results = packed.bound, packed.attend(row, node, query, inputs)
+    like = [output, *caches]
+    branches = {
+        "then_branch": row.graph(*results, like=like),
+        "else_branch": several.graph(attended, *(several.op("Identity", cache) for cache in caches), like=like),
+    }
+    value, *grown = tape.op_multi_out("If", [one], branches, num_outputs=len(like))
+    replace_nodes(graph, flat, [flat, turn, node], tape, {output: value})
+    if packed is not None:
+        packed.add_outputs(node, grown)
+
+
+class _Buffers:
+    # The keys and values of every layer in one buffer each, which a step of one token reads and extends in place.
+    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], shared: _Shared) -> None:
+        self._graph = graph
+        self._layers = {node: _layer(node) for node in nodes}
+        self.caches = {node: self._inputs(node) for node in nodes}
+        lengths = self._input(LENGTHS, ir.DataType.INT32, [len(nodes)])
+        first, tape = next(iter(self.caches.values()))[0], Tape()
+        one = tape.initializer(ir.tensor(np.ones(1, np.int32), name="buffers_one"))
+        ones = tape.initializer(ir.tensor(np.ones(len(nodes), np.int64), name="buffers_ones"))
+        capacity = tape.op("Shape", [first], {"start": 2, "end": 3})
+        self.bound = tape.op("Less", [shared.constant(1), capacity])
+        # GroupQueryAttention takes the number of keys before this step, and with it.
+        counts = [lengths, tape.op("Add", [lengths, one])]
+        if len(nodes) == 1:
+            split = [[count] for count in counts]
+        else:
+            split = [list(tape.op_multi_out("Split", [count, ones], {"axis": 0}, num_outputs=len(nodes))) for count in counts]
+        self._lengths = dict(zip(nodes, zip(*split, strict=True), strict=True))
+        graph.opset_imports[MICROSOFT] = 1
+        for initializer in tape.initializers:
+            graph.register_initializer(initializer)
+        graph.insert_before(graph[0], tape.nodes)
+
+    def _input(self, name: str, kind: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
+        self._graph.inputs.append(value)
         return value
 
-    def op_multi(self, kind: str, outputs: int, *inputs: ir.Value, **attributes: int | Sequence[int]) -> Sequence[ir.Value]:
-        number = len(self._tape.nodes)
-        values = [ir.Value(name=f"{self._name}_{number}_{output}") for output in range(outputs)]
-        self._tape.op_multi_out(kind, inputs, attributes, outputs=values, name=f"{self._name}_{number}")
-        return values
+    def _inputs(self, node: ir.Node) -> list[ir.Value]:
+        key = node.inputs[INPUTS.index("key")]
+        assert key is not None and key.shape is not None and key.dtype is not None
+        shape: list[int | str] = [1, _static(key.shape[1]), "capacity", _static(key.shape[2])]
+        return [self._input(buffer_name(self._layers[node], part), key.dtype, shape) for part in ("key", "value")]
+
+    def attend(self, row: _Branch, node: ir.Node, query: _Query, inputs: dict[str, ir.Value]) -> Sequence[ir.Value]:
+        # The attention of one row [1, heads * head_dim], and the buffers after it.
+        heads, group, width = query.shape
+        sizes = {"num_heads": heads * group, "kv_num_heads": heads}
+        rows = [_in_rows(row, value) for value in (query.rows, inputs["key"], inputs["value"])]
+        scale = 1.0 if query.scale is None else float(_constant(query.scale))
+        operands = [*rows, *self.caches[node], *self._lengths[node]]
+        mixed, *grown = row.op_multi("GroupQueryAttention", 3, *operands, domain=MICROSOFT, **sizes, scale=scale)
+        return [row.op("Reshape", mixed, row.constant(1, heads * group * width)), *grown]
+
+    def add_outputs(self, node: ir.Node, after: Sequence[ir.Value]) -> None:
+        for part, cache, value in zip(("key", "value"), self.caches[node], after, strict=True):
+            value.name, value.type, value.shape = grown_name(self._layers[node], part), cache.type, cache.shape
+            self._graph.outputs.append(value)
+
+
+def _layer(node: ir.Node) -> int:
+    # The layer of an attention, by the name of its cache.
+    value = node.inputs[INPUTS.index("past_text_key")]
+    assert value is not None and value.is_graph_input()
+    return int(str(value.name).split(".")[1])
+
+
+def _in_rows(branch: _Branch, value: ir.Value) -> ir.Value:
+    # Rows of heads as [1, S, heads * head_dim], which they may have been before they got another shape.
+    root = before_reshapes(value)
+    if root.shape is not None and len(root.shape) == 3 and root.shape[0] == 1:
+        return root
+    assert value.shape is not None
+    width = math.prod(size for size in value.shape if isinstance(size, int))
+    return branch.op("Reshape", value, branch.constant(1, -1, width))
+
+
+def _constant(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    number: np.ndarray = value.const_value.numpy()
+    return number
+
+
+@dataclass(frozen=True)
+class _Query:
+    # Queries before they become [KV heads, group, S, head_dim]: `rows` of S * heads * head_dim numbers, and the factor to come.
+    rows: ir.Value
+    scale: ir.Value | None
+    shape: tuple[int, int, int]  # KV heads, group, head_dim
+
+    @classmethod
+    def of(cls, query: ir.Value) -> _Query:
+        assert query.shape is not None
+        shape = _static(query.shape[0]), _static(query.shape[1]), _static(query.shape[3])
+        node, scale = query.producer(), None
+        if node is not None and node.op_type == "Mul":
+            turned, scale = node.inputs
+            node = turned.producer() if turned is not None else None
+        assert node is not None and node.op_type == "Transpose" and node.inputs[0] is not None
+        view = node.inputs[0].producer()
+        assert view is not None and view.op_type == "Reshape" and view.inputs[0] is not None
+        return cls(view.inputs[0], scale, shape)
+
+    def turned(self, branch: _Branch) -> ir.Value:
+        # [KV heads, group, S, head_dim], scaled.
+        heads, group, width = self.shape
+        rows = branch.op("Reshape", self.rows, branch.constant(-1, heads, group, width))
+        return self.scaled(branch, branch.op("Transpose", rows, perm=[1, 2, 0, 3]))
+
+    def scaled(self, branch: _Branch, rows: ir.Value) -> ir.Value:
+        return rows if self.scale is None else branch.op("Mul", rows, self.scale)
+
+    def flattened(self, branch: _Branch, mixed: ir.Value) -> ir.Value:
+        return branch.op("Reshape", branch.op("Transpose", mixed, perm=[2, 0, 1, 3]), branch.constant(-1, math.prod(self.shape)))
+
+
+@dataclass(frozen=True)
+class _Block:
+    # The rows of queries from `start` to `end`, how many keys any of them sees, and what is added to their scores.
+    start: ir.Value
+    end: ir.Value
+    visible: ir.Value
+    bias: ir.Value
+
+
+class _Shared:
+    # What the attention of several layers has in common: constants, and what follows from the lengths of their keys.
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._constants: dict[tuple[int, ...], ir.Value] = {}
+        self._conditions: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._lengths: dict[tuple[str, ...], ir.Value] = {}
+        self._blocks: dict[ir.Value, list[_Block]] = {}
 
     def constant(self, *numbers: int) -> ir.Value:
         if numbers not in self._constants:
@@ -77,19 +217,94 @@ class _Branch:
             self._constants[numbers] = value
         return self._constants[numbers]
 
+    def conditions(self, tape: Tape, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+        # Whether there is one row of queries, and whether there are few.
+        if mask not in self._conditions:
+            length = tape.op("Shape", [mask], {"start": 0, "end": 1})
+            one, few = (tape.op("Less", [length, self.constant(limit)]) for limit in (2, MIN_BLOCKED_LENGTH))
+            self._conditions[mask] = one, few
+        return self._conditions[mask]
+
+    def lengths(self, tape: Tape, inputs: dict[str, ir.Value]) -> ir.Value:
+        # The numbers of keys in the order of KV_PREFIXES, for one row.
+        past, _, visual = (inputs[f"{prefix}key"] for prefix in KV_PREFIXES)
+        known = tuple(str(key.shape[0]) if key.shape is not None else str(key.name) for key in (past, visual))
+        if known not in self._lengths:
+            text, image = (tape.op("Shape", [key], {"start": 0, "end": 1}) for key in (past, visual))
+            self._lengths[known] = tape.op("Concat", [text, self.constant(1), image], {"axis": 0})
+        return self._lengths[known]
+
+    def blocks(self, tape: Tape, inputs: dict[str, ir.Value]) -> list[_Block]:
+        # The blocks of a mask, cut once for all layers. A short step cuts none.
+        mask = inputs["mask_in_row"]
+        if mask not in self._blocks:
+            _, short = self.conditions(tape, inputs["mask"])
+            length = tape.op("Shape", [mask], {"start": 0, "end": 1})
+            none, cut = (_Branch(f"blocks_{len(self._blocks)}_{name}", self) for name in ("none", "cut"))
+            values = _cut_blocks(cut, mask, inputs["reach"], length)
+            zeros: list[np.ndarray] = [np.zeros(len(values) - BLOCKS, np.int64), np.zeros((BLOCKS, 1), np.float32)]
+            kinds = [ir.TensorType(ir.DataType.INT64)] * len(zeros[0]) + [mask.type] * BLOCKS
+            nothing = list[ir.Value]()
+            for zero in zeros:
+                whole = tape.initializer(ir.tensor(zero, name=f"{mask.name}.none_{zero.ndim}"))
+                nothing += none.op_multi("Split", len(zero), whole, axis=0, num_outputs=len(zero))
+            for value, kind in zip((*values, *nothing), kinds * 2, strict=True):
+                value.type = kind
+            branches = {"then_branch": none.graph(*nothing), "else_branch": cut.graph(*values)}
+            outer = tape.op_multi_out("If", [short], branches, num_outputs=len(values))
+            edges = pairwise([self.constant(0), *outer[: BLOCKS - 1], length])
+            seen = zip(outer[BLOCKS - 1 : -BLOCKS], outer[-BLOCKS:], strict=True)
+            self._blocks[mask] = [_Block(*edge, *rest) for edge, rest in zip(edges, seen, strict=True)]
+        return self._blocks[mask]
+
+
+class _Branch:
+    # Builds the subgraph of one branch. Value names carry its prefix, because names of the outer graph are visible inside.
+    def __init__(self, name: str, shared: _Shared) -> None:
+        self._name, self._tape, self.constant = name, Tape(), shared.constant
+
+    def op(self, kind: str, *inputs: ir.Value, **attributes: float | Sequence[int] | ir.Graph) -> ir.Value:
+        (value,) = self._write(kind, 1, inputs, "", attributes)
+        return value
+
+    def op_multi(
+        self, kind: str, outputs: int, *inputs: ir.Value, domain: str = "", **attributes: float | Sequence[int] | ir.Graph
+    ) -> Sequence[ir.Value]:
+        return self._write(kind, outputs, inputs, domain, attributes)
+
+    def _write(
+        self, kind: str, outputs: int, inputs: Sequence[ir.Value], domain: str, attributes: dict[str, Any]
+    ) -> Sequence[ir.Value]:
+        number = len(self._tape.nodes)
+        values = [ir.Value(name=f"{self._name}_{number}_{output}") for output in range(outputs)]
+        self._tape.op_multi_out(kind, inputs, attributes, outputs=values, name=f"{self._name}_{number}", domain=domain)
+        return values
+
     def slice(self, value: ir.Value, start: ir.Value, end: ir.Value, axis: int) -> ir.Value:
         return self.op("Slice", value, start, end, self.constant(axis))
 
-    def graph(self, result: ir.Value, like: ir.Value) -> ir.Graph:
-        result.type, result.shape = like.type, like.shape
-        return ir.Graph([], [result], nodes=list(self._tape.nodes), name=self._name)
+    def graph(self, *results: ir.Value, like: Sequence[ir.Value] = ()) -> ir.Graph:
+        for result, value in zip(results, like or results, strict=True):
+            result.type, result.shape = value.type, value.shape
+        return ir.Graph([], list(results), nodes=list(self._tape.nodes), name=self._name)
 
-    def attend(self, inputs: dict[str, ir.Value]) -> ir.Value:
+    def attend_one(self, query: _Query, inputs: dict[str, ir.Value], lengths: ir.Value) -> ir.Value:
+        # Like `attend`, for one row of queries: every shape is known, and the mask needs no axis for the heads. No key is copied.
+        rows = query.scaled(self, self.op("Reshape", query.rows, self.constant(*query.shape)))
+        keys, values = ([inputs[f"{prefix}{kind}"] for prefix in KV_PREFIXES] for kind in ("key", "value"))
+        scores = self.op("Concat", *(self.op("MatMul", rows, self.op("Transpose", key, perm=[1, 2, 0])) for key in keys), axis=2)
+        weights = self.op("Softmax", self.op("Add", scores, inputs["mask"]), axis=-1)
+        parts = self.op_multi("Split", 3, weights, lengths, axis=2)
+        mixed = [
+            self.op("MatMul", part, self.op("Transpose", value, perm=[1, 0, 2])) for part, value in zip(parts, values, strict=True)
+        ]
+        return self.op("Reshape", self.op("Sum", *mixed), self.constant(1, math.prod(query.shape)))
+
+    def attend(self, query: _Query, inputs: dict[str, ir.Value]) -> ir.Value:
         # Like attention._mixed: separate key segments with concatenated scores. No key is expanded or copied.
-        query = inputs["query"]
-        assert query.shape is not None
-        heads, group, width = (_static(query.shape[axis]) for axis in (0, 1, 3))
-        rows = self.op("Reshape", query, self.constant(heads, -1, width))
+        heads, group, width = query.shape
+        turned = query.turned(self)
+        rows = self.op("Reshape", turned, self.constant(heads, -1, width))
         keys, values = ([inputs[f"{prefix}{kind}"] for prefix in KV_PREFIXES] for kind in ("key", "value"))
         joined = self.op("Concat", *(self.op("MatMul", rows, self.op("Transpose", key, perm=[1, 2, 0])) for key in keys), axis=2)
         shape = self.op("Concat", self.constant(heads, group), self.op("Shape", inputs["mask"]), axis=0)
@@ -101,7 +316,7 @@ class _Branch:
         mixed = [
             self.op("MatMul", part, self.op("Transpose", value, perm=[1, 0, 2])) for part, value in zip(parts, values, strict=True)
         ]
-        return self.op("Reshape", self.op("Add", self.op("Add", mixed[0], mixed[1]), mixed[2]), self.op("Shape", query))
+        return query.flattened(self, self.op("Reshape", self.op("Sum", *mixed), self.op("Shape", turned)))
 
 
 def _static(size: object) -> int:
@@ -109,25 +324,30 @@ def _static(size: object) -> int:
     return size
 
 
-def _attend_in_blocks(branch: _Branch, inputs: dict[str, ir.Value]) -> ir.Value:
-    query, mask, reach = (inputs[name] for name in ("query", "mask_in_row", "reach"))
+def _attend_in_blocks(branch: _Branch, query: _Query, inputs: dict[str, ir.Value], blocks: Sequence[_Block]) -> ir.Value:
+    rows, one, zero = query.turned(branch), branch.constant(1), branch.constant(0)
     # Concatenated keys [KV heads, 1, head_dim, n] and values [KV heads, 1, n, head_dim], broadcast over the heads of a group.
-    one = branch.constant(1)
     keys = branch.op("Unsqueeze", branch.op("Transpose", _concat_tokens(branch, inputs, "key"), perm=[1, 2, 0]), one)
     values = branch.op("Unsqueeze", branch.op("Transpose", _concat_tokens(branch, inputs, "value"), perm=[1, 0, 2]), one)
-    length = branch.op("Shape", query, start=2, end=3)
-    past = branch.op("Sub", branch.op("Shape", mask, start=1, end=2), length)
-    edges = [
-        branch.op("Div", branch.op("Mul", length, branch.constant(block)), branch.constant(BLOCKS)) for block in range(BLOCKS + 1)
+    mixed = []
+    for block in blocks:
+        scores = branch.op("MatMul", branch.slice(rows, block.start, block.end, 2), branch.slice(keys, zero, block.visible, 3))
+        weights = branch.op("Softmax", branch.op("Add", scores, block.bias), axis=-1)
+        mixed.append(branch.op("MatMul", weights, branch.slice(values, zero, block.visible, 2)))
+    return query.flattened(branch, branch.op("Concat", *mixed, axis=2))
+
+
+def _cut_blocks(branch: _Branch, mask: ir.Value, reach: ir.Value, length: ir.Value) -> list[ir.Value]:
+    # The inner edges of the blocks, the keys that each sees, and its part of the mask.
+    past, zero = branch.op("Sub", branch.op("Shape", mask, start=1, end=2), length), branch.constant(0)
+    inner = [
+        branch.op("Div", branch.op("Mul", length, branch.constant(block)), branch.constant(BLOCKS)) for block in range(1, BLOCKS)
     ]
-    mixed, zero = [], branch.constant(0)
-    for start, end in pairwise(edges):
-        visible = branch.op("Add", past, branch.op("ReduceMax", branch.slice(reach, start, end, 0), keepdims=1))
-        scores = branch.op("MatMul", branch.slice(query, start, end, 2), branch.slice(keys, zero, visible, 3))
-        bias = branch.slice(branch.slice(mask, start, end, 0), zero, visible, 1)
-        weights = branch.op("Softmax", branch.op("Add", scores, bias), axis=-1)
-        mixed.append(branch.op("MatMul", weights, branch.slice(values, zero, visible, 2)))
-    return branch.op("Concat", *mixed, axis=2)
+    visible, bias = list[ir.Value](), list[ir.Value]()
+    for start, end in pairwise([zero, *inner, length]):
+        visible.append(branch.op("Add", past, branch.op("ReduceMax", branch.slice(reach, start, end, 0), keepdims=1)))
+        bias.append(branch.slice(branch.slice(mask, start, end, 0), zero, visible[-1], 1))
+    return [*inner, *visible, *bias]
 
 
 def _concat_tokens(branch: _Branch, inputs: dict[str, ir.Value], kind: str) -> ir.Value:
@@ -137,72 +357,3 @@ def _concat_tokens(branch: _Branch, inputs: dict[str, ir.Value], kind: str) -> i
         for prefix in ("past_visual_", "past_text_")
     ]
     return branch.op("Concat", *cached, inputs[kind], axis=0)
-
-
-def tile_encoder_attention(graph: ir.Graph) -> None:
-    """Split MatMul, Softmax and MatMul into tiles of at most 16 MB of scores or one head, and heads above 64 MB into row blocks."""
-    for node in list(graph):
-        if node.op_type != "Softmax":
-            continue
-        scores, weights = node.inputs[0], node.outputs[0]
-        assert scores is not None
-        first, last = scores.producer(), _only_consumer(weights)
-        if first is None or last is None or (first.op_type, last.op_type) != ("MatMul", "MatMul") or last.inputs[0] is not weights:
-            continue
-        shape = [size for size in scores.shape or () if isinstance(size, int)]
-        if _only_consumer(scores) is not node or scores.shape is None or len(shape) < len(scores.shape):
-            continue
-        heads = next((axis for axis, size in enumerate(shape[:-2]) if size > 1), 0)
-        pieces = min(shape[heads], math.ceil(_FLOAT * math.prod(shape) / _PIECE))
-        blocks = math.ceil(_FLOAT * math.prod(shape) / pieces / _HEAD)
-        if pieces * blocks > 1:
-            _TiledAttention(graph, (first, node, last)).write(
-                heads, _split_sizes(shape[heads], pieces), _split_sizes(shape[-2], blocks)
-            )
-
-
-def _only_consumer(value: ir.Value) -> ir.Node | None:
-    consumers = value.consumers()
-    return consumers[0] if len(consumers) == 1 and not value.is_graph_output() else None
-
-
-def _split_sizes(count: int, parts: int) -> list[int]:
-    return [len(part) for part in np.array_split(np.arange(count), parts)]
-
-
-class _TiledAttention:
-    def __init__(self, graph: ir.Graph, nodes: tuple[ir.Node, ir.Node, ir.Node]) -> None:
-        self._graph, self._nodes, self._tape = graph, nodes, Tape()
-
-    def write(self, heads: int, pieces: list[int], blocks: list[int]) -> None:
-        first, softmax, last = self._nodes
-        (query, keys), values, output = first.inputs, last.inputs[1], last.outputs[0]
-        assert query is not None and query.shape is not None and keys is not None and values is not None
-        rows, axis = len(query.shape) - 2, softmax.attributes["axis"].as_int()
-        mixed = []
-        for group in zip(
-            self._split(query, heads, pieces), self._keys(keys, heads, pieces), self._split(values, heads, pieces), strict=True
-        ):
-            scores = [self._tape.op("MatMul", [part, group[1]]) for part in self._split(group[0], rows, blocks)]
-            weights = [self._tape.op("Softmax", [part], {"axis": axis}) for part in scores]
-            mixed.append(self._concat([self._tape.op("MatMul", [part, group[2]]) for part in weights], rows))
-        joined = self._concat(mixed, heads)
-        replace_nodes(self._graph, last, [last, softmax, first], self._tape, {output: joined})
-
-    def _keys(self, keys: ir.Value, axis: int, sizes: list[int]) -> list[ir.Value]:
-        # Split before the transpose, so that each transpose stays next to its product and fuses with it.
-        producer = keys.producer()
-        perm = list(producer.attributes["perm"].as_ints()) if producer is not None and producer.op_type == "Transpose" else []
-        if producer is None or not perm or producer.inputs[0] is None:
-            return self._split(keys, axis, sizes)
-        return [self._tape.op("Transpose", [part], {"perm": perm}) for part in self._split(producer.inputs[0], perm[axis], sizes)]
-
-    def _split(self, value: ir.Value, axis: int, sizes: list[int]) -> list[ir.Value]:
-        if len(sizes) == 1:
-            return [value]
-        name = f"{self._nodes[0].name}.{len(self._tape.initializers)}"
-        split = self._tape.initializer(ir.tensor(np.array(sizes, np.int64), name=name))
-        return list(self._tape.op_multi_out("Split", [value, split], {"axis": axis}, num_outputs=len(sizes)))
-
-    def _concat(self, parts: list[ir.Value], axis: int) -> ir.Value:
-        return parts[0] if len(parts) == 1 else self._tape.op("Concat", parts, {"axis": axis})

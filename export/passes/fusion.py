@@ -1,4 +1,5 @@
-"""Fusions: onnxscript's optimizer, one product for query, key and value, and the RotaryEmbedding operator of opset 23.
+"""Fusions: onnxscript's optimizer, one product for query, key and value, the RotaryEmbedding operator of opset 23, and no
+reshape after another.
 
 The optimizer runs without its rule that fuses two Slices into a Split: it compares every node with all others, which takes half
 the time of a 24-layer decoder. Its other rules see only nodes of the operator that their pattern ends with. One product instead of
@@ -40,6 +41,7 @@ from edgeprune.export.passes.weights import LazyInitializer, StackedMatrix, matr
 
 _MAX_INPUT, _MAX_OUTPUT = 8192, 512 * 512  # elements; size limits of constant folding
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_RESHAPES = ("Reshape", "Unsqueeze", "Squeeze")
 
 
 def optimize(model: ir.Model) -> None:
@@ -183,13 +185,80 @@ def _join_gemms(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir
         inputs.append(tape.initializer(ir.tensor(np.concatenate(rows), name=f"{layer}.qkv_proj.bias")))
     split = tape.initializer(ir.tensor(np.array(sizes, np.int64), name=f"{layer}.qkv_proj.sizes"))
     joined = tape.op("Gemm", inputs, {"transB": 1})
-    joined.type = nodes[0].outputs[0].type
-    parts = tape.op_multi_out("Split", [joined, split], {"axis": 1}, num_outputs=len(nodes))
+    joined.type, joined.shape = nodes[0].outputs[0].type, ir.Shape([_rows(nodes[0]), sum(sizes)])
+    # RotaryEmbedding takes [1, S, width]: one Reshape in front of the Split is cheaper than one for each part.
+    ahead = all(_is_rotated(node.outputs[0]) for node in nodes[:2])
+    if ahead:
+        shape = tape.initializer(ir.tensor(np.array([1, -1, sum(sizes)], np.int64), name=f"{layer}.qkv_proj.shape"))
+        joined = tape.op("Reshape", [joined, shape])
+    parts = tape.op_multi_out("Split", [joined, split], {"axis": 2 if ahead else 1}, num_outputs=len(nodes))
+    if ahead:
+        parts = [_reshaped(tape, part, node.outputs[0]) for part, node in zip(parts, nodes, strict=True)]
     values = {node.outputs[0]: part for node, part in zip(nodes, parts, strict=True)}
     replace_nodes(graph, min(nodes, key=list(graph).index), nodes, tape, values)
+
+
+def _rows(node: ir.Node) -> Any:
+    shape = node.outputs[0].shape
+    assert shape is not None
+    return shape[0]
+
+
+def _is_rotated(value: ir.Value) -> bool:
+    # Whether all that happens to a value is a RotaryEmbedding.
+    consumers = value.consumers()
+    if len(consumers) != 1:
+        return False
+    return consumers[0].op_type == "RotaryEmbedding" or (consumers[0].op_type in _RESHAPES and _is_rotated(consumers[0].outputs[0]))
+
+
+def _reshaped(tape: Tape, part: ir.Value, like: ir.Value) -> ir.Value:
+    # A part [1, S, width] of a product as the traced value `like` [S, width].
+    assert like.shape is not None and like.name is not None
+    part.type, part.shape = like.type, ir.Shape([1, *like.shape])
+    shape = tape.initializer(ir.tensor(np.array([-1, like.shape[1]], np.int64), name=f"{like.name}.shape"))
+    return tape.op("Reshape", [part, shape])
 
 
 def _numbers(value: ir.Value) -> np.ndarray:
     assert value.const_value is not None
     numbers: np.ndarray = value.const_value.numpy()
     return numbers
+
+
+def merge_reshapes(graph: ir.Graph) -> None:
+    """Replace chains of Reshape, Unsqueeze and Squeeze by one Reshape, or by nothing if the first shape is the last."""
+    shapes: dict[tuple[int, ...], ir.Value] = {}
+    for node in list(graph):
+        if node.op_type not in _RESHAPES or node.outputs[0].shape is None:
+            continue
+        output, root = node.outputs[0], before_reshapes(node.outputs[0])
+        sizes = tuple(size if isinstance(size, int) else -1 for size in output.shape or ())
+        if root.shape is not None and list(root.shape) == list(output.shape or ()) and not output.is_graph_output():
+            ir.convenience.replace_all_uses_with(output, root)
+        elif root is not node.inputs[0] and sizes.count(-1) < 2 and 0 not in sizes:
+            tape = Tape()
+            if sizes not in shapes:
+                name = "shape_" + "_".join(map(str, sizes)).replace("-", "m")
+                shapes[sizes] = tape.initializer(ir.tensor(np.array(sizes, np.int64), name=name))
+            replace_nodes(graph, node, [node], tape, {output: tape.op("Reshape", [root, shapes[sizes]])})
+
+
+def before_reshapes(value: ir.Value) -> ir.Value:
+    """Return the value that reshapes made into this one, which is itself if none did."""
+    producer = value.producer()
+    if producer is None or producer.op_type not in _RESHAPES:
+        return value
+    assert producer.inputs[0] is not None
+    return before_reshapes(producer.inputs[0])
+
+
+def divide_norms(graph: ir.Graph) -> None:
+    """Replace x * Reciprocal(Sqrt(y)) by x / Sqrt(y), the form in which ONNX Runtime recognizes a decomposed norm."""
+    for node in list(graph):
+        if node.op_type != "Reciprocal" or (product := _only_consumer(node.outputs[0], "Mul")) is None:
+            continue
+        root, state = node.inputs[0], _other_input(product, node.outputs[0])
+        if root is not None and state is not None and (source := root.producer()) is not None and source.op_type == "Sqrt":
+            tape = Tape()
+            replace_nodes(graph, product, [product, node], tape, {product.outputs[0]: tape.op("Div", [state, root])})

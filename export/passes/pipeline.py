@@ -14,10 +14,11 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalizatio
 from edgeprune.bundle import GraphRecord, Tensor
 from edgeprune.checkpoint.weights import Matrix, address
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.export.passes.attention import expand_blocked, tile_encoder_attention
-from edgeprune.export.passes.fusion import fuse_qkv, fuse_rotation, optimize
+from edgeprune.export.passes.attention import expand_blocked
+from edgeprune.export.passes.fusion import divide_norms, fuse_qkv, fuse_rotation, merge_reshapes, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
 from edgeprune.export.passes.recurrence import expand_delta_rules
+from edgeprune.export.passes.tiling import tile_encoder_attention
 from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
 
@@ -28,26 +29,31 @@ def run_passes(
     lowering: Lowering,
     part: str,
     stored: Mapping[int, Matrix],
+    *,
+    buffers: bool = False,
 ) -> ir.Model:
     """Apply all passes of a lowering to a traced graph and return the result.
 
     `dimensions`: names of the dynamic axes of inputs. `part`: the part of the model, "layers" (the decoder), "vision",
     "projector" (a selection with the projector in it), "embedding", or "" for a graph whose precision does not change. `stored`:
-    the sources of weights that are read when the graph is saved, by address.
+    the sources of weights that are read when the graph is saved, by address. `buffers`: as for `expand_blocked`.
     """
     _use_stored_weights(model.graph, stored)
     optimize(model)
-    expand_blocked(model.graph)
     expand_delta_rules(model.graph, single=lowering.target.blocked)
     # The exporter records the source line of every node, including paths of the exporting machine.
     ClearMetadataAndDocStringPass()(model)
     _name_dimensions(model.graph, dimensions)
     if lowering.target.fused:
         model = rewrite(model, pattern_rewrite_rules=rms_normalization_rules)
+    elif lowering.target.tensorrt is None:
+        divide_norms(model.graph)
     if lowering.target.blocked:
         fuse_qkv(model.graph)
         fuse_rotation(model.graph)
         tile_encoder_attention(model.graph)
+        merge_reshapes(model.graph)
+        expand_blocked(model.graph, buffers=buffers)
     if part == "embedding":
         lower_table(model.graph, lowering)
     elif part in ("layers", "vision", "projector"):

@@ -17,6 +17,7 @@ import torch
 from onnx_ir.tape import Tape
 
 from edgeprune.checkpoint.packed import PackedMatrix
+from edgeprune.export.passes.attention import one_row_branch
 from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, as_fp16, matrix_of
 from edgeprune.targets import Lowering
@@ -196,10 +197,40 @@ def _quantize(tape: Tape, state: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value
     producer, row_scale = state.producer(), None
     if producer is None or producer.op_type not in _NORMS:
         last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{state.name}.last_axis"))
-        minimum = tape.initializer(ir.tensor(np.array(_MIN_SCALE, np.float32), name=f"{state.name}.least"))
-        # The largest magnitude of each row. Abs would first write a full copy, which takes twice as long.
-        high, low = (tape.op(kind, [state, last], {"keepdims": 1}) for kind in ("ReduceMax", "ReduceMin"))
-        row_scale = tape.op("Max", [high, tape.op("Neg", [low]), minimum])
-        state = tape.op("Div", [state, row_scale])
+        least = tape.initializer(ir.tensor(np.array(_MIN_SCALE, np.float32), name=f"{state.name}.least"))
+        if producer is not None and one_row_branch(producer) is not None and len(state.uses()) == 1:
+            state, row_scale = _divide_branches(tape, state, last, least)
+        else:
+            state, row_scale = _divide_rows(tape, state, last, least)
     rows, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)
     return rows, scale, zero_point, row_scale
+
+
+def _divide_rows(tape: Tape, state: ir.Value, last: ir.Value, least: ir.Value) -> tuple[ir.Value, ir.Value]:
+    # Rows by their largest magnitudes, and these. Abs would first write a full copy, which takes twice as long.
+    high, low = (tape.op(kind, [state, last], {"keepdims": 1}) for kind in ("ReduceMax", "ReduceMin"))
+    row_scale = tape.op("Max", [high, tape.op("Neg", [low]), least])
+    return tape.op("Div", [state, row_scale]), row_scale
+
+
+def _divide_branches(tape: Tape, state: ir.Value, last: ir.Value, least: ir.Value) -> tuple[ir.Value, ir.Value]:
+    # Like `_divide_rows`, in the branch of attention for several rows: one row alone needs no scale beside that of its integers.
+    node = state.producer()
+    assert node is not None and node.graph is not None
+    row, several = one_row_branch(node), node.attributes["else_branch"].as_graph()
+    assert row is not None
+    one = tape.initializer(ir.tensor(np.ones((1, 1), np.float32), name=f"{state.name}.one"))
+    single, rows = Tape(), Tape()
+    scales = [single.op("Identity", [one])]
+    divided, row_scale = _divide_rows(rows, several.outputs[0], last, least)
+    for branch, added in ((row, single), (several, rows)):
+        for number, value in enumerate(value for added_node in added.nodes for value in added_node.outputs):
+            value.name = f"{branch.name}_scale_{number}"  # names of the outer graph are visible inside
+        branch.extend(added.nodes)
+    others = several.outputs[1:]
+    row.outputs.extend(scales)
+    several.outputs[:] = [divided, *others, row_scale]
+    outer, branches = Tape(), {"then_branch": row, "else_branch": several}
+    *values, row_scale = outer.op_multi_out("If", [node.inputs[0]], branches, num_outputs=len(several.outputs))
+    replace_nodes(node.graph, node, [node], outer, dict(zip(node.outputs, values, strict=True)))
+    return values[0], row_scale

@@ -18,3 +18,9 @@ def replace_nodes(graph: ir.Graph, at: ir.Node, nodes: Sequence[ir.Node], tape: 
     for initializer in tape.initializers:
         graph.register_initializer(initializer)
     ir.convenience.replace_nodes_and_values(graph, at, list(nodes), list(tape.nodes), list(values), list(values.values()))
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """Return the node that alone reads a value, None if there are several or the value is an output of the graph."""
+    consumers = value.consumers()
+    return consumers[0] if len(consumers) == 1 and not value.is_graph_output() else None

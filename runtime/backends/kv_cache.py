@@ -22,6 +22,7 @@ from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, WEIGHT, WEIGHTS, cach
 from edgeprune.plan import KeepPlan, keep_count_up
 
 T = TypeVar("T")
+SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2  # groups of text tokens
 # Key and value of each layer with attention, in order; places, for layers with a window; weights, if the input cut weighs.
 KvArrays = tuple[np.ndarray, ...]
 
@@ -64,6 +65,11 @@ class DecoderInput:
     text_groups: np.ndarray
     tier: int = 0
     weights: np.ndarray | None = None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is a decode step: one token, and no image."""
+        return self.suffix.embeds.shape[1] == 1 and not self.prefix.embeds.shape[1] and not self.visual.embeds.shape[1]
 
 
 @dataclass(frozen=True)

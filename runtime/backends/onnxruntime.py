@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.errors import BundleError, EngineError
 from edgeprune.io.background import run_in_threads
-from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
+from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, can_step, empty_buffers, run
+from edgeprune.runtime.backends.step_buffers import Recent
 
 CPU = "CPUExecutionProvider"
 # MatMulAddFusion fuses a matrix product and the residual addition into a Gemm, which has to dequantize its weights at every step:
@@ -64,6 +65,10 @@ class OnnxRuntimeBackend:
         self._slots, self._states = len(cache_slots(bundle.plan, *kinds)), len(shape.states)
         # A decoder without cuts has no input for the token indices.
         self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
+        # Decoders with buffers for steps take those of other passes as empty. Other providers need not write them in place.
+        self._no_buffers = empty_buffers(self._decoder)
+        bound = self._no_buffers and providers[0] == CPU
+        self._steps = Recent(partial(BoundStep, self._decoder, bundle)) if bound else None
 
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
@@ -73,7 +78,7 @@ class OnnxRuntimeBackend:
         if unpruned and self._plan.vision_cuts:
             vision = self._unpruned = self._unpruned or self._open_unpruned()
         names = [output.name for output in vision.get_outputs()]
-        outputs = dict(zip(names, _run(vision, names, {"pixel_values": patches}, cancellation), strict=True))
+        outputs = dict(zip(names, run(vision, names, {"pixel_values": patches}, cancellation), strict=True))
         signals = {name: outputs[name] for name in SIGNALS if name in outputs}
         return VisionOutput(outputs["visual_embeds"], signals, tuple(outputs[name] for name in self._kept_names if name in outputs))
 
@@ -100,10 +105,12 @@ class OnnxRuntimeBackend:
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run the decoder on new tokens and a KV cache."""
+        if self._steps is not None and can_step(self._plan, tokens, cache):
+            return self._steps.of(cache).forward(tokens, cache, cancellation)
         values = decoder_feeds(self._input_names, tokens, cache)
-        feeds = {name: value for name, value in values.items() if name in self._decoder_inputs}
+        feeds = {name: value for name, value in values.items() if name in self._decoder_inputs} | self._no_buffers
         started = time.perf_counter()
-        logits, *rest = _run(self._decoder, self._output_names, feeds, cancellation)
+        logits, *rest = run(self._decoder, self._output_names, feeds, cancellation)
         run_ms = 1e3 * (time.perf_counter() - started)
         split = rest.pop() if self._follows_attention else None
         rows, states, kept = split_outputs(rest, self._slots, self._states)
@@ -132,8 +139,13 @@ def nodes_run(
     with TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "step")
         session = _open_session(bundle.file(DECODER), options, providers)
-        values = decoder_feeds(decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers)), tokens, cache)
-        _run(session, decoder_outputs(bundle.plan, *kinds), {node.name: values[node.name] for node in session.get_inputs()}, None)
+        buffers = empty_buffers(session)
+        if buffers and providers[0] == CPU and can_step(bundle.plan, tokens, cache):
+            BoundStep(session, bundle).forward(tokens, cache, None)
+        else:
+            values = decoder_feeds(decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers)), tokens, cache) | buffers
+            feeds = {node.name: values[node.name] for node in session.get_inputs()}
+            run(session, decoder_outputs(bundle.plan, *kinds), feeds, None)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return sum(event.get("cat") == "Node" and event["name"].endswith("_kernel_time") for event in events)
 
@@ -141,22 +153,6 @@ def nodes_run(
 def _rounds(bundle: Bundle) -> bool:
     # Whether products are of integers, both inputs in 8 bits.
     return bundle.manifest.lowering.rounds(bundle.manifest.precision)
-
-
-def _run(
-    session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray], cancellation: CancellationToken | None
-) -> list[np.ndarray]:
-    # ONNX Runtime checks `terminate` between two nodes.
-    options = onnxruntime.RunOptions()
-    options.log_severity_level = 4  # cancellation is not worth a log line, and errors are raised
-    with cancellation.on_cancel(partial(setattr, options, "terminate", True)) if cancellation else nullcontext():
-        try:
-            outputs: list[np.ndarray] = session.run(names, feeds, options)
-            return outputs
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            if cancellation is not None and cancellation.reason is not None:
-                raise Cancelled from error
-            raise
 
 
 def _session_options(threads: int | None, providers: Sequence[str], *, exact: bool, integers: bool, mapped: bool = False) -> Any:

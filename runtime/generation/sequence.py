@@ -20,11 +20,10 @@ import numpy as np
 from edgeprune.errors import UsageError
 from edgeprune.plan import CLASSES, Cut, KeepPlan, View
 from edgeprune.runtime.backends.interface import Backend, CancellationToken, DecoderOutput, VisionOutput
-from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, TokenSegment
+from edgeprune.runtime.backends.kv_cache import GENERATED, INSTRUCTION, SYSTEM, DecoderInput, KvCache, TokenSegment
 from edgeprune.runtime.generation.pipeline import Pipeline
 from edgeprune.runtime.telemetry.receipt import CutReceipt, ImageUsage, Receipt
 
-SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2  # groups of text tokens
 IMAGE = 1  # the column of an image among attention shares: system, image, instruction, generated
 _ONE_HOT = np.eye(3, dtype=np.float32)
 _NO_ORDER, _NO_GROUPS = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)

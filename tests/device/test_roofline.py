@@ -21,7 +21,7 @@ from edgeprune.device.roofline import Interval, estimate, prefill_operations
 from edgeprune.device.workload import PRECISIONS, Decoder, Precision, VisionWorkload, Workload, workload_of
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.export.exporter import export_bundle
-from edgeprune.export.passes import attention as tiling
+from edgeprune.export.passes import tiling
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.targets import TARGETS, Lowering
 

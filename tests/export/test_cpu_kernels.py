@@ -13,10 +13,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
-from edgeprune.export.passes import attention as tiling
+from edgeprune.export import tracing
+from edgeprune.export.passes import tiling
+from edgeprune.export.passes.fusion import merge_reshapes
 from edgeprune.export.passes.precision import DynamicQuantizer
 from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_vision
 from edgeprune.model.quantization import dynamically_rounded, quantize
@@ -92,6 +95,103 @@ def test_query_key_and_value_are_one_product(even: LoadedModel, tiny_plan: KeepP
         found[precision] = nodes(tmp_path / "decoder.onnx")
     assert found["fp32"]["Gemm"] == found["int8"]["MatMulInteger"] == 2 * 5 + 1
     assert found["int8"]["DynamicQuantizeLinear"] == 2 * 4 + 1  # gate and up meet the same
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_a_layer_of_a_decode_step_has_few_nodes(
+    buffers: bool, even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "has_buffers", lambda *_: buffers)
+    trace_decoder(even.family.decoder(), 3, KeepPlan("qwen2_vl", 2, tiny_plan.geometry), cpu("int8"), tmp_path / "decoder.onnx")
+    graph = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
+    found = Counter(node.op_type for node in graph.node)
+    # One of the three cuts the blocks; the lengths that decide are compared once for all layers.
+    assert found["If"] == 3 and found["Less"] == 2
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    reshapes = ("Reshape", "Unsqueeze", "Squeeze")
+    assert not [node.name for node in graph.node if node.op_type in reshapes and makers.get(node.input[0]) in reshapes]
+    # Two of these Transposes fuse with each of the products; one row has no scale, which is an Identity.
+    products = {"MatMul": 6, "Transpose": 6, "Reshape": 2, **dict.fromkeys(("Mul", "Concat", "Add", "Softmax", "Split", "Sum"), 1)}
+    attentions = 0
+    for node in graph.node:
+        branches = {part.name: part.g for part in node.attribute} if node.op_type == "If" else {}
+        if not branches or not branches["then_branch"].name.endswith("_one_row"):
+            continue
+        row, several = (Counter(part.op_type for part in branches[name].node) for name in ("then_branch", "else_branch"))
+        assert row == {**({"GroupQueryAttention": 1, "Reshape": 1} if buffers else products), "Identity": 1}
+        scaled = dict.fromkeys(("If", "ReduceMax", "ReduceMin", "Neg", "Max", "Div"), 1)
+        assert several == {**scaled, **({"Identity": 2} if buffers else {})}  # buffers that are none
+        attentions += 1
+    assert attentions == 2
+
+
+def test_one_row_attends_as_several_do(
+    even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last of two rows attends in another branch than the same row alone, after the first is cached. For buffers see
+    # test_step_answers.py.
+    monkeypatch.setattr(tracing, "has_buffers", lambda *_: False)
+    parts, plan = even.family.decoder(), KeepPlan("qwen2_vl", 2, tiny_plan.geometry)
+    trace_decoder(parts, 3, plan, cpu("fp32"), tmp_path / "decoder.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx", providers=[CPU])
+    draws = np.random.default_rng(0)
+    embeds = draws.standard_normal((1, 2, parts.hidden)).astype(np.float32)
+    past = {
+        node.name: np.concatenate([np.zeros((1, *node.shape[1:])), draws.standard_normal((5, *node.shape[1:]))]).astype(np.float32)
+        for node in session.get_inputs()
+        if "past" in node.name
+    }
+
+    def step(rows: slice, caches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tokens = {"prefix": slice(0), "visual": slice(0), "suffix": rows}
+        feeds = {f"{name}_embeds": embeds[:, part] for name, part in tokens.items()}
+        feeds |= {f"{name}_positions": np.tile(np.arange(10, 12)[part], (3, 1)) for name, part in tokens.items()}
+        feeds = {node.name: feeds[node.name] for node in session.get_inputs() if node.name in feeds} | caches
+        feeds |= {"visual_order": np.zeros(0, np.int64)} if "visual_order" in {node.name for node in session.get_inputs()} else {}
+        names = [node.name for node in session.get_outputs()]
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    first = step(slice(0, 1), past)
+    grown = {
+        name: np.concatenate([rows, first[name.replace("past_key_values", "present")]]) if not name.startswith("visual") else rows
+        for name, rows in past.items()
+    }
+    np.testing.assert_allclose(step(slice(1, 2), grown)["logits"], step(slice(0, 2), past)["logits"], atol=1e-5)
+
+
+def test_norms_of_an_older_opset_are_one_node(even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
+    trace_decoder(even.family.decoder(), 3, KeepPlan("qwen2_vl", 2, tiny_plan.geometry), PLAIN, tmp_path / "decoder.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "decoder.onnx", options, providers=[CPU])
+    assert not nodes(tmp_path / "decoder.onnx")["Reciprocal"]
+    assert nodes(tmp_path / "optimized.onnx")["SimplifiedLayerNormalization"] == 2 * 2 + 1
+
+
+def test_a_chain_of_reshapes_is_one_or_none(tmp_path: Path) -> None:
+    state = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 6]))
+    tape = Tape()
+
+    def reshaped(value: ir.Value, *sizes: int | str) -> ir.Value:
+        shape = tape.initializer(ir.tensor(np.array([-1 if size == "n" else size for size in sizes]), name=f"s{len(tape.nodes)}"))
+        output = tape.op("Reshape", [value, shape])
+        output.type, output.shape = state.type, ir.Shape(sizes)
+        return output
+
+    wide = reshaped(reshaped(state, "n", 2, 3), 1, "n", 6)
+    back = reshaped(reshaped(wide, "n", 3, 2), "n", 6)
+    output = tape.op(
+        "Concat", [back, tape.op("Squeeze", [wide, tape.initializer(ir.tensor(np.array([0]), name="axis"))])], {"axis": 1}
+    )
+    output.name, output.type, output.shape = "y", state.type, ir.Shape(["n", 12])
+    graph = ir.Graph([state], [output], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": 23})
+    rows = np.arange(12, dtype=np.float32).reshape(2, 6)
+    model = ir.Model(graph, ir_version=10)
+    merge_reshapes(graph)
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, tmp_path / "merged.onnx")
+    assert nodes(tmp_path / "merged.onnx") == {"Reshape": 1, "Squeeze": 1, "Concat": 1}  # the shape of a Squeeze is unknown here
+    np.testing.assert_array_equal(run(tmp_path / "merged.onnx", x=rows), np.concatenate([rows, rows], axis=1))
 
 
 def test_scores_of_an_encoder_are_never_there_at_once(

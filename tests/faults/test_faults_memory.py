@@ -11,6 +11,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import EngineError
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends import onnxruntime as ort
+from edgeprune.runtime.backends import onnxruntime_steps
 
 PROMPT = "What colour is the cube?"
 ERRORS: list[Exception] = [
@@ -27,7 +28,7 @@ def runtime(tiny_bundle: Bundle) -> Runtime:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, at: int, error: Exception) -> None:
     """Have the run of a graph that comes `at` next fail."""
-    whole, runs = ort._run, list[int]()
+    whole, runs = onnxruntime_steps.run, list[int]()
 
     def run(*given: Any) -> Any:
         runs.append(1)
@@ -35,7 +36,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, at: int, error: Exception) -> None:
             raise error
         return whole(*given)
 
-    monkeypatch.setattr(ort, "_run", run)
+    monkeypatch.setattr(ort, "run", run)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["arena", "bad_alloc", "numpy"])

@@ -1,0 +1,108 @@
+"""One buffer of keys and one of values for each layer, which steps of one token read and extend in place.
+
+A step reads cached visual tokens and text from two places of a `KvCache`, in the layout of prefill. Here they lie one behind the
+other, visual tokens first, head by head [1, kv heads, capacity, head_dim]: one product a head reads them, a step adds its row
+behind the last, and the addresses stay. The cache stays complete, so whatever else reads or continues a conversation needs no
+buffer. Nothing here belongs to an engine.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from edgeprune.runtime.backends.kv_cache import KvArrays, KvCache
+
+T = TypeVar("T")
+CAPACITY = 256  # capacities are multiples of it, so that few sizes occur
+_CONVERSATIONS = 8  # that keep their buffers: more than answers at a time
+
+
+class StepBuffers:
+    """The packed keys and values of one conversation.
+
+    `arrays`: key and value of each layer in turn, as in `KvCache.buffers`. `lengths` [layers], int32: their valid rows, always in
+    the same memory.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.arrays: KvArrays = ()
+        self.lengths = np.zeros(layers, np.int32)
+        self._text: Callable[[], np.ndarray | None] = lambda: None
+        self._visual: KvArrays = ()
+        self._length = 1  # packed text rows of the cache, with its null row
+        self._stepped = False
+
+    def follow(self, cache: KvCache) -> None:
+        """Hold what a decode step on `cache` reads. `arrays` are others afterwards if another capacity is needed."""
+        if not self._continues(cache):
+            self._pack(cache)
+        if not self._has_newest(cache):
+            self._copy_text(cache)
+        self.lengths += np.int32(cache.length - self._length)
+        self._text, self._visual = weakref.ref(cache.buffers[0]), cache.visual
+        self._length, self._stepped = cache.length, False
+
+    def stepped(self) -> None:
+        """Note that a step wrote its row behind the last of each layer, where the cache will have it too."""
+        self._stepped = True
+
+    def _continues(self, cache: KvCache) -> bool:
+        if cache.buffers[0] is not self._text() or cache.length < self._length:
+            return False
+        return cache.visual is self._visual or all(map(_same, cache.visual, self._visual))
+
+    def _has_newest(self, cache: KvCache) -> bool:
+        # Whether the cache has grown by the row that the last step wrote. The last values tell any two tokens apart.
+        if not self._stepped or cache.length != self._length + 1:
+            return False
+        return np.array_equal(self.arrays[-1][0, :, self.lengths[-1]], cache.buffers[-1][self._length])
+
+    def _pack(self, cache: KvCache) -> None:
+        # The visual rows; no text is packed afterwards.
+        rows = [len(visual) - 1 for visual in cache.visual]
+        # The text buffers have room for the whole answer. Memory that is never written takes no room.
+        capacity = -(-(max(rows) + len(cache.buffers[0])) // CAPACITY) * CAPACITY
+        self._text, self._stepped = lambda: None, False  # nothing is valid if memory runs out
+        if not self.arrays or self.arrays[0].shape[2] != capacity:
+            self.arrays = tuple(np.zeros((1, text.shape[1], capacity, text.shape[2]), text.dtype) for text in cache.buffers)
+        for array, visual in zip(self.arrays, cache.visual, strict=True):
+            array[0, :, : len(visual) - 1] = visual[1:].swapaxes(0, 1)
+        self.lengths[:], self._length = rows[::2], 1
+
+    def _copy_text(self, cache: KvCache) -> None:
+        for array, text, place in zip(self.arrays, cache.buffers, np.repeat(self.lengths, 2), strict=True):
+            array[0, :, place : place + cache.length - self._length] = text[self._length : cache.length].swapaxes(0, 1)
+
+
+def _same(array: np.ndarray, other: np.ndarray) -> bool:
+    return array is other or (array.shape == other.shape and array.ctypes.data == other.ctypes.data)
+
+
+class Recent(Generic[T]):
+    """What the conversations of the last steps have each of their own; `make` makes it. It goes when its conversation goes."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._known: OrderedDict[int, tuple[Callable[[], np.ndarray | None], T]] = OrderedDict()
+
+    def of(self, cache: KvCache) -> T:
+        """Return what belongs to the conversation of a cache."""
+        text = cache.buffers[0]
+        key = id(text)
+        known = self._known.pop(key, None)
+        if known is None or known[0]() is not text:
+            known = weakref.ref(text, lambda _: self._forget(key)), self._make()
+        self._known[key] = known
+        if len(self._known) > _CONVERSATIONS:
+            self._known.popitem(last=False)
+        return known[1]
+
+    def _forget(self, key: int) -> None:
+        known = self._known.get(key)
+        if known is not None and known[0]() is None:  # another array may have the number by now
+            self._known.pop(key, None)
