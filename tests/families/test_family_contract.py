@@ -49,8 +49,8 @@ WORDS = 16
 PROMPTS = ("What colour is the cube?", "And the ball?")
 NAMES = sorted([*FAMILIES, "paligemma2"])
 families = pytest.mark.parametrize("name", NAMES)
-# Of llava and llava_onevision, paligemma, idefics3 and llava: the same encoders.
-TWINS = ("llava_next", "paligemma2", "smolvlm", "vipllava")
+# Built in `make test`, one of a kind: others have SigLIP's encoder as gemma3, CLIP's as llava, or Qwen's.
+ENCODERS = ("gemma3", "idefics2", "internvl", "lfm2_vl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
 # Whose bundles are verified in `make test`. The bundled model is a Qwen2-VL; the others come with `make test-all`.
 VERIFIED = ("internvl", "qwen3_5")
 # Decoders of the others are llava's but for biases, widths and planes; those with windows or states are built below.
@@ -64,7 +64,7 @@ def slow_unless(quick: Callable[[str], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", names)
 
 
-once_for_twins = slow_unless(lambda name: name not in TWINS)
+once_per_encoder = slow_unless(lambda name: name in ENCODERS)
 once_per_kind = slow_unless(lambda name: name in VERIFIED)
 video_kinds = slow_unless(lambda name: name == "llava_onevision")
 once_per_decoder = slow_unless(lambda name: name in DECODERS)
@@ -336,7 +336,7 @@ def check_sizes(bundle: Bundle, model: LoadedModel) -> None:
     assert 0 < expected.tower_bytes <= stored[VISION] and 0 < expected.layer_bytes + expected.head_bytes <= stored[DECODER]
 
 
-@once_for_twins
+@once_per_encoder
 @pytest.mark.parametrize("target", [pytest.param("jetpack6", marks=pytest.mark.slow), "jetpack7.2"])
 def test_its_encoder_is_built(name: str, target: str, model: LoadedModel, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

@@ -125,7 +125,9 @@ def test_graphs_weigh_as_the_eager_decoder_does(
 
 
 # Windows and images that see themselves, prompts that see themselves, layers with states.
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "paligemma", "lfm2_vl"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "paligemma", "lfm2_vl"))]
+)
 def test_bundles_weigh_in_every_kind_of_decoder(family: str, tmp_path: Path) -> None:
     made = importlib.import_module(f"tiny_{family}")
     (tmp_path / "model").mkdir()
