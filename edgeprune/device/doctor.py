@@ -52,7 +52,7 @@ def cautions_of(machine: Machine) -> tuple[DeviceWarning, ...]:
 
 def _speed_warnings(machine: Machine) -> Iterator[DeviceWarning]:
     if machine.byte_products is False:
-        what = "This CPU has no instructions for products of 8-bit integers (VNNI): prefill in int8 is as slow as in fp32."
+        what = "This CPU has no instructions for products of 8-bit integers (VNNI): int8 bundles run slower kernels."
         yield DeviceWarning(what)
     if not machine.is_jetson:
         return

@@ -172,7 +172,7 @@ def _session_options(threads: int | None, providers: Sequence[str], *, exact: bo
             options.add_session_config_entry("session.use_env_allocators", "1")
         if integers and not _has_byte_products():
             # Kernels for AVX2 add two products of 8 bits in 16, which overflows for large weights: answers would be noise. The
-            # others take 3.5 times as long as those for VNNI (ONNX Runtime 1.31.1), which it would give up too.
+            # others are slower than those for VNNI (3.5 times for one product, ONNX Runtime 1.31.1), which it would give up too.
             # Without integers it would give DequantizeLinear a zero point of a wrong shape.
             options.add_session_config_entry("session.x64quantprecision", "1")
     return options

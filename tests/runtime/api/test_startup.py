@@ -134,7 +134,7 @@ def test_graphs_share_memory_that_no_pattern_doubles(tiny_bundle: Bundle) -> Non
 def test_exact_kernels_are_asked_for_only_where_fast_ones_are_wrong(
     monkeypatch: pytest.MonkeyPatch, able: bool | None, asked: bool
 ) -> None:
-    # With them prefill in integers takes 3.5 times as long on a CPU that does not need them.
+    # On a CPU that does not need them the vision tower takes nearly twice as long with them.
     monkeypatch.setattr(onnxruntime, "_has_byte_products", lambda: able)
     options = onnxruntime._session_options(1, [onnxruntime.CPU], exact=False, integers=True)
     try:
