@@ -27,7 +27,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.io.files import check_output, new_folder, write_bytes
@@ -75,7 +75,6 @@ _DISPUTED = tuple(
         "goat|chamois|antelope",
         "horse|donkey|zebra",
         "deer|reindeer|antelope",
-        "pig|wild boar",
         "blackbird|crow|magpie|lark|cuckoo",
         "crane|heron|flamingo",
         "ostrich|rhea",
@@ -215,6 +214,7 @@ def _digest(text: str) -> int:
     return int.from_bytes(sha256(text.encode()).digest()[:4], "big")
 
 
+@cache
 def asked_kinds() -> tuple[str, ...]:
     """Return the kinds that are answers."""
     return tuple(sorted({entry.kind for entry in catalogue()} - set(_UNASKED)))
@@ -328,7 +328,7 @@ def _background(rng: np.random.Generator, pictures: Sequence[Picture]) -> tuple[
         if contrast > 80:
             break
     small = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    return colour, small.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return colour, small.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
 def _plain(rng: np.random.Generator) -> tuple[str, np.ndarray]:
@@ -354,7 +354,7 @@ _PATTERNS = (_plain, _plain, _gradient, _texture)
 
 def _paste(rng: np.random.Generator, scene: Image.Image, thing: Thing, large: bool) -> None:
     image = thing.picture.image
-    longest = rng.uniform(130, 290) if large else rng.uniform(72, 106)
+    longest = rng.uniform(130, 290) if large else rng.uniform(76, 108)
     factor = longest / max(image.size)
     width, height = (max(4, round(side * factor)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -362,7 +362,8 @@ def _paste(rng: np.random.Generator, scene: Image.Image, thing: Thing, large: bo
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.7:
         image = image.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR, expand=True)
-    image = ImageEnhance.Brightness(image).enhance(float(rng.uniform(0.85, 1.15)))
+    light = np.clip(np.arange(256) * rng.uniform(0.85, 1.15), 0, 255).astype(int).tolist()
+    image = image.point([*light * 3, *range(256)])
     centre = (1.5, 1.5) if large else (thing.column + 0.5, thing.row + 0.5)
     cell, rim = SIDE * 56 / 192, SIDE * 12 / 192  # as TableTop's, at this size
     corner = [rim + cell * at + float(rng.uniform(-7, 7)) - side / 2 for at, side in zip(centre, image.size, strict=True)]
@@ -429,7 +430,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     present = [word for word in _words(scene) if _is_clear(scene, word) and word not in (*_PAIRS, *_MASS) and word.islower()]
     several = [word for word in present if len(_called(scene, word)) > 1]
     single = [word for word in present if word not in several]
-    absent = [word for word in _absent(scene, rng, 4) if word not in (*_PAIRS, *_MASS) and word.islower()]
+    absent = [word for word in _absent(scene, rng, 4, kinds=0.2) if word not in (*_PAIRS, *_MASS) and word.islower()]
     for word in (*several, *single[:2], *absent[:1]):
         verb = ("are there", "do you see", "are in the picture")[int(rng.integers(3))]
         yield Question("photo: count", f"How many {_plural(word)} {verb}?", str(len(_called(scene, word))))
@@ -445,7 +446,8 @@ def _where(scene: Scene, _: np.random.Generator) -> Iterator[Question]:
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     present = [word for word in _words(scene) if _is_clear(scene, word)]
-    absent = _absent(scene, rng, len(present))
+    # As many kinds among them, so that how general a word is tells nothing.
+    absent = _absent(scene, rng, len(present), kinds=sum(word in asked_kinds() for word in present) / max(len(present), 1))
     for yes, no in zip(present, absent, strict=False):
         yield Question("photo: exists", _is_there(yes), "yes")
         yield Question("photo: exists", _is_there(no), "no")
@@ -490,16 +492,18 @@ def _words(scene: Scene) -> list[str]:
     return list(dict.fromkeys(names + kinds))
 
 
-def _absent(scene: Scene, rng: np.random.Generator, count: int) -> list[str]:
-    # Half of them, where possible, of a kind that is there; a sixth are kinds.
+def _absent(scene: Scene, rng: np.random.Generator, count: int, kinds: float) -> list[str]:
+    # A share are kinds, animals often, since they often are there. Of the names half, where possible, are of a kind that is there.
     known = [entry for entry in catalogue() if entry.split == TRAIN]
-    kinds = {thing.entry.kind for thing in scene.things}
-    near = sorted({entry.name for entry in known if entry.kind in kinds})
-    far = sorted({entry.name for entry in known})
+    present = {thing.entry.kind for thing in scene.things}
+    near = list(dict.fromkeys(entry.name for entry in known if entry.kind in present))
+    far = list(dict.fromkeys(entry.name for entry in known))
     found: list[str] = []
     for _ in range(12 * count):
-        pool: Sequence[str] = asked_kinds() if rng.random() < 0.17 else near if rng.random() < 0.5 else far
-        word = str(rng.choice(pool))
+        pool: Sequence[str] = (
+            (*asked_kinds(), *["animal"] * 4) if rng.random() < kinds else near if near and rng.random() < 0.5 else far
+        )
+        word = pool[int(rng.integers(len(pool)))]
         if word not in found and not _called(scene, word) and _is_clear(scene, word):
             found.append(word)
         if len(found) == count:
@@ -518,12 +522,14 @@ def _is_unique(scene: Scene, thing: Thing) -> bool:
 
 def _is_clear(scene: Scene, word: str) -> bool:
     """Return whether nobody could say the word of something in the scene that is not called so here."""
-    return not any(_is_disputed(thing.entry, word) for thing in scene.things if not thing.entry.is_called(word))
+    entries = (thing.entry for thing in scene.things)
+    return not any(_is_disputed(entry.name, entry.kind, word) for entry in entries if not entry.is_called(word))
 
 
-def _is_disputed(entry: Entry, word: str) -> bool:
-    own = {entry.name, entry.kind}
-    if own & set(_LOOSE.get(word, "").split("|")) or set(word.split()) & set(entry.name.split()):
+@cache
+def _is_disputed(name: str, kind: str, word: str) -> bool:
+    own = {name, kind}
+    if own & set(_LOOSE.get(word, "").split("|")) or set(word.split()) & set(name.split()):
         return True
     return any(word in names and own & names for names in _DISPUTED)
 
