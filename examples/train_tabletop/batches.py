@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from photographs import PHOTO_KINDS, Photographs, sample
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -24,8 +25,9 @@ GRID = SIDE // PATCH
 TOKENS = GRID * GRID
 CHANGED = 0.7  # share of the pairs that show one scene before and after a change
 CHAT = "chat"  # what has nothing to do with the picture
-NAMES = (*KINDS, *(f"two: {kind}" for kind in PAIR_KINDS), CHAT)
+NAMES = (*KINDS, *(f"two: {kind}" for kind in PAIR_KINDS), CHAT, *PHOTO_KINDS)
 CHATS = 0.15  # that many to each other question, where there are any
+PHOTOGRAPHS = 0.25  # of the rows with one image, where there are any
 IGNORE = -100
 _HARD = {"relation": 3, "count": 3, "exists": 2, "picture": 2, "which": 3, "more": 3, "together": 3}  # asked that much more often
 
@@ -61,7 +63,7 @@ class Batch:
     positions: torch.Tensor  # [3, B, S] mRoPE rows: time, height, width; without mRoPE three times the same
     labels: torch.Tensor  # [B, S]: id of the next token where it belongs to an answer, else IGNORE
     kinds: torch.Tensor  # [B, S]: index into NAMES where labels is set, else IGNORE
-    token_labels: torch.Tensor  # [B, I, TOKENS, len(ATTRIBUTES)]
+    token_labels: torch.Tensor  # [B, I, TOKENS, len(ATTRIBUTES)], IGNORE in photographs
     changes: torch.Tensor  # [B, TOKENS]: what each token of the last image shows against the first, see DIFFERENCES
 
     def to(self, device: str) -> Batch:
@@ -90,9 +92,46 @@ def make_batch(
 ) -> Batch:
     """Draw `rows` fresh scenes, or pairs for two images, and pack questions of random kinds behind each, some of them `chats`."""
     shown = [sample_scenes(rng, images) for _ in range(rows)]
-    packed = [pack(choose_questions(scenes, rng, chats), tokenizer, layout, images) for scenes in shown]
+    asked = [_with_chats(choose_questions(scenes, rng), rng, chats) for scenes in shown]
+    pictures = [[draw_scene(scene) for scene in scenes] for scenes in shown]
+    labels = np.stack([[token_labels(scene) for scene in scenes] for scenes in shown])
+    return _batch(tokenizer, layout, asked, pictures, labels, np.stack([_changes(scenes) for scenes in shown]))
+
+
+def photograph_batch(
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    rows: int,
+    photographs: Photographs,
+    split: str,
+    chats: Sequence[Question] = (),
+) -> Batch:
+    """Lay out `rows` pictures of photographs of a split, and pack questions behind each, as make_batch does."""
+    shown = [sample(rng, photographs, split) for _ in range(rows)]
+    asked = [_with_chats([(question.kind, question) for question in questions], rng, chats) for _, questions in shown]
+    labels = np.full((rows, 1, TOKENS, len(ATTRIBUTES)), IGNORE, np.int64)
+    return _batch(tokenizer, layout, asked, [[picture] for picture, _ in shown], labels, np.zeros((rows, TOKENS), np.int64))
+
+
+def joined(first: Batch, second: Batch) -> Batch:
+    """Return one batch of the rows of two."""
+    axes = {"positions": 1}
+    names = [field.name for field in fields(Batch)]
+    return Batch(**{name: torch.cat([getattr(first, name), getattr(second, name)], axes.get(name, 0)) for name in names})
+
+
+def _batch(
+    tokenizer: Tokenizer,
+    layout: Layout,
+    asked: Sequence[Sequence[tuple[str, Question]]],
+    pictures: Sequence[Sequence[Image.Image]],
+    token_labels: np.ndarray,
+    changes: np.ndarray,
+) -> Batch:
+    packed = [pack(questions, tokenizer, layout, len(shown)) for questions, shown in zip(asked, pictures, strict=True)]
     ids, segments, positions, labels, kinds = (np.stack([p[k] for p in packed]) for k in range(5))
-    pixels = [[layout.pixels(draw_scene(scene)) for scene in scenes] for scenes in shown]
+    pixels = [[layout.pixels(picture) for picture in shown] for shown in pictures]
     return Batch(
         pixels=torch.from_numpy(np.stack(pixels)),
         ids=torch.from_numpy(ids),
@@ -100,8 +139,8 @@ def make_batch(
         positions=torch.from_numpy(positions).transpose(0, 1),
         labels=torch.from_numpy(labels),
         kinds=torch.from_numpy(kinds),
-        token_labels=torch.from_numpy(np.stack([[token_labels(scene) for scene in scenes] for scenes in shown])),
-        changes=torch.from_numpy(np.stack([_changes(scenes) for scenes in shown])),
+        token_labels=torch.from_numpy(token_labels),
+        changes=torch.from_numpy(changes),
     )
 
 
@@ -217,14 +256,16 @@ def sample_scenes(rng: np.random.Generator, images: int) -> tuple[Scene, ...]:
     return (sample_scene(rng),) if images == 1 else sample_pair(rng, CHANGED)
 
 
-def choose_questions(
-    scenes: tuple[Scene, ...], rng: np.random.Generator, chats: Sequence[Question] = ()
-) -> list[tuple[str, Question]]:
+def choose_questions(scenes: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[str, Question]]:
     """Return more questions than a row has room for, with their names of NAMES."""
     if len(scenes) == 1:
-        asked = [(question.kind, question) for question in _about_one(scenes[0], rng)]
-    else:
-        asked = [(f"two: {question.kind}", question) for question in _about_two((scenes[0], scenes[1]), rng)]
+        return [(question.kind, question) for question in _about_one(scenes[0], rng)]
+    return [(f"two: {question.kind}", question) for question in _about_two((scenes[0], scenes[1]), rng)]
+
+
+def _with_chats(
+    asked: list[tuple[str, Question]], rng: np.random.Generator, chats: Sequence[Question]
+) -> list[tuple[str, Question]]:
     for place in range(len(asked) if chats else 0, 0, -1):
         if rng.random() < CHATS:
             asked.insert(place, (CHAT, chats[int(rng.integers(len(chats)))]))

