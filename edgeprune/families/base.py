@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -114,6 +116,12 @@ class Family:
     chat_template: ClassVar[str | None] = None
     outside_chats: ClassVar[Mapping[str, OutsideChat]] = {}
 
+    def __init_subclass__(cls) -> None:
+        # What these make beside the weights, such as tables of positions, has to be where the weights are.
+        for name in ("vision", "decoder"):
+            if name in vars(cls):
+                setattr(cls, name, _beside_the_weights(vars(cls)[name]))
+
     def __init__(self, model: Any) -> None:
         self._model = model
 
@@ -152,6 +160,17 @@ class Family:
         raise NotImplementedError
 
 
+def _beside_the_weights(build: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(build)
+    def build_there(self: Family, *arguments: Any, **options: Any) -> Any:
+        device = self._model.device
+        # An outline's weights have no data: what is computed of other numbers stays on the CPU.
+        with torch.device(device) if device.type == "cuda" else nullcontext():
+            return build(self, *arguments, **options)
+
+    return build_there
+
+
 def encoder_work(tower: Any) -> Operations:
     """Return the operations of one image in a module of `Family.vision`, counted as it runs on tensors without data.
 
@@ -159,7 +178,7 @@ def encoder_work(tower: Any) -> Operations:
     counts as attention.
     """
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        tower(torch.empty(tower.takes))
+        tower(torch.empty(tower.takes, device=next(tower.parameters()).device))
     counts = counter.get_flop_counts()["Global"]
     products = sum(count for operator, count in counts.items() if operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
     return Operations(products, sum(counts.values()) - products)
