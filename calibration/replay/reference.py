@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +41,7 @@ class TorchBackend:
         self._plan, self._family = plan, loaded.family
         self._vision = loaded.family.vision(plan.geometry, signals=bool(self._signals), cuts=plan.vision_cuts).eval().to(device)
         self._unpruned: torch.nn.Module | None = None  # built on first use
+        self._last: tuple[np.ndarray, bool, VisionOutput] | None = None  # questions about an image follow each other
         self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
         projector = self._vision.projector if len(self._signals) == len(SIGNALS) else None
@@ -63,15 +64,27 @@ class TorchBackend:
             if isinstance(module, torch.nn.Linear)
         }
 
-    def lowered(self, lowering: Lowering, fitted: Mapping[str, Quantized] | None = None) -> AbstractContextManager[None]:
-        """Return a context in which the backend computes with the weights and rounding of a lowering, and `fitted` matrices."""
-        return at_precision(self._parts, self._vision, lowering, fitted)
+    @contextmanager
+    def lowered(self, lowering: Lowering, fitted: Mapping[str, Quantized] | None = None) -> Iterator[None]:
+        """Compute with the weights and rounding of a lowering, and `fitted` matrices, while the block runs."""
+        self._last = None
+        with at_precision(self._parts, self._vision, lowering, fitted):
+            yield
+        self._last = None
 
     @torch.no_grad()
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:
-        """Encode patches [patches, patch pixels]; `unpruned`: without the cuts in the vision encoder."""
+        """Encode patches [patches, patch pixels]; `unpruned`: without the cuts in the vision encoder.
+
+        The same patches as in the last call are not encoded again.
+        """
+        if self._last is None or self._last[1] is not unpruned or not np.array_equal(self._last[0], patches):
+            self._last = (patches.copy(), unpruned, self._encoded(patches, unpruned))
+        return self._last[2]
+
+    def _encoded(self, patches: np.ndarray, unpruned: bool) -> VisionOutput:
         vision, names = self._vision, self._signals
         if unpruned and self._plan.vision_cuts:
             self._unpruned = self._unpruned or self._family.vision(self._plan.geometry).eval().to(self._device)

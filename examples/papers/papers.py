@@ -1,7 +1,8 @@
-"""Calibrate the methods of three papers on the bundled model, and compare them with all others on scenes that nothing was tuned on.
+"""Calibrate the methods of three papers on a TableTop model, and compare them with all others on scenes that nothing was tuned on.
 
     python examples/papers/papers.py OUT --scenes 60
     python examples/papers/papers.py OUT --scenes 60 --pairs
+    python examples/papers/papers.py OUT --model tabletop-l --scenes 20 --calibration-scenes 60
 
 Plans come from `edgeprune calibrate` on its own scenes, the rest is `edgeprune compare` on others. What OUT already holds is kept:
 an interrupted run goes on. --only NAME ... makes some of the calibrated plans. --pairs asks about two images instead.
@@ -60,7 +61,7 @@ PAIR_PLANS = {
     "learned-25-weighed": f"{ALL} --method learned {WEIGHED}",
 }
 # As they come. PLPHP, whose rows above are calibrated, is not among them.
-METHODS = "cdpruner,dart,divprune,evit,fastv,fitprune,pyramiddrop,sparsevlm,visionzip,vtw,zspaprune,random,uniform,resize"
+METHODS = "cdpruner,dart,divprune,evit,fastv,fitprune,pyramiddrop,sparsevlm,visionzip,vtw,zspaprune,random,uniform"
 PAIR_METHODS = "cdpruner,divprune,fastv,pyramiddrop,sparsevlm,zspaprune,random,uniform"
 
 
@@ -68,6 +69,7 @@ def main() -> None:
     """Make the plans, and compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="tabletop", help="tabletop, or tabletop-l after `make instrument`")
     parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--calibration-scenes", type=int, default=120)
     parser.add_argument("--only", nargs="*", help="calibrated plans to compare; without a name, none")
@@ -82,10 +84,11 @@ def main() -> None:
     made = []
     for number, row in enumerate(rows, start=1):
         print(f"[{number}/{len(rows)}] {row}", flush=True)
-        made += ["--plan", str(_plan(out, row, plans))]
-    methods = ["--methods", PAIR_METHODS if request.pairs else METHODS, "--keep", "0.5,0.25" if request.pairs else "0.5,0.25,0.1"]
+        made += ["--plan", str(_plan(request.model, out, row, plans))]
+    compared = METHODS + (",resize" if request.model == "tabletop" else "")  # TableTop-L has 144 tokens at every size
+    methods = ["--methods", PAIR_METHODS if request.pairs else compared, "--keep", "0.5,0.25" if request.pairs else "0.5,0.25,0.1"]
     samples = ["--data", str(out / "evaluation" / ALL), "--calibrate-on", str(out / "calibration" / FEW)]
-    _edgeprune("compare", "tabletop", *methods, *samples, *made, "-o", str(out / "comparison"))
+    _edgeprune("compare", request.model, *methods, *samples, *made, "-o", str(out / "comparison"))
     if request.pairs:
         (out / "kinds.md").write_text(_kinds_table(json.loads((out / "comparison" / "results.json").read_text())))
 
@@ -98,7 +101,7 @@ def _draw(folder: Path, scenes: int, seed: int, images: int) -> None:
     (folder / FEW).write_text("\n".join(lines[:: EVERY * images]) + "\n")
 
 
-def _plan(out: Path, row: str, plans: dict[str, str]) -> Path:
+def _plan(model: str, out: Path, row: str, plans: dict[str, str]) -> Path:
     path = out / f"{row}.json"
     if path.is_file():
         return path
@@ -113,7 +116,7 @@ def _plan(out: Path, row: str, plans: dict[str, str]) -> Path:
     pass_of = next((name for name in ("auto", "learned") if row.startswith(name)), Path(data).stem)
     ranked = next((name for name, how in _STATISTICS.items() if how in plans[row]), "last")
     statistics = ["--statistics", str(out / f"{pass_of}-{ranked}.safetensors")]
-    _edgeprune("calibrate", "tabletop", "--data", str(out / "calibration" / data), *options, *statistics, "-o", str(path))
+    _edgeprune("calibrate", model, "--data", str(out / "calibration" / data), *options, *statistics, "-o", str(path))
     return path
 
 

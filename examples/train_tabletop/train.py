@@ -256,8 +256,8 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
 
-def main() -> None:
-    """Parse the command line and train until the minutes are over."""
+def _request() -> argparse.Namespace:
+    # The command line; leaves with a message where its options do not go together.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the state, the log and the model")
     parser.add_argument("--minutes", type=float, default=100.0, help="length of the whole run, earlier parts included")
@@ -290,6 +290,12 @@ def main() -> None:
         parser.error("--photographs are for --large: the small model's pictures are drawn too small for them")
     if request.loaders and request.threads != 1:
         parser.error("--loaders draws for one thread: add --threads 1")
+    return request
+
+
+def main() -> None:
+    """Parse the command line and train until the minutes are over."""
+    request = _request()
     torch.set_float32_matmul_precision("high")  # on a GPU what autocast leaves in float32 runs as TF32
     torch.set_num_threads(1)  # threads share rows, not operations: these are too small
     run = Run(request)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.calibration.evaluation import ALL, PRUNED, UNPRUNED, EvalReport
+from edgeprune.calibration.replay.reference import TorchBackend, reference_model
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli.output.evaluate import show_evaluation
+from edgeprune.plan import KeepPlan
+from edgeprune.targets import TARGETS, Lowering
 
 DESCRIPTION = Sample(Path(), "Describe.", "red cube at top, blue ball at left.", "describe")
 SHORT = Sample(Path(), "What?", "red", "colour")
@@ -75,3 +81,20 @@ def test_all_three_measures_are_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert lines["describe: precision of facts"][-2:] == ["100.0%", "100.0%"]
     assert lines["describe: recall of facts"][-2:] == ["25.0%", "100.0%"]
     assert lines["colour"][-5:] == ["2", "50.0%", "100.0%", "50.0%", "25.0%"]
+
+
+def test_an_image_is_encoded_once_for_the_questions_about_it(tiny: LoadedModel, tiny_plan: KeepPlan) -> None:
+    backend = reference_model(tiny, tiny_plan).backend
+    assert isinstance(backend, TorchBackend)
+    rng = np.random.default_rng(0)
+    one, other = (rng.standard_normal((48, 3 * 2 * 14 * 14), np.float32) for _ in range(2))
+    with mock.patch.object(backend, "_encoded", wraps=backend._encoded) as encoded:
+        first = backend.encode_image(one)
+        assert backend.encode_image(one.copy()) is first
+        assert not np.array_equal(backend.encode_image(other).embeds, first.embeds)
+        assert np.array_equal(backend.encode_image(one).embeds, first.embeds)
+        backend.encode_image(one, unpruned=True)
+        assert encoded.call_count == 4
+        with backend.lowered(Lowering(TARGETS["onnxruntime"], "int8")):  # other weights, other embeddings
+            assert not np.array_equal(backend.encode_image(one, unpruned=True).embeds, first.embeds)
+        assert np.array_equal(backend.encode_image(one, unpruned=True).embeds, first.embeds)
