@@ -29,7 +29,7 @@ from edgeprune.errors import UsageError
 from edgeprune.io.progress import Progress
 from edgeprune.plan import Cut, KeepPlan, Weights, keep_count
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.registry import family_class, options_of
+from edgeprune.registry import family_class
 
 LEARNED_SHARES = 0.5, 0.1  # between which a search may take the method learned
 
@@ -141,9 +141,8 @@ def _learn_plan(
 
 
 def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnRequest:
-    settings = {option.name: option.default for option in options_of(LEARNED, calibration=True)} | dict(options.settings)
     common: dict[str, Any] = {"seed": options.seed, "max_tokens": options.max_tokens, "fit": options.fit, "device": options.device}
-    return LearnRequest(keep, least, settings["rank"], settings["train"], **common, weigh=settings["weigh"])
+    return LearnRequest.of(keep, least, options.settings, **common)
 
 
 def _learned_candidate(

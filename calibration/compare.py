@@ -11,19 +11,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from edgeprune.calibration.allocate.recipes import RESIZE, STATISTICAL, plan_for_budget
 from edgeprune.calibration.cluster import Cluster
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
-from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.evaluation import ALL, EVERY, PRUNED, SHORT, UNPRUNED, EvalReport, evaluate, on_cluster
 from edgeprune.calibration.interop.lightcompress import read_plan
+from edgeprune.calibration.learn.run import LearnRequest, learn
 from edgeprune.calibration.metrics import AS_BEFORE, Metric
-from edgeprune.calibration.options import RESULTS, CompareOptions
+from edgeprune.calibration.options import LEARNED, RESULTS, CompareOptions
 from edgeprune.calibration.predictions import Prediction, Predictions
 from edgeprune.calibration.replay.reference import open_reference, reference_model
 from edgeprune.calibration.search.auto import prunable_encoder_blocks
@@ -32,13 +33,13 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.io.files import write_text
 from edgeprune.io.progress import Count, Progress
-from edgeprune.plan import Cut, Geometry, KeepPlan, keep_count
+from edgeprune.plan import Cut, Geometry, KeepPlan, Weights, keep_count
 from edgeprune.plan.presets import DEFAULT_LAYER
 from edgeprune.registry import METHODS, method_class
 from edgeprune.runtime import Runtime
 
 NONE = "none"  # the row of the unpruned model
-TABLE, PLANS, ANSWERS, STATISTICS = "table.md", "plans", "answers", "statistics.safetensors"  # in the folder
+TABLE, PLANS, ANSWERS, STATISTICS, LEARNING = "table.md", "plans", "answers", "statistics.safetensors", "learning"  # in the folder
 _DEPTHS = (1 / 4, 1 / 2, 3 / 4)  # EViT cuts before blocks 3, 6 and 9 of 12
 ONE_LAYER = "fastv"  # cuts once, between two layers
 
@@ -136,6 +137,7 @@ def entries(options: CompareOptions, loaded: LoadedModel, unpruned: KeepPlan, pr
     """
     blocks = prunable_encoder_blocks(loaded, unpruned)
     statistics = partial(_statistics, options, loaded, unpruned, progress)
+    learned = cache(partial(_learned, options, loaded, unpruned, progress))
     rows = [Entry(NONE, NONE, None, unpruned)]
 
     def check(plan: KeepPlan) -> None:
@@ -144,9 +146,8 @@ def entries(options: CompareOptions, loaded: LoadedModel, unpruned: KeepPlan, pr
             raise PlanError("The smaller image has another aspect, which takes --fit stretch or pad.")
 
     for method in options.compared:
-        made = [
-            _entry(method, share, partial(_plan, method, share, unpruned, blocks, statistics), check) for share in options.shares
-        ]
+        plan = partial(_plan, unpruned=unpruned, blocks=blocks, statistics=statistics, learned=learned)
+        made = [_entry(method, share, partial(plan, method, share), check) for share in options.shares]
         if options.methods and all(entry.plan is None for entry in made):
             raise UsageError(f"{method} cannot be compared here: {made[0].reason}", hint="Leave it out of --methods.")
         rows += made
@@ -172,6 +173,19 @@ def _statistics(options: CompareOptions, loaded: LoadedModel, unpruned: KeepPlan
     return load_or_collect(loaded, options.learning(), request, options.output / STATISTICS, progress, options.ray_address)
 
 
+def _learned(options: CompareOptions, loaded: LoadedModel, unpruned: KeepPlan, progress: Progress) -> Weights:
+    # In closed form, for the most tokens and the fewest of --keep; the sets for other shares are between.
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / RESULTS).touch()
+    samples = options.learning()
+    check_images(len({str(sample.image) for sample in samples}), f"The samples of {options.calibrate_on} show")
+    keeps = [keep_count(unpruned.geometry.tokens, share) for share in options.shares]
+    common = {"seed": 0, "max_tokens": options.max_tokens, "fit": options.fit, "device": options.device}
+    request = LearnRequest.of(max(keeps), min(keeps), {}, **common)
+    folder = options.output / LEARNING
+    return learn(loaded, samples, unpruned, request, folder, progress, kept=folder, gate=False).weights
+
+
 def _entry(method: str, share: float, make: Callable[[], KeepPlan], check: Callable[[KeepPlan], None]) -> Entry:
     name = f"{re.sub(r'.*:', '', method).lower()}-{100 * share:g}"
     try:
@@ -182,12 +196,21 @@ def _entry(method: str, share: float, make: Callable[[], KeepPlan], check: Calla
     return Entry(name, method, share, plan)
 
 
-def _plan(method: str, share: float, unpruned: KeepPlan, blocks: int, statistics: Callable[[], Statistics]) -> KeepPlan:
+def _plan(
+    method: str,
+    share: float,
+    unpruned: KeepPlan,
+    blocks: int,
+    statistics: Callable[[], Statistics],
+    learned: Callable[[], Weights],
+) -> KeepPlan:
     if method == ENCODER:
         places = tuple(sorted({max(1, round(depth * blocks)) for depth in _DEPTHS}))
         if blocks <= max(places):
             raise PlanError(f"{method} cuts inside the vision encoder, and this model's cannot be cut.")
         return encoder_plan(unpruned, method, places, share)
+    if method == LEARNED:
+        return unpruned.with_cuts(Cut("input", method, keep_count(unpruned.geometry.tokens, share), weights=learned()))
     if method == ONE_LAYER:
         return _one_layer(method, share, unpruned)
     if method in METHODS or method == RESIZE:

@@ -24,6 +24,8 @@ from edgeprune.plan.weights import weights_path
 from edgeprune.registry import METHODS, allow_method, options_of, unknown_method
 
 AUTO, DYRATE, LEARNED, PLPHP, VTW = "auto", "dyrate", "learned", "plphp", "vtw"
+LEARNING = (*STATISTICAL, LEARNED)  # from samples, in `compare`
+COMPARED = sorted([*method_names(), LEARNED])
 DROP = 0.01  # the loss of agreement that a search allows by default
 _PLACES = {  # which methods take --site or --layer
     "evit": ("layer",),
@@ -259,7 +261,7 @@ class CompareOptions:
     @property
     def compared(self) -> tuple[str, ...]:
         """The methods that are compared: those that were named, or all that need no training, the baselines last."""
-        known = [name for name in method_names() if name not in BASELINES and (self.calibrate_on or name not in STATISTICAL)]
+        known = [name for name in COMPARED if name not in BASELINES and (self.calibrate_on or name not in LEARNING)]
         return self.methods or (*known, *BASELINES)
 
     def learning(self) -> list[Sample]:
@@ -293,16 +295,17 @@ class CompareOptions:
         if is_file(self.data) and is_file(samples) and self.data.samefile(samples):
             hint = "What methods learn from is not what they are compared on: give another file."
             raise UsageError("--calibrate-on names the questions of --data.", hint=hint)
-        self.learning()
+        images = {str(sample.image) for sample in self.learning()}
+        if LEARNED in self.methods:
+            check_images(len(images), f"The samples of {samples} show")
 
     def _check_method(self, method: str) -> None:
-        if method in (DYRATE, LEARNED):
-            why = {DYRATE: "dyrate is trained for the plan that it joins.", LEARNED: "learned is learned for one count of tokens."}
-            make = f"edgeprune calibrate MODEL --data FILE --method {method} --budget 0.25 -o {method}.json"
-            raise UsageError(why[method], hint=f"Give --plan {method}.json, made by: {make}")
-        if method in STATISTICAL and self.calibrate_on is None:
+        if method == DYRATE:
+            make = "edgeprune calibrate MODEL --data FILE --method dyrate --budget 0.25 -o dyrate.json"
+            raise UsageError("dyrate is trained for the plan that it joins.", hint=f"Give --plan dyrate.json, made by: {make}")
+        if method in LEARNING and self.calibrate_on is None:
             raise UsageError(f"{method} learns from samples, others than those of --data.", hint="Give them: --calibrate-on FILE")
-        if method not in method_names():
+        if method not in COMPARED:
             if ":" not in method:
-                raise unknown_method(method, method_names(), "or package.module:Class")
+                raise unknown_method(method, COMPARED, "or package.module:Class")
             allow_method(method)  # the user named it, which allows it

@@ -58,6 +58,12 @@ class LearnRequest:
     device: str
     weigh: bool = False
 
+    @classmethod
+    def of(cls, keep: int, least: int, settings: Mapping[str, Any], **common: Any) -> LearnRequest:
+        """Return a request by the method's options; those that `settings` leave out have their defaults. `common`: the rest."""
+        chosen = {option.name: option.default for option in options_of("learned", calibration=True)} | dict(settings)
+        return cls(keep, least, chosen["rank"], chosen["train"], weigh=chosen["weigh"], **common)
+
 
 @dataclass(frozen=True)
 class Rival:

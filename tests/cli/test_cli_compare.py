@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -110,6 +111,7 @@ def test_methods_that_learn_are_compared(tiny_folder: Path, data: Path, tiny_ima
     [
         (("--methods", "divprun"), "Unknown method 'divprun'. Did you mean divprune?"),
         (("--methods", "plphp"), "Give them: --calibrate-on FILE"),
+        (("--methods", "learned"), "Give them: --calibrate-on FILE"),
         (("--methods", "dyrate"), "Give --plan dyrate.json, made by: edgeprune calibrate"),
         (("--methods", "uniform", "--keep", "2"), "2.0 is outside"),
         (("--methods", "uniform", "--keep", "half"), "'half' is no share"),
@@ -144,3 +146,27 @@ def test_a_cluster_gives_the_same(tiny_folder: Path, data: Path, tmp_path: Path)
     evaluated = ("eval", tiny_folder, "--data", data, "--plan", tmp_path / "here" / "plans" / "divprune-50.json", "--json")
     alone, spread = (json.loads(run(*evaluated, "--max-tokens", 3, *more).stdout)["kinds"] for more in ((), ("--ray", "local")))
     assert alone == spread == here["divprune-50"]["report"]["kinds"]
+
+
+def test_learned_is_learned_once_for_all_shares(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(20):
+        name = f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (84, 112, 3), np.uint8)).save(tmp_path / name)
+        lines.append(json.dumps({"image": name, "prompt": "Is red there?"}))
+    learn_from, out = tmp_path / "learn.jsonl", tmp_path / "out"
+    learn_from.write_text("\n".join(lines[:19]))
+    asked = (tiny_folder, "--data", data, "--fit", "stretch", "--methods", "learned", "--keep", "0.75,0.5")
+    asked = (*asked, "--calibrate-on", learn_from)
+    assert "show 19 different images; to learn which tokens matter takes 20" in refused(*asked, "-o", out)
+    assert not out.exists()
+    learn_from.write_text("\n".join(lines))
+    rows = compared(*asked, "-o", out)
+    weights = {row["plan"]["cuts"][0]["weights"] for name, row in rows.items() if name != "none"}
+    assert list(rows) == ["none", "learned-75", "learned-50"] and len(weights) == 1
+    answers = (out / "answers" / "learned-50.jsonl").read_bytes()
+    assert compared(*asked, "-o", out) == rows
+    assert (out / "answers" / "learned-50.jsonl").read_bytes() == answers
+    plan = KeepPlan.load(out / "plans" / "learned-50.json")
+    assert plan.cuts[0].keep == 6 and plan.cuts[0].weights is not None and plan.cuts[0].weights.content

@@ -174,7 +174,9 @@ def _read_data(
 )
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A keep plan to compare too; repeatable.")
 @click.option(
-    "--calibrate-on", type=click.Path(path_type=Path), help="Other samples, for the methods that learn: fitprune, plphp, vtw."
+    "--calibrate-on",
+    type=click.Path(path_type=Path),
+    help="Other samples, for methods that learn: fitprune, learned, plphp, vtw.",
 )
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="A folder for table, picture, plans and answers."
