@@ -1,6 +1,7 @@
-"""What learning which tokens matter brings on the bundled model, on scenes that nothing was chosen on.
+"""What learning which tokens matter brings on a TableTop model, on scenes that nothing was chosen on.
 
     python examples/learned/learned_tokens.py OUT
+    python examples/learned/learned_tokens.py OUT --model tabletop-l --scenes 20 --images 60
     python examples/learned/learned_tokens.py OUT --images 20 40 80 160 --budgets 0.112
     python examples/learned/learned_tokens.py OUT --time
 
@@ -34,6 +35,7 @@ def main() -> None:
     """Make the plans and compare them, or time the selections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="tabletop", help="tabletop, or tabletop-l after `make instrument`")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.112, 0.05])
     parser.add_argument("--images", type=int, nargs="+", default=[120], help="scenes to learn from; several for a curve")
     parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
@@ -47,13 +49,13 @@ def main() -> None:
         return
     draw(unseen := request.out / f"unseen-{request.seed}", request.scenes, request.seed)
     for budget in request.budgets:
-        plans = [learned(request.out, budget, images, form) for images in request.images for form in request.forms]
+        plans = [learned(request.model, request.out, budget, images, form) for images in request.images for form in request.forms]
         curve = len(request.images) > 1
         plans += [] if curve else others(plans[-1])
         given = [word for plan in plans for word in ("--plan", plan)]
         folder = request.out / f"{'curve' if curve else 'comparison'}-{budget:g}-{request.seed}"
         data = unseen / "dataset.jsonl"
-        edgeprune("compare", "tabletop", "--data", data, "--methods", "divprune", "--keep", budget, *given, "-o", folder)
+        edgeprune("compare", request.model, "--data", data, "--methods", "divprune", "--keep", budget, *given, "-o", folder)
         print((folder / "table.md").read_text(), flush=True)
 
 
@@ -63,7 +65,7 @@ def draw(folder: Path, count: int, seed: int) -> None:
         edgeprune("tabletop", folder, "--scenes", count, "--seed", seed)
 
 
-def learned(out: Path, budget: float, images: int, form: str) -> Path:
+def learned(model: str, out: Path, budget: float, images: int, form: str) -> Path:
     """Learn a plan from some images in one of FORMS, print how long it took, and return its file."""
     draw(data := out / f"scenes-{images}", images, LEARNING_SEED)
     plan = out / f"{form}-{budget:g}-{images}.json"
@@ -71,7 +73,7 @@ def learned(out: Path, budget: float, images: int, form: str) -> Path:
         began = time.perf_counter()
         options = ["--method", "learned", "--budget", budget, "--statistics", out / f"recorded-{images}", "-o", plan, "--json"]
         options += ["--train"] if form == "trained" else []
-        found = json.loads(edgeprune("calibrate", "tabletop", "--data", data / "dataset.jsonl", *options))["learning"]
+        found = json.loads(edgeprune("calibrate", model, "--data", data / "dataset.jsonl", *options))["learning"]
         report(plan).write_text(json.dumps(found, indent=1) + "\n")
         print(f"{plan.name}: {time.perf_counter() - began:.0f} s, {json.dumps(found)}", flush=True)
     return plan
