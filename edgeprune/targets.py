@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from edgeprune.errors import UsageError, did_you_mean
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+KV_KINDS = ("same", "int8")
 _INT4_OPSET = 21  # the first with block-wise INT4 in DequantizeLinear; TensorRT reads such nodes since 10.0
 
 
@@ -72,14 +73,23 @@ class Lowering:
     fp16: weights, matrix products and KV caches; norms, softmax, rotary embedding, residual stream and logits stay in float32.
     int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. int4: the weights of the decoder
     layers, in blocks of 128 inputs; all other weights are int8. `wide`: the matrices, such as decoder.layers.0.mlp.down_proj, whose
-    products float16 does not hold: they multiply in float32, with weights in float32 instead of fp16.
+    products float16 does not hold: they multiply in float32, with weights in float32 instead of fp16. `kv`: how decode steps keep
+    keys and values, "same" as they are computed, or "int8".
     """
 
     target: Target
     precision: str
     wide: tuple[str, ...] = ()
+    kv: str = "same"
 
     def __post_init__(self) -> None:
+        if self.kv not in KV_KINDS:
+            raise UsageError(f"Unknown kind of KV cache {self.kv!r}.", hint=f"Kinds are: {', '.join(KV_KINDS)}.")
+        if self.kv == "int8" and not self.target.blocked:
+            raise UsageError(
+                f"Target {self.target.name!r} has no 8-bit KV cache: its steps read keys and values as they are computed.",
+                hint="Choose --target cpu, or leave --kv out.",
+            )
         if self.precision not in PRECISIONS:
             raise UsageError(f"Unknown precision {self.precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
         if self.target.blocked and self.precision == "fp16":

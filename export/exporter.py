@@ -49,9 +49,9 @@ from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
-from edgeprune.errors import EdgePruneError
+from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.export.sizes import encoder_works
-from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
+from edgeprune.export.tracing import has_buffers, trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.families.base import Family
 from edgeprune.io.files import new_folder
 from edgeprune.io.progress import SILENT, Progress
@@ -90,6 +90,12 @@ def export_bundle(
     for tier in tiers.values():
         loaded.check_plan(tier)
     prompt_encoder(loaded, first.geometry)
+    if lowering.kv == "int8" and not all(has_buffers(loaded.family.decoder(), tier) for tier in tiers.values()):
+        raise UsageError(
+            "Steps of this model under this plan cannot read an 8-bit KV cache: that takes heads of a multiple of 8 numbers, "
+            "attention in every layer, no learned rate of DyRate and no cut that weighs.",
+            hint="Leave --kv out.",
+        )
     if data is not None:
         check_fitting(loaded, lowering)
     with new_folder(output, force=force) as folder:
@@ -170,6 +176,7 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         decoder=replace(loaded.decoder_shape(), cache_type=lowering.products),
         target=lowering.target.name,
         precision=lowering.precision,
+        kv=lowering.kv,
         encoder_blocks=tower.blocks,
         image=loaded.family.image_text(plan.geometry),
         end_tokens=loaded.end_tokens(),

@@ -36,6 +36,7 @@ from edgeprune.runtime.generation.conversation import Conversation, ImageOrFrame
 from edgeprune.runtime.generation.sampling import Sampling
 from edgeprune.tabletop.dataset import frames_for
 from edgeprune.tabletop.questions import DESCRIBE_PROMPT
+from edgeprune.targets import Lowering
 
 STAGES = ("prompts", "reference", "vision", "decoder", "text")
 MAX_TOKENS = 32  # generated tokens
@@ -49,6 +50,8 @@ _FP16 = {**_INPUTS, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill"
 _FP16["states"] = 0.02  # sums over all tokens before them
 # If activations are quantized to 8 bits too, a difference in the last digit may become a step of 1/255 of their range.
 _DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "states": 0.05}
+_KV_INT8 = 0.02  # of logits: five times what the bundled model loses
+_TEXTS = ("text", "unpruned text")
 TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "int8": _FP16, "int4": _FP16}
 
 
@@ -104,7 +107,7 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tie
     comparisons += _compare_vision(backend, recorder)
     progress.begin("decoder")
     comparisons += _compare_decoder(backend, recorder, tier_index)
-    tolerances = _DYNAMIC_INT8 if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
+    tolerances = _tolerances(lowering)
     if "text" in tolerances:  # with rounding, one near tie changes all later text; `edgeprune eval` scores such bundles
         progress.begin("text")
         runtime = load(bundle.path)
@@ -112,6 +115,14 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tie
         comparisons.append(Comparison("text", float(generated != text), f"{len(text.split())} words"))
         comparisons.append(upstream.compare_answer(runtime, DESCRIBE_PROMPT, MAX_TOKENS))
     return [ParityStage(name, worst, tolerances[name], compared) for name, worst, compared in comparisons]
+
+
+def _tolerances(lowering: Lowering) -> Mapping[str, float]:
+    tolerances = _DYNAMIC_INT8 if lowering.rounds(lowering.precision) else TOLERANCES[lowering.precision]
+    if lowering.kv == "same":
+        return tolerances
+    exact = {name: limit for name, limit in tolerances.items() if name not in _TEXTS}
+    return {**exact, "generation": max(exact["generation"], _KV_INT8)}
 
 
 def fitted_weights(bundle: Bundle) -> dict[str, Quantized]:

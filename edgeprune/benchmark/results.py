@@ -167,11 +167,15 @@ def median(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a bundle: its workload, and operators and constants of vision encoder and decoder."""
+    """Sizes of a bundle: its workload, operators and constants of vision encoder and decoder, and how much of the cache steps read.
+
+    `kv_share`: the bytes of keys and values that a decode step reads, as a share of the cache's own.
+    """
 
     work: Workload
     vision: Graph
     decoder: Graph
+    kv_share: float = 1.0
 
 
 def bundle_at(path: Path) -> Bundle:
@@ -183,7 +187,8 @@ def sizes_of(path: Path) -> Sizes:
     """Return the sizes of a bundle that was loaded and checked before; raise BundleError if a graph cannot be read."""
     bundle = bundle_at(path)
     work = workload_of(bundle, text_tokens=1, generated=1)
-    return Sizes(work, read_graph(bundle.file(VISION)), read_graph(bundle.file(DECODER)))
+    share = 1 / np.dtype(bundle.manifest.decoder.cache_type).itemsize if bundle.manifest.kv == "int8" else 1.0
+    return Sizes(work, read_graph(bundle.file(VISION)), read_graph(bundle.file(DECODER)), share)
 
 
 def with_roofline(figures: VariantResult, asked: Variant, sizes: Sizes, peaks: Peaks) -> VariantResult:
@@ -197,13 +202,14 @@ def with_roofline(figures: VariantResult, asked: Variant, sizes: Sizes, peaks: P
     weights = sum(sizes.decoder.bytes.values())
     vision = peaks.least_ms(work.tower.work, names[0], sum(sizes.vision.bytes.values()))
     prefill = peaks.least_ms(prefill_operations(work), names[1], weights)
-    token = 1e3 * (weights + figures.decode_kv_bytes) / peaks.bandwidth
+    token = 1e3 * (weights + sizes.kv_share * figures.decode_kv_bytes) / peaks.bandwidth
     took = [figures.costs[name].p50 for name in ("vision_ms", "prefill_ms", "ms_per_token")]
     shares = [least / measured for least, measured in zip((vision, prefill, token), took, strict=True)]
     ttft = (vision + prefill) / (took[0] + took[1])
     line = Roofline(vision, prefill, token, shares[0], shares[1], ttft, shares[2], names)
     contexts = tuple(
-        replace(at, roofline=1e3 * (weights + at.kv_bytes) / peaks.bandwidth / at.ms_per_token.p50) for at in figures.contexts
+        replace(at, roofline=1e3 * (weights + sizes.kv_share * at.kv_bytes) / peaks.bandwidth / at.ms_per_token.p50)
+        for at in figures.contexts
     )
     return replace(figures, roofline=line, contexts=contexts)
 

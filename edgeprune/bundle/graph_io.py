@@ -44,6 +44,11 @@ def buffer_name(layer: int, part: str) -> str:
     return f"cache_{part}.{layer}"
 
 
+def scale_name(layer: int, part: str) -> str:
+    """Return the input name of what one step of an 8-bit buffer is, for each channel of its rows [kv heads * head_dim]."""
+    return f"cache_{part}_scale.{layer}"
+
+
 def grown_name(layer: int, part: str) -> str:
     """Return the output name of a layer's buffer with the row that a step adds; it is bound to the memory of the input."""
     return f"grown_{part}.{layer}"

@@ -17,7 +17,7 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
@@ -30,6 +30,7 @@ _ADDED: dict[int, dict[str, Any]] = {
     9: {"encoder_work": [], "wide_products": None},
     10: {"gptq": None},
     11: {},  # decoders with the inputs of a cut that weighs
+    12: {"kv": "same"},
 }
 
 
@@ -192,7 +193,7 @@ class Manifest:
     `target` and `precision`: how the graphs were lowered, see `lowering`. `graphs` and `files`: by path in the bundle.
     `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
     hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9. `gptq`: what
-    int4 weights were fitted to; None if they are rounded, and before schema 10.
+    int4 weights were fitted to; None if they are rounded, and before schema 10. `kv`: see `Lowering`; "same" before schema 12.
     """
 
     source: Source
@@ -210,11 +211,12 @@ class Manifest:
     wide_products: Mapping[str, float] | None = None
     encoder_work: tuple[Operations, ...] = ()
     gptq: GptqRecord | None = None
+    kv: str = "same"
 
     @property
     def lowering(self) -> Lowering:
         """How the graphs were lowered; raises UsageError if this version does not know the target."""
-        return Lowering(target_named(self.target), self.precision, tuple(self.wide_products or ()))
+        return Lowering(target_named(self.target), self.precision, tuple(self.wide_products or ()), self.kv)
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
@@ -248,6 +250,7 @@ class Manifest:
                 wide_products=_wide_products(data["wide_products"]),
                 encoder_work=_encoder_work(data["encoder_work"]),
                 gptq=None if data["gptq"] is None else from_json(GptqRecord, data["gptq"], "gptq"),
+                kv=_text(data["kv"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from edgeprune.bundle.graph_io import LENGTHS, buffer_name, grown_name
+from edgeprune.bundle.graph_io import LENGTHS, buffer_name, grown_name, scale_name
 from edgeprune.export.passes.fusion import before_reshapes
 from edgeprune.export.passes.replacement import only_consumer, replace_nodes
 from edgeprune.model.attention import DOMAIN, INPUTS, OPERATOR
@@ -29,15 +29,15 @@ MIN_BLOCKED_LENGTH = 64  # shorter steps attend in one piece: their scores are s
 _ROW = "_one_row"  # the end of the name of a branch
 
 
-def expand_blocked(graph: ir.Graph, *, buffers: bool = False) -> None:
+def expand_blocked(graph: ir.Graph, *, buffers: bool = False, kv: str = "same") -> None:
     """Replace every BlockedAttention node by operators of ONNX, with what brings its queries and output into shape.
 
     `buffers`: steps of one token read and extend one buffer of keys and one of values, by ONNX Runtime's GroupQueryAttention. The
-    graph gets them as inputs and outputs (`edgeprune.bundle.graph_io`).
+    graph gets them as inputs and outputs (`edgeprune.bundle.graph_io`). `kv`: their type, as in a Lowering; "int8" has scales too.
     """
     nodes = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
     shared = _Shared(graph)
-    packed = _Buffers(graph, nodes, shared) if buffers and nodes else None
+    packed = _Buffers(graph, nodes, shared, kv) if buffers and nodes else None
     for node in nodes:
         _expand(graph, node, shared, packed)
 
@@ -83,10 +83,11 @@ def _expand(graph: ir.Graph, node: ir.Node, shared: _Shared, packed: _Buffers | 
 
 class _Buffers:
     # The keys and values of every layer in one buffer each, which a step of one token reads and extends in place.
-    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], shared: _Shared) -> None:
-        self._graph = graph
+    def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], shared: _Shared, kv: str) -> None:
+        self._graph, self._quantized = graph, kv == "int8"
         self._layers = {node: _layer(node) for node in nodes}
         self.caches = {node: self._inputs(node) for node in nodes}
+        self._scales = {node: self._scale_inputs(node) if self._quantized else [] for node in nodes}
         lengths = self._input(LENGTHS, ir.DataType.INT32, [len(nodes)])
         first, tape = next(iter(self.caches.values()))[0], Tape()
         one = tape.initializer(ir.tensor(np.ones(1, np.int32), name="buffers_one"))
@@ -114,16 +115,26 @@ class _Buffers:
         key = node.inputs[INPUTS.index("key")]
         assert key is not None and key.shape is not None and key.dtype is not None
         shape: list[int | str] = [1, _static(key.shape[1]), "capacity", _static(key.shape[2])]
-        return [self._input(buffer_name(self._layers[node], part), key.dtype, shape) for part in ("key", "value")]
+        kind = ir.DataType.INT8 if self._quantized else key.dtype
+        return [self._input(buffer_name(self._layers[node], part), kind, shape) for part in ("key", "value")]
+
+    def _scale_inputs(self, node: ir.Node) -> list[ir.Value]:
+        key = node.inputs[INPUTS.index("key")]
+        assert key is not None and key.shape is not None
+        channels = [_static(key.shape[1]) * _static(key.shape[2])]
+        return [self._input(scale_name(self._layers[node], part), ir.DataType.FLOAT, channels) for part in ("key", "value")]
 
     def attend(self, row: _Branch, node: ir.Node, query: _Query, inputs: dict[str, ir.Value]) -> Sequence[ir.Value]:
         # The attention of one row [1, heads * head_dim], and the buffers after it.
         heads, group, width = query.shape
-        sizes = {"num_heads": heads * group, "kv_num_heads": heads}
+        settings: dict[str, Any] = {"num_heads": heads * group, "kv_num_heads": heads}
         rows = [_in_rows(row, value) for value in (query.rows, inputs["key"], inputs["value"])]
         scale = 1.0 if query.scale is None else float(_constant(query.scale))
-        operands = [*rows, *self.caches[node], *self._lengths[node]]
-        mixed, *grown = row.op_multi("GroupQueryAttention", 3, *operands, domain=MICROSOFT, **sizes, scale=scale)
+        operands: list[ir.Value | None] = [*rows, *self.caches[node], *self._lengths[node]]
+        if self._quantized:
+            operands += [None] * 5 + self._scales[node]  # no rotation, positions, bias or sink
+            settings |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        mixed, *grown = row.op_multi("GroupQueryAttention", 3, *operands, domain=MICROSOFT, **settings, scale=scale)
         return [row.op("Reshape", mixed, row.constant(1, heads * group * width)), *grown]
 
     def add_outputs(self, node: ir.Node, after: Sequence[ir.Value]) -> None:
@@ -268,12 +279,12 @@ class _Branch:
         return value
 
     def op_multi(
-        self, kind: str, outputs: int, *inputs: ir.Value, domain: str = "", **attributes: float | Sequence[int] | ir.Graph
+        self, kind: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
         return self._write(kind, outputs, inputs, domain, attributes)
 
     def _write(
-        self, kind: str, outputs: int, inputs: Sequence[ir.Value], domain: str, attributes: dict[str, Any]
+        self, kind: str, outputs: int, inputs: Sequence[ir.Value | None], domain: str, attributes: dict[str, Any]
     ) -> Sequence[ir.Value]:
         number = len(self._tape.nodes)
         values = [ir.Value(name=f"{self._name}_{number}_{output}") for output in range(outputs)]

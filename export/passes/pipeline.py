@@ -53,7 +53,7 @@ def run_passes(
         fuse_rotation(model.graph)
         tile_encoder_attention(model.graph)
         merge_reshapes(model.graph)
-        expand_blocked(model.graph, buffers=buffers)
+        expand_blocked(model.graph, buffers=buffers, kv=lowering.kv)
     if part == "embedding":
         lower_table(model.graph, lowering)
     elif part in ("layers", "vision", "projector"):

@@ -16,7 +16,16 @@ import numpy as np
 import onnxruntime
 
 from edgeprune.bundle import Bundle
-from edgeprune.bundle.graph_io import LENGTHS, buffer_name, cache_slots, decoder_inputs, grown_name, kept_names, rows_name
+from edgeprune.bundle.graph_io import (
+    LENGTHS,
+    buffer_name,
+    cache_slots,
+    decoder_inputs,
+    grown_name,
+    kept_names,
+    rows_name,
+    scale_name,
+)
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput
 from edgeprune.runtime.backends.kv_cache import GENERATED, DecoderInput, KvArrays, KvCache, TokenSegment, decoder_feeds
@@ -49,11 +58,18 @@ def empty_buffers(session: Any) -> dict[str, np.ndarray]:
     nodes = {node.name: node for node in session.get_inputs()}
     if LENGTHS not in nodes:
         return {}
-    stems = tuple(buffer_name(0, part).removesuffix("0") for part in ("key", "value"))
+    stems, scales = (tuple(name(0, part).removesuffix("0") for part in ("key", "value")) for name in (buffer_name, scale_name))
     buffers = {
-        name: np.zeros((1, node.shape[1], 1, node.shape[3]), np.float32) for name, node in nodes.items() if name.startswith(stems)
+        name: np.zeros((1, node.shape[1], 1, node.shape[3]), np.int8 if _is_quantized(node) else np.float32)
+        for name, node in nodes.items()
+        if name.startswith(stems)
     }
-    return {**buffers, LENGTHS: np.zeros(nodes[LENGTHS].shape, np.int32)}
+    ones = {name: np.ones(node.shape, np.float32) for name, node in nodes.items() if name.startswith(scales)}
+    return {**buffers, **ones, LENGTHS: np.zeros(nodes[LENGTHS].shape, np.int32)}
+
+
+def _is_quantized(node: Any) -> bool:
+    return bool(node.type == "tensor(int8)")
 
 
 class BoundStep:
@@ -62,14 +78,15 @@ class BoundStep:
     def __init__(self, session: Any, bundle: Bundle) -> None:
         self._session, self._binding, shape = session, session.io_binding(), bundle.manifest.decoder
         self._slots = cache_slots(bundle.plan)
-        self._buffers = StepBuffers(len(self._slots) // 2)
+        taken = {node.name: node for node in session.get_inputs()}
+        self._quantized = _is_quantized(taken[buffer_name(*self._slots[0])])
+        self._buffers = StepBuffers(len(self._slots) // 2, quantized=self._quantized)
         self._bound: KvArrays = ()
         empty = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
         self._token = TokenSegment(np.zeros((1, 1, shape.width), np.float32), np.zeros((shape.position_axes, 1), np.int64))
         # The rows are in the buffers, so the caches that other passes read are empty.
         nothing = DecoderInput(empty, empty, self._token, np.zeros(0, np.int64), np.zeros((1, 3), np.float32))
         names = decoder_inputs(bundle.plan, tiers=bool(bundle.lower_tiers))
-        taken = {node.name for node in session.get_inputs()}
         for name, array in decoder_feeds(names, nothing, KvCache.empty(shape, bundle.plan)).items():
             if name in taken:
                 self._binding.bind_ortvalue_input(name, _value(array))
@@ -77,7 +94,8 @@ class BoundStep:
         outputs = {node.name: node for node in session.get_outputs()}
         self._logits = np.zeros((1, 1, outputs["logits"].shape[2]), np.float32)
         self._binding.bind_ortvalue_output("logits", _value(self._logits))
-        self._rows = tuple(np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type) for _ in self._slots)
+        self._all_rows = np.zeros((len(self._slots), 1, shape.kv_heads, shape.head_dim), shape.cache_type)
+        self._rows = tuple(self._all_rows)
         for slot, rows in zip(self._slots, self._rows, strict=True):
             self._binding.bind_ortvalue_output(rows_name(*slot), _value(rows))
         # Cuts keep none of no visual tokens.
@@ -96,6 +114,8 @@ class BoundStep:
         _stoppable(partial(self._session.run_with_iobinding, self._binding), cancellation)
         run_ms = 1e3 * (time.perf_counter() - started)
         self._buffers.stepped()
+        if self._quantized and not self._buffers.fits(self._all_rows.reshape(len(self._slots), -1)):
+            self._buffers.forget()
         return DecoderOutput(self._logits[0, 0].copy(), tuple(rows.copy() for rows in self._rows), self._kept, None, run_ms)
 
     def _bind_buffers(self) -> None:
@@ -103,6 +123,8 @@ class BoundStep:
             value = _value(array)
             self._binding.bind_ortvalue_input(buffer_name(*slot), value)
             self._binding.bind_ortvalue_output(grown_name(*slot), value)
+        for slot, scale in zip(self._slots, self._buffers.scales, strict=False):  # without scales there is nothing to bind
+            self._binding.bind_ortvalue_input(scale_name(*slot), _value(scale))
         self._bound = self._buffers.arrays
 
 

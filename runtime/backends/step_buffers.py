@@ -4,6 +4,9 @@ A step reads cached visual tokens and text from two places of a `KvCache`, in th
 other, visual tokens first, head by head [1, kv heads, capacity, head_dim]: one product a head reads them, a step adds its row
 behind the last, and the addresses stay. The cache stays complete, so whatever else reads or continues a conversation needs no
 buffer. Nothing here belongs to an engine.
+
+In 8 bits a buffer has a scale for each channel, found from the rows of the conversation itself: the outliers of keys are those of
+channels (KIVI, Liu et al., arXiv 2402.02750). The cache keeps its own type, so rows can be quantized again when one does not fit.
 """
 
 from __future__ import annotations
@@ -20,17 +23,22 @@ from edgeprune.runtime.backends.kv_cache import KvArrays, KvCache
 T = TypeVar("T")
 CAPACITY = 256  # capacities are multiples of it, so that few sizes occur
 _CONVERSATIONS = 8  # that keep their buffers: more than answers at a time
+_STEPS = 127  # of an 8-bit number, to each side
+_ROOM = 2.0  # for rows to come, over the largest number of a channel: answers reach further than prompts
+_CUT_OFF = 0.05  # share of a row's length that may lie beyond the scales; among thousands of channels some number always does
 
 
 class StepBuffers:
     """The packed keys and values of one conversation.
 
     `arrays`: key and value of each layer in turn, as in `KvCache.buffers`. `lengths` [layers], int32: their valid rows, always in
-    the same memory.
+    the same memory. `scales`: with `quantized` what one step of each channel is [kv heads * head_dim], for each of `arrays`.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, *, quantized: bool = False) -> None:
         self.arrays: KvArrays = ()
+        self.scales: KvArrays = ()
+        self._quantized = quantized
         self.lengths = np.zeros(layers, np.int32)
         self._text: Callable[[], np.ndarray | None] = lambda: None
         self._visual: KvArrays = ()
@@ -60,7 +68,18 @@ class StepBuffers:
         # Whether the cache has grown by the row that the last step wrote. The last values tell any two tokens apart.
         if not self._stepped or cache.length != self._length + 1:
             return False
-        return np.array_equal(self.arrays[-1][0, :, self.lengths[-1]], cache.buffers[-1][self._length])
+        stored, row = self.arrays[-1][0, :, self.lengths[-1]], self._stored(-1, cache.buffers[-1][self._length])
+        if self._quantized:  # an engine may round a tie to the other side
+            return bool((np.abs(stored - row) <= 1).all())
+        return np.array_equal(stored, row)
+
+    def fits(self, rows: np.ndarray) -> bool:
+        """Return whether the rows that a step added [arrays, kv heads * head_dim] lie within the scales."""
+        return _within(rows, np.stack(self.scales))
+
+    def forget(self) -> None:
+        """Hold nothing, so that the next step begins with new scales."""
+        self._text = lambda: None
 
     def _pack(self, cache: KvCache) -> None:
         # The visual rows; no text is packed afterwards.
@@ -69,14 +88,39 @@ class StepBuffers:
         capacity = -(-(max(rows) + len(cache.buffers[0])) // CAPACITY) * CAPACITY
         self._text, self._stepped = lambda: None, False  # nothing is valid if memory runs out
         if not self.arrays or self.arrays[0].shape[2] != capacity:
-            self.arrays = tuple(np.zeros((1, text.shape[1], capacity, text.shape[2]), text.dtype) for text in cache.buffers)
-        for array, visual in zip(self.arrays, cache.visual, strict=True):
-            array[0, :, : len(visual) - 1] = visual[1:].swapaxes(0, 1)
+            kinds = [np.dtype(np.int8) if self._quantized else text.dtype for text in cache.buffers]
+            shapes = [(1, text.shape[1], capacity, text.shape[2]) for text in cache.buffers]
+            self.arrays = tuple(map(np.zeros, shapes, kinds))
+            self.scales = tuple(np.zeros(text[0].size, np.float32) for text in cache.buffers if self._quantized)
+        for scale, visual, text in zip(self.scales, cache.visual, cache.buffers, strict=False):
+            peaks = np.maximum(*(np.abs(rows).max(axis=0, initial=1e-6) for rows in (visual[1:], text[1 : cache.length])))
+            # A channel has at least what is usual in its head: the quiet ones of a prompt need not be quiet in the answer.
+            usual = np.sqrt((peaks**2).mean(axis=-1, keepdims=True))
+            scale[:] = np.maximum(peaks, usual).ravel() * (_ROOM / _STEPS)
+        for index, (array, visual) in enumerate(zip(self.arrays, cache.visual, strict=True)):
+            array[0, :, : len(visual) - 1] = self._stored(index, visual[1:]).swapaxes(0, 1)
         self.lengths[:], self._length = rows[::2], 1
 
     def _copy_text(self, cache: KvCache) -> None:
-        for array, text, place in zip(self.arrays, cache.buffers, np.repeat(self.lengths, 2), strict=True):
-            array[0, :, place : place + cache.length - self._length] = text[self._length : cache.length].swapaxes(0, 1)
+        new = slice(self._length, cache.length)
+        texts = zip(cache.buffers, self.scales, strict=False)
+        if not all(_within(text[new].reshape(-1, len(scale)), scale) for text, scale in texts):
+            self._pack(cache)
+        for index, (text, place) in enumerate(zip(cache.buffers, np.repeat(self.lengths, 2), strict=True)):
+            rows = self._stored(index, text[self._length : cache.length])
+            self.arrays[index][0, :, place : place + len(rows)] = rows.swapaxes(0, 1)
+
+    def _stored(self, index: int, rows: np.ndarray) -> np.ndarray:
+        # Rows [..., kv heads, head_dim] as one of `arrays` holds them.
+        if not self._quantized:
+            return rows
+        steps = rows / self.scales[index].reshape(rows.shape[-2:])
+        return np.clip(np.rint(steps, out=steps), -_STEPS, _STEPS, out=steps)
+
+
+def _within(rows: np.ndarray, scales: np.ndarray) -> bool:
+    beyond = np.maximum(np.abs(rows) - _STEPS * scales, 0)
+    return bool(((beyond**2).sum(axis=-1) <= _CUT_OFF**2 * (rows**2).sum(axis=-1)).all())
 
 
 def _same(array: np.ndarray, other: np.ndarray) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from plans import BASE, PLANS, PROMPT
 from edgeprune.benchmark.profile import step_nodes
 from edgeprune.bundle.graph_io import LENGTHS
 from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.tracing import trace_decoder
+from edgeprune.plan import KeepPlan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends import onnxruntime as backend
 from edgeprune.runtime.backends.onnxruntime_steps import BoundStep
@@ -80,6 +83,31 @@ def test_steps_on_buffers_say_the_same(name: str, tiny: LoadedModel, tiny_image:
     assert seen[0].bound == 0 < 4 * WORDS <= seen[1].bound
     for expected, actual in zip(seen[0].logits, seen[1].logits, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cache, schedule", pytest.param("plain", marks=pytest.mark.slow)])
+def test_steps_on_8_bits_say_nearly_the_same(name: str, even: LoadedModel, tiny_image: Image.Image, tmp_path: Path) -> None:
+    plan = PLANS.get(name, BASE)
+    plan = KeepPlan("qwen2_vl", 2, plan.geometry, tuple(cut for cut in plan.cuts if cut.layer is None or cut.layer < 2))
+    seen = []
+    for kv in ("same", "int8"):
+        bundle = export_bundle(even, plan, tmp_path / kv, lowering=replace(CPU, kv=kv))
+        assert bundle.manifest.kv == kv
+        with pytest.MonkeyPatch.context() as patch, load(bundle.path) as runtime:
+            seen.append(Seen(patch, buffers=True))
+            runtime.generate(tiny_image, PROMPT, max_tokens=2)
+    first, second = zip(*(one.logits for one in seen), strict=True)
+    np.testing.assert_array_equal(*first)  # a prompt reads what was computed
+    np.testing.assert_allclose(*second, atol=0.02 * np.abs(second[0]).max())
+    assert not np.array_equal(*second)
+
+
+def test_what_has_no_buffers_has_no_8_bit_cache(tiny: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read an 8-bit KV cache") as refused:
+        export_bundle(tiny, PLANS["everything"], tmp_path / "bundle", lowering=replace(CPU, kv="int8"))
+    assert refused.value.hint == "Leave --kv out." and not (tmp_path / "bundle").exists()
+    with pytest.raises(UsageError, match="Target 'jetpack6' has no 8-bit KV cache"):
+        Lowering(TARGETS["jetpack6"], "fp16", kv="int8")
 
 
 def test_who_follows_every_step_has_no_buffers(tiny: LoadedModel, tmp_path: Path) -> None:

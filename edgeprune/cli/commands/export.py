@@ -26,7 +26,7 @@ from edgeprune.cli.options import (
 )
 from edgeprune.errors import UsageError, require_extra
 from edgeprune.io.files import check_output
-from edgeprune.targets import PRECISIONS, Lowering, target_named
+from edgeprune.targets import KV_KINDS, PRECISIONS, Lowering, target_named
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Source
@@ -41,6 +41,13 @@ if TYPE_CHECKING:
 @trust_option
 @click.option("--target", type=TargetName(), default="onnxruntime", show_default=True, help="What will read the graphs.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="How weights are kept.")
+@click.option(
+    "--kv",
+    type=click.Choice(KV_KINDS),
+    default="same",
+    show_default=True,
+    help="How decode steps keep keys and values: as they are computed, or in 8 bits, on --target cpu.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -70,7 +77,7 @@ def export(model: str, output: Path, data: Path | None, fit: str, force: bool, a
 
     # What can be refused by files and options alone is refused before torch is imported, which takes seconds.
     check_output(output, force=force, folder=True)
-    lowering = Lowering(target_named(request.pop("target")), request.pop("precision"))
+    lowering = Lowering(target_named(request.pop("target")), request.pop("precision"), kv=request.pop("kv"))
     samples = _weight_samples(data, fit, lowering)
     folder = resolve_model(model, **{name: request.pop(name) for name in ("revision", "adapter", "trust_remote_code")})
     adapter = folder.adapter.path if folder.adapter else None

@@ -93,3 +93,63 @@ def test_conversations_have_their_own_until_they_end() -> None:
     others = [cache_of(5) for _ in range(20)]
     assert [recent.of(cache) for cache in others] == list(range(3, 23))
     assert len(recent._known) < len(others)
+
+
+def restored(buffers: StepBuffers, number: int) -> np.ndarray:
+    """Return the valid rows of an 8-bit buffer as floats [rows, kv heads, head_dim]."""
+    length = int(buffers.lengths[number // 2])
+    whole: np.ndarray = buffers.arrays[number][0, :, :length].swapaxes(0, 1) * buffers.scales[number].reshape(2, 8)
+    return whole
+
+
+def check_restored(buffers: StepBuffers, cache: KvCache) -> None:
+    for number, (text, visual) in enumerate(zip(cache.text, cache.visual, strict=True)):
+        expected = np.concatenate([visual[1:], text[1:]])
+        half_a_step = 0.5001 * buffers.scales[number].reshape(2, 8)
+        assert (np.abs(restored(buffers, number) - expected) <= half_a_step).all()
+
+
+def test_8_bits_hold_each_channel_to_half_a_step() -> None:
+    buffers, cache = StepBuffers(3, quantized=True), cache_of(5, visual=12)
+    for array in (*cache.buffers, *cache.visual):
+        array[:, 1, 3] *= 50.0  # a channel of outliers costs the others nothing
+    buffers.follow(cache)
+    assert buffers.arrays[0].dtype == np.int8
+    assert buffers.scales[0].reshape(2, 8)[0].max() < 0.1 < buffers.scales[0].reshape(2, 8)[1, 3]
+    check_restored(buffers, cache)
+    arrays, scales = buffers.arrays, [scale.copy() for scale in buffers.scales]
+    cache = cache.append(some(2), 0, 2)
+    buffers.follow(cache)
+    check_restored(buffers, cache)
+    assert buffers.arrays is arrays and all(map(np.array_equal, buffers.scales, scales))
+
+
+def test_rows_beyond_the_scales_get_others() -> None:
+    buffers, cache = StepBuffers(3, quantized=True), cache_of(5, visual=12)
+    buffers.follow(cache)
+    memory = [scale.ctypes.data for scale in buffers.scales]
+    large = tuple(10 * row for row in some(1))
+    rows = np.stack([row.ravel() for row in large])
+    assert buffers.fits(rows / 10) and not buffers.fits(rows)
+    grown = cache.append(large, 0, 1)
+    buffers.follow(grown)  # a turn brings them
+    check_restored(buffers, grown)
+    assert [scale.ctypes.data for scale in buffers.scales] == memory  # what is bound stays
+    buffers.forget()  # a step brought them
+    buffers.follow(grown)
+    check_restored(buffers, grown)
+
+
+def test_an_engine_may_round_a_tie_to_the_other_side() -> None:
+    buffers, cache = StepBuffers(3, quantized=True), cache_of(5, visual=12)
+    buffers.follow(cache)
+    row = some(1)
+    for number, new in enumerate(row):
+        steps = np.rint(new[0] / buffers.scales[number].reshape(2, 8))
+        buffers.arrays[number][0, :, 17] = steps + (1 if number == 5 else 0)
+    buffers.stepped()
+    grown = cache.append(row, 0, 1)
+    for text in grown.buffers[:-1]:
+        text[grown.length - 1] = 0.0  # which would be seen in a copy
+    buffers.follow(grown)
+    np.testing.assert_allclose(restored(buffers, 0)[17], row[0][0], atol=buffers.scales[0].max())
