@@ -107,6 +107,15 @@ def test_learned_weights_on_another_device(
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("short")
+def test_learned_weights_on_a_gpu(tiny_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU and a CUDA build of torch")
+    here, there = (learned(tiny_folder, samples, device, tmp_path / device) for device in ("cpu", "cuda"))
+    assert there.divergence == pytest.approx(here.divergence, rel=0.1)
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter:UserWarning")  # of torch's own device of this name
 def test_training_goes_on_on_another_device(
@@ -115,13 +124,15 @@ def test_training_goes_on_on_another_device(
     class Interrupted(Exception):
         pass
 
-    def stop(*_: object) -> None:
+    saved = straight._save
+
+    def save_and_stop(path: Path, step: int, trainee: straight.Trainee, optimizer: torch.optim.Optimizer) -> None:
+        saved(path, step, trainee, optimizer)
         raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(straight, "SAVE_EVERY", 1)
-        saved = straight._save
-        patch.setattr(straight, "_save", lambda *given: (saved(*given), stop()))
+        patch.setattr(straight, "_save", save_and_stop)
         with pytest.raises(Interrupted):
             learned(tiny_folder, samples, device, tmp_path)
     assert learned(tiny_folder, samples, device, tmp_path).divergence >= 0
@@ -131,12 +142,24 @@ def test_training_goes_on_on_another_device(
 def test_decode_rates_on_another_device(
     form: str, tiny_folder: Path, samples: list[Sample], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check_decode_rates(form, tiny_folder, samples, device, monkeypatch)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("form", dyrate.FORMS)
+def test_decode_rates_on_a_gpu(form: str, tiny_folder: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU and a CUDA build of torch")
+    check_decode_rates(form, tiny_folder, samples, "cuda", monkeypatch)
+
+
+def check_decode_rates(form: str, folder: Path, samples: list[Sample], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dyrate, "WARM_STEPS", 2)
     monkeypatch.setattr(dyrate, "EPOCHS", 1)
     for module in (dyrate, decode_rate):
         monkeypatch.setattr(module, "fit_budget", lambda spend, budget, low, high: spend(low) * 0.0)
     plan = ranked_plan(unpruned_plan("qwen2_vl", 3, TINY_GEOMETRY))
-    replay = PolicyReplay(Recorder(loaded_on(tiny_folder, device), plan, 8, device), 0, monotone=True)
+    replay = PolicyReplay(Recorder(loaded_on(folder, device), plan, 8, device), 0, monotone=True)
     answers = replay.record(samples[:1], "stretch", 2, lambda done: None)
     options = dyrate.dyrate_options(replay, answers, 0.5, form, 0, SILENT)
     assert options["form"] == form and options["shares"]

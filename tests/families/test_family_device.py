@@ -34,7 +34,7 @@ class Placed(Family):
 
     def decoder(self) -> DecoderParts:
         self.places.append(str(torch.get_default_device()))
-        return None  # type: ignore[return-value]
+        return None
 
 
 @pytest.mark.parametrize(("weights", "made"), [("cpu", "cpu"), ("cuda:0", "cuda:0"), ("meta", "cpu")])
