@@ -34,13 +34,13 @@ class Placed(Family):
 
     def decoder(self) -> DecoderParts:
         self.places.append(str(torch.get_default_device()))
-        return None
+        return None  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("weights", "made"), [("cpu", "cpu"), ("cuda:0", "cuda:0"), ("meta", "cpu")])
 def test_tables_are_made_where_the_weights_are(weights: str, made: str) -> None:
     family = Placed(weights)
-    family.vision(None)  # type: ignore[arg-type]
+    family.vision(None)
     family.decoder()
     assert family.places == [made, made]
     assert str(torch.get_default_device()) == "cpu"
