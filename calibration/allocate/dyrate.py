@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from edgeprune.calibration.allocate.decode_rate import (
@@ -106,6 +105,7 @@ def train(replay: PolicyReplay, answers: Sequence[RecordedAnswer], budget: float
     generator = torch.Generator().manual_seed(seed)
     layers, shares = answers[0].first_attention_shares.shape[0], torch.tensor(SHARES)
     predictor = Predictor(torch.zeros(len(SHARES), layers * 4 + 1), torch.zeros(len(SHARES)), shares)
+    predictor.to(answers[0].logits.device)
     _warm_start(replay, answers, predictor, budget, progress)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=LEARNING_RATE[1])
     steps = EPOCHS * len(answers)
@@ -133,9 +133,9 @@ def _loss(
     with torch.no_grad():  # the predictor's inputs depend on its earlier choices
         shares, _ = replay.settle_policy(answer, rate_of(predictor))
         _, attention_shares = replay.replay_ratios(answer, shares.tolist())
-    logits = predictor.logits(attention_shares, _steps(len(attention_shares)))
+    logits = predictor.logits(attention_shares, _steps(attention_shares))
     noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6)))
-    soft = torch.softmax((logits + noise) / temperature, dim=-1)
+    soft = torch.softmax((logits + noise.to(logits.device)) / temperature, dim=-1)
     hard = torch.nn.functional.one_hot(soft.argmax(dim=-1), len(SHARES)).float()
     picked = hard + soft - soft.detach()  # straight-through: one-hot in the forward pass, softmax in the backward pass
     pruned, _ = replay.replay_weights(answer, picked, SHARES)
@@ -149,9 +149,9 @@ def _warm_start(
     replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor: Predictor, budget: float, progress: Progress
 ) -> None:
     measured = [torch.from_numpy(each).float() for each in constant_costs(replay, answers, progress)]
-    costs = torch.cat(measured, dim=1).T  # [steps, bins]
+    costs = torch.cat(measured, dim=1).T.to(answers[0].logits.device)  # [steps, bins]
     attention_shares = [replay.replay_ratios(answer, [budget] * answer.episode.steps)[1].detach() for answer in answers]
-    rows, steps = torch.cat(attention_shares), torch.cat([_steps(len(part)) for part in attention_shares])
+    rows, steps = torch.cat(attention_shares), torch.cat([_steps(part) for part in attention_shares])
     optimizer = torch.optim.Adam(predictor.parameters(), lr=LEARNING_RATE[0])
     for _ in range(WARM_STEPS):
         probabilities = torch.softmax(predictor.logits(rows, steps), dim=-1)
@@ -166,7 +166,7 @@ def rate_of(predictor: Predictor) -> Callable[[torch.Tensor], Sequence[float]]:
     """Return the policy that picks the most likely share at every step."""
 
     def rate(attention_shares: torch.Tensor) -> list[float]:
-        best = predictor.logits(attention_shares, _steps(len(attention_shares))).argmax(dim=-1)
+        best = predictor.logits(attention_shares, _steps(attention_shares)).argmax(dim=-1)
         return [float(share) for share in predictor.shares[best]]
 
     return rate
@@ -184,5 +184,6 @@ def _fit_bias(replay: PolicyReplay, answers: Sequence[RecordedAnswer], predictor
     return shifted(fit_budget(spend, budget, -60.0, 60.0))
 
 
-def _steps(count: int) -> torch.Tensor:
-    return torch.from_numpy(np.arange(count, dtype=np.float32))[:, None]
+def _steps(attention_shares: torch.Tensor) -> torch.Tensor:
+    # The number of each step [T, 1].
+    return torch.arange(len(attention_shares), dtype=torch.float32, device=attention_shares.device)[:, None]

@@ -165,7 +165,8 @@ class Listener:
         if self.decoder.shape.bidirectional:
             return self._after_prefill(prefix, visual, pack[0], order, weight, logs)
         text = joined([asked.text for asked in pack])
-        bias = bias_of(prefix.embeds.shape[1], visual.embeds.shape[1], [asked.length for asked in pack], weight, logs)
+        lengths = [asked.length for asked in pack]
+        bias = bias_of(prefix.embeds.shape[1], visual.embeds.shape[1], lengths, weight, logs, device=order.device)
         output = self.decoder(prefix, visual, text, self.decoder.empty_caches(), order, bias=bias, every_logit=True)
         rows, start = list[torch.Tensor](), 0
         for asked in pack:
@@ -184,7 +185,7 @@ class Listener:
     ) -> torch.Tensor:
         # The tokens of a prompt attend to each other, and those of its answer only to what is before them.
         before, tokens, after = (part.embeds.shape[1] for part in (prefix, visual, asked.prompt))
-        bias, empty = bias_of(before, tokens, [after], weight, logs), self.decoder.empty_caches()
+        bias, empty = bias_of(before, tokens, [after], weight, logs, device=order.device), self.decoder.empty_caches()
         prefill = self.decoder(prefix, visual, asked.prompt, empty, order, bias=bias)
         caches = [cache.append(rows, before, after) for cache, rows in zip(empty, prefill.rows, strict=True)]
         assert all(isinstance(cache, LayerCache) for cache in caches)
@@ -204,18 +205,23 @@ def joined(parts: Sequence[Segment]) -> Segment:
 
 
 def bias_of(
-    before: int, tokens: int, lengths: Sequence[int], weight: torch.Tensor | None, logs: torch.Tensor | None = None
+    before: int,
+    tokens: int,
+    lengths: Sequence[int],
+    weight: torch.Tensor | None,
+    logs: torch.Tensor | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> torch.Tensor | None:
     """Return what is added to the scores [S, S] of `before` tokens, `tokens` visual ones and texts of `lengths`; None for nothing.
 
     Texts do not see each other. `weight` [tokens] is added for each visual token as a key, but not where it attends to itself;
-    `logs` [tokens] also there.
+    `logs` [tokens] also there. `device`: where the decoder is.
     """
     if len(lengths) == 1 and weight is None and logs is None:
         return None
     after = sum(lengths)
     total = before + tokens + after
-    device = next((each.device for each in (weight, logs) if each is not None), None)
     bias = torch.zeros(total, total, device=device)
     if len(lengths) > 1:
         text = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))

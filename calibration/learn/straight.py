@@ -194,7 +194,8 @@ def _resume(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> i
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is not iterable
     prefix = "trainee."
     trainee.load_state_dict({name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)})
-    trainee.averages = [tensors[f"average.{number}"] for number in range(len(trainee.averages))]
+    device = trainee.mean.device
+    trainee.averages = [tensors[f"average.{number}"].to(device) for number in range(len(trainee.averages))]
     kept: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

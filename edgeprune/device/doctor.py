@@ -9,6 +9,8 @@ from typing import Any
 from edgeprune.device.gpu import GpuTrial
 from edgeprune.device.machine import BINDING, Machine, dotted
 from edgeprune.device.memory import NO_ZRAM
+from edgeprune.device.onnxruntime_cuda import CUDA as _PROVIDER
+from edgeprune.device.onnxruntime_cuda import INSTALL
 from edgeprune.device.system import version_numbers
 from edgeprune.errors import install_command
 from edgeprune.targets import TARGETS
@@ -24,7 +26,7 @@ UPGRADE_JETPACK = (
     "sudo sed -i 's/r36\\.[0-9]*/r36.4/' /etc/apt/sources.list.d/nvidia-l4t-apt-source.list && "
     "sudo apt update && sudo apt dist-upgrade && sudo reboot"
 )
-_EXPORT_PACKAGES = ("torch", "transformers", "optimum", "onnx", "onnxscript")
+_EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")  # optimum is for its own command line alone
 _CPU, _CUDA, _BUILD, _ENGINES, _EXPORTS = (
     "run bundles on the CPU",
     "ONNX Runtime on CUDA",
@@ -32,7 +34,6 @@ _CPU, _CUDA, _BUILD, _ENGINES, _EXPORTS = (
     "run TensorRT engines",
     "export and calibrate",
 )
-_GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 _CPU_WHEEL = "pip uninstall onnxruntime-gpu && pip install --force-reinstall onnxruntime"  # both packages install the same module
 _NO_DRIVER = "no NVIDIA driver is loaded, and an engine fits one GPU and one TensorRT only"
 
@@ -133,12 +134,17 @@ class Diagnosis:
         }
 
 
-def diagnose(machine: Machine, try_gpu: Callable[[], GpuTrial] | None = None) -> Diagnosis:
-    """Return the available features and the warnings of a machine. `try_gpu`: called if TensorRT is installed; None: not tried."""
+def diagnose(
+    machine: Machine, try_gpu: Callable[[], GpuTrial] | None = None, try_cuda: Callable[[], GpuTrial] | None = None
+) -> Diagnosis:
+    """Return the available features and the warnings of a machine.
+
+    `try_gpu`: called if TensorRT is installed. `try_cuda`: called if ONNX Runtime offers CUDA. None: not tried.
+    """
     trial = None if try_gpu is None or _tensorrt_blocked(_ENGINES, machine) is not None else try_gpu()
     abilities = (
         _cpu_feature(machine),
-        _cuda_feature(machine),
+        _cuda_blocked(machine) or _cuda_feature(machine, None if try_cuda is None else try_cuda()),
         _build_feature(machine, trial),
         _engines_feature(machine, trial),
         _export_feature(machine),
@@ -156,21 +162,26 @@ def _cpu_feature(machine: Machine) -> DeviceFeature:
     return DeviceFeature(_CPU, False, "ONNX Runtime is not installed", "pip install onnxruntime")
 
 
-def _cuda_feature(machine: Machine) -> DeviceFeature:
-    offered = [provider for provider in _GPU_PROVIDERS if provider in machine.software.providers]
+def _cuda_blocked(machine: Machine) -> DeviceFeature | None:
     if not machine.gpu:
         return DeviceFeature(_CUDA, False, "no NVIDIA driver is loaded")
     if has_foreign_wheel(machine):
         return DeviceFeature(_CUDA, False, "this onnxruntime-gpu has no kernels for a Jetson", _CPU_WHEEL)
-    if not offered and machine.is_jetson:
+    if _PROVIDER in machine.software.providers:
+        return None
+    if machine.is_jetson:
         return DeviceFeature(
             _CUDA, False, "ONNX Runtime offers no CUDA provider; its Jetson wheels are on NVIDIA's Jetson package index"
         )
-    if not offered:
-        remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
-        return DeviceFeature(_CUDA, False, "ONNX Runtime offers no CUDA provider", remedy)
-    reason = f"ONNX Runtime {_onnxruntime_version(machine)} offers {', '.join(offered)}: edgeprune run BUNDLE --provider cuda"
-    return DeviceFeature(_CUDA, True, reason)
+    return DeviceFeature(_CUDA, False, "ONNX Runtime offers no CUDA provider", f"pip uninstall onnxruntime && {INSTALL}")
+
+
+def _cuda_feature(machine: Machine, trial: GpuTrial | None) -> DeviceFeature:
+    # A list of providers says what ONNX Runtime was built for, not whether their libraries are there.
+    if trial is not None and trial.error:
+        return DeviceFeature(_CUDA, False, trial.error, trial.remedy)
+    how = "offers CUDA, which was not tried" if trial is None else "multiplied on CUDA"
+    return DeviceFeature(_CUDA, True, f"ONNX Runtime {_onnxruntime_version(machine)} {how}: edgeprune run BUNDLE --provider cuda")
 
 
 def _build_feature(machine: Machine, trial: GpuTrial | None) -> DeviceFeature:

@@ -32,7 +32,10 @@ class GpuTrial:
 
 
 def try_gpu(command: Sequence[str] = _COMMAND, limit: float = LIMIT) -> GpuTrial:
-    """Run the trial and return its result. Never raises for what the GPU does; takes no longer than `limit` seconds."""
+    """Run a trial and return its result. Never raises for what the GPU does; takes no longer than `limit` seconds.
+
+    `command`: prints lines of `report`.
+    """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     ended = ""
     try:
@@ -78,21 +81,22 @@ def _result(output: str, ended: str) -> GpuTrial:
 
 
 def _main(load: Callable[[], Cudart] = load_cudart) -> None:
-    _say(trying="Loading the CUDA runtime")
+    report(trying="Loading the CUDA runtime")
     try:
         runtime = load()
-        _say(trying="cudaFree(0)", cuda=str(runtime))
+        report(trying="cudaFree(0)", cuda=str(runtime))
         runtime.call("cudaFree", None)  # creates CUDA's context
-        _say(trying="Creating TensorRT's logger and runtime")
+        report(trying="Creating TensorRT's logger and runtime")
         trt = importlib.import_module("tensorrt")
         trt.Runtime(trt.Logger(trt.Logger.ERROR))
     except EdgePruneError as error:
-        _say(error=error.message, remedy=error.hint)
+        report(error=error.message, remedy=error.hint)
     except Exception as error:  # TensorRT raises errors of many types
-        _say(error=one_line(f"TensorRT cannot be used: {type(error).__name__}: {error}"))
+        report(error=one_line(f"TensorRT cannot be used: {type(error).__name__}: {error}"))
 
 
-def _say(**words: str) -> None:
+def report(**words: str) -> None:
+    """Print what a trial is about to try, what it found or its error and remedy, as a line for `try_gpu`."""
     print(json.dumps(words), flush=True)
 
 

@@ -14,25 +14,28 @@ import onnxruntime
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, tier_selector
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
-from edgeprune.errors import BundleError, EngineError
+from edgeprune.errors import BundleError, EngineError, UsageError
 from edgeprune.io.background import run_in_threads
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
 from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, can_step, empty_buffers, run
 from edgeprune.runtime.backends.step_buffers import Recent
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# By default CUDA multiplies float32 in TF32, which has a mantissa of 10 bits: other tokens would be kept than on a CPU.
+_EXACT = {CUDA: {"use_tf32": "0"}}
 # MatMulAddFusion fuses a matrix product and the residual addition into a Gemm, which has to dequantize its weights at every step:
 # an int8 decode step takes six times as long (ONNX Runtime 1.31.1, 0.5B decoder).
 _DISABLED_OPTIMIZERS = "MatMulAddFusion"
-_GPU_PACKAGE = "onnxruntime-gpu (on a Jetson, NVIDIA's own wheel)"
+_GPU_PACKAGE = "onnxruntime-gpu[cuda,cudnn] (on a Jetson, NVIDIA's own wheel)"
 _PACKAGES = {"OpenVINOExecutionProvider": "onnxruntime-openvino"}
 
 
 class OnnxRuntimeBackend:
     """Runs a bundle's graphs on ONNX Runtime.
 
-    `providers`: execution providers; EngineError is raised if the first is not available. `exact`: multiply quantized weights in
+    `providers`: execution providers; EngineError is raised if the first is not available, and UsageError if the bundle's decoder
+    cannot run on one of them. `exact`: multiply quantized weights in
     floating point, as TensorRT does. Otherwise ONNX Runtime rounds the activations to int8. `mapped`: leave the weights in their
     files and convert each at every use: slow, and in little memory.
     """
@@ -47,16 +50,18 @@ class OnnxRuntimeBackend:
         mapped: bool = False,
     ) -> None:
         self._plan, self._follows_attention = bundle.plan, bundle.plan.follows_attention
+        _check_target(bundle, providers)
         options = _session_options(threads, providers, exact=exact, integers=_rounds(bundle), mapped=mapped)
         selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
         graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if bundle.plan.has_rate_predictor else [])]
-        loaders = {graph: partial(_open_session, bundle.file(graph), options, providers) for graph in graphs}
+        given = _with_options(bundle, providers)
+        loaders = {graph: partial(_open_session, bundle.file(graph), options, given) for graph in graphs}
         # Only CPU sessions start in parallel: other providers share a device, and not all are known to support that.
         sessions = run_in_threads(loaders) if providers[0] == CPU else {graph: load() for graph, load in loaders.items()}
         self._vision, self._embed, self._decoder = sessions[VISION], sessions[EMBED], sessions[DECODER]
         self._selectors, self._predictor = [sessions[graph] for graph in selectors], sessions.get(PREDICTOR)
         # Loaded with the first unpruned request.
-        self._open_unpruned, self._unpruned = partial(_open_session, bundle.file(VISION_UNPRUNED), options, providers), None
+        self._open_unpruned, self._unpruned = partial(_open_session, bundle.file(VISION_UNPRUNED), options, given), None
         self._kept_names = kept_names(bundle.plan, "vision")
         shape = bundle.manifest.decoder
         kinds = shape.local_layers, shape.states
@@ -133,12 +138,13 @@ def nodes_run(
     """
     from tempfile import TemporaryDirectory  # a runtime that profiles nothing starts without it
 
+    _check_target(bundle, providers)
     options = _session_options(threads, providers, exact=False, integers=_rounds(bundle))
     options.enable_profiling = True
     kinds = bundle.manifest.decoder.local_layers, bundle.manifest.decoder.states
     with TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "step")
-        session = _open_session(bundle.file(DECODER), options, providers)
+        session = _open_session(bundle.file(DECODER), options, _with_options(bundle, providers))
         buffers = empty_buffers(session)
         if buffers and providers[0] == CPU and can_step(bundle.plan, tokens, cache):
             BoundStep(session, bundle).forward(tokens, cache, None)
@@ -202,8 +208,26 @@ def _share_arena() -> None:
         return
 
 
-def _open_session(path: Path, options: Any, providers: Sequence[str]) -> Any:
-    _check_available(providers[0])
+def _check_target(bundle: Bundle, providers: Sequence[str]) -> None:
+    # Its operators and its buffers in place are those of the CPU's kernels; on CUDA they end the process (signal 11, 1.27).
+    target = bundle.manifest.lowering.target
+    if target.blocked and CUDA in providers:
+        raise UsageError(
+            f"{bundle.path} was exported for {target.modules} (--target {target.name}): its decoder does not run on CUDA.",
+            hint="Export it with --target onnxruntime, or use --provider cpu.",
+        )
+
+
+def _with_options(bundle: Bundle, providers: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    exact = _EXACT if bundle.manifest.precision == "fp32" else {}
+    return [(provider, exact.get(provider, {})) for provider in providers]
+
+
+def _open_session(path: Path, options: Any, providers: Sequence[tuple[str, dict[str, str]]]) -> Any:
+    first = providers[0][0]
+    _check_available(first)
+    if CUDA in (name for name, _ in providers):
+        _load_cuda_libraries()
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=list(providers), disabled_optimizers=[_DISABLED_OPTIMIZERS]
@@ -211,9 +235,24 @@ def _open_session(path: Path, options: Any, providers: Sequence[str]) -> Any:
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         first_line = str(error).splitlines()[0]
         raise BundleError(f"ONNX Runtime cannot load {path}: {first_line}.", hint="Export it again.") from error
-    if session.get_providers()[0] != providers[0]:  # ONNX Runtime falls back to the next provider when a library is missing
-        raise EngineError(f"ONNX Runtime could not start {providers[0]}.", hint="See: edgeprune doctor, or use --provider cpu")
+    if session.get_providers()[0] != first:  # ONNX Runtime falls back to the next provider when a library is missing
+        raise _not_started(first)
     return session
+
+
+@cache
+def _load_cuda_libraries() -> None:
+    from edgeprune.device.onnxruntime_cuda import load_libraries  # a runtime without CUDA starts without it
+
+    load_libraries()
+
+
+def _not_started(provider: str) -> EngineError:
+    from edgeprune.device.onnxruntime_cuda import why_not_started
+
+    reason, remedy = why_not_started(provider)
+    what = f"ONNX Runtime could not start {provider}" + (f": {reason}." if reason else ".")
+    return EngineError(what, hint=f"{f'Try: {remedy}' if remedy else 'See: edgeprune doctor'}, or use --provider cpu")
 
 
 def _check_available(provider: str) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from edgeprune.bundle import Bundle
 from edgeprune.errors import UsageError
 from edgeprune.runtime.backends.interface import Backend
-from edgeprune.runtime.backends.onnxruntime import CPU, OnnxRuntimeBackend
+from edgeprune.runtime.backends.onnxruntime import CPU, CUDA, OnnxRuntimeBackend
 
-_CUDA, _TENSORRT, _OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
+_TENSORRT, _OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 TENSORRT = "tensorrt"
 # ONNX Runtime assigns each node to the first provider that supports it. Its TensorRT provider builds engines at load time and has
 # no cache here, because it would load a cached engine without verification.
-ONNXRUNTIME = {"cpu": (CPU,), "cuda": (_CUDA, CPU), "ort-tensorrt": (_TENSORRT, _CUDA, CPU), "openvino": (_OPENVINO, CPU)}
+ONNXRUNTIME = {"cpu": (CPU,), "cuda": (CUDA, CPU), "ort-tensorrt": (_TENSORRT, CUDA, CPU), "openvino": (_OPENVINO, CPU)}
 PROVIDERS = (*ONNXRUNTIME, TENSORRT)
 
 
 def open_backend(bundle: Bundle, provider: str, threads: int | None = None) -> Backend:
     """Return the backend for a bundle on a provider of PROVIDERS.
 
-    Raises EngineError when the provider is not available here, and UsageError for an unknown provider or unsupported `threads`.
+    Raises EngineError when the provider is not available here, and UsageError for an unknown provider, unsupported `threads`, or a
+    bundle whose target does not fit the provider.
     """
     if provider in ONNXRUNTIME:
         return OnnxRuntimeBackend(bundle, threads, providers=ONNXRUNTIME[provider])

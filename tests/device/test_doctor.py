@@ -165,7 +165,7 @@ def test_an_unknown_release_is_said(tmp_path: Path) -> None:
 
 def test_a_desktop(tmp_path: Path) -> None:
     abilities, diagnosis = examine(desktop(), tmp_path)
-    assert abilities[CUDA].remedy == "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    assert abilities[CUDA].remedy == 'pip uninstall onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
     assert abilities[BUILD].remedy == "pip install tensorrt"
     assert diagnosis.cautions == ()
 
@@ -198,6 +198,29 @@ def test_a_cpu_without_products_of_bytes_is_told_so(
     assert any("VNNI" in what for what in cautions(recording, tmp_path)) is slow
 
 
+def test_a_provider_in_the_list_is_tried(tmp_path: Path) -> None:
+    packages = {"onnxruntime-gpu": "1.31.1"}
+    recording = replace(desktop(), software=Software((3, 12), packages, ("CUDAExecutionProvider", *CPU_ONLY), True))
+    machine = recording.machine(tmp_path)
+
+    def feature(trial: GpuTrial) -> DeviceFeature:
+        return next(each for each in diagnose(machine, try_cuda=lambda: trial).abilities if each.name == CUDA)
+
+    assert feature(GpuTrial()).able and "1.31.1 multiplied on CUDA" in feature(GpuTrial()).reason
+    failed = GpuTrial(error="libcublasLt.so.13 is missing", remedy="pip install it")
+    assert feature(failed) == DeviceFeature(CUDA, False, failed.error, failed.remedy)
+    untried = next(each for each in diagnose(machine).abilities if each.name == CUDA)
+    assert untried.able and "was not tried" in untried.reason
+
+
+def test_what_cannot_work_is_not_tried(tmp_path: Path) -> None:
+    def never() -> GpuTrial:
+        raise AssertionError
+
+    for recording in (orin_nano(), desktop(), replace(desktop(), files={})):
+        diagnose(recording.machine(tmp_path / str(id(recording))), try_cuda=never)
+
+
 def test_without_onnx_runtime_nothing_runs(tmp_path: Path) -> None:
     recording = replace(desktop(), software=Software((3, 11), {}, (), True))
     abilities, diagnosis = examine(recording, tmp_path)
@@ -208,7 +231,7 @@ def test_without_onnx_runtime_nothing_runs(tmp_path: Path) -> None:
 def run_doctor(recording: Recording, root: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, str]:
     machine = recording.machine(root)
     monkeypatch.setattr(edgeprune.device.machine, "read_machine", lambda: machine)
-    monkeypatch.setattr(edgeprune.device.gpu, "try_gpu", lambda: GpuTrial("CUDA 12.6, driver 12.6"))
+    monkeypatch.setattr(edgeprune.device.gpu, "try_gpu", lambda *command: GpuTrial("CUDA 12.6, driver 12.6"))
     result = CliRunner().invoke(main, ["doctor", *options])
     return result.exit_code, result.output
 

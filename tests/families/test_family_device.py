@@ -40,7 +40,7 @@ class Placed(Family):
 @pytest.mark.parametrize(("weights", "made"), [("cpu", "cpu"), ("cuda:0", "cuda:0"), ("meta", "cpu")])
 def test_tables_are_made_where_the_weights_are(weights: str, made: str) -> None:
     family = Placed(weights)
-    family.vision(None)  # type: ignore[arg-type]
+    family.vision(None)
     family.decoder()
     assert family.places == [made, made]
     assert str(torch.get_default_device()) == "cpu"

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -69,6 +71,26 @@ def test_the_picture_of_the_papers_shows_their_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_providers_are_compared(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    sizes = tiny_bundle.plan.geometry
+    write_dataset(tmp_path / "scenes", 3, 5000)
+    for path in (tmp_path / "scenes" / "images").iterdir():
+        with Image.open(path) as image:
+            image.resize((sizes.width, sizes.height)).save(path)
+    data = tmp_path / "scenes" / "dataset.jsonl"
+    printed = run("examples/providers/compare.py", tiny_bundle.path, "--data", data, "--providers", "cpu", "cpu")
+    assert printed.splitlines()[:2] == ["equal answers    3 of 3", "equal kept sets  3 of 3"]
+    assert printed.splitlines()[2].startswith("differing tokens 0 of ")
+    module = runpy.run_path(str(ROOT / "examples" / "providers" / "compare.py"))
+
+    def answer(*kept: list[list[int]] | list[int]) -> SimpleNamespace:
+        return SimpleNamespace(text="", receipt=SimpleNamespace(cuts=[SimpleNamespace(kept=np.array(each)) for each in kept]))
+
+    one, other = answer([1, 2, 3], [[4, 5], [6, 7]]), answer([3, 2, 9], [[5, 4], [6, 8]])
+    assert module["differing"](one, other) == (7, 2)
+    assert module["report"]([(one, other), (one, one)]).splitlines()[1:] == ["equal kept sets  1 of 2", "differing tokens 2 of 14"]
+
+
 def test_ways_of_ranking_several_images_are_compared(tmp_path: Path) -> None:
     options = ("--methods", "fastv", "plphp")
     run("examples/several_images/overlap.py", tmp_path, *options, "--images", 2, "--scenes", 1)

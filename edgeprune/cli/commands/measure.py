@@ -194,13 +194,16 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what this machine can do, and what stands in the way.
 
     Each obstacle comes with the command that removes it. Where TensorRT is installed, CUDA and TensorRT are called once,
-    in a process of their own.
+    and where ONNX Runtime offers CUDA, it computes a product there, each in a process of its own.
     """
+    from functools import partial
+
     from edgeprune.cli.output.measure import show_diagnosis
     from edgeprune.device.doctor import diagnose
     from edgeprune.device.gpu import try_gpu
     from edgeprune.device.machine import read_machine
+    from edgeprune.device.onnxruntime_cuda import COMMAND
 
-    diagnosis = diagnose(read_machine(), try_gpu)
+    diagnosis = diagnose(read_machine(), try_gpu, partial(try_gpu, COMMAND))
     show_diagnosis(diagnosis, as_json)
     ctx.exit(0 if diagnosis.can_run else 1)

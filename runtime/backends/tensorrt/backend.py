@@ -22,7 +22,7 @@ from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, Scratch, upload
-from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, Driver, identity, tensorrt
+from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, Driver, identity, recording_log, tensorrt
 from edgeprune.runtime.backends.tensorrt.profiles import TEXT, ShapeProfile, image_prefill_of
 from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, usable_engines
 
@@ -33,7 +33,7 @@ class Executor:
     """One deserialized engine.
 
     `plan`: its file, which may be unmapped afterwards. `record`: inputs and outputs. `profiles`: those it was built with, in order.
-    `scratch`: where its contexts work.
+    `scratch`: where its contexts work. `log`: that of the runtime.
     """
 
     def __init__(
@@ -45,12 +45,14 @@ class Executor:
         profiles: Sequence[ShapeProfile],
         pool: MemoryPool,
         scratch: Scratch,
+        log: Any,
     ) -> None:
-        self._record, self._profiles, self._pool = record, profiles, pool
+        self._record, self._profiles, self._pool, self._log = record, profiles, pool, log
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
-                "TensorRT does not take an engine that was built here.", hint="Build it again: edgeprune build BUNDLE"
+                f"TensorRT does not take an engine that was built here: {log.last_error}",
+                hint="If it says nothing of this GPU, build it again: edgeprune build BUNDLE",
             )
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -71,11 +73,12 @@ class Executor:
             arrays.append(array)  # keeps the lease until the run is enqueued
             if not context.set_input_shape(name, array.shape) or not context.set_tensor_address(name, array.address):
                 raise EngineError(
-                    f"TensorRT refuses {name} of shape {array.shape}.", hint="Build the engines again: edgeprune build BUNDLE"
+                    f"TensorRT refuses {name} of shape {array.shape}: {self._log.last_error}",
+                    hint="Build the engines again: edgeprune build BUNDLE",
                 )
         outputs = {name: self._output(context, name, profile) for name in self._outputs}
         if not context.execute_async_v3(self._pool.driver.stream):
-            raise EngineError("TensorRT could not run the engine.", hint="See: edgeprune selftest BUNDLE")
+            raise EngineError(f"TensorRT could not run the engine: {self._log.last_error}", hint="See: edgeprune selftest BUNDLE")
         return outputs
 
     def close(self) -> None:
@@ -87,7 +90,10 @@ class Executor:
         # A context's own scratch memory would be as large as the largest profile needs, in each of them.
         context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise EngineError("There is no memory for another execution context.", hint="Build with a smaller --context or --turn.")
+            raise EngineError(
+                f"TensorRT could not make an execution context: {self._log.last_error}",
+                hint="Build with a smaller --context or --turn.",
+            )
         if len(self._profiles) > 1:
             context.set_optimization_profile_async(number, self._pool.driver.stream)
         scratch.serve(context, self._engine.device_memory_size_v2)
@@ -142,7 +148,8 @@ class TensorRTBackend:
         self._plan, self._driver, self._pool, self._scratch = bundle.plan, driver, MemoryPool(driver), Scratch(driver)
         self._tiers, self._has_attention_split = bundle.manifest.tiers, bundle.plan.follows_attention
         self._executors: dict[str, Executor] = {}
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._log = recording_log(trt)
+        self._runtime = trt.Runtime(self._log)
         try:
             engines = usable_engines(bundle, store, device)
             self._open = {
@@ -165,7 +172,7 @@ class TensorRTBackend:
         self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[ShapeProfile]
     ) -> Executor:
         with store.mapped(record) as plan:
-            return Executor(trt, self._runtime, plan, described, profiles, self._pool, self._scratch)
+            return Executor(trt, self._runtime, plan, described, profiles, self._pool, self._scratch, self._log)
 
     @classmethod
     def on_this_device(cls, bundle: Bundle) -> TensorRTBackend:

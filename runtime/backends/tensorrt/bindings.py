@@ -1,8 +1,9 @@
-"""Import TensorRT, or raise an error with the remedy where it is missing, and the stream and memory that engines use."""
+"""Import TensorRT, or raise an error with the remedy where it is missing; its log; the stream and memory that engines use."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,10 @@ import numpy as np
 from edgeprune.device.cudart import CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS, ON_DEVICE, TO_DEVICE, TO_HOST, Cudart
 from edgeprune.device.doctor import OLDEST_TENSORRT, diagnose
 from edgeprune.device.machine import Machine, read_machine
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, one_line
+
+# TensorRT 8 to 10 spell "insufficient" in two ways.
+_LITTLE_MEMORY = re.compile(r"insuff?icient memory|memory is insuff?icient|could not be allocated|out ?of ?memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,29 @@ def identity(trt: Any, cudart: Cudart) -> DeviceIdentity:
     asked = (CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS)
     major, minor, sms = (cudart.number("cudaDeviceGetAttribute", attribute, 0) for attribute in asked)
     return DeviceIdentity(str(trt.__version__), f"{major}.{minor}", sms)
+
+
+def recording_log(trt: Any) -> Any:
+    """Return a logger that prints nothing, since the standard output belongs to answers, and keeps what errors should say.
+
+    `first_error` and `last_error` are lines; `memory_warning` is the first of `memory_warnings` about too little memory.
+    """
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.first_error = self.last_error = "no reason given."
+            self.memory_warning, self.memory_warnings = "", 0
+
+        def log(self, severity: Any, message: str) -> None:
+            line = one_line(message.strip().partition("\n")[0])
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.first_error = line if self.first_error == "no reason given." else self.first_error
+                self.last_error = line
+            if severity <= trt.ILogger.Severity.WARNING and _LITTLE_MEMORY.search(line):
+                self.memory_warning, self.memory_warnings = self.memory_warning or line, self.memory_warnings + 1
+
+    return Log()
 
 
 def _missing(machine: Machine, error: ImportError) -> str:

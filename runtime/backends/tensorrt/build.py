@@ -173,7 +173,7 @@ def trtexec_command(bundle: Bundle, job: BuildJob, settings: BuilderSettings) ->
     command = [JETPACK_TRTEXEC if "JetPack" in bundle.manifest.lowering.target.modules else "trtexec"]
     command += [f"--onnx={bundle.file(job.graph)}", f"--saveEngine={Path(job.graph).stem}.plan", "--stronglyTyped"]
     command += [f"--builderOptimizationLevel={settings.level}", f"--memPoolSize=workspace:{settings.workspace >> 20}M"]
-    command += [f"--timingCacheFile={timing_cache()}", "--skipInference"]
+    command += [f"--timingCacheFile={timing_cache()}", "--skipInference", *([] if settings.tf32 else ["--noTF32"])]
     for number, profile in enumerate(job.profiles):
         if profile:
             command += [f"--profile={number}"] if len(job.profiles) > 1 else []
@@ -275,7 +275,8 @@ class BuildRequest:
                 f"{bundle} was exported for {target.modules}: TensorRT does not read its graphs.",
                 hint="Export it with the --target of the JetPack on the device.",
             )
-        return cls(opened, ProfileLimits(**limits), BuilderSettings(workspace << 20, level), reuse, ignore_memory)
+        settings = BuilderSettings(workspace << 20, level, tf32=opened.manifest.precision != "fp32")
+        return cls(opened, ProfileLimits(**limits), settings, reuse, ignore_memory)
 
 
 def plan_build(request: BuildRequest) -> tuple[BuildRequest, list[BuildJob]]:

@@ -6,7 +6,6 @@ have are looked up by name and skipped where they are missing.
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,20 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import EngineError
+from edgeprune.runtime.backends.tensorrt.bindings import recording_log
 from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
 
 BuildProgress = Callable[[str, float], None]  # phase name, fraction done
+_NO_ATTENTION = "not supported by a dedicated kernel"
 _MAX_ERRORS = 3  # parser errors quoted in a message
-# TensorRT 8 to 10 spell "insufficient" in two ways.
-_LITTLE_MEMORY = re.compile(r"insuff?icient memory|memory is insuff?icient|could not be allocated|out ?of ?memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class BuilderSettings:
-    """`workspace`: scratch memory limit in bytes. `level`: TensorRT's builder optimization level, 0 to 5."""
+    """`workspace`: scratch memory limit in bytes. `level`: TensorRT's builder optimization level, 0 to 5.
+
+    `tf32`: multiply float32 with 10 bits of mantissa, as TensorRT does by default.
+    """
 
     workspace: int = 512 << 20
     level: int = 3
+    tf32: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def build_engine(
     `trt`: the TensorRT module. `timings`: timing cache of an earlier build, ignored when it is from another device. `configure` may
     change the builder configuration. Raises EngineError with the node and the reason when TensorRT rejects the graph.
     """
-    log = _log(trt)
+    log = recording_log(trt)
     builder = trt.Builder(log)
     started = time.perf_counter()
     network, parser = _parsed(trt, builder, log, graph)
@@ -99,6 +102,8 @@ def _refusal(error: Any) -> str:
 def _set_up(trt: Any, config: Any, settings: BuilderSettings, advance: BuildProgress) -> None:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
     config.builder_optimization_level = settings.level
+    if not settings.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
     monitor = getattr(trt, "IProgressMonitor", None)
     if monitor is not None:
         config.progress_monitor = _monitor(monitor, advance)
@@ -126,6 +131,12 @@ def _timing_cache(config: Any, timings: bytes) -> Any:
 
 def _failure(graph: Path, log: Any) -> EngineError:
     # TensorRT leaves out kernels that do not fit, and says so in warnings; its error is that it found none.
+    lacking = next((line for line in (log.first_error, log.last_error) if _NO_ATTENTION in line), None)
+    if lacking is not None:
+        return EngineError(
+            f"TensorRT has no attention in one kernel for this GPU, and cannot build {graph.name}: {lacking}",
+            hint="Export it with --target jetpack7, which has attention as several nodes.",
+        )
     if not log.memory_warning:
         return EngineError(f"TensorRT cannot build {graph.name}: {log.first_error}", hint="See: edgeprune check BUNDLE")
     count = "once" if log.memory_warnings == 1 else f"{log.memory_warnings} times"
@@ -133,22 +144,6 @@ def _failure(graph: Path, log: Any) -> EngineError:
         f"TensorRT cannot build {graph.name}: {log.first_error} It warned of too little memory ({count}): {log.memory_warning}",
         hint="Close other programs, give a smaller --context and --turn, or export with --precision int8 or int4.",
     )
-
-
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.first_error, self.memory_warning, self.memory_warnings = "no reason given.", "", 0
-
-        def log(self, severity: Any, message: str) -> None:
-            line = message.strip().partition("\n")[0]
-            if severity <= trt.ILogger.Severity.ERROR and self.first_error == "no reason given.":
-                self.first_error = line
-            if severity <= trt.ILogger.Severity.WARNING and _LITTLE_MEMORY.search(line):
-                self.memory_warning, self.memory_warnings = self.memory_warning or line, self.memory_warnings + 1
-
-    return Log()
 
 
 def _monitor(base: Any, advance: BuildProgress) -> Any:

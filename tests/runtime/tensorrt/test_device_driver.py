@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from device_simulation import STREAM, SimulatedCudart, SimulatedDriver
 
 from edgeprune.device.cudart import Cudart, load_cudart
 from edgeprune.errors import EngineError
+from edgeprune.runtime.backends.tensorrt.arrays import MemoryPool, upload
 from edgeprune.runtime.backends.tensorrt.bindings import Driver, identity
 
 
@@ -58,18 +62,51 @@ def test_a_stream_on_a_driver_that_is_too_old_names_both_versions() -> None:
         SimulatedDriver(SimulatedCudart((12, 9), (12, 6)))
 
 
-@pytest.mark.device
-def test_memory_of_a_gpu_holds_what_it_is_given() -> None:
+@pytest.fixture
+def gpu() -> Iterator[Driver]:
     try:
         driver = Driver(load_cudart())
     except EngineError as error:
         pytest.skip(f"needs a GPU: {error}")
-    array, back = np.arange(1000, dtype=np.float32), np.zeros(1000, np.float32)
+    yield driver
+    driver.close()
+
+
+def comes_back(driver: Driver, count: int) -> bool:
+    array, back = np.arange(count, dtype=np.float32), np.zeros(count, np.float32)
     first, second = driver.allocate(array.nbytes), driver.allocate(array.nbytes)
     driver.upload(first, array)
     driver.copy(second, first, array.nbytes)
     driver.download(back, second)
-    assert np.array_equal(back, array)
     for address in (first, second):
         driver.free(address)
-    driver.close()
+    return np.array_equal(back, array)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("count", [1, 1000, 1 << 20])
+def test_memory_of_a_gpu_holds_what_it_is_given(gpu: Driver, count: int) -> None:
+    assert comes_back(gpu, count)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(comes_back, gpu, count).result()
+
+
+@pytest.mark.device
+def test_a_gpu_goes_on_after_an_error(gpu: Driver) -> None:
+    with pytest.raises(EngineError, match="cudaErrorMemoryAllocation"):
+        gpu.allocate(1 << 45)
+    assert comes_back(gpu, 1000)
+    with pytest.raises(EngineError, match="cudaErrorInvalidValue"):
+        gpu.copy(8, 16, 4)
+    assert comes_back(gpu, 1000)
+
+
+@pytest.mark.device
+def test_arrays_of_a_gpu_are_joined_there(gpu: Driver) -> None:
+    pool, draws = MemoryPool(gpu), np.random.default_rng(1)
+    first, second = (draws.standard_normal((rows, 2, 8)).astype(np.float16) for rows in (5, 3))
+    joined: Any = np.concatenate([upload(pool, first), upload(pool, second)])
+    expected = np.concatenate([first, second])
+    assert np.array_equal(joined.numpy(), expected) and np.array_equal(joined[2:6].numpy(), expected[2:6])
+    del joined
+    pool.close()

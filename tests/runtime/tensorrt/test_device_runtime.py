@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import shutil
 import tracemalloc
@@ -203,6 +204,17 @@ def test_engines_of_elsewhere_are_refused(own: Bundle, driver: SimulatedDriver) 
     with pytest.raises(EngineError, match="is not the engine that was built here"):
         on_device(own, driver)
     assert driver.closed and not driver.blocks  # what was opened before it is given back
+
+
+def test_what_tensorrt_says_of_an_engine_is_in_the_error(
+    own: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(own.path, SECRET)
+    record = next(record for record in store.records() if record.graph == EMBED)
+    store.add(replace(record, sha256=hashlib.sha256(b"not an engine").hexdigest(), bytes=13), memoryview(b"not an engine"))
+    with pytest.raises(EngineError, match=r"that was built here: .*cannot run on this GPU.*edgeprune build BUNDLE"):
+        on_device(own, driver)
+    assert capfd.readouterr().out == ""  # which may be JSON
 
 
 def test_an_engine_of_other_weights_is_refused(own: Bundle, driver: SimulatedDriver) -> None:

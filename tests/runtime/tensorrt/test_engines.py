@@ -27,8 +27,8 @@ from edgeprune.plan import KeepPlan
 from edgeprune.runtime.backends.tensorrt import build as building
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, tensorrt
 from edgeprune.runtime.backends.tensorrt.build import BuildJob, BuildRequest, build_bundle, check_memory, plan_jobs, trtexec_command
-from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, Built
-from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
+from edgeprune.runtime.backends.tensorrt.builder import BuilderSettings, Built, build_engine
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
 from edgeprune.runtime.backends.tensorrt.store import (
     RECORDS,
     Store,
@@ -345,6 +345,39 @@ def test_a_build_that_lacks_memory_says_so(own: Bundle, warnings: list[str], sai
 
     with pytest.raises(EngineError, match=said):
         build(own, ProfileLimits(context=66, turn=33), trt=SimpleNamespace(**{**vars(trt), "Builder": Starved}))
+
+
+def test_attention_without_a_kernel_names_another_target(own: Bundle) -> None:
+    class Lacking:
+        def __init__(self, log: Any) -> None:
+            self._log, self._builder = log, trt.Builder(log)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._builder, name)
+
+        def build_serialized_network(self, *_: Any) -> None:
+            # What TensorRT-RTX 1.7.1 says of a GPU of SM 9.0.
+            self._log.log(trt.ILogger.Severity.ERROR, "Attention operation was not supported by a dedicated kernel.  (See https")
+
+    with pytest.raises(EngineError, match=r"no attention in one kernel for this GPU.* --target jetpack7,"):
+        build(own, ProfileLimits(context=67, turn=33), trt=SimpleNamespace(**{**vars(trt), "Builder": Lacking}))
+
+
+def test_fp32_is_built_without_tf32(own: Bundle) -> None:
+    def flag(settings: BuilderSettings) -> list[bool]:
+        flags = []
+
+        def look(config: Any) -> None:
+            configure(config)
+            flags.append(config.get_flag(trt.BuilderFlag.TF32))
+
+        build_engine(trt, own.file(EMBED), shape_profiles(own, SMALL)[EMBED], settings, configure=look)
+        return flags
+
+    of_fp32 = BuildRequest.of(own.path).settings
+    assert (flag(BuilderSettings()), flag(of_fp32)) == ([True], [False])
+    (job,) = [job for job in plan_jobs(own, SMALL, of_fp32) if job.graph == EMBED]
+    assert "--noTF32" in trtexec_command(own, job, of_fp32) and "--noTF32" not in trtexec_command(own, job, BuilderSettings())
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:

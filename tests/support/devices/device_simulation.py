@@ -11,6 +11,7 @@ import ctypes
 import json
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -274,25 +275,31 @@ def simulated_plan(onnx: Path, graph: Mapping[str, Any], profiles: Sequence[Any]
     return json.dumps({"onnx": str(onnx), "graph": graph, "profiles": profiles}).encode()
 
 
+REFUSAL = "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on this GPU.)"
+
+
 def simulated_tensorrt(driver: SimulatedDriver) -> Any:
     """Return a module that plays TensorRT's runtime on a driver's memory."""
 
-    class Logger:
-        ERROR = 1
+    class ILogger:
+        Severity = IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
 
-        def __init__(self, severity: int) -> None:
-            self.severity = severity
+        def log(self, severity: int, message: str) -> None:
+            raise NotImplementedError
 
     class Runtime:
-        def __init__(self, logger: Logger) -> None:
+        def __init__(self, logger: ILogger) -> None:
             self.logger = logger
 
         def deserialize_cuda_engine(self, plan: mmap.mmap) -> SimulatedEngine | None:
             assert isinstance(plan, mmap.mmap), "a plan is mapped, not read"
-            return None if plan[:] == b"not an engine" else SimulatedEngine(json.loads(plan[:]), driver)
+            if plan[:] == b"not an engine":
+                self.logger.log(ILogger.Severity.ERROR, REFUSAL)
+                return None
+            return SimulatedEngine(json.loads(plan[:]), driver)
 
     modes, strategies = SimpleNamespace(INPUT="in", OUTPUT="out"), SimpleNamespace(STATIC=0, USER_MANAGED=USER_MANAGED)
-    return SimpleNamespace(Logger=Logger, Runtime=Runtime, TensorIOMode=modes, ExecutionContextAllocationStrategy=strategies)
+    return SimpleNamespace(ILogger=ILogger, Runtime=Runtime, TensorIOMode=modes, ExecutionContextAllocationStrategy=strategies)
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
