@@ -146,8 +146,8 @@ def entries(options: CompareOptions, loaded: LoadedModel, unpruned: KeepPlan, pr
             raise PlanError("The smaller image has another aspect, which takes --fit stretch or pad.")
 
     for method in options.compared:
-        plan = partial(_plan, unpruned=unpruned, blocks=blocks, statistics=statistics, learned=learned)
-        made = [_entry(method, share, partial(plan, method, share), check) for share in options.shares]
+        make = partial(_plan, unpruned=unpruned, blocks=blocks, statistics=statistics, learned=learned)
+        made = [_entry(method, share, partial(make, method, share), check) for share in options.shares]
         if options.methods and all(entry.plan is None for entry in made):
             raise UsageError(f"{method} cannot be compared here: {made[0].reason}", hint="Leave it out of --methods.")
         rows += made

@@ -132,7 +132,7 @@ class _Buffers:
         scale = 1.0 if query.scale is None else float(_constant(query.scale))
         operands: list[ir.Value | None] = [*rows, *self.caches[node], *self._lengths[node]]
         if self._quantized:
-            operands += [None] * 5 + self._scales[node]  # no rotation, positions, bias or sink
+            operands += [*[None] * 5, *self._scales[node]]  # no rotation, positions, bias or sink
             settings |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         mixed, *grown = row.op_multi("GroupQueryAttention", 3, *operands, domain=MICROSOFT, **settings, scale=scale)
         return [row.op("Reshape", mixed, row.constant(1, heads * group * width)), *grown]

@@ -157,8 +157,8 @@ def test_learned_is_learned_once_for_all_shares(tiny_folder: Path, data: Path, t
         lines.append(json.dumps({"image": name, "prompt": "Is red there?"}))
     learn_from, out = tmp_path / "learn.jsonl", tmp_path / "out"
     learn_from.write_text("\n".join(lines[:19]))
-    asked = (tiny_folder, "--data", data, "--fit", "stretch", "--methods", "learned", "--keep", "0.75,0.5")
-    asked = (*asked, "--calibrate-on", learn_from)
+    cut = ("--methods", "learned", "--keep", "0.75,0.5", "--calibrate-on", learn_from)
+    asked = (tiny_folder, "--data", data, "--fit", "stretch", *cut)
     assert "show 19 different images; to learn which tokens matter takes 20" in refused(*asked, "-o", out)
     assert not out.exists()
     learn_from.write_text("\n".join(lines))
