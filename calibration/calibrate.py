@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, classify, vtw_plan
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
-from edgeprune.calibration.allocate.recipes import STATISTICAL, plan_for_budget
+from edgeprune.calibration.allocate.recipes import STATISTICAL, needs_statistics, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.data.statistics import Statistics
@@ -180,6 +180,8 @@ def _allocate(
         return vtw_plan(statistics(), base, **settings)
     if weights is not None:
         settings["weights"] = weights
+    if method == PLPHP and not needs_statistics(method, settings):
+        return plan_for_budget(method, spent, base, ranking=options.ranking, **settings)
     return plan_for_budget(method, spent, base, statistics() if method in STATISTICAL else None, **settings)
 
 

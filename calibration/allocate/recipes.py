@@ -8,7 +8,7 @@ visual cache that is held (cache) or read (decode).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from edgeprune.calibration.allocate.budgets import (
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.errors import PlanError, UsageError
 from edgeprune.plan import Cut, Geometry, KeepPlan, check_keep_ratio, keep_count
-from edgeprune.plan.presets import DEFAULT_LAYER, encoder_count
+from edgeprune.plan.presets import DEFAULT_LAYER, encoder_count, ranked_plan
 from edgeprune.registry import METHODS, method_class, unknown_method
 
 INPUT = ("cdpruner", "dart", "divprune", "evs", "random", "uniform", "visionzip", "zspaprune")
@@ -42,13 +42,24 @@ def method_names() -> list[str]:
     return sorted({*METHODS, RESIZE} - {"dyrate", "learned"})
 
 
+def needs_statistics(method: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a plan takes more of the samples than the order of the cache entries, which may be learned from them."""
+    even = settings.get("allocate") == "even" and not settings.get("prior") and settings.get("classes") != LIVE
+    return method in STATISTICAL and not (method == "plphp" and even)
+
+
 def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
     """Return `base` with a method's cuts, at `share` of the cost of `base`.
 
-    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; the calibration options of PLPHP and FitPrune, and the
-    `weights` of its learned ranking; all others become options of the cut. Raises PlanError if the method cannot reach this cost.
+    `settings`: `site` of a baseline, if "cache"; `layer` of a single cut; the calibration options of PLPHP and FitPrune, the
+    `weights` of its learned ranking, and how caches are ranked (`ranking`) where nothing else needs statistics; all others become
+    options of the cut. Raises PlanError if the method cannot reach this cost.
     """
     check_keep_ratio(share)
+    if method in STATISTICAL and statistics is None and not needs_statistics(method, settings):
+        _check_allocator(settings)
+        counts = [int(base.tokens_at_layer(layer) * share + 1e-9) for layer in range(base.layers)]
+        return ranked_plan(base, counts, None, settings.get("weights"), **settings["ranking"])
     if method in STATISTICAL:
         if statistics is None:
             raise UsageError(f"{method} needs statistics.", hint="Give samples to collect them from: --data FILE.jsonl")

@@ -114,6 +114,19 @@ def test_live_classes_cache_what_an_attentive_layer_keeps() -> None:
         plan_for_budget("plphp", 0.4, BASE, gammas(SPREAD), classes="live", r=0.0, delta=0.0)
 
 
+def test_an_even_allocation_needs_no_statistics() -> None:
+    ranking = {"rows": "last", "reduce": "max", "spread": False}
+    measured = plan_for_budget("plphp", 0.37, BASE, gammas(SPREAD), allocate="even")
+    alone = plan_for_budget("plphp", 0.37, BASE, allocate="even", ranking=ranking)
+    assert [cut.keep for cut in alone.cuts] == [cut.keep for cut in measured.cuts]
+    assert alone.cuts[0].options == ranking
+    with pytest.raises(UsageError, match="Option 'delta' is of the classes"):
+        plan_for_budget("plphp", 0.37, BASE, allocate="even", ranking=ranking, delta=0.1)
+    for settings in ({}, {"allocate": "least-cost"}, {"allocate": "even", "prior": True}):
+        with pytest.raises(UsageError, match="plphp needs statistics"):
+            plan_for_budget("plphp", 0.37, BASE, **settings)
+
+
 @pytest.mark.parametrize("name", ["classes", "r", "delta", "alpha", "beta"])
 def test_an_allocator_without_classes_refuses_their_options(name: str) -> None:
     with pytest.raises(UsageError, match=f"Option '{name}' is of the classes"):

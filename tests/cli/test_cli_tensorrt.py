@@ -57,6 +57,16 @@ def test_a_lowered_bundle_says_so(tiny_folder: Path, tmp_path: Path) -> None:
     assert {"RMSNormalization", "RotaryEmbedding"} <= found
 
 
+def test_for_cpus_there_is_a_target_with_integers(tiny_folder: Path, tmp_path: Path) -> None:
+    asked = ("export", tiny_folder, "--precision", "int8", "--image-size", "84x112")
+    made = invoke(*asked, "-o", tmp_path / "floats")
+    assert "On a CPU --target cpu multiplies integers" in made.output
+    made = invoke(*asked, "-o", tmp_path / "integers", "--target", "cpu", "--kv", "int8")
+    assert made.exit_code == 0 and "multiplies integers" not in made.output
+    assert "KV cache of steps in 8 bits" in " ".join(made.output.split())
+    assert json.loads(invoke("inspect", tmp_path / "integers", "--json").output)["kv"] == "int8"
+
+
 def test_graphs_for_cpus_are_not_built(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     assert invoke("export", tiny_folder, "-o", out, "--target", "cpu", "--image-size", "84x112").exit_code == 0

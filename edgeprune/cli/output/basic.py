@@ -146,6 +146,8 @@ def show_export(bundle: Bundle, as_json: bool) -> None:
         click.echo("\nNext:")
         click.echo(f"  edgeprune verify {bundle.path}")
         click.echo(f'  edgeprune run {bundle.path} --image IMAGE --prompt "..." --overlay kept.png')
+        if bundle.manifest.target == "onnxruntime" and bundle.manifest.precision in ("int8", "int4"):
+            click.echo("\nThese graphs multiply in float32. On a CPU --target cpu multiplies integers, which is faster.")
 
 
 def show_bundle(bundle: Bundle, as_json: bool) -> None:
@@ -155,7 +157,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
         facts = {"bundle": str(bundle.path), "model": manifest.source.model, "family": manifest.source.family}
         facts |= {"revision": manifest.source.revision, "adapter": manifest.source.adapter}
-        facts |= {"target": manifest.target, "precision": manifest.precision}
+        facts |= {"target": manifest.target, "precision": manifest.precision, "kv": manifest.kv}
         quantized, fitted = manifest.source.quantization, manifest.gptq
         plans = {
             "quantization": quantized and asdict(quantized),
@@ -170,7 +172,8 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         "model": f"{manifest.source.model} ({manifest.source.family}, {manifest.decoder.layers} layers)",
         **{name: value for name in ("revision", "adapter") if (value := getattr(manifest.source, name))},
         "geometry": str(plan.geometry),
-        "lowered": f"{manifest.precision} for {manifest.target}, opset {manifest.lowering.opset}",
+        "lowered": f"{manifest.precision} for {manifest.target}, opset {manifest.lowering.opset}"
+        + (", KV cache of steps in 8 bits" if manifest.kv == "int8" else ""),
         **_quantized_layers(manifest),
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
