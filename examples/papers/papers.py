@@ -37,13 +37,14 @@ PLANS = {
     "plphp-30-live": f"{LONG} {RANKING} --method plphp --prior --budget 0.3 --delta 0.1 --option classes=live",
     **{
         f"plphp-{keep}-learned": f"{LONG} {LEARNED_RANKING} --method plphp --allocate even --budget {keep / 100}"
-        for keep in (40, 25)
+        for keep in (50, 40, 30, 25)
     },
     "random-cache-30": f"{ALL} --method random --site cache --budget 0.3",
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
     **{f"dyrate-{form}": f"{LONG} {RATE} --onto plphp-40.json --form {form}" for form in ("predictor", "schedule", "map")},
     "dyrate-learned": f"{LONG} {RATE} --onto plphp-40-learned.json --form predictor",
     **{f"learned-{keep}": f"{ALL} --method learned --train --budget {keep / 100}" for keep in (25, 10)},
+    **{f"learned-{keep}-weighed": f"{ALL} --method learned --option weigh=yes --budget {keep / 100}" for keep in (25, 10)},
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
