@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -90,12 +90,7 @@ def export_bundle(
     for tier in tiers.values():
         loaded.check_plan(tier)
     prompt_encoder(loaded, first.geometry)
-    if lowering.kv == "int8" and not all(has_buffers(loaded.family.decoder(), tier) for tier in tiers.values()):
-        raise UsageError(
-            "Steps of this model under this plan cannot read an 8-bit KV cache: that takes heads of a multiple of 8 numbers, "
-            "attention in every layer, no learned rate of DyRate and no cut that weighs.",
-            hint="Leave --kv out.",
-        )
+    _check_kv(loaded, tiers.values(), lowering)
     if data is not None:
         check_fitting(loaded, lowering)
     with new_folder(output, force=force) as folder:
@@ -125,6 +120,15 @@ def export_bundle(
             manifest = replace(manifest, files={**manifest.files, EXPECTED: record_file(folder / EXPECTED)})
         manifest.save(folder)
     return Bundle.load(output)
+
+
+def _check_kv(loaded: LoadedModel, plans: Iterable[KeepPlan], lowering: Lowering) -> None:
+    if lowering.kv == "int8" and not all(has_buffers(loaded.family.decoder(), plan) for plan in plans):
+        raise UsageError(
+            "Steps of this model under this plan cannot read an 8-bit KV cache: that takes heads of a multiple of 8 numbers, "
+            "attention in every layer, no learned rate of DyRate and no cut that weighs.",
+            hint="Leave --kv out.",
+        )
 
 
 def _write_graphs(
