@@ -91,6 +91,7 @@ def test_providers_are_compared(tiny_bundle: Bundle, tmp_path: Path) -> None:
     assert module["report"]([(one, other), (one, one)]).splitlines()[1:] == ["equal kept sets  1 of 2", "differing tokens 2 of 14"]
 
 
+@pytest.mark.slow
 def test_ways_of_ranking_several_images_are_compared(tmp_path: Path) -> None:
     options = ("--methods", "fastv", "plphp")
     run("examples/several_images/overlap.py", tmp_path, *options, "--images", 2, "--scenes", 1)
