@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, classify, vtw_plan
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
-from edgeprune.calibration.allocate.recipes import STATISTICAL, needs_statistics, plan_for_budget
+from edgeprune.calibration.allocate.recipes import STATISTICAL, parts_needed, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.data.statistics import Statistics
@@ -99,16 +99,18 @@ def _calibrate(
     path = options.statistics_path
     if options.method == AUTO:
         return _search_plan(options, loaded, samples, request, path, unpruned, progress)
-    statistics = partial(load_or_collect, loaded, samples, request, path, progress, options.ray_address)
     if options.method is None:
-        return CalibrationResult(path, statistics().samples)
+        return CalibrationResult(path, load_or_collect(loaded, samples, request, path, progress, options.ray_address).samples)
     base = unpruned if options.onto is None else read_plan(options.onto, unpruned)
     loaded.check_plan(base)
     if options.method == LEARNED:
         return _learn_plan(options, loaded, samples, base, progress)
     if options.learns_ranking and not base.cache_cuts:
         request = replace(request, weights=learn_ranking(loaded, samples, base, request, progress))
-        statistics = partial(load_or_collect, loaded, samples, request, path, progress, options.ray_address)
+
+    def statistics(*parts: str) -> Statistics:
+        return load_or_collect(loaded, samples, replace(request, parts=parts), path, progress, options.ray_address)
+
     allocate = partial(
         _allocate, options, base, request.weights, statistics, partial(fit_decode_rate, loaded, samples, request, progress)
     )
@@ -163,7 +165,7 @@ def _allocate(
     options: CalibrateOptions,
     base: KeepPlan,
     weights: Weights | None,
-    statistics: Callable[[], Statistics],
+    statistics: Callable[..., Statistics],
     fit_rate: Callable[..., KeepPlan],
     chosen: Mapping[str, Any],
 ) -> KeepPlan:
@@ -174,22 +176,24 @@ def _allocate(
         rate = DecodeRateOptions(
             spent, settings.get("form", "predictor"), settings.get("layer", 0), not settings.get("follow"), options.seed
         )
-        collected = None if base.cache_cuts else statistics()
-        return fit_rate(base, rate, collected.prior() if collected is not None and settings.get("prior") else None)
+        parts = () if base.cache_cuts else parts_needed(method, settings)
+        return fit_rate(base, rate, statistics(*parts).prior() if parts else None)
+    parts = parts_needed(method, settings, options.budget)
     if method == VTW and options.budget is None:
-        return vtw_plan(statistics(), base, **settings)
+        return vtw_plan(statistics(*parts), base, **settings)
     if weights is not None:
         settings["weights"] = weights
-    if method == PLPHP and not needs_statistics(method, settings):
+    if method == PLPHP and not parts:
         return plan_for_budget(method, spent, base, ranking=options.ranking, **settings)
-    return plan_for_budget(method, spent, base, statistics() if method in STATISTICAL else None, **settings)
+    return plan_for_budget(method, spent, base, statistics(*parts) if parts else None, **settings)
 
 
-def _classes(options: CalibrateOptions, statistics: Callable[[], Statistics]) -> list[LayerClass]:
+def _classes(options: CalibrateOptions, statistics: Callable[..., Statistics]) -> list[LayerClass]:
     settings = options.settings
     if options.method != PLPHP or settings.get("allocate", "classes") != "classes":
         return []
-    return classify(statistics(), class_rule(statistics(), options.budget, settings))
+    collected = statistics("attention")
+    return classify(collected, class_rule(collected, options.budget, settings))
 
 
 def _search_plan(
@@ -207,6 +211,7 @@ def _search_plan(
     held_out = Agreement(
         loaded, unpruned, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device, progress=progress
     )
+    request = replace(request, parts=("fitprune", *(("attention", "caches") if options.target_kv is not None else ())))
     statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
     fit_rate = partial(fit_decode_rate, loaded, samples[::2], request, progress)
     learned, why_not = _learned_candidate(options, loaded, samples[::2], unpruned, progress)

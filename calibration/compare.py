@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration.allocate.recipes import RESIZE, STATISTICAL, plan_for_budget
+from edgeprune.calibration.allocate.recipes import RESIZE, parts_needed, plan_for_budget
 from edgeprune.calibration.cluster import Cluster
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample, check_images
@@ -26,7 +26,7 @@ from edgeprune.calibration.learn.run import LearnRequest, learn
 from edgeprune.calibration.metrics import AS_BEFORE, Metric
 from edgeprune.calibration.options import LEARNED, RESULTS, CompareOptions
 from edgeprune.calibration.predictions import Prediction, Predictions
-from edgeprune.calibration.replay.reference import open_reference, reference_model
+from edgeprune.calibration.replay.reference import SHARED, Encodings, open_reference, reference_model
 from edgeprune.calibration.search.auto import prunable_encoder_blocks
 from edgeprune.calibration.search.candidates import ENCODER, encoder_plan
 from edgeprune.checkpoint.loading import LoadedModel
@@ -166,10 +166,12 @@ def _same_aspect(one: Geometry, other: Geometry) -> bool:
     return one.height * other.width == one.width * other.height
 
 
-def _statistics(options: CompareOptions, loaded: LoadedModel, unpruned: KeepPlan, progress: Progress) -> Statistics:
+def _statistics(
+    options: CompareOptions, loaded: LoadedModel, unpruned: KeepPlan, progress: Progress, parts: tuple[str, ...]
+) -> Statistics:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / RESULTS).touch()  # the folder is that of a comparison now
-    request = CollectOptions(unpruned.geometry, max_tokens=options.max_tokens, fit=options.fit, device=options.device)
+    request = CollectOptions(unpruned.geometry, max_tokens=options.max_tokens, fit=options.fit, device=options.device, parts=parts)
     return load_or_collect(loaded, options.learning(), request, options.output / STATISTICS, progress, options.ray_address)
 
 
@@ -201,7 +203,7 @@ def _plan(
     share: float,
     unpruned: KeepPlan,
     blocks: int,
-    statistics: Callable[[], Statistics],
+    statistics: Callable[[tuple[str, ...]], Statistics],
     learned: Callable[[], Weights],
 ) -> KeepPlan:
     if method == ENCODER:
@@ -214,7 +216,8 @@ def _plan(
     if method == ONE_LAYER:
         return _one_layer(method, share, unpruned)
     if method in METHODS or method == RESIZE:
-        return plan_for_budget(method, share, unpruned, statistics() if method in STATISTICAL else None)
+        parts = parts_needed(method, {}, share)
+        return plan_for_budget(method, share, unpruned, statistics(parts) if parts else None)
     sites = method_class(method).sites
     if "input" in sites:
         return unpruned.with_cuts(Cut("input", method, keep_count(unpruned.geometry.tokens, share)))
@@ -243,6 +246,7 @@ class Comparison:
     metric: Metric
     run: Mapping[str, str]
     blocks: int
+    _encodings: Encodings = field(default_factory=partial(Encodings, SHARED))
 
     @property
     def folder(self) -> Path:
@@ -279,7 +283,7 @@ class Comparison:
         answers = Predictions(self.folder / ANSWERS / f"{entry.name}.jsonl", run, self.samples)
         open_there = partial(open_reference, self.loaded.folder, plan, options.device)
         report = evaluate(
-            Runtime(reference_model(self.loaded, plan, options.device)),
+            Runtime(reference_model(self.loaded, plan, options.device, self._encodings)),
             self.samples,
             fit=options.fit,
             max_tokens=options.max_tokens,

@@ -115,7 +115,5 @@ def _read(path: Path) -> bytes:
 
 
 def _digest(sample: Sample) -> str:
-    # Images by name: a moved folder is the same data, and pictures are not read again.
-    names = [getattr(image, "name", "") for image in sample.images]
-    content = json.dumps([sample.prompt, sample.answers, sample.kind, sample.options, names])
+    content = json.dumps([sample.prompt, sample.answers, sample.kind, sample.options, sample.image_names])
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:_DIGITS]

@@ -190,16 +190,17 @@ def _group_into_stages(base: KeepPlan, recipe: np.ndarray, stages: int) -> KeepP
 
 
 def vtw_plan(
-    statistics: Statistics, base: KeepPlan, share: float | None = None, *, eta: float = VTW_ETA, first: int = VTW_FIRST
+    statistics: Statistics | None, base: KeepPlan, share: float | None = None, *, eta: float = VTW_ETA, first: int = VTW_FIRST
 ) -> KeepPlan:
     """Return `base` with all visual tokens withdrawn before one layer.
 
     The layer is at `share` of the depth or, without `share`, the authors': of `first` and the layers after it, the first before
-    which a withdrawal costs at most `eta` nats. Raises PlanError if there is no such layer.
+    which a withdrawal costs at most `eta` nats, which takes statistics. Raises PlanError if there is no such layer.
     """
     if share is not None:
         layer = max(1, round(share * base.layers))
     else:
+        assert statistics is not None
         costs = statistics.mean("withdrawn_kl")
         found = [layer for layer in range(first, base.layers) if costs[layer] <= eta]
         if not found:

@@ -42,10 +42,17 @@ def method_names() -> list[str]:
     return sorted({*METHODS, RESIZE} - {"dyrate", "learned"})
 
 
-def needs_statistics(method: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a plan takes more of the samples than the order of the cache entries, which may be learned from them."""
-    even = settings.get("allocate") == "even" and not settings.get("prior") and settings.get("classes") != LIVE
-    return method in STATISTICAL and not (method == "plphp" and even)
+def parts_needed(method: str, settings: Mapping[str, Any], share: float | None = None) -> tuple[str, ...]:
+    """Return the parts of the statistics (`PARTS`) that a method's plan takes in its settings, at a `share` of the cost if given."""
+    allocate = settings.get("allocate", ALLOCATORS[0])
+    by_class = allocate == ALLOCATORS[0] or settings.get("classes") == LIVE
+    needed = {
+        "attention": method in ("dyrate", "plphp") and bool(settings.get("prior") or (method == "plphp" and by_class)),
+        "caches": method == "plphp" and allocate == "least-cost",
+        "withdrawals": method == "vtw" and share is None,
+        "fitprune": method == "fitprune",
+    }
+    return tuple(part for part, takes in needed.items() if takes)
 
 
 def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Statistics | None = None, **settings: Any) -> KeepPlan:
@@ -56,13 +63,7 @@ def plan_for_budget(method: str, share: float, base: KeepPlan, statistics: Stati
     options of the cut. Raises PlanError if the method cannot reach this cost.
     """
     check_keep_ratio(share)
-    if method in STATISTICAL and statistics is None and not needs_statistics(method, settings):
-        _check_allocator(settings)
-        counts = [int(base.tokens_at_layer(layer) * share + 1e-9) for layer in range(base.layers)]
-        return ranked_plan(base, counts, None, settings.get("weights"), **settings["ranking"])
     if method in STATISTICAL:
-        if statistics is None:
-            raise UsageError(f"{method} needs statistics.", hint="Give samples to collect them from: --data FILE.jsonl")
         return _from_statistics(method, share, base, statistics, settings)
     if method == RESIZE:
         if base.cuts:
@@ -103,11 +104,19 @@ def _input_or_baseline(method: str, share: float, base: KeepPlan, settings: dict
     return base.with_cuts(*(Cut(site, method, count, layer, options=options) for layer, count in enumerate(counts)))
 
 
-def _from_statistics(method: str, share: float, base: KeepPlan, statistics: Statistics, settings: dict[str, Any]) -> KeepPlan:
+def _from_statistics(
+    method: str, share: float, base: KeepPlan, statistics: Statistics | None, settings: dict[str, Any]
+) -> KeepPlan:
+    if method == "vtw":
+        return vtw_plan(None, base, share)
+    if statistics is None:
+        if parts_needed(method, settings, share):
+            raise UsageError(f"{method} needs statistics.", hint="Give samples to collect them from: --data FILE.jsonl")
+        _check_allocator(settings)
+        counts = [int(base.tokens_at_layer(layer) * share + 1e-9) for layer in range(base.layers)]
+        return ranked_plan(base, counts, None, settings.get("weights"), **settings["ranking"])
     if method == "fitprune":
         return fitprune_plan(statistics, base, share, **settings)
-    if method == "vtw":
-        return vtw_plan(statistics, base, share)
     ranked: dict[str, Any] = {"prior": bool(settings.get("prior")), "weights": settings.get("weights")}
     _check_allocator(settings)
     if settings.get("classes") == LIVE:

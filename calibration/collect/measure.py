@@ -16,14 +16,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from edgeprune.calibration.data.statistics import GAMMA_BINS, SHARES, STEPS, TOLERANCES, StatisticsSource
+from edgeprune.calibration.data.statistics import GAMMA_BINS, PARTS, SHARES, STEPS, TOLERANCES, StatisticsSource
 from edgeprune.calibration.replay.episodes import Recorder, Recording, divergence, limit_visual
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.methods.base import LayerView
 from edgeprune.methods.fitprune import attention_received
 from edgeprune.methods.plphp import vision_attention_score
-from edgeprune.model import PrunedDecoder, Segment
-from edgeprune.plan import Cut, KeepPlan, keep_count_up
+from edgeprune.model import LayerCache, PrunedDecoder, Segment, StepOutput
+from edgeprune.model.attention import TokenRows
+from edgeprune.model.cache import LayerStates
+from edgeprune.model.decoder import Probe
+from edgeprune.plan import KeepPlan, keep_count_up
 
 
 class Deletions:
@@ -67,72 +70,111 @@ class SampleMeter:
 
     def __init__(self, loaded: LoadedModel, base: KeepPlan, source: StatisticsSource, recorder: Recorder) -> None:
         self._source, self._recorder = source, recorder
-        parts = loaded.family.decoder()
-        # The method is irrelevant, since a withdrawal keeps no tokens.
-        plans = [base.with_cuts(Cut("layer", "random", 0, layer)) for layer in range(1, base.layers)]
-        self._withdrawing = [PrunedDecoder(parts, plan).eval() for plan in plans]
-        self._unpruned = PrunedDecoder(parts, base).eval()
-
-    def measure(self, recordings: Sequence[Recording]) -> dict[str, np.ndarray]:
-        """Return a sample's contribution to every sum of `Statistics`, by name: the mean over the recordings of its images."""
-        measured = [self._measure(recording) for recording in recordings]
-        return {name: np.mean([values[name] for values in measured], axis=0) for name in measured[0]}
-
-    def _measure(self, recording: Recording) -> dict[str, np.ndarray]:
-        values = {name: np.zeros(shape) for name, shape in self._source.shapes().items()}
-        logits, kept = self._prefill(recording, values)
-        self._measure_withdrawals(recording, logits, values)
-        if recording.steps:
-            self._measure_answer(recording, kept, values)
-        return values
+        self._unpruned = PrunedDecoder(loaded.family.decoder(), base).eval()
 
     @torch.no_grad()
-    def _prefill(self, recording: Recording, values: dict[str, np.ndarray]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        cross, within = list[float](), list[float]()
+    def measure(self, recordings: Sequence[Recording], parts: Sequence[str] = tuple(PARTS)) -> dict[str, np.ndarray]:
+        """Return a sample's contribution to every sum of some parts, by name: the mean over the recordings of its images."""
+        by_part = {
+            "attention": self._attention,
+            "caches": self._caches,
+            "withdrawals": self._withdrawals,
+            "fitprune": self._fitprune,
+        }
+        found: dict[str, np.ndarray] = {}
+        for part in parts:
+            shapes = {name: shape for name, shape in self._source.shapes().items() if name in PARTS[part]}
+            measured = []
+            for recording in recordings:
+                values = {name: np.zeros(shape) for name, shape in shapes.items()}
+                by_part[part](recording, values)
+                measured.append(values)
+            found |= {name: np.mean([values[name] for values in measured], axis=0) for name in shapes}
+        return found
 
-        def probe(layer: int, view: LayerView) -> None:
+    def _attention(self, recording: Recording, values: dict[str, np.ndarray]) -> None:
+        def probe_prompt(layer: int, view: LayerView) -> None:
             gamma = float(vision_attention_score(view.attention()))
             values["gamma"][layer, min(int(gamma * GAMMA_BINS), GAMMA_BINS - 1)] = 1.0
-            for totals, received in zip((cross, within), mean_received(view), strict=True):
-                totals.append(float(received.sum()))
 
-        decoder = self._recorder.decoder
-        output = decoder(*self._recorder.segments(recording), decoder.empty_caches(), probe=probe)
-        values["fitprune"] = np.stack([self._deletions(recording, alpha, cross, within) for alpha in TOLERANCES])
-        return output.logits[0], output.kept
+        kept = self._prefill(recording, probe_prompt).kept
+        if not recording.steps:
+            return
 
-    def _deletions(self, recording: Recording, alpha: float, cross: list[float], within: list[float]) -> np.ndarray:
-        deletions = Deletions(alpha, cross, within)
-        self._unpruned(*self._recorder.segments(recording), self._unpruned.empty_caches(), delete=deletions)
-        return np.array(deletions.counts, np.float64)
-
-    @torch.no_grad()
-    def _measure_withdrawals(self, recording: Recording, logits: torch.Tensor, values: dict[str, np.ndarray]) -> None:
-        prefix, visual, suffix = self._recorder.segments(recording)
-        no_tokens = Segment(visual.embeds[:, :0], visual.positions[:, :0])
-        for layer, decoder in enumerate((self._recorder.decoder, *self._withdrawing)):
-            output = decoder(prefix, visual if layer else no_tokens, suffix, decoder.empty_caches())
-            values["withdrawn_kl"][layer] = float(divergence(output.logits[0], logits).mean())
-
-    def _measure_answer(self, recording: Recording, kept: tuple[torch.Tensor, ...], values: dict[str, np.ndarray]) -> None:
-        def probe(layer: int, view: LayerView) -> None:
+        def probe_answer(layer: int, view: LayerView) -> None:
             received = _attention_shares(view)
             values["coverage"][layer] = np.stack(
                 [received[:, : keep_count_up(received.shape[1], share)].sum(axis=1) for share in SHARES], axis=1
             )
             np.put_along_axis(values["habit"][layer], kept[layer].cpu().numpy(), received, axis=1)
 
-        unpruned = self._recorder.replay(recording, text_groups=recording.groups, probe=probe)
+        unpruned = self._recorder.replay(recording, text_groups=recording.groups, probe=probe_answer)
         assert unpruned.split is not None
         for step, split in enumerate(unpruned.split.cpu().numpy()):
             values["split"][min(step, STEPS - 1)] += split
             values["steps"][min(step, STEPS - 1)] += 1.0
+
+    def _prefill(self, recording: Recording, probe: Probe) -> StepOutput:
+        decoder = self._recorder.decoder
+        output: StepOutput = decoder(*self._recorder.segments(recording), decoder.empty_caches(), probe=probe)
+        return output
+
+    def _caches(self, recording: Recording, values: dict[str, np.ndarray]) -> None:
+        # Before the layer whose cache is cut, an answer runs as without cuts.
+        if not recording.steps:
+            return
+        decoder, answer, caches = self._recorder.decoder, recording.answer, recording.caches
+        nothing = Segment(answer.embeds[:, :0], answer.positions[:, :0])
+        entering = _through(decoder, decoder.rows_of(nothing, nothing, answer, every_logit=True), caches, every_logit=True)
+        unpruned = decoder.logits_of(entering[-1], every_logit=True)[0]
         for layer in range(self._source.layers):
             for index, share in enumerate(SHARES):
-                output = self._recorder.replay(recording, limit_visual(recording.caches, [layer], share))
-                values["cache_kl"][layer, index] = float(divergence(unpruned.logits[0], output.logits[0]).sum())
-                changed = unpruned.logits[0].argmax(dim=-1) != output.logits[0].argmax(dim=-1)
+                cut = limit_visual(caches, [layer], share)
+                behind = _through(decoder, entering[layer], cut, layer, every_logit=True)[-1]
+                output = decoder.logits_of(behind, every_logit=True)[0]
+                values["cache_kl"][layer, index] = float(divergence(unpruned, output).sum())
+                changed = unpruned.argmax(dim=-1) != output.argmax(dim=-1)
                 values["cache_flips"][layer, index] = float(changed.double().sum())
+
+    def _withdrawals(self, recording: Recording, values: dict[str, np.ndarray]) -> None:
+        # Before the layer from which the visual tokens are gone, a prompt runs as without cuts.
+        decoder = self._unpruned
+        caches = decoder.empty_caches()
+        entering = _through(decoder, decoder.rows_of(*self._recorder.segments(recording)), caches)
+        unpruned, nothing = decoder.logits_of(entering[-1])[0], torch.zeros(0, dtype=torch.int64, device=entering[0].hidden.device)
+        for layer in range(self._source.layers):
+            behind = _through(decoder, entering[layer].keep(nothing), caches, layer)[-1]
+            values["withdrawn_kl"][layer] = float(divergence(decoder.logits_of(behind)[0], unpruned).mean())
+
+    def _fitprune(self, recording: Recording, values: dict[str, np.ndarray]) -> None:
+        cross, within = list[float](), list[float]()
+
+        def probe(layer: int, view: LayerView) -> None:
+            for totals, received in zip((cross, within), mean_received(view), strict=True):
+                totals.append(float(received.sum()))
+
+        self._prefill(recording, probe)
+        values["fitprune"] += np.stack([self._deletions(recording, alpha, cross, within) for alpha in TOLERANCES])
+
+    def _deletions(self, recording: Recording, alpha: float, cross: list[float], within: list[float]) -> np.ndarray:
+        deletions = Deletions(alpha, cross, within)
+        self._unpruned(*self._recorder.segments(recording), self._unpruned.empty_caches(), delete=deletions)
+        return np.array(deletions.counts, np.float64)
+
+
+def _through(
+    decoder: PrunedDecoder,
+    tokens: TokenRows,
+    caches: Sequence[LayerCache | LayerStates],
+    first: int = 0,
+    *,
+    every_logit: bool = False,
+) -> list[TokenRows]:
+    # The tokens as they enter each layer from `first` on, and behind the last.
+    entering = [tokens]
+    for layer in range(first, len(caches)):
+        entering.append(decoder.run_layer(layer, entering[-1], caches[layer], every_logit=every_logit)[0])
+    return entering
 
 
 def _attention_shares(view: LayerView) -> np.ndarray:

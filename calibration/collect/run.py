@@ -7,12 +7,13 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from edgeprune.calibration.cluster import Cluster
 from edgeprune.calibration.collect.measure import SampleMeter
 from edgeprune.calibration.data.samples import Sample
-from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
+from edgeprune.calibration.data.statistics import FINGERPRINTS, PARTS, Statistics, StatisticsSource
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.replay.reference import check_device
 from edgeprune.checkpoint.loading import LoadedModel, ModelFolder, load_model
@@ -30,7 +31,8 @@ class CollectOptions:
     """Options of the collection.
 
     `shard` (i, n): every n-th sample starting with the i-th, counted from 1. `rows`, `reduce`, `spread`: the ranking of caches (see
-    `edgeprune.methods.plphp`), and `weights` those of a learned one. Raises UsageError for an invalid shard or device.
+    `edgeprune.methods.plphp`), and `weights` those of a learned one. `parts`: what is measured, of `PARTS`. Raises UsageError for
+    an invalid shard or device.
     """
 
     geometry: Geometry
@@ -42,6 +44,7 @@ class CollectOptions:
     fit: str = "exact"
     device: str = "cpu"
     weights: Weights | None = None
+    parts: tuple[str, ...] = tuple(PARTS)
 
     def __post_init__(self) -> None:
         index, count = self.shard
@@ -58,19 +61,55 @@ def load_or_collect(
     progress: Progress,
     ray_address: str | None = None,
 ) -> Statistics:
-    """Return the statistics in the file `path`; if it does not exist, collect and write them.
+    """Return the statistics in the file `path`; collect the parts of the request that are not there, and write them.
 
-    `ray_address`: address of a cluster to collect on. Raises UsageError if the file belongs to another model or request.
+    `ray_address`: address of a cluster to collect on. Raises UsageError if the file belongs to another model or request, or if it
+    lacks parts and was collected over other samples.
     """
-    if path.is_file():
-        statistics = Statistics.load(path)
-        statistics.check(source_of(loaded, request))
+    gather = partial(_collect, loaded, samples, progress=progress, ray_address=ray_address)
+    if not path.is_file():
+        return gather(request, path)
+    statistics = Statistics.load(path)
+    statistics.check(source_of(loaded, request))
+    missing = tuple(part for part in request.parts if part not in statistics.parts)
+    if not missing:
         return statistics
-    index, count = request.shard
-    report = progress.count("statistics, samples", len(samples[index - 1 :: count]))
+    again = "Give the samples that they were collected from, or --statistics of another name."
+    if statistics.fingerprint != _fingerprint(_shard(samples, request), request):
+        raise UsageError(f"{path} has no statistics of {', '.join(missing)}, and is of other samples or --max-tokens.", hint=again)
+    more = path.with_name(f".{path.name}.more")
+    statistics = statistics.with_parts(gather(replace(request, parts=missing), more))
+    statistics.save(path)
+    more.unlink()
+    return statistics
+
+
+def _collect(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    request: CollectOptions,
+    path: Path,
+    progress: Progress,
+    ray_address: str | None,
+) -> Statistics:
+    report = progress.count("statistics, samples", len(_shard(samples, request)))
     if ray_address is not None:
         return collect_on_ray(loaded.folder, samples, request, path, ray_address, report)
     return collect(loaded, samples, request, path, report)
+
+
+def _shard(samples: Sequence[Sample], request: CollectOptions) -> Sequence[Sample]:
+    index, count = request.shard
+    return samples[index - 1 :: count]
+
+
+def _fingerprint(samples: Sequence[Sample], request: CollectOptions) -> int:
+    # Of what is asked about what, and of how it is answered: 0 for no samples, the sum of those of any split of them.
+    total = 0
+    for sample in samples:
+        content = [sample.image_names, sample.prompt, request.max_tokens, request.fit]
+        total += int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:7], "big")
+    return total % FINGERPRINTS
 
 
 def source_of(loaded: LoadedModel, request: CollectOptions) -> StatisticsSource:
@@ -98,20 +137,21 @@ def collect(
     with the same result. `progress` is called with the number of finished samples. Raises UsageError if the shard is empty, and
     BadSampleError for a sample that cannot be used.
     """
-    index, count = request.shard
-    shard = list(samples)[index - 1 :: count]
+    shard = _shard(list(samples), request)
     if not shard:
+        index, count = request.shard
         raise UsageError(f"Shard {index}/{count} of {len(samples)} samples is empty.", hint="Ask for fewer shards.")
     source = source_of(loaded, request)
     partial = output.with_name(f".{output.name}.{_digest(source, shard, request)}.partial")
-    statistics = Statistics.load(partial) if partial.is_file() else Statistics.empty(source)
+    statistics = Statistics.load(partial) if partial.is_file() else Statistics.empty(source, request.parts)
     base = unpruned_plan(source.family, source.layers, request.geometry)
     recorder = Recorder(loaded, ranked_plan(base, weights=request.weights, **source.ranking), request.max_tokens, request.device)
     meter = SampleMeter(loaded, base, source, recorder)
     try:
         for sample in shard[statistics.samples :]:
             progress(statistics.samples)
-            statistics = statistics.with_sample(meter.measure(recorder.record(sample, request.fit)))
+            measured = meter.measure(recorder.record(sample, request.fit), request.parts)
+            statistics = statistics.with_sample(measured, _fingerprint([sample], request))
             if statistics.samples % SAVE_EVERY == 0:
                 statistics.save(partial)
     except (KeyboardInterrupt, EdgePruneError):

@@ -72,6 +72,11 @@ class Sample:
         """All answers that are right."""
         return (self.answer, *self.accepted)
 
+    @property
+    def image_names(self) -> list[str]:
+        """The names of the images, by which samples are known again: a moved folder is the same data, and nothing is read."""
+        return [getattr(image, "name", "") for image in self.images]
+
     def error(self, error: EdgePruneError) -> BadSampleError:
         """Return the error of this sample for what went wrong with it."""
         return BadSampleError(f"{self.where or self.images[0]}: {error.message}", hint=error.hint)

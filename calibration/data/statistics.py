@@ -1,7 +1,8 @@
 """Statistics of one pass over the calibration samples: sums from which many plans can be allocated.
 
 Sums are stored in fixed point, so that addition is exact: the statistics of shards, added in any order, equal those of all samples
-bit for bit. Their size does not depend on the number of samples.
+bit for bit. Their size does not depend on the number of samples. Sums that are measured together are a part, and statistics may
+lack parts, because some cost far more than others (PARTS).
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75)  # keep ratios of a layer's visual ca
 STEPS = 128  # decode steps with separate sums; later steps are added to the last
 GAMMA_BINS = 200  # histogram bins of the vision attention score over [0, 1]
 TOLERANCES = tuple(step / 64 for step in range(65))  # FitPrune's
+# The sums that are measured together, by the name of the part; in forward passes a sample, for a decoder of L layers:
+# attention 2, caches about 3 L of the answer alone, withdrawals about L / 4, fitprune as many as there are tolerances.
+PARTS = {
+    "attention": ("gamma", "coverage", "habit", "split", "steps"),
+    "caches": ("cache_kl", "cache_flips"),
+    "withdrawals": ("withdrawn_kl",),
+    "fitprune": ("fitprune",),
+}
+FINGERPRINTS = 1 << 63  # fingerprints are added modulo this
 _SCALE = 2.0**32  # of the fixed point: a sum of a million values up to 2000 still fits 63 bits
 
 
@@ -77,27 +87,42 @@ class Statistics:
       step, and the number of answers that reached the step.
     - `withdrawn_kl` [layers]: KL(withdrawn || unpruned) at the first answer token, without visual tokens from this layer on.
     - `fitprune` [TOLERANCES, layers]: tokens that enter each layer by FitPrune at each tolerance.
+
+    `fingerprint`: the sum of the samples' fingerprints, modulo 2^63, by which parts of the same samples are told.
     """
 
     source: StatisticsSource
     samples: int = 0
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
+    fingerprint: int = 0
 
     @classmethod
-    def empty(cls, source: StatisticsSource) -> Statistics:
-        """Return statistics over zero samples."""
-        return cls(source, 0, {name: np.zeros(shape, np.int64) for name, shape in source.shapes().items()})
+    def empty(cls, source: StatisticsSource, parts: Sequence[str] = tuple(PARTS)) -> Statistics:
+        """Return some parts of statistics over zero samples."""
+        names = [name for part in parts for name in PARTS[part]]
+        return cls(source, 0, {name: np.zeros(source.shapes()[name], np.int64) for name in names})
 
-    def with_sample(self, values: Mapping[str, np.ndarray]) -> Statistics:
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that were collected, of PARTS."""
+        return tuple(part for part, names in PARTS.items() if set(names) <= set(self.sums))
+
+    def with_sample(self, values: Mapping[str, np.ndarray], fingerprint: int = 0) -> Statistics:
         """Return the statistics with one more sample; `values`: its contribution to every sum, by name."""
-        return Statistics(
-            self.source, self.samples + 1, {n: s + np.rint(values[n] * _SCALE).astype(np.int64) for n, s in self.sums.items()}
-        )
+        sums = {name: total + np.rint(values[name] * _SCALE).astype(np.int64) for name, total in self.sums.items()}
+        return Statistics(self.source, self.samples + 1, sums, (self.fingerprint + fingerprint) % FINGERPRINTS)
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Return the statistics of both sets of samples; raise UsageError if their sources differ."""
+        """Return the statistics of both sets of samples; raise UsageError if their sources or parts differ."""
         self.check(other.source)
-        return Statistics(self.source, self.samples + other.samples, {name: s + other.sums[name] for name, s in self.sums.items()})
+        if self.parts != other.parts:
+            raise UsageError(f"These statistics have the parts {', '.join(self.parts)}, others {', '.join(other.parts)}.")
+        sums = {name: total + other.sums[name] for name, total in self.sums.items()}
+        return Statistics(self.source, self.samples + other.samples, sums, (self.fingerprint + other.fingerprint) % FINGERPRINTS)
+
+    def with_parts(self, other: Statistics) -> Statistics:
+        """Return the statistics with the parts of others over the same samples, which the caller has checked."""
+        return Statistics(self.source, self.samples, {**self.sums, **other.sums}, self.fingerprint)
 
     def check(self, source: StatisticsSource) -> None:
         """Raise UsageError that names the first difference unless the statistics have this source."""
@@ -136,7 +161,12 @@ class Statistics:
         """Write a safetensors file atomically."""
         from safetensors.numpy import save
 
-        header = {"schema_version": SCHEMA_VERSION, "samples": self.samples, "source": asdict(self.source)}
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "samples": self.samples,
+            "fingerprint": self.fingerprint,
+            "source": asdict(self.source),
+        }
         write_bytes(path, save(dict(self.sums), {"edgeprune": json.dumps(header)}))
 
     @classmethod
@@ -161,14 +191,19 @@ class Statistics:
         try:
             Geometry.from_dict(header["source"]["geometry"])
             source, samples = from_json(StatisticsSource, header["source"], "source"), header["samples"]
+            fingerprint = header.get("fingerprint", 0)
             if type(samples) is not int or not 0 <= samples < 2**31:
                 raise ValueError("samples must be a count")
+            if type(fingerprint) is not int or not 0 <= fingerprint < FINGERPRINTS:
+                raise ValueError("fingerprint must be a sum")
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is malformed: {error!r}.", hint="Collect the statistics again.") from error
+        found = cls(source, samples, sums, fingerprint)
+        whole = {name: source.shapes()[name] for part in found.parts for name in PARTS[part]}
         shapes = {name: array.shape for name, array in sums.items()}
-        if shapes != source.shapes() or any(array.dtype != np.int64 for array in sums.values()):
+        if not whole or shapes != whole or any(array.dtype != np.int64 for array in sums.values()):
             raise UsageError(f"{path} lacks sums, or has them in another shape or type.", hint="Collect the statistics again.")
-        return cls(source, samples, sums)
+        return found
 
 
 def merge_files(parts: Sequence[Path], output: Path) -> Statistics:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -27,13 +28,44 @@ from edgeprune.runtime.text.prompt import ChatTemplate, Message, PromptEncoder
 from edgeprune.runtime.text.tokenizer import TextTokenizer
 from edgeprune.targets import Lowering
 
+SHARED = 1 << 29  # bytes of encoded images that several plans share
 _UNLIMITED = 1 << 40  # tokens
 
 
-class TorchBackend:
-    """Runs the family's vision encoder, the input cut and the pruned decoder eagerly on `device`."""
+class Encodings:
+    """What a model's vision encoder made of the last images, up to `limit` bytes; plans with the same cuts inside it may share it.
 
-    def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> None:
+    The last image is kept in any case, because questions about an image follow each other.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self._limit, self._bytes = limit, 0
+        self._found: dict[Hashable, VisionOutput] = {}  # the last used one is the last
+
+    def of(self, patches: np.ndarray, how: Hashable, encode: Callable[[], VisionOutput]) -> VisionOutput:
+        """Return the encoded `patches`; `how` says in which way they are encoded, `encode` does it where it has to be done."""
+        key = hashlib.sha256(patches.tobytes()).digest(), patches.shape, how
+        found = self._found.pop(key, None)
+        if found is None:
+            found = encode()
+            self._bytes += _bytes_of(found)
+        self._found[key] = found
+        while self._bytes > self._limit and len(self._found) > 1:
+            self._bytes -= _bytes_of(self._found.pop(next(iter(self._found))))
+        return found
+
+
+def _bytes_of(output: VisionOutput) -> int:
+    return sum(array.nbytes for array in (output.embeds, *output.signals.values(), *output.kept))
+
+
+class TorchBackend:
+    """Runs the family's vision encoder, the input cut and the pruned decoder eagerly on `device`.
+
+    `encodings`: what backends of the same model, geometry and device have encoded.
+    """
+
+    def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu", encodings: Encodings | None = None) -> None:
         loaded.model.to(device)
         self._device = device
         self._parts = parts = loaded.family.decoder()
@@ -41,7 +73,7 @@ class TorchBackend:
         self._plan, self._family = plan, loaded.family
         self._vision = loaded.family.vision(plan.geometry, signals=bool(self._signals), cuts=plan.vision_cuts).eval().to(device)
         self._unpruned: torch.nn.Module | None = None  # built on first use
-        self._last: tuple[np.ndarray, bool, VisionOutput] | None = None  # questions about an image follow each other
+        self._encodings = encodings or Encodings()
         self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
         projector = self._vision.projector if len(self._signals) == len(SIGNALS) else None
@@ -67,10 +99,10 @@ class TorchBackend:
     @contextmanager
     def lowered(self, lowering: Lowering, fitted: Mapping[str, Quantized] | None = None) -> Iterator[None]:
         """Compute with the weights and rounding of a lowering, and `fitted` matrices, while the block runs."""
-        self._last = None
+        before, self._encodings = self._encodings, Encodings()
         with at_precision(self._parts, self._vision, lowering, fitted):
             yield
-        self._last = None
+        self._encodings = before
 
     @torch.no_grad()
     def encode_image(
@@ -80,9 +112,9 @@ class TorchBackend:
 
         The same patches as in the last call are not encoded again.
         """
-        if self._last is None or self._last[1] is not unpruned or not np.array_equal(self._last[0], patches):
-            self._last = (patches.copy(), unpruned, self._encoded(patches, unpruned))
-        return self._last[2]
+        whole = unpruned or not self._plan.vision_cuts
+        how = self._plan.geometry, () if unpruned else self._signals, "" if whole else repr(self._plan.vision_cuts)
+        return self._encodings.of(patches, how, lambda: self._encoded(patches, unpruned))
 
     def _encoded(self, patches: np.ndarray, unpruned: bool) -> VisionOutput:
         vision, names = self._vision, self._signals
@@ -146,11 +178,14 @@ def check_device(device: str) -> None:
         raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
 
 
-def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu") -> Pipeline:
-    """Return a pipeline on the PyTorch model; wrap it in `edgeprune.runtime.Runtime` to generate answers."""
+def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu", encodings: Encodings | None = None) -> Pipeline:
+    """Return a pipeline on the PyTorch model; wrap it in `edgeprune.runtime.Runtime` to generate answers.
+
+    `encodings` as in `TorchBackend`.
+    """
     loaded.check_plan(plan)
     return Pipeline(
-        backend=TorchBackend(loaded, plan, device),
+        backend=TorchBackend(loaded, plan, device, encodings),
         prompts=prompt_encoder(loaded, plan.geometry),
         image_spec=image_spec(loaded.settings(plan.geometry)),
         eos_token_ids=loaded.end_tokens(),

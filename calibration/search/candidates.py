@@ -23,6 +23,7 @@ BASELINES = ("random", "uniform", RESIZE)
 ENCODER = "evit"  # the method that ranks inside the vision encoder
 Recipe = tuple[str, PlanFactory]  # group (a method or "composed") and plan factory
 Part = Callable[[float], float]  # maps the total cost share to the share of tokens that one of several cuts keeps, in (0, 1]
+MOST_LAYERS = 9
 _LAYERS = {"fastv": (1, 2, 3)}
 _ENCODER_DEPTHS = (1 / 3, 1 / 2, 2 / 3)  # relative depths of cuts inside the vision encoder
 _INPUT_FACTORS = (1.25, 1.6, 2.2)  # an input cut keeps this multiple of the mean if layer cuts follow
@@ -80,6 +81,12 @@ def input_cuts() -> list[Cut]:
     return [Cut("input", method, 1, options=options) for method in methods for options in _variants(method)]
 
 
+def later_layers(layers: int) -> list[int]:
+    """Return the layers before which the search cuts behind an input cut: all of a shallow decoder, or MOST_LAYERS evenly."""
+    places = {round(layers * place / (MOST_LAYERS + 1)) for place in range(1, MOST_LAYERS + 1)}
+    return sorted(place for place in places if 0 < place < layers)
+
+
 def encoder_blocks(blocks: int) -> list[int]:
     """Return the blocks of a vision encoder before which the search cuts; none if the encoder has too few."""
     return sorted({block for part in _ENCODER_DEPTHS if 0 < (block := round(blocks * part)) < blocks})
@@ -105,7 +112,9 @@ class CandidateComposer:
     statistics: Statistics
 
     def inward(self, cut: Cut) -> Iterator[PlanFactory]:
-        """Yield a smaller image with the input cut, and the input cut with a larger keep budget followed by a layer cut."""
+        """Yield the input cut weighed, with a smaller image, and with a larger keep budget followed by a layer cut."""
+        for each in self._weighed(cut):
+            yield partial(self._at_input, self._unpruned, each)
         yield partial(self._at_input, self._smaller_image, cut)
         yield from self._with_layer_cuts(self._unpruned, cut)
 
@@ -157,11 +166,18 @@ class CandidateComposer:
         )
 
     def _with_layer_cuts(self, base: PlanFactory, cut: Cut) -> Iterator[PlanFactory]:
-        for layer in range(1, self.unpruned.layers):
-            yield partial(self._with_withdrawal, base, cut, layer)
+        for layer in later_layers(self.unpruned.layers):
+            for each in (cut, *self._weighed(cut)):
+                yield partial(self._with_withdrawal, base, each, layer)
             for more in _INPUT_FACTORS:
                 for method in ("fastv", "sparsevlm"):
                     yield partial(self._with_layer_cut, base, cut, method, layer, more)
+
+    @staticmethod
+    def _weighed(cut: Cut) -> list[Cut]:
+        # The same cut, if its method has the option, with each kept token counting as often as it stands for.
+        can = any(option.name == "weigh" for option in options_of(cut.method))
+        return [replace(cut, options={**cut.options, "weigh": True})] if can else []
 
     def _with_withdrawal(self, base: PlanFactory, cut: Cut, layer: int, share: float) -> KeepPlan:
         early = self._at_input(base, cut, share, part=lambda share: share * self.unpruned.layers / layer)

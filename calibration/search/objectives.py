@@ -16,7 +16,7 @@ import torch
 
 from edgeprune.calibration.data.samples import Sample, Score, score
 from edgeprune.calibration.replay.episodes import Recorder, divergence
-from edgeprune.calibration.replay.reference import reference_model
+from edgeprune.calibration.replay.reference import SHARED, Encodings, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
@@ -128,7 +128,7 @@ class Agreement:
         progress: Progress = SILENT,
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
-        self._unpruned = unpruned
+        self._unpruned, self._encodings = unpruned, Encodings(SHARED)
         self._points: dict[str, list[Score]] = {}  # by plan, of the first samples
         self._samples: list[Sample] = []
         counted = progress.count("answering without pruning, samples", len(samples))
@@ -176,6 +176,6 @@ class Agreement:
         return [total / len(self._samples) for total in totals]
 
     def _each_answer(self, plan: KeepPlan, samples: Sequence[Sample]) -> Iterator[str]:
-        runtime = Runtime(reference_model(self._loaded, plan, self._device))
+        runtime = Runtime(reference_model(self._loaded, plan, self._device, self._encodings))
         for sample in samples:
             yield runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text

@@ -88,8 +88,8 @@ class TokenRows:
         planes = None if self.planes is None else self.pick(self.planes, chosen)
         scale = None if self.query_scale is None else self.pick(self.query_scale, chosen)
         order = self.order.index_select(0, chosen)
-        assert self.weight is None  # a plan that weighs has no cuts inside the decoder
-        return TokenRows(**rows, planes=planes, order=order, sizes=sizes, query_scale=scale)
+        weight = None if self.weight is None else self.pick(self.weight, chosen)
+        return TokenRows(**rows, planes=planes, order=order, sizes=sizes, query_scale=scale, weight=weight)
 
     def pick(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return the rows [S, ...] of the text and of the visual tokens at the positions `chosen` [K]."""

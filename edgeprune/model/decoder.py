@@ -9,7 +9,7 @@ graph also runs without pruning.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,14 @@ class PrunedDecoder(nn.Module):
     def caches(self, flat: Sequence[torch.Tensor]) -> list[LayerCache | LayerStates]:
         """Return the caches of a flat sequence in the order of the graph's inputs."""
         states = {layer: len(shapes) for layer, shapes in self.shape.states.items()}
-        return caches_of(flat, self.places, states, weighs=self.plan.weighs)
+        found = caches_of(flat, self.places, states, weighs=self.plan.weighs)
+        return [self._as_deep(layer, cache) for layer, cache in enumerate(found)]
+
+    def _as_deep(self, layer: int, cache: LayerCache | LayerStates) -> LayerCache | LayerStates:
+        # All layers share the weights of cached visual tokens, and a layer behind a withdrawal has none of them.
+        if isinstance(cache, LayerStates) or cache.visual_weight is None or self.plan.tokens_at_layer(layer):
+            return cache
+        return replace(cache, visual_weight=cache.visual_weight.new_zeros(cache.visual_key.shape[0], 1))
 
     def flat_rows(self, rows: Sequence[NewKv | LayerStates]) -> tuple[torch.Tensor, ...]:
         """Return the rows of a step in the order of the graph's outputs."""
@@ -182,10 +189,15 @@ class PrunedDecoder(nn.Module):
                     masks.clear()  # they are shared by layers with as many tokens in the plan
                     orders.clear()
             tokens = self._after_mixing(index, layer, tokens, mixed)
-        last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
-        logits = self.lm_head(self.norm(last))
+        logits = self.logits_of(tokens, every_logit=every_logit)
         in_order = tuple(kept[str(cut)] for cut in (*self.plan.layer_cuts, *self.plan.cache_cuts))
-        return StepOutput(logits[None], tuple(rows), in_order, torch.stack(splits, dim=-2) if splits else None)
+        return StepOutput(logits, tuple(rows), in_order, torch.stack(splits, dim=-2) if splits else None)
+
+    def logits_of(self, tokens: TokenRows, *, every_logit: bool = False) -> torch.Tensor:
+        """Return the logits [1, n, vocabulary] of tokens behind the last layer: of the last one, or of the whole suffix."""
+        last = tokens.split(tokens.hidden)[2] if every_logit else tokens.hidden[-1:]
+        logits: torch.Tensor = self.lm_head(self.norm(last))[None]
+        return logits
 
     def rows_of(self, prefix: Segment, visual: Segment, suffix: Segment, *, every_logit: bool = False) -> TokenRows:
         """Return the tokens of three segments as they enter layer 0; `every_logit` as in `forward`."""

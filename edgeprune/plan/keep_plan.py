@@ -70,6 +70,11 @@ class Cut:
         if not isinstance(self.options, Mapping):
             raise PlanError(f"The options of {self} must be names and values.")
 
+    @property
+    def withdraws(self) -> bool:
+        """Whether no visual token is left from this layer of the decoder on."""
+        return self.site == "layer" and self.keep == 0
+
     def __str__(self) -> str:
         return f"{self.method} @ {self.site if self.site == 'input' else f'{self.site} {self.layer}'}"
 
@@ -103,7 +108,8 @@ class KeepPlan:
             raise PlanError("The cuts of a plan name different weights.", hint="Only one of them may be learned.")
         self._check_counts()
         self._check_decode()
-        if self.weighs and (later := next((cut for cut in self.cuts if cut.site in ("layer", "cache", "decode")), None)):
+        inside = [cut for cut in self.cuts if cut.site in ("layer", "cache", "decode")]
+        if self.weighs and (later := next((cut for cut in inside if not cut.withdraws), None)):
             raise PlanError(
                 f"{self.input} weighs the tokens that it keeps; {later} would drop some of them.",
                 hint="Leave out either the option weigh or the later cuts.",

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.calibration.collect.run import CollectOptions, collect, collect_on_ray
+from edgeprune.calibration.collect.run import CollectOptions, collect, collect_on_ray, load_or_collect
 from edgeprune.calibration.data.samples import Sample, draw_samples, read_samples
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, resolve_model
 from edgeprune.errors import UsageError
+from edgeprune.io.progress import SILENT
 from edgeprune.plan import Geometry
 from edgeprune.plan.presets import ranked_plan, unpruned_plan
 from edgeprune.runtime import Runtime
@@ -165,3 +166,22 @@ def test_a_sample_of_several_images_counts_once(tiny: LoadedModel, pair: Sample,
     assert np.allclose(twice.mean("gamma").sum(axis=1), 1.0)
     assert np.allclose(twice.total("habit").sum(axis=2), 2)
     assert np.allclose(np.nansum(twice.attention_split()[0], axis=1), 1.0, atol=1e-5)
+
+
+def test_a_part_is_added_to_statistics_of_the_same_samples(
+    tiny: LoadedModel, samples: list[Sample], whole: Statistics, tmp_path: Path
+) -> None:
+    def load(chosen: list[Sample], *parts: str) -> Statistics:
+        return load_or_collect(tiny, chosen, replace(REQUEST, parts=parts), tmp_path / "s", SILENT)
+
+    first = load(samples, "withdrawals")
+    assert first.parts == ("withdrawals",) and set(first.sums) == {"withdrawn_kl"}
+    with pytest.raises(UsageError, match="has no statistics of caches, and is of other samples"):
+        load(samples[1:], "caches")
+    more = load(samples, "caches", "attention")
+    assert more.parts == ("attention", "caches", "withdrawals") and more.samples == 13
+    assert all(np.array_equal(sums, whole.sums[name]) for name, sums in more.sums.items())
+    assert more.fingerprint == whole.fingerprint and [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert same(load([], "attention"), more)  # nothing is missing, so no samples are needed
+    with pytest.raises(UsageError, match="These statistics have the parts attention, caches, withdrawals"):
+        more + whole

@@ -93,6 +93,27 @@ def test_weights_are_a_bias_of_every_step(even: LoadedModel) -> None:
     assert not torch.allclose(unweighed.logits, first.logits, atol=1e-3)
 
 
+@torch.no_grad()
+def test_behind_a_withdrawal_there_is_nothing_to_weigh(even: LoadedModel) -> None:
+    # A step on the caches gives what one pass over everything gives.
+    plan, parts = WEIGHED.with_cuts(Cut("layer", "vtw", 0, layer=1)), even.family.decoder()
+    image, text = drawn(parts, (3, 40, 5), 0, 1), drawn(parts, (0, 0, 4), 48, 2)
+    logs = torch.rand(40, generator=torch.Generator().manual_seed(3)) * 3
+    decoder = PrunedDecoder(parts, plan).eval()
+    empty = decoder.empty_caches()
+    first = decoder(*image, empty, weights=logs)
+    filled = [cache.append(rows, 3, 5) for cache, rows in zip(empty, first.rows, strict=True)]
+    shared = [
+        rows for part in ("", "visual_") for layer in filled for rows in (getattr(layer, f"{part}{n}") for n in ("key", "value"))
+    ]
+    caches = decoder.caches([*shared[:4], filled[0].weight, *shared[4:], filled[0].visual_weight])
+    step = decoder(*text, caches, every_logit=True)
+    suffix = Segment(*(torch.cat([getattr(each[2], name) for each in (image, text)], dim=1) for name in ("embeds", "positions")))
+    whole = decoder(*image[:2], suffix, empty, weights=logs, every_logit=True).logits[0]
+    torch.testing.assert_close(torch.cat([first.logits[0], step.logits[0]]), whole[4:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(decoder(*image, empty).logits, first.logits, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("lengths", "text", "kept"), [((10, 40, 20), 0, 0), ((10, 40, 20), 33, 40), ((0, 0, 70), 9, 80), ((0, 0, 1), 9, 80)]
 )
@@ -126,14 +147,20 @@ def test_graphs_weigh_as_the_eager_decoder_does(
 
 # Windows and images that see themselves, prompts that see themselves, layers with states.
 @pytest.mark.parametrize(
-    "family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "paligemma", "lfm2_vl"))]
+    ("family", "withdrawn"),
+    [
+        ("gemma3", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("gemma3", "qwen2_vl", "paligemma", "lfm2_vl")),
+        pytest.param("qwen2_vl", True, marks=pytest.mark.slow),
+    ],
 )
-def test_bundles_weigh_in_every_kind_of_decoder(family: str, tmp_path: Path) -> None:
+def test_bundles_weigh_in_every_kind_of_decoder(family: str, withdrawn: bool, tmp_path: Path) -> None:
     made = importlib.import_module(f"tiny_{family}")
     (tmp_path / "model").mkdir()
     model = load_model(resolve_model(str(made.folder(tmp_path / "model"))))
     geometry = model.geometry(made.SIZE)
     base = unpruned_plan(model.folder.model_type, model.decoder_shape().layers, geometry)
-    plan: KeepPlan = base.with_cuts(Cut("input", "divprune", geometry.tokens // 3, options={"weigh": True}))
+    later = [Cut("layer", "vtw", 0, layer=1)] if withdrawn else []
+    plan: KeepPlan = base.with_cuts(Cut("input", "divprune", geometry.tokens // 3, options={"weigh": True}), *later)
     bundle = export_bundle(model, plan, tmp_path / "bundle")
     assert all(stage.passed for stage in verify(bundle, model))
