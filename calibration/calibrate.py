@@ -31,6 +31,7 @@ from edgeprune.plan import Cut, KeepPlan, Weights, keep_count
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import family_class
 
+_FITPRUNE_NOT_TRIED = "fitprune was not tried: its statistics cost more than the search; collect them first if it shall be"
 LEARNED_SHARES = 0.5, 0.1  # between which a search may take the method learned
 
 
@@ -211,10 +212,13 @@ def _search_plan(
     held_out = Agreement(
         loaded, unpruned, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device, progress=progress
     )
-    request = replace(request, parts=("fitprune", *(("attention", "caches") if options.target_kv is not None else ())))
-    statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
+    request = replace(request, parts=() if options.target_kv is None else ("attention", "caches"))
+    statistics = None
+    if request.parts or path.is_file():
+        statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
+    why_not = [] if statistics is not None and "fitprune" in statistics.parts else [_FITPRUNE_NOT_TRIED]
     fit_rate = partial(fit_decode_rate, loaded, samples[::2], request, progress)
-    learned, why_not = _learned_candidate(options, loaded, samples[::2], unpruned, progress)
+    learned, why_not_learned = _learned_candidate(options, loaded, samples[::2], unpruned, progress)
     try:
         plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress, learned)
     except DropExceededError as error:
@@ -223,7 +227,9 @@ def _search_plan(
         raise
     if options.curve is not None:
         curve.save(options.curve)
-    found = CalibrationResult(path, len(samples), curve=curve, times=times, skipped=(why_not,) if why_not else ())
+    skipped = (*why_not, *([why_not_learned] if why_not_learned else []))
+    kept = None if statistics is None else path
+    found = CalibrationResult(kept, len(samples), curve=curve, times=times, skipped=skipped)
     return _save_plan(options, loaded, plan, found)
 
 

@@ -24,7 +24,7 @@ from edgeprune.plan.weights import weights_path
 from edgeprune.registry import METHODS, allow_method, options_of, unknown_method
 
 AUTO, DYRATE, LEARNED, PLPHP, VTW = "auto", "dyrate", "learned", "plphp", "vtw"
-LEARNING = (*STATISTICAL, LEARNED)  # from samples, in `compare`
+LEARNING = (*(method for method in STATISTICAL if method != VTW), LEARNED)  # from samples, in `compare`
 COMPARED = sorted([*method_names(), LEARNED])
 DROP = 0.01  # the loss of agreement that a search allows by default
 _PLACES = {  # which methods take --site or --layer

@@ -43,7 +43,7 @@ def method_names() -> list[str]:
 
 
 def parts_needed(method: str, settings: Mapping[str, Any], share: float | None = None) -> tuple[str, ...]:
-    """Return the parts of the statistics (`PARTS`) that a method's plan takes in its settings, at a `share` of the cost if given."""
+    """Return the parts of the statistics (`PARTS`) that a method takes in its settings, at a `share` of the cost if given."""
     allocate = settings.get("allocate", ALLOCATORS[0])
     by_class = allocate == ALLOCATORS[0] or settings.get("classes") == LIVE
     needed = {

@@ -52,7 +52,7 @@ class DropExceededError(EdgePruneError):
 
 def find_plan(
     loaded: LoadedModel,
-    statistics: Statistics,
+    statistics: Statistics | None,
     fit_rate: FitRate,
     held_out: Agreement,
     unpruned: KeepPlan,
@@ -63,7 +63,8 @@ def find_plan(
 ) -> tuple[KeepPlan, Curve]:
     """Return the cheapest plan found that meets the goal, and the curve of all plans measured on every held-out sample.
 
-    `learned`: weights of the method of that name, which is a candidate then.
+    `statistics`: for a budget of caches, with the parts attention and caches. With FitPrune's part that method is a candidate, with
+    `learned`, the weights of the method of that name, that one.
     Raises EdgePruneError before the search if pruning cannot reach the target latency, and DropExceededError if no plan at the
     target's cost stays within the allowed drop.
     """

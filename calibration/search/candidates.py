@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from edgeprune.calibration.allocate.recipes import INPUT, RESIZE, method_names, plan_for_budget, resized
+from edgeprune.calibration.allocate.recipes import INPUT, RESIZE, method_names, parts_needed, plan_for_budget, resized
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.pareto import PlanFactory
 from edgeprune.errors import PlanError
@@ -41,14 +41,17 @@ _CACHE_SETTINGS: list[dict[str, Any]] = [
 
 
 def single_method_candidates(
-    unpruned: KeepPlan, statistics: Statistics, blocks: int, learned: Weights | None = None
+    unpruned: KeepPlan, statistics: Statistics | None, blocks: int, learned: Weights | None = None
 ) -> Iterator[Recipe]:
     """Yield every method that reduces prefill, alone.
 
-    `blocks`: number of encoder blocks, 0 for no cuts inside the encoder. `learned`: weights of that method.
+    FitPrune only if its `statistics` are there. `blocks`: number of encoder blocks, 0 for no cuts inside the encoder. `learned`:
+    weights of that method.
     """
     for method in method_names():
         if method in (ENCODER, "plphp"):  # ENCODER needs block numbers and follows below; PLPHP does not reduce prefill
+            continue
+        if not set(parts_needed(method, {}, 1.0)) <= set(() if statistics is None else statistics.parts):
             continue
         for settings in _variants(method):
             yield method, partial(_single_method, method, settings, unpruned, statistics)
@@ -67,7 +70,9 @@ def _variants(method: str) -> list[dict[str, Any]]:
     return [{}, *({option.name: value} for option in declared for value in option.tries if value != option.default)]
 
 
-def _single_method(method: str, settings: dict[str, Any], unpruned: KeepPlan, statistics: Statistics, share: float) -> KeepPlan:
+def _single_method(
+    method: str, settings: dict[str, Any], unpruned: KeepPlan, statistics: Statistics | None, share: float
+) -> KeepPlan:
     return plan_for_budget(method, share, unpruned, statistics, **settings)
 
 
@@ -109,7 +114,7 @@ class CandidateComposer:
     """Yields compositions of cuts for a model, given its unpruned plan and statistics."""
 
     unpruned: KeepPlan
-    statistics: Statistics
+    statistics: Statistics | None
 
     def inward(self, cut: Cut) -> Iterator[PlanFactory]:
         """Yield the input cut weighed, with a smaller image, and with a larger keep budget followed by a layer cut."""

@@ -51,7 +51,7 @@ class Search:
 
     parts: DecoderParts
     unpruned: KeepPlan
-    statistics: Statistics
+    statistics: Statistics | None
     agreement: Agreement
     times: DeviceProfile | None
     progress: Progress

@@ -215,6 +215,11 @@ def _open_statistics(path: Path, plan: KeepPlan, bundle: Bundle | None) -> Stati
             f"{path} holds the statistics of no sample.",
             hint="Collect them: edgeprune calibrate MODEL --data FILE --statistics NEW",
         )
+    if not {"attention", "caches"} & set(statistics.parts):
+        raise UsageError(
+            f"{path} has statistics of {', '.join(statistics.parts)} alone, and there is no chart of them.",
+            hint="Collect all: edgeprune calibrate MODEL --data FILE --statistics NEW",
+        )
     return statistics
 
 

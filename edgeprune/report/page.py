@@ -105,7 +105,7 @@ def _budget_charts(material: ReportInputs) -> list[Chart]:
         "Strong: those that its KV cache keeps for the answer."
     )
     found = [Chart("Visual tokens per layer", note, charts.budgets(plan))]
-    if plan.cache_cuts and material.statistics is not None:
+    if plan.cache_cuts and material.statistics is not None and "attention" in material.statistics.parts:
         found.append(_coverage_chart(plan, material.statistics))
     if plan.decode is not None:
         found.append(_decode_chart(plan, plan.decode, material.interview))
@@ -144,12 +144,19 @@ def _coverage_chart(plan: KeepPlan, statistics: Statistics) -> Chart:
 
 
 def _statistics_charts(statistics: Statistics) -> list[Chart]:
+    found: list[Chart] = []
+    if "attention" in statistics.parts:
+        found += _attention_charts(statistics)
+    return [*found, _cost_chart(statistics)] if "caches" in statistics.parts else found
+
+
+def _attention_charts(statistics: Statistics) -> list[Chart]:
     split = statistics.attention_split()
     found = [_attention_chart(statistics)]
     if not np.isnan(split).all():
         note = "How attention divides while the unpruned model answers, a mean over the layers. Fewer answers reach later steps."
         found.append(Chart("Where the answer looks", note, charts.attention_by_step(split.mean(axis=1), _SPLIT)))
-    return [*found, _cost_chart(statistics)]
+    return found
 
 
 def _attention_chart(statistics: Statistics) -> Chart:

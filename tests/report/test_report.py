@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import Bundle
-from edgeprune.calibration.data.statistics import SHARES, Statistics, StatisticsSource
+from edgeprune.calibration.data.statistics import PARTS, SHARES, Statistics, StatisticsSource
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.calibration.search.pareto import Curve, Point
 from edgeprune.checkpoint.loading import LoadedModel
@@ -151,6 +151,14 @@ def test_a_section_is_there_exactly_when_its_data_is(given: tuple[str, ...], sta
     assert found_sections(page) == {"budgets", *given}
     assert ("Attention that the kept tokens cover" in page) == ("statistics" in given)
     assert "<img" not in page
+
+
+def test_charts_of_parts_that_were_not_collected_are_left_out(statistics: Statistics) -> None:
+    for part, shown, missing in (("attention", "quartiles", "share kept"), ("caches", "share kept", "quartiles")):
+        some = replace(statistics, sums={name: statistics.sums[name] for name in PARTS[part]})
+        page = page_of(ReportInputs("p", PLAN, statistics=some))
+        assert tips(page, shown) and not tips(page, missing)
+        assert ("Attention that the kept tokens cover" in page) == (part == "attention")
 
 
 def test_every_section_is_on_the_whole_page(whole_page: str) -> None:
