@@ -103,7 +103,10 @@ def _milliseconds(module: Module, operations: float, part: torch.nn.Module) -> f
 
 @dataclass(frozen=True)
 class Agreed:
-    """How far answers agree with the unpruned ones: `mean` over samples, 0 to 1, and the `facts` of descriptions, added up.
+    """How far answers agree with the unpruned ones: `mean`, 0 to 1, and the `facts` of descriptions, added up.
+
+    The mean is over samples, or, where some are descriptions and some not, of the means of both: however few the descriptions, a
+    plan that spoils them is not agreed with.
 
     `complete`: False if the rest was not asked, because the mean could not reach what it had to; it then counts as wrong.
     """
@@ -144,20 +147,29 @@ class Agreement:
         self._loaded.check_plan(plan)
 
     def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
-        """Return the agreement over the first `count` samples: 1 for an equal answer, the F1 of its facts for a description.
+        """Return the agreement over the first `count` samples (`Agreed`): 1 for an equal answer, the F1 of a description's facts.
 
         Samples that the plan has answered are not asked again. Those left are not asked once the mean cannot reach `least`.
         """
         points = self._points.setdefault(json.dumps(plan.to_dict(), sort_keys=True), [])
-        missing = self._samples[len(points) : count]
+        missing, weights = self._samples[len(points) : count], self._weights(count)
+
+        def reached() -> float:
+            return sum(weight * point.f1 for weight, point in zip(weights, points, strict=False))
+
         for sample, text in zip(missing, self._each_answer(plan, missing), strict=True):
             points.append(score(sample, text))
             progress(len(points))
-            if sum(point.f1 for point in points) + count - len(points) < least * count:
+            if reached() + sum(weights[len(points) :]) < least - 1e-9:
                 break
         known = points[:count]
         described = [point for sample, point in zip(self._samples, known, strict=False) if sample.kind == DESCRIBE]
-        return Agreed(sum(point.f1 for point in known) / count, sum(described, Score()), len(known) == count)
+        return Agreed(reached(), sum(described, Score()), len(known) == count)
+
+    def _weights(self, count: int) -> list[float]:
+        # Of the first samples: descriptions together as much as all others.
+        kinds = [sample.kind == DESCRIBE for sample in self._samples[:count]]
+        return [1 / (len(set(kinds)) * kinds.count(kind)) for kind in kinds]
 
     def divergences(self, plans: Sequence[KeepPlan], progress: Count = lambda done: None) -> list[float]:
         """Return each plan's KL divergence in nats from the unpruned model on its answers (teacher forcing), mean over samples.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgeprune.calibration.data.samples import read_samples
+from edgeprune.calibration.data.samples import Score, read_samples
 from edgeprune.calibration.search.objectives import Agreement
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime
 from edgeprune.tabletop.dataset import write_dataset
+from edgeprune.tabletop.questions import DESCRIBE
 
 WHOLE = unpruned_plan("qwen2_vl", 3, Geometry(84, 84, 14, 2))
 
@@ -60,3 +62,12 @@ def test_no_sample_is_asked_in_vain(agreement: Agreement, monkeypatch: pytest.Mo
     alone = agreement.score(lost, 3)
     assert reached.complete == (alone.mean == 1.0) and reached.mean <= alone.mean
     assert len(asked) == 6  # what was left is asked now, and nothing twice
+
+
+def test_one_description_counts_as_much_as_all_short_answers(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["colour", "count", DESCRIBE]
+    monkeypatch.setattr(agreement, "_samples", [replace(s, kind=k) for s, k in zip(agreement._samples, kinds, strict=True)])
+    facts = iter([Score(1, 1, 1), Score(0, 1, 1), Score(1, 2, 2)])
+    monkeypatch.setattr("edgeprune.calibration.search.objectives.score", lambda sample, text: next(facts))
+    found = agreement.score(WHOLE.with_cuts(Cut("input", "uniform", 2)), 3)
+    assert found.mean == pytest.approx((0.5 + 0.5) / 2) and found.facts == Score(1, 2, 2)
