@@ -26,7 +26,7 @@ from edgeprune.calibration.learn.run import LearnRequest, learn
 from edgeprune.calibration.metrics import AS_BEFORE, Metric
 from edgeprune.calibration.options import LEARNED, RESULTS, CompareOptions
 from edgeprune.calibration.predictions import Prediction, Predictions
-from edgeprune.calibration.replay.reference import SHARED, Encodings, open_reference, reference_model
+from edgeprune.calibration.replay.reference import SHARED, Shared, open_reference, reference_model
 from edgeprune.calibration.search.auto import prunable_encoder_blocks
 from edgeprune.calibration.search.candidates import ENCODER, encoder_plan
 from edgeprune.checkpoint.loading import LoadedModel
@@ -246,7 +246,7 @@ class Comparison:
     metric: Metric
     run: Mapping[str, str]
     blocks: int
-    _encodings: Encodings = field(default_factory=partial(Encodings, SHARED))
+    _shared: Shared = field(default_factory=partial(Shared, SHARED))
 
     @property
     def folder(self) -> Path:
@@ -283,7 +283,7 @@ class Comparison:
         answers = Predictions(self.folder / ANSWERS / f"{entry.name}.jsonl", run, self.samples)
         open_there = partial(open_reference, self.loaded.folder, plan, options.device)
         report = evaluate(
-            Runtime(reference_model(self.loaded, plan, options.device, self._encodings)),
+            Runtime(reference_model(self.loaded, plan, options.device, self._shared)),
             self.samples,
             fit=options.fit,
             max_tokens=options.max_tokens,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from edgeprune.calibration.data.samples import BadSampleError, OnBadSample, Sample
-from edgeprune.calibration.replay.reference import reference_model
+from edgeprune.calibration.replay.reference import Shared, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import SILENT, Progress
@@ -58,9 +58,9 @@ class Recording:
 class Recorder:
     """Records and replays answers on a model whose visual caches are ranked but not cut (`ranked_plan`)."""
 
-    def __init__(self, loaded: LoadedModel, plan: KeepPlan, max_tokens: int, device: str) -> None:
+    def __init__(self, loaded: LoadedModel, plan: KeepPlan, max_tokens: int, device: str, shared: Shared | None = None) -> None:
         self.plan = plan
-        self._pipeline = reference_model(loaded, self.plan, device)
+        self._pipeline = reference_model(loaded, self.plan, device, shared)
         self._max_tokens, self._device = max_tokens, device
         self._whole: DecoderInput | None = None  # the last prefill with an image in it
         self.decoder = PrunedDecoder(loaded.family.decoder(), self.plan).eval()

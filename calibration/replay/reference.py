@@ -32,17 +32,24 @@ SHARED = 1 << 29  # bytes of encoded images that several plans share
 _UNLIMITED = 1 << 40  # tokens
 
 
-class Encodings:
-    """What a model's vision encoder made of the last images, up to `limit` bytes; plans with the same cuts inside it may share it.
+class Shared:
+    """What pipelines of one model and device share: the encoders of prompts, and what its vision encoder made of the last images.
 
-    The last image is kept in any case, because questions about an image follow each other.
+    Up to `limit` bytes of images are kept, and the last one in any case, because questions about an image follow each other.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self._limit, self._bytes = limit, 0
         self._found: dict[Hashable, VisionOutput] = {}  # the last used one is the last
+        self._prompts: dict[Geometry, PromptEncoder] = {}
 
-    def of(self, patches: np.ndarray, how: Hashable, encode: Callable[[], VisionOutput]) -> VisionOutput:
+    def prompts(self, loaded: LoadedModel, geometry: Geometry) -> PromptEncoder:
+        """Return the encoder of prompts about images of one geometry. Raises the errors of `prompt_encoder`."""
+        if geometry not in self._prompts:
+            self._prompts[geometry] = prompt_encoder(loaded, geometry)
+        return self._prompts[geometry]
+
+    def encoded(self, patches: np.ndarray, how: Hashable, encode: Callable[[], VisionOutput]) -> VisionOutput:
         """Return the encoded `patches`; `how` says in which way they are encoded, `encode` does it where it has to be done."""
         key = hashlib.sha256(patches.tobytes()).digest(), patches.shape, how
         found = self._found.pop(key, None)
@@ -62,10 +69,10 @@ def _bytes_of(output: VisionOutput) -> int:
 class TorchBackend:
     """Runs the family's vision encoder, the input cut and the pruned decoder eagerly on `device`.
 
-    `encodings`: what backends of the same model, geometry and device have encoded.
+    `shared`: with other backends of the same model and device.
     """
 
-    def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu", encodings: Encodings | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, plan: KeepPlan, device: str = "cpu", shared: Shared | None = None) -> None:
         loaded.model.to(device)
         self._device = device
         self._parts = parts = loaded.family.decoder()
@@ -73,7 +80,7 @@ class TorchBackend:
         self._plan, self._family = plan, loaded.family
         self._vision = loaded.family.vision(plan.geometry, signals=bool(self._signals), cuts=plan.vision_cuts).eval().to(device)
         self._unpruned: torch.nn.Module | None = None  # built on first use
-        self._encodings = encodings or Encodings()
+        self._shared = shared or Shared()
         self._embed = TextEmbedding(parts)
         self._decoder = PrunedDecoder(parts, plan).eval()
         projector = self._vision.projector if len(self._signals) == len(SIGNALS) else None
@@ -99,10 +106,10 @@ class TorchBackend:
     @contextmanager
     def lowered(self, lowering: Lowering, fitted: Mapping[str, Quantized] | None = None) -> Iterator[None]:
         """Compute with the weights and rounding of a lowering, and `fitted` matrices, while the block runs."""
-        before, self._encodings = self._encodings, Encodings()
+        before, self._shared = self._shared, Shared()
         with at_precision(self._parts, self._vision, lowering, fitted):
             yield
-        self._encodings = before
+        self._shared = before
 
     @torch.no_grad()
     def encode_image(
@@ -114,7 +121,7 @@ class TorchBackend:
         """
         whole = unpruned or not self._plan.vision_cuts
         how = self._plan.geometry, () if unpruned else self._signals, "" if whole else repr(self._plan.vision_cuts)
-        return self._encodings.of(patches, how, lambda: self._encoded(patches, unpruned))
+        return self._shared.encoded(patches, how, lambda: self._encoded(patches, unpruned))
 
     def _encoded(self, patches: np.ndarray, unpruned: bool) -> VisionOutput:
         vision, names = self._vision, self._signals
@@ -178,15 +185,16 @@ def check_device(device: str) -> None:
         raise UsageError("torch finds no CUDA device here.", hint="Leave --device out, or install a CUDA build of torch.")
 
 
-def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu", encodings: Encodings | None = None) -> Pipeline:
+def reference_model(loaded: LoadedModel, plan: KeepPlan, device: str = "cpu", shared: Shared | None = None) -> Pipeline:
     """Return a pipeline on the PyTorch model; wrap it in `edgeprune.runtime.Runtime` to generate answers.
 
-    `encodings` as in `TorchBackend`.
+    `shared`: with other pipelines of the same model and device.
     """
     loaded.check_plan(plan)
+    shared = shared or Shared()
     return Pipeline(
-        backend=TorchBackend(loaded, plan, device, encodings),
-        prompts=prompt_encoder(loaded, plan.geometry),
+        backend=TorchBackend(loaded, plan, device, shared),
+        prompts=shared.prompts(loaded, plan.geometry),
         image_spec=image_spec(loaded.settings(plan.geometry)),
         eos_token_ids=loaded.end_tokens(),
         generation=loaded.generation_defaults(),

@@ -16,14 +16,14 @@ import torch
 
 from edgeprune.calibration.data.samples import Sample, Score, score
 from edgeprune.calibration.replay.episodes import Recorder, divergence
-from edgeprune.calibration.replay.reference import SHARED, Encodings, reference_model
+from edgeprune.calibration.replay.reference import SHARED, Shared, reference_model
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.families.base import DecoderParts, encoder_work
 from edgeprune.io.progress import SILENT, Count, Progress
 from edgeprune.plan import Geometry, KeepPlan
-from edgeprune.runtime import Runtime
+from edgeprune.runtime import Answer, Runtime
 from edgeprune.tabletop.questions import DESCRIBE
 
 _EFFICIENCY = 0.5, 0.7  # of peak compute and bandwidth; the middle of what engines usually reach
@@ -117,7 +117,13 @@ class Agreed:
 
 
 class Agreement:
-    """Scores plans against the answers of the unpruned model, which are generated once."""
+    """Scores plans against the answers of the unpruned model, which are generated once.
+
+    A plan retells each of them: it chooses every token after the unpruned answer's own tokens before it (teacher forcing), in
+    two forward passes however long the answer is. What it retells equals the answer exactly where what it would generate does. In
+    a description, facts behind a wrong one are judged as if that had been right. Plans with a decode cut generate, because what a
+    step reads depends on the steps before it.
+    """
 
     def __init__(
         self,
@@ -131,13 +137,16 @@ class Agreement:
         progress: Progress = SILENT,
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
-        self._unpruned, self._encodings = unpruned, Encodings(SHARED)
+        self._unpruned, self._shared = unpruned, Shared(SHARED)
         self._points: dict[str, list[Score]] = {}  # by plan, of the first samples
         self._samples: list[Sample] = []
+        self._ended: list[bool] = []  # which answers the model ended itself
         counted = progress.count("answering without pruning, samples", len(samples))
         for sample, answer in zip(samples, self._each_answer(unpruned, samples), strict=True):
-            self._samples.append(replace(sample, answer=answer))
+            self._samples.append(replace(sample, answer=answer.text, accepted=()))
+            self._ended.append(answer.receipt.finish_reason == "end")
             counted(len(self._samples))
+        self._retold: list[Sample] = []  # the first samples, with the unpruned answers as the unpruned plan retells them
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -152,12 +161,17 @@ class Agreement:
         Samples that the plan has answered are not asked again. Those left are not asked once the mean cannot reach `least`.
         """
         points = self._points.setdefault(json.dumps(plan.to_dict(), sort_keys=True), [])
-        missing, weights = self._samples[len(points) : count], self._weights(count)
+        weights, begin = self._weights(count), len(points)
+        if plan.decode is None:
+            missing, answers = self._retellings(count)[begin:], self._each_retelling(plan, range(begin, count))
+        else:
+            missing = self._samples[begin:count]
+            answers = (answer.text for answer in self._each_answer(plan, missing))
 
         def reached() -> float:
             return sum(weight * point.f1 for weight, point in zip(weights, points, strict=False))
 
-        for sample, text in zip(missing, self._each_answer(plan, missing), strict=True):
+        for sample, text in zip(missing, answers, strict=True):
             points.append(score(sample, text))
             progress(len(points))
             if reached() + sum(weights[len(points) :]) < least - 1e-9:
@@ -176,18 +190,31 @@ class Agreement:
 
         This distinguishes plans that agree equally well on few samples. `progress` is called with the number of finished samples.
         """
-        reference, *pruned = (Recorder(self._loaded, plan, 1, self._device) for plan in (self._unpruned, *plans))
-        tokenizer = reference_model(self._loaded, self._unpruned, self._device).tokenizer
+        reference, *pruned = (Recorder(self._loaded, plan, 1, self._device, self._shared) for plan in (self._unpruned, *plans))
         totals = [0.0] * len(pruned)
         for done, sample in enumerate(self._samples, start=1):
-            ids = tokenizer.encode(sample.answer)
+            ids = reference.tokenizer.encode(sample.answer)
             expected = reference.teacher_forced_logits(sample, ids, self._fit)
             for index, recorder in enumerate(pruned):
                 totals[index] += float(divergence(expected, recorder.teacher_forced_logits(sample, ids, self._fit)).sum())
             progress(done)
         return [total / len(self._samples) for total in totals]
 
-    def _each_answer(self, plan: KeepPlan, samples: Sequence[Sample]) -> Iterator[str]:
-        runtime = Runtime(reference_model(self._loaded, plan, self._device, self._encodings))
+    def _retellings(self, count: int) -> list[Sample]:
+        missing = range(len(self._retold), count)
+        for number, answer in zip(missing, self._each_retelling(self._unpruned, missing), strict=True):
+            self._retold.append(replace(self._samples[number], answer=answer))
+        return self._retold[:count]
+
+    def _each_retelling(self, plan: KeepPlan, numbers: range) -> Iterator[str]:
+        recorder = Recorder(self._loaded, plan, 1, self._device, self._shared)
+        for number in numbers:
+            sample = self._samples[number]
+            ids = recorder.tokenizer.encode(sample.answer)
+            logits = recorder.teacher_forced_logits(sample, ids, self._fit)[: len(ids) + self._ended[number]]
+            yield recorder.tokenizer.decode(logits.argmax(dim=-1).tolist())
+
+    def _each_answer(self, plan: KeepPlan, samples: Sequence[Sample]) -> Iterator[Answer]:
+        runtime = Runtime(reference_model(self._loaded, plan, self._device, self._shared))
         for sample in samples:
-            yield runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens).text
+            yield runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens)

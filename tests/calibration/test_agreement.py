@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from edgeprune.calibration.data.samples import Score, read_samples
+from edgeprune.calibration.data.samples import Sample, Score, read_samples
+from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.search.objectives import Agreement
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.plan import Cut, Geometry
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime import Runtime
 from edgeprune.tabletop.dataset import write_dataset
 from edgeprune.tabletop.questions import DESCRIBE
 
@@ -47,13 +47,14 @@ def test_the_score_is_over_the_first_samples(agreement: Agreement, tmp_path: Pat
 
 def test_no_sample_is_asked_in_vain(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    generate = Runtime.generate
+    retell = Recorder.teacher_forced_logits
 
-    def counting(runtime: Runtime, image: Any, prompt: str, **options: Any) -> Any:
-        asked.append(prompt)
-        return generate(runtime, image, prompt, **options)
+    def counting(recorder: Recorder, sample: Sample, *rest: Any) -> Any:
+        asked.append(sample.prompt)
+        return retell(recorder, sample, *rest)
 
-    monkeypatch.setattr(Runtime, "generate", counting)
+    agreement.score(WHOLE, 3)  # what the unpruned plan retells is known now
+    monkeypatch.setattr(Recorder, "teacher_forced_logits", counting)
     whole = WHOLE.with_cuts(Cut("input", "uniform", 9))  # agrees in everything
     assert agreement.score(whole, 2).mean == 1.0 and len(asked) == 2
     assert agreement.score(whole, 3).complete and len(asked) == 3
@@ -64,10 +65,24 @@ def test_no_sample_is_asked_in_vain(agreement: Agreement, monkeypatch: pytest.Mo
     assert len(asked) == 6  # what was left is asked now, and nothing twice
 
 
+def test_what_is_retold_equals_the_answer_where_what_is_generated_does(
+    agreement: Agreement, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    for keep, method in ((8, "uniform"), (5, "divprune"), (2, "uniform"), (1, "random")):
+        plan = WHOLE.with_cuts(Cut("input", method, keep))
+        retold = [agreement.score(plan, count).mean * count for count in (1, 2, 3)]
+        generated = [answer.text for answer in agreement._each_answer(plan, agreement._samples)]
+        equal = [text == sample.answer for text, sample in zip(generated, agreement._samples, strict=True)]
+        assert retold == pytest.approx([sum(equal[:count]) for count in (1, 2, 3)])
+        seen |= set(equal)
+    assert seen == {True, False}
+
+
 def test_one_description_counts_as_much_as_all_short_answers(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["colour", "count", DESCRIBE]
     monkeypatch.setattr(agreement, "_samples", [replace(s, kind=k) for s, k in zip(agreement._samples, kinds, strict=True)])
     facts = iter([Score(1, 1, 1), Score(0, 1, 1), Score(1, 2, 2)])
     monkeypatch.setattr("edgeprune.calibration.search.objectives.score", lambda sample, text: next(facts))
-    found = agreement.score(WHOLE.with_cuts(Cut("input", "uniform", 2)), 3)
+    found = agreement.score(WHOLE.with_cuts(Cut("input", "uniform", 7)), 3)
     assert found.mean == pytest.approx((0.5 + 0.5) / 2) and found.facts == Score(1, 2, 2)
