@@ -31,7 +31,7 @@ from edgeprune.plan import Cut, KeepPlan, Weights, keep_count
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import family_class
 
-_FITPRUNE_NOT_TRIED = "fitprune was not tried: its statistics cost more than the search; collect them first if it shall be"
+_FITPRUNE_NOT_TRIED = "fitprune: its statistics take longer than the search; --method fitprune --statistics FILE collects them"
 LEARNED_SHARES = 0.5, 0.1  # between which a search may take the method learned
 
 
@@ -40,7 +40,7 @@ class CalibrationResult:
     """A plan with its costs, or the path of statistics without a plan.
 
     `flops`, `kv`: shares of the unpruned model's cost. `skipped`: why samples were left out. `tried`: the options that were
-    compared, best first. `learning`: what the method learned found.
+    compared, best first. `learning`: what the method learned found. `untried`: the methods that a search left out, and why.
     """
 
     statistics: Path | None
@@ -55,6 +55,7 @@ class CalibrationResult:
     skipped: tuple[str, ...] = ()
     tried: tuple[Trial, ...] = ()
     learning: Learning | None = None
+    untried: tuple[str, ...] = ()
 
 
 def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> CalibrationResult:
@@ -159,7 +160,7 @@ def _learned_candidate(
         request = _learn_request(options, most, least)
         return learn(loaded, samples, unpruned, request, options.output, progress, gate=False).weights, ""
     except UsageError as error:
-        return None, f"learned was not tried: {error.message}"
+        return None, f"learned: {error.message}"
 
 
 def _allocate(
@@ -227,9 +228,9 @@ def _search_plan(
         raise
     if options.curve is not None:
         curve.save(options.curve)
-    skipped = (*why_not, *([why_not_learned] if why_not_learned else []))
+    untried = (*why_not, *([why_not_learned] if why_not_learned else []))
     kept = None if statistics is None else path
-    found = CalibrationResult(kept, len(samples), curve=curve, times=times, skipped=skipped)
+    found = CalibrationResult(kept, len(samples), curve=curve, times=times, untried=untried)
     return _save_plan(options, loaded, plan, found)
 
 

@@ -9,8 +9,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgeprune.bundle import Bundle
+from edgeprune.calibration.calibrate import CalibrationResult
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.cli import main
+from edgeprune.cli.output.basic import show_calibration
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.plan import KeepPlan
 from edgeprune.registry import options_of
@@ -205,3 +207,11 @@ def test_a_bad_sample_ends_or_is_skipped(tiny_folder: Path, data: Path, tmp_path
 def test_one_sample_is_enough_for_statistics(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     done("calibrate", tiny_folder, "--data", data, *SIZE, "--limit", 1, "--statistics", tmp_path / "s")
     assert Statistics.load(tmp_path / "s").samples == 1
+
+
+def test_methods_that_were_not_tried_are_no_bad_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    result = CalibrationResult(None, 40, untried=("fitprune: its statistics take longer",))
+    show_calibration(result, as_json=False)
+    assert capsys.readouterr().err == "not tried: fitprune: its statistics take longer\n"
+    show_calibration(result, as_json=True)
+    assert json.loads(capsys.readouterr().out)["untried"] == list(result.untried)

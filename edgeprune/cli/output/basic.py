@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def show_calibration(result: CalibrationResult, as_json: bool) -> None:
     """Print a calibration: keep budgets, costs, PLPHP's classes, and the curve of a search; on stderr what was left out."""
     show_skipped(result.skipped)
+    for reason in result.untried:
+        click.echo(f"not tried: {reason}", err=True)
     if as_json:
         show_json(_calibration_data(result))
         return
@@ -91,7 +93,7 @@ def _facts_of(point: Point) -> list[str]:
 
 def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
     found: dict[str, Any] = {"statistics": None if result.statistics is None else str(result.statistics), "samples": result.samples}
-    found["skipped"] = list(result.skipped)
+    found["skipped"], found["untried"] = list(result.skipped), list(result.untried)
     found["tried"] = [asdict(trial) for trial in result.tried]
     found["learning"] = None if result.learning is None else _learning_data(result.learning)
     if result.plan is not None:
