@@ -12,7 +12,7 @@ from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, class
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, parts_needed, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
-from edgeprune.calibration.data.samples import Sample, check_images
+from edgeprune.calibration.data.samples import Sample, check_images, halves
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.calibration.learn.ranking import learn_ranking
@@ -207,19 +207,19 @@ def _search_plan(
     unpruned: KeepPlan,
     progress: Progress,
 ) -> CalibrationResult:
-    # Every second sample is held out: statistics and scores must not come from the same samples.
+    learned_from, judged_by = halves(samples)
     goal, times = options.goal(), _times(options, loaded, unpruned)
-    check_goal(goal, loaded, unpruned, times, len(samples[1::2]))  # fail before anything is measured
+    check_goal(goal, loaded, unpruned, times, len(judged_by))  # fail before anything is measured
     held_out = Agreement(
-        loaded, unpruned, samples[1::2], max_tokens=request.max_tokens, fit=request.fit, device=request.device, progress=progress
+        loaded, unpruned, judged_by, max_tokens=request.max_tokens, fit=request.fit, device=request.device, progress=progress
     )
     request = replace(request, parts=() if options.target_kv is None else ("attention", "caches"))
     statistics = None
     if request.parts or path.is_file():
-        statistics = load_or_collect(loaded, samples[::2], request, path, progress, options.ray_address)
+        statistics = load_or_collect(loaded, learned_from, request, path, progress, options.ray_address)
     why_not = [] if statistics is not None and "fitprune" in statistics.parts else [_FITPRUNE_NOT_TRIED]
-    fit_rate = partial(fit_decode_rate, loaded, samples[::2], request, progress)
-    learned, why_not_learned = _learned_candidate(options, loaded, samples[::2], unpruned, progress)
+    fit_rate = partial(fit_decode_rate, loaded, learned_from, request, progress)
+    learned, why_not_learned = _learned_candidate(options, loaded, learned_from, unpruned, progress)
     try:
         plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress, learned)
     except DropExceededError as error:

@@ -192,6 +192,18 @@ def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> lis
     return [samples[index] for index in sorted(drawn)]
 
 
+def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Return two halves: the samples about every second image, and the others, so that nothing is judged by images it is taken from.
+
+    If all are about the same images, every second sample instead.
+    """
+    images = list(dict.fromkeys(sample.images for sample in samples))
+    if len(images) < 2:
+        return list(samples[::2]), list(samples[1::2])
+    first = set(images[::2])
+    return [each for each in samples if each.images in first], [each for each in samples if each.images not in first]
+
+
 def score(sample: Sample, text: str) -> Score:
     """Score an answer: descriptions fact by fact, all others by exact match with an accepted answer.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.data.samples import BadSampleError, Sample, read_samples, score
+from edgeprune.calibration.data.samples import BadSampleError, Sample, halves, read_samples, score
 from edgeprune.errors import UsageError
 
 GOOD = {"image": "a.png", "prompt": "What?", "answer": "red", "kind": "colour"}
@@ -125,3 +125,11 @@ def test_a_folder_is_answered_with_the_file_in_it(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     with pytest.raises(UsageError, match=f"--data {path}"):
         read_samples(tmp_path)
+
+
+def test_halves_share_no_image() -> None:
+    samples = [Sample((Path(f"{number // 3}.png"),), f"question {number}", "answer") for number in range(12)]
+    one, other = halves(samples)
+    assert [len(one), len(other)] == [6, 6]
+    assert {each.images for each in one} & {each.images for each in other} == set()
+    assert [len(half) for half in halves(samples[:3])] == [2, 1]
