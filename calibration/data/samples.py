@@ -193,7 +193,7 @@ def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> lis
 
 
 def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Return two halves: the samples about every second image, and the others, so that nothing is judged by images it is taken from.
+    """Return the samples about every second image, and the others, so that nothing is judged by images that it is taken from.
 
     If all are about the same images, every second sample instead.
     """
