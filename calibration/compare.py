@@ -246,7 +246,7 @@ class Comparison:
     metric: Metric
     run: Mapping[str, str]
     blocks: int
-    _shared: Shared = field(default_factory=partial(Shared, SHARED))
+    _shared: Shared = field(init=False, default_factory=partial(Shared, SHARED))
 
     @property
     def folder(self) -> Path:
