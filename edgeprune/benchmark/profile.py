@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime
 
 from edgeprune.bundle import VISION, Bundle, DecoderShape
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.device.system import read_text
@@ -137,14 +138,16 @@ def profile(
     repeats: int = 20,
     threads: int | None = None,
     provider: str = "cpu",
+    trust: TrustedKeys = (),
     device: str = "this machine",
     progress: Progress = SILENT,
 ) -> DeviceProfile:
     """Return the medians of `repeats` unpruned runs of a bundle's graphs on random inputs, and the processor's peaks.
 
-    Raises EngineError if the provider is not available, or if its engines were built for fewer tokens per turn than an image has.
+    `trust`: as in `edgeprune.runtime.load`. Raises EngineError if the provider is not available, or if its engines were built for
+    fewer tokens per turn than an image has.
     """
-    backend = open_backend(bundle, provider, threads)
+    backend = open_backend(bundle, provider, threads, trust)
     geometry, shape = bundle.plan.geometry, bundle.manifest.decoder
     rng = np.random.default_rng(0)
     patch_shape = map(int, bundle.manifest.graphs[VISION].inputs["pixel_values"].shape)

@@ -39,6 +39,7 @@ from edgeprune.benchmark.variants import (
     load_variants,
 )
 from edgeprune.bundle import Manifest
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.device.power import EnergyCounter, PowerSource, find_power_source
 from edgeprune.device.profile import reported_peaks
@@ -57,7 +58,7 @@ class BenchmarkOptions:
 
     `compare`: see `load_variants`; its first entry is the baseline, or the bundle itself if it is empty. `contexts`: text tokens of
     the questions after which decode steps are timed. `kept`: numbers of visual tokens for which TTFT is timed. `image` None: a
-    TableTop scene of each bundle's image size. `threads` None: ONNX Runtime's default.
+    TableTop scene of each bundle's image size. `threads` None: ONNX Runtime's default. `trust`: as in `edgeprune.runtime.load`.
     """
 
     bundle: Path
@@ -69,6 +70,7 @@ class BenchmarkOptions:
     repeats: int
     threads: int | None
     provider: str
+    trust: TrustedKeys = ()
 
     def __post_init__(self) -> None:
         tokens, repeats = self.question.tokens, self.repeats
@@ -147,6 +149,7 @@ def benchmark(
     repeats: int = 10,
     threads: int | None = None,
     provider: str = "cpu",
+    trust: TrustedKeys = (),
     fit: str = "exact",
     machine: Machine | None = None,
     power: PowerSource | None = None,
@@ -160,7 +163,9 @@ def benchmark(
     UsageError, ImageError, BundleError and EngineError.
     """
     question = BenchmarkPrompt(PROMPT if prompt is None else prompt, tokens, fit)
-    request = BenchmarkOptions(path, tuple(compare), tuple(contexts), tuple(kept), image, question, repeats, threads, provider)
+    request = BenchmarkOptions(
+        path, tuple(compare), tuple(contexts), tuple(kept), image, question, repeats, threads, provider, tuple(trust)
+    )
     peaks = None if device_report is None else reported_peaks(device_report)
     with _open_power_source(power) as source, closing(EnergyCounter(source)) as counter:
         progress.say("loading the models")
@@ -215,7 +220,12 @@ class Measurement:
     def __init__(self, request: BenchmarkOptions, counter: EnergyCounter) -> None:
         self._request, self._counter = request, counter
         self.compared = load_variants(
-            request.bundle, request.compare, request.image, threads=request.threads, provider=request.provider
+            request.bundle,
+            request.compare,
+            request.image,
+            threads=request.threads,
+            provider=request.provider,
+            trust=request.trust,
         )
         self.plan = self.compared[0].runtime.plan
         self._samples = {variant.name: RoundSamples() for variant in self.compared}
@@ -279,9 +289,9 @@ def _with_startup(
     startup: Callable[..., Startup],
     progress: Progress,
 ) -> tuple[VariantResult, ...]:
-    threads, provider = request.threads, request.provider
+    opening = {"threads": request.threads, "provider": request.provider, "trust": request.trust}
     started, starts = progress.count("starts of a process", len(kinds)), list[Startup]()
     for path, kind in kinds:
-        starts.append(startup(path, kind, request.question, request.image, threads=threads, provider=provider))
+        starts.append(startup(path, kind, request.question, request.image, **opening))
         started(len(starts))
     return tuple(replace(variant, startup=start) for variant, start in zip(results, starts, strict=True))

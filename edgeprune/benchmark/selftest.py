@@ -12,6 +12,7 @@ from typing import Any
 
 from edgeprune.benchmark.expected import ComparingBackend, Expected, converse, read_expected
 from edgeprune.bundle import Bundle
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.doctor import diagnose
 from edgeprune.device.machine import read_machine
 from edgeprune.errors import EngineError
@@ -63,14 +64,17 @@ def selftest(
     bundle: Bundle,
     open_backend: Callable[[Bundle], TensorRTBackend] | None = None,
     progress: Progress = SILENT,
+    *,
+    trust: TrustedKeys = (),
 ) -> SelfTest:
-    """Compare a bundle's engines with its expected outputs; `open_backend` None: this machine's TensorRT.
+    """Compare a bundle's engines with its expected outputs; `open_backend` None: this machine's TensorRT, with `trust` as in
+    `edgeprune.runtime.load`.
 
     Raises BundleError if the bundle has no expected outputs, and EngineError if the engines cannot be opened.
     """
     expected = read_expected(bundle)
     progress.begin("engines")
-    backend = (open_backend or TensorRTBackend.on_this_device)(bundle)
+    backend = TensorRTBackend.on_this_device(bundle, trust) if open_backend is None else open_backend(bundle)
     try:
         progress.begin("outputs")
         compared, times = _compare(bundle, backend, expected)

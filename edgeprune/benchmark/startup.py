@@ -17,6 +17,7 @@ from typing import Any
 from edgeprune.benchmark.results import Startup
 from edgeprune.benchmark.variants import PRUNED, BenchmarkPrompt, builtin_variant, bundle_variant
 from edgeprune.bundle import Manifest
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.memory import peak_rss, reset_peak_rss
 from edgeprune.errors import EdgePruneError
 from edgeprune.runtime.api.loading import load
@@ -41,13 +42,15 @@ def measure_startup(
     *,
     threads: int | None = None,
     provider: str = "cpu",
+    trust: TrustedKeys = (),
 ) -> Startup:
     """Measure a new process for two answers of one variant; `name` is PRUNED or one of BUILTIN.
 
     Raises EdgePruneError if the process fails, for example for lack of memory.
     """
     options = {"path": str(path), "name": name, "image": None if image is None else str(image), "question": asdict(question)}
-    request = json.dumps({**options, "threads": threads, "provider": provider})
+    keys = [key.decode() if isinstance(key, bytes) else Path(key).read_text(encoding="utf-8") for key in trust]
+    request = json.dumps({**options, "threads": threads, "provider": provider, "trust": keys})
     result = subprocess.run([sys.executable, "-c", _PROGRAM], input=request, capture_output=True, text=True)
     lines = result.stdout.splitlines()
     if result.returncode != 0 or not lines:
@@ -68,7 +71,8 @@ def _measure(import_ms: float, request: Mapping[str, Any]) -> Startup:
     started = time.perf_counter()
     read_files(path)
     read = time.perf_counter()
-    runtime = load(path, threads=request["threads"], provider=request["provider"], cache_bytes=0)
+    trust = [key.encode() for key in request["trust"]]
+    runtime = load(path, threads=request["threads"], provider=request["provider"], cache_bytes=0, trust=trust)
     loaded = time.perf_counter()
     loading = peak_rss()
     own = bundle_variant(PRUNED, path, runtime, image)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
 from edgeprune.bundle import is_bundle
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.api.loading import load
@@ -119,6 +121,7 @@ def load_variants(
     *,
     threads: int | None = None,
     provider: str = "cpu",
+    trust: TrustedKeys = (),
 ) -> list[Variant]:
     """Load a bundle as variant PRUNED, followed by the variants in `compare`: names in BUILTIN, or paths of other bundles.
 
@@ -126,13 +129,14 @@ def load_variants(
     names, ImageError, and BundleError and EngineError from loading.
     """
     check_names(compare, provider)
-    own = bundle_variant(PRUNED, path, load(path, threads=threads, provider=provider, cache_bytes=0), image)
+    opened = partial(load, threads=threads, provider=provider, cache_bytes=0, trust=trust)
+    own = bundle_variant(PRUNED, path, opened(path), image)
     found = [own]
     for name in compare:
         if name in BUILTIN:
             found.append(builtin_variant(own, name))
         else:
-            found.append(bundle_variant(name, Path(name), load(name, threads=threads, provider=provider, cache_bytes=0), image))
+            found.append(bundle_variant(name, Path(name), opened(name), image))
     return found
 
 

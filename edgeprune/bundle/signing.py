@@ -1,12 +1,13 @@
-"""Ed25519 signatures of bundles over the manifest, which has the sha256 of every file that is loaded.
+"""Ed25519 signatures of bundles, over the manifest, and of the engines in them, over their records.
 
-signature.json is beside the manifest. The signed text begins with its purpose, so that a signature made for another purpose with
-the same key is not valid here:
+The manifest has the sha256 of every file that is loaded, the records have those of the engines. A signature lies beside what it
+signs, as signature.json. The signed text begins with its purpose, so that no signature of one kind is valid as one of the other:
 
-    edgeprune bundle signature 1
-    manifest.json sha256 HEX
+    edgeprune bundle signature 1            edgeprune engines signature 1
+    manifest.json sha256 HEX                manifest.json sha256 HEX
+                                            engines/engines.json sha256 HEX
 
-This key does not sign engines that a device builds later: see docs/bundles.md for how they are trusted.
+Engines that are not signed are trusted where they were built alone: see docs/bundles.md.
 """
 
 from __future__ import annotations
@@ -14,51 +15,68 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import BundleError, UsageError, require_extra
+from edgeprune.errors import BundleError, EdgePruneError, EngineError, UsageError, require_extra
 from edgeprune.io.files import write_new, write_text
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = "signature.json"
+ENGINE_RECORDS = "engines/engines.json"
 TrustedKeys = Sequence[str | os.PathLike[str] | bytes]  # public keys: paths or contents of PEM files
 _SCHEMA, _MANIFEST = 1, "manifest.json"
-_SIGN_HINT = "Ask whoever made it to sign it: edgeprune sign BUNDLE --key KEY.pem"
 _KEYGEN_HINT = "Make one with: edgeprune keygen KEY.pem"
 
 
 @dataclass(frozen=True)
+class _Kind:
+    # What a signature can be of. `changed`: the message, by field of the signature, when a file has another sha256.
+    error: type[EdgePruneError]
+    hint: str
+    changed: Mapping[str, str]
+
+
+_BUNDLE = _Kind(
+    BundleError,
+    "Ask whoever made it to sign it: edgeprune sign BUNDLE --key KEY.pem",
+    {"manifest_sha256": "The manifest of {} was changed after it had been signed."},
+)
+_ENGINES = _Kind(
+    EngineError,
+    "Sign engines where they are built: edgeprune build BUNDLE --sign KEY.pem",
+    {
+        "manifest_sha256": "{} was signed for another bundle: the manifest has another sha256.",
+        "engines_sha256": "The records in {} were changed after they had been signed.",
+    },
+)
+
+
+@dataclass(frozen=True)
 class Signature:
-    """A signature in hexadecimal digits; `key` is the sha256 of the public key's 32 bytes."""
+    """A signature in hexadecimal digits; `key` is the sha256 of the public key's 32 bytes.
+
+    `engines_sha256`: that of the engines' records, in their signature; empty in a bundle's.
+    """
 
     key: str
     manifest_sha256: str
     signature: str
+    engines_sha256: str = ""
 
     def save(self, folder: Path) -> None:
-        """Write signature.json into a bundle."""
-        write_text(folder / SIGNATURE, json.dumps({"schema_version": _SCHEMA, **asdict(self)}, indent=2) + "\n")
+        """Write signature.json into a folder: a bundle's, or that of its engines."""
+        values = {name: value for name, value in asdict(self).items() if value}
+        write_text(folder / SIGNATURE, json.dumps({"schema_version": _SCHEMA, **values}, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Signature:
         """Read signature.json; raise BundleError if it is missing or malformed."""
-        try:
-            data = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
-            if data.pop("schema_version") != _SCHEMA:
-                raise BundleError(f"{folder} has a signature of another schema.", hint="Sign it again with this version.")
-            signature = cls(**data)
-            for value in asdict(signature).values():
-                bytes.fromhex(value)
-        except FileNotFoundError as error:
-            raise BundleError(f"{folder} is not signed: it has no {SIGNATURE}.", hint=_SIGN_HINT) from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise BundleError(f"{folder / SIGNATURE} is malformed: {error!r}.", hint="Sign the bundle again.") from error
-        return signature
+        return _load(folder, _BUNDLE)
 
 
 def make_key(path: Path) -> tuple[Path, str]:
@@ -93,13 +111,25 @@ def sign_manifest(folder: Path, key: Path, *, force: bool = False) -> Signature:
     The bundle's files are not checked: load the bundle first. Raises UsageError if the file is no Ed25519 private key, or if the
     bundle is signed already and `force` is false.
     """
-    require_extra("sign", "cryptography")
     if (folder / SIGNATURE).exists() and not force:
         raise UsageError(f"{folder} is signed already.", hint="Use --force to replace the signature.")
-    private = _private_key(key)
+    private = read_private_key(key)
     digest = hashlib.sha256(_manifest_bytes(folder)).hexdigest()
     signature = Signature(key_id(private.public_key()), digest, private.sign(signed_text(digest)).hex())
     signature.save(folder)
+    return signature
+
+
+def sign_engines(folder: Path, key: Path) -> Signature:
+    """Sign the records of a bundle's engines with the private key in a PEM file, and write engines/signature.json.
+
+    Whether the engines are those of the records is not checked. Raises UsageError if the file is no Ed25519 private key.
+    """
+    private, records = read_private_key(key), folder / ENGINE_RECORDS
+    manifest, engines = (hashlib.sha256(content).hexdigest() for content in (_manifest_bytes(folder), records.read_bytes()))
+    signed = private.sign(signed_text(manifest, engines)).hex()
+    signature = Signature(key_id(private.public_key()), manifest, signed, engines)
+    signature.save(records.parent)
     return signature
 
 
@@ -108,28 +138,25 @@ def check_signature(folder: Path, manifest: bytes, trusted: TrustedKeys) -> str:
 
     Raises UsageError for a trusted key that is not an Ed25519 public key.
     """
-    require_extra("sign", "cryptography")
-    from cryptography.exceptions import InvalidSignature
-
-    keys = {key_id(key): key for key in map(_public_key, trusted)}
-    signature, digest = Signature.load(folder), hashlib.sha256(manifest).hexdigest()
-    if signature.key not in keys:
-        trusted_ids = ", ".join(key[:16] for key in keys)
-        raise BundleError(f"{folder} is signed with the key {signature.key[:16]}, which is none of those required ({trusted_ids}).")
-    if signature.manifest_sha256 != digest:
-        raise BundleError(f"The manifest of {folder} was changed after it had been signed.", hint=_SIGN_HINT)
-    try:
-        keys[signature.key].verify(bytes.fromhex(signature.signature), signed_text(digest))
-    except InvalidSignature as error:
-        raise BundleError(
-            f"The signature of {folder} is wrong: it was not made with the key that it names.", hint=_SIGN_HINT
-        ) from error
-    return signature.key
+    return _check(folder, _BUNDLE, trusted, hashlib.sha256(manifest).hexdigest())
 
 
-def signed_text(manifest_sha256: str) -> bytes:
-    """Return the bytes that are signed."""
-    return f"edgeprune bundle signature 1\n{_MANIFEST} sha256 {manifest_sha256}\n".encode()
+def check_engines_signature(folder: Path, records: bytes, trusted: TrustedKeys) -> str:
+    """Return the id of the trusted key that signed the records of a bundle's engines, given by their bytes, for its manifest.
+
+    Raises EngineError if none did, and UsageError for a trusted key that is not an Ed25519 public key.
+    """
+    digests = (hashlib.sha256(content).hexdigest() for content in (_manifest_bytes(folder), records))
+    return _check((folder / ENGINE_RECORDS).parent, _ENGINES, trusted, *digests)
+
+
+def signed_text(manifest_sha256: str, engines_sha256: str | None = None) -> bytes:
+    """Return the bytes that are signed: of a bundle, or of its engines if the sha256 of their records is given."""
+    purpose, files = "bundle", {_MANIFEST: manifest_sha256}
+    if engines_sha256 is not None:
+        purpose, files = "engines", {**files, ENGINE_RECORDS: engines_sha256}
+    lines = [f"edgeprune {purpose} signature 1", *(f"{name} sha256 {digest}" for name, digest in files.items())]
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def key_id(key: Ed25519PublicKey) -> str:
@@ -137,7 +164,9 @@ def key_id(key: Ed25519PublicKey) -> str:
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()
 
 
-def _private_key(path: Path) -> Ed25519PrivateKey:
+def read_private_key(path: Path) -> Ed25519PrivateKey:
+    """Return the private key in a PEM file; raise UsageError if it has no Ed25519 private key."""
+    require_extra("sign", "cryptography")
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -172,6 +201,43 @@ def _public_key(source: str | os.PathLike[str] | bytes) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(f"{name} is no Ed25519 key.", hint=_KEYGEN_HINT)
     return key
+
+
+def _load(folder: Path, kind: _Kind) -> Signature:
+    try:
+        data = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
+        if data.pop("schema_version") != _SCHEMA:
+            raise kind.error(f"{folder} has a signature of another schema.", hint="Sign it again with this version.")
+        signature = Signature(**data)
+        for value in asdict(signature).values():
+            bytes.fromhex(value)
+    except FileNotFoundError as error:
+        raise kind.error(f"{folder} is not signed: it has no {SIGNATURE}.", hint=kind.hint) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise kind.error(f"{folder / SIGNATURE} is malformed: {error!r}.", hint="Sign it again.") from error
+    return signature
+
+
+def _check(folder: Path, kind: _Kind, trusted: TrustedKeys, *digests: str) -> str:
+    # `digests`: what `signed_text` takes.
+    require_extra("sign", "cryptography")
+    from cryptography.exceptions import InvalidSignature
+
+    keys = {key_id(key): key for key in map(_public_key, trusted)}
+    signature = _load(folder, kind)
+    if signature.key not in keys:
+        ids = ", ".join(key[:16] for key in keys)
+        message = f"{folder} is signed with the key {signature.key[:16]}, which is none of those required ({ids})."
+        raise kind.error(message, hint=kind.hint)
+    for (name, message), digest in zip(kind.changed.items(), digests, strict=True):
+        if getattr(signature, name) != digest:
+            raise kind.error(message.format(folder), hint=kind.hint)
+    try:
+        keys[signature.key].verify(bytes.fromhex(signature.signature), signed_text(*digests))
+    except InvalidSignature as error:
+        message = f"The signature of {folder} is wrong: it was not made with the key that it names."
+        raise kind.error(message, hint=kind.hint) from error
+    return signature.key
 
 
 def _manifest_bytes(folder: Path) -> bytes:

@@ -22,10 +22,10 @@ _SECTIONS = {
     "Search": "max_drop target_flops target_kv target_ttft target_reads times curve",
     "Images": "image_size frames fps fit image max_images max_pixels max_request_pixels",
     "Answer": "max_tokens temperature top_k top_p repetition_penalty keep_special_tokens stop deadline_ms tokens text_tokens",
-    "Engines": "context turn images unpruned level workspace reuse ignore_memory",
+    "Engines": "context turn images unpruned level workspace reuse ignore_memory sign",
     "Access": "host port api_key_file no_auth forwarded_allow_ips allow_origin",
     "Limits": "parallel queue per_client max_connections max_body_bytes max_kv_bytes cache_bytes grace",
-    "Running": "provider device threads check require_signature energy",
+    "Running": "provider device threads check require_signature trust energy",
     "Output": "output predictions overlay plot force as_json _click_default_help",
 }
 _SECTION_OF = {name: section for section, names in _SECTIONS.items() for name in names.split()}

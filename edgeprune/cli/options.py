@@ -82,6 +82,13 @@ provider_option = click.option(
     show_default=True,
     help="What computes: ONNX Runtime's cpu, cuda, ort-tensorrt or openvino, or the bundle's own engines (tensorrt).",
 )
+fleet_option = click.option(
+    "--trust",
+    multiple=True,
+    metavar="KEY.pub",
+    type=click.Path(path_type=Path),
+    help="Load the engines that this public key signed (build --sign), of this or an equal board; repeat it for several.",
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="ONNX Runtime threads.  [default: all cores]")
 tier_option = click.option("--tier", help="Of a bundle with several plans the one to use.  [default: the first]")
 ray_option = click.option("--ray", "ray_address", help="Spread the samples over a Ray cluster: its address, or local.")

@@ -33,6 +33,7 @@ def load(
     on_phase: Callable[[str], None] | None = None,
     check: str = "full",
     require_signature: TrustedKeys = (),
+    trust: TrustedKeys = (),
 ) -> Runtime:
     """Load the bundle in the folder `path` after checking every file against its manifest.
 
@@ -49,6 +50,8 @@ def load(
     * `on_phase`: called with "loading", "warming" and "ready" as each phase begins.
     * `check`: "full" reads every file; "fast" skips files that are unchanged since this user's last full check.
     * `require_signature`: public keys as paths or PEM bytes, one of which must have signed the bundle.
+    * `trust`: public keys likewise, for "tensorrt": one of them must have signed the engines (`edgeprune build --sign`), which then
+      may be of another board. Without it engines are loaded that this device built.
 
     Raises NoBundleError if there is no bundle at `path`, BundleError for a missing or altered file or a signature that is not as
     required, EngineError if the provider is not available here, and UsageError for invalid limits.
@@ -60,7 +63,7 @@ def load(
     report_phase("loading")
     state = SharedState(cache_bytes, _energy_counter() if energy else None)
     with Bundle.open_while_verifying(Path(path), check=check, require_signature=require_signature) as bundle:
-        runtime = Runtime(_pipeline(bundle, open_backend(bundle, provider, threads), state, max_kv_bytes))
+        runtime = Runtime(_pipeline(bundle, open_backend(bundle, provider, threads, trust), state, max_kv_bytes))
     if warm_up:
         report_phase("warming")
         runtime.warm_up()

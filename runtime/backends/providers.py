@@ -1,8 +1,9 @@
-"""The table of providers: ONNX Runtime execution providers, and TensorRT engines that were built on this device."""
+"""The table of providers: ONNX Runtime execution providers, and TensorRT engines of this device or of its fleet."""
 
 from __future__ import annotations
 
 from edgeprune.bundle import Bundle
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.errors import UsageError
 from edgeprune.runtime.backends.interface import Backend
 from edgeprune.runtime.backends.onnxruntime import CPU, CUDA, OnnxRuntimeBackend
@@ -15,12 +16,14 @@ ONNXRUNTIME = {"cpu": (CPU,), "cuda": (CUDA, CPU), "ort-tensorrt": (_TENSORRT, C
 PROVIDERS = (*ONNXRUNTIME, TENSORRT)
 
 
-def open_backend(bundle: Bundle, provider: str, threads: int | None = None) -> Backend:
-    """Return the backend for a bundle on a provider of PROVIDERS.
+def open_backend(bundle: Bundle, provider: str, threads: int | None = None, trust: TrustedKeys = ()) -> Backend:
+    """Return the backend for a bundle on a provider of PROVIDERS. `trust`: public keys, one of which must have signed the engines.
 
-    Raises EngineError when the provider is not available here, and UsageError for an unknown provider, unsupported `threads`, or a
-    bundle whose target does not fit the provider.
+    Raises EngineError when the provider is not available here, and UsageError for an unknown provider, unsupported `threads` or
+    `trust`, or a bundle whose target does not fit the provider.
     """
+    if trust and provider != TENSORRT:
+        raise UsageError("Only --provider tensorrt loads engines that a key could have signed.", hint="Leave --trust out.")
     if provider in ONNXRUNTIME:
         return OnnxRuntimeBackend(bundle, threads, providers=ONNXRUNTIME[provider])
     if provider != TENSORRT:
@@ -29,4 +32,4 @@ def open_backend(bundle: Bundle, provider: str, threads: int | None = None) -> B
         raise UsageError("TensorRT engines have no threads to choose.", hint="Leave --threads out.")
     from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
 
-    return TensorRTBackend.on_this_device(bundle)
+    return TensorRTBackend.on_this_device(bundle, trust)

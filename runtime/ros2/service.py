@@ -31,20 +31,21 @@ def serve(
     provider: str = "cpu",
     check: str = "full",
     require_signature: TrustedKeys = (),
+    trust: TrustedKeys = (),
     announce: Announce = lambda line: None,
     **answering: Any,
 ) -> None:
     """Answer questions over DDS until SIGINT or SIGTERM. Must be called from the main thread.
 
     Topics are ROS names. Without an image topic, the node subscribes to "image" and "image/compressed"; otherwise only to those
-    given. `use_sim_time`: header stamps count on /clock, as ROS's parameter of that name says. `check` and `require_signature`: as
-    in `load`. `answering`: keyword arguments of QuestionWorker. `announce`: called with status lines. Raises the errors of `load`,
-    and what ended a thread of the node.
+    given. `use_sim_time`: header stamps count on /clock, as ROS's parameter of that name says. `check`, `require_signature` and
+    `trust`: as in `load`. `answering`: keyword arguments of QuestionWorker. `announce`: called with status lines. Raises the errors
+    of `load`, and what ended a thread of the node.
     """
     name = NodeName.parse(node)
     topics = _topics(name, image_topic, compressed_topic, prompt_topic, answer_topic)
     number, stop = domain_id(domain), threading.Event()
-    opening = {"threads": threads, "provider": provider, "check": check, "require_signature": require_signature}
+    opening = {"threads": threads, "provider": provider, "check": check, "require_signature": require_signature, "trust": trust}
     clock = SimulatedTime() if use_sim_time else time.time
     with _stopped_by_signals(stop), closing(Node(name, topics, number)) as dds:
         outputs = OutputCallbacks(dds.piece, dds.answer, dds.report)

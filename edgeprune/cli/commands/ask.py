@@ -13,6 +13,7 @@ from edgeprune.cli.options import (
     bundle_argument,
     check_option,
     fit_option,
+    fleet_option,
     force_option,
     json_option,
     provider_option,
@@ -57,6 +58,7 @@ from edgeprune.io.typed_json import is_text
 @fit_option
 @check_option
 @signature_option
+@fleet_option
 @json_option
 def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, as_json: bool, **options: Any) -> None:
     """Ask BUNDLE one question about images or a video.
@@ -80,7 +82,7 @@ def run(bundle: Path, image: tuple[Path, ...], prompt: str | None, force: bool, 
     pictures = [read_image(path) for path in image]
     # A deadline selects the tier by the times of earlier answers, so these need a warm-up.
     has_deadline = options["deadline_ms"] is not None
-    load_options = {name: options.pop(name) for name in ("threads", "provider", "check", "require_signature")}
+    load_options = {name: options.pop(name) for name in ("threads", "provider", "check", "require_signature", "trust")}
     with CommandProgress(quiet=as_json) as progress:
         progress.say("loading the bundle")
         runtime = load(bundle, **load_options, warm_up=has_deadline)

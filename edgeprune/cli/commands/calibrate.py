@@ -12,6 +12,7 @@ from edgeprune.cli.options import (
     Share,
     bundle_argument,
     fit_option,
+    fleet_option,
     force_option,
     json_option,
     option_option,
@@ -164,8 +165,9 @@ def merge(parts: tuple[Path, ...], output: Path, force: bool, as_json: bool) -> 
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Runs of each part; medians are kept.")
 @threads_option
 @provider_option
+@fleet_option
 @json_option
-def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int | None, provider: str, as_json: bool) -> None:
+def profile(bundle: Path, output: Path, force: bool, as_json: bool, **options: Any) -> None:
     """Measure the parts of a first token on this device.
 
     `edgeprune calibrate --method auto --target-ttft` takes the file that -o writes.
@@ -177,7 +179,7 @@ def profile(bundle: Path, output: Path, force: bool, repeats: int, threads: int 
     from edgeprune.cli.output.progress import CommandProgress
 
     with CommandProgress(quiet=as_json) as progress:
-        times = measure(Bundle.load(bundle), repeats=repeats, threads=threads, provider=provider, progress=progress)
+        times = measure(Bundle.load(bundle), progress=progress, **options)
     times.save(output)
     show_profile(times, as_json)
 

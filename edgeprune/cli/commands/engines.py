@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 
 from edgeprune.cli.help import command
-from edgeprune.cli.options import TargetName, bundle_argument, force_option, json_option, signature_option
-from edgeprune.errors import EngineError, require_extra
+from edgeprune.cli.options import TargetName, bundle_argument, fleet_option, force_option, json_option, signature_option
+from edgeprune.errors import EngineError, UsageError, require_extra
 from edgeprune.io.files import check_output
 from edgeprune.targets import target_named
 
@@ -76,18 +76,27 @@ def check(
 )
 @click.option("--reuse", multiple=True, type=click.Path(path_type=Path), help="A bundle whose engines of equal graphs are taken.")
 @click.option("--ignore-memory", is_flag=True, help="Build even if memory looks too small.")
+@click.option(
+    "--sign",
+    metavar="KEY.pem",
+    type=click.Path(path_type=Path),
+    help="Sign the engines for equal boards, which load them with --trust KEY.pub: see `edgeprune keygen`.",
+)
 @click.option("--dry-run", is_flag=True, help="Print profiles, memory and trtexec commands; needs neither GPU nor TensorRT.")
 @signature_option
 @json_option
 def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, **request: Any) -> None:
     """Build the TensorRT engines of BUNDLE on this device.
 
-    Engines fit one GPU and one TensorRT: build them where they will run. --dry-run shows what would be built anywhere.
+    Engines fit one GPU and one TensorRT: build them where they will run, or on an equal board (--sign). --dry-run shows what would
+    be built anywhere.
     """
     from edgeprune.cli.output.engines import show_engines, show_jobs
     from edgeprune.cli.output.progress import CommandProgress, EngineProgress
     from edgeprune.runtime.backends.tensorrt.build import BuildRequest, build_bundle, plan_build
 
+    if dry_run and request["sign"] is not None:
+        raise UsageError("--dry-run builds nothing that could be signed.", hint="Leave --sign or --dry-run out.")
     build_request = BuildRequest.of(bundle, reuse=reuse, **request)
     if dry_run:
         show_jobs(*plan_build(build_request), as_json)
@@ -98,16 +107,17 @@ def build(bundle: Path, reuse: tuple[Path, ...], dry_run: bool, as_json: bool, *
     except EngineError as error:
         hint = error.hint or f"See what would be built: edgeprune build {shlex.quote(str(bundle))} --dry-run"
         raise EngineError(error.message, hint=hint) from error
-    show_engines(bundle, results, as_json)
+    show_engines(bundle, results, build_request.sign, as_json)
 
 
 @command()
 @bundle_argument
+@fleet_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report as JSON, to send it to somebody.")
 @force_option
 @json_option
 @click.pass_context
-def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, force: bool, as_json: bool) -> None:
+def selftest(ctx: click.Context, /, bundle: Path, trust: tuple[Path, ...], output: Path | None, force: bool, as_json: bool) -> None:
     """Compare the engines of BUNDLE with what `export` stored in it.
 
     Every graph and every step is compared, so that what differs is named. The report can be sent to us.
@@ -122,7 +132,7 @@ def selftest(ctx: click.Context, /, bundle: Path, output: Path | None, force: bo
     from edgeprune.io.files import write_text
 
     with CommandProgress(STAGES, quiet=as_json) as progress:
-        report = run_selftest(Bundle.load(bundle), progress=progress)
+        report = run_selftest(Bundle.load(bundle), progress=progress, trust=trust)
     if output is not None:
         write_text(output, json.dumps(report.to_dict(), indent=2) + "\n")
     show_selftest(report, as_json)

@@ -19,6 +19,7 @@ from edgeprune.cli.options import (
     METRICS,
     check_plan_options,
     fit_option,
+    fleet_option,
     geometry_options,
     json_option,
     parse_shares,
@@ -87,6 +88,7 @@ def _data_options(command: Any) -> Any:
     "--predictions", type=click.Path(path_type=Path), help="Write each answer to this file of JSON lines; go on where it ends."
 )
 @provider_option
+@fleet_option
 @tier_option
 @source_options
 @plan_options
@@ -247,6 +249,7 @@ class _Opened:
 def _open_model(
     model: str,
     provider: str,
+    trust: tuple[Path, ...],
     device: str | None,
     revision: str | None,
     adapter: str | None,
@@ -263,10 +266,12 @@ def _open_model(
         from edgeprune.bundle.manifest import MANIFEST
         from edgeprune.runtime import load
 
-        load_bundle = partial(load, Path(model).resolve(), provider=provider, cache_bytes=0)
+        keys = [path.resolve() for path in trust]
+        load_bundle = partial(load, Path(model).resolve(), provider=provider, cache_bytes=0, trust=keys)
         return _Opened(lambda: f"bundle {sha256_of(Path(model) / MANIFEST)[:16]}", load_bundle, lambda runtime: load_bundle)
-    if provider != "cpu":
-        raise UsageError(f"{model} is no bundle: PyTorch computes it.", hint="Export it, or leave --provider out; see --device.")
+    if provider != "cpu" or trust:
+        hint = "Export it, or leave --provider and --trust out; see --device."
+        raise UsageError(f"{model} is no bundle: PyTorch computes it.", hint=hint)
     folder = _checked_folder(model, device or "cpu", revision, adapter, trust_remote_code, **plan_request)
     from edgeprune.calibration.replay.reference import open_reference, reference_model
     from edgeprune.checkpoint.loading import fetch_weights, load_model

@@ -12,6 +12,7 @@ from edgeprune.cli.options import (
     bundle_argument,
     check_plan_options,
     fit_option,
+    fleet_option,
     force_option,
     json_option,
     plan_options,
@@ -61,6 +62,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 @click.option("--repeats", default=10, show_default=True, help="Rounds, in each of which all are measured in turns.")
 @threads_option
 @provider_option
+@fleet_option
 @fit_option
 @json_option
 def bench(

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from edgeprune.cli.help import command
-from edgeprune.cli.options import bundle_argument, check_option, fit_option, provider_option, signature_option
+from edgeprune.cli.options import bundle_argument, check_option, fit_option, fleet_option, provider_option, signature_option
 from edgeprune.errors import require_extra
 
 
@@ -57,6 +57,7 @@ from edgeprune.errors import require_extra
 @fit_option
 @check_option
 @signature_option
+@fleet_option
 def serve(bundle: Path, api_key_file: Path | None, **options: Any) -> None:
     """Answer over HTTP as OpenAI's API does, with a web page.
 
@@ -113,6 +114,7 @@ def _announce(url: str) -> None:
 @fit_option
 @check_option
 @signature_option
+@fleet_option
 def ros2(bundle: Path, **options: Any) -> None:
     """Answer questions about camera images over ROS 2.
 

@@ -78,10 +78,11 @@ def _group_inputs(profile: ShapeProfile) -> Iterator[tuple[str, Shapes]]:
         yield names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), shapes
 
 
-def show_engines(bundle: Path, done: Sequence[BuildResult], as_json: bool) -> None:
-    """Print the bundle's engines and how each was obtained."""
+def show_engines(bundle: Path, done: Sequence[BuildResult], key: Path | None, as_json: bool) -> None:
+    """Print the bundle's engines and how each was obtained. `key`: the private key that signed them, if one did."""
     if as_json:
-        show_json({"bundle": str(bundle), "engines": [{**asdict(result.record), "how": result.how} for result in done]})
+        engines = [{**asdict(result.record), "how": result.how} for result in done]
+        show_json({"bundle": str(bundle), "engines": engines, "signed": key is not None})
         return
     rows = [
         [result.record.graph, result.how, f"{result.record.seconds:.1f} s", f"{result.record.bytes / 1e6:.1f} MB"]
@@ -89,6 +90,8 @@ def show_engines(bundle: Path, done: Sequence[BuildResult], as_json: bool) -> No
     ]
     show_table(["graph", "engine", "built in", "size"], rows, as_json=False)
     click.echo(f'\nNext:\n  edgeprune selftest {bundle}\n  edgeprune run {bundle} --provider tensorrt --image IMAGE --prompt "..."')
+    if key is not None:
+        click.echo(f"On equal boards, with a copy of this folder, both with --trust {key.with_suffix('.pub').name}")
 
 
 def show_check(report: CheckReport, as_json: bool) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
@@ -51,7 +52,7 @@ class Executor:
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
-                f"TensorRT does not take an engine that was built here: {log.last_error}",
+                f"TensorRT does not take an engine of this bundle: {log.last_error}",
                 hint="If it says nothing of this GPU, build it again: edgeprune build BUNDLE",
             )
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -141,7 +142,7 @@ class TensorRTBackend:
     """The graphs of a bundle as TensorRT engines. `close` frees their memory.
 
     Returned embeddings, keys, values, signals and attention splits are device arrays; logits and indices are host arrays.
-    Raises EngineError when an engine is missing, is for another TensorRT version or GPU, or was not built on this device.
+    Raises EngineError when an engine is missing, is for another TensorRT version or GPU, or is not one that the store trusts.
     """
 
     def __init__(self, bundle: Bundle, trt: Any, driver: Driver, store: Store, device: DeviceIdentity) -> None:
@@ -175,10 +176,10 @@ class TensorRTBackend:
             return Executor(trt, self._runtime, plan, described, profiles, self._pool, self._scratch, self._log)
 
     @classmethod
-    def on_this_device(cls, bundle: Bundle) -> TensorRTBackend:
-        """Return the backend on this machine's GPU."""
+    def on_this_device(cls, bundle: Bundle, trust: TrustedKeys = ()) -> TensorRTBackend:
+        """Return the backend on this machine's GPU. `trust`: public keys, one of which must have signed the engines."""
         trt, cudart = tensorrt(), load_cudart()
-        return cls(bundle, trt, Driver(cudart), Store(bundle.path), identity(trt, cudart))
+        return cls(bundle, trt, Driver(cudart), Store(bundle.path, trust=trust), identity(trt, cudart))
 
     @property
     def device_bytes(self) -> int:

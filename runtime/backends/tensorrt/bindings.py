@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,14 @@ _LITTLE_MEMORY = re.compile(r"insuff?icient memory|memory is insuff?icient|could
 class DeviceIdentity:
     """What an engine is specific to: the TensorRT version and the GPU's compute capability, such as "8.7".
 
-    `sms`: streaming multiprocessors in this power mode. An engine for another number runs, and may be slower.
+    `sms`: streaming multiprocessors in this power mode. An engine for another number runs, and may be slower. `processor`: the
+    machine's, such as "aarch64".
     """
 
     tensorrt: str
     capability: str
     sms: int = field(default=0, compare=False)
+    processor: str = field(default_factory=platform.machine, compare=False)
 
 
 class Driver:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.bundle import DECODER, Bundle, files_of
-from edgeprune.bundle.signing import TrustedKeys
+from edgeprune.bundle.signing import TrustedKeys, read_private_key, sign_engines
 from edgeprune.device.cudart import load_cudart
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.device.memory import NO_ZRAM, Memory
@@ -217,6 +217,7 @@ def _build(
         sha256=hashlib.sha256(built.serialized_engine).hexdigest(),
         seconds=time.perf_counter() - started,
         sms=identity.sms,
+        processor=identity.processor,
     )
     store.add(record, built.serialized_engine)
     keep_timings(built.timings)
@@ -242,13 +243,18 @@ def _take(other: Store, job: BuildJob, store: Store) -> EngineRecord | None:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """The arguments of one build. `reuse`: other bundles whose engines may be copied. `ignore_memory`: skip the memory check."""
+    """The arguments of one build.
+
+    `reuse`: other bundles whose engines may be copied. `ignore_memory`: skip the memory check. `sign`: a fleet's private key, in a
+    PEM file, that signs the engines for other boards like this one.
+    """
 
     bundle: Bundle
     limits: ProfileLimits
     settings: BuilderSettings
     reuse: tuple[Path, ...] = ()
     ignore_memory: bool = False
+    sign: Path | None = None
 
     @classmethod
     def of(
@@ -257,6 +263,7 @@ class BuildRequest:
         *,
         reuse: tuple[Path, ...] = (),
         ignore_memory: bool = False,
+        sign: Path | None = None,
         level: int = 3,
         workspace: int = 512,
         require_signature: TrustedKeys = (),
@@ -266,6 +273,8 @@ class BuildRequest:
 
         `require_signature`: trusted public keys. One of them must have signed the bundle.
         """
+        if sign is not None:
+            read_private_key(sign)  # raises before a long build
         for other in reuse:
             Bundle.load(other)
         opened = Bundle.load(bundle, require_signature=require_signature)
@@ -276,7 +285,7 @@ class BuildRequest:
                 hint="Export it with the --target of the JetPack on the device.",
             )
         settings = BuilderSettings(workspace << 20, level, tf32=opened.manifest.precision != "fp32")
-        return cls(opened, ProfileLimits(**limits), settings, reuse, ignore_memory)
+        return cls(opened, ProfileLimits(**limits), settings, reuse, ignore_memory, sign)
 
 
 def plan_build(request: BuildRequest) -> tuple[BuildRequest, list[BuildJob]]:
@@ -294,7 +303,7 @@ def build_bundle(
     secret: bytes | None = None,
     configure: Callable[[Any], None] = lambda config: None,
 ) -> list[BuildResult]:
-    """Build the missing engines of a bundle. Raises EngineError.
+    """Build the missing engines of a bundle, and sign all of them if asked to. Raises EngineError.
 
     `trt`, `device`, `machine` and `secret` default to those of this machine.
     """
@@ -307,6 +316,19 @@ def build_bundle(
     others = [Store(other, secret) for other in request.reuse]
     if not request.ignore_memory:
         check_memory(jobs, request.settings, machine.memory, jetson=machine.is_jetson)
-    return build_jobs(
+    results = build_jobs(
         trt, request.bundle, jobs, device, request.settings, store, others=others, advance=advance, configure=configure
     )
+    if request.sign is not None:
+        _sign(request.bundle, store, request.sign)
+    return results
+
+
+def _sign(bundle: Bundle, store: Store, key: Path) -> None:
+    for record in store.records():
+        if not (record.sms and record.processor):  # which boards it is for is what a signature says
+            raise EngineError(
+                f"The record of the engine of {record.graph} is of an older version, and does not say for which boards it is.",
+                hint=f"Delete {bundle.path / record.file} and build again.",
+            )
+    sign_engines(bundle.path, key)

@@ -2,9 +2,11 @@
 
 A serialized engine is code that runs with the rights of the process that loads it. Therefore only engines that this device built
 are loaded. Their records are stored beside them and signed with a key that never leaves the device. Engines that arrive with a
-copied bundle, or whose records somebody else wrote, must be rebuilt.
+copied bundle, or whose records somebody else wrote, must be rebuilt, unless the user names a public key that signed their records
+(`build --sign`): then those it signed are loaded, and no others.
 
-engines/engines.json    the records and their signature
+engines/engines.json    the records and the device's signature
+engines/signature.json  a fleet's signature, if `build --sign` made one: see edgeprune.bundle.signing
 engines/KEY.plan        one engine, named by the hash of its inputs
 
 The key and the builder's timing cache are the device's: they lie in the user's data folder, and serve all bundles.
@@ -26,22 +28,24 @@ from typing import Any
 
 from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
 from edgeprune.bundle.integrity import sha256_of
+from edgeprune.bundle.signing import ENGINE_RECORDS, TrustedKeys, check_engines_signature
 from edgeprune.errors import EdgePruneError, EngineError
 from edgeprune.io.files import sweep, write_bytes, write_new, write_text
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
 
-FOLDER = "engines"
-RECORDS = f"{FOLDER}/engines.json"
+FOLDER, RECORDS = "engines", ENGINE_RECORDS
 REBUILD = "Build it here: edgeprune build BUNDLE"
+_SIGN_AGAIN = "Leave --trust out and build it here, or on a board like this one: edgeprune build BUNDLE --sign KEY.pem"
 _KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One engine that this device built: what it was built from and for, and the size and hash of its file.
+    """One engine: what it was built from and for, and the size and hash of its file.
 
-    `sms`: streaming multiprocessors of the GPU in the power mode of the build; 0 in records that do not say.
+    `sms`: streaming multiprocessors of the GPU in the power mode of the build; 0 in records that do not say. `processor`: that of
+    the machine of the build, such as "aarch64"; empty in records that do not say.
     """
 
     graph: str
@@ -55,6 +59,7 @@ class EngineRecord:
     sha256: str
     seconds: float
     sms: int = 0
+    processor: str = ""
 
     @property
     def file(self) -> str:
@@ -84,40 +89,71 @@ def usable_engines(
         if record is None and graph == VISION_UNPRUNED:
             continue
         if record is None:
-            raise EngineError(f"There is no engine of {graph} in {bundle.path}.", hint=REBUILD)
+            raise EngineError(f"There is no engine of {graph} in {bundle.path}.", hint=store.remedy)
         built_for = DeviceIdentity(record.tensorrt, record.capability)
         if built_for != identity:
             raise EngineError(
                 f"The engine of {graph} is of TensorRT {built_for.tensorrt} for SM {built_for.capability}, "
                 f"this is {identity.tensorrt} on SM {identity.capability}.",
-                hint=REBUILD,
+                hint=store.remedy,
             )
+        if store.is_of_fleet:
+            _check_board(record, identity)
         profiles = shape_profiles(bundle, record.limits)[graph]
         if record.key != engine_key(bundle, graph, identity, profiles, record.level):
-            raise EngineError(f"The engine of {graph} was built from another bundle.", hint=REBUILD)
+            raise EngineError(f"The engine of {graph} was built from another bundle.", hint=store.remedy)
         usable[graph] = record, profiles
     return usable
 
 
-class Store:
-    """The engines of one bundle. `secret`: this device's key, by default the one in the user's data folder."""
+def _check_board(record: EngineRecord, here: DeviceIdentity) -> None:
+    # What else an engine of another board needs. Its kernels were chosen for the SMs that its builder saw.
+    if record.processor != here.processor:
+        machine = record.processor or "unknown"
+        message = f"The engine of {record.graph} was built on a machine of {machine}, and this one is {here.processor}."
+        raise EngineError(message, hint=_SIGN_AGAIN)
+    if record.sms > here.sms:
+        raise EngineError(
+            f"The engine of {record.graph} was built for {record.sms} SMs, and this GPU has {here.sms} in its power mode.",
+            hint="Choose a mode with more (sudo nvpmodel -q shows it), or build with fewer: edgeprune build BUNDLE --sign KEY.pem",
+        )
 
-    def __init__(self, folder: Path, secret: bytes | None = None) -> None:
-        self._folder = folder
-        self._secret = device_key() if secret is None else secret
+
+class Store:
+    """The engines of one bundle: those that this device built, or with `trust` those that one of these public keys signed.
+
+    `secret`: this device's key, by default the one in the user's data folder.
+    """
+
+    def __init__(self, folder: Path, secret: bytes | None = None, *, trust: TrustedKeys = ()) -> None:
+        self._folder, self._trust = folder, tuple(trust)
+        self._secret = device_key() if secret is None and not trust else secret
+
+    @property
+    def is_of_fleet(self) -> bool:
+        """Whether a key vouches for the engines, and not this device."""
+        return bool(self._trust)
+
+    @property
+    def remedy(self) -> str:
+        """The hint of an error about engines that cannot be used."""
+        return _SIGN_AGAIN if self._trust else REBUILD
 
     def records(self) -> tuple[EngineRecord, ...]:
-        """Return the records. Raises EngineError when they are malformed or not signed by this device."""
+        """Return the records. Raises EngineError when they are malformed, or not signed by this device or a trusted key."""
         path = self._folder / RECORDS
         if not path.is_file():
             return ()
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            if self._trust:
+                check_engines_signature(self._folder, content, self._trust)
+            data = json.loads(content)
             entries, signature = list(data["engines"]), str(data["signature"])
             records = tuple(EngineRecord(**{**entry, "limits": ProfileLimits(**entry["limits"])}) for entry in entries)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EngineError(f"Cannot read {path}: {error!r}.", hint=REBUILD) from error
-        if not hmac.compare_digest(signature, self._signature(entries)):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EngineError(f"Cannot read {path}: {error!r}.", hint=self.remedy) from error
+        if not self._trust and not hmac.compare_digest(signature, self._signature(entries)):
             raise EngineError(f"The engines in {path.parent} were not built on this device.", hint=REBUILD)
         return records
 
@@ -142,15 +178,15 @@ class Store:
                 before = _state(os.fstat(file.fileno()))
                 plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise EngineError(f"Cannot read {path}: {error.strerror}.", hint=REBUILD) from error
+            raise EngineError(f"Cannot read {path}: {error.strerror}.", hint=self.remedy) from error
         except ValueError as error:  # an empty file cannot be mapped
-            raise _changed(path) from error
+            raise self._changed(path) from error
         with plan:
             if not hmac.compare_digest(hashlib.sha256(plan).hexdigest(), record.sha256):
-                raise _changed(path)
+                raise self._changed(path)
             yield plan
         if not path.is_file() or _state(path.stat()) != before:
-            raise _changed(path)
+            raise self._changed(path)
 
     def add(self, record: EngineRecord, plan: bytes | memoryview) -> None:
         """Write an engine and its record, and delete engines without a record."""
@@ -165,6 +201,9 @@ class Store:
         for path in (self._folder / FOLDER).glob("*.plan"):
             if not any(path == self._folder / each.file for each in records):
                 path.unlink()
+
+    def _changed(self, path: Path) -> EngineError:
+        return EngineError(f"{path} is not the engine that was {'signed' if self._trust else 'built here'}.", hint=self.remedy)
 
     def _make_folder(self) -> None:
         try:
@@ -183,7 +222,7 @@ class Store:
 
     def _signature(self, entries: Sequence[Mapping[str, Any]]) -> str:
         # Of what the file says: older records have fewer fields.
-        return hmac.new(self._secret, json.dumps(entries, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._secret or device_key(), json.dumps(entries, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
 
 def timing_cache() -> Path:
@@ -209,10 +248,6 @@ def keep_timings(timings: bytes) -> None:
 
 def _data_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgeprune"
-
-
-def _changed(path: Path) -> EngineError:
-    return EngineError(f"{path} is not the engine that was built here.", hint=REBUILD)
 
 
 def _state(stat: os.stat_result) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from edgeprune.benchmark.expected import ComparingBackend, Expected, read_expect
 from edgeprune.benchmark.profile import profile
 from edgeprune.benchmark.selftest import STAGES, SelfTest, selftest
 from edgeprune.bundle import EMBED, EXPECTED, Bundle
+from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
 from edgeprune.device.cudart import load_cudart
@@ -212,7 +213,9 @@ def test_what_tensorrt_says_of_an_engine_is_in_the_error(
     store = Store(own.path, SECRET)
     record = next(record for record in store.records() if record.graph == EMBED)
     store.add(replace(record, sha256=hashlib.sha256(b"not an engine").hexdigest(), bytes=13), memoryview(b"not an engine"))
-    with pytest.raises(EngineError, match=r"that was built here: .*cannot run on this GPU.*edgeprune build BUNDLE"):
+    with pytest.raises(
+        EngineError, match=r"does not take an engine of this bundle: .*cannot run on this GPU.*edgeprune build BUNDLE"
+    ):
         on_device(own, driver)
     assert capfd.readouterr().out == ""  # which may be JSON
 
@@ -245,7 +248,7 @@ def test_providers_are_never_replaced(tiny_bundle: Bundle) -> None:
 
 
 def test_a_device_is_profiled_through_its_engines(own: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(opened: Bundle) -> TensorRTBackend:
+    def here(opened: Bundle, trust: TrustedKeys) -> TensorRTBackend:
         return TensorRTBackend(opened, simulated_tensorrt(driver), driver, Store(opened.path, SECRET), ORIN)
 
     monkeypatch.setattr(TensorRTBackend, "on_this_device", here)
@@ -301,7 +304,7 @@ def test_the_selftest_compares_and_reports(bundle: Bundle, tmp_path: Path, monke
     assert report.passed and stages == list(STAGES)
     ratio = {"ratio"} if bundle.plan.has_rate_predictor else set()
     assert {check.name for check in report.checks} == {"vision", "kept", "logits", "tokens", "memory", "limits"} | ratio
-    monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened: simulated(opened))
+    monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened, trust: simulated(opened))
     shown = CliRunner().invoke(main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json")])
     assert shown.exit_code == 0 and "Every check passed." in shown.output
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
