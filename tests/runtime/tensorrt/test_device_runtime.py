@@ -304,8 +304,12 @@ def test_the_selftest_compares_and_reports(bundle: Bundle, tmp_path: Path, monke
     assert report.passed and stages == list(STAGES)
     ratio = {"ratio"} if bundle.plan.has_rate_predictor else set()
     assert {check.name for check in report.checks} == {"vision", "kept", "logits", "tokens", "memory", "limits"} | ratio
-    monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened, trust: simulated(opened))
-    shown = CliRunner().invoke(main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json")])
+    trusted: list[TrustedKeys] = []
+    monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened, trust: trusted.append(trust) or simulated(opened))
+    shown = CliRunner().invoke(
+        main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json"), "--trust", str(tmp_path / "fleet.pub")]
+    )
+    assert trusted == [(tmp_path / "fleet.pub",)]
     assert shown.exit_code == 0 and "Every check passed." in shown.output
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
     assert len(drivers) == 2 and all(driver.closed for driver in drivers)
