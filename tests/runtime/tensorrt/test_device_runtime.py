@@ -305,7 +305,12 @@ def test_the_selftest_compares_and_reports(bundle: Bundle, tmp_path: Path, monke
     ratio = {"ratio"} if bundle.plan.has_rate_predictor else set()
     assert {check.name for check in report.checks} == {"vision", "kept", "logits", "tokens", "memory", "limits"} | ratio
     trusted: list[TrustedKeys] = []
-    monkeypatch.setattr(TensorRTBackend, "on_this_device", lambda opened, trust: trusted.append(trust) or simulated(opened))
+
+    def here(opened: Bundle, trust: TrustedKeys) -> TensorRTBackend:
+        trusted.append(trust)
+        return simulated(opened)
+
+    monkeypatch.setattr(TensorRTBackend, "on_this_device", here)
     shown = CliRunner().invoke(
         main, ["selftest", str(bundle.path), "-o", str(tmp_path / "report.json"), "--trust", str(tmp_path / "fleet.pub")]
     )
