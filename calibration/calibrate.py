@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import family_class
 
 _FITPRUNE_NOT_TRIED = "fitprune: its statistics take longer than the search; --method fitprune --statistics FILE collects them"
-LEARNED_SHARES = 0.5, 0.1  # between which a search may take the method learned
+LEARNED_SHARES = 0.5, 0.1  # what a search learns for if its target is no share of the work
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,25 @@ def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnReq
     return LearnRequest.of(keep, least, options.settings, **common)
 
 
-def _learned_candidate(
+def _learned_candidates(
     options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], unpruned: KeepPlan, progress: Progress
-) -> tuple[Weights | None, str]:
-    # The weights of the method learned for a search, or why it is no candidate.
+) -> tuple[list[Cut], str]:
+    # Cuts of the method learned for a search, without and with the option weigh, or why there are none.
     assert options.output is not None
-    most, least = (keep_count(unpruned.tokens_from_encoder, share) for share in LEARNED_SHARES)
+    share = options.goal().flops
+    most, least = (keep_count(unpruned.tokens_from_encoder, each) for each in (LEARNED_SHARES if share is None else (share, share)))
+    folder = options.output.with_name(f".{options.output.name}.learning")  # what is recorded serves both
+    cuts, why_not = list[Cut](), ""
     try:
         check_images(len({str(sample.image) for sample in samples}), "The samples show")  # before the model is asked
-        request = _learn_request(options, most, least)
-        return learn(loaded, samples, unpruned, request, options.output, progress, gate=False).weights, ""
+        for weigh in (False, True):
+            request = replace(_learn_request(options, most, least), weigh=weigh)
+            learning = learn(loaded, samples, unpruned, request, options.output, progress, kept=folder, gate=False)
+            cuts.append(Cut("input", LEARNED, 1, options={"weigh": True} if weigh else {}, weights=learning.weights))
     except UsageError as error:
-        return None, f"learned: {error.message}"
+        cuts, why_not = [], f"learned: {error.message}"
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted search goes on from it
+    return cuts, why_not
 
 
 def _allocate(
@@ -219,7 +227,7 @@ def _search_plan(
         statistics = load_or_collect(loaded, learned_from, request, path, progress, options.ray_address)
     why_not = [] if statistics is not None and "fitprune" in statistics.parts else [_FITPRUNE_NOT_TRIED]
     fit_rate = partial(fit_decode_rate, loaded, learned_from, request, progress)
-    learned, why_not_learned = _learned_candidate(options, loaded, learned_from, unpruned, progress)
+    learned, why_not_learned = _learned_candidates(options, loaded, learned_from, unpruned, progress)
     try:
         plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress, learned)
     except DropExceededError as error:

@@ -5,7 +5,7 @@ An optional last stage fits a DyRate cut for the decode steps to the plan that w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import EdgePruneError
 from edgeprune.io.progress import Progress
-from edgeprune.plan import Cut, KeepPlan, Weights
+from edgeprune.plan import Cut, KeepPlan
 
 FitRate = Callable[[KeepPlan, DecodeRateOptions], KeepPlan]  # adds a fitted DyRate cut to a plan
 
@@ -59,12 +59,12 @@ def find_plan(
     goal: Goal,
     times: DeviceProfile | None,
     progress: Progress,
-    learned: Weights | None = None,
+    learned: Sequence[Cut] = (),
 ) -> tuple[KeepPlan, Curve]:
     """Return the cheapest plan found that meets the goal, and the curve of all plans measured on every held-out sample.
 
-    `statistics`: for a budget of caches, with the parts attention and caches. With FitPrune's part that method is a candidate, with
-    `learned`, the weights of the method of that name, that one.
+    `statistics`: for a budget of caches, with the parts attention and caches; with FitPrune's part that method is a candidate.
+    `learned`: cuts of the method of that name that are candidates, of any number of tokens.
     Raises EdgePruneError before the search if pruning cannot reach the target latency, and DropExceededError if no plan at the
     target's cost stays within the allowed drop.
     """

@@ -15,7 +15,7 @@ from edgeprune.calibration.allocate.recipes import INPUT, RESIZE, method_names, 
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.pareto import PlanFactory
 from edgeprune.errors import PlanError
-from edgeprune.plan import Cut, KeepPlan, Weights, keep_count
+from edgeprune.plan import Cut, KeepPlan, keep_count
 from edgeprune.plan.presets import encoder_count
 from edgeprune.registry import METHODS, options_of
 
@@ -41,12 +41,12 @@ _CACHE_SETTINGS: list[dict[str, Any]] = [
 
 
 def single_method_candidates(
-    unpruned: KeepPlan, statistics: Statistics | None, blocks: int, learned: Weights | None = None
+    unpruned: KeepPlan, statistics: Statistics | None, blocks: int, learned: Sequence[Cut] = ()
 ) -> Iterator[Recipe]:
     """Yield every method that reduces prefill, alone.
 
     FitPrune only if its `statistics` are there. `blocks`: number of encoder blocks, 0 for no cuts inside the encoder. `learned`:
-    weights of that method.
+    cuts of that method, of any number of tokens.
     """
     for method in method_names():
         if method in (ENCODER, "plphp"):  # ENCODER needs block numbers and follows below; PLPHP does not reduce prefill
@@ -55,8 +55,8 @@ def single_method_candidates(
             continue
         for settings in _variants(method):
             yield method, partial(_single_method, method, settings, unpruned, statistics)
-    if learned is not None:
-        yield "learned", partial(_learned, unpruned, learned)
+    for cut in learned:
+        yield "learned", partial(_learned, unpruned, cut)
     for places in encoder_places(blocks):
         for method in (ENCODER, "uniform"):
             yield method, partial(encoder_plan, unpruned, method, places)
@@ -76,8 +76,8 @@ def _single_method(
     return plan_for_budget(method, share, unpruned, statistics, **settings)
 
 
-def _learned(unpruned: KeepPlan, weights: Weights, share: float) -> KeepPlan:
-    return unpruned.with_cuts(Cut("input", "learned", keep_count(unpruned.tokens_entering_decoder, share), weights=weights))
+def _learned(unpruned: KeepPlan, cut: Cut, share: float) -> KeepPlan:
+    return unpruned.with_cuts(replace(cut, keep=keep_count(unpruned.tokens_entering_decoder, share)))
 
 
 def input_cuts() -> list[Cut]:
@@ -180,8 +180,9 @@ class CandidateComposer:
 
     @staticmethod
     def _weighed(cut: Cut) -> list[Cut]:
-        # The same cut, if its method has the option, with each kept token counting as often as it stands for.
-        can = any(option.name == "weigh" for option in options_of(cut.method))
+        # The same cut, if its method has the option, with each kept token counting as often as it stands for. What is learned is
+        # learned for one or the other.
+        can = cut.weights is None and any(option.name == "weigh" for option in options_of(cut.method))
         return [replace(cut, options={**cut.options, "weigh": True})] if can else []
 
     def _with_withdrawal(self, base: PlanFactory, cut: Cut, layer: int, share: float) -> KeepPlan:

@@ -9,7 +9,7 @@ the cost is a time: the shares of work and of cache cover the decoder alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,7 @@ from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import PlanError
 from edgeprune.families.base import DecoderParts
 from edgeprune.io.progress import Count, Progress
-from edgeprune.plan import KeepPlan, Weights
+from edgeprune.plan import Cut, KeepPlan
 
 FIRST_ROUND = 24  # samples, a third of them for more than MANY candidates
 MANY = 64
@@ -45,8 +45,8 @@ Candidate = tuple[str, KeepPlan]  # group and plan
 class Search:
     """One search and its measurements so far. `points`: every plan that was scored on all samples.
 
-    `blocks`: number of blocks of a vision encoder that supports cuts, 0 for no cuts inside it. `learned`: weights of that
-    method, which is a candidate then.
+    `blocks`: number of blocks of a vision encoder that supports cuts, 0 for no cuts inside it. `learned`: cuts of that method, of
+    any number of tokens, which are candidates.
     """
 
     parts: DecoderParts
@@ -56,7 +56,7 @@ class Search:
     times: DeviceProfile | None
     progress: Progress
     blocks: int = 0
-    learned: Weights | None = None
+    learned: Sequence[Cut] = ()
 
     def __post_init__(self) -> None:
         self.points: list[Point] = []

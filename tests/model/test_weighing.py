@@ -102,11 +102,11 @@ def test_behind_a_withdrawal_there_is_nothing_to_weigh(even: LoadedModel) -> Non
     decoder = PrunedDecoder(parts, plan).eval()
     empty = decoder.empty_caches()
     first = decoder(*image, empty, weights=logs)
-    filled = [cache.append(rows, 3, 5) for cache, rows in zip(empty, first.rows, strict=True)]
-    shared = [
-        rows for part in ("", "visual_") for layer in filled for rows in (getattr(layer, f"{part}{n}") for n in ("key", "value"))
-    ]
-    caches = decoder.caches([*shared[:4], filled[0].weight, *shared[4:], filled[0].visual_weight])
+    filled: list[Any] = [cache.append(rows, 3, 5) for cache, rows in zip(empty, first.rows, strict=True)]
+    text_rows, visual_rows = (
+        [getattr(layer, f"{part}{name}") for layer in filled for name in ("key", "value")] for part in ("", "visual_")
+    )
+    caches = decoder.caches([*text_rows, filled[0].weight, *visual_rows, filled[0].visual_weight])
     step = decoder(*text, caches, every_logit=True)
     suffix = Segment(*(torch.cat([getattr(each[2], name) for each in (image, text)], dim=1) for name in ("embeds", "positions")))
     whole = decoder(*image[:2], suffix, empty, weights=logs, every_logit=True).logits[0]
