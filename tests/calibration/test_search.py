@@ -304,10 +304,15 @@ class Taught(Judge):
 
 def test_what_was_learned_is_a_candidate_alone_and_in_compositions(tiny: LoadedModel) -> None:
     looking = search(tiny, Taught())
-    looking.learned = drawn_weights(48, (40, 200))
+    plain, weighing = drawn_weights(48, (40, 200)), drawn_weights(48, (200, 200))
+    cut = Cut("input", "learned", 1, weights=plain)
+    looking.learned = cut, replace(cut, options={"weigh": True}, weights=weighing)
     found = looking.at(Budget("flops", 0.5))
-    assert "learned" in found.name and found.plan.weights == [looking.learned]
+    assert "learned" in found.name and found.plan.weights in ([plain], [weighing])
     assert {"learned", "composed"} <= {point.group for point in looking.points if point.plan.weights}
+    for point in looking.points:  # each is weighed, or not, as it was learned
+        if point.plan.weights:
+            assert point.plan.weighs == (point.plan.weights == [weighing])
     without = search(tiny, Taught())
     without.at(Budget("flops", 0.5))
     assert not any(point.plan.weights for point in without.points)
