@@ -18,11 +18,12 @@ from typing import TypeVar
 import numpy as np
 
 from edgeprune.bundle import DecoderShape
-from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, WEIGHT, WEIGHTS, cache_slots, place_heads
+from edgeprune.bundle.graph_io import GROUPS, PLACE, ROWS, TIER, WEIGHT, WEIGHTS, cache_slots, place_heads
 from edgeprune.plan import KeepPlan, keep_count_up
 
 T = TypeVar("T")
 SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2  # groups of text tokens
+CAPACITY = 256  # capacities of caches that steps write in place are multiples of it, so that few sizes occur
 # Key and value of each layer with attention, in order; places, for layers with a window; weights, if the input cut weighs.
 KvArrays = tuple[np.ndarray, ...]
 
@@ -121,9 +122,12 @@ class KvCache:
     def append(self, rows: KvArrays, before: int, after: int, states: tuple[np.ndarray, ...] = ()) -> KvCache:
         """Return the cache with new rows appended: `before` prefix tokens, visual tokens of an image if any, `after` suffix tokens.
 
-        `states`: those after these tokens. A new image lifts the limit of `limit_visual` on all images.
+        No `rows`: a step has written its row behind the last of each buffer already. `states`: those after these tokens. A new
+        image lifts the limit of `limit_visual` on all images.
         """
         length = self.length + before + after
+        if not rows:
+            return replace(self, length=length)
         buffers = self.buffers if len(self.buffers[0]) >= length else self._grow_buffers(rows, max(length, self.capacity))
         for buffer, new in zip(buffers, rows, strict=True):
             if before:
@@ -139,8 +143,8 @@ class KvCache:
 
     def _grow_buffers(self, like: KvArrays, capacity: int) -> KvArrays:
         # Allocates where the new rows are, possibly in device memory. Powers of two, so that conversations can reuse each other's
-        # blocks there.
-        capacity = 1 << (capacity - 1).bit_length()
+        # blocks there, and no fewer than a step binds.
+        capacity = max(1 << (capacity - 1).bit_length(), CAPACITY)
         buffers = tuple(np.empty_like(new, order="C", shape=(capacity, *new.shape[1:])) for new in like)
         for buffer, old in zip(buffers, self.text, strict=True):
             buffer[: self.length] = old
@@ -177,14 +181,26 @@ class KvCache:
         return sum(len(rows) - 1 for rows in self.visual[:keys:2])
 
 
-def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) -> dict[str, np.ndarray]:
-    """Return the feeds of a forward pass for a decoder with these input names, in the order of `decoder_inputs`."""
+def can_step(plan: KeepPlan, tokens: DecoderInput, cache: KvCache) -> bool:
+    """Return whether a pass is a decode step behind a prompt, of which nobody wants to know what the token attends to."""
+    asked = plan.follows_attention and not tokens.text_groups[-1, GENERATED]
+    return tokens.is_step and cache.length > 1 and not asked
+
+
+def decoder_feeds(
+    names: Sequence[str], tokens: DecoderInput, cache: KvCache, lengths: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
+    """Return the feeds of a forward pass for a decoder with these input names, in the order of `decoder_inputs`.
+
+    `lengths`: what `length_slots` returns for it. All rows of the caches are real.
+    """
     segments = (tokens.prefix, tokens.visual, tokens.suffix)
     values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.visual_indices]
     if WEIGHTS in names:
         values.append(np.zeros(len(tokens.visual_indices), np.float32) if tokens.weights is None else tokens.weights)
     values += [np.zeros(1 + tokens.tier, np.int64)] if TIER in names else []
     values += [tokens.text_groups] if GROUPS in names else []
+    values += [np.array([cache.length, *(len(cache.visual[slot]) for slot in lengths)])] if ROWS in names else []
     return dict(zip(names, (*values, *cache.text, *cache.visual, *cache.states), strict=True))
 
 
