@@ -81,6 +81,13 @@ class TensorRTBackend:
         """Bytes of inputs, outputs, caches and scratch memory, without the engines."""
         return self._pool.bytes + self._scratch.bytes
 
+    @property
+    def why_by_hand(self) -> str:
+        """Why decode steps are not one launch, "" if they are, or will be."""
+        if self._steps is None:
+            return "The decoder is not told how many rows of its caches are real."
+        return self._steps.failure
+
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
     ) -> VisionOutput:

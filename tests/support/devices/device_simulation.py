@@ -69,6 +69,8 @@ class SimulatedCudart:
         if self.recording is not None and name in ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaStreamSynchronize"):
             self._spoiled = True
             return 900
+        if name in self._failing and name == "cudaStreamEndCapture":
+            self.recording = None  # it ends a capture whatever it returns
         return self._failing.get(name) or getattr(self, f"_{name}")(*arguments)
 
     def do(self, call: tuple[Any, ...], work: Callable[[], object]) -> None:
@@ -119,7 +121,7 @@ class SimulatedCudart:
         assert size > 0
         address, self._next = self._next, self._next + size + (1 << 12)  # a gap, so that neighbours are never hit by chance
         self._next = -(-self._next // 256) * 256
-        self.blocks[address] = bytearray(b"\xcd" * size)
+        self.blocks[address] = bytearray(b"\xff" * size)  # no numbers: NaN
         out._obj.value = address
         self.calls.append(("allocate", size))
         return 0
@@ -150,7 +152,7 @@ class SimulatedCudart:
         return 0
 
     def _cudaHostAlloc(self, out: Any, size: int, flags: int) -> int:
-        memory = ctypes.create_string_buffer(b"\xcd" * size, size)
+        memory = ctypes.create_string_buffer(b"\xff" * size, size)
         out._obj.value = ctypes.addressof(memory)
         self.pinned[ctypes.addressof(memory)] = memory
         return 0

@@ -26,6 +26,7 @@ class IdleLibrary:
         if not name.startswith("cu"):
             raise AttributeError(name)
         makes = {"cudaMalloc": self._allocation, "cudaHostAlloc": self._host_memory, "cudaMemcpyAsync": self._copy}
+        makes["cudaGraphInstantiate"] = self._graph
         function = makes.get(name, self._nothing)(name)
         setattr(self, name, function)
         return function
@@ -46,6 +47,14 @@ class IdleLibrary:
             return 0
 
         return allocation
+
+    def _graph(self, name: str) -> Callable[..., int]:
+        def graph(out: Any, *_: Any) -> int:
+            self.calls[name] += 1
+            out._obj.value = 1
+            return 0
+
+        return graph
 
     def _host_memory(self, name: str) -> Callable[..., int]:
         def host_memory(out: Any, size: int, *_: Any) -> int:
