@@ -11,6 +11,7 @@ taken out of a state again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -170,8 +171,8 @@ class KvCache:
     @property
     def bytes(self) -> int:
         """Bytes of all keys and values without null rows, and of the states."""
-        text = sum((self.length - 1) * (rows.nbytes // len(rows)) for rows in self.buffers)
-        visual = sum(rows.nbytes - rows.nbytes // len(rows) for image in self.images for rows in image)
+        text = (self.length - 1) * sum(map(_row_bytes, self.buffers))
+        visual = sum((rows.shape[0] - 1) * _row_bytes(rows) for image in self.images for rows in image)
         return text + visual + sum(state.nbytes for state in self.states)
 
     @property
@@ -207,6 +208,10 @@ def decoder_feeds(
 def split_outputs(outputs: Sequence[T], slots: int, states: int) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
     """Return the new rows of the caches, the states and the kept indices among a decoder's outputs after the logits."""
     return tuple(outputs[:slots]), tuple(outputs[slots : slots + states]), tuple(outputs[slots + states :])
+
+
+def _row_bytes(rows: np.ndarray) -> int:
+    return math.prod(rows.shape[1:]) * rows.dtype.itemsize
 
 
 def _with_null_row(rows: np.ndarray) -> np.ndarray:

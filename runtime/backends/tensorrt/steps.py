@@ -4,7 +4,8 @@ A step reads the text caches of its conversation at a capacity, a multiple of CA
 engine is told how many rows are real (`edgeprune.bundle.graph_io.ROWS`): a share of the visual tokens (DyRate, PLPHP) is a number,
 too. One kernel writes the step's own rows behind the last real ones. So nothing that TensorRT is told changes from step to step, and
 what a step puts on the stream is captured once for each capacity: numbers to the device, embedding, decoder, kernel, logits back.
-The first step at an address runs by hand, because TensorRT prepares itself for new shapes then; its capture follows.
+The first two steps on the same caches run by hand, because TensorRT prepares itself for new shapes then, and what is used once needs
+no capture: the visual tokens of several images are joined anew for every share of them.
 
 Where a capture fails, steps go on by hand, on the same addresses. Without the driver's compiler for the kernel rows are copied.
 """
@@ -108,9 +109,10 @@ class TokenEmbedding(DeviceArray):
 
 @dataclass
 class _Place:
-    # The caches that steps read and write, by address. `table` [1, caches, 3]: that of the kernel. `graph`: executable, 0 before its
-    # capture.
+    # The caches that steps read and write, by address. `table` [1, caches, 3]: that of the kernel. `used`: whether a step has run.
+    # `graph`: executable, 0 before its capture.
     table: DeviceArray
+    used: bool = False
     graph: int = 0
 
 
@@ -183,6 +185,7 @@ class StepsInPlace:
 
     def close(self) -> None:
         """Discard the captured graphs and the kernel, and free the pinned memory."""
+        self._driver.synchronize()  # which also makes CUDA's context current in this thread
         self._forget()
         if self._kernel is not None:
             self._kernel.close()
@@ -255,11 +258,12 @@ class StepsInPlace:
             self._bind(place, cache)
         self._enqueue(place, cache)
         self._driver.synchronize()
-        if not self.failure:
+        if place.used and not self.failure:
             try:
                 place.graph = self._driver.capture(partial(self._enqueue, place, cache))
             except EngineError as error:
                 self.failure = error.message
+        place.used = True
 
     def _bind(self, place: _Place, cache: KvCache) -> None:
         capacity, self._bound = capacity_for(cache.length), None
