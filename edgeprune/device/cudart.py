@@ -1,6 +1,6 @@
 """Load the machine's CUDA runtime library, libcudart, and call it through ctypes.
 
-Engines need some twenty of its functions, whose symbols and arguments are the same in CUDA 12 and 13. A runtime must not be newer than the
+Engines need 19 of its functions, whose symbols and arguments are the same in CUDA 12 and 13. A runtime must not be newer than the
 NVIDIA driver: on a Jetson it then returns error 35 (cudaErrorInsufficientDriver), within one major version too. JetPack's own
 library fits its driver. Python packages with a runtime inside, such as cuda-bindings, follow their own versions.
 """

@@ -116,7 +116,7 @@ class PrunedDecoder(nn.Module):
         if rows is None:
             return caches
         assert not states
-        text, *visual = rows.split(1)
+        text, *visual = torch.split(rows, 1)
         groups = [cache_group(self._plans, layer) for layer in range(len(caches))]
         lengths = dict(zip(dict.fromkeys(groups), visual, strict=True))
         return [replace(cache, rows=text, visual_rows=lengths[group]) for cache, group in zip(caches, groups, strict=True)]

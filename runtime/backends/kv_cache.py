@@ -172,7 +172,7 @@ class KvCache:
     def bytes(self) -> int:
         """Bytes of all keys and values without null rows, and of the states."""
         text = (self.length - 1) * sum(map(_row_bytes, self.buffers))
-        visual = sum((rows.shape[0] - 1) * _row_bytes(rows) for image in self.images for rows in image)
+        visual: int = sum((rows.shape[0] - 1) * _row_bytes(rows) for image in self.images for rows in image)
         return text + visual + sum(state.nbytes for state in self.states)
 
     @property
@@ -188,9 +188,7 @@ def can_step(plan: KeepPlan, tokens: DecoderInput, cache: KvCache) -> bool:
     return tokens.is_step and cache.length > 1 and not asked
 
 
-def decoder_feeds(
-    names: Sequence[str], tokens: DecoderInput, cache: KvCache, lengths: Sequence[int] = ()
-) -> dict[str, np.ndarray]:
+def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache, lengths: Sequence[int] = ()) -> dict[str, np.ndarray]:
     """Return the feeds of a forward pass for a decoder with these input names, in the order of `decoder_inputs`.
 
     `lengths`: what `length_slots` returns for it. All rows of the caches are real.
@@ -211,7 +209,7 @@ def split_outputs(outputs: Sequence[T], slots: int, states: int) -> tuple[tuple[
 
 
 def _row_bytes(rows: np.ndarray) -> int:
-    return math.prod(rows.shape[1:]) * rows.dtype.itemsize
+    return int(math.prod(rows.shape[1:]) * rows.dtype.itemsize)
 
 
 def _with_null_row(rows: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from PIL import Image
 from simulated_device import on_device, prepare
 
 from edgeprune.bundle import DECODER, VISION, Bundle
+from edgeprune.bundle.graph_io import ROWS
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, load_outline, resolve_model
 from edgeprune.checkpoint.processor import chat_template, processor_inputs

@@ -32,7 +32,7 @@ class MemoryPool:
         """Return a block of at least `size` bytes, a free block of the same rounded size if there is one."""
         size = max(-(-size // _ALIGNMENT), 1) * _ALIGNMENT
         free = self._free.setdefault(size, [])
-        # The lowest, so that the caches of the next conversation lie where those of the last one did: captured steps know addresses.
+        # The lowest: caches of the next conversation then lie where those of the last one did, and captured steps know addresses.
         address = heapq.heappop(free) if free else self.driver.allocate(size)
         self._all[address] = size
         return Lease(self, address)

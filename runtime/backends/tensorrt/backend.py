@@ -1,8 +1,9 @@
 """The backend interface on TensorRT engines.
 
-Only token ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back. Embeddings,
-KV caches, states and attention shares stay on the device, and the keys and values of a step are appended there. A decode step is
-one launch of a CUDA graph (`steps`), unless the decoder has states or is of an older bundle: its caches then grow by one row.
+Only token ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back.
+Embeddings, KV caches, states and attention shares stay on the device, and the keys and values of a step are appended there. A
+decode step is one launch of a CUDA graph (`steps`), unless the decoder has states or is of an older bundle: its caches then grow
+by one row.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ class Executor:
         for name in self.inputs:
             value = values[name]
             self.check_range(name, value.shape, profile)
-            on_device = isinstance(value, DeviceArray)
-            arrays[name] = value if on_device else upload(self._pool, value.astype(self.type(name), copy=False))
-            self._take(name, arrays[name], profile)
+            array = value if isinstance(value, DeviceArray) else upload(self._pool, value.astype(self.type(name), copy=False))
+            arrays[name] = array
+            self._take(name, array, profile)
         outputs = self.outputs(profile)
         self.enqueue(profile)
         return outputs

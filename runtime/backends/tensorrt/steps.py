@@ -1,11 +1,11 @@
 """Decode steps in place: a step of one token is one launch of a CUDA graph.
 
-A step reads the text caches of its conversation at a capacity, a multiple of CAPACITY rows, and all visual tokens of its image. The
-engine is told how many rows are real (`edgeprune.bundle.graph_io.ROWS`): a share of the visual tokens (DyRate, PLPHP) is a number,
-too. One kernel writes the step's own rows behind the last real ones. So nothing that TensorRT is told changes from step to step, and
-what a step puts on the stream is captured once for each capacity: numbers to the device, embedding, decoder, kernel, logits back.
-The first two steps on the same caches run by hand, because TensorRT prepares itself for new shapes then, and what is used once needs
-no capture: the visual tokens of several images are joined anew for every share of them.
+A step reads the text caches of its conversation at a capacity, a multiple of CAPACITY rows, and all visual tokens of its image.
+The engine is told how many rows are real (`edgeprune.bundle.graph_io.ROWS`): a share of the visual tokens (DyRate, PLPHP) is a
+number, too. One kernel writes the step's own rows behind the last real ones. So nothing that TensorRT is told changes from step to
+step, and what a step puts on the stream is captured once for each capacity: numbers to the device, embedding, decoder, kernel,
+logits back. The first two steps on the same caches run by hand, because TensorRT prepares itself for new shapes then, and what is
+used once needs no capture: the visual tokens of several images are joined anew for every share of them.
 
 Where a capture fails, steps go on by hand, on the same addresses. Without the driver's compiler for the kernel rows are copied.
 """
@@ -46,7 +46,7 @@ _THREADS = 128
 _PART = 32  # numbers of 8 bytes between the parts of what a step is told, which TensorRT wants 256 bytes apart
 _ENTRY = "append_rows"
 # One block for each cache, whose entry in the table is: address of the new row, address of the cache, 4-byte words of a row.
-_APPEND_ROWS = """
+APPEND_ROWS = """
 .version 7.0
 .target sm_80
 .address_size 64
@@ -127,7 +127,7 @@ class StepsInPlace:
         self._lengths = length_slots(graph.inputs, self._slots)
         self._longest = decoder.longest(cache_name(*self._slots[0]), TEXT)
         widest = max(math.prod(map(int, graph.inputs[cache_name(*slot)].shape[1:])) for slot in self._slots)
-        self._nothing = _zeros(pool, (max(widest, 1), 8), np.dtype(np.uint8)).lease
+        self._nothing = _zeros(pool, (max(widest, 1), 8), np.uint8).lease
         # What a step is told, here and on the device: the token, its positions, and how many rows of the caches are real.
         shapes = {"ids": (1, 1), "suffix_positions": (shape.position_axes, 1), ROWS: (1 + len(self._lengths),)}
         self._host = self._driver.pinned(8 * (2 * _PART + math.prod(shapes[ROWS])))
@@ -146,7 +146,7 @@ class StepsInPlace:
             np.zeros([axis if isinstance(axis, int) else 0 for axis in graph.outputs[name].shape], np.int64)
             for name in kept_names(plan, "layer", "cache")
         )
-        self._groups = _zeros(pool, (decoder.longest(GROUPS, STEP), 3)) if GROUPS in graph.inputs else None
+        self._groups = _zeros(pool, (decoder.longest(GROUPS, STEP), 3), np.float32) if GROUPS in graph.inputs else None
         self._grouped: tuple[Callable[[], Any], int] = (lambda: None), 0
         self._tables = empty(pool, (_PLACES, len(self._slots), 3), np.dtype(np.uint64))
         self._free = [self._tables[index : index + 1] for index in range(_PLACES)]
@@ -155,7 +155,7 @@ class StepsInPlace:
         self._newest: tuple[Callable[[], Any], Callable[[], Any], int, _Place] | None = None
         self.failure, self._kernel = "", None
         try:
-            self._kernel = self._driver.kernel(_APPEND_ROWS, _ENTRY)
+            self._kernel = self._driver.kernel(APPEND_ROWS, _ENTRY)
         except EngineError as error:
             self.failure = error.message
 
@@ -215,7 +215,11 @@ class StepsInPlace:
             if text() is cache.buffers[0] and visual() is whole[0] and known == capacity:
                 return place
         held = self._on_device(whole)
-        key = capacity, *(rows.address for rows in cache.buffers), *(number for rows in held for number in (rows.address, len(rows)))
+        key = (
+            capacity,
+            *(rows.address for rows in cache.buffers),
+            *(number for rows in held for number in (rows.address, len(rows))),
+        )
         if key not in self._places:
             if not self._free:
                 self._discard(self._places.popitem(last=False)[1])
@@ -312,8 +316,8 @@ class StepsInPlace:
         self._free.append(place.table)
 
 
-def _zeros(pool: MemoryPool, shape: tuple[int, ...], dtype: np.dtype = np.dtype(np.float32)) -> DeviceArray:
-    array = empty(pool, shape, dtype)
+def _zeros(pool: MemoryPool, shape: tuple[int, ...], kind: type[np.generic]) -> DeviceArray:
+    array = empty(pool, shape, np.dtype(kind))
     pool.driver.zero(array.address, array.nbytes)
     return array
 

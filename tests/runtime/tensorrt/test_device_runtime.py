@@ -303,7 +303,7 @@ def test_the_selftest_compares_and_reports(bundle: Bundle, tmp_path: Path, monke
     report = selftest(bundle, simulated, Stages())
     assert report.passed and stages == list(STAGES)
     ratio = {"ratio"} if bundle.plan.has_rate_predictor else set()
-    assert {check.name for check in report.checks} == {"vision", "kept", "logits", "tokens", "memory", "limits"} | ratio
+    assert {check.name for check in report.checks} == {"vision", "kept", "logits", "tokens", "memory", "limits", "steps"} | ratio
     trusted: list[TrustedKeys] = []
 
     def here(opened: Bundle, trust: TrustedKeys) -> TensorRTBackend:

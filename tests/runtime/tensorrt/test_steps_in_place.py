@@ -135,8 +135,8 @@ def test_a_step_by_hand_copies_no_rows(make: Make, tiny_image: Image.Image) -> N
     next(stream)
     before = len(driver.calls)
     "".join(stream)
-    kinds = [call[0] for call in driver.calls[before:]]
-    assert kinds == ["upload", "upload", "execute", "execute", "kernel", "download", "synchronize"]  # the first is the kernel's table
+    (table, *step) = [call[0] for call in driver.calls[before:]]  # the kernel's table is that of these caches
+    assert table == "upload" and step == ["upload", "execute", "execute", "kernel", "download", "synchronize"]
 
 
 def test_the_next_conversation_launches_the_same_graphs(make: Make, tiny_image: Image.Image) -> None:
@@ -228,7 +228,6 @@ def test_decoders_with_states_have_no_such_steps(tmp_path: Path) -> None:
     prepare(bundle, ProfileLimits(context=600, turn=256))
     assert ROWS not in bundle.manifest.graphs[DECODER].inputs
     pixels = np.random.default_rng(0).integers(0, 256, (*tiny.SIZE, 3), dtype=np.uint8)
-    answers = [
-        each.generate(Image.fromarray(pixels), PROMPT, max_tokens=4) for each in (load(bundle.path), on_device(bundle, SimulatedDriver()))
-    ]
+    runtimes = load(bundle.path), on_device(bundle, SimulatedDriver())
+    answers = [each.generate(Image.fromarray(pixels), PROMPT, max_tokens=4) for each in runtimes]
     assert answers[0].text == answers[1].text and answers[1].receipt.launches == {}

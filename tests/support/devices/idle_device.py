@@ -1,4 +1,4 @@
-"""CUDA and TensorRT that do nothing: they count the calls and say what shapes outputs have, so that only the host's work is timed."""
+"""CUDA and TensorRT that do nothing: they count calls and know the shapes of outputs, so that only the host's work is timed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ class IdleContext:
         key = name, *map(self._lengths.get, ("prefix", "visual", "suffix", "length"))
         if key not in self._known:
             scope = {"Min": min, "Max": max}
-            self._known[key] = tuple(axis if isinstance(axis, int) else eval(axis, scope, self._lengths) for axis in self._axes[name])
+            self._known[key] = tuple(
+                axis if isinstance(axis, int) else eval(axis, scope, self._lengths) for axis in self._axes[name]
+            )
         return self._known[key]
 
     def execute_async_v3(self, stream: int) -> bool:
