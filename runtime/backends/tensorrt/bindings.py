@@ -84,7 +84,7 @@ class Driver:
     def pinned(self, size: int) -> np.ndarray:
         """Return `size` bytes of host memory that captured copies may use. They live until `unpin`."""
         address = self._cuda.address("cudaHostAlloc", size, 0)
-        memory = np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
+        memory: np.ndarray = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         memory[:] = 0
         return memory
 
