@@ -42,7 +42,8 @@ Make = Callable[[str], Bundle]
 @pytest.fixture(scope="module")
 def make(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Return a function from a plan's name to its bundle with engines."""
-    plans = {**PLANS, "weighing": WEIGHING, "none": BASE, "evit": EVIT}
+    withdrawn = WEIGHING.with_cuts(Cut("layer", "vtw", 0, layer=2))
+    plans = {**PLANS, "weighing, withdrawn": withdrawn, "none": BASE, "evit": EVIT}
 
     @cache
     def made(name: str) -> Bundle:
@@ -92,7 +93,7 @@ def agree(bundle: Bundle, image: Image.Image, driver: SimulatedDriver) -> None:
     assert driver.calls.count(("launch",)) > 0
 
 
-@pytest.mark.parametrize("name", ["everything", "live classes", "cache, schedule", "weighing"])
+@pytest.mark.parametrize("name", ["everything", "live classes", "cache, schedule", "weighing, withdrawn"])
 def test_they_say_what_steps_on_growing_caches_say(make: Make, name: str, tiny_image: Image.Image) -> None:
     agree(make(name), tiny_image, SimulatedDriver())
 
