@@ -116,10 +116,11 @@ class PrunedDecoder(nn.Module):
         if rows is None:
             return caches
         assert not states
+        held = [cache for cache in caches if isinstance(cache, LayerCache)]
         text, *visual = torch.split(rows, 1)
         groups = [cache_group(self._plans, layer) for layer in range(len(caches))]
         lengths = dict(zip(dict.fromkeys(groups), visual, strict=True))
-        return [replace(cache, rows=text, visual_rows=lengths[group]) for cache, group in zip(caches, groups, strict=True)]
+        return [replace(cache, rows=text, visual_rows=lengths[group]) for cache, group in zip(held, groups, strict=True)]
 
     def _as_deep(self, layer: int, cache: LayerCache | LayerStates) -> LayerCache | LayerStates:
         # All layers share the weights of cached visual tokens, and a layer behind a withdrawal has none of them.

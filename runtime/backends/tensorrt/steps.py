@@ -102,7 +102,7 @@ class TokenEmbedding(DeviceArray):
         self.__dict__.update(fields)  # the base is frozen
 
     @cached_property
-    def lease(self) -> Lease:  # type: ignore[override]  # a field of the base
+    def lease(self) -> Lease:
         """The block of the embedding."""
         return self._embed().lease
 
@@ -217,7 +217,7 @@ class StepsInPlace:
         held = self._on_device(whole)
         key = (
             capacity,
-            *(rows.address for rows in cache.buffers),
+            *(rows.address for rows in _text(cache)),
             *(number for rows in held for number in (rows.address, len(rows))),
         )
         if key not in self._places:
@@ -233,13 +233,12 @@ class StepsInPlace:
     def _on_device(self, whole: KvArrays) -> tuple[DeviceArray, ...]:
         # Without an image the visual caches are null rows on the host.
         return tuple(
-            rows if isinstance(rows, DeviceArray) else DeviceArray(self._nothing, rows.shape, rows.dtype)  # type: ignore[unreachable]
-            for rows in whole
+            rows if isinstance(rows, DeviceArray) else DeviceArray(self._nothing, rows.shape, rows.dtype) for rows in whole
         )
 
     def _entries(self, cache: KvCache) -> np.ndarray:
         rows = [self._outputs[rows_name(*slot)] for slot in self._slots]
-        entries = [(new.address, held.address, new.nbytes // 4) for new, held in zip(rows, cache.buffers, strict=True)]
+        entries = [(new.address, held.address, new.nbytes // 4) for new, held in zip(rows, _text(cache), strict=True)]
         return np.array([entries], np.uint64)
 
     def _tell(self, tokens: DecoderInput, cache: KvCache) -> None:
@@ -271,7 +270,7 @@ class StepsInPlace:
 
     def _bind(self, place: _Place, cache: KvCache) -> None:
         capacity, self._bound = capacity_for(cache.length), None
-        text = {cache_name(*slot): held[:capacity] for slot, held in zip(self._slots, cache.buffers, strict=True)}
+        text = {cache_name(*slot): held[:capacity] for slot, held in zip(self._slots, _text(cache), strict=True)}
         whole = self._on_device(_all_visual(cache))
         visual = {visual_cache_name(*slot): held for slot, held in zip(self._slots, whole, strict=True)}
         groups = {} if self._groups is None else {GROUPS: self._groups[:capacity]}
@@ -286,7 +285,7 @@ class StepsInPlace:
         self._embed.enqueue()
         self._decoder.enqueue(STEP)
         if self._kernel is None:
-            for slot, held in zip(self._slots, cache.buffers, strict=True):
+            for slot, held in zip(self._slots, _text(cache), strict=True):
                 held[cache.length : cache.length + 1] = self._outputs[rows_name(*slot)]
         else:
             addresses = place.table.address, self._parts[ROWS].address
@@ -325,6 +324,10 @@ def _zeros(pool: MemoryPool, shape: tuple[int, ...], kind: type[np.generic]) -> 
 def _part(numbers: np.ndarray, index: int, shape: tuple[int, ...]) -> np.ndarray:
     start = index * _PART
     return numbers[start : start + math.prod(shape)].reshape(shape)
+
+
+def _text(cache: KvCache) -> tuple[DeviceArray, ...]:
+    return cast("tuple[DeviceArray, ...]", cache.buffers)
 
 
 def _all_visual(cache: KvCache) -> KvArrays:
