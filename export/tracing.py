@@ -127,6 +127,7 @@ def trace_decoder(
         torch.zeros(plan.tokens_entering_decoder) if plan.weighs else None,
         torch.zeros(1 + len(lower_tiers), dtype=torch.int64) if lower_tiers else None,
         groups if plan.follows_attention else None,
+        _real_rows(past, past_shapes) if has_rows(parts, lowering) else None,
         past,
     ]
     tier = {0: torch.export.Dim(TIER, min=1, max=1 + len(lower_tiers))} if lower_tiers else None
@@ -134,10 +135,11 @@ def trace_decoder(
         {0: lengths["visual"]} if plan.weighs else None,
         tier,
         {0: torch.export.Dim.AUTO} if plan.follows_attention else None,
+        None,
         past_shapes,
     ]
-    kinds = parts.local_layers, parts.layer_states
-    names = decoder_inputs(plan, *kinds, tiers=bool(lower_tiers)), decoder_outputs(plan, *kinds)
+    kinds, rows = (parts.local_layers, parts.layer_states), has_rows(parts, lowering)
+    names = decoder_inputs(plan, *kinds, tiers=bool(lower_tiers), rows=rows), decoder_outputs(plan, *kinds)
     graph = _Graph(_FlatDecoder(decoder), tuple(arguments), tuple(shapes), *names, "layers")
     return _trace(graph, lowering, path, progress, buffers=decoder.blocked and has_buffers(parts, plan))
 
@@ -150,6 +152,20 @@ def has_buffers(parts: DecoderParts, plan: KeepPlan) -> bool:
     """
     fits = parts.head_dim % _HEAD_STEP == 0
     return fits and not parts.layer_states and not plan.has_rate_predictor and not plan.weighs
+
+
+def has_rows(parts: DecoderParts, lowering: Lowering) -> bool:
+    """Return whether a decoder is told how many rows of its caches are real, so that TensorRT's steps can bind longer ones.
+
+    States are replaced at every step, and older ones stay valid: no step can write them in place.
+    """
+    return lowering.target.tensorrt is not None and not parts.layer_states
+
+
+def _real_rows(past: Sequence[torch.Tensor], shapes: Sequence[Any]) -> torch.Tensor:
+    # The lengths of text and of each kind of visual caches, by their dimensions.
+    lengths = {shape[0].__name__: len(rows) for rows, shape in zip(past, shapes, strict=True)}
+    return torch.tensor(list(lengths.values()))
 
 
 class _FlatDecoder(nn.Module):
@@ -170,13 +186,14 @@ class _FlatDecoder(nn.Module):
         weights: torch.Tensor | None,
         tier: torch.Tensor | None,
         groups: torch.Tensor | None,
+        rows: torch.Tensor | None,
         past: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         output = self.decoder(
             Segment(prefix, prefix_positions),
             Segment(visual, visual_positions),
             Segment(suffix, suffix_positions),
-            self.decoder.caches(past),
+            self.decoder.caches(past, rows),
             order,
             weights=weights,
             tier=tier,

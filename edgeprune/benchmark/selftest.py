@@ -83,6 +83,9 @@ def selftest(
         _compare(bundle, backend, expected)
         checks = [*_checks(compared, expected), _check_memory(before, backend.device_bytes)]
         checks.append(_check_limits(runtime_on(bundle, backend)))
+        # Informational: steps by hand are right, and slower.
+        why = backend.why_by_hand
+        checks.append(Check("steps", 0.0, 0.0, f"launched by hand: {why}" if why else "one launch of a CUDA graph each"))
     finally:
         backend.close()
     description = {"model": bundle.manifest.source.model, "target": bundle.manifest.target, "precision": bundle.manifest.precision}

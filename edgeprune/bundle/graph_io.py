@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from edgeprune.bundle.manifest import LayerState, attention_layers
+from edgeprune.bundle.manifest import LayerState, Tensor, attention_layers
 from edgeprune.plan import KeepPlan
 
 SEGMENTS = ("prefix", "visual", "suffix")
@@ -14,6 +14,7 @@ SIGNALS = ("vision_attention", "vision_keys", "vision_features")
 WEIGHTS = "visual_weights"  # the logarithms of how many tokens each visual token stands for, if the input cut weighs
 WEIGHT = "weight"  # the part of a cache that holds them
 LENGTHS = "cache_lengths"  # [layers], int32: the valid rows of the buffers of each layer that has them
+ROWS = "cache_rows"  # [1 + lengths]: the real rows of the text caches, and of the visual caches of each length; see `length_slots`
 PLACE = "place"  # the part of a cache that holds the tokens' places in the sequence, for layers with a window
 
 
@@ -87,11 +88,12 @@ def place_heads(plan: KeepPlan, layer: int, kv_heads: int) -> int:
 
 
 def decoder_inputs(
-    plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = (), *, tiers: bool = False
+    plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = (), *, tiers: bool = False, rows: bool = False
 ) -> list[str]:
     """Return the decoder's input names in graph order.
 
-    `local` and `states` as in `cache_slots`, `tiers`: whether there are several tiers.
+    `local` and `states` as in `cache_slots`, `tiers`: whether there are several tiers. `rows`: whether caches may be longer than
+    what is real, as ROWS says.
     """
     slots = cache_slots(plan, local, states)
     names = [f"{name}_embeds" for name in SEGMENTS] + [f"{name}_positions" for name in SEGMENTS]
@@ -100,9 +102,21 @@ def decoder_inputs(
         *([WEIGHTS] if plan.weighs else []),
         *([TIER] if tiers else []),
         *([GROUPS] if plan.follows_attention else []),
+        *([ROWS] if rows else []),
     ]
     names += [cache_name(*slot) for slot in slots] + [visual_cache_name(*slot) for slot in slots]
     return names + state_names(states, "past")
+
+
+def length_slots(inputs: Mapping[str, Tensor], slots: Sequence[tuple[int, str]]) -> tuple[int, ...]:
+    """Return the index of the first of the `slots` for each length of visual caches, in the order of ROWS; () without ROWS.
+
+    `inputs`: those of the decoder, as recorded in the manifest.
+    """
+    first: dict[int | str, int] = {}
+    for index, slot in enumerate(slots):
+        first.setdefault(inputs[visual_cache_name(*slot)].shape[0], index)
+    return tuple(first.values()) if ROWS in inputs else ()
 
 
 def decoder_outputs(plan: KeepPlan, local: Sequence[int] = (), states: Sequence[LayerState] = ()) -> list[str]:

@@ -1,6 +1,6 @@
 """Load the machine's CUDA runtime library, libcudart, and call it through ctypes.
 
-Engines need nine of its functions, whose symbols and arguments are the same in CUDA 12 and 13. A runtime must not be newer than the
+Engines need 19 of its functions, whose symbols and arguments are the same in CUDA 12 and 13. A runtime must not be newer than the
 NVIDIA driver: on a Jetson it then returns error 35 (cudaErrorInsufficientDriver), within one major version too. JetPack's own
 library fits its driver. Python packages with a runtime inside, such as cuda-bindings, follow their own versions.
 """
@@ -20,16 +20,28 @@ TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS = 75, 76, 16  # cudaDeviceAttr
 _OUT_OF_MEMORY, _INSUFFICIENT_DRIVER, _NEWER_DRIVER_NEEDED = 2, 35, 36  # cudaError
 
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+THREAD_LOCAL = 1  # cudaStreamCaptureMode: other threads may allocate meanwhile
+
+_POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _FUNCTIONS = {
     "cudaRuntimeGetVersion": (_POINTER,),
     "cudaDeviceGetAttribute": (_POINTER, _INT, _INT),
     "cudaStreamCreate": (_POINTER,),
     "cudaStreamSynchronize": (_POINTER,),
     "cudaStreamDestroy": (_POINTER,),
-    "cudaMalloc": (_POINTER, ctypes.c_size_t),
+    "cudaMalloc": (_POINTER, _SIZE),
     "cudaFree": (_POINTER,),
-    "cudaMemcpyAsync": (_POINTER, _POINTER, ctypes.c_size_t, _INT, _POINTER),
+    "cudaHostAlloc": (_POINTER, _SIZE, ctypes.c_uint),
+    "cudaFreeHost": (_POINTER,),
+    "cudaMemcpyAsync": (_POINTER, _POINTER, _SIZE, _INT, _POINTER),
+    "cudaMemsetAsync": (_POINTER, _INT, _SIZE, _POINTER),
+    "cudaStreamBeginCapture": (_POINTER, _INT),
+    "cudaStreamEndCapture": (_POINTER, _POINTER),
+    "cudaGraphInstantiate": (_POINTER, _POINTER, ctypes.c_ulonglong),
+    "cudaGraphLaunch": (_POINTER, _POINTER),
+    "cudaGraphDestroy": (_POINTER,),
+    "cudaGraphExecDestroy": (_POINTER,),
+    "cudaGetLastError": (),
     "cudaGetErrorName": (_INT,),
 }
 _MAJORS = (13, 12)
@@ -75,11 +87,15 @@ class Cudart:
         self.call(function, ctypes.byref(value), *arguments)
         return value.value
 
-    def address(self, function: str, *arguments: Any) -> int:
-        """Call a function and return the pointer that it stores at its first argument."""
+    def address(self, function: str, *arguments: Any, place: int = 0) -> int:
+        """Call a function and return the pointer that it stores at its first argument, or at the one in another `place`."""
         value = ctypes.c_void_p()
-        self.call(function, ctypes.byref(value), *arguments)
+        self.call(function, *arguments[:place], ctypes.byref(value), *arguments[place:])
         return value.value or 0
+
+    def forget_error(self) -> None:
+        """Forget the last error, which libraries that ask for it would take for one of theirs."""
+        self._functions["cudaGetLastError"]()
 
     def _failure(self, function: str, error: int) -> EngineError:
         name = (self._functions["cudaGetErrorName"](error) or b"unknown error").decode()

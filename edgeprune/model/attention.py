@@ -113,13 +113,15 @@ class Mask:
     If the input cut weighs, the logarithms of how many tokens each visual token stands for are `added` too.
 
     Both are [S, keys], or [kv heads, 1, S, keys] where a window meets keys that each head chose. `whole`: the mask without the
-    window, if there is one.
+    window, if there is one. `last` [keys]: what is added to scores of the last token, 0 or -inf; None where it attends to all keys
+    except the null rows.
     """
 
     visible: torch.Tensor
     added: torch.Tensor
     in_row: BlockMask | None = None
     whole: Mask | None = None
+    last: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -172,9 +174,10 @@ class Scores:
         return other
 
     def last(self) -> torch.Tensor:
-        """Return the raw scores of the last token [kv heads, group, keys]."""
+        """Return the raw scores of the last token [kv heads, group, keys], -inf for rows of caches that are not real."""
         rows = self.raw if "raw" in self.__dict__ else self._of(self._query[:, :, -1:])
-        return rows[:, :, -1].float()
+        last = rows[:, :, -1].float()
+        return last if self._mask.last is None else last + self._mask.last
 
     def _of(self, query: torch.Tensor) -> torch.Tensor:
         # GQA: query heads that share a KV head are folded into rows, so no key is expanded.
@@ -323,19 +326,25 @@ def sequence_order(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def causal_mask(tokens: TokenRows, cache: LayerCache, *, blocked: bool = False) -> Mask:
-    """Return the mask of new tokens after a cache, whose rows are visible to all except the null rows.
+    """Return the mask of new tokens after a cache, whose real rows are visible to all except the null rows.
 
     `blocked` adds the mask of blocked attention.
     """
     past_text, past_visual = cache.key.shape[0], cache.visual_key.shape[0]
     # The place of each key, in the order of the parts: -1 for cached tokens, and beyond every token for the null rows.
     null = torch.full_like(tokens.places[-1:], _NEVER)
-    text, visual = (torch.full((rows - 1,), -1, device=null.device) for rows in (past_text, past_visual))
+    text, visual = (
+        torch.full((rows - 1,), -1, device=null.device)
+        if real is None
+        else torch.where(torch.arange(1, rows, device=null.device) < real, -1, _NEVER)
+        for rows, real in ((past_text, cache.rows), (past_visual, cache.visual_rows))
+    )
     column = torch.cat([null, text, tokens.places, null, visual])
     weights = _weights(tokens, cache)
     of_blocks = [weights[2][1:], weights[0][1:], weights[1]] if weights else []
     in_row = BlockMask.of(tokens, past_text + past_visual - 2, of_blocks) if blocked else None
-    return Mask.of(column[None] <= tokens.reach[:, None], in_row, weights=torch.cat(weights) if weights else 0.0)
+    mask = Mask.of(column[None] <= tokens.reach[:, None], in_row, weights=torch.cat(weights) if weights else 0.0)
+    return mask if cache.rows is None else replace(mask, last=torch.where(mask.visible[-1], 0.0, float("-inf")))
 
 
 def _weights(tokens: TokenRows, cache: LayerCache) -> list[torch.Tensor]:

@@ -48,7 +48,8 @@ class LayerCache:
     """One layer's KV cache: text [1 + T, kv heads, head_dim] and visual tokens [1 + K, kv heads, head_dim].
 
     `place` and `visual_place`, for layers with a window: the places of the tokens as in `NewKv`, also with null rows. `weight` and
-    `visual_weight`, if the input cut weighs: their weights, likewise.
+    `visual_weight`, if the input cut weighs: their weights, likewise. `rows` and `visual_rows` [1]: how many rows are real, the
+    null row among them; None for all.
     """
 
     key: torch.Tensor
@@ -59,6 +60,8 @@ class LayerCache:
     visual_place: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     visual_weight: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    visual_rows: torch.Tensor | None = None
 
     def append(self, rows: NewKv | LayerStates, before: int, after: int) -> LayerCache:
         """Return the cache with the rows of a step appended; its prefix has `before` tokens and its suffix `after`."""

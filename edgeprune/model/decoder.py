@@ -108,11 +108,19 @@ class PrunedDecoder(nn.Module):
             for layer in range(len(self.layers))
         )
 
-    def caches(self, flat: Sequence[torch.Tensor]) -> list[LayerCache | LayerStates]:
-        """Return the caches of a flat sequence in the order of the graph's inputs."""
+    def caches(self, flat: Sequence[torch.Tensor], rows: torch.Tensor | None = None) -> list[LayerCache | LayerStates]:
+        """Return the caches of a flat sequence in the order of the graph's inputs; `rows`: the input of this name, None for all."""
         states = {layer: len(shapes) for layer, shapes in self.shape.states.items()}
         found = caches_of(flat, self.places, states, weighs=self.plan.weighs)
-        return [self._as_deep(layer, cache) for layer, cache in enumerate(found)]
+        caches = [self._as_deep(layer, cache) for layer, cache in enumerate(found)]
+        if rows is None:
+            return caches
+        assert not states
+        held = [cache for cache in caches if isinstance(cache, LayerCache)]
+        text, *visual = torch.split(rows, 1)
+        groups = [cache_group(self._plans, layer) for layer in range(len(caches))]
+        lengths = dict(zip(dict.fromkeys(groups), visual, strict=True))
+        return [replace(cache, rows=text, visual_rows=lengths[group]) for cache, group in zip(held, groups, strict=True)]
 
     def _as_deep(self, layer: int, cache: LayerCache | LayerStates) -> LayerCache | LayerStates:
         # All layers share the weights of cached visual tokens, and a layer behind a withdrawal has none of them.

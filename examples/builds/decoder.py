@@ -17,6 +17,7 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from edgeprune.bundle import DECODER
+from edgeprune.bundle.graph_io import ROWS
 from edgeprune.export.tracing import trace_decoder
 from edgeprune.families.qwen2_vl import Qwen2VL
 from edgeprune.plan import Cut, Geometry, KeepPlan
@@ -45,7 +46,7 @@ def main() -> None:
     record = trace_decoder(decoder(request.layers, request.vocabulary).decoder(), 3, plan, lowering, path)
     exported = time.perf_counter() - started
     profiles = []
-    for ranges in decoder_ranges((plan,), ProfileLimits()):
+    for ranges in decoder_ranges((plan,), ProfileLimits(), steps=ROWS in record.inputs):
         dynamic = {name: at.shape for name, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
         profiles.append({name: shapes_of(shape, ranges) for name, shape in dynamic.items()})
     trial = try_build(path, DECODER, profiles, substitute_capability(lowering.target))

@@ -97,7 +97,8 @@ class DecoderOutput:
     `logits` [vocabulary]: for the last token. `new_kv` [n, kv heads, head_dim]: rows for the KV cache, in the order prefix, kept
     visual tokens, suffix. `kept`: indices for every layer and cache cut. `attention_shares` [layers, 4]: for plans whose decode
     cut follows attention, else None. `graph_ms`: time of the graph alone, None if it continues after the call. `states`: of the
-    layers without attention, after these tokens.
+    layers without attention, after these tokens. `launched`: how a step was put on the device, "graph" (one launch of a captured
+    CUDA graph) or "by hand"; "" where there is no choice. Of a step that wrote its rows into the cache already, `new_kv` is empty.
     """
 
     logits: np.ndarray
@@ -106,6 +107,7 @@ class DecoderOutput:
     attention_shares: np.ndarray | None
     graph_ms: float | None = None
     states: tuple[np.ndarray, ...] = ()
+    launched: str = ""
 
 
 class Backend(Protocol):

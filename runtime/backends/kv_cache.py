@@ -11,6 +11,7 @@ taken out of a state again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -18,11 +19,12 @@ from typing import TypeVar
 import numpy as np
 
 from edgeprune.bundle import DecoderShape
-from edgeprune.bundle.graph_io import GROUPS, PLACE, TIER, WEIGHT, WEIGHTS, cache_slots, place_heads
+from edgeprune.bundle.graph_io import GROUPS, PLACE, ROWS, TIER, WEIGHT, WEIGHTS, cache_slots, place_heads
 from edgeprune.plan import KeepPlan, keep_count_up
 
 T = TypeVar("T")
 SYSTEM, INSTRUCTION, GENERATED = 0, 1, 2  # groups of text tokens
+CAPACITY = 256  # capacities of caches that steps write in place are multiples of it, so that few sizes occur
 # Key and value of each layer with attention, in order; places, for layers with a window; weights, if the input cut weighs.
 KvArrays = tuple[np.ndarray, ...]
 
@@ -121,9 +123,12 @@ class KvCache:
     def append(self, rows: KvArrays, before: int, after: int, states: tuple[np.ndarray, ...] = ()) -> KvCache:
         """Return the cache with new rows appended: `before` prefix tokens, visual tokens of an image if any, `after` suffix tokens.
 
-        `states`: those after these tokens. A new image lifts the limit of `limit_visual` on all images.
+        No `rows`: a step has written its row behind the last of each buffer already. `states`: those after these tokens. A new
+        image lifts the limit of `limit_visual` on all images.
         """
         length = self.length + before + after
+        if not rows:
+            return replace(self, length=length)
         buffers = self.buffers if len(self.buffers[0]) >= length else self._grow_buffers(rows, max(length, self.capacity))
         for buffer, new in zip(buffers, rows, strict=True):
             if before:
@@ -139,8 +144,8 @@ class KvCache:
 
     def _grow_buffers(self, like: KvArrays, capacity: int) -> KvArrays:
         # Allocates where the new rows are, possibly in device memory. Powers of two, so that conversations can reuse each other's
-        # blocks there.
-        capacity = 1 << (capacity - 1).bit_length()
+        # blocks there, and no fewer than a step binds.
+        capacity = max(1 << (capacity - 1).bit_length(), CAPACITY)
         buffers = tuple(np.empty_like(new, order="C", shape=(capacity, *new.shape[1:])) for new in like)
         for buffer, old in zip(buffers, self.text, strict=True):
             buffer[: self.length] = old
@@ -166,8 +171,8 @@ class KvCache:
     @property
     def bytes(self) -> int:
         """Bytes of all keys and values without null rows, and of the states."""
-        text = sum((self.length - 1) * (rows.nbytes // len(rows)) for rows in self.buffers)
-        visual = sum(rows.nbytes - rows.nbytes // len(rows) for image in self.images for rows in image)
+        text = (self.length - 1) * sum(map(_row_bytes, self.buffers))
+        visual: int = sum((rows.shape[0] - 1) * _row_bytes(rows) for image in self.images for rows in image)
         return text + visual + sum(state.nbytes for state in self.states)
 
     @property
@@ -177,20 +182,34 @@ class KvCache:
         return sum(len(rows) - 1 for rows in self.visual[:keys:2])
 
 
-def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache) -> dict[str, np.ndarray]:
-    """Return the feeds of a forward pass for a decoder with these input names, in the order of `decoder_inputs`."""
+def can_step(plan: KeepPlan, tokens: DecoderInput, cache: KvCache) -> bool:
+    """Return whether a pass is a decode step behind a prompt, of which nobody wants to know what the token attends to."""
+    asked = plan.follows_attention and not tokens.text_groups[-1, GENERATED]
+    return tokens.is_step and cache.length > 1 and not asked
+
+
+def decoder_feeds(names: Sequence[str], tokens: DecoderInput, cache: KvCache, lengths: Sequence[int] = ()) -> dict[str, np.ndarray]:
+    """Return the feeds of a forward pass for a decoder with these input names, in the order of `decoder_inputs`.
+
+    `lengths`: what `length_slots` returns for it. All rows of the caches are real.
+    """
     segments = (tokens.prefix, tokens.visual, tokens.suffix)
     values = [*(part.embeds for part in segments), *(part.positions for part in segments), tokens.visual_indices]
     if WEIGHTS in names:
         values.append(np.zeros(len(tokens.visual_indices), np.float32) if tokens.weights is None else tokens.weights)
     values += [np.zeros(1 + tokens.tier, np.int64)] if TIER in names else []
     values += [tokens.text_groups] if GROUPS in names else []
+    values += [np.array([cache.length, *(len(cache.visual[slot]) for slot in lengths)])] if ROWS in names else []
     return dict(zip(names, (*values, *cache.text, *cache.visual, *cache.states), strict=True))
 
 
 def split_outputs(outputs: Sequence[T], slots: int, states: int) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
     """Return the new rows of the caches, the states and the kept indices among a decoder's outputs after the logits."""
     return tuple(outputs[:slots]), tuple(outputs[slots : slots + states]), tuple(outputs[slots + states :])
+
+
+def _row_bytes(rows: np.ndarray) -> int:
+    return int(math.prod(rows.shape[1:]) * rows.dtype.itemsize)
 
 
 def _with_null_row(rows: np.ndarray) -> np.ndarray:

@@ -13,12 +13,12 @@ import numpy as np
 import onnxruntime
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, tier_selector
-from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names, length_slots
 from edgeprune.errors import BundleError, EngineError, UsageError
 from edgeprune.io.background import run_in_threads
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
-from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
-from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, can_step, empty_buffers, run
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, can_step, decoder_feeds, split_outputs
+from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, empty_buffers, run
 from edgeprune.runtime.backends.step_buffers import Recent
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -65,9 +65,11 @@ class OnnxRuntimeBackend:
         self._kept_names = kept_names(bundle.plan, "vision")
         shape = bundle.manifest.decoder
         kinds = shape.local_layers, shape.states
-        self._input_names = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers))
+        slots = cache_slots(bundle.plan, *kinds)
+        self._lengths = length_slots(bundle.manifest.graphs[DECODER].inputs, slots)
+        self._input_names = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers), rows=bool(self._lengths))
         self._output_names = decoder_outputs(bundle.plan, *kinds)
-        self._slots, self._states = len(cache_slots(bundle.plan, *kinds)), len(shape.states)
+        self._slots, self._states = len(slots), len(shape.states)
         # A decoder without cuts has no input for the token indices.
         self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
         # Decoders with buffers for steps take those of other passes as empty. Other providers need not write them in place.
@@ -112,7 +114,7 @@ class OnnxRuntimeBackend:
         """Run the decoder on new tokens and a KV cache."""
         if self._steps is not None and can_step(self._plan, tokens, cache):
             return self._steps.of(cache).forward(tokens, cache, cancellation)
-        values = decoder_feeds(self._input_names, tokens, cache)
+        values = decoder_feeds(self._input_names, tokens, cache, self._lengths)
         feeds = {name: value for name, value in values.items() if name in self._decoder_inputs} | self._no_buffers
         started = time.perf_counter()
         logits, *rest = run(self._decoder, self._output_names, feeds, cancellation)
@@ -149,7 +151,9 @@ def nodes_run(
         if buffers and providers[0] == CPU and can_step(bundle.plan, tokens, cache):
             BoundStep(session, bundle).forward(tokens, cache, None)
         else:
-            values = decoder_feeds(decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers)), tokens, cache) | buffers
+            lengths = length_slots(bundle.manifest.graphs[DECODER].inputs, cache_slots(bundle.plan, *kinds))
+            names = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers), rows=bool(lengths))
+            values = decoder_feeds(names, tokens, cache, lengths) | buffers
             feeds = {node.name: values[node.name] for node in session.get_inputs()}
             run(session, decoder_outputs(bundle.plan, *kinds), feeds, None)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -26,9 +26,8 @@ from edgeprune.bundle.graph_io import (
     rows_name,
     scale_name,
 )
-from edgeprune.plan import KeepPlan
 from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput
-from edgeprune.runtime.backends.kv_cache import GENERATED, DecoderInput, KvArrays, KvCache, TokenSegment, decoder_feeds
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvArrays, KvCache, TokenSegment, decoder_feeds
 from edgeprune.runtime.backends.step_buffers import StepBuffers
 
 
@@ -126,12 +125,6 @@ class BoundStep:
         for slot, scale in zip(self._slots, self._buffers.scales, strict=False):  # without scales there is nothing to bind
             self._binding.bind_ortvalue_input(scale_name(*slot), _value(scale))
         self._bound = self._buffers.arrays
-
-
-def can_step(plan: KeepPlan, tokens: DecoderInput, cache: KvCache) -> bool:
-    """Return whether a pass is a decode step behind a prompt, of which nobody wants to know what the token attends to."""
-    asked = plan.follows_attention and not tokens.text_groups[-1, GENERATED]
-    return tokens.is_step and cache.length > 1 and not asked
 
 
 def _value(array: np.ndarray) -> Any:

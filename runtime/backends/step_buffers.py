@@ -18,10 +18,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from edgeprune.runtime.backends.kv_cache import KvArrays, KvCache
+from edgeprune.runtime.backends.kv_cache import CAPACITY, KvArrays, KvCache
 
 T = TypeVar("T")
-CAPACITY = 256  # capacities are multiples of it, so that few sizes occur
 _CONVERSATIONS = 8  # that keep their buffers: more than answers at a time
 _STEPS = 127  # of an 8-bit number, to each side
 _ROOM = 2.0  # for rows to come, over the largest number of a channel: answers reach further than prompts

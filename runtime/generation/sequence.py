@@ -237,6 +237,8 @@ class SequenceState:
         receipt.visual_reads.append(self.cache.visual_entries_read if self._prune else receipt.visual_whole)
         step = self.append_text([token], group=GENERATED)
         self.ids.append(token)
+        if step.launched:
+            receipt.launches[step.launched] = receipt.launches.get(step.launched, 0) + 1
         return step
 
     def snapshot(self, ids: Sequence[int], text: int) -> PrefixSnapshot:

@@ -120,7 +120,8 @@ class Receipt:
     frames that arrived since the last question and were in no shot. `energy_j`: energy of the whole machine.
 
     Visual KV entries are summed over the layers, one per token and layer: `visual_whole` without pruning, `visual_stored` after
-    prefill, `visual_reads` per decode step. `decode_shares`: the keep ratio of the decode cut at each step.
+    prefill, `visual_reads` per decode step. `decode_shares`: the keep ratio of the decode cut at each step. `launches`: how many
+    decode steps were one launch of a CUDA graph ("graph") or several calls ("by hand"); empty where there is no choice.
     """
 
     pruned: bool
@@ -138,6 +139,7 @@ class Receipt:
     visual_stored: int = 0
     visual_reads: list[int] = field(default_factory=list)
     decode_shares: list[float] = field(default_factory=list)
+    launches: dict[str, int] = field(default_factory=dict)
     finish_reason: str = RUNNING
     tier: str | None = None
     tier_reason: str | None = None
@@ -208,6 +210,7 @@ class Receipt:
             "visual_kv_share": self.visual_kv_share,
             "visual_read_share": self.visual_read_share,
             "decode_shares": self.decode_shares,
+            "launches": self.launches,
             "finish_reason": self.finish_reason,
             "tier": self.tier,
             "tier_reason": self.tier_reason,

@@ -23,6 +23,7 @@ from PIL import Image
 from simulated_device import on_device, prepare
 
 from edgeprune.bundle import DECODER, VISION, Bundle
+from edgeprune.bundle.graph_io import ROWS
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, load_outline, resolve_model
 from edgeprune.checkpoint.processor import chat_template, processor_inputs
@@ -365,7 +366,7 @@ def test_decoders_with_windows_or_states_are_built(name: str, target: str, model
     # The builder fails on Qwen3.5's loops where a text step may have a prefix (docs/families.md).
     limits = ProfileLimits(context=256, turn=64, images=2, unpruned=name != "qwen3_5")
     dynamic = {key: at.shape for key, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
-    ranges = decoder_ranges((plan,), limits, model.decoder_shape().attention_layers)
+    ranges = decoder_ranges((plan,), limits, model.decoder_shape().attention_layers, steps=ROWS in record.inputs)
     profiles = [{key: shapes_of(shape, each) for key, shape in dynamic.items()} for each in ranges]
     assert try_build(graph, "decoder", profiles, substitute_capability(lowering.target)).error == ""
 

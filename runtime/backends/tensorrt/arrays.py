@@ -6,6 +6,7 @@ block of the pool. The block returns to the pool when its last array is garbage-
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,14 +32,15 @@ class MemoryPool:
         """Return a block of at least `size` bytes, a free block of the same rounded size if there is one."""
         size = max(-(-size // _ALIGNMENT), 1) * _ALIGNMENT
         free = self._free.setdefault(size, [])
-        address = free.pop() if free else self.driver.allocate(size)
+        # The lowest: caches of the next conversation then lie where those of the last one did, and captured steps know addresses.
+        address = heapq.heappop(free) if free else self.driver.allocate(size)
         self._all[address] = size
         return Lease(self, address)
 
     def give_back(self, address: int) -> None:
         """Return a block to the pool. Stream order ensures that pending work on it finishes before it is used again."""
         if address in self._all:
-            self._free[self._all[address]].append(address)
+            heapq.heappush(self._free[self._all[address]], address)
 
     @property
     def bytes(self) -> int:
@@ -65,12 +67,12 @@ class Lease:
 class Scratch:
     """The scratch memory of all execution contexts: one block, because they run one after another on one stream.
 
-    `bytes`: its size, which is the largest that a context needs.
+    `address`: where it is. `bytes`: its size, which is the largest that a context needs.
     """
 
     def __init__(self, driver: Driver) -> None:
-        self._driver, self._contexts, self._address = driver, list[Any](), 0
-        self.bytes = 0
+        self._driver, self._contexts = driver, list[Any]()
+        self.address = self.bytes = 0
 
     def serve(self, context: Any, size: int) -> None:
         """Let a context work in the block, which grows to `size` bytes if that is more.
@@ -80,7 +82,7 @@ class Scratch:
         if size > self.bytes:
             self._grow(size)
         self._contexts.append(context)
-        context.set_device_memory(self._address, self.bytes)
+        context.set_device_memory(self.address, self.bytes)
 
     def close(self) -> None:
         """Free the block. Its contexts must not run any more."""
@@ -98,16 +100,16 @@ class Scratch:
             raise
         finally:
             for context in self._contexts:
-                context.set_device_memory(self._address, self.bytes)
+                context.set_device_memory(self.address, self.bytes)
 
     def _allocate(self, size: int) -> None:
         if size:
-            self._address, self.bytes = self._driver.allocate(size), size
+            self.address, self.bytes = self._driver.allocate(size), size
 
     def _free(self) -> None:
         if self.bytes:
-            self._driver.free(self._address)
-        self._address = self.bytes = 0
+            self._driver.free(self.address)
+        self.address = self.bytes = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +157,9 @@ class DeviceArray:
         if function is np.concatenate:
             return joined(pool, arguments[0], **options)
         if function is np.empty_like:
-            return empty(pool, options["shape"], self.dtype)
+            array = empty(pool, options["shape"], self.dtype)
+            pool.driver.zero(array.address, array.nbytes)  # steps read rows that nobody wrote, behind a mask: 0 x NaN is NaN
+            return array
         return NotImplemented
 
     def numpy(self) -> np.ndarray:

@@ -1,14 +1,13 @@
 """The backend interface on TensorRT engines.
 
-Each engine has one execution context per optimization profile, and all contexts work in one block of scratch memory. Inputs are
-bound by address, outputs to pooled memory. Only token ids, positions and pixels are copied to the device. Only logits, kept indices
-and keep ratios are copied back. Embeddings, KV caches, states and attention shares stay on the device, and the keys and values of a
-step are appended there. The decode step has no CUDA graph, because its text caches grow by one at every step.
+Only token ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back.
+Embeddings, KV caches, states and attention shares stay on the device, and the keys and values of a step are appended there. A
+decode step is one launch of a CUDA graph (`steps`), unless the decoder has states or is of an older bundle: its caches then grow
+by one row.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -16,126 +15,18 @@ from typing import Any, cast
 import numpy as np
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
-from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
+from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names, length_slots
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
-from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, Scratch, upload
+from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, Scratch
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, Driver, identity, recording_log, tensorrt
+from edgeprune.runtime.backends.tensorrt.executor import Executor
 from edgeprune.runtime.backends.tensorrt.profiles import TEXT, ShapeProfile, image_prefill_of
+from edgeprune.runtime.backends.tensorrt.steps import StepsInPlace
 from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, usable_engines
-
-Value = DeviceArray | np.ndarray
-
-
-class Executor:
-    """One deserialized engine.
-
-    `plan`: its file, which may be unmapped afterwards. `record`: inputs and outputs. `profiles`: those it was built with, in order.
-    `scratch`: where its contexts work. `log`: that of the runtime.
-    """
-
-    def __init__(
-        self,
-        trt: Any,
-        runtime: Any,
-        plan: mmap.mmap,
-        record: GraphRecord,
-        profiles: Sequence[ShapeProfile],
-        pool: MemoryPool,
-        scratch: Scratch,
-        log: Any,
-    ) -> None:
-        self._record, self._profiles, self._pool, self._log = record, profiles, pool, log
-        self._engine = runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise EngineError(
-                f"TensorRT does not take an engine of this bundle: {log.last_error}",
-                hint="If it says nothing of this GPU, build it again: edgeprune build BUNDLE",
-            )
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self._outputs = [name for name in names if name not in self._inputs]
-        self._contexts = [self._context(trt, number, scratch) for number in range(len(profiles))]
-        self._capacity = [self._capacities(number) for number in range(len(profiles))]
-
-    def run(self, values: Mapping[str, Value], profile: int = 0) -> dict[str, DeviceArray]:
-        """Enqueue one run and return the outputs by name. They are valid once the stream has reached this point.
-
-        Raises EngineError when a shape lies outside the profile.
-        """
-        context, arrays = self._contexts[profile], []
-        for name in self._inputs:
-            value = values[name]
-            self._check_range(name, value.shape, profile)
-            array = value if isinstance(value, DeviceArray) else upload(self._pool, value.astype(self._type(name), copy=False))
-            arrays.append(array)  # keeps the lease until the run is enqueued
-            if not context.set_input_shape(name, array.shape) or not context.set_tensor_address(name, array.address):
-                raise EngineError(
-                    f"TensorRT refuses {name} of shape {array.shape}: {self._log.last_error}",
-                    hint="Build the engines again: edgeprune build BUNDLE",
-                )
-        outputs = {name: self._output(context, name, profile) for name in self._outputs}
-        if not context.execute_async_v3(self._pool.driver.stream):
-            raise EngineError(f"TensorRT could not run the engine: {self._log.last_error}", hint="See: edgeprune selftest BUNDLE")
-        return outputs
-
-    def close(self) -> None:
-        """Destroy the contexts, then the engine."""
-        self._contexts.clear()
-        self._engine = None
-
-    def _context(self, trt: Any, number: int, scratch: Scratch) -> Any:
-        # A context's own scratch memory would be as large as the largest profile needs, in each of them.
-        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise EngineError(
-                f"TensorRT could not make an execution context: {self._log.last_error}",
-                hint="Build with a smaller --context or --turn.",
-            )
-        if len(self._profiles) > 1:
-            context.set_optimization_profile_async(number, self._pool.driver.stream)
-        scratch.serve(context, self._engine.device_memory_size_v2)
-        return context
-
-    def _capacities(self, number: int) -> dict[str, int]:
-        # Bytes of each output at the profile's maximum shapes, so that a growing cache reuses blocks of one size.
-        context = self._contexts[number]
-        for name, (_, _, maximum) in self._profiles[number].items():
-            if name in self._inputs:
-                context.set_input_shape(name, maximum)
-        return {name: self._bytes(name, context.get_tensor_shape(name)) for name in self._outputs}
-
-    def _output(self, context: Any, name: str, profile: int) -> DeviceArray:
-        shape = tuple(context.get_tensor_shape(name))
-        lease = self._pool.lease(self._capacity[profile][name])
-        context.set_tensor_address(name, lease.address)
-        return DeviceArray(lease, shape, self._type(name))
-
-    def _check_range(self, name: str, shape: Sequence[int], profile: int) -> None:
-        minimum, _, maximum = self._profiles[profile].get(name, (shape, shape, shape))
-        if not all(low <= length <= high for low, length, high in zip(minimum, shape, maximum, strict=True)):
-            raise EngineError(
-                f"{name} has shape {tuple(shape)}, the engine was built for {minimum} to {maximum}.", hint=_remedy(name, maximum)
-            )
-
-    def _type(self, name: str) -> np.dtype:
-        return np.dtype((self._record.inputs.get(name) or self._record.outputs[name]).type)
-
-    def _bytes(self, name: str, shape: Sequence[int]) -> int:
-        return int(np.prod(tuple(shape), dtype=np.int64)) * self._type(name).itemsize
-
-
-def _remedy(name: str, maximum: Sequence[int]) -> str:
-    if name.startswith("visual_past"):
-        return "Ask about fewer images, or build for more: edgeprune build BUNDLE --images N"
-    if name.startswith("past_"):
-        return "Begin a new conversation, or build for a longer one: edgeprune build BUNDLE --context N"
-    if name.startswith("prefix") and 0 in maximum:
-        return "Build engines that can answer without pruning: edgeprune build BUNDLE --unpruned"
-    return "Ask something shorter, or build for longer turns: edgeprune build BUNDLE --turn N"
 
 
 class TensorRTBackend:
@@ -149,8 +40,16 @@ class TensorRTBackend:
         self._plan, self._driver, self._pool, self._scratch = bundle.plan, driver, MemoryPool(driver), Scratch(driver)
         self._tiers, self._has_attention_split = bundle.manifest.tiers, bundle.plan.follows_attention
         self._executors: dict[str, Executor] = {}
+        self._steps: StepsInPlace | None = None
         self._log = recording_log(trt)
         self._runtime = trt.Runtime(self._log)
+        shape = bundle.manifest.decoder
+        kinds = shape.local_layers, shape.states
+        slots = cache_slots(bundle.plan, *kinds)
+        self._lengths = length_slots(bundle.manifest.graphs[DECODER].inputs, slots)
+        self._inputs = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers), rows=bool(self._lengths))
+        self._outputs = decoder_outputs(bundle.plan, *kinds)
+        self._slots, self._states = len(slots), len(shape.states)
         try:
             engines = usable_engines(bundle, store, device)
             self._open = {
@@ -160,14 +59,11 @@ class TensorRTBackend:
             for graph in engines:
                 if graph != VISION_UNPRUNED:  # loaded with the first unpruned answer
                     self._executors[graph] = self._open[graph]()
+            if self._lengths:
+                self._steps = StepsInPlace(bundle, self._executors[EMBED], self._executors[DECODER], self._pool, self._scratch)
         except EngineError:
             self.close()
             raise
-        shape = bundle.manifest.decoder
-        kinds = shape.local_layers, shape.states
-        self._inputs = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers))
-        self._outputs = decoder_outputs(bundle.plan, *kinds)
-        self._slots, self._states = len(cache_slots(bundle.plan, *kinds)), len(shape.states)
 
     def _executor(
         self, trt: Any, store: Store, record: EngineRecord, described: GraphRecord, profiles: Sequence[ShapeProfile]
@@ -185,6 +81,13 @@ class TensorRTBackend:
     def device_bytes(self) -> int:
         """Bytes of inputs, outputs, caches and scratch memory, without the engines."""
         return self._pool.bytes + self._scratch.bytes
+
+    @property
+    def why_by_hand(self) -> str:
+        """Why decode steps are not one launch, "" if they are, or will be."""
+        if self._steps is None:
+            return "The decoder is not told how many rows of its caches are real."
+        return self._steps.failure
 
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
@@ -227,12 +130,19 @@ class TensorRTBackend:
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [1, n, hidden] of n token ids."""
-        return _array(self._executors[EMBED].run({"ids": np.array([ids], np.int64)})["embeds"])
+        if self._steps is not None and len(ids) == 1:
+            return _array(self._steps.embedding(ids[0], self._embed))
+        return _array(self._embed(ids))
+
+    def _embed(self, ids: Sequence[int]) -> DeviceArray:
+        return self._executors[EMBED].run({"ids": np.array([ids], np.int64)})["embeds"]
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run the decoder on new tokens, given the KV cache of the earlier ones."""
+        if self._steps is not None and self._steps.can_run(tokens, cache):
+            return self._steps.run(tokens, cache)
         profile = image_prefill_of(tokens.tier) if len(tokens.visual_indices) else TEXT
-        return self._step(self._executors[DECODER].run(decoder_feeds(self._inputs, tokens, cache), profile))
+        return self._step(self._executors[DECODER].run(decoder_feeds(self._inputs, tokens, cache, self._lengths), profile))
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Return the keep ratio that the plan's predictor gives for decode step `step`, from the attention split."""
@@ -241,6 +151,8 @@ class TensorRTBackend:
 
     def close(self) -> None:
         """Destroy the engines, then free the memory, then destroy the stream."""
+        if self._steps is not None:
+            self._steps.close()
         for executor in self._executors.values():
             executor.close()
         self._scratch.close()
@@ -249,13 +161,14 @@ class TensorRTBackend:
 
     def _step(self, outputs: Mapping[str, DeviceArray]) -> DecoderOutput:
         logits, *rest = (outputs[name] for name in self._outputs)
-        split = _array(rest.pop()) if self._has_attention_split else None
+        split = rest.pop() if self._has_attention_split else None
         rows, states, kept = split_outputs(rest, self._slots, self._states)
         return DecoderOutput(
             logits.numpy()[0, 0],
             tuple(map(_array, rows)),
             tuple(part.numpy() for part in kept),
-            split,
+            # Classes are found on the host.
+            None if split is None else split.numpy() if self._plan.has_classes else _array(split),
             states=tuple(map(_array, states)),
         )
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import platform
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from edgeprune.device.cudart import CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS, ON_DEVICE, TO_DEVICE, TO_HOST, Cudart
+from edgeprune.device.cudart import (
+    CAPABILITY_MAJOR,
+    CAPABILITY_MINOR,
+    MULTIPROCESSORS,
+    ON_DEVICE,
+    THREAD_LOCAL,
+    TO_DEVICE,
+    TO_HOST,
+    Cudart,
+)
 from edgeprune.device.doctor import OLDEST_TENSORRT, diagnose
+from edgeprune.device.kernels import Kernel
 from edgeprune.device.machine import Machine, read_machine
 from edgeprune.errors import EngineError, one_line
 
@@ -39,8 +52,8 @@ class Driver:
     Every method raises EngineError with CUDA's error name when a call fails.
     """
 
-    def __init__(self, cudart: Cudart) -> None:
-        self._cuda = cudart
+    def __init__(self, cudart: Cudart, open_libcuda: Callable[[], Any] = lambda: ctypes.CDLL("libcuda.so.1")) -> None:
+        self._cuda, self._open_libcuda = cudart, open_libcuda
         self.stream = cudart.address("cudaStreamCreate")
 
     def allocate(self, size: int) -> int:
@@ -52,7 +65,7 @@ class Driver:
         self._cuda.call("cudaFree", address)
 
     def upload(self, address: int, array: np.ndarray) -> None:
-        """Copy a contiguous array to the device. CUDA reads pageable memory before the call returns."""
+        """Copy a contiguous array to the device. CUDA reads memory that is not pinned before the call returns."""
         self._copy(address, array.ctypes.data, array.nbytes, TO_DEVICE)
 
     def download(self, array: np.ndarray, address: int) -> None:
@@ -63,6 +76,59 @@ class Driver:
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy `size` bytes on the device."""
         self._copy(target, source, size, ON_DEVICE)
+
+    def zero(self, address: int, size: int) -> None:
+        """Set `size` bytes on the device to 0."""
+        self._cuda.call("cudaMemsetAsync", address, 0, size, self.stream)
+
+    def pinned(self, size: int) -> np.ndarray:
+        """Return `size` bytes of host memory that captured copies may use. They live until `unpin`."""
+        address = self._cuda.address("cudaHostAlloc", size, 0)
+        memory: np.ndarray = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        memory[:] = 0
+        return memory
+
+    def unpin(self, memory: np.ndarray) -> None:
+        """Free what `pinned` returned."""
+        self._cuda.call("cudaFreeHost", memory.ctypes.data)
+
+    def download_pinned(self, memory: np.ndarray, address: int) -> None:
+        """Copy from the device into pinned memory, when the stream gets there."""
+        self._copy(memory.ctypes.data, address, memory.nbytes, TO_HOST)
+
+    def kernel(self, ptx: str, name: str) -> Kernel:
+        """Load a kernel. Raises EngineError also where there is no libcuda."""
+        try:
+            return Kernel(self._open_libcuda(), ptx, name)
+        except (OSError, AttributeError) as error:
+            raise EngineError(f"The NVIDIA driver's library cannot be used: {error}.", hint="See: edgeprune doctor") from error
+
+    def capture(self, enqueue: Callable[[], None]) -> int:
+        """Return an executable CUDA graph of what `enqueue` puts on the stream, which is not run.
+
+        Raises EngineError when something in it cannot be captured; the stream is then as before.
+        """
+        self._cuda.call("cudaStreamBeginCapture", self.stream, THREAD_LOCAL)
+        try:
+            enqueue()
+            graph = self._cuda.address("cudaStreamEndCapture", self.stream, place=1)
+        except EngineError:
+            with suppress(EngineError):  # it ends the capture whatever it returns
+                self._cuda.address("cudaStreamEndCapture", self.stream, place=1)
+            self._cuda.forget_error()
+            raise
+        try:
+            return self._cuda.address("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._cuda.call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: int) -> None:
+        """Run an executable graph."""
+        self._cuda.call("cudaGraphLaunch", graph, self.stream)
+
+    def discard(self, graph: int) -> None:
+        """Destroy an executable graph."""
+        self._cuda.call("cudaGraphExecDestroy", graph)
 
     def synchronize(self) -> None:
         """Wait for all pending operations."""

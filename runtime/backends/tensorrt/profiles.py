@@ -1,8 +1,9 @@
 """Optimization profiles: the shape ranges for which engines are built.
 
-A decoder has one profile for prefill with an image in each tier, and one for text prefill and decode steps. The visual segment has
-a fixed length with an image and length 0 without, so that every keep budget is a constant. Ranges are keyed by the names of the
-graph's dynamic dimensions, as recorded in the manifest.
+A decoder has one profile for prefill with an image in each tier, one for text prefill, and one for decode steps of exactly one
+token, if it is told how many rows of its caches are real (ROWS); other decoders take steps as text. The visual segment has a fixed
+length with an image and length 0 without, so that every keep budget is a constant. Ranges are keyed by the names of the graph's
+dynamic dimensions, as recorded in the manifest.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, Tensor, tier_selector
-from edgeprune.bundle.graph_io import TIER
+from edgeprune.bundle.graph_io import ROWS, TIER
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import cache_group
+from edgeprune.runtime.backends.kv_cache import CAPACITY
 
-IMAGE_PREFILL, TEXT = 0, 1  # indices of the decoder's profiles; image prefills of lower tiers follow
+IMAGE_PREFILL, TEXT, STEP = 0, 1, -1  # indices of the decoder's profiles; image prefills of lower tiers follow TEXT
 Range = tuple[int, int, int]  # minimum, optimum, maximum
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 ShapeProfile = Mapping[str, Shapes]  # by input name
@@ -48,16 +50,16 @@ def shape_profiles(bundle: Bundle, limits: ProfileLimits) -> dict[str, tuple[Sha
 
     The vision encoder without cuts is included only with `limits.unpruned`.
     """
-    selectors = map(tier_selector, bundle.manifest.tiers[1:])
+    selectors, graphs = map(tier_selector, bundle.manifest.tiers[1:]), bundle.manifest.graphs
+    plans, layers = (bundle.plan, *bundle.lower_tiers), bundle.manifest.decoder.attention_layers
     ranges: dict[str, tuple[Mapping[str, Range], ...]] = {
         VISION: ({},),
         **({VISION_UNPRUNED: ({},)} if limits.unpruned else {}),
         EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
         **{name: ({"words": (1, min(16, limits.turn), limits.turn)},) for name in (SELECTOR, *selectors)},
         PREDICTOR: ({},),
-        DECODER: decoder_ranges((bundle.plan, *bundle.lower_tiers), limits, bundle.manifest.decoder.attention_layers),
+        DECODER: decoder_ranges(plans, limits, layers, steps=ROWS in graphs[DECODER].inputs),
     }
-    graphs = bundle.manifest.graphs
     return {name: tuple(_profile(graphs[name].inputs, each) for each in ranges[name]) for name in ranges if name in graphs}
 
 
@@ -67,15 +69,17 @@ def image_prefill_of(tier: int) -> int:
 
 
 def decoder_ranges(
-    plans: Sequence[KeepPlan], limits: ProfileLimits, layers: Sequence[int] | None = None
+    plans: Sequence[KeepPlan], limits: ProfileLimits, layers: Sequence[int] | None = None, *, steps: bool = False
 ) -> tuple[dict[str, Range], ...]:
     """Return the ranges of each decoder profile in order.
 
-    `plans`: the plans of all tiers. `layers`: the layers with a KV cache, by default all.
+    `plans`: the plans of all tiers. `layers`: the layers with a KV cache, by default all. `steps`: whether decode steps have a
+    profile of their own, the last.
     """
     layers = range(plans[0].layers) if layers is None else layers
     turns = [_image_prefill_profile(plans, limits, layers, tier) for tier in range(len(plans))]
-    return (turns[0], _text_profile(plans, limits, layers), *turns[1:])
+    text = _text_profile(plans, limits, layers)
+    return (turns[0], text, *turns[1:], *([_step_profile(text)] if steps else []))
 
 
 def _image_prefill_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, layers: Sequence[int], tier: int) -> dict[str, Range]:
@@ -104,6 +108,18 @@ def _text_profile(plans: Sequence[KeepPlan], limits: ProfileLimits, layers: Sequ
     }
     ranges |= {name: (1, 1 + stored, 1 + limits.images * stored) for name, stored in _caches(plans, layers).items()}
     return ranges | {"text": _text(ranges)}
+
+
+def _step_profile(text: Mapping[str, Range]) -> dict[str, Range]:
+    # The ranges of one token on text caches of a capacity, given those of text.
+    minimum, optimum, maximum = (capacity_for(rows) for rows in text["past_text"])
+    ranges = {**text, "prefix": (0, 0, 0), "suffix": (1, 1, 1), "past_text": (minimum, optimum, maximum)}
+    return ranges | {"text": _text(ranges)}
+
+
+def capacity_for(rows: int) -> int:
+    """Return the capacity of the text caches that a step on `rows` of them binds: it writes one more."""
+    return (rows // CAPACITY + 1) * CAPACITY
 
 
 def shapes_of(shape: tuple[int | str, ...], ranges: Mapping[str, Range]) -> Shapes:

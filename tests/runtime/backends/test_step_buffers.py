@@ -111,7 +111,7 @@ def check_restored(buffers: StepBuffers, cache: KvCache) -> None:
 
 def test_8_bits_hold_each_channel_to_half_a_step() -> None:
     buffers, cache = StepBuffers(3, quantized=True), cache_of(5, visual=12)
-    for array in (*cache.buffers, *cache.visual):
+    for array in (*cache.text, *cache.visual):
         array[:, 1, 3] *= 50.0  # a channel of outliers costs the others nothing
     buffers.follow(cache)
     assert buffers.arrays[0].dtype == np.int8

@@ -17,6 +17,7 @@ from learned_weights import drawn_ranking, input_cut
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
+from edgeprune.bundle.graph_io import ROWS
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.tracing import trace_decoder, trace_predictor, trace_selector, trace_vision
 from edgeprune.lint.check import lint
@@ -120,7 +121,7 @@ def traced(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path)
 def profiles(name: str, record: GraphRecord, plan: KeepPlan) -> list[dict[str, Any]]:
     wanted: list[Any] = [{"words": (1, 8, 64)}]
     if name == DECODER:
-        wanted = list(decoder_ranges((plan,), LIMITS))
+        wanted = list(decoder_ranges((plan,), LIMITS, steps=ROWS in record.inputs))
     dynamic = {key: at.shape for key, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
     return [{key: shapes_of(shape, ranges) for key, shape in dynamic.items()} for ranges in wanted]
 

@@ -15,6 +15,7 @@ from edgeprune.device.cudart import Cudart, load_cudart
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.tensorrt.arrays import MemoryPool, upload
 from edgeprune.runtime.backends.tensorrt.bindings import Driver, identity
+from edgeprune.runtime.backends.tensorrt.steps import APPEND_ROWS
 
 
 def test_every_call_is_made_on_one_stream() -> None:
@@ -99,6 +100,57 @@ def test_a_gpu_goes_on_after_an_error(gpu: Driver) -> None:
     with pytest.raises(EngineError, match="cudaErrorInvalidValue"):
         gpu.copy(8, 16, 4)
     assert comes_back(gpu, 1000)
+
+
+def captured_rows_are_appended(driver: Driver) -> bool:
+    """Write rows of two caches by the captured kernel, at a place that each launch is told; return whether they are there alone."""
+    pool, draws = MemoryPool(driver), np.random.default_rng(2)
+    rows = [draws.integers(0, 1 << 16, (1, width), dtype=np.uint16) for width in (2, 512)]
+    caches: list[Any] = [np.empty_like(upload(pool, new), shape=(8, new.shape[1])) for new in rows]
+    sources: list[Any] = [upload(pool, new) for new in rows]
+    entries = [(new.address, held.address, new.nbytes // 4) for new, held in zip(sources, caches, strict=True)]
+    table, place = upload(pool, np.array(entries, np.uint64)), upload(pool, np.zeros(1, np.int64))
+    told, back, kernel = driver.pinned(8), driver.pinned(rows[1].nbytes), driver.kernel(APPEND_ROWS, "append_rows")
+
+    def enqueue() -> None:
+        driver.upload(place.address, told)
+        kernel.launch(driver.stream, len(rows), 128, table.address, place.address)
+        driver.download_pinned(back, caches[1][5:6].address)
+
+    enqueue()  # at 0
+    driver.synchronize()
+    graph = driver.capture(enqueue)
+    for row in (3, 5):
+        told.view(np.int64)[0] = row
+        driver.launch(graph)
+        driver.synchronize()
+    right = np.array_equal(back.view(np.uint16), rows[1][0])
+    for held, new in zip(caches, rows, strict=True):
+        expected = np.zeros(held.shape, np.uint16)
+        expected[[0, 3, 5]] = new
+        right &= np.array_equal(held.numpy(), expected)
+    with pytest.raises(EngineError, match="cudaErrorStreamCapture"):
+        driver.capture(lambda: driver.zero(driver.allocate(256), 256))
+    driver.discard(graph)
+    kernel.close()
+    pool.close()
+    for memory in (told, back):
+        driver.unpin(memory)
+    return bool(right)
+
+
+def test_rows_are_appended_by_what_the_ptx_says() -> None:
+    library = SimulatedCudart()
+    library.interpreting = True
+    driver = SimulatedDriver(library)
+    assert captured_rows_are_appended(driver)
+    driver.close()
+    assert driver.closed
+
+
+@pytest.mark.device
+def test_a_gpu_appends_rows_in_a_captured_graph(gpu: Driver) -> None:
+    assert captured_rows_are_appended(gpu) and comes_back(gpu, 1000)
 
 
 @pytest.mark.device

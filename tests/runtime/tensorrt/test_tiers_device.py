@@ -23,6 +23,7 @@ from edgeprune.plan.tiers import Tiers
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.tensorrt.profiles import (
     IMAGE_PREFILL,
+    STEP,
     TEXT,
     decoder_ranges,
     image_prefill_of,
@@ -72,13 +73,14 @@ def test_an_image_is_recalled_on_the_device_too(tiered: Bundle, tiny_image: Imag
 
 def test_each_tier_has_a_profile_of_constants(tiered: Bundle) -> None:
     decoder = shape_profiles(tiered, LIMITS)[DECODER]
-    assert len(decoder) == 4
+    assert len(decoder) == 5
     assert [image_prefill_of(tier) for tier in range(3)] == [IMAGE_PREFILL, 2, 3]
     for tier, name in enumerate(KEPT):
         profile = decoder[image_prefill_of(tier)]
         assert profile["tier"] == ((tier + 1,),) * 3
         assert {shape[1] for shape in profile["visual_embeds"]} == {KEPT[name][0]}
-    assert decoder[TEXT]["tier"] == ((1,),) * 3
+    assert decoder[TEXT]["tier"] == decoder[STEP]["tier"] == ((1,),) * 3
+    assert decoder[STEP]["suffix_embeds"] == ((1, 1, 48),) * 3
 
 
 def test_the_lint_finds_no_error(tiered: Bundle) -> None:
@@ -97,7 +99,8 @@ def test_nvidias_builder_takes_a_decoder_with_tiers(target: str, even: LoadedMod
     path = tmp_path / "decoder.onnx"
     record = trace_decoder(even.family.decoder(), 3, plans[0], lowering, path, plans[1:])
     dynamic = {name: at.shape for name, at in record.inputs.items() if any(isinstance(axis, str) for axis in at.shape)}
-    profiles = [{name: shapes_of(shape, ranges) for name, shape in dynamic.items()} for ranges in decoder_ranges(plans, LIMITS)]
+    wanted = decoder_ranges(plans, LIMITS, steps=True)
+    profiles = [{name: shapes_of(shape, ranges) for name, shape in dynamic.items()} for ranges in wanted]
     trial = try_build(path, DECODER, profiles, substitute_capability(lowering.target))
     assert not trial.error
     assert trial.plan_bytes > 0

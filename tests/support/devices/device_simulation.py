@@ -1,5 +1,8 @@
 """A device made up for tests: a libcudart whose memory notices every wrong access, and TensorRT played by ONNX Runtime on it.
 
+Between the beginning and the end of a capture nothing runs: what is put on the stream becomes a graph, which runs when launched.
+Calls that CUDA does not allow meanwhile fail, and the capture with them.
+
 The simulated TensorRT is given what stands for the plan of NVIDIA's builder: a JSON of the graph's path and its profiles. It reads
 inputs from the addresses that it was told, in the memory of the simulated libcudart, and writes outputs there; whatever lies
 outside a block, overlaps a freed one or was never set is an error.
@@ -12,12 +15,14 @@ import json
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import ptx
 
 from edgeprune.device.cudart import Cudart
 from edgeprune.runtime.backends.tensorrt.bindings import Driver
@@ -44,10 +49,16 @@ class SimulatedCudart:
         self.blocks: dict[int, bytearray] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.streams: set[int] = set()
+        self.recording: list[Callable[[], object]] | None = None  # what is captured
+        self.graphs: dict[int, list[Callable[[], object]]] = {}
+        self.pinned: dict[int, Any] = {}
+        self.modules: dict[int, str] = {}  # PTX by handle
+        self.interpreting = False  # whether PTX is run as it stands, which is slow, instead of what it stands for
+        self._spoiled = False
         self._next = 1 << 20
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("cuda"):
+        if not name.startswith("cu"):
             raise AttributeError(name)
         function = SimulatedFunction(self, name)
         setattr(self, name, function)
@@ -58,7 +69,20 @@ class SimulatedCudart:
         needs_driver = name not in ("cudaRuntimeGetVersion", "cudaGetErrorName")
         if needs_driver and (self.driver is None or self.version > self.driver):
             return 35
+        if self.recording is not None and name in ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaStreamSynchronize"):
+            self._spoiled = True
+            return 900
+        if name in self._failing and name == "cudaStreamEndCapture":
+            self.recording = None  # it ends a capture whatever it returns
         return self._failing.get(name) or getattr(self, f"_{name}")(*arguments)
+
+    def do(self, call: tuple[Any, ...], work: Callable[[], object]) -> None:
+        """Do some work now and note the call, or when the graph is launched that is being captured."""
+        if self.recording is not None:
+            self.recording.append(work)
+        else:
+            work()
+            self.calls.append(call)
 
     def view(self, address: int, size: int) -> memoryview:
         """Return the memory of an access, which must lie in one living block."""
@@ -72,7 +96,8 @@ class SimulatedCudart:
         return 0
 
     def _cudaGetErrorName(self, code: int) -> bytes | None:
-        names = {2: "MemoryAllocation", 35: "InsufficientDriver", 100: "NoDevice"}
+        names = {2: "MemoryAllocation", 35: "InsufficientDriver", 100: "NoDevice", 900: "StreamCaptureUnsupported"}
+        names |= {901: "StreamCaptureInvalidated"}
         return f"cudaError{names[code]}".encode() if code in names else None
 
     def _cudaDeviceGetAttribute(self, out: Any, attribute: int, device: int) -> int:
@@ -90,7 +115,8 @@ class SimulatedCudart:
         return 0
 
     def _cudaStreamDestroy(self, stream: int) -> int:
-        assert not self.blocks, "memory is freed before the stream goes"
+        assert not self.blocks and not self.pinned, "memory is freed before the stream goes"
+        assert not self.graphs and not self.modules, "graphs and kernels go before the stream"
         self.streams.remove(stream)
         return 0
 
@@ -98,7 +124,7 @@ class SimulatedCudart:
         assert size > 0
         address, self._next = self._next, self._next + size + (1 << 12)  # a gap, so that neighbours are never hit by chance
         self._next = -(-self._next // 256) * 256
-        self.blocks[address] = bytearray(b"\xcd" * size)
+        self.blocks[address] = bytearray(b"\xff" * size)  # no numbers: NaN
         out._obj.value = address
         self.calls.append(("allocate", size))
         return 0
@@ -111,11 +137,98 @@ class SimulatedCudart:
 
     def _cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> int:
         assert stream in self.streams
-        if kind == 2:
-            ctypes.memmove(target, bytes(self.view(source, size)), size)
-        else:
-            self.view(target, size)[:] = ctypes.string_at(source, size) if kind == 1 else bytes(self.view(source, size))
-        self.calls.append(({1: "upload", 2: "download", 3: "copy"}[kind], size))
+        if self.recording is not None and kind != 3:
+            assert self._is_pinned({1: source, 2: target}[kind], size), "a captured copy reads and writes pinned memory"
+
+        def copy() -> None:
+            if kind == 2:
+                ctypes.memmove(target, bytes(self.view(source, size)), size)
+            else:
+                self.view(target, size)[:] = ctypes.string_at(source, size) if kind == 1 else bytes(self.view(source, size))
+
+        self.do(({1: "upload", 2: "download", 3: "copy"}[kind], size), copy)
+        return 0
+
+    def _cudaMemsetAsync(self, target: int, value: int, size: int, stream: int) -> int:
+        assert stream in self.streams
+        self.do(("zero", size), lambda: self.view(target, size).__setitem__(slice(None), bytes([value]) * size))
+        return 0
+
+    def _cudaHostAlloc(self, out: Any, size: int, flags: int) -> int:
+        memory = ctypes.create_string_buffer(b"\xff" * size, size)
+        out._obj.value = ctypes.addressof(memory)
+        self.pinned[ctypes.addressof(memory)] = memory
+        return 0
+
+    def _cudaFreeHost(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+    def _is_pinned(self, address: int, size: int) -> bool:
+        return any(start <= address and address + size <= start + len(memory) for start, memory in self.pinned.items())
+
+    def _cudaStreamBeginCapture(self, stream: int, mode: int) -> int:
+        assert stream in self.streams and self.recording is None and mode == 1
+        self.recording, self._spoiled = [], False
+        return 0
+
+    def _cudaStreamEndCapture(self, stream: int, out: Any) -> int:
+        assert self.recording is not None
+        recorded, self.recording = self.recording, None
+        if self._spoiled:
+            return 901
+        out._obj.value, self._next = self._next, self._next + 256
+        self.graphs[out._obj.value] = recorded
+        return 0
+
+    def _cudaGraphInstantiate(self, out: Any, graph: int, flags: int) -> int:
+        out._obj.value, self._next = self._next, self._next + 256
+        self.graphs[out._obj.value] = self.graphs[graph]
+        return 0
+
+    def _cudaGraphDestroy(self, graph: int) -> int:
+        del self.graphs[graph]
+        return 0
+
+    _cudaGraphExecDestroy = _cudaGraphDestroy
+
+    def _cudaGraphLaunch(self, graph: int, stream: int) -> int:
+        assert stream in self.streams
+        for work in self.graphs[graph]:
+            work()
+        self.calls.append(("launch",))
+        return 0
+
+    def _cudaGetLastError(self) -> int:
+        return 0
+
+    def _cuModuleLoadData(self, out: Any, image: bytes) -> int:
+        assert b".entry append_rows(" in image
+        out._obj.value, self._next = self._next, self._next + 256
+        self.modules[out._obj.value] = image.decode()
+        return 0
+
+    def _cuModuleGetFunction(self, out: Any, module: Any, name: bytes) -> int:
+        assert module.value in self.modules and name == b"append_rows"
+        out._obj.value = module.value
+        return 0
+
+    def _cuModuleUnload(self, module: Any) -> int:
+        del self.modules[module.value]
+        return 0
+
+    def _cuLaunchKernel(self, entry: Any, blocks: int, *rest: Any) -> int:
+        assert entry.value in self.modules and rest[:2] == (1, 1) and rest[6] in self.streams
+        table, rows = (ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint64))[0] for pointer in rest[7])
+
+        def append_rows() -> None:
+            row = int(np.frombuffer(self.view(rows, 8), np.int64)[0])
+            for source, target, words in np.frombuffer(self.view(table, 24 * blocks), np.uint64).reshape(-1, 3).tolist():
+                self.view(target + 4 * row * words, 4 * words)[:] = bytes(self.view(source, 4 * words))
+
+        threads, source = rest[2], self.modules[entry.value]
+        interpreted = partial(ptx.run, source, (table, rows), blocks, threads, self.view)
+        self.do(("kernel",), interpreted if self.interpreting else append_rows)
         return 0
 
 
@@ -160,7 +273,7 @@ class SimulatedDriver(Driver):
 
     def __init__(self, library: SimulatedCudart | None = None) -> None:
         self.library = library or SimulatedCudart()
-        super().__init__(Cudart(self.library, "libcudart.so.12", self.library.driver))
+        super().__init__(Cudart(self.library, "libcudart.so.12", self.library.driver), lambda: self.library)
         self.view, self.calls = self.library.view, self.library.calls
 
     @property
@@ -181,6 +294,7 @@ class SimulatedContext:
         self._engine, self._profile = engine, 0
         self._scratch = (0, 0)
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._ready: dict[str, tuple[int, ...]] = {}  # the shapes of the last run outside of a capture
         self._addresses: dict[str, int] = {}
 
     def set_optimization_profile_async(self, number: int, stream: int) -> bool:
@@ -203,28 +317,40 @@ class SimulatedContext:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shape(name, self._shapes)
+
+    def _shape(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         side = self._engine.graph["inputs"] | self._engine.graph["outputs"]
-        lengths = self._lengths()
+        lengths = self._lengths(shapes)
         return tuple(
             axis if isinstance(axis, int) else int(eval(axis, {"Min": min, "Max": max}, lengths)) for axis in side[name]["shape"]
         )
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM and set(self._addresses) == set(self._engine.names), "every address is set"
-        inputs = {name: self._read(name) for name in self._engine.graph["inputs"] if name in self._engine.used}
+        library, shapes, addresses = self._engine.driver.library, dict(self._shapes), dict(self._addresses)
+        if library.recording is None:
+            self._ready = shapes
+        assert shapes == self._ready, "TensorRT prepares itself for new shapes in a run that is not captured"
+        call = ("execute", Path(self._engine.plan["onnx"]).stem, self._profile)
+        library.do(call, lambda: self._run(shapes, addresses))
+        if self._profile < len(self._engine.profiles) - 1 or "cache_rows" not in self._engine.graph["inputs"]:
+            self._addresses.clear()  # nothing but a step may rely on what was set earlier
+        return True
+
+    def _run(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        inputs = {name: self._read(name, shapes[name], addresses[name]) for name in self._engine.graph["inputs"]}
+        inputs = {name: array for name, array in inputs.items() if name in self._engine.used}
         self._spoil_scratch()
         outputs = self._engine.session.run(list(self._engine.graph["outputs"]), inputs)
         spans = []
         for name, array in zip(self._engine.graph["outputs"], outputs, strict=True):
-            assert array.shape == self.get_tensor_shape(name), name
-            self._engine.driver.view(self._addresses[name], array.nbytes)[:] = array.tobytes()
-            spans.append((self._addresses[name], array.nbytes))
-        reads = [(self._addresses[name], array.nbytes) for name, array in inputs.items() if array.nbytes]
+            assert array.shape == self._shape(name, shapes), name
+            self._engine.driver.view(addresses[name], array.nbytes)[:] = array.tobytes()
+            spans.append((addresses[name], array.nbytes))
+        reads = [(addresses[name], array.nbytes) for name, array in inputs.items() if array.nbytes]
         assert not any(_overlap(one, other) for one in spans for other in reads), "outputs never overwrite inputs"
         assert not any(_overlap(self._scratch, other) for other in [*spans, *reads]), "scratch memory is nobody else's"
-        self._engine.driver.calls.append(("execute", Path(self._engine.plan["onnx"]).stem, self._profile))
-        self._addresses.clear()  # nothing may rely on what an earlier step set
-        return True
 
     def _spoil_scratch(self) -> None:
         # What a context leaves in scratch memory is garbage for every other one.
@@ -232,17 +358,16 @@ class SimulatedContext:
         assert size >= self._engine.device_memory_size_v2, "the context has enough scratch memory"
         self._engine.driver.view(address, size)[:] = b"\xee" * size
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str, shape: tuple[int, ...], address: int) -> np.ndarray:
         kind = np.dtype(self._engine.graph["inputs"][name]["type"])
-        size = int(np.prod(self._shapes[name])) * kind.itemsize
-        memory = self._engine.driver.view(self._addresses[name], size)
-        return np.frombuffer(bytes(memory), kind).reshape(self._shapes[name])
+        memory = self._engine.driver.view(address, int(np.prod(shape)) * kind.itemsize)
+        return np.frombuffer(bytes(memory), kind).reshape(shape)
 
-    def _lengths(self) -> dict[str, int]:
+    def _lengths(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         declared = self._engine.graph["inputs"]
         return {
             axis: length
-            for name, shape in self._shapes.items()
+            for name, shape in shapes.items()
             for axis, length in zip(declared[name]["shape"], shape, strict=True)
             if isinstance(axis, str)
         }
