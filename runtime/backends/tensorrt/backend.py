@@ -15,7 +15,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
+from edgeprune.bundle import (
+    DECODER,
+    EMBED,
+    PREDICTOR,
+    SELECTOR,
+    VISION,
+    VISION_UNPRUNED,
+    Bundle,
+    GraphRecord,
+    held_as,
+    tier_selector,
+)
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.cudart import load_cudart
@@ -122,7 +133,7 @@ class Executor:
             )
 
     def _type(self, name: str) -> np.dtype:
-        return np.dtype((self._record.inputs.get(name) or self._record.outputs[name]).type)
+        return np.dtype(held_as((self._record.inputs.get(name) or self._record.outputs[name]).type))
 
     def _bytes(self, name: str, shape: Sequence[int]) -> int:
         return int(np.prod(tuple(shape), dtype=np.int64)) * self._type(name).itemsize

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from edgeprune.bundle import held_as
 from edgeprune.device.cudart import Cudart
+from edgeprune.runtime.backends.kv_cache import bfloat16_as_float32, float32_as_bfloat16
 from edgeprune.runtime.backends.tensorrt.bindings import Driver
 
 STREAM = 77
@@ -214,12 +216,14 @@ class SimulatedContext:
         inputs = {name: self._read(name) for name in self._engine.graph["inputs"] if name in self._engine.used}
         self._spoil_scratch()
         outputs = self._engine.session.run(list(self._engine.graph["outputs"]), inputs)
+        kinds = [output["type"] for output in self._engine.graph["outputs"].values()]
+        outputs = [float32_as_bfloat16(array) if kind == "bfloat16" else array for array, kind in zip(outputs, kinds, strict=True)]
         spans = []
         for name, array in zip(self._engine.graph["outputs"], outputs, strict=True):
             assert array.shape == self.get_tensor_shape(name), name
             self._engine.driver.view(self._addresses[name], array.nbytes)[:] = array.tobytes()
             spans.append((self._addresses[name], array.nbytes))
-        reads = [(self._addresses[name], array.nbytes) for name, array in inputs.items() if array.nbytes]
+        reads = [(self._addresses[name], self._size(name)) for name in inputs if self._size(name)]
         assert not any(_overlap(one, other) for one in spans for other in reads), "outputs never overwrite inputs"
         assert not any(_overlap(self._scratch, other) for other in [*spans, *reads]), "scratch memory is nobody else's"
         self._engine.driver.calls.append(("execute", Path(self._engine.plan["onnx"]).stem, self._profile))
@@ -233,10 +237,15 @@ class SimulatedContext:
         self._engine.driver.view(address, size)[:] = b"\xee" * size
 
     def _read(self, name: str) -> np.ndarray:
-        kind = np.dtype(self._engine.graph["inputs"][name]["type"])
-        size = int(np.prod(self._shapes[name])) * kind.itemsize
-        memory = self._engine.driver.view(self._addresses[name], size)
-        return np.frombuffer(bytes(memory), kind).reshape(self._shapes[name])
+        memory = self._engine.driver.view(self._addresses[name], self._size(name))
+        array = np.frombuffer(bytes(memory), self._kind(name)).reshape(self._shapes[name])
+        return bfloat16_as_float32(array) if self._engine.graph["inputs"][name]["type"] == "bfloat16" else array
+
+    def _kind(self, name: str) -> np.dtype:
+        return np.dtype(held_as(self._engine.graph["inputs"][name]["type"]))
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._shapes[name])) * self._kind(name).itemsize
 
     def _lengths(self) -> dict[str, int]:
         declared = self._engine.graph["inputs"]
