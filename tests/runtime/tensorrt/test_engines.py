@@ -291,8 +291,8 @@ def test_a_build_on_a_board_with_zram_stops_unless_told_otherwise(own: Bundle, t
     assert len(build_bundle(replace(request, ignore_memory=True), **given)) == 3
 
 
-def test_a_gpu_without_bfloat16_is_told_so(own: Bundle, tmp_path: Path) -> None:
-    brain = replace(own, manifest=replace(own.manifest, target="jetpack6", precision="bf16"))
+def test_a_gpu_without_bfloat16_is_told_so(tiny_bundle: Bundle) -> None:
+    brain = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, target="jetpack6", precision="bf16"))
     with pytest.raises(EngineError, match=r"This GPU \(SM 7\.2\) has no bfloat16: .*Orin .*--precision fp16"):
         build(brain, device=DeviceIdentity("8.6.2", "7.2"))
 
