@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from edgeprune.errors import UsageError, did_you_mean
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 KV_KINDS = ("same", "int8")
+_FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _INT4_OPSET = 21  # the first with block-wise INT4 in DequantizeLinear; TensorRT reads such nodes since 10.0
 
 
@@ -71,6 +72,7 @@ class Lowering:
     """How a bundle's graphs are lowered: the `target`, and the `precision` of the weights.
 
     fp16: weights, matrix products and KV caches; norms, softmax, rotary embedding, residual stream and logits stay in float32.
+    bf16: the same in bfloat16, which has float32's range with 8 bits of precision; for TensorRT alone.
     int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. int4: the weights of the decoder
     layers, in blocks of 128 inputs; all other weights are int8. `wide`: the matrices, such as decoder.layers.0.mlp.down_proj, whose
     products float16 does not hold: they multiply in float32, with weights in float32 instead of fp16. `kv`: how decode steps keep
@@ -92,6 +94,11 @@ class Lowering:
             )
         if self.precision not in PRECISIONS:
             raise UsageError(f"Unknown precision {self.precision!r}.", hint=f"Precisions are: {', '.join(PRECISIONS)}.")
+        if self.target.tensorrt is None and self.precision == "bf16":
+            raise UsageError(
+                f"Target {self.target.name!r} has no bf16: ONNX Runtime's CPU has no products of bfloat16.",
+                hint="Choose --precision fp32, int8 or int4, or the --target of a Jetson.",
+            )
         if self.target.blocked and self.precision == "fp16":
             raise UsageError(
                 f"Target {self.target.name!r} has no fp16: its kernels multiply float32 or integers.",
@@ -111,7 +118,7 @@ class Lowering:
     def products(self) -> str:
         """Type of matrix products and KV caches. ONNX Runtime multiplies quantized weights in float32: its CPU has no fp16."""
         is_float32 = self.precision == "fp32" or (self.target.tensorrt is None and self.precision in ("int8", "int4"))
-        return "float32" if is_float32 else "float16"
+        return "float32" if is_float32 else "bfloat16" if self.precision == "bf16" else "float16"
 
     def is_wide(self, part: str, weight: str) -> bool:
         """Return whether a weight of a part's graph, such as decoder.layers.0.mlp.down_proj.weight, multiplies in float32."""
@@ -125,7 +132,7 @@ class Lowering:
     def weights_of(self, part: str) -> str:
         """Return the weight precision of a part: "layers" or "head" of the decoder, "vision", or "embedding"."""
         if part == "embedding":
-            return "int8" if self.rounds(self.precision) else "fp32" if self.products == "float32" else "fp16"
+            return "int8" if self.rounds(self.precision) else _FLOATS[self.products]
         return "int8" if self.precision == "int4" and part != "layers" else self.precision
 
 

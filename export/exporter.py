@@ -37,6 +37,7 @@ from edgeprune.bundle import (
     GraphRecord,
     Manifest,
     SourceQuantization,
+    float32_graph,
     tier_plan,
     tier_selector,
 )
@@ -50,6 +51,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.export.passes.widening import write_widened
 from edgeprune.export.sizes import encoder_works
 from edgeprune.export.tracing import has_buffers, trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
 from edgeprune.families.base import Family
@@ -62,7 +64,7 @@ from edgeprune.targets import PLAIN, Lowering
 
 STAGES = ("products", "weights", "vision encoder", "embedding", "selection", "decoder", "processor", "manifest", "expected outputs")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
-_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
 WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
 
 
@@ -154,6 +156,9 @@ def _write_graphs(
     progress.begin("decoder")
     axes, others = loaded.family.position_axes, tuple(lower_tiers.values())
     graphs[DECODER] = trace_decoder(parts, axes, plan, lowering, folder / DECODER, others, progress)
+    if lowering.products == "bfloat16":
+        for graph in graphs:
+            write_widened(folder / graph, folder / float32_graph(graph))
     return graphs
 
 

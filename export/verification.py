@@ -48,11 +48,13 @@ _FP32 = {**_INPUTS, **_FP32, "states": 1e-3}
 # Half precision rounds at 5e-4, and errors accumulate over the layers; nearly equal scores may swap ranks.
 _FP16 = {**_INPUTS, "vision kept": 0.02, "vision": 5e-3, "kept": 0.02, "prefill": 3e-3, "generation": 5e-3}
 _FP16["states"] = 0.02  # sums over all tokens before them
+# bfloat16 rounds eight times as coarsely.
+_BF16 = {**_FP16, "vision kept": 0.05, "vision": 0.04, "kept": 0.05, "prefill": 0.024, "generation": 0.04, "states": 0.1}
 # If activations are quantized to 8 bits too, a difference in the last digit may become a step of 1/255 of their range.
 _DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "states": 0.05}
 _KV_INT8 = 0.02  # of logits: five times what the bundled model loses
 _TEXTS = ("text", "unpruned text")
-TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "int8": _FP16, "int4": _FP16}
+TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "bf16": _BF16, "int8": _FP16, "int4": _FP16}
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,8 @@ class TorchBackend:
         return float(self._rate_predictor(self._tensor(split), torch.tensor([float(step)], device=self._device))[0])
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        tensor = torch.from_numpy(array)  # rows of bfloat16 are held as their bits
+        return (tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor).to(self._device)
 
 
 def check_device(device: str) -> None:
@@ -255,5 +256,6 @@ def prompt_encoder(loaded: LoadedModel, geometry: Geometry) -> PromptEncoder:
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
+    tensor = tensor.cpu()
+    array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return array

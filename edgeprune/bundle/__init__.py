@@ -16,6 +16,7 @@ from edgeprune.bundle.bundle import (
     VISION_UNPRUNED,
     Bundle,
     files_of,
+    float32_graph,
     is_bundle,
     tier_plan,
     tier_selector,
@@ -34,6 +35,7 @@ from edgeprune.bundle.manifest import (
     Source,
     SourceQuantization,
     Tensor,
+    held_as,
 )
 
 __all__ = [
@@ -65,6 +67,8 @@ __all__ = [
     "SourceQuantization",
     "Tensor",
     "files_of",
+    "float32_graph",
+    "held_as",
     "is_bundle",
     "tier_plan",
     "tier_selector",

@@ -12,6 +12,7 @@ onnx/selector.NAME.onnx          the input cut with the budget of another tier
 onnx/predictor.onnx              the rate of a decode cut that follows attention: split [layers, 4] and step -> share kept [1]
 onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
 onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
+onnx/*.float32.onnx              a graph of a bf16 bundle in float32, on the same weights: ONNX Runtime has no products of bfloat16
 expected/conversation.npz        a conversation and its outputs: see edgeprune.benchmark.expected; only for a target with TensorRT
 processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
 
@@ -129,6 +130,11 @@ def tier_plan(name: str) -> str:
 def tier_selector(name: str) -> str:
     """Return the input cut's path in the bundle, for any tier but the first."""
     return f"onnx/selector.{name}.onnx"
+
+
+def float32_graph(graph: str) -> str:
+    """Return the path of a bf16 graph's form in float32, which ONNX Runtime reads."""
+    return f"{graph.removesuffix(_GRAPH)}.float32{_GRAPH}"
 
 
 def files_of(graph: str) -> tuple[str, str]:

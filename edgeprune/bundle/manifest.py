@@ -99,9 +99,9 @@ class LayerState:
 class DecoderShape:
     """Sizes of the decoder graph; `position_axes` is 3 for mRoPE, 1 for plain rotary positions, 2 if a visual token sees its image.
 
-    `cache_type`: float32 or float16, the type of the KV caches. `planes`: extra features per visual token; layer i of the first
-    `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend to
-    each other, so that the KV cache of an image depends on the text after it. `local_layers`: those whose attention has a window.
+    `cache_type`: type of the KV caches, float32, float16 or bfloat16. `planes`: extra features per visual token; layer i of the
+    first `planes` layers adds plane i. `context`: maximum tokens of a conversation. `bidirectional`: the tokens of a prompt attend
+    to each other, so that the KV cache of an image depends on the text after it. `local_layers`: those with a window of attention.
     `states`: in the order of the layers; a layer with states has no KV cache. `heads` of the queries, the `window` of the local
     layers, in tokens, and `layer_weights`, the elements of each layer's matrices, are 0 and empty in bundles before schema 9.
     """
@@ -123,6 +123,11 @@ class DecoderShape:
     layer_weights: tuple[int, ...] = ()
 
     @property
+    def row_type(self) -> str:
+        """NumPy's name of the type that rows of the KV caches are held in."""
+        return held_as(self.cache_type)
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers with a KV cache."""
         return attention_layers(self.layers, self.states)
@@ -131,6 +136,11 @@ class DecoderShape:
     def width(self) -> int:
         """Columns of the decoder's input embeddings, planes included."""
         return (1 + self.planes) * self.hidden
+
+
+def held_as(kind: str) -> str:
+    """Return NumPy's name of the type that arrays of a graph's type are held in: their bits for bfloat16, which NumPy lacks."""
+    return "uint16" if kind == "bfloat16" else kind
 
 
 def attention_layers(layers: int, states: Sequence[LayerState]) -> tuple[int, ...]:

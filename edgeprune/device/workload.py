@@ -51,6 +51,7 @@ PRECISIONS = {
     for precision in (
         Precision("fp32", 4.0, 4.0, 4.0, 4.0, 4, "fp32"),
         Precision("fp16", 2.0, 2.0, 2.0, 2.0, 2, "fp16"),
+        Precision("bf16", 2.0, 2.0, 2.0, 2.0, 2, "fp16"),  # Orin and Thor multiply both equally fast
         Precision("int8", 1.0, 1.0, 1.0, 2.0, 2, "fp16"),
         Precision("int4", 0.5 + 2 / 128, 1.0, 1.0, 2.0, 2, "fp16"),
     )

@@ -95,7 +95,7 @@ def lint_bundle(
 
     Raises UsageError for profiles of a graph that the bundle does not have, and the errors of `lint`.
     """
-    graphs = [name for name in bundle.manifest.files if name.endswith(".onnx")]
+    graphs = list(bundle.manifest.graphs)
     by_graph = profiles_by_graph or {}
     for name in by_graph:
         if name not in graphs:

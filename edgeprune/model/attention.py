@@ -26,6 +26,7 @@ INPUTS = (
 )
 
 _SMALLEST_HEAD = 16
+_HALVES = (torch.float16, torch.bfloat16)
 _ROWS = 1 << 20  # more than any step has
 _NEVER = 1 << 50
 
@@ -247,7 +248,7 @@ def attend(
     by_head = [rows.transpose(0, 1) for rows in keys]
     scores = Scores(query, by_head, mask, shape.softcap)
     fits = shape.head_dim >= _SMALLEST_HEAD and shape.softcap is None and mask.visible.ndim == 2 and not shape.loops
-    use_fused = fused and query.dtype is torch.float16 and fits and tokens.weight is None
+    use_fused = fused and query.dtype in _HALVES and fits and tokens.weight is None
     if mask.in_row is not None:
         mixed = blocked(query, *keys, *values, mask.added, mask.in_row.mask, mask.in_row.reach)
     else:

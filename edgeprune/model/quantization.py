@@ -28,7 +28,8 @@ _STEPS = {"int8": (127.0,), "int4": (7.0, 7.5, 8.0, 8.5, 9.0, 9.5)}  # scales th
 _LEAST = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}  # TensorRT refuses a scale of 0: a row of zeros has this one
 
 _TAKEN = "taken"  # weights that are already as the lowering holds them
-_TYPES = {"float16": torch.float16, "float32": torch.float32}
+_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}  # weights that are rounded, not quantized
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,14 @@ def _with_weight(module: Any, weight: torch.Tensor) -> Iterator[None]:
         module.weight = own
 
 
-def _half(values: torch.Tensor, name: str) -> torch.Tensor:
+def _narrowed(values: torch.Tensor, kind: torch.dtype, name: str) -> torch.Tensor:
     # float16's infinities would end as logits that are no numbers, without a word of where they come from.
-    rounded = values.half().float()
+    rounded = values.to(kind).float()
     if values.isfinite().all() and not rounded.isfinite().all():
         raise VerificationError(
-            f"{name} multiplies numbers up to {float(values.abs().max()):,.0f}, and float16 ends at 65,504.",
-            hint="Export the bundle again: what export finds to be large stays in float32. Or export with --precision fp32.",
+            f"{name} multiplies numbers up to {float(values.abs().max()):,.0f}, and "
+            f"{str(kind).removeprefix('torch.')} ends at {torch.finfo(kind).max:,.0f}.",
+            hint="Export the bundle again: what export finds to be large stays in float32. Or export with --precision bf16.",
         )
     return rounded
 
@@ -200,14 +202,16 @@ def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "") -> I
     with torch.no_grad():
         if kind in ("int8", "int4"):
             module.weight = nn.Parameter(quantize(weight, kind, products).restored().to(products).float())
-        elif kind == "fp16" or (kind == _TAKEN and products is torch.float16):
-            module.weight = nn.Parameter(weight.half().float())
+        elif kind in _NARROW or (kind == _TAKEN and products is not torch.float32):
+            module.weight = nn.Parameter(weight.to(_NARROW.get(kind, products)).float())
     hooks = []
-    if products is torch.float16:
+    if products is not torch.float32:
         if bias is not None:
-            module.bias = nn.Parameter(bias.detach().half().float())
-        hooks.append(module.register_forward_pre_hook(lambda _, inputs: tuple(_half(value, name) for value in inputs)))
-        hooks.append(module.register_forward_hook(lambda _, inputs, output: _half(output, name)))
+            module.bias = nn.Parameter(bias.detach().to(products).float())
+        hooks.append(
+            module.register_forward_pre_hook(lambda _, inputs: tuple(_narrowed(value, products, name) for value in inputs))
+        )
+        hooks.append(module.register_forward_hook(lambda _, inputs, output: _narrowed(output, products, name)))
     try:
         yield
     finally:

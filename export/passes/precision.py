@@ -19,11 +19,14 @@ from onnx_ir.tape import Tape
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.export.passes.attention import one_row_branch
 from edgeprune.export.passes.replacement import replace_nodes
-from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, as_fp16, matrix_of
+from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, as_type, matrix_of
 from edgeprune.targets import Lowering
 
 Lowered = dict[ir.Value, ir.Value]  # maps traced values to their lowered versions
-_TYPES = {"float16": torch.float16, "float32": torch.float32}
+_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}  # weights that are rounded, not quantized
+_FLOATS = {kind: name for name, kind in _NARROW.items()}
+_CASTS = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _NORMS = ("RMSNormalization", "LayerNormalization")
 _MIN_SCALE = 1e-20  # divisor of rows of zeros
 
@@ -36,8 +39,8 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
     (gather,) = (node for node in graph if node.op_type == "Gather")
     tape, (table, ids) = Tape(), gather.inputs
     assert table is not None
-    if kind == "fp16":
-        rows = tape.op("Gather", [_as_fp16(tape, table, {}), ids])
+    if kind in _NARROW:
+        rows = tape.op("Gather", [_narrowed(tape, table, {}, kind), ids])
         replace_nodes(graph, gather, [gather], tape, {gather.outputs[0]: tape.op("Cast", [rows], {"to": ir.DataType.FLOAT})})
         return
     integers, scales = _parts(tape, table, IntegerMatrix(matrix_of(table), kind, torch.float32, table=True))
@@ -53,7 +56,7 @@ def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
     Beside a projector, the products that select tokens stay in float32.
     """
     products = _Products(lowering, part)
-    half = lowering.products == "float16"
+    half = lowering.products != "float32"
     for node in list(graph):
         # The decoder's products of activations already have the type of its KV cache.
         if node.op_type == "Gemm" and lowering.precision != "fp32":
@@ -94,10 +97,10 @@ class _Products:
         self._quantizer = DynamicQuantizer()
 
     def half(self, tape: Tape, value: ir.Value | None) -> ir.Value:
-        """Return an activation in float16."""
+        """Return an activation in the type of the products."""
         assert value is not None
         if value not in self._known:
-            self._known[value] = tape.op("Cast", [value], {"to": ir.DataType.FLOAT16})
+            self._known[value] = tape.op("Cast", [value], {"to": _CASTS[self._type]})
         return self._known[value]
 
     def linear(self, tape: Tape, node: ir.Node) -> ir.Value:
@@ -106,15 +109,15 @@ class _Products:
         assert state is not None and weight is not None and weight.const_value is not None
         wide = self._lowering.is_wide(self._part, str(weight.name))
         products = torch.float32 if wide else self._type
-        half = products is torch.float16
+        half = products is not torch.float32
         part = "head" if "lm_head" in str(weight.name) else self._part
         source, kind = matrix_of(weight), self._lowering.weights_of(part)
         state = self.half(tape, state) if half else state
-        bias = [_as_fp16(tape, value, self._known) if half else value for value in bias]
-        if kind == "fp16" and wide:
+        bias = [_narrowed(tape, value, self._known, _FLOATS[products]) if half else value for value in bias]
+        if kind in _NARROW and wide:
             return tape.op("Gemm", [state, weight, *bias], {"transB": 1})
-        if kind == "fp16":
-            product = tape.op("Gemm", [state, _as_fp16(tape, weight, self._known), *bias], {"transB": 1})
+        if kind in _NARROW:
+            product = tape.op("Gemm", [state, _narrowed(tape, weight, self._known, kind), *bias], {"transB": 1})
             return tape.op("Cast", [product], {"to": ir.DataType.FLOAT})
         matrix: IntegerMatrix | OwnIntegers = IntegerMatrix(source, kind, products)
         if isinstance(source, PackedMatrix) and (own := source.own_kind(self._lowering, part)):
@@ -169,10 +172,10 @@ def _parts(tape: Tape, weight: ir.Value, matrix: IntegerMatrix | OwnIntegers) ->
     return [tape.initializer(integers), tape.initializer(scales)]
 
 
-def _as_fp16(tape: Tape, value: ir.Value | None, known: Lowered) -> ir.Value:
+def _narrowed(tape: Tape, value: ir.Value | None, known: Lowered, kind: str) -> ir.Value:
     assert value is not None
     if value not in known:
-        known[value] = tape.initializer(as_fp16(value, f"{value.name}.fp16"))
+        known[value] = tape.initializer(as_type(value, f"{value.name}.{kind}", _NARROW[kind]))
     return known[value]
 
 

@@ -17,11 +17,11 @@ from edgeprune.model.gptq import FittedMatrix
 from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
 
 _PIECE = 1 << 20  # elements converted at once; pieces that fit the CPU cache are several times faster
-_TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}
+_TYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16, torch.float32: ir.DataType.FLOAT}
 
 
 class LazyInitializer(ir.LazyTensor):
-    """An initializer with the elements of a `matrix` in float32 or float16."""
+    """An initializer with the elements of a `matrix` in float32, float16 or bfloat16."""
 
     def __init__(self, matrix: Matrix, name: str, kind: torch.dtype = torch.float32) -> None:
         super().__init__(lambda: ir.tensor(np.concatenate(list(self._pieces()))), _TYPES[kind], ir.Shape(matrix.shape), name=name)
@@ -31,11 +31,11 @@ class LazyInitializer(ir.LazyTensor):
     def tofile(self, file: BinaryIO) -> None:
         """Write the elements to a file, piece by piece."""
         for piece in self._pieces():
-            file.write(piece.data)
+            file.write(piece.view(np.uint8).data)  # bfloat16 is no type of Python's buffers
 
     def _pieces(self) -> Iterator[np.ndarray]:
         for rows in _pieces(self.matrix):
-            yield np.ascontiguousarray(rows.detach().to(self._kind).numpy())
+            yield np.ascontiguousarray(_array(rows.detach().to(self._kind)))
 
 
 def matrix_of(value: ir.Value) -> Matrix:
@@ -45,13 +45,20 @@ def matrix_of(value: ir.Value) -> Matrix:
     return constant.matrix if isinstance(constant, LazyInitializer) else InMemoryMatrix(torch.from_numpy(constant.numpy()))
 
 
-def as_fp16(value: ir.Value, name: str) -> ir.TensorProtocol:
-    """Return an initializer converted to float16."""
+def as_type(value: ir.Value, name: str, kind: torch.dtype) -> ir.TensorProtocol:
+    """Return an initializer converted to float16 or bfloat16."""
     constant = value.const_value
     assert constant is not None
     if isinstance(constant, LazyInitializer):
-        return LazyInitializer(constant.matrix, name, torch.float16)
-    return ir.tensor(constant.numpy().astype(np.float16), name=name)
+        return LazyInitializer(constant.matrix, name, kind)
+    return ir.tensor(_array(torch.from_numpy(constant.numpy()).to(kind)), name=name)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    # NumPy has no bfloat16 of its own.
+    raw = tensor.dtype is torch.bfloat16
+    array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if raw else tensor.numpy()
+    return array
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 The cache stores text, which grows, apart from the visual tokens of each image. Keys and values are stored token by token
 [rows, kv heads, head_dim], after a null row. Text buffers are allocated for an entire answer, so a decode step copies only its own
 rows. If a cache cut ranked the visual tokens, the highest-ranked come first: reading fewer is then a view of the same memory, and
-the next request can read all of them again.
+the next request can read all of them again. Rows of bfloat16, which NumPy lacks, are held as their bits (uint16): nothing here
+computes with them.
 
 A layer without attention has states of fixed size instead. Every step returns new ones, so older caches stay valid; no token can be
 taken out of a state again.
@@ -95,7 +96,7 @@ class KvCache:
     @classmethod
     def empty(cls, shape: DecoderShape, plan: KeepPlan) -> KvCache:
         """Return an empty cache of a decoder under a plan."""
-        null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.cache_type)
+        null = np.zeros((1, shape.kv_heads, shape.head_dim), shape.row_type)
         slots = cache_slots(plan, shape.local_layers, shape.states)
         others = {WEIGHT: lambda layer: np.zeros((1, 1), np.float32)}
         others[PLACE] = lambda layer: np.zeros((1, place_heads(plan, layer, shape.kv_heads)), np.int64)
@@ -210,6 +211,16 @@ def split_outputs(outputs: Sequence[T], slots: int, states: int) -> tuple[tuple[
 
 def _row_bytes(rows: np.ndarray) -> int:
     return int(math.prod(rows.shape[1:]) * rows.dtype.itemsize)
+
+
+def bfloat16_as_float32(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 numbers of bfloat16's bits (uint16), which are the first half of theirs."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_as_bfloat16(numbers: np.ndarray) -> np.ndarray:
+    """Return the bits (uint16) of float32 numbers that bfloat16 holds exactly."""
+    return (np.ascontiguousarray(numbers).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _with_null_row(rows: np.ndarray) -> np.ndarray:

@@ -12,12 +12,30 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, tier_selector
+from edgeprune.bundle import (
+    DECODER,
+    EMBED,
+    PREDICTOR,
+    SELECTOR,
+    VISION,
+    VISION_UNPRUNED,
+    Bundle,
+    float32_graph,
+    tier_selector,
+)
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names, length_slots
 from edgeprune.errors import BundleError, EngineError, UsageError
 from edgeprune.io.background import run_in_threads
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
-from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, can_step, decoder_feeds, split_outputs
+from edgeprune.runtime.backends.kv_cache import (
+    DecoderInput,
+    KvCache,
+    bfloat16_as_float32,
+    can_step,
+    decoder_feeds,
+    float32_as_bfloat16,
+    split_outputs,
+)
 from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, empty_buffers, run
 from edgeprune.runtime.backends.step_buffers import Recent
 
@@ -55,13 +73,14 @@ class OnnxRuntimeBackend:
         selectors = [SELECTOR, *map(tier_selector, bundle.manifest.tiers[1:])] if bundle.plan.input else []
         graphs = [DECODER, VISION, EMBED, *selectors, *([PREDICTOR] if bundle.plan.has_rate_predictor else [])]
         given = _with_options(bundle, providers)
-        loaders = {graph: partial(_open_session, bundle.file(graph), options, given) for graph in graphs}
+        loaders = {graph: partial(_open_session, _graph_file(bundle, graph), options, given) for graph in graphs}
         # Only CPU sessions start in parallel: other providers share a device, and not all are known to support that.
         sessions = run_in_threads(loaders) if providers[0] == CPU else {graph: load() for graph, load in loaders.items()}
         self._vision, self._embed, self._decoder = sessions[VISION], sessions[EMBED], sessions[DECODER]
         self._selectors, self._predictor = [sessions[graph] for graph in selectors], sessions.get(PREDICTOR)
         # Loaded with the first unpruned request.
-        self._open_unpruned, self._unpruned = partial(_open_session, bundle.file(VISION_UNPRUNED), options, given), None
+        unpruned = _graph_file(bundle, VISION_UNPRUNED)
+        self._open_unpruned, self._unpruned = partial(_open_session, unpruned, options, given), None
         self._kept_names = kept_names(bundle.plan, "vision")
         shape = bundle.manifest.decoder
         kinds = shape.local_layers, shape.states
@@ -69,7 +88,8 @@ class OnnxRuntimeBackend:
         self._lengths = length_slots(bundle.manifest.graphs[DECODER].inputs, slots)
         self._input_names = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers), rows=bool(self._lengths))
         self._output_names = decoder_outputs(bundle.plan, *kinds)
-        self._slots, self._states = len(slots), len(shape.states)
+        self._slots, self._states = slots, len(shape.states)
+        self._in_bits = shape.cache_type == "bfloat16"
         # A decoder without cuts has no input for the token indices.
         self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
         # Decoders with buffers for steps take those of other passes as empty. Other providers need not write them in place.
@@ -115,13 +135,17 @@ class OnnxRuntimeBackend:
         if self._steps is not None and can_step(self._plan, tokens, cache):
             return self._steps.of(cache).forward(tokens, cache, cancellation)
         values = decoder_feeds(self._input_names, tokens, cache, self._lengths)
-        feeds = {name: value for name, value in values.items() if name in self._decoder_inputs} | self._no_buffers
+        feeds = {name: _numbers(value) for name, value in values.items() if name in self._decoder_inputs} | self._no_buffers
         started = time.perf_counter()
         logits, *rest = run(self._decoder, self._output_names, feeds, cancellation)
         run_ms = 1e3 * (time.perf_counter() - started)
         split = rest.pop() if self._follows_attention else None
-        rows, states, kept = split_outputs(rest, self._slots, self._states)
+        rows, states, kept = split_outputs(rest, len(self._slots), self._states)
+        rows = tuple(self._held(row, part) for row, (_, part) in zip(rows, self._slots, strict=True))
         return DecoderOutput(logits[0, 0], rows, kept, split, run_ms, states)
+
+    def _held(self, row: np.ndarray, part: str) -> np.ndarray:
+        return float32_as_bfloat16(row) if self._in_bits and part in ("key", "value") else row
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Return the keep ratio for decode step `step` from the plan's predictor. `split` [layers, 4]: attention shares."""
@@ -146,7 +170,7 @@ def nodes_run(
     kinds = bundle.manifest.decoder.local_layers, bundle.manifest.decoder.states
     with TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "step")
-        session = _open_session(bundle.file(DECODER), options, _with_options(bundle, providers))
+        session = _open_session(_graph_file(bundle, DECODER), options, _with_options(bundle, providers))
         buffers = empty_buffers(session)
         if buffers and providers[0] == CPU and can_step(bundle.plan, tokens, cache):
             BoundStep(session, bundle).forward(tokens, cache, None)
@@ -154,10 +178,21 @@ def nodes_run(
             lengths = length_slots(bundle.manifest.graphs[DECODER].inputs, cache_slots(bundle.plan, *kinds))
             names = decoder_inputs(bundle.plan, *kinds, tiers=bool(bundle.lower_tiers), rows=bool(lengths))
             values = decoder_feeds(names, tokens, cache, lengths) | buffers
-            feeds = {node.name: values[node.name] for node in session.get_inputs()}
+            feeds = {node.name: _numbers(values[node.name]) for node in session.get_inputs()}
             run(session, decoder_outputs(bundle.plan, *kinds), feeds, None)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return sum(event.get("cat") == "Node" and event["name"].endswith("_kernel_time") for event in events)
+
+
+def _graph_file(bundle: Bundle, graph: str) -> Path:
+    # ONNX Runtime has no products of bfloat16.
+    widened = float32_graph(graph)
+    return bundle.file(widened if widened in bundle.manifest.files else graph)
+
+
+def _numbers(value: np.ndarray) -> np.ndarray:
+    # Rows of a cache in bfloat16, which the graph in float32 takes as float32.
+    return bfloat16_as_float32(value) if value.dtype == np.uint16 else value
 
 
 def _rounds(bundle: Bundle) -> bool:

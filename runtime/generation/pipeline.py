@@ -167,7 +167,7 @@ class Pipeline:
     @property
     def kv_bytes_per_token_layer(self) -> int:
         """Bytes of the key and value of one token in one layer."""
-        return 2 * self.decoder.kv_heads * self.decoder.head_dim * int(np.dtype(self.decoder.cache_type).itemsize)
+        return 2 * self.decoder.kv_heads * self.decoder.head_dim * int(np.dtype(self.decoder.row_type).itemsize)
 
     def tier(self, name: str) -> int:
         """Return the index of a tier; raise UsageError for an unknown name."""

@@ -61,6 +61,7 @@ def test_the_verdict_comes_first(tiny_bundle: Bundle) -> None:
             "May fit in 8 GiB: about 6.5 GB at peak, and the system takes 1.0 to 2.5 GB. "
             "With --precision int8 it fits: about 4.0 GB. First token",
         ),
+        (4_500_000_000, "bf16", "Does not fit in 8 GiB: about 10.5 GB at peak. With --precision int4 it fits: about 3.8 GB. First"),
         (4_500_000_000, "fp16", "Does not fit in 8 GiB: about 10.5 GB at peak. With --precision int4 it fits: about 3.8 GB. First"),
         (8_000_000_000, "fp16", "Does not fit in 8 GiB: about 17.5 GB at peak. With --precision int4 it may: about 5.6 GB. First"),
         (30_000_000_000, "fp16", "Does not fit in 8 GiB: about 61.5 GB at peak. First token"),

@@ -238,6 +238,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "exists": (("export", "tabletop", "-o", "table.bundle"), "table.bundle exists already", "--force", 2),
     "one number": ((*EXPORT, "--image-size", "448"), "'448' is no image size", "Write height x width", 2),
+    "bfloat16": (
+        (*EXPORT, "--target", "onnxruntime", "--precision", "bf16"),
+        "Target 'onnxruntime' has no bf16: ONNX Runtime's CPU has no products of bfloat16.",
+        "the --target of a Jetson",
+        2,
+    ),
     "precision": (
         (*EXPORT, "--target", "cpu", "--precision", "fp16"),
         "has no fp16",

@@ -13,7 +13,7 @@ import torch
 from onnx import numpy_helper
 from tiny_models import TINY_GEOMETRY
 
-from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
+from edgeprune.bundle import DECODER, EMBED, VISION, Bundle, float32_graph
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.export.exporter import export_bundle
@@ -25,6 +25,7 @@ from edgeprune.model.quantization import Quantized, at_precision, quantize
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
 from edgeprune.runtime import load
+from edgeprune.runtime.backends.kv_cache import bfloat16_as_float32, float32_as_bfloat16
 from edgeprune.targets import PLAIN, TARGETS, Lowering, target_named
 
 
@@ -54,6 +55,8 @@ def operators(bundle: Bundle, name: str = DECODER) -> Counter[str]:
     [
         ("jetpack6", "fp16"),
         ("jetpack7.2", "fp16"),
+        ("jetpack6", "bf16"),
+        ("jetpack7.2", "bf16"),
         ("jetpack7.2", "int4"),
         ("onnxruntime", "int8"),
         ("cpu", "fp32"),
@@ -109,6 +112,42 @@ def test_half_precision_halves_weights_and_caches(lowered: Any, tiny_image: Any)
         receipt.kv_bytes * 2
         == load(lowered("onnxruntime", "int8").path).generate(tiny_image, "What?", max_tokens=3).receipt.kv_bytes
     )
+
+
+@pytest.mark.parametrize("target", ["jetpack6", "jetpack7.2"])
+def test_bfloat16_is_where_float16_is(lowered: Any, target: str) -> None:
+    kinds = onnx.TensorProto.DataType.Name
+    found = []
+    for precision in ("fp16", "bf16"):
+        graph = onnx.load(lowered(target, precision).file(DECODER), load_external_data=False).graph
+        values = {value.name: kinds(value.type.tensor_type.elem_type) for value in (*graph.input, *graph.output)}
+        casts = [kinds(node.attribute[0].i) for node in graph.node if node.op_type == "Cast"]
+        found.append(([node.op_type for node in graph.node], casts, values))
+    half, brain = found
+    assert str(half).replace("FLOAT16", "BFLOAT16") == str(brain)
+
+
+def test_a_bfloat16_graph_in_float32_has_no_weights_of_its_own(lowered: Any) -> None:
+    bundle = lowered("jetpack6", "bf16")
+    for graph in (DECODER, VISION, EMBED):
+        path = bundle.file(float32_graph(graph))
+        model = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(str(path), full_check=True)
+        stored = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        locations = {entry.value for tensor in stored for entry in tensor.external_data if entry.key == "location"}
+        assert locations == {f"{path.name.removesuffix('.float32.onnx')}.onnx.data"}
+        assert not {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} & {
+            onnx.TensorProto.BFLOAT16
+        }
+        assert [value.name for value in model.graph.output] == list(bundle.manifest.graphs[graph].outputs)
+        assert not list(bundle.path.glob("onnx/*.float32.onnx.data"))
+
+
+def test_rows_of_bfloat16_are_held_as_their_bits() -> None:
+    numbers = torch.tensor([0.0, -0.0, 1.0, -3.140625, 1e38, float("inf"), 2.0**-126])
+    bits = numbers.bfloat16().view(torch.uint16).numpy()
+    assert np.array_equal(bfloat16_as_float32(bits), numbers.bfloat16().float().numpy())
+    assert np.array_equal(float32_as_bfloat16(bfloat16_as_float32(bits)), bits)
 
 
 def test_quantized_weights_have_zero_points_of_zero(lowered: Any) -> None:

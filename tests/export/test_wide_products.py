@@ -79,6 +79,16 @@ def test_check_reads_the_record(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert "not measured" in finding.reason and finding.severity == "warning" and report.passed
 
 
+def test_bfloat16_holds_them(overflowing: LoadedModel, plan: KeepPlan, tmp_path: Path) -> None:
+    bundle = export_bundle(overflowing, plan, tmp_path / "bundle", lowering=replace(HALF, precision="bf16"))
+    assert bundle.manifest.wide_products is None and bundle.manifest.lowering.wide == ()
+    for graph in (VISION, DECODER):
+        stored = onnx.load(bundle.file(graph), load_external_data=False).graph.initializer
+        kinds = {value.data_type for value in stored if ".weight" in value.name and len(value.dims) == 2}
+        assert kinds == {onnx.TensorProto.BFLOAT16}
+    assert [stage for stage in verify(bundle, overflowing) if not stage.passed] == []
+
+
 def test_without_the_record_verify_names_what_overflows(
     overflowing: LoadedModel, plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,13 @@ if TYPE_CHECKING:
 @plan_options
 @trust_option
 @click.option("--target", type=TargetName(), default="onnxruntime", show_default=True, help="What will read the graphs.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="How weights are kept.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="How weights are kept. bf16 is for TensorRT, on Orin and later.",
+)
 @click.option(
     "--kv",
     type=click.Choice(KV_KINDS),

@@ -164,6 +164,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         plans = {
             "quantization": quantized and asdict(quantized),
             "gptq": fitted and asdict(fitted),
+            "wide_products": manifest.wide_products,
             "plan": plan.to_dict(),
             "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers},
         }
@@ -177,6 +178,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         "lowered": f"{manifest.precision} for {manifest.target}, opset {manifest.lowering.opset}"
         + (", KV cache of steps in 8 bits" if manifest.kv == "int8" else ""),
         **_quantized_layers(manifest),
+        **_products(manifest),
         "size": f"{sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     show_facts(facts, as_json=False)
@@ -185,6 +187,13 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         _show_cuts(tier_plan)
     if not bundle.tiers:
         _show_cuts(plan)
+
+
+def _products(manifest: Manifest) -> dict[str, str]:
+    if manifest.lowering.products == "bfloat16":
+        return {"products": "bfloat16, whose range is float32's: none was measured, and none stays in float32 for its size"}
+    wide = manifest.wide_products
+    return {"products": f"float16; in float32, being too large for it: {', '.join(wide)}"} if wide else {}
 
 
 def _quantized_layers(manifest: Manifest) -> dict[str, str]:

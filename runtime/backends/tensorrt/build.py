@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.bundle import DECODER, Bundle, files_of
+from edgeprune.bundle import DECODER, Bundle, files_of, held_as
 from edgeprune.bundle.signing import TrustedKeys, read_private_key, sign_engines
 from edgeprune.device.cudart import load_cudart
 from edgeprune.device.machine import Machine, read_machine
@@ -33,6 +33,8 @@ from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, engin
 # at once on a Jetson was not measured.
 BASE_BYTES, COPIES, GPU_COPIES = 600 << 20, 3.5, 1
 GPU_PARTS = ("weights on the GPU", "workspace on the GPU")
+
+_BF16_CAPABILITY = 8  # Ampere, whose products of bfloat16 are the first; Xavier is 7.2
 
 JETPACK_TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # not in PATH
 
@@ -164,7 +166,7 @@ def answering_parts(bundle: Bundle, jobs: Sequence[BuildJob]) -> dict[str, int]:
         if "past_" in name:
             limits = [profile[name][2] for profile in decoder.profiles if name in profile]
             shapes = limits or [tuple(map(int, tensor.shape))]
-            caches += max(map(math.prod, shapes)) * np.dtype(tensor.type).itemsize
+            caches += max(map(math.prod, shapes)) * np.dtype(held_as(tensor.type)).itemsize
     return {**engines, "KV caches": caches}
 
 
@@ -222,6 +224,14 @@ def _build(
     store.add(record, built.serialized_engine)
     keep_timings(built.timings)
     return record
+
+
+def _check_capability(bundle: Bundle, device: DeviceIdentity) -> None:
+    if bundle.manifest.precision == "bf16" and int(device.capability.partition(".")[0]) < _BF16_CAPABILITY:
+        raise EngineError(
+            f"This GPU (SM {device.capability}) has no bfloat16: {bundle.path} is bf16, for Orin (SM 8.7) and later.",
+            hint="Export it with --precision fp16.",
+        )
 
 
 def _found(store: Store, graph: str, key: str) -> EngineRecord | None:
@@ -310,6 +320,7 @@ def build_bundle(
     machine = machine or read_machine()
     trt = trt or tensorrt(machine)
     device = device or identity(trt, load_cudart())
+    _check_capability(request.bundle, device)
     store = Store(request.bundle.path, secret)
     store.remove_stale()
     jobs = plan_jobs(request.bundle, request.limits, request.settings, device, store)

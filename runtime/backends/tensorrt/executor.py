@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.bundle import GraphRecord
+from edgeprune.bundle import GraphRecord, held_as
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, Scratch, upload
 from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
@@ -108,7 +108,7 @@ class Executor:
 
     def type(self, name: str) -> np.dtype:
         """Return the type of an input or output."""
-        return np.dtype((self._record.inputs.get(name) or self._record.outputs[name]).type)
+        return np.dtype(held_as((self._record.inputs.get(name) or self._record.outputs[name]).type))
 
     def close(self) -> None:
         """Destroy the contexts, then the engine."""

@@ -58,6 +58,14 @@ def bundle(request: pytest.FixtureRequest, tiny: LoadedModel, tmp_path_factory: 
     return made
 
 
+@pytest.fixture(scope="module")
+def bfloat16(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    lowering = Lowering(TARGETS["jetpack6"], "bf16")
+    made = export_bundle(tiny, PLANS["everything"], tmp_path_factory.mktemp("bfloat16") / "bundle", lowering=lowering)
+    prepare(made)
+    return made
+
+
 @pytest.fixture
 def driver() -> Iterator[SimulatedDriver]:
     yield SimulatedDriver()
@@ -89,6 +97,22 @@ def test_the_device_says_what_onnx_runtime_says(
         assert one.receipt.kv_bytes == other.receipt.kv_bytes
         assert one.receipt.visual_reads == other.receipt.visual_reads
         assert one.receipt.decode_shares == other.receipt.decode_shares
+
+
+def test_caches_of_bfloat16_stay_on_the_device_as_they_are(
+    bfloat16: Bundle, tiny_image: Image.Image, driver: SimulatedDriver
+) -> None:
+    shape = bfloat16.manifest.decoder
+    assert (shape.cache_type, shape.row_type) == ("bfloat16", "uint16")
+    expected, actual = (conversation(runtime, tiny_image) for runtime in (load(bfloat16.path), on_device(bfloat16, driver)))
+    assert [stream.text for stream in expected] == [stream.text for stream in actual]
+    assert [stream.receipt.kv_bytes for stream in expected] == [stream.receipt.kv_bytes for stream in actual]
+    stream = on_device(bfloat16, driver).stream(tiny_image, PROMPT, max_tokens=12)
+    next(stream)
+    before = len(driver.calls)
+    "".join(stream)
+    assert driver.calls[before:].count(("launch",)) > 5  # a step in place writes rows of bfloat16, too
+    assert stream.receipt.kv_bytes % (2 * shape.kv_heads * shape.head_dim) == 0
 
 
 def test_nothing_large_comes_back_and_memory_stops_growing(

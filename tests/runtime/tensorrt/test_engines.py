@@ -291,6 +291,12 @@ def test_a_build_on_a_board_with_zram_stops_unless_told_otherwise(own: Bundle, t
     assert len(build_bundle(replace(request, ignore_memory=True), **given)) == 3
 
 
+def test_a_gpu_without_bfloat16_is_told_so(tiny_bundle: Bundle) -> None:
+    brain = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, target="jetpack6", precision="bf16"))
+    with pytest.raises(EngineError, match=r"This GPU \(SM 7\.2\) has no bfloat16: .*Orin .*--precision fp16"):
+        build(brain, device=DeviceIdentity("8.6.2", "7.2"))
+
+
 def test_trtexec_builds_the_same(own: Bundle) -> None:
     jobs = {job.graph: job for job in plan_jobs(own, SMALL, BuilderSettings(level=2))}
     command = trtexec_command(own, jobs[DECODER], BuilderSettings(level=2))

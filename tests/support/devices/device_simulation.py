@@ -24,7 +24,9 @@ import numpy as np
 import onnxruntime
 import ptx
 
+from edgeprune.bundle import held_as
 from edgeprune.device.cudart import Cudart
+from edgeprune.runtime.backends.kv_cache import bfloat16_as_float32, float32_as_bfloat16
 from edgeprune.runtime.backends.tensorrt.bindings import Driver
 
 STREAM = 77
@@ -343,12 +345,14 @@ class SimulatedContext:
         inputs = {name: array for name, array in inputs.items() if name in self._engine.used}
         self._spoil_scratch()
         outputs = self._engine.session.run(list(self._engine.graph["outputs"]), inputs)
+        kinds = [output["type"] for output in self._engine.graph["outputs"].values()]
+        outputs = [float32_as_bfloat16(array) if kind == "bfloat16" else array for array, kind in zip(outputs, kinds, strict=True)]
         spans = []
         for name, array in zip(self._engine.graph["outputs"], outputs, strict=True):
             assert array.shape == self._shape(name, shapes), name
             self._engine.driver.view(addresses[name], array.nbytes)[:] = array.tobytes()
             spans.append((addresses[name], array.nbytes))
-        reads = [(addresses[name], array.nbytes) for name, array in inputs.items() if array.nbytes]
+        reads = [(addresses[name], size) for name in inputs if (size := self._size(name, shapes[name]))]
         assert not any(_overlap(one, other) for one in spans for other in reads), "outputs never overwrite inputs"
         assert not any(_overlap(self._scratch, other) for other in [*spans, *reads]), "scratch memory is nobody else's"
 
@@ -359,9 +363,15 @@ class SimulatedContext:
         self._engine.driver.view(address, size)[:] = b"\xee" * size
 
     def _read(self, name: str, shape: tuple[int, ...], address: int) -> np.ndarray:
-        kind = np.dtype(self._engine.graph["inputs"][name]["type"])
-        memory = self._engine.driver.view(address, int(np.prod(shape)) * kind.itemsize)
-        return np.frombuffer(bytes(memory), kind).reshape(shape)
+        memory = self._engine.driver.view(address, self._size(name, shape))
+        array = np.frombuffer(bytes(memory), self._kind(name)).reshape(shape)
+        return bfloat16_as_float32(array) if self._engine.graph["inputs"][name]["type"] == "bfloat16" else array
+
+    def _kind(self, name: str) -> np.dtype:
+        return np.dtype(held_as(self._engine.graph["inputs"][name]["type"]))
+
+    def _size(self, name: str, shape: tuple[int, ...]) -> int:
+        return int(np.prod(shape)) * self._kind(name).itemsize
 
     def _lengths(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         declared = self._engine.graph["inputs"]

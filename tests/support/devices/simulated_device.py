@@ -8,7 +8,7 @@ from typing import Any
 
 from device_simulation import SimulatedDriver, simulated_plan, simulated_tensorrt
 
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import Bundle, float32_graph
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity
@@ -24,7 +24,8 @@ def prepare(bundle: Bundle, limits: ProfileLimits = LIMITS) -> Store:
     """Put engines of the simulated TensorRT into a bundle."""
     store = Store(bundle.path, SECRET)
     for graph, profiles in shape_profiles(bundle, limits).items():
-        plan = simulated_plan(bundle.file(graph), asdict(bundle.manifest.graphs[graph]), profiles)
+        played = float32_graph(graph) if float32_graph(graph) in bundle.manifest.files else graph  # ONNX Runtime plays it
+        plan = simulated_plan(bundle.file(played), asdict(bundle.manifest.graphs[graph]), profiles)
         key = engine_key(bundle, graph, ORIN, profiles, 3)
         digest = hashlib.sha256(plan).hexdigest()
         of = bundle.manifest.precision
