@@ -8,8 +8,8 @@ import numpy as np
 
 from edgeprune.bundle import DecoderShape
 from edgeprune.plan import Geometry, KeepPlan
-from edgeprune.runtime.backends.kv_cache import KvArrays, KvCache
-from edgeprune.runtime.backends.step_buffers import CAPACITY, Recent, StepBuffers
+from edgeprune.runtime.backends.kv_cache import CAPACITY, KvArrays, KvCache
+from edgeprune.runtime.backends.step_buffers import Recent, StepBuffers
 
 SHAPE = DecoderShape(layers=3, hidden=48, kv_heads=2, head_dim=8, vocabulary=100, context=64, position_axes=3)
 PLAN = KeepPlan("qwen2_vl", 3, Geometry(height=84, width=112, patch=14, merge=2))
