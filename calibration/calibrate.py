@@ -34,6 +34,7 @@ from edgeprune.registry import family_class
 
 _FITPRUNE_NOT_TRIED = "fitprune: its statistics take longer than the search; --method fitprune --statistics FILE collects them"
 LEARNED_SHARES = 0.5, 0.1  # what a search learns for if its target is no share of the work
+_BEFORE_WITHDRAWAL = 1.5  # an input cut keeps up to so many times the target's share if a withdrawal follows
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def _learned_candidates(
     # Cuts of the method learned for a search, without and with the option weigh, or why there are none.
     assert options.output is not None
     share = options.goal().flops
-    most, least = (keep_count(unpruned.tokens_from_encoder, each) for each in (LEARNED_SHARES if share is None else (share, share)))
+    shares = LEARNED_SHARES if share is None else (min(1.0, _BEFORE_WITHDRAWAL * share), share)
+    most, least = (keep_count(unpruned.tokens_from_encoder, each) for each in shares)
     folder = options.output.with_name(f".{options.output.name}.learning")  # what is recorded serves both
     cuts, why_not = list[Cut](), ""
     try:
