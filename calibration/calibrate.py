@@ -16,7 +16,7 @@ from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
 from edgeprune.calibration.data.samples import Sample, check_images, halves
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
-from edgeprune.calibration.learn.ranking import learn_ranking
+from edgeprune.calibration.learn.ranking import LearnedRanking, learn_ranking
 from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
 from edgeprune.calibration.options import AUTO, DYRATE, LEARNED, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
@@ -41,7 +41,8 @@ class CalibrationResult:
     """A plan with its costs, or the path of statistics without a plan.
 
     `flops`, `kv`: shares of the unpruned model's cost. `skipped`: why samples were left out. `tried`: the options that were
-    compared, best first. `learning`: what the method learned found. `untried`: the methods that a search left out, and why.
+    compared, best first. `learning`: what the method learned found; `ranking`: a learned order of caches. `untried`: the methods
+    that a search left out, and why.
     """
 
     statistics: Path | None
@@ -57,6 +58,7 @@ class CalibrationResult:
     tried: tuple[Trial, ...] = ()
     learning: Learning | None = None
     untried: tuple[str, ...] = ()
+    ranking: LearnedRanking | None = None
 
 
 def run_calibrate(calibration: CalibrationRequest, progress: Progress) -> CalibrationResult:
@@ -108,8 +110,11 @@ def _calibrate(
     loaded.check_plan(base)
     if options.method == LEARNED:
         return _learn_plan(options, loaded, samples, base, progress)
+    ranking: LearnedRanking | None = None
     if options.learns_ranking and not base.cache_cuts:
-        request = replace(request, weights=learn_ranking(loaded, samples, base, request, progress))
+        assert options.output is not None and options.spent is not None
+        ranking = learn_ranking(loaded, samples, base, request, options.spent, options.output, progress)
+        request = replace(request, weights=ranking.weights)
 
     def statistics(*parts: str) -> Statistics:
         return load_or_collect(loaded, samples, replace(request, parts=parts), path, progress, options.ray_address)
@@ -126,7 +131,9 @@ def _calibrate(
     plan = allocate(tried[0].options if tried else {})
     loaded.check_plan(plan)
     found = path if path.is_file() else None
-    result = CalibrationResult(found, len(samples), classes=tuple(_classes(options, statistics)), tried=tuple(tried))
+    result = CalibrationResult(
+        found, len(samples), classes=tuple(_classes(options, statistics)), tried=tuple(tried), ranking=ranking
+    )
     return _save_plan(options, loaded, plan, result)
 
 

@@ -76,7 +76,7 @@ class Recorder:
 
         Raises BadSampleError for a sample that cannot be asked about.
         """
-        return tuple(self._with_caches(recording) for recording in self.ask(sample, fit))
+        return tuple(self.with_caches(recording) for recording in self.ask(sample, fit))
 
     def see(self, images: int) -> None:
         """Begin with other images, `images` in a sample. Until then the samples that `ask` is given are about the same.
@@ -110,7 +110,8 @@ class Recorder:
         return self._tensor(self._pipeline.backend.embed_tokens(self._pipeline.tokenizer.encode(text)))[0]
 
     @torch.no_grad()
-    def _with_caches(self, recording: Recording) -> Recording:
+    def with_caches(self, recording: Recording) -> Recording:
+        """Return a recording, also one that another recorder made of this model, with the caches of this plan."""
         prefill = recording.prefill
         before, after = (part.embeds.shape[1] for part in (prefill.prefix, prefill.suffix))
         empty = self.decoder.empty_caches()

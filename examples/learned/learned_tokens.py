@@ -51,7 +51,7 @@ def main() -> None:
     for budget in request.budgets:
         plans = [learned(request.model, request.out, budget, images, form) for images in request.images for form in request.forms]
         curve = len(request.images) > 1
-        plans += [] if curve else others(plans[-1])
+        plans += others(plans[-1])
         given = [word for plan in plans for word in ("--plan", plan)]
         folder = request.out / f"{'curve' if curve else 'comparison'}-{budget:g}-{request.seed}"
         data = unseen / "dataset.jsonl"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +14,21 @@ import torch
 from click.testing import CliRunner, Result
 from learned_weights import input_cut
 
+from edgeprune.calibration.calibrate import CalibrationResult
 from edgeprune.calibration.collect.run import CollectOptions
 from edgeprune.calibration.data.samples import Sample, read_samples
-from edgeprune.calibration.learn.ranking import RIDGE, LayerSums, add_recording, learn_ranking
-from edgeprune.calibration.replay.episodes import Recorder
+from edgeprune.calibration.learn.ranking import RIDGE, LayerSums, LearnedRanking, add_recording, learn_ranking
+from edgeprune.calibration.learn.run import Rival
+from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
+from edgeprune.cli.output.basic import show_calibration
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import SILENT
+from edgeprune.methods.ranking import write
 from edgeprune.methods.weights import unpack
-from edgeprune.plan import Geometry, KeepPlan
-from edgeprune.plan.presets import unpruned_plan
+from edgeprune.plan import Geometry, KeepPlan, Weights
+from edgeprune.plan.presets import ranked_plan, unpruned_plan
 from edgeprune.tabletop.dataset import write_dataset
 
 GEOMETRY = Geometry(84, 112, 14, 2)  # 12 tokens
@@ -100,14 +107,96 @@ def test_nothing_to_see_gives_no_weight() -> None:
     assert sums.solution().tolist() == [[0.0, 0.0]] * 4
 
 
-def test_the_weights_name_their_model(tiny: LoadedModel, samples: list[Sample]) -> None:
-    weights = learn_ranking(tiny, samples[:3], BASE, REQUEST, SILENT)
+def test_the_weights_name_their_model(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    weights = learn_ranking(tiny, samples[:3], BASE, REQUEST, 0.5, output, SILENT).weights
     header, tensors = unpack(weights, "")
     assert header["weights_sha256"] == tiny.weights_sha256
     assert tensors["ranking"].shape == (3, 2 * 8 + 2, 2)
-    assert learn_ranking(tiny, samples[:3], BASE, REQUEST, SILENT) == weights
+    assert learn_ranking(tiny, samples[:3], BASE, REQUEST, 0.5, output, SILENT).weights == weights
     with pytest.raises(UsageError, match="weights of one method"):
-        learn_ranking(tiny, samples, BASE.with_cuts(input_cut("learned", 5, 48)), REQUEST, SILENT)
+        learn_ranking(tiny, samples, BASE.with_cuts(input_cut("learned", 5, 48)), REQUEST, 0.5, output, SILENT)
+
+
+def test_held_out_images_judge_and_are_learned_from_too(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
+    # Judged by caches that are cut for the runtime's own loop; learned from by one pass over all images.
+    learning = learn_ranking(tiny, samples[:8], BASE, REQUEST, 0.5, tmp_path / "plan.json", SILENT)
+    recorder, sums = Recorder(tiny, BASE, 4, "cpu"), [LayerSums() for _ in range(3)]
+    numbers = [0, 1, 2, 4, 5, 6, 3, 7]  # every fourth comes last
+    recordings = [recorder.record(samples[number], "pad")[0] for number in numbers]
+    for number, recording in enumerate(recordings):
+        if number == 6:
+            judged = torch.stack([each.solution() for each in sums])
+        add_recording(sums, recorder, recording, "max")
+    found = unpack(learning.weights, "")[1]["ranking"]
+    torch.testing.assert_close(found, torch.stack([each.solution() for each in sums]).float(), rtol=1e-4, atol=1e-6)
+
+    def moved(**options: Any) -> float:
+        plan, total = ranked_plan(BASE, [6, 6, 6], **options), 0.0
+        for sample, recording in zip((samples[3], samples[7]), recordings[6:], strict=True):
+            ids = [int(row.argmax()) for row in recorder.replay(recording).logits[0]]
+            first = int(recorder.teacher_forced_logits(sample, [], "pad")[0].argmax())
+            said = [first, *ids[: recording.steps - 1]]
+            whole = recorder.teacher_forced_logits(sample, said, "pad")
+            total += float(divergence(whole, Recorder(tiny, plan, 1, "cpu").teacher_forced_logits(sample, said, "pad")).sum())
+        return total / 2
+
+    own = moved(rows="learned", reduce="max", weights=write(judged, {"weights_sha256": tiny.weights_sha256}))
+    assert (learning.answers, learning.share) == (2, 0.5)
+    assert learning.divergence == pytest.approx(own, rel=1e-3)
+    assert [each.divergence for each in learning.rivals] == sorted(each.divergence for each in learning.rivals)
+    assert {(each.options["rows"], each.options["reduce"]) for each in learning.rivals} == set(
+        itertools.product(("last", "text", "peak"), ("mean", "max"))
+    )
+    assert learning.rivals[0].divergence == pytest.approx(moved(**learning.rivals[0].options), rel=1e-3)
+    assert learning.ahead == (learning.divergence < learning.rivals[0].divergence)
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_an_interrupted_run_goes_on(
+    stop: float, tiny: LoadedModel, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before the held-out images and among them.
+    whole = learn_ranking(tiny, samples[:8], BASE, REQUEST, 0.5, tmp_path / "whole.json", SILENT)
+    asked, plain = list[Sample](), Recorder.record
+
+    def record(self: Recorder, sample: Sample, fit: str) -> Any:
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(sample)
+        return plain(self, sample, fit)
+
+    monkeypatch.setattr(Recorder, "record", record)
+    with pytest.raises(KeyboardInterrupt):
+        learn_ranking(tiny, samples[:8], BASE, REQUEST, 0.5, tmp_path / "plan.json", SILENT)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".ranking"]
+    asked.clear()
+    done, stop = stop, float("inf")
+    again = learn_ranking(tiny, samples[:8], BASE, REQUEST, 0.5, tmp_path / "plan.json", SILENT)
+    assert again == whole and not list(tmp_path.iterdir())
+    assert len(asked) == 8 - done
+    asked.clear()
+    other = replace(REQUEST, reduce="mean")
+    learn_ranking(tiny, samples[:8], BASE, other, 0.5, tmp_path / "plan.json", SILENT)
+    assert len(asked) == 8
+
+
+def test_an_order_that_is_not_ahead_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    rivals = Rival("plphp", {"rows": "peak", "reduce": "max"}, 0.1), Rival("plphp", {"rows": "last", "reduce": "mean"}, 0.3)
+    plan = ranked_plan(BASE, [3, 3, 3])
+
+    def shown(own: float, answers: int) -> tuple[str, str]:
+        ranking = LearnedRanking(Weights("none"), answers, 0.25, own, rivals)
+        show_calibration(CalibrationResult(None, 8, plan, Path("p.json"), ranking=ranking), as_json=False)
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+
+    table, warning = shown(0.2, 5)
+    assert "25% of every cache, 5 held-out answers" in table and "--rows last --reduce mean" in table
+    assert warning.endswith("--method plphp --budget 0.25 --rows peak --reduce max -o PLAN\n")
+    assert shown(0.05, 5)[1] == ""
+    table, warning = shown(0.0, 0)
+    assert "held-out" not in table and "no held-out answer has a second token" in warning
 
 
 def calibrate(*arguments: object) -> Result:
@@ -123,7 +212,9 @@ def test_the_command_learns_and_later_cuts_keep_the_ranking(tiny_folder: Path, f
     plan = KeepPlan.load(first)
     assert [cut.options for cut in plan.cache_cuts] == [{"rows": "learned", "reduce": "max", "spread": False}] * 3
     assert first.with_suffix(".weights.safetensors").is_file() and len(plan.weights) == 1
-    assert json.loads(made.output)["kv"] == pytest.approx(0.5, abs=0.1)
+    said = json.loads(made.output)
+    assert said["kv"] == pytest.approx(0.5, abs=0.1)
+    assert (said["ranking"]["answers"], said["ranking"]["share"], len(said["ranking"]["rivals"])) == (5, 0.5, 6)
     made = calibrate(*common, "--method", "dyrate", "--form", "schedule", "--budget", 0.5, "--onto", first, "-o", second)
     assert made.exit_code == 0, made.output
     assert KeepPlan.load(second).weights == plan.weights

@@ -16,6 +16,7 @@ from edgeprune.cli.output.progress import CommandProgress
 if TYPE_CHECKING:
     from edgeprune.bundle import Bundle, Manifest
     from edgeprune.calibration.calibrate import CalibrationResult
+    from edgeprune.calibration.learn.ranking import LearnedRanking
     from edgeprune.calibration.learn.run import Learning
     from edgeprune.calibration.search.pareto import Point
     from edgeprune.export.verification import ParityStage
@@ -53,6 +54,8 @@ def show_calibration(result: CalibrationResult, as_json: bool) -> None:
 def _show_search(result: CalibrationResult) -> None:
     if result.learning is not None:
         show_learning(result)
+    if result.ranking is not None:
+        show_ranking(result)
     if result.curve is not None:
         best = [(p.name, f"{p.flops:.1%}", f"{p.kv:.1%}", f"{p.score:.1%}", *_facts_of(p)) for p in result.curve.front()]
         show_table(
@@ -77,6 +80,29 @@ def show_learning(result: CalibrationResult) -> None:
         click.echo(f"learned is not ahead here. Take {best.method}: {' '.join(filter(None, words))} -o BUNDLE", err=True)
 
 
+def show_ranking(result: CalibrationResult) -> None:
+    """Print how a learned order of caches compares with those that learn nothing, and which to take if it is not ahead."""
+    ranking, plan = result.ranking, result.plan
+    assert ranking is not None and plan is not None
+    if not ranking.answers:
+        click.echo(
+            "The learned order was not compared: no held-out answer has a second token, which an order could change.", err=True
+        )
+        return
+    rows = [("learned", f"{ranking.divergence:.3f}")]
+    rows += [(_order_text(each.options), f"{each.divergence:.3f}") for each in ranking.rivals]
+    columns = (f"{ranking.share:.0%} of every cache, {ranking.answers} held-out answers", "divergence, nats an answer")
+    show_table(columns, rows, as_json=False)
+    if not ranking.ahead:
+        best, method = _order_text(ranking.rivals[0].options), "dyrate" if plan.decode else "plphp"
+        again = f"edgeprune calibrate MODEL --data FILE --method {method} --budget {ranking.share:.3g}"
+        click.echo(f"The learned order is not ahead here. Take {best}: {again} {best} -o PLAN", err=True)
+
+
+def _order_text(options: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in options.items())
+
+
 def _options_text(options: Mapping[str, Any]) -> str:
     return " ".join(f"--option {name}={'yes' if value is True else value}" for name, value in options.items())
 
@@ -85,6 +111,11 @@ def _learning_data(learning: Learning) -> dict[str, Any]:
     names = ("images", "held_out", "trained", "divergence", "ahead")
     found = {name: getattr(learning, name) for name in names}
     return {**found, "settings": asdict(learning.settings), "rivals": [asdict(rival) for rival in learning.rivals]}
+
+
+def _ranking_data(ranking: LearnedRanking) -> dict[str, Any]:
+    found = {name: getattr(ranking, name) for name in ("answers", "share", "divergence", "ahead")}
+    return {**found, "rivals": [asdict(rival) for rival in ranking.rivals]}
 
 
 def _facts_of(point: Point) -> list[str]:
@@ -96,6 +127,7 @@ def _calibration_data(result: CalibrationResult) -> dict[str, Any]:
     found["skipped"], found["untried"] = list(result.skipped), list(result.untried)
     found["tried"] = [asdict(trial) for trial in result.tried]
     found["learning"] = None if result.learning is None else _learning_data(result.learning)
+    found["ranking"] = None if result.ranking is None else _ranking_data(result.ranking)
     if result.plan is not None:
         costs = {"flops": result.flops, "kv": result.kv}
         found |= {"output": str(result.output), "plan": result.plan.to_dict(), **costs}
