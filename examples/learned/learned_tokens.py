@@ -2,13 +2,14 @@
 
     python examples/learned/learned_tokens.py OUT
     python examples/learned/learned_tokens.py OUT --model tabletop-l --scenes 20 --images 60
-    python examples/learned/learned_tokens.py OUT --images 20 40 80 160 --budgets 0.112
+    python examples/learned/learned_tokens.py OUT --images 20 30 40 80 160 --budgets 0.112 --seed 6000
+    python examples/learned/learned_tokens.py OUT --seed 6000 --forms closed --shared
     python examples/learned/learned_tokens.py OUT --time
 
 Plans are learned from scenes of seed 77 and compared by `edgeprune compare` on scenes of another. At each budget: the closed form,
 the trained one, DivPrune, and the three best variants of methods that learn nothing, as the held-out images rank them. --images: a
-learning curve. --time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already
-holds is kept.
+learning curve. --shared: each budget's own weights and those of all budgets, which are learned for the largest and the least.
+--time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already holds is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import argparse
 import io
 import json
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--seed", type=int, default=2000, help="of the scenes to measure on")
     parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+    parser.add_argument("--shared", action="store_true")
     parser.add_argument("--time", action="store_true")
     request = parser.parse_args()
     request.out.mkdir(parents=True, exist_ok=True)
@@ -51,9 +55,11 @@ def main() -> None:
     for budget in request.budgets:
         plans = [learned(request.model, request.out, budget, images, form) for images in request.images for form in request.forms]
         curve = len(request.images) > 1
-        plans += others(plans[-1])
+        plans += [] if request.shared else others(plans[-1])
+        plans += [shared(request.model, request.out, request.budgets, budget, request.images[-1])] if request.shared else []
         given = [word for plan in plans for word in ("--plan", plan)]
-        folder = request.out / f"{'curve' if curve else 'comparison'}-{budget:g}-{request.seed}"
+        kind = "shared" if request.shared else "curve" if curve else "comparison"
+        folder = request.out / f"{kind}-{budget:g}-{request.seed}"
         data = unseen / "dataset.jsonl"
         edgeprune("compare", request.model, "--data", data, "--methods", "divprune", "--keep", budget, *given, "-o", folder)
         print((folder / "table.md").read_text(), flush=True)
@@ -76,6 +82,31 @@ def learned(model: str, out: Path, budget: float, images: int, form: str) -> Pat
         found = json.loads(edgeprune("calibrate", model, "--data", data / "dataset.jsonl", *options))["learning"]
         report(plan).write_text(json.dumps(found, indent=1) + "\n")
         print(f"{plan.name}: {time.perf_counter() - began:.0f} s, {json.dumps(found)}", flush=True)
+    return plan
+
+
+def shared(model: str, out: Path, budgets: Sequence[float], budget: float, images: int) -> Path:
+    """Return the file of a plan for one of `budgets`, whose weights, in closed form, were learned for the largest and the least."""
+    from edgeprune.calibration.data.samples import read_samples
+    from edgeprune.calibration.learn.run import LearnRequest, learn
+    from edgeprune.checkpoint.loading import load_model, resolve_model
+    from edgeprune.io.progress import SILENT
+    from edgeprune.plan import keep_count
+    from edgeprune.plan.presets import unpruned_plan
+
+    loaded = load_model(resolve_model(model))
+    base = unpruned_plan(loaded.folder.model_type, loaded.decoder_shape().layers, loaded.geometry(None))
+    keep, most, least = (keep_count(base.geometry.tokens, share) for share in (budget, max(budgets), min(budgets)))
+    plan, whole = (out / f"shared-{count}-of-{most}-to-{least}-{images}.json" for count in (keep, most))
+    if not whole.is_file():
+        draw(data := out / f"scenes-{images}", images, LEARNING_SEED)
+        request = LearnRequest.of(most, least, {}, seed=0, max_tokens=128, fit="exact", device="cpu")
+        samples, kept = read_samples(data / "dataset.jsonl", need_answers=False), out / f"recorded-{images}"
+        found = learn(loaded, samples, base, request, whole, SILENT, kept=kept, gate=False)
+        base.with_cuts(Cut("input", "learned", most, weights=found.weights)).save(whole)
+    if not plan.is_file():
+        (cut,) = KeepPlan.load(whole).cuts
+        base.with_cuts(replace(cut, keep=keep)).save(plan)
     return plan
 
 
