@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgeprune.calibration.data.samples import Sample, check_images
@@ -31,6 +32,7 @@ from edgeprune.methods.learned import Learned, write
 from edgeprune.model import Segment
 from edgeprune.plan import Cut, KeepPlan, Weights
 from edgeprune.registry import method_class, options_of
+from edgeprune.runtime.media.likeness import distance, image_place
 
 HELD_OUT = 4  # every fourth image
 MOST_HELD_OUT = 24
@@ -38,6 +40,9 @@ EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 60, 400
 # Methods without learning that need no signal of the vision encoder; the baselines are not among them.
 FIRST_IMAGES, FINALISTS = 6, 3
 RIVALS = ("cdpruner", "dart", "divprune", "zspaprune")
+UNLIKE = 1.5  # times as far as the farthest held-out image, an image is unlike them
+LEAST_DEVIATION = 0.1  # that a dimension counts as, of the root mean square of all of them
+_TINY = 1e-6
 _FORM = 2  # of what is recorded
 
 
@@ -147,7 +152,7 @@ def _learn(
     width = loaded.family.decoder().hidden
     judge = HeldOut(listener, held, width)
     keeps = tuple(dict.fromkeys((request.keep, request.least)))
-    header = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
+    header: dict[str, Any] = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
 
     def weights(tensors: dict[str, torch.Tensor], question: float) -> Weights:
         return write(tensors, {**header, "question": question})
@@ -167,7 +172,28 @@ def _learn(
         trained = lowest < closed
         best, lowest = (tensors, lowest) if trained else (best, closed)
     rivals = _rivals(judge, base, request, keeps, progress) if gate else ()
+    header["seen"] = seen(rest, held, width, best)
     return Learning(weights(best, settings.question), len(rest), len(held), settings, trained, lowest, rivals)
+
+
+def seen(
+    rest: Sequence[Callable[[], Scene]], held: Sequence[Callable[[], Scene]], width: int, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Return what the images were like, for `edgeprune.runtime.media.likeness`: `mean` and `deviation` of the places of those that
+    were learned from, and a `limit` of the distance from them by the held-out ones.
+    """
+    metric, bias = (tensors[name].float().cpu().numpy() for name in ("metric", "metric_bias"))
+
+    def places(scenes: Sequence[Callable[[], Scene]]) -> np.ndarray:
+        tokens = [each.float().cpu().numpy() for load in scenes for each in load().images(width)]
+        return np.stack([image_place(each, metric, bias) for each in tokens])
+
+    known = places(rest)
+    mean, deviation = known.mean(axis=0), known.std(axis=0)
+    # What hardly varies among a few images may vary more among others, and by rounding.
+    deviation = np.maximum(deviation, max(LEAST_DEVIATION * float(np.sqrt(np.square(deviation).mean())), _TINY))
+    farthest = max(_TINY, *(distance(place, mean, deviation) for place in places(held)))
+    return {"mean": mean.tolist(), "deviation": deviation.tolist(), "limit": UNLIKE * farthest}
 
 
 def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:

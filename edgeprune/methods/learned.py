@@ -108,7 +108,8 @@ def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
     """Return the weights of a cut.
 
     `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], for tokens of width d.
-    `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, and the weight of the `question`.
+    `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, the weight of the `question`, and,
+    if known, what images were `seen` (`edgeprune.calibration.learn.run.seen`).
     """
     return pack(tensors, header)
 

@@ -139,7 +139,7 @@ def data_uri(picture: Image.Image) -> str:
 
 def _answered(prompt: str, answer: Answer, whole: Answer | None, pictures: Sequence[Picture]) -> AnsweredQuestion:
     receipt, unpruned = answer.receipt, {} if whole is None else dict(_costs(whole.receipt))
-    facts = [(name, value, "") for name, value in _cut_facts(receipt)]
+    facts = [(name, value, "") for name, value in (*_cut_facts(receipt), *_likeness_facts(receipt))]
     facts += [(name, value, unpruned.get(name, "")) for name, value in _costs(receipt)]
     text = None if whole is None else whole.text
     return AnsweredQuestion(prompt, answer.text, text, tuple(facts), tuple(pictures), tuple(receipt.decode_shares))
@@ -172,6 +172,12 @@ def _cut_facts(receipt: Receipt) -> list[tuple[str, str]]:
         before, after = format_counts([cut.before for cut in cuts.caches]), format_counts([cut.after for cut in cuts.caches])
         facts.append((f"{len(cuts.caches)} KV caches", f"{before} → {after} visual tokens in every head"))
     return facts
+
+
+def _likeness_facts(receipt: Receipt) -> list[tuple[str, str]]:
+    warning = "unlike those that the choice of tokens was learned from: calibrate with images like it"
+    verdict = f"1 is the limit; {warning}" if receipt.images_unlike else "1 is the limit"
+    return [("distance from the calibration's images", f"{far:.2f} ({verdict})") for far in receipt.image_distances]
 
 
 def _shared_lines(receipts: Sequence[Receipt]) -> tuple[str, ...]:

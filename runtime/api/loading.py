@@ -16,6 +16,7 @@ from edgeprune.runtime.backends.providers import open_backend
 from edgeprune.runtime.backends.shared import FifoLock, GuardedBackend
 from edgeprune.runtime.generation.pipeline import EnergyReader, Pipeline, SharedState
 from edgeprune.runtime.generation.request import RequestLimits
+from edgeprune.runtime.media.likeness import Likeness
 from edgeprune.runtime.text.prompt import PromptEncoder
 
 CACHE_BYTES = 128 << 20
@@ -92,6 +93,7 @@ def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes
         max_kv_bytes=max_kv_bytes,
         lock=lock,
         state=state,
+        likeness=Likeness.of(bundle.plan),
     )
 
 

@@ -22,6 +22,7 @@ from edgeprune.processors import ImageSpec
 from edgeprune.runtime.backends.interface import Backend
 from edgeprune.runtime.backends.shared import FifoLock
 from edgeprune.runtime.generation.request import LatencyEstimate
+from edgeprune.runtime.media.likeness import Likeness
 from edgeprune.runtime.telemetry.receipt import Receipt
 from edgeprune.runtime.text.grammar import GrammarCompiler
 from edgeprune.runtime.text.prompt import PromptEncoder
@@ -122,7 +123,7 @@ class Pipeline:
 
     `tiers`: names and plans, highest quality first, empty for a single plan; `plan` is the first. `input_cut_ignores_prompt`: the
     input cut does not depend on the prompt. `max_kv_bytes`: limit per conversation, unless a request overrides it. `lock`:
-    serializes access to the backend.
+    serializes access to the backend. `likeness`: the images that the input cut was learned from, if it was.
     """
 
     backend: Backend
@@ -138,6 +139,7 @@ class Pipeline:
     max_kv_bytes: int | None = None
     lock: FifoLock = field(default_factory=FifoLock)
     state: SharedState = field(default_factory=SharedState)
+    likeness: Likeness | None = None
 
     @property
     def tokenizer(self) -> TextTokenizer:

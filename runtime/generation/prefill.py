@@ -17,6 +17,8 @@ from edgeprune.runtime.generation.sequence import PrefixSnapshot, SelectedTokens
 from edgeprune.runtime.telemetry.receipt import ImageUsage
 from edgeprune.runtime.text.prompt import ImagePlaceholders
 
+_DISTANCE_BYTES = 8
+
 
 @dataclass
 class ImageInput:
@@ -70,6 +72,22 @@ class Prefill:
         else:
             self._receipt.reuse("vision")
         image.features = output
+        self._compare(image)
+
+    def _compare(self, image: ImageInput) -> None:
+        # Notes how far an image is from those that the selection was learned from.
+        likeness = self._pipeline.likeness
+        if likeness is None or not self._prune:
+            return
+        assert image.features is not None
+        key = ("distance", image.key)
+        distance: float | None = self._feature_cache.get(key) if image.key else None
+        if distance is None:
+            with self._receipt.times.stage("select"):
+                distance = likeness.distance(image.features.embeds)
+            if image.key:
+                self._feature_cache.put(key, distance, _DISTANCE_BYTES)
+        self._receipt.image_distances.append(distance)
 
     def choose_tier(self, held: int, images: int, text: int) -> None:
         """Choose the tier for a turn with `images` new images and `text` new text tokens, on a KV cache of `held` bytes.

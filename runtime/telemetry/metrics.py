@@ -42,6 +42,9 @@ class Metrics:
         )
         self._reused = Counter("edgeprune_reused", "What had been computed for an earlier question.", ["what"], registry=registry)
         self._dropped = Counter("edgeprune_frames_dropped", "Frames that nobody looked at.", registry=registry)
+        self._unlike = Counter(
+            "edgeprune_images_unlike", "Images unlike those that the choice of tokens was learned from.", registry=registry
+        )
         self._joules = Counter("edgeprune_answer_joules", "Energy of the machine while it answered.", registry=registry)
         self._cache = Gauge("edgeprune_kv_cache_bytes", "KV caches of the newest answer when it ended.", registry=registry)
 
@@ -65,6 +68,7 @@ class Metrics:
         for what in receipt.reused:
             self._reused.labels(what).inc()
         self._dropped.inc(receipt.frames_dropped or 0)
+        self._unlike.inc(receipt.images_unlike)
         self._joules.inc(receipt.energy_j or 0.0)
         if receipt.frame_age_ms is not None:
             self._age.observe(receipt.frame_age_ms / 1e3)

@@ -122,6 +122,9 @@ class Receipt:
     Visual KV entries are summed over the layers, one per token and layer: `visual_whole` without pruning, `visual_stored` after
     prefill, `visual_reads` per decode step. `decode_shares`: the keep ratio of the decode cut at each step. `launches`: how many
     decode steps were one launch of a CUDA graph ("graph") or several calls ("by hand"); empty where there is no choice.
+
+    `image_distances`: how far each new image is from those that the selection was learned from, 1 at the limit of what they are
+    like; empty unless the selection was learned.
     """
 
     pruned: bool
@@ -149,6 +152,7 @@ class Receipt:
     frame_age_ms: float | None = None
     frames_dropped: int | None = None
     energy_j: float | None = None
+    image_distances: list[float] = field(default_factory=list)
 
     def __repr__(self) -> str:
         kept = f", {len(self.cuts)} cuts" if self.cuts else ""
@@ -173,6 +177,11 @@ class Receipt:
         """Record that a result was reused. See `reused` for the names."""
         if what not in self.reused:
             self.reused += (what,)
+
+    @property
+    def images_unlike(self) -> int:
+        """The number of new images that look unlike those which the selection was learned from."""
+        return sum(distance > 1.0 for distance in self.image_distances)
 
     @property
     def visual_kv_share(self) -> float:
@@ -219,6 +228,8 @@ class Receipt:
             "frame_age_ms": self.frame_age_ms,
             "frames_dropped": self.frames_dropped,
             "energy_j": self.energy_j,
+            "image_distances": list(self.image_distances),
+            "images_unlike": self.images_unlike,
         }
 
 

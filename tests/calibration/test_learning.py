@@ -34,6 +34,7 @@ from edgeprune.methods.divprune import DivPrune
 from edgeprune.methods.learned import Learned, read, write
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime.media.likeness import Likeness
 from edgeprune.tabletop.dataset import write_dataset
 
 GEOMETRY = Geometry(84, 112, 14, 2)
@@ -295,6 +296,24 @@ def test_learning_from_start_to_end(tiny: LoadedModel, samples: list[Sample], tm
     assert header["keeps"] == [5, 5] and header["weights_sha256"] == tiny.weights_sha256
     assert tensors["metric"].shape == (48, 8)
     assert not list(tmp_path.iterdir())  # what an interruption would need is gone
+
+
+def test_what_was_seen_goes_with_the_weights(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
+    weights = learn(tiny, samples, base_of(tiny), REQUEST, tmp_path / "plan.json", SILENT, gate=False).weights
+    plan = base_of(tiny).with_cuts(Cut("input", "learned", 5, weights=weights))
+    likeness, method = Likeness.of(plan), Learned(plan.cuts[0], GEOMETRY)
+    assert likeness is not None
+    pictures = list(dict.fromkeys(sample.images for sample in samples))
+    tokens = [recorded(tiny, [sample for sample in samples if sample.images == each])[1].visual.embeds for each in pictures]
+    places = torch.stack([method.places(each[0]).mean(dim=0) for each in tokens])
+    rest = places[[number for number in range(len(places)) if number % 4 != 3]].double()
+    torch.testing.assert_close(torch.from_numpy(likeness.mean), rest.mean(dim=0), rtol=1e-3, atol=1e-5)
+    deviation = rest.std(dim=0, correction=0)
+    least = 0.1 * deviation.square().mean().sqrt()
+    torch.testing.assert_close(torch.from_numpy(likeness.deviation), deviation.clamp_min(least), rtol=1e-2, atol=1e-5)
+    # An image is unlike them from half as far again as the farthest of those that were held out.
+    assert max(likeness.distance(each.numpy()) for each in tokens[3::4]) == pytest.approx(1 / 1.5, rel=1e-3)
+    assert likeness.distance(torch.zeros(1, 12, 48).numpy()) > 1
 
 
 def test_learning_for_a_cut_that_weighs_from_one_image_and_from_two(

@@ -17,12 +17,15 @@ from edgeprune.device.power import Tegrastats, parse_tegrastats
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.device.roofline import Peaks
 from edgeprune.errors import EdgePruneError, UsageError
-from edgeprune.plan import Geometry
+from edgeprune.plan import Cut, Geometry, Weights
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime.media.likeness import Likeness
 from fuzz.conforming import check_type, is_number, is_whole
 from fuzz.files import in_file, scratch
 from fuzz.mutations import bytes_variant, json_variant
 from fuzz.target import Target, demand
 
+_PLAN = unpruned_plan("qwen2_vl", 2, Geometry(28, 28, 14, 1))
 _HEADER = 8  # bytes, that say how long the JSON behind them is
 
 
@@ -72,6 +75,23 @@ def statistics() -> Target:
         some.save(scratch() / "seed")
         seeds.append((scratch() / "seed").read_bytes())
     return Target(_load_statistics, tuple(seeds), _statistics_variant)
+
+
+def _load_likeness(data: bytes) -> bool:
+    found = Likeness.of(_PLAN.with_cuts(Cut("input", "learned", 2, weights=Weights.of(data))))
+    if found is not None:
+        demand(bool(np.isfinite(found.distance(np.ones((1, 4, len(found.metric)), np.float32)))), "a distance that is none")
+    return True
+
+
+def likeness() -> Target:
+    """Return the target of what a runtime reads of a learned selection's weights."""
+    from safetensors.numpy import save
+
+    tensors = {"metric": np.ones((3, 2), np.float32), "metric_bias": np.zeros(2, np.float32), "theta": np.ones(3, np.float32)}
+    seen = {"mean": [0.1, 0.2], "deviation": [0.5, 0.25], "limit": 1.5}
+    seeds = [save(tensors, {"edgeprune": json.dumps({"schema_version": 1, **stated})}) for stated in ({"seen": seen}, {})]
+    return Target(_load_likeness, tuple(seeds), _statistics_variant)
 
 
 def _load_times(data: bytes) -> bool:

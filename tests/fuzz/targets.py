@@ -36,6 +36,7 @@ TARGETS = {
     "http": Entry("fuzz.chats:http", 700, 3, ("pydantic", "starlette", "uvicorn", "openai")),
     "image_files": Entry("fuzz.pictures:image_files", 1000, 11),
     "image_urls": Entry("fuzz.pictures:image_urls", 600, 4, ("starlette",)),
+    "likeness": Entry("fuzz.records:likeness", 500, 3, ("safetensors",)),
     "manifests": Entry("fuzz.bundles:manifests", 900, 5),
     "plans": Entry("fuzz.plans:plans", 1200, 15),
     "published": Entry("fuzz.records:published", 300, 3),

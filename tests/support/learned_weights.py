@@ -12,9 +12,16 @@ from edgeprune.plan import Cut, Weights
 
 
 def drawn_weights(
-    width: int, keeps: tuple[int, int] = (1, 1000), *, question: float = 0.0, model: str = "0" * 64, seed: int = 0, rank: int = 4
+    width: int,
+    keeps: tuple[int, int] = (1, 1000),
+    *,
+    question: float = 0.0,
+    model: str = "0" * 64,
+    seed: int = 0,
+    rank: int = 4,
+    **header: Any,
 ) -> Weights:
-    """Return random weights for visual tokens of a width."""
+    """Return random weights for visual tokens of a width. `header`: what else it states."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "theta": (width,),
@@ -25,7 +32,7 @@ def drawn_weights(
         "metric_bias": (rank,),
     }
     tensors = {name: torch.randn(*shape, generator=generator) * 0.5 for name, shape in shapes.items()}
-    return write(tensors, {"weights_sha256": model, "keeps": keeps, "question": question})
+    return write(tensors, {"weights_sha256": model, "keeps": keeps, "question": question, **header})
 
 
 def drawn_ranking(layers: int, kv_heads: int, head_dim: int, *, model: str = "0" * 64) -> Weights:

@@ -301,6 +301,12 @@ def show_answer(stream: Stream, as_json: bool) -> str:
         click.echo(f"  not pruned: {receipt.reason}", err=True)
     if receipt.ranked_early:
         click.echo(f"  {receipt.ranked_early} of the images were ranked before the question: this model has states", err=True)
+    if receipt.images_unlike:
+        many, far = len(receipt.image_distances), max(receipt.image_distances)
+        which = "the image looks" if many == 1 else f"{receipt.images_unlike} of {many} images look"
+        click.echo(
+            f"  {which} unlike those that the choice of tokens was learned from ({far:.1f} times the limit of distance)", err=True
+        )
     if receipt.tier is not None:
         click.echo(f"  tier {receipt.tier} ({receipt.tier_reason})", err=True)
     times = receipt.times
