@@ -102,15 +102,16 @@ def learn_ranking(
         raise UsageError("A plan has the weights of one method, and --onto names some.", hint="Rank by --rows peak.")
     rest, held = _split(samples)
     partial = output.with_name(f".{output.name}.{_digest(loaded, samples, base, request, share)}.ranking")
-    state = _load(partial) if partial.is_file() else _State(0, tuple(LayerSums() for _ in range(base.layers)))
+    state = _load(partial, request.device) if partial.is_file() else _State(0, tuple(LayerSums() for _ in range(base.layers)))
     recorder = Recorder(loaded, base, request.max_tokens, request.device)
     comparison: _Comparison | None = None
     counted = progress.count("learning to rank, samples", len(samples))
     try:
         for sample in [*rest, *held][state.done :]:
             if state.done >= len(rest):
-                state = state if state.judged is not None else replace(state, judged=_solutions(state.sums))
-                comparison = comparison or _Comparison(loaded, base, request, share, state.judged)
+                judged = _solutions(state.sums) if state.judged is None else state.judged
+                state = replace(state, judged=judged)
+                comparison = comparison or _Comparison(loaded, base, request, share, judged)
             counted(state.done)
             state = _with_sample(state, recorder, sample, request, comparison)
             if state.done % SAVE_EVERY == 0:
@@ -188,12 +189,12 @@ def _save(path: Path, state: _State) -> None:
     write_bytes(path, save({name: each.cpu().contiguous() for name, each in tensors.items()}, {"state": json.dumps(known)}))
 
 
-def _load(path: Path) -> _State:
+def _load(path: Path, device: str) -> _State:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         known = json.loads(file.metadata()["state"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is not iterable
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118  # safe_open is not iterable
     layers = sum(name.startswith("toward.") for name in tensors)
     sums = tuple(LayerSums(*(tensors[f"{name}.{layer}"] for name in _SUMMED)) for layer in range(layers))
     return _State(known["done"], sums, tensors.get("judged"), known["answers"], tuple(known["divergences"]))

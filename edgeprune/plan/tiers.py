@@ -101,4 +101,5 @@ def _check_neighbours(before: tuple[str, KeepPlan], after: tuple[str, KeepPlan])
 
 
 def _without_budget(cut: Cut) -> Cut:
-    return replace(cut, keep=1)
+    # The input has a graph for each tier, and so may have weights that were learned for its count.
+    return replace(cut, keep=1, weights=None if cut.site == "input" else cut.weights)

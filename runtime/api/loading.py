@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from edgeprune.bundle import PREPROCESSOR, SELECTOR, Bundle
+from edgeprune.bundle import PREPROCESSOR, SELECTOR, Bundle, tier_selector
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.errors import UsageError
 from edgeprune.processors import read_image_spec
@@ -79,6 +79,7 @@ def runtime_on(bundle: Bundle, backend: Backend) -> Runtime:
 
 def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes: int | None) -> Pipeline:
     manifest, lock = bundle.manifest, FifoLock()
+    selectors = [name for name in (SELECTOR, *map(tier_selector, manifest.tiers[1:])) if name in manifest.graphs]
     return Pipeline(
         backend=GuardedBackend(backend, lock),
         prompts=PromptEncoder.of(bundle),
@@ -89,7 +90,7 @@ def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes
         plan=bundle.plan,
         name=manifest.source.model,
         tiers=bundle.tiers,
-        input_cut_ignores_prompt=SELECTOR in manifest.graphs and "prompt_embeds" not in manifest.graphs[SELECTOR].inputs,
+        input_cut_ignores_prompt=bool(selectors) and not any("prompt_embeds" in manifest.graphs[name].inputs for name in selectors),
         max_kv_bytes=max_kv_bytes,
         lock=lock,
         state=state,

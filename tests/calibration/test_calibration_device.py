@@ -15,11 +15,14 @@ from tiny_models import TINY_GEOMETRY
 
 from edgeprune.calibration.allocate import decode_rate, dyrate
 from edgeprune.calibration.allocate.decode_rate import PolicyReplay
+from edgeprune.calibration.collect import run as collecting
+from edgeprune.calibration.collect.run import CollectOptions
 from edgeprune.calibration.data.samples import Sample, read_samples
-from edgeprune.calibration.learn import run, straight
+from edgeprune.calibration.learn import ranking, run, straight
 from edgeprune.calibration.learn.closed import Settings
+from edgeprune.calibration.learn.ranking import LearnedRanking, learn_ranking
 from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
-from edgeprune.calibration.replay.episodes import Recorder
+from edgeprune.calibration.replay.episodes import Recorder, Recording
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.io.progress import SILENT
@@ -136,6 +139,35 @@ def test_training_goes_on_on_another_device(
         with pytest.raises(Interrupted):
             learned(tiny_folder, samples, device, tmp_path)
     assert learned(tiny_folder, samples, device, tmp_path).divergence >= 0
+
+
+@pytest.mark.filterwarnings("ignore:.*to a meta parameter:UserWarning")  # of torch's own device of this name
+def test_a_learned_order_goes_on_on_another_device(
+    tiny_folder: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ranked(device: str) -> LearnedRanking:
+        model = loaded_on(tiny_folder, device)
+        base = unpruned_plan("qwen2_vl", model.decoder_shape().layers, GEOMETRY)
+        request = CollectOptions(GEOMETRY, rows="learned", reduce="max", max_tokens=3, fit="stretch", device=device)
+        return learn_ranking(model, samples, base, request, 0.5, tmp_path / "plan.json", SILENT)
+
+    monkeypatch.setattr(collecting, "check_device", lambda device: None)
+    monkeypatch.setattr(ranking, "HELD_OUT", 2)
+    here, asked, record = ranked("cpu"), list[Sample](), Recorder.record
+
+    def interrupted(self: Recorder, sample: Sample, fit: str) -> tuple[Recording, ...]:
+        asked.append(sample)
+        if len(asked) == len(samples):
+            raise KeyboardInterrupt
+        return record(self, sample, fit)
+
+    with simulated_device(monkeypatch) as device:
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorder, "record", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ranked(device)
+        there = ranked(device)
+    assert (here.answers, there.divergence) == (there.answers, pytest.approx(here.divergence, abs=1e-4))
 
 
 @pytest.mark.parametrize("form", ["schedule", "map"])  # a schedule is made of a trained predictor

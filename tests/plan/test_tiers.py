@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from learned_weights import drawn_weights
 from PIL import Image
 
 from edgeprune.bundle import DECODER, MANIFEST, Bundle
@@ -212,6 +213,34 @@ def test_plans_that_one_decoder_cannot_serve_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=words):
         Tiers.of({"quality": replace(base, cuts=better), "fast": replace(base, cuts=worse)})
+
+
+def test_each_tier_may_have_weights_that_were_learned_for_its_count(
+    tiny: LoadedModel, base: KeepPlan, tiny_image: Image.Image, tmp_path: Path
+) -> None:
+    # The second chooses by the question, the first does not.
+    weights = {
+        "quality": drawn_weights(48, (8, 8), model=tiny.weights_sha256, seed=1),
+        "fast": drawn_weights(48, (3, 3), model=tiny.weights_sha256, seed=2, question=0.5),
+    }
+    plans = {
+        name: base.with_cuts(Cut("input", "learned", each, weights=weights[name]))
+        for name, each in {"quality": 8, "fast": 3}.items()
+    }
+    bundle = export_bundle(tiny, Tiers(plans), tmp_path / "bundle")
+    assert dict(Bundle.load(bundle.path).tiers) == plans
+    with load(bundle.path, threads=1) as model:
+        for question in (PROMPT, "And where?"):
+            for name, plan in plans.items():
+                eager = Runtime(reference_model(tiny, plan)).generate(tiny_image, question, max_tokens=2).receipt
+                receipt = model.generate(tiny_image, question, tier=name, max_tokens=2).receipt
+                assert receipt.cuts[0].kept.tolist() == eager.cuts[0].kept.tolist()
+    ranked = [
+        base.with_cuts(*(Cut("cache", "plphp", keep, layer, options={"rows": "learned"}, weights=each) for layer in range(3)))
+        for keep, each in ((8, weights["quality"]), (3, weights["fast"]))
+    ]
+    with pytest.raises(PlanError, match="different cuts"):  # the decoder is one graph
+        Tiers({"quality": ranked[0], "fast": ranked[1]})
 
 
 @pytest.mark.parametrize("name", ["Fast", "", "../fast", "a" * 40])
