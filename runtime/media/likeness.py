@@ -94,4 +94,5 @@ def _tensor(entry: Mapping[str, Any], numbers: memoryview) -> np.ndarray:
     if entry["dtype"] != "F32":
         raise ValueError(f"numbers of type {entry['dtype']}")
     begin, end = entry["data_offsets"]
-    return np.frombuffer(numbers[begin:end], _NUMBERS).reshape(entry["shape"])
+    found: np.ndarray = np.frombuffer(numbers[begin:end], _NUMBERS).reshape(entry["shape"])
+    return found
