@@ -11,8 +11,7 @@ examples/train_tabletop/photographs.py writes it.
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +85,8 @@ def shapes(rng: np.random.Generator, count: int) -> Images:
     for _ in range(count):
         image = Image.new("RGB", (SIDE, SIDE), "white")
         pen = ImageDraw.Draw(image)
-        for draw in itertools.islice(itertools.cycle((pen.line, pen.rectangle, pen.ellipse)), 9):
+        draws: tuple[Callable[..., None], ...] = (pen.line, pen.rectangle, pen.ellipse)
+        for draw in 3 * draws:
             left, right = sorted(rng.integers(0, SIDE, 2).tolist())
             top, bottom = sorted(rng.integers(0, SIDE, 2).tolist())
             draw((left, top, right, bottom), fill=tuple(rng.integers(0, 256, 3).tolist()))

@@ -167,7 +167,8 @@ def test_a_learned_order_goes_on_on_another_device(
             with pytest.raises(KeyboardInterrupt):
                 ranked(device)
         there = ranked(device)
-    assert (here.answers, there.divergence) == (there.answers, pytest.approx(here.divergence, abs=1e-4))
+    assert there.answers == here.answers
+    assert there.divergence == pytest.approx(here.divergence, abs=1e-4)
 
 
 @pytest.mark.parametrize("form", ["schedule", "map"])  # a schedule is made of a trained predictor
