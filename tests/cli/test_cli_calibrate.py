@@ -47,10 +47,12 @@ def test_many_plans_from_one_pass(tiny_folder: Path, data: Path, tmp_path: Path)
     common = ("calibrate", tiny_folder, "--data", data, *SIZE, "--statistics", statistics)
     output = done(*common, "--method", "plphp", "--budget", 0.5, "-o", tmp_path / "a.json").output
     assert "samples that agree" in output and "attentive" in output
-    written = statistics.stat().st_mtime_ns
+    assert Statistics.load(statistics).parts == ("attention",)
     done(*common, "--method", "fitprune", "--budget", 0.7, "--stages", 1, "-o", tmp_path / "b.json")
     done(*common, "--method", "vtw", "--option", "first=2", "--option", "eta=100", "-o", tmp_path / "d.json")  # needs no budget
     assert [cut.layer for cut in KeepPlan.load(tmp_path / "d.json").cuts] == [2]
+    assert Statistics.load(statistics).parts == ("attention", "withdrawals", "fitprune")  # each plan took what it needs
+    written = statistics.stat().st_mtime_ns
     result = done(
         *common, "--method", "plphp", "--budget", 0.4, "--allocate", "even", "--prior", "-o", tmp_path / "c.json", "--json"
     )
