@@ -79,6 +79,7 @@ def test_check_reads_the_record(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert "not measured" in finding.reason and finding.severity == "warning" and report.passed
 
 
+@pytest.mark.slow
 def test_bfloat16_holds_them(overflowing: LoadedModel, plan: KeepPlan, tmp_path: Path) -> None:
     bundle = export_bundle(overflowing, plan, tmp_path / "bundle", lowering=replace(HALF, precision="bf16"))
     assert bundle.manifest.wide_products is None and bundle.manifest.lowering.wide == ()

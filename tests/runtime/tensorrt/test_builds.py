@@ -157,17 +157,13 @@ def test_every_method_is_built_by_itself(even: LoadedModel, plan: str, target: s
     refuse_nothing(even, PLANS[plan], Lowering(TARGETS[target], "fp16"), tmp_path)
 
 
-SLOW = [(precision, target) for precision in ("fp32", "int8") for target in LOWERED] + [
-    ("int4", "jetpack7.2"),
-    ("bf16", "jetpack6"),
-]
+SLOW = [(precision, target) for precision in ("fp32", "int8", "bf16") for target in LOWERED] + [("int4", "jetpack7.2")]
 
 
 @pytest.mark.parametrize(
     ("precision", "target"),
     [
         ("int4", "jetpack6"),
-        ("bf16", "jetpack7.2"),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW),
     ],
 )

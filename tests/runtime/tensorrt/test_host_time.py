@@ -1,8 +1,8 @@
 """What a decode step costs the host, measured with TensorRT and CUDA that do nothing: calls, and CPU time a token.
 
-`pytest tests/runtime/tensorrt/test_host_time.py -s` prints both for a decoder of 28 layers, whose caches are written in place, or
-grow by a row at every step, as those of older bundles do. A token is all that happens between two pieces of an answer: numbers to
-the step, its logits, sampling, and text.
+`pytest -m slow tests/runtime/tensorrt/test_host_time.py -s` prints both for a decoder of 28 layers, whose caches are written in
+place, or grow by a row at every step, as those of older bundles do. A token is all that happens between two pieces of an answer:
+numbers to the step, its logits, sampling, and text.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def with_growing_caches(bundle: Bundle) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_token_takes_few_calls_and_little_time(bundle: Bundle, in_place: bool, tiny_image: Image.Image) -> None:
     calls, milliseconds = cost(bundle if in_place else with_growing_caches(bundle), tiny_image)

@@ -93,11 +93,15 @@ def agree(bundle: Bundle, image: Image.Image, driver: SimulatedDriver) -> None:
     assert driver.calls.count(("launch",)) > 0
 
 
-@pytest.mark.parametrize("name", ["everything", "live classes", "cache, schedule", "weighing, withdrawn"])
+OTHERS = ("live classes", "cache, schedule", "weighing, withdrawn")
+
+
+@pytest.mark.parametrize("name", ["everything", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_they_say_what_steps_on_growing_caches_say(make: Make, name: str, tiny_image: Image.Image) -> None:
     agree(make(name), tiny_image, SimulatedDriver())
 
 
+@pytest.mark.slow
 def test_a_family_with_windows_says_the_same(tmp_path: Path) -> None:
     tiny: Any = import_module("tiny_gemma3")
     model = load_model(resolve_model(str(tiny.folder(tmp_path))))
@@ -109,6 +113,7 @@ def test_a_family_with_windows_says_the_same(tmp_path: Path) -> None:
     agree(bundle, Image.fromarray(pixels), SimulatedDriver())
 
 
+@pytest.mark.slow
 def test_the_bundled_model_says_the_same(tmp_path: Path) -> None:
     model = load_model(resolve_model(str(MODEL_FOLDER)))
     base = unpruned_plan("qwen2_vl", len(model.family.decoder().layers), model.geometry((336, 336)))
