@@ -28,8 +28,8 @@ _STEPS = {"int8": (127.0,), "int4": (7.0, 7.5, 8.0, 8.5, 9.0, 9.5)}  # scales th
 _LEAST = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}  # TensorRT refuses a scale of 0: a row of zeros has this one
 
 _TAKEN = "taken"  # weights that are already as the lowering holds them
-_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}  # weights that are rounded, not quantized
+TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}  # weights that are rounded, not quantized
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def at_precision(
             for inner, matrix in module.named_modules(prefix=names[part]):
                 if isinstance(matrix, nn.Linear):
                     wide = inner in lowering.wide
-                    products = torch.float32 if wide else _TYPES[lowering.products]
+                    products = torch.float32 if wide else TYPES[lowering.products]
                     own = _own_kind(matrix, lowering, part)
                     kind = own or kind_for(matrix.in_features, lowering.weights_of(part))
                     kind = "fp32" if kind == "fp16" and wide else kind
@@ -202,8 +202,8 @@ def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "") -> I
     with torch.no_grad():
         if kind in ("int8", "int4"):
             module.weight = nn.Parameter(quantize(weight, kind, products).restored().to(products).float())
-        elif kind in _NARROW or (kind == _TAKEN and products is not torch.float32):
-            module.weight = nn.Parameter(weight.to(_NARROW.get(kind, products)).float())
+        elif kind in NARROW or (kind == _TAKEN and products is not torch.float32):
+            module.weight = nn.Parameter(weight.to(NARROW.get(kind, products)).float())
     hooks = []
     if products is not torch.float32:
         if bias is not None:

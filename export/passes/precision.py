@@ -20,12 +20,11 @@ from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.export.passes.attention import one_row_branch
 from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, as_type, matrix_of
+from edgeprune.model.quantization import NARROW, TYPES
 from edgeprune.targets import Lowering
 
 Lowered = dict[ir.Value, ir.Value]  # maps traced values to their lowered versions
-_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}  # weights that are rounded, not quantized
-_FLOATS = {kind: name for name, kind in _NARROW.items()}
+_FLOATS = {kind: name for name, kind in NARROW.items()}
 _CASTS = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _NORMS = ("RMSNormalization", "LayerNormalization")
 _MIN_SCALE = 1e-20  # divisor of rows of zeros
@@ -39,7 +38,7 @@ def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
     (gather,) = (node for node in graph if node.op_type == "Gather")
     tape, (table, ids) = Tape(), gather.inputs
     assert table is not None
-    if kind in _NARROW:
+    if kind in NARROW:
         rows = tape.op("Gather", [_narrowed(tape, table, {}, kind), ids])
         replace_nodes(graph, gather, [gather], tape, {gather.outputs[0]: tape.op("Cast", [rows], {"to": ir.DataType.FLOAT})})
         return
@@ -91,7 +90,7 @@ class _Products:
     # Lowers the products of one graph; what several of them need is computed once.
     def __init__(self, lowering: Lowering, part: str) -> None:
         self._lowering, self._part = lowering, part
-        self._type = _TYPES[lowering.products]
+        self._type = TYPES[lowering.products]
         self._known: Lowered = {}
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
         self._quantizer = DynamicQuantizer()
@@ -114,9 +113,9 @@ class _Products:
         source, kind = matrix_of(weight), self._lowering.weights_of(part)
         state = self.half(tape, state) if half else state
         bias = [_narrowed(tape, value, self._known, _FLOATS[products]) if half else value for value in bias]
-        if kind in _NARROW and wide:
+        if kind in NARROW and wide:
             return tape.op("Gemm", [state, weight, *bias], {"transB": 1})
-        if kind in _NARROW:
+        if kind in NARROW:
             product = tape.op("Gemm", [state, _narrowed(tape, weight, self._known, kind), *bias], {"transB": 1})
             return tape.op("Cast", [product], {"to": ir.DataType.FLOAT})
         matrix: IntegerMatrix | OwnIntegers = IntegerMatrix(source, kind, products)
@@ -175,7 +174,7 @@ def _parts(tape: Tape, weight: ir.Value, matrix: IntegerMatrix | OwnIntegers) ->
 def _narrowed(tape: Tape, value: ir.Value | None, known: Lowered, kind: str) -> ir.Value:
     assert value is not None
     if value not in known:
-        known[value] = tape.initializer(as_type(value, f"{value.name}.{kind}", _NARROW[kind]))
+        known[value] = tape.initializer(as_type(value, f"{value.name}.{kind}", NARROW[kind]))
     return known[value]
 
 
