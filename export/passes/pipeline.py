@@ -15,10 +15,10 @@ from edgeprune.bundle import GraphRecord, Tensor
 from edgeprune.checkpoint.weights import Matrix, address
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.passes.attention import expand_blocked
+from edgeprune.export.passes.encoder_attention import fuse_encoder_attention
 from edgeprune.export.passes.fusion import divide_norms, fuse_qkv, fuse_rotation, merge_reshapes, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
 from edgeprune.export.passes.recurrence import expand_delta_rules
-from edgeprune.export.passes.tiling import tile_encoder_attention
 from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
 
@@ -51,7 +51,7 @@ def run_passes(
     if lowering.target.blocked:
         fuse_qkv(model.graph)
         fuse_rotation(model.graph)
-        tile_encoder_attention(model.graph)
+        fuse_encoder_attention(model.graph)
         merge_reshapes(model.graph)
         expand_blocked(model.graph, buffers=buffers, kv=lowering.kv)
     if part == "embedding":
