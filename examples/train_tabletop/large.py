@@ -24,7 +24,6 @@ from edgeprune.tabletop.world import CELL, COLOURS, DIGITS, LETTERS, RIM, SHAPES
 DESIGN = Design(side=336, merge=2)
 _RANKS = {"vision_tower": 64, "language_model": 16}
 _SHARES = {"vision_tower": 0.4, "language_model": 0.7}  # of the learning rate; the projector and the heads have all of it
-_WORDS = 2.0  # weight of the distance to the words' embeddings
 _MEAN, _STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of the image processor
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _POSITIONS = f"{_TOWER}embeddings.position_embeddings"
@@ -70,8 +69,11 @@ class LargeTrainee(Trainee):
     ordered, compared = 4, 12
     weights = {"two: changed": 3.0, "count": 2.0}  # noqa: RUF012 - a constant
 
-    def __init__(self, model: InternVLForConditionalGeneration, tokenizer: Tokenizer, start: Deltas | None = None) -> None:
+    def __init__(
+        self, model: InternVLForConditionalGeneration, tokenizer: Tokenizer, start: Deltas | None = None, words: float = 2.0
+    ) -> None:
         super().__init__(model)
+        self.words = words  # weight of the distance to the words' embeddings
         embeddings = model.model.language_model.embed_tokens.weight.detach()
         self.spread = float(embeddings.pow(2).mean().sqrt())  # of one number of an embedding
         table, present = _word_table(tokenizer, embeddings)
@@ -112,15 +114,15 @@ class LargeTrainee(Trainee):
     def attribute_loss(self, visual: torch.Tensor, labels: torch.Tensor, *, alone: bool) -> torch.Tensor:
         """Return the loss of the attributes, of covered tokens half again and of labels once more.
 
-        Alone, visual tokens also learn to lie where the decoder has the words for what they show.
+        Alone, visual tokens also learn to lie where the decoder has the words for what they show, unless `words` is 0.
         """
         logits = self.attributes(visual / self.spread)
         covered, lettered = labels[..., 1] > 0, labels[..., 3] > 0
         losses = [cross_entropy(each.flatten(0, 2), labels[..., index].flatten()) for index, each in enumerate(logits)]
         losses += [0.5 * cross_entropy(each[covered], labels[..., index][covered]) for index, each in enumerate(logits)]
         losses += [cross_entropy(logits[index][lettered], labels[..., index][lettered]) for index in (3, 4)]
-        if alone:
-            losses.append(_WORDS * (visual - self._words(labels)).pow(2).mean() / self.spread**2)
+        if alone and self.words:
+            losses.append(self.words * (visual - self._words(labels)).pow(2).mean() / self.spread**2)
         return torch.stack(losses).sum()
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -70,7 +70,7 @@ def large_trainee(request: argparse.Namespace) -> tuple[Trainee, Tokenizer, list
     tokenizer = Tokenizer.from_file(str(request.work / "tokenizer.json"))
     model = new_model(request.large, DESIGN).to(request.device)
     chats = own_answers(model, tokenizer, request.work / "chats.jsonl")
-    trainee = LargeTrainee(model.cpu(), tokenizer, load_deltas(request.start) if request.start else None)
+    trainee = LargeTrainee(model.cpu(), tokenizer, load_deltas(request.start) if request.start else None, request.words)
     return trainee, tokenizer, chats
 
 
@@ -278,6 +278,9 @@ def _request() -> argparse.Namespace:
     parser.add_argument("--large", type=Path, metavar="WHEELS", help="train TableTop-L, from the wheels in this folder")
     parser.add_argument(
         "--photographs", type=Path, metavar="STAMPS", help="show photographs too: Tux Paint's stamps, or a pack of them"
+    )
+    parser.add_argument(
+        "--words", type=float, default=2.0, metavar="WEIGHT", help="how near TableTop-L's visual tokens lie to words; 0: anywhere"
     )
     parser.add_argument("--loaders", type=int, default=0, help="processes that draw ahead; with --threads 1")
     parser.add_argument("--device", default="cpu", help="where, as torch names it: cpu or cuda; the latter with --threads 1")
