@@ -159,14 +159,13 @@ def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnReq
 
 
 def _learned_candidates(
-    options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], unpruned: KeepPlan, progress: Progress
+    options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], unpruned: KeepPlan, folder: Path, progress: Progress
 ) -> tuple[list[Cut], str]:
-    # Cuts of the method learned for a search, without and with the option weigh, or why there are none.
+    # Cuts of the method learned for a search, without and with the option weigh, or why there are none. `folder`: what is recorded.
     assert options.output is not None
     share = options.goal().flops
     shares = LEARNED_SHARES if share is None else (min(1.0, _BEFORE_WITHDRAWAL * share), share)
     most, least = (keep_count(unpruned.tokens_from_encoder, each) for each in shares)
-    folder = options.output.with_name(f".{options.output.name}.learning")  # what is recorded serves both
     cuts, why_not = list[Cut](), ""
     try:
         check_images(len({str(sample.image) for sample in samples}), "The samples show")  # before the model is asked
@@ -176,8 +175,23 @@ def _learned_candidates(
             cuts.append(Cut("input", LEARNED, 1, options={"weigh": True} if weigh else {}, weights=learning.weights))
     except UsageError as error:
         cuts, why_not = [], f"learned: {error.message}"
-    shutil.rmtree(folder, ignore_errors=True)  # an interrupted search goes on from it
     return cuts, why_not
+
+
+def _learned_again(
+    options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], plan: KeepPlan, folder: Path, progress: Progress
+) -> KeepPlan:
+    # The plan that a search found, its learned selection learned from all samples: it was chosen by half of them, the other half
+    # having judged. Nothing is left to judge the new one, but more samples make it no worse (docs/learned.md).
+    cut = plan.input
+    if cut is None or cut.weights is None:
+        return plan
+    assert options.output is not None
+    progress.say("learning again, from all samples")
+    request = replace(_learn_request(options, cut.keep, cut.keep), weigh="weigh" in cut.options)
+    bare = replace(plan, cuts=plan.vision_cuts)
+    weights = learn(loaded, samples, bare, request, options.output, progress, kept=folder, gate=False).weights
+    return replace(plan, cuts=tuple(replace(each, weights=weights) if each is cut else each for each in plan.cuts))
 
 
 def _allocate(
@@ -236,7 +250,9 @@ def _search_plan(
         statistics = load_or_collect(loaded, learned_from, request, path, progress, options.ray_address)
     why_not = [] if statistics is not None and "fitprune" in statistics.parts else [_FITPRUNE_NOT_TRIED]
     fit_rate = partial(fit_decode_rate, loaded, learned_from, request, progress)
-    learned, why_not_learned = _learned_candidates(options, loaded, learned_from, unpruned, progress)
+    assert options.output is not None
+    folder = options.output.with_name(f".{options.output.name}.learning")  # an interrupted search goes on from it
+    learned, why_not_learned = _learned_candidates(options, loaded, learned_from, unpruned, folder, progress)
     try:
         plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress, learned)
     except DropExceededError as error:
@@ -245,6 +261,8 @@ def _search_plan(
         raise
     if options.curve is not None:
         curve.save(options.curve)
+    plan = _learned_again(options, loaded, samples, plan, folder, progress)
+    shutil.rmtree(folder, ignore_errors=True)
     untried = (*why_not, *([why_not_learned] if why_not_learned else []))
     kept = None if statistics is None else path
     found = CalibrationResult(kept, len(samples), curve=curve, times=times, untried=untried)

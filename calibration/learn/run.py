@@ -110,8 +110,8 @@ def learn(
 ) -> Learning:
     """Learn a selection of the visual tokens that enter the decoder under `base`, whose cuts are in the vision encoder.
 
-    `kept`: a folder where what is recorded stays, for other requests over the same samples. Without one it stays beside `output`
-    only if the run is interrupted, and the same request goes on from there. `gate`: also measure rivals. Raises UsageError for
+    `kept`: a folder where what is recorded stays, for other requests over these images. Without one it stays beside `output` only
+    if the run is interrupted, and the same request goes on from there. `gate`: also measure rivals. Raises UsageError for
     samples of too few images, or of images that are alike.
     """
     loaded.model.requires_grad_(False)
@@ -120,13 +120,13 @@ def learn(
             f"Training needs attention in every layer: most of a {loaded.folder.model_type} have {loaded.family.stateful} instead.",
             hint="Leave --train out: the closed form needs none.",
         )
-    digest = _digest(loaded, samples, base, request)
+    digest, asked = _digest(loaded, base, request), _asked_digest([(sample.images, sample.prompt) for sample in samples])
     folder = output.with_name(f".{output.name}.{digest}.learning") if kept is None else kept / digest
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(loaded, base, request.max_tokens, request.device)
     listener = Listener(recorder.decoder)
     scenes = _record(recorder, listener, samples, request.fit, folder, progress)
-    how = f"{request.keep}.{request.least}.{request.rank}.{request.seed}{'.weighed' if request.weigh else ''}"
+    how = f"{asked}.{request.keep}.{request.least}.{request.rank}.{request.seed}{'.weighed' if request.weigh else ''}"
     state = folder / f"training.{how}.safetensors"
     found = _learn(loaded, listener, scenes, base, request, state, progress, gate=gate)
     state.unlink(missing_ok=True)
@@ -263,12 +263,13 @@ def _record(
     counted = progress.count("answering without pruning, images", len(groups))
     paths, different = list[Path](), set[bytes]()
     for number, group in enumerate(groups.values()):
-        place = folder / f"{number:06}"
+        name = _asked_digest([(sample.images, sample.prompt) for sample in group])
+        place = folder / name
         if not place.is_dir():
             for index, scene in enumerate(_scenes_of(recorder, listener, group, fit)):
-                scene.save(folder / f"{number:06}.{index}.safetensors")
+                scene.save(folder / f"{name}.{index:03}.safetensors")
             place.mkdir()  # all of them are written
-        found = sorted(folder.glob(f"{number:06}.*.safetensors"))
+        found = sorted(folder.glob(f"{name}.*.safetensors"))
         different |= {hashlib.sha256(tokens).digest() for path in found for tokens in _tokens_of(path)}
         paths += found
         counted(number + 1)
@@ -303,8 +304,15 @@ def _same(one: Segment, other: Segment) -> bool:
     return torch.equal(one.embeds, other.embeds) and torch.equal(one.positions, other.positions)
 
 
-def _digest(loaded: LoadedModel, samples: Sequence[Sample], base: KeepPlan, request: LearnRequest) -> str:
-    # Part of the folder's name, so that what was recorded otherwise is not taken.
-    how = [_FORM, base.to_dict(), request.max_tokens, request.fit]
-    content = [loaded.weights_sha256, *how, [(str(each.image), each.prompt) for each in samples]]
+def _digest(loaded: LoadedModel, base: KeepPlan, request: LearnRequest) -> str:
+    # The name of a folder, so that what was recorded otherwise is not taken.
+    return _short(_FORM, loaded.weights_sha256, base.to_dict(), request.max_tokens, request.fit)
+
+
+def _asked_digest(asked: Sequence[tuple[Any, str]]) -> str:
+    # A name of questions, each with its images.
+    return _short([[*map(str, images), prompt] for images, prompt in asked])
+
+
+def _short(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

@@ -32,8 +32,7 @@ from edgeprune.families.base import DecoderParts
 from edgeprune.io.progress import Count, Progress
 from edgeprune.plan import Cut, KeepPlan
 
-FIRST_ROUND = 24  # samples, a third of them for more than MANY candidates
-MANY = 64
+FIRST_ROUND = 24  # samples; with 8 of them, chance left out the best of 99 plans that kept a ninth of the tokens
 SCORE_TOLERANCE = 0.01  # difference in agreement that few samples cannot resolve
 FINALISTS = 8  # plans within the tolerance that are compared by divergence
 PARTNERS = 3  # input methods that enter compositions
@@ -94,8 +93,7 @@ class Search:
         `what`: names the candidates in the progress, whose total is the answers that they take at most. `rival`: a plan that they
         have to reach, but for one answer.
         """
-        first = FIRST_ROUND if len(candidates) <= MANY else FIRST_ROUND // 3
-        count, remaining = min(first, len(self.agreement)), candidates
+        count, remaining = min(FIRST_ROUND, len(self.agreement)), candidates
         total = self._most_answers(len(candidates), len({group for group, _ in candidates}), count)
         counted = self.progress.count(f"trying {len(candidates)} {what}, answers at most", total)
         while True:

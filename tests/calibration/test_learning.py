@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from learned_weights import input_cut
 
+from edgeprune.calibration import calibrate as command
 from edgeprune.calibration.calibrate import CalibrationResult
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.learn import run, straight
@@ -348,6 +350,29 @@ def test_an_interrupted_recording_goes_on(
         again()
     assert again().weights == whole.weights
     assert len(asked) < len(samples) + 9
+
+
+def test_what_a_search_chose_is_learned_again_from_all_samples(
+    tiny: LoadedModel, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, base, ask, asked = tmp_path / "kept", base_of(tiny), Recorder.ask, list[str]()
+
+    def counted(self: Recorder, sample: Sample, fit: str, **how: bool) -> Any:
+        asked.append(sample.prompt)
+        return ask(self, sample, fit, **how)
+
+    few = [sample for sample in samples if sample.images in {each.images for each in samples[:40]}]
+    first = learn(tiny, few, base, REQUEST, tmp_path / "p.json", SILENT, kept=kept, gate=False)
+    found = base.with_cuts(Cut("input", "learned", REQUEST.keep, weights=first.weights), Cut("layer", "vtw", 0, 2))
+    monkeypatch.setattr(Recorder, "ask", counted)
+    options = SimpleNamespace(output=tmp_path / "p.json", seed=0, max_tokens=3, fit="pad", device="cpu", settings={"rank": 8})
+    again = command._learned_again(options, tiny, samples, found, kept, SILENT)  # type: ignore[arg-type]
+    assert 0 < len(asked) == len(samples) - len(few)  # what is recorded of the others serves again
+    whole = learn(tiny, samples, base, REQUEST, tmp_path / "p.json", SILENT, kept=kept, gate=False)
+    assert again.weights == [whole.weights] != [first.weights]
+    assert [replace(cut, weights=None) for cut in again.cuts] == [replace(cut, weights=None) for cut in found.cuts]
+    zero_shot = base.with_cuts(Cut("input", "divprune", 5))
+    assert command._learned_again(options, tiny, samples, zero_shot, kept, SILENT) is zero_shot  # type: ignore[arg-type]
 
 
 def test_images_that_are_alike_teach_nothing(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:

@@ -110,7 +110,6 @@ def behind_the_encoder(looking: Search) -> set[tuple[str, ...]]:
 
 @pytest.mark.parametrize("axis", ["flops", "kv"])
 def test_a_cut_inside_the_encoder_stands_before_the_others(tiny: LoadedModel, axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.calibration.search.search.MANY", 10_000)
     monkeypatch.setattr("edgeprune.calibration.search.search.FIRST_ROUND", 40)  # all candidates reach the last round
     looking = search(tiny, Judge(), blocks=12)
     looking.at(Budget(axis, 0.4))
