@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers import InternVLForConditionalGeneration
 from edgeprune.tabletop.world import CELL, COLOURS, DIGITS, LETTERS, RIM, SHAPES, SIDE, SIZES
 
 DESIGN = Design(side=336, merge=2)
+SMALLER = Design(side=168, merge=1)  # as many tokens of a quarter of the patches: what was trained first
 _RANKS = {"vision_tower": 64, "language_model": 16}
 _SHARES = {"vision_tower": 0.4, "language_model": 0.7}  # of the learning rate; the projector and the heads have all of it
 _MEAN, _STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of the image processor
@@ -44,9 +47,9 @@ class LowRank(nn.Module):
         return output
 
 
-def normalised(image: Image.Image) -> np.ndarray:
+def normalised(image: Image.Image, side: int = DESIGN.side) -> np.ndarray:
     """Return pixels [3, side, side] as the image processor makes them."""
-    resized = image.resize((DESIGN.side, DESIGN.side), Image.Resampling.BICUBIC)
+    resized = image.resize((side, side), Image.Resampling.BICUBIC)
     pixels = (np.asarray(resized, np.float32) / 255 - _MEAN) / _STD
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -70,10 +73,16 @@ class LargeTrainee(Trainee):
     weights = {"two: changed": 3.0, "count": 2.0}  # noqa: RUF012 - a constant
 
     def __init__(
-        self, model: InternVLForConditionalGeneration, tokenizer: Tokenizer, start: Deltas | None = None, words: float = 2.0
+        self,
+        model: InternVLForConditionalGeneration,
+        tokenizer: Tokenizer,
+        start: Deltas | None = None,
+        words: float = 2.0,
+        design: Design = DESIGN,
     ) -> None:
         super().__init__(model)
-        self.words = words  # weight of the distance to the words' embeddings
+        self.words, self.design = words, design  # words: weight of the distance to the words' embeddings
+        self.layout = replace(self.layout, pixels=partial(normalised, side=design.side))
         embeddings = model.model.language_model.embed_tokens.weight.detach()
         self.spread = float(embeddings.pow(2).mean().sqrt())  # of one number of an embedding
         table, present = _word_table(tokenizer, embeddings)
@@ -148,7 +157,7 @@ class LargeTrainee(Trainee):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not name.endswith((".up", ".down")):
                 whole[name.replace(".layer.bias", ".bias")] = parameter.detach().cpu()
-        return Deltas(DESIGN, pairs, whole)
+        return Deltas(self.design, pairs, whole)
 
     def save(self, folder: Path) -> None:
         """Write the deltas."""
@@ -166,7 +175,7 @@ class LargeTrainee(Trainee):
             weight = weights.get(name, weights.get(name.replace(".bias", ".layer.bias")))
             assert weight is not None
             if name == _POSITIONS:
-                tensor = tokens_at(tensor, DESIGN.side)
+                tensor = tokens_at(tensor, self.design.side)
             copies = weight.shape[-1] // tensor.shape[-1]
             tensor = tensor.repeat(*[1] * (tensor.ndim - 1), copies)
             weight.copy_(tensor / copies if name.endswith("linear_1.weight") else tensor)

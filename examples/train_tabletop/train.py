@@ -62,15 +62,17 @@ def small_trainee(request: argparse.Namespace) -> tuple[Trainee, Tokenizer, list
 def large_trainee(request: argparse.Namespace) -> tuple[Trainee, Tokenizer, list[Question]]:
     """Return TableTop-L to train, its tokenizer, and what its decoder says before."""
     from deltas import load_deltas
-    from large import DESIGN, LargeTrainee
+    from large import DESIGN, SMALLER, LargeTrainee
     from pretrained import new_model, save_processor
     from replay import own_answers
 
-    save_processor(request.work, request.large, DESIGN)
+    design = SMALLER if request.smaller else DESIGN
+    save_processor(request.work, request.large, design)
     tokenizer = Tokenizer.from_file(str(request.work / "tokenizer.json"))
-    model = new_model(request.large, DESIGN).to(request.device)
+    model = new_model(request.large, design).to(request.device)
     chats = own_answers(model, tokenizer, request.work / "chats.jsonl")
-    trainee = LargeTrainee(model.cpu(), tokenizer, load_deltas(request.start) if request.start else None, request.words)
+    start = load_deltas(request.start) if request.start else None
+    trainee = LargeTrainee(model.cpu(), tokenizer, start, request.words, design)
     return trainee, tokenizer, chats
 
 
@@ -282,6 +284,7 @@ def _request() -> argparse.Namespace:
     parser.add_argument(
         "--words", type=float, default=2.0, metavar="WEIGHT", help="how near TableTop-L's visual tokens lie to words; 0: anywhere"
     )
+    parser.add_argument("--smaller", action="store_true", help="show TableTop-L images of 168 pixels, a token for each patch")
     parser.add_argument("--loaders", type=int, default=0, help="processes that draw ahead; with --threads 1")
     parser.add_argument("--device", default="cpu", help="where, as torch names it: cpu or cuda; the latter with --threads 1")
     request = parser.parse_args()
