@@ -116,12 +116,15 @@ class CandidateComposer:
     unpruned: KeepPlan
     statistics: Statistics | None
 
-    def inward(self, cut: Cut) -> Iterator[PlanFactory]:
-        """Yield the input cut weighed, with a smaller image, and with a larger keep budget followed by a layer cut."""
+    def inward(self, cut: Cut, *, layer_cuts: bool = True) -> Iterator[PlanFactory]:
+        """Yield the input cut weighed, with a smaller image, and with a larger keep budget followed by a withdrawal or a layer cut.
+
+        `layer_cuts`: whether layer cuts that keep tokens are among them, which are most.
+        """
         for each in self._weighed(cut):
             yield partial(self._at_input, self._unpruned, each)
         yield partial(self._at_input, self._smaller_image, cut)
-        yield from self._with_layer_cuts(self._unpruned, cut)
+        yield from self._with_layer_cuts(self._unpruned, cut, kept=layer_cuts)
 
     def encoder_first(self, places: tuple[int, ...], cuts: Sequence[Cut]) -> Iterator[PlanFactory]:
         """Yield cuts inside the vision encoder before the blocks `places`, followed by a cut at the input or between layers."""
@@ -170,11 +173,11 @@ class CandidateComposer:
             **settings,
         )
 
-    def _with_layer_cuts(self, base: PlanFactory, cut: Cut) -> Iterator[PlanFactory]:
+    def _with_layer_cuts(self, base: PlanFactory, cut: Cut, *, kept: bool = True) -> Iterator[PlanFactory]:
         for layer in later_layers(self.unpruned.layers):
             for each in (cut, *self._weighed(cut)):
                 yield partial(self._with_withdrawal, base, each, layer)
-            for more in _INPUT_FACTORS:
+            for more in _INPUT_FACTORS if kept else ():
                 for method in ("fastv", "sparsevlm"):
                     yield partial(self._with_layer_cut, base, cut, method, layer, more)
 

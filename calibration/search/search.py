@@ -152,8 +152,8 @@ class Search:
 
     def _compositions(self, composer: CandidateComposer, ranked: list[Point], axis: str) -> Iterator[PlanFactory]:
         partners = [point.plan.input for point in ranked if point.plan.input is not None and point.group not in BASELINES]
-        for cut in partners[:PARTNERS]:
-            yield from composer.inward(cut)
+        for number, cut in enumerate(partners[:PARTNERS]):
+            yield from composer.inward(cut, layer_cuts=number == 0)
         # If no input method meets the budget alone, one may meet it after a cut inside the encoder.
         cuts = partners[:PARTNERS] or input_cuts()
         encoder_points = [point for point in ranked if point.group == ENCODER][:ENCODER_PARTNERS]
