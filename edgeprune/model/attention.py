@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -241,7 +241,7 @@ def attend(
     loops, where NVIDIA's builder fails on the operator (TensorRT-RTX 1.7.1), and where tokens have weights. It is blocked if the
     mask has `in_row`.
     """
-    query, key, gate = rotated(attn, shape, hidden, tokens, fused=fused)
+    query, key, gate = rotated(attn, shape, hidden, tokens, fused=fused, apart=mask.in_row is not None)
     query, key = query.to(cache.key.dtype), key.to(cache.key.dtype)
     value = attn.v_proj(hidden).view(hidden.shape[0], shape.kv_heads, shape.head_dim).to(cache.value.dtype)
     keys, values = (cache.key, key, cache.visual_key), (cache.value, value, cache.visual_value)
@@ -281,14 +281,15 @@ def _fused(query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[t
 
 
 def rotated(
-    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: TokenRows, *, fused: bool = False
+    attn: Any, shape: DecoderParts, hidden: torch.Tensor, tokens: TokenRows, *, fused: bool = False, apart: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return scaled queries [kv heads, group, S, head_dim] and keys [S, kv heads, head_dim], both with rotary positions.
 
-    The third result is the gate [S, heads * head_dim] of the output, None without one.
+    The third result is the gate [S, heads * head_dim] of the output, None without one. `apart`: where `fused`, each token is a
+    sequence of its own, as steps of several conversations are for their attention.
     """
     length, group, gate = hidden.shape[0], shape.heads // shape.kv_heads, None
-    rotate = _rotate_fused if fused else _rotate
+    rotate = partial(_rotate_fused, axis=1 if apart else 0) if fused else _rotate
     query = attn.q_proj(hidden)
     if shape.gated:
         query, gate = query.view(length, shape.heads, 2 * shape.head_dim).chunk(2, dim=2)
@@ -396,9 +397,9 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
-def _rotate_fused(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    # The operator takes the angles of one half; the other half has the same.
+def _rotate_fused(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, axis: int) -> torch.Tensor:
+    # The operator takes the angles of one half; the other half has the same. `axis`: that of the sequences among [sequences, S].
     half = cos.shape[1] // 2
-    angles = cos[None, :, :half], sin[None, :, :half]
-    rows = states.flatten(1)[None]  # [1, S, heads * head_dim]: this layout needs no transposition
+    angles = (table.unsqueeze(axis)[..., :half] for table in (cos, sin))
+    rows = states.flatten(1).unsqueeze(axis)  # [1, S, heads * head_dim] or [S, 1, ...]: this layout needs no transposition
     return torch.onnx.ops.rotary_embedding(rows, *angles, num_heads=states.shape[1]).view(states.shape)

@@ -8,6 +8,7 @@ concatenated keys 39, Attention-23 29, GroupQueryAttention 28, eight blocks 31, 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,7 +34,8 @@ def expand_blocked(graph: ir.Graph, *, buffers: bool = False, kv: str = "same") 
     """Replace every BlockedAttention node by operators of ONNX, with what brings its queries and output into shape.
 
     `buffers`: steps of one token read and extend one buffer of keys and one of values, by ONNX Runtime's GroupQueryAttention. The
-    graph gets them as inputs and outputs (`edgeprune.bundle.graph_io`). `kv`: their type, as in a Lowering; "int8" has scales too.
+    graph gets them as inputs and outputs (`edgeprune.bundle.graph_io`). Rows are then steps of as many conversations, and all of
+    them get logits. `kv`: the buffers' type, as in a Lowering; "int8" has scales too.
     """
     nodes = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
     shared = _Shared(graph)
@@ -82,25 +84,24 @@ def _expand(graph: ir.Graph, node: ir.Node, shared: _Shared, packed: _Buffers | 
 
 
 class _Buffers:
-    # The keys and values of every layer in one buffer each, which a step of one token reads and extends in place.
+    # The keys and values of every layer in one buffer each, which steps of one token read and extend in place.
     def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], shared: _Shared, kv: str) -> None:
         self._graph, self._quantized = graph, kv == "int8"
         self._layers = {node: _layer(node) for node in nodes}
         self.caches = {node: self._inputs(node) for node in nodes}
         self._scales = {node: self._scale_inputs(node) if self._quantized else [] for node in nodes}
-        lengths = self._input(LENGTHS, ir.DataType.INT32, [len(nodes)])
+        lengths = self._input(LENGTHS, ir.DataType.INT32, ["lengths"])
         first, tape = next(iter(self.caches.values()))[0], Tape()
         one = tape.initializer(ir.tensor(np.ones(1, np.int32), name="buffers_one"))
-        ones = tape.initializer(ir.tensor(np.ones(len(nodes), np.int64), name="buffers_ones"))
         capacity = tape.op("Shape", [first], {"start": 2, "end": 3})
         self.bound = tape.op("Less", [shared.constant(1), capacity])
-        # GroupQueryAttention takes the number of keys before this step, and with it.
-        counts = [lengths, tape.op("Add", [lengths, one])]
-        if len(nodes) == 1:
-            split = [[count] for count in counts]
-        else:
-            split = [list(tape.op_multi_out("Split", [count, ones], {"axis": 0}, num_outputs=len(nodes))) for count in counts]
-        self._lengths = dict(zip(nodes, zip(*split, strict=True), strict=True))
+        # GroupQueryAttention takes the number of keys before this step, and the largest with it.
+        self._most = tape.op("Add", [tape.op("ReduceMax", [lengths]), one])
+        layers = {"axis": 0, "num_outputs": len(nodes)}
+        split = [lengths] if len(nodes) == 1 else tape.op_multi_out("Split", [lengths], layers, num_outputs=len(nodes))
+        self._lengths = dict(zip(nodes, split, strict=True))
+        first_row = tape.op("Where", [self.bound, shared.constant(0), shared.constant(-1)])
+        _last_row(graph).replace_input_with(1, first_row)
         graph.opset_imports[MICROSOFT] = 1
         for initializer in tape.initializers:
             graph.register_initializer(initializer)
@@ -114,7 +115,7 @@ class _Buffers:
     def _inputs(self, node: ir.Node) -> list[ir.Value]:
         key = node.inputs[INPUTS.index("key")]
         assert key is not None and key.shape is not None and key.dtype is not None
-        shape: list[int | str] = [1, _static(key.shape[1]), "capacity", _static(key.shape[2])]
+        shape: list[int | str] = ["conversations", _static(key.shape[1]), "capacity", _static(key.shape[2])]
         kind = ir.DataType.INT8 if self._quantized else key.dtype
         return [self._input(buffer_name(self._layers[node], part), kind, shape) for part in ("key", "value")]
 
@@ -125,22 +126,35 @@ class _Buffers:
         return [self._input(scale_name(self._layers[node], part), ir.DataType.FLOAT, channels) for part in ("key", "value")]
 
     def attend(self, row: _Branch, node: ir.Node, query: _Query, inputs: dict[str, ir.Value]) -> Sequence[ir.Value]:
-        # The attention of one row [1, heads * head_dim], and the buffers after it.
+        # The attention of one row of each conversation [conversations, heads * head_dim], and the buffers after it.
         heads, group, width = query.shape
         settings: dict[str, Any] = {"num_heads": heads * group, "kv_num_heads": heads}
         rows = [_in_rows(row, value) for value in (query.rows, inputs["key"], inputs["value"])]
         scale = 1.0 if query.scale is None else float(_constant(query.scale))
-        operands: list[ir.Value | None] = [*rows, *self.caches[node], *self._lengths[node]]
+        operands: list[ir.Value | None] = [*rows, *self.caches[node], self._lengths[node], self._most]
         if self._quantized:
             operands += [*[None] * 5, *self._scales[node]]  # no rotation, positions, bias or sink
             settings |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         mixed, *grown = row.op_multi("GroupQueryAttention", 3, *operands, domain=MICROSOFT, **settings, scale=scale)
-        return [row.op("Reshape", mixed, row.constant(1, heads * group * width)), *grown]
+        return [row.op("Reshape", mixed, row.constant(-1, heads * group * width)), *grown]
 
     def add_outputs(self, node: ir.Node, after: Sequence[ir.Value]) -> None:
         for part, cache, value in zip(("key", "value"), self.caches[node], after, strict=True):
             value.name, value.type, value.shape = grown_name(self._layers[node], part), cache.type, cache.shape
             self._graph.outputs.append(value)
+
+
+def _last_row(graph: ir.Graph) -> ir.Node:
+    # The Slice of the last token's row, of which the first output has the logits.
+    waiting = deque([graph.outputs[0]])
+    while True:
+        node = waiting.popleft().producer()
+        if node is None:
+            continue
+        start = node.inputs[1] if node.op_type == "Slice" else None
+        if start is not None and start.const_value is not None and start.const_value.numpy().tolist() == [-1]:
+            return node
+        waiting += [value for value in node.inputs if value is not None]
 
 
 def _layer(node: ir.Node) -> int:
@@ -151,13 +165,13 @@ def _layer(node: ir.Node) -> int:
 
 
 def _in_rows(branch: _Branch, value: ir.Value) -> ir.Value:
-    # Rows of heads as [1, S, heads * head_dim], which they may have been before they got another shape.
+    # Rows of heads as [S, 1, heads * head_dim], which they may have been before they got another shape.
     root = before_reshapes(value)
-    if root.shape is not None and len(root.shape) == 3 and root.shape[0] == 1:
+    if root.shape is not None and len(root.shape) == 3 and root.shape[1] == 1:
         return root
     assert value.shape is not None
     width = math.prod(size for size in value.shape if isinstance(size, int))
-    return branch.op("Reshape", value, branch.constant(1, -1, width))
+    return branch.op("Reshape", value, branch.constant(-1, 1, width))
 
 
 def _constant(value: ir.Value) -> np.ndarray:

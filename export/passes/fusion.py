@@ -186,14 +186,16 @@ def _join_gemms(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir
     split = tape.initializer(ir.tensor(np.array(sizes, np.int64), name=f"{layer}.qkv_proj.sizes"))
     joined = tape.op("Gemm", inputs, {"transB": 1})
     joined.type, joined.shape = nodes[0].outputs[0].type, ir.Shape([_rows(nodes[0]), sum(sizes)])
-    # RotaryEmbedding takes [1, S, width]: one Reshape in front of the Split is cheaper than one for each part.
-    ahead = all(_is_rotated(node.outputs[0]) for node in nodes[:2])
-    if ahead:
-        shape = tape.initializer(ir.tensor(np.array([1, -1, sum(sizes)], np.int64), name=f"{layer}.qkv_proj.shape"))
+    # RotaryEmbedding takes [1, S, width] or [S, 1, width]: one Reshape in front of the Split is cheaper than one for each part.
+    rotated = [_rotated(node.outputs[0]) for node in nodes[:2]]
+    ahead = None if None in rotated else rotated[0]
+    if ahead is not None:
+        leading = [1, -1] if ahead.shape is not None and ahead.shape[0] == 1 else [-1, 1]
+        shape = tape.initializer(ir.tensor(np.array([*leading, sum(sizes)], np.int64), name=f"{layer}.qkv_proj.shape"))
         joined = tape.op("Reshape", [joined, shape])
-    parts = tape.op_multi_out("Split", [joined, split], {"axis": 2 if ahead else 1}, num_outputs=len(nodes))
-    if ahead:
-        parts = [_reshaped(tape, part, node.outputs[0]) for part, node in zip(parts, nodes, strict=True)]
+    parts = tape.op_multi_out("Split", [joined, split], {"axis": 1 if ahead is None else 2}, num_outputs=len(nodes))
+    if ahead is not None:
+        parts = [_reshaped(tape, part, node.outputs[0], leading[0]) for part, node in zip(parts, nodes, strict=True)]
     values = {node.outputs[0]: part for node, part in zip(nodes, parts, strict=True)}
     replace_nodes(graph, min(nodes, key=list(graph).index), nodes, tape, values)
 
@@ -204,18 +206,20 @@ def _rows(node: ir.Node) -> Any:
     return shape[0]
 
 
-def _is_rotated(value: ir.Value) -> bool:
-    # Whether all that happens to a value is a RotaryEmbedding.
+def _rotated(value: ir.Value) -> ir.Value | None:
+    # What a RotaryEmbedding makes of a value, if nothing else happens to it.
     consumers = value.consumers()
     if len(consumers) != 1:
-        return False
-    return consumers[0].op_type == "RotaryEmbedding" or (consumers[0].op_type in _RESHAPES and _is_rotated(consumers[0].outputs[0]))
+        return None
+    output = consumers[0].outputs[0]
+    return output if consumers[0].op_type == "RotaryEmbedding" else _rotated(output) if consumers[0].op_type in _RESHAPES else None
 
 
-def _reshaped(tape: Tape, part: ir.Value, like: ir.Value) -> ir.Value:
-    # A part [1, S, width] of a product as the traced value `like` [S, width].
+def _reshaped(tape: Tape, part: ir.Value, like: ir.Value, sequences: int) -> ir.Value:
+    # A part of a product, [1, S, width] if there is one sequence and else [S, 1, width], as the traced value `like` [S, width].
     assert like.shape is not None and like.name is not None
-    part.type, part.shape = like.type, ir.Shape([1, *like.shape])
+    rows, width = like.shape
+    part.type, part.shape = like.type, ir.Shape([1, rows, width] if sequences == 1 else [rows, 1, width])
     shape = tape.initializer(ir.tensor(np.array([-1, like.shape[1]], np.int64), name=f"{like.name}.shape"))
     return tape.op("Reshape", [part, shape])
 

@@ -26,6 +26,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     threads: int | None = None,
+    parallel: int = 1,
     provider: str = "cpu",
     cache_bytes: int = CACHE_BYTES,
     max_kv_bytes: int | None = None,
@@ -42,6 +43,7 @@ def load(
     ...     print(model.generate("table.png", "What does the label say?"))
 
     * `threads`: intra-op threads of ONNX Runtime; None for all cores.
+    * `parallel`: answers at a time whose decode steps run together, where the bundle allows (see docs/server.md); more take turns.
     * `provider`: what computes: "cpu", "cuda", "ort-tensorrt" or "openvino" (all by ONNX Runtime), or "tensorrt" (the engines that
       `edgeprune build` made). There is no fallback to another.
     * `cache_bytes`: size of the cache of image embeddings and prefixes; 0 for none.
@@ -59,12 +61,15 @@ def load(
     """
     report_phase = on_phase or (lambda phase: None)
     RequestLimits(max_kv_bytes=max_kv_bytes)  # raises UsageError for an invalid limit
+    if parallel < 1:
+        raise UsageError(f"parallel must be 1 or more, not {parallel}.")
     if cache_bytes < 0:
         raise UsageError(f"cache_bytes must be 0 or more, not {cache_bytes}.")
     report_phase("loading")
     state = SharedState(cache_bytes, _energy_counter() if energy else None)
     with Bundle.open_while_verifying(Path(path), check=check, require_signature=require_signature) as bundle:
-        runtime = Runtime(_pipeline(bundle, open_backend(bundle, provider, threads, trust), state, max_kv_bytes))
+        backend = open_backend(bundle, provider, threads, trust, parallel=parallel)
+        runtime = Runtime(_pipeline(bundle, backend, state, max_kv_bytes))
     if warm_up:
         report_phase("warming")
         runtime.warm_up()
@@ -80,8 +85,9 @@ def runtime_on(bundle: Bundle, backend: Backend) -> Runtime:
 def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes: int | None) -> Pipeline:
     manifest, lock = bundle.manifest, FifoLock()
     selectors = [name for name in (SELECTOR, *map(tier_selector, manifest.tiers[1:])) if name in manifest.graphs]
+    guarded = GuardedBackend(backend, lock)
     return Pipeline(
-        backend=GuardedBackend(backend, lock),
+        backend=guarded,
         prompts=PromptEncoder.of(bundle),
         image_spec=read_image_spec(bundle.file(PREPROCESSOR)),
         eos_token_ids=manifest.end_tokens,
@@ -93,6 +99,7 @@ def _pipeline(bundle: Bundle, backend: Backend, state: SharedState, max_kv_bytes
         input_cut_ignores_prompt=bool(selectors) and not any("prompt_embeds" in manifest.graphs[name].inputs for name in selectors),
         max_kv_bytes=max_kv_bytes,
         lock=lock,
+        shared_steps=guarded.shared_steps,
         state=state,
         likeness=Likeness.of(bundle.plan),
     )

@@ -12,7 +12,6 @@ taken out of a state again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -137,9 +136,9 @@ class KvCache:
             if after:
                 buffer[length - after : length] = new[len(new) - after :]
         cache = replace(self, buffers=buffers, length=length, states=states)
-        visual = tuple(new[before : len(new) - after] for new in rows)
-        if not any(map(len, visual)):
+        if all(len(new) == before + after for new in rows):
             return cache
+        visual = tuple(new[before : len(new) - after] for new in rows)
         images = (*self.images, tuple(map(_with_null_row, visual)))
         return replace(cache, images=images, visual=_concat_images(images))
 
@@ -173,7 +172,7 @@ class KvCache:
     def bytes(self) -> int:
         """Bytes of all keys and values without null rows, and of the states."""
         text = (self.length - 1) * sum(map(_row_bytes, self.buffers))
-        visual: int = sum((rows.shape[0] - 1) * _row_bytes(rows) for image in self.images for rows in image)
+        visual = sum(rows.nbytes - _row_bytes(rows) for image in self.images for rows in image)
         return text + visual + sum(state.nbytes for state in self.states)
 
     @property
@@ -210,7 +209,7 @@ def split_outputs(outputs: Sequence[T], slots: int, states: int) -> tuple[tuple[
 
 
 def _row_bytes(rows: np.ndarray) -> int:
-    return int(math.prod(rows.shape[1:]) * rows.dtype.itemsize)
+    return rows.nbytes // len(rows)
 
 
 def bfloat16_as_float32(bits: np.ndarray) -> np.ndarray:

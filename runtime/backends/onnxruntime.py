@@ -36,7 +36,7 @@ from edgeprune.runtime.backends.kv_cache import (
     float32_as_bfloat16,
     split_outputs,
 )
-from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, empty_buffers, run
+from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, BoundSteps, empty_buffers, run, takes_several
 from edgeprune.runtime.backends.step_buffers import Recent
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -55,7 +55,7 @@ class OnnxRuntimeBackend:
     `providers`: execution providers; EngineError is raised if the first is not available, and UsageError if the bundle's decoder
     cannot run on one of them. `exact`: multiply quantized weights in
     floating point, as TensorRT does. Otherwise ONNX Runtime rounds the activations to int8. `mapped`: leave the weights in their
-    files and convert each at every use: slow, and in little memory.
+    files and convert each at every use: slow, and in little memory. `parallel`: how many steps `forward_steps` is given at once.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class OnnxRuntimeBackend:
         providers: Sequence[str] = (CPU,),
         exact: bool = False,
         mapped: bool = False,
+        parallel: int = 1,
     ) -> None:
         self._plan, self._follows_attention = bundle.plan, bundle.plan.follows_attention
         _check_target(bundle, providers)
@@ -96,6 +97,8 @@ class OnnxRuntimeBackend:
         self._no_buffers = empty_buffers(self._decoder)
         bound = self._no_buffers and providers[0] == CPU
         self._steps = Recent(partial(BoundStep, self._decoder, bundle)) if bound else None
+        self.steps_at_once = parallel if bound and takes_several(self._decoder) else 1
+        self._shared_steps = BoundSteps(self._decoder, bundle, parallel) if self.steps_at_once > 1 else None
 
     def encode_image(
         self, patches: np.ndarray, *, unpruned: bool = False, cancellation: CancellationToken | None = None
@@ -133,7 +136,8 @@ class OnnxRuntimeBackend:
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run the decoder on new tokens and a KV cache."""
         if self._steps is not None and can_step(self._plan, tokens, cache):
-            return self._steps.of(cache).forward(tokens, cache, cancellation)
+            shared = self._shared_steps.forward([(tokens, cache)])[0] if self._shared_steps else None
+            return shared or self._steps.of(cache).forward(tokens, cache, cancellation)
         values = decoder_feeds(self._input_names, tokens, cache, self._lengths)
         feeds = {name: _numbers(value) for name, value in values.items() if name in self._decoder_inputs} | self._no_buffers
         started = time.perf_counter()
@@ -143,6 +147,13 @@ class OnnxRuntimeBackend:
         rows, states, kept = split_outputs(rest, len(self._slots), self._states)
         rows = tuple(self._held(row, part) for row, (_, part) in zip(rows, self._slots, strict=True))
         return DecoderOutput(logits[0, 0], rows, kept, split, run_ms, states)
+
+    def forward_steps(self, steps: Sequence[tuple[DecoderInput, KvCache]]) -> list[DecoderOutput]:
+        """Run decode steps, each of another conversation; as many as the graph and the `parallel` buffers allow are one pass."""
+        together = [step for step in steps if self._shared_steps is not None and can_step(self._plan, *step)]
+        outputs = self._shared_steps.forward(together) if self._shared_steps is not None else []
+        shared = {id(cache): output for (_, cache), output in zip(together, outputs, strict=True)}
+        return [shared.get(id(cache)) or self.forward(tokens, cache) for tokens, cache in steps]
 
     def _held(self, row: np.ndarray, part: str) -> np.ndarray:
         return float32_as_bfloat16(row) if self._in_bits and part in ("key", "value") else row

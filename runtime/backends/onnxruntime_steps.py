@@ -1,7 +1,8 @@
 """Forward passes of ONNX Runtime: in general, and decode steps whose inputs and outputs stay bound to their memory.
 
 A step of one token reads the buffers of `step_buffers` and writes its row into them. Everything else that the graph takes is as
-before: feeding some hundred arrays anew takes 0.7 ms (30 layers), which is 6 % of such a step of SmolVLM-256M's shape.
+before: feeding some hundred arrays anew takes 0.7 ms (30 layers), which is 6 % of such a step of SmolVLM-256M's shape. Steps of
+several conversations are the rows of one pass, on the buffers of `step_slots`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from edgeprune.bundle.graph_io import (
 from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvArrays, KvCache, TokenSegment, decoder_feeds
 from edgeprune.runtime.backends.step_buffers import StepBuffers
+from edgeprune.runtime.backends.step_slots import StepSlots
+
+# What holds where the entry is missing. Looking for it in vain takes 0.08 ms, for an exception (ONNX Runtime 1.31).
+_NO_GRAPH = ("gpu_graph_id", "0")
 
 
 def run(
@@ -43,6 +48,7 @@ def _stoppable(call: Any, cancellation: CancellationToken | None) -> Any:
     # ONNX Runtime checks `terminate` between two nodes.
     options = onnxruntime.RunOptions()
     options.log_severity_level = 4  # cancellation is not worth a log line, and errors are raised
+    options.add_run_config_entry(*_NO_GRAPH)
     with cancellation.on_cancel(partial(setattr, options, "terminate", True)) if cancellation else nullcontext():
         try:
             return call(options)
@@ -64,38 +70,50 @@ def empty_buffers(session: Any) -> dict[str, np.ndarray]:
         if name.startswith(stems)
     }
     ones = {name: np.ones(node.shape, np.float32) for name, node in nodes.items() if name.startswith(scales)}
-    return {**buffers, **ones, LENGTHS: np.zeros(nodes[LENGTHS].shape, np.int32)}
+    return {**buffers, **ones, LENGTHS: np.zeros(len(buffers) // 2, np.int32)}
+
+
+def reads_8_bits(session: Any) -> bool:
+    """Return whether the buffers of a decoder that has them are of 8 bits."""
+    return any(map(_is_quantized, session.get_inputs()))
+
+
+def takes_several(session: Any) -> bool:
+    """Return whether a decoder takes steps of several conversations at once. In 8 bits each would need scales of its own."""
+    counts = [node.shape for node in session.get_inputs() if node.name == LENGTHS]
+    return bool(counts) and not isinstance(counts[0][0], int) and not reads_8_bits(session)
 
 
 def _is_quantized(node: Any) -> bool:
     return bool(node.type == "tensor(int8)")
 
 
-class BoundStep:
-    """The decode steps of one conversation."""
-
-    def __init__(self, session: Any, bundle: Bundle) -> None:
+class _Binding:
+    # The inputs and outputs of the steps of `count` conversations. `embeds` [1, count, width], `positions` [axes, count] and
+    # `lengths` [layers, count] are to be filled before each run, `logits` [1, count, vocabulary] and `rows` [arrays, count, kv
+    # heads, head_dim] are filled by it.
+    def __init__(self, session: Any, bundle: Bundle, count: int = 1) -> None:
         self._session, self._binding, shape = session, session.io_binding(), bundle.manifest.decoder
         self._slots = cache_slots(bundle.plan)
-        taken = {node.name: node for node in session.get_inputs()}
-        self._quantized = _is_quantized(taken[buffer_name(*self._slots[0])])
-        self._buffers = StepBuffers(len(self._slots) // 2, quantized=self._quantized)
+        taken = {node.name for node in session.get_inputs()}
         self._bound: KvArrays = ()
         empty = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
-        self._token = TokenSegment(np.zeros((1, 1, shape.width), np.float32), np.zeros((shape.position_axes, 1), np.int64))
+        tokens = TokenSegment(np.zeros((1, count, shape.width), np.float32), np.zeros((shape.position_axes, count), np.int64))
+        self.embeds, self.positions = tokens.embeds, tokens.positions
         # The rows are in the buffers, so the caches that other passes read are empty.
-        nothing = DecoderInput(empty, empty, self._token, np.zeros(0, np.int64), np.zeros((1, 3), np.float32))
+        nothing = DecoderInput(empty, empty, tokens, np.zeros(0, np.int64), np.zeros((count, 3), np.float32))
         names = decoder_inputs(bundle.plan, tiers=bool(bundle.lower_tiers))
         for name, array in decoder_feeds(names, nothing, KvCache.empty(shape, bundle.plan)).items():
             if name in taken:
                 self._binding.bind_ortvalue_input(name, _value(array))
-        self._binding.bind_ortvalue_input(LENGTHS, _value(self._buffers.lengths))
+        lengths = np.zeros(len(self._slots) // 2 * count, np.int32)
+        self.lengths = lengths.reshape(-1, count)
+        self._binding.bind_ortvalue_input(LENGTHS, _value(lengths))
         outputs = {node.name: node for node in session.get_outputs()}
-        self._logits = np.zeros((1, 1, outputs["logits"].shape[2]), np.float32)
-        self._binding.bind_ortvalue_output("logits", _value(self._logits))
-        self._all_rows = np.zeros((len(self._slots), 1, shape.kv_heads, shape.head_dim), shape.cache_type)
-        self._rows = tuple(self._all_rows)
-        for slot, rows in zip(self._slots, self._rows, strict=True):
+        self.logits = np.zeros((1, count, outputs["logits"].shape[2]), np.float32)
+        self._binding.bind_ortvalue_output("logits", _value(self.logits))
+        self.rows = np.zeros((len(self._slots), count, shape.kv_heads, shape.head_dim), shape.cache_type)
+        for slot, rows in zip(self._slots, self.rows, strict=True):
             self._binding.bind_ortvalue_output(rows_name(*slot), _value(rows))
         # Cuts keep none of no visual tokens.
         cuts = kept_names(bundle.plan, "layer", "cache")
@@ -103,28 +121,92 @@ class BoundStep:
             np.zeros([size if isinstance(size, int) else 0 for size in outputs[cut].shape], np.int64) for cut in cuts
         )
 
-    def forward(self, tokens: DecoderInput, cache: KvCache, cancellation: CancellationToken | None) -> DecoderOutput:
-        """Run the step of one token."""
-        self._buffers.follow(cache)
-        if self._bound is not self._buffers.arrays:
-            self._bind_buffers()
-        self._token.embeds[:], self._token.positions[:] = tokens.suffix.embeds, tokens.suffix.positions
-        started = time.perf_counter()
-        _stoppable(partial(self._session.run_with_iobinding, self._binding), cancellation)
-        run_ms = 1e3 * (time.perf_counter() - started)
-        self._buffers.stepped()
-        if self._quantized and not self._buffers.fits(self._all_rows.reshape(len(self._slots), -1)):
-            self._buffers.forget()
-        return DecoderOutput(self._logits[0, 0].copy(), tuple(rows.copy() for rows in self._rows), self._kept, None, run_ms)
-
-    def _bind_buffers(self) -> None:
-        for slot, array in zip(self._slots, self._buffers.arrays, strict=True):
+    def bind_buffers(self, arrays: KvArrays, scales: KvArrays = ()) -> None:
+        """Have the steps read and extend these buffers [count, kv heads, capacity, head_dim] in place."""
+        if self._bound is arrays:
+            return
+        for slot, array in zip(self._slots, arrays, strict=True):
             value = _value(array)
             self._binding.bind_ortvalue_input(buffer_name(*slot), value)
             self._binding.bind_ortvalue_output(grown_name(*slot), value)
-        for slot, scale in zip(self._slots, self._buffers.scales, strict=False):  # without scales there is nothing to bind
+        for slot, scale in zip(self._slots, scales, strict=False):  # without scales there is nothing to bind
             self._binding.bind_ortvalue_input(scale_name(*slot), _value(scale))
-        self._bound = self._buffers.arrays
+        self._bound = arrays
+
+    def run(self, cancellation: CancellationToken | None = None) -> float:
+        """Run the steps; return how many milliseconds the graph took."""
+        started = time.perf_counter()
+        _stoppable(partial(self._session.run_with_iobinding, self._binding), cancellation)
+        return 1e3 * (time.perf_counter() - started)
+
+    def output(self, number: int, run_ms: float) -> DecoderOutput:
+        """Return what the last run gave the conversation of this number."""
+        rows = tuple(self.rows[:, number : number + 1].copy())
+        return DecoderOutput(self.logits[0, number].copy(), rows, self._kept, None, run_ms)
+
+
+class BoundStep:
+    """The decode steps of one conversation."""
+
+    def __init__(self, session: Any, bundle: Bundle) -> None:
+        self._binding, self._quantized = _Binding(session, bundle), reads_8_bits(session)
+        self._buffers = StepBuffers(len(cache_slots(bundle.plan)) // 2, quantized=self._quantized)
+
+    def forward(self, tokens: DecoderInput, cache: KvCache, cancellation: CancellationToken | None) -> DecoderOutput:
+        """Run the step of one token."""
+        binding, buffers = self._binding, self._buffers
+        buffers.follow(cache)
+        binding.bind_buffers(buffers.arrays, buffers.scales)
+        binding.embeds[:], binding.positions[:] = tokens.suffix.embeds, tokens.suffix.positions
+        binding.lengths[:, 0] = buffers.lengths
+        run_ms = binding.run(cancellation)
+        buffers.stepped()
+        if self._quantized and not buffers.fits(binding.rows.reshape(len(binding.rows), -1)):
+            buffers.forget()
+        return binding.output(0, run_ms)
+
+
+class BoundSteps:
+    """The decode steps of up to `count` conversations, which are the rows of one pass."""
+
+    def __init__(self, session: Any, bundle: Bundle, count: int) -> None:
+        self._session, self._bundle, shape = session, bundle, bundle.manifest.decoder
+        self._slots = StepSlots(count, len(cache_slots(bundle.plan)) // 2)
+        self._embeds = np.zeros((1, count, shape.width), np.float32)
+        self._positions = np.zeros((shape.position_axes, count), np.int64)
+        self._bindings: dict[tuple[int, int], _Binding] = {}  # for the slots from the first to before the second
+        self._arrays: KvArrays = ()
+
+    def forward(self, steps: Sequence[tuple[DecoderInput, KvCache]]) -> list[DecoderOutput | None]:
+        """Run steps of one token, each of another conversation; None for those that find no slot."""
+        numbers = self._slots.place([cache for _, cache in steps])
+        placed = [number for number in numbers if number is not None]
+        if not placed:
+            return [None] * len(steps)
+        for number, (tokens, _) in zip(numbers, steps, strict=True):
+            if number is not None:
+                self._embeds[:, number], self._positions[:, number] = tokens.suffix.embeds[:, 0], tokens.suffix.positions[:, 0]
+        first, end = min(placed), max(placed) + 1
+        binding = self._binding(first, end)
+        # A slot between them that takes no part repeats its last step, whose row is not valid yet.
+        binding.embeds[:], binding.positions[:] = self._embeds[:, first:end], self._positions[:, first:end]
+        for number in range(first, end):
+            binding.lengths[:, number - first] = self._slots.buffers[number].lengths
+        run_ms = binding.run()
+        for number in range(first, end):
+            buffers = self._slots.buffers[number]
+            buffers.stepped() if number in placed else buffers.disturbed()
+        return [None if number is None else binding.output(number - first, run_ms) for number in numbers]
+
+    def _binding(self, first: int, end: int) -> _Binding:
+        arrays = self._slots.arrays
+        if arrays is not self._arrays:  # bindings hold the memory that they are bound to
+            self._bindings.clear()
+            self._arrays = arrays
+        if (first, end) not in self._bindings:
+            binding = self._bindings[first, end] = _Binding(self._session, self._bundle, end - first)
+            binding.bind_buffers(tuple(array[first:end] for array in arrays))
+        return self._bindings[first, end]
 
 
 def _value(array: np.ndarray) -> Any:

@@ -16,8 +16,12 @@ ONNXRUNTIME = {"cpu": (CPU,), "cuda": (CUDA, CPU), "ort-tensorrt": (_TENSORRT, C
 PROVIDERS = (*ONNXRUNTIME, TENSORRT)
 
 
-def open_backend(bundle: Bundle, provider: str, threads: int | None = None, trust: TrustedKeys = ()) -> Backend:
+def open_backend(
+    bundle: Bundle, provider: str, threads: int | None = None, trust: TrustedKeys = (), *, parallel: int = 1
+) -> Backend:
     """Return the backend for a bundle on a provider of PROVIDERS. `trust`: public keys, one of which must have signed the engines.
+
+    `parallel`: conversations whose decode steps it may be given at once, where it takes several.
 
     Raises EngineError when the provider is not available here, and UsageError for an unknown provider, unsupported `threads` or
     `trust`, or a bundle whose target does not fit the provider.
@@ -25,7 +29,7 @@ def open_backend(bundle: Bundle, provider: str, threads: int | None = None, trus
     if trust and provider != TENSORRT:
         raise UsageError("Only --provider tensorrt loads engines that a key could have signed.", hint="Leave --trust out.")
     if provider in ONNXRUNTIME:
-        return OnnxRuntimeBackend(bundle, threads, providers=ONNXRUNTIME[provider])
+        return OnnxRuntimeBackend(bundle, threads, providers=ONNXRUNTIME[provider], parallel=parallel)
     if provider != TENSORRT:
         raise UsageError(f"Unknown provider {provider!r}.", hint=f"Providers are: {', '.join(PROVIDERS)}.")
     if threads is not None:

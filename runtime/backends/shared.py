@@ -1,7 +1,8 @@
 """Access of several conversations to one backend: a fair lock, and out-of-memory errors.
 
-Graphs run one at a time, in order of arrival. Concurrent answers alternate step by step: on one device two parallel steps are no
-faster than two sequential ones, and each would need its own scratch memory.
+Graphs run one at a time, in order of arrival: on one device two parallel graphs are no faster than two sequential ones, and each
+would need its own scratch memory. Decode steps of concurrent answers are one pass where the backend can (`step_batches`), and
+alternate otherwise.
 
 Out-of-memory errors of a backend become an EngineError with a one-line message. ONNX Runtime's exceptions have no common base, and
 numpy raises MemoryError. The answer ends with finish_reason "error"; its conversation and all others can continue.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from edgeprune.errors import EngineError, UsageError
 from edgeprune.runtime.backends.interface import Backend, BackendProxy, CancellationToken, Cancelled, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
+from edgeprune.runtime.backends.step_batches import StepBatches
 
 _OUT_OF_MEMORY_MESSAGES = ("failed to allocate", "bad_alloc", "out of memory", "cannot allocate memory", "bad allocation")
 _HINT = "Ask with fewer images or a lower max_kv_bytes, or close other programs."
@@ -55,6 +57,11 @@ class FifoLock:
             yield
         finally:
             self._release()
+
+    @property
+    def held(self) -> bool:
+        """Whether this thread holds the lock."""
+        return self._owner == threading.get_ident()
 
     def _wait(self, waiter: _Waiter, cancellation: CancellationToken) -> None:
         try:
@@ -92,11 +99,21 @@ class _Waiter:
 
 
 class GuardedBackend(BackendProxy):
-    """A thread-safe backend proxy: graphs run one at a time, and out-of-memory errors become EngineError."""
+    """A thread-safe backend proxy: graphs run one at a time, and out-of-memory errors become EngineError.
+
+    `shared_steps`: decode steps of several threads run as one pass. A thread that submits one must not hold `lock`.
+    """
 
     def __init__(self, backend: Backend, lock: FifoLock) -> None:
         super().__init__(backend)
         self._lock = lock
+        most = getattr(backend, "steps_at_once", 1)
+        self._batches = StepBatches(self._run_steps, lock.acquire, most) if most > 1 else None
+
+    @property
+    def shared_steps(self) -> bool:
+        """Whether decode steps of several threads run as one pass."""
+        return self._batches is not None
 
     def close(self) -> None:
         """Wait for the graph that runs and release the backend's memory. Later calls raise UsageError."""
@@ -120,14 +137,22 @@ class GuardedBackend(BackendProxy):
             return self._backend.select_tokens(vision_output, prompt, tier)
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """Embed tokens under the lock."""
-        with self._lock.acquire(), _out_of_memory_as_error("the embedding"):
+        """Embed tokens under the lock; that of a step, which waits for its pass later, at once."""
+        with nullcontext() if self._batches and len(ids) == 1 else self._lock.acquire(), _out_of_memory_as_error("the embedding"):
             return self._backend.embed_tokens(ids)
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
-        """Run the decoder under the lock."""
+        """Run the decoder under the lock, a decode step together with those of other threads."""
+        if self._batches is not None and tokens.is_step and not self._lock.held:
+            return self._batches.forward(tokens, cache, cancellation)
         with self._lock.acquire(cancellation), _out_of_memory_as_error("the decoder"):
             return self._backend.forward(tokens, cache, cancellation=cancellation)
+
+    def _run_steps(self, steps: Sequence[tuple[DecoderInput, KvCache]]) -> list[DecoderOutput]:
+        backend: Any = self._backend
+        with _out_of_memory_as_error("the decoder"):
+            outputs: list[DecoderOutput] = backend.forward_steps(steps)
+            return outputs
 
     def predict_keep_ratio(self, split: np.ndarray, step: int) -> float:
         """Run the predictor under the lock."""

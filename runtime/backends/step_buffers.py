@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -30,14 +30,15 @@ _CUT_OFF = 0.05  # share of a row's length that may lie beyond the scales; among
 class StepBuffers:
     """The packed keys and values of one conversation.
 
-    `arrays`: key and value of each layer in turn, as in `KvCache.buffers`. `lengths` [layers], int32: their valid rows, always in
-    the same memory. `scales`: with `quantized` what one step of each channel is [kv heads * head_dim], for each of `arrays`.
+    `arrays`: key and value of each layer in turn, as in `KvCache.buffers`. `lengths` [layers], int32: their valid rows.
+    `scales`: with `quantized` what one step of each channel is [kv heads * head_dim], for each of `arrays`. `room`: returns arrays
+    that hold as many rows as it is told, or more; None for new ones of exactly as many.
     """
 
-    def __init__(self, layers: int, *, quantized: bool = False) -> None:
+    def __init__(self, layers: int, *, quantized: bool = False, room: Callable[[int, KvCache], KvArrays] | None = None) -> None:
         self.arrays: KvArrays = ()
         self.scales: KvArrays = ()
-        self._quantized = quantized
+        self._quantized, self._room = quantized, room or self._own_room
         self.lengths = np.zeros(layers, np.int32)
         self._text: Callable[[], np.ndarray | None] = lambda: None
         self._visual: KvArrays = ()
@@ -58,6 +59,10 @@ class StepBuffers:
         """Note that a step wrote its row behind the last of each layer, where the cache will have it too."""
         self._stepped = True
 
+    def disturbed(self) -> None:
+        """Note that something else was written behind the last row of each layer."""
+        self._stepped = False
+
     def _continues(self, cache: KvCache) -> bool:
         if cache.buffers[0] is not self._text() or cache.length < self._length:
             return False
@@ -77,8 +82,9 @@ class StepBuffers:
         return _within(rows, np.stack(self.scales))
 
     def forget(self) -> None:
-        """Hold nothing, so that the next step begins with new scales."""
+        """Hold nothing, so that the next step begins with new rows and scales."""
         self._text = lambda: None
+        self.lengths[:] = 0
 
     def _pack(self, cache: KvCache) -> None:
         # The visual rows; no text is packed afterwards.
@@ -86,11 +92,8 @@ class StepBuffers:
         # The text buffers have room for the whole answer. Memory that is never written takes no room.
         capacity = -(-(max(rows) + len(cache.buffers[0])) // CAPACITY) * CAPACITY
         self._text, self._stepped = lambda: None, False  # nothing is valid if memory runs out
-        if not self.arrays or self.arrays[0].shape[2] != capacity:
-            kinds = [np.dtype(np.int8) if self._quantized else text.dtype for text in cache.buffers]
-            shapes = [(1, text.shape[1], capacity, text.shape[2]) for text in cache.buffers]
-            self.arrays = tuple(map(np.zeros, shapes, kinds))
-            self.scales = tuple(np.zeros(text[0].size, np.float32) for text in cache.buffers if self._quantized)
+        self.arrays = self._room(capacity, cache)
+        self.scales = self.scales or tuple(np.zeros(text[0].size, np.float32) for text in cache.buffers if self._quantized)
         for scale, visual, text in zip(self.scales, cache.visual, cache.buffers, strict=False):
             peaks = np.maximum(*(np.abs(rows).max(axis=0, initial=1e-6) for rows in (visual[1:], text[1 : cache.length])))
             # A channel has at least what is usual in its head: the quiet ones of a prompt need not be quiet in the answer.
@@ -99,6 +102,11 @@ class StepBuffers:
         for index, (array, visual) in enumerate(zip(self.arrays, cache.visual, strict=True)):
             array[0, :, : len(visual) - 1] = self._stored(index, visual[1:]).swapaxes(0, 1)
         self.lengths[:], self._length = rows[::2], 1
+
+    def _own_room(self, capacity: int, cache: KvCache) -> KvArrays:
+        if self.arrays and self.arrays[0].shape[2] == capacity:
+            return self.arrays
+        return new_arrays(1, capacity, cache, np.dtype(np.int8) if self._quantized else None)
 
     def _copy_text(self, cache: KvCache) -> None:
         new = slice(self._length, cache.length)
@@ -115,6 +123,12 @@ class StepBuffers:
             return rows
         steps = rows / self.scales[index].reshape(rows.shape[-2:])
         return np.clip(np.rint(steps, out=steps), -_STEPS, _STEPS, out=steps)
+
+
+def new_arrays(conversations: int, capacity: int, cache: KvCache, kind: np.dtype[Any] | None = None) -> KvArrays:
+    """Return buffers [conversations, kv heads, capacity, head_dim] like those of a cache, of its type or of another `kind`."""
+    shapes = [(conversations, text.shape[1], capacity, text.shape[2]) for text in cache.buffers]
+    return tuple(np.zeros(shape, kind or text.dtype) for shape, text in zip(shapes, cache.buffers, strict=True))
 
 
 def _within(rows: np.ndarray, scales: np.ndarray) -> bool:

@@ -79,8 +79,14 @@ class DecodeLoop:
         # Returns None, with no state changed, if the request was cancelled while it waited for the lock.
         started, times = time.perf_counter(), self._receipt.times
         try:
-            with self._pipeline.lock.acquire(self._request.cancellation):
-                step = self._sequence.append_generated(token, step, self._keep_ratio, self._receipt)
+            with self._pipeline.step_turn(self._request.cancellation):
+                step = self._sequence.append_generated(
+                    token,
+                    step,
+                    self._keep_ratio,
+                    self._receipt,
+                    self._request.cancellation if self._pipeline.shared_steps else None,
+                )
         except Cancelled:
             return None
         token = self._request.sampler.sample(step.logits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from edgeprune.bundle import DecoderShape, GenerationDefaults, ImageText
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import tier_number
 from edgeprune.processors import ImageSpec
-from edgeprune.runtime.backends.interface import Backend
+from edgeprune.runtime.backends.interface import Backend, CancellationToken
 from edgeprune.runtime.backends.shared import FifoLock
 from edgeprune.runtime.generation.request import LatencyEstimate
 from edgeprune.runtime.media.likeness import Likeness
@@ -123,7 +123,8 @@ class Pipeline:
 
     `tiers`: names and plans, highest quality first, empty for a single plan; `plan` is the first. `input_cut_ignores_prompt`: the
     input cut does not depend on the prompt. `max_kv_bytes`: limit per conversation, unless a request overrides it. `lock`:
-    serializes access to the backend. `likeness`: the images that the input cut was learned from, if it was.
+    serializes access to the backend. `shared_steps`: decode steps of several conversations run together, and take no turns here.
+    `likeness`: the images that the input cut was learned from, if it was.
     """
 
     backend: Backend
@@ -138,6 +139,7 @@ class Pipeline:
     input_cut_ignores_prompt: bool = False
     max_kv_bytes: int | None = None
     lock: FifoLock = field(default_factory=FifoLock)
+    shared_steps: bool = False
     state: SharedState = field(default_factory=SharedState)
     likeness: Likeness | None = None
 
@@ -145,6 +147,10 @@ class Pipeline:
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer of prompts and answers."""
         return self.prompts.tokenizer
+
+    def step_turn(self, cancellation: CancellationToken) -> AbstractContextManager[None]:
+        """Return the context in which a decode step runs. Raises Cancelled if the request is cancelled before its turn."""
+        return nullcontext() if self.shared_steps else self.lock.acquire(cancellation)
 
     @property
     def image(self) -> ImageText:

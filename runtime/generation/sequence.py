@@ -60,12 +60,12 @@ class DecodeKeepRatio:
         self._backend, self._cut = backend, cut
         self._step, self.keep_ratio = 0, 1.0
 
-    def apply(self, cache: KvCache, before: DecoderOutput, receipt: Receipt) -> KvCache:
-        """Return the cache for the next decode step and record its share. `before`: the step that produced the input token."""
+    def apply(self, cache: KvCache, before: DecoderOutput) -> KvCache:
+        """Return the cache for the next decode step, whose share is then `keep_ratio`. `before`: the step that gave its token."""
         if self._cut is None:
             return cache
         if self._cut.options.get("form") == CLASSES:
-            return self._by_class(self._cut, cache, before, receipt)
+            return self._by_class(self._cut, cache, before)
         share = (
             self._scheduled()
             if before.attention_shares is None
@@ -74,13 +74,12 @@ class DecodeKeepRatio:
         self._step += 1
         if self._cut.options.get("monotone", True):
             share = min(share, self.keep_ratio)
-        receipt.decode_shares.append(share)
         if share == self.keep_ratio:
             return cache
         self.keep_ratio = share
         return cache.limit_visual(share, self._cut.layer)
 
-    def _by_class(self, cut: Cut, cache: KvCache, before: DecoderOutput, receipt: Receipt) -> KvCache:
+    def _by_class(self, cut: Cut, cache: KvCache, before: DecoderOutput) -> KvCache:
         # The classes are those of the prompt's last token, for the whole answer.
         if self._step == 0:
             assert before.attention_shares is not None
@@ -89,8 +88,11 @@ class DecodeKeepRatio:
             self.keep_ratio = float(shares.mean())
             cache = cache.limit_visual([1.0] * cut.layer + shares.tolist(), cut.layer)
         self._step += 1
-        receipt.decode_shares.append(self.keep_ratio)
         return cache
+
+    def record(self, receipt: Receipt) -> None:
+        """Add the share of a step to the receipt."""
+        receipt.decode_shares += [] if self._cut is None else [self.keep_ratio]
 
     def _scheduled(self) -> float:
         assert self._cut is not None
@@ -157,7 +159,7 @@ class SequenceState:
         self.tiers: tuple[int, ...] = ()
         self.length = self._position = 0
         self._usages: tuple[ImageUsage, ...] = ()
-        self._groups = bytearray()  # SYSTEM, INSTRUCTION or GENERATED for each text token in the cache
+        self._groups = b""  # SYSTEM, INSTRUCTION or GENERATED for each text token in the cache
 
     @property
     def images(self) -> int:
@@ -175,9 +177,14 @@ class SequenceState:
     def append_text(
         self, ids: Sequence[int], cancellation: CancellationToken | None = None, *, group: int = INSTRUCTION
     ) -> DecoderOutput:
-        """Run a forward pass over text without an image, at least one token."""
+        """Run a forward pass over text without an image, at least one token. Cancelled before its end it changes nothing."""
         empty = self._empty
-        return self._step(DecoderInput(empty, empty, self._text(ids), _NO_ORDER, _NO_GROUPS), group, cancellation)
+        positions = text_positions(self._position, len(ids), self._pipeline.decoder.position_axes)
+        tokens = DecoderInput(empty, empty, self._segment(ids, [positions]), _NO_ORDER, _NO_GROUPS)
+        step = self._step(tokens, group, cancellation)
+        self._position += len(ids)
+        self.length += len(ids)
+        return step
 
     def append_image(
         self,
@@ -225,17 +232,24 @@ class SequenceState:
         return step, usage
 
     def append_generated(
-        self, token: int, before: DecoderOutput, keep_ratio: DecodeKeepRatio | None, receipt: Receipt
+        self,
+        token: int,
+        before: DecoderOutput,
+        keep_ratio: DecodeKeepRatio | None,
+        receipt: Receipt,
+        cancellation: CancellationToken | None = None,
     ) -> DecoderOutput:
-        """Run a decode step for a generated token.
+        """Run a decode step for a generated token. Raises Cancelled, with the token not taken in.
 
         `before`: the step that produced the token. `keep_ratio`: the decode cut to apply, None for none.
         """
         if keep_ratio is not None:
-            self.cache = keep_ratio.apply(self.cache, before, receipt)
+            self.cache = keep_ratio.apply(self.cache, before)
+        step = self.append_text([token], cancellation, group=GENERATED)
+        if keep_ratio is not None:
+            keep_ratio.record(receipt)
         # In an unpruned conversation visual tokens are part of the text, and every step reads all of them.
         receipt.visual_reads.append(self.cache.visual_entries_read if self._prune else receipt.visual_whole)
-        step = self.append_text([token], group=GENERATED)
         self.ids.append(token)
         if step.launched:
             receipt.launches[step.launched] = receipt.launches.get(step.launched, 0) + 1
@@ -257,16 +271,16 @@ class SequenceState:
         """
         self.cache, self._position, self.length = prefix.cache, prefix.position, prefix.length
         self._usages, self.tiers = prefix.accounts, prefix.tiers
-        self._groups, self.ids = bytearray([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
+        self._groups, self.ids = bytes([SYSTEM] * (prefix.cache.length - 1)), list(prefix.ids)
         return prefix.accounts
 
     def _step(self, tokens: DecoderInput, group: int, cancellation: CancellationToken | None, *, dropped: int = 0) -> DecoderOutput:
         # `dropped`: tokens at the end of the suffix that are not part of the sequence yet.
         before, after = tokens.prefix.embeds.shape[1], tokens.suffix.embeds.shape[1]
-        self._groups += bytes([SYSTEM] * before + [group] * after)
-        groups = _ONE_HOT[np.frombuffer(self._groups, np.uint8)]
-        step = self._pipeline.backend.forward(replace(tokens, text_groups=groups), self.cache, cancellation=cancellation)
-        del self._groups[len(self._groups) - dropped :]
+        groups = self._groups + bytes([SYSTEM] * before + [group] * after)
+        one_hot = _ONE_HOT[np.frombuffer(groups, np.uint8)]
+        step = self._pipeline.backend.forward(replace(tokens, text_groups=one_hot), self.cache, cancellation=cancellation)
+        self._groups = groups[: len(groups) - dropped]
         rows = tuple(new[: len(new) - dropped] for new in step.new_kv) if dropped else step.new_kv
         self.cache = self.cache.append(rows, before, after - dropped, step.states)
         return replace(step, new_kv=(), states=())
@@ -296,12 +310,6 @@ class SequenceState:
             raise UsageError("This model cannot take two images without text between them.", hint="Put a word between them.")
         count = 0 if self.cache.states else len(ids) if ranked else int(alone)
         return ids[:count], np.concatenate(positions, axis=1)[:, :count]
-
-    def _text(self, ids: Sequence[int]) -> TokenSegment:
-        positions = text_positions(self._position, len(ids), self._pipeline.decoder.position_axes)
-        self._position += len(ids)
-        self.length += len(ids)
-        return self._segment(ids, [positions])
 
     def _segment(self, ids: Sequence[int], positions: Sequence[np.ndarray]) -> TokenSegment:
         return TokenSegment(self._pipeline.backend.embed_tokens(ids), np.concatenate(positions, axis=1)) if ids else self._empty

@@ -32,8 +32,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class ServerOptions:
     """The options of a server.
 
-    `keys`: bearer keys; without keys, a host that other machines can reach needs `no_auth`. `parallel`: answers at a time, whose
-    steps alternate. `grace`: seconds that running answers have to finish at shutdown. `fit`: as in `Runtime.generate`.
+    `keys`: bearer keys; without keys, a host that other machines can reach needs `no_auth`. `parallel`: answers at a time, as
+    for `load`. `grace`: seconds that running answers have to finish at shutdown. `fit`: as in `Runtime.generate`.
     `forwarded_allow_ips`: addresses of proxies whose X-Forwarded-For names the client. `allow_origin`: origins of web pages that
     may ask from a browser, "*" for all. Raises UsageError for values out of range.
     """
@@ -70,11 +70,12 @@ def serve(
     `announce`: called with the URL once the server listens. `opening`: keyword arguments of `load`. Raises UsageError when it
     cannot listen on the address, and the errors of `load`.
     """
+    options = options or ServerOptions()
 
     def open_model(on_phase: Callable[[str], None]) -> Runtime:
-        return load(bundle, on_phase=on_phase, warm_up=True, **opening)
+        return load(bundle, on_phase=on_phase, warm_up=True, parallel=options.parallel, **opening)
 
-    Server(open_model, options or ServerOptions(), announce).run()
+    Server(open_model, options, announce).run()
 
 
 class Server:

@@ -37,7 +37,8 @@ def limited(cut: Cut, *steps: DecoderOutput) -> tuple[Cache, Receipt]:
     cache, receipt = Cache(), Receipt(pruned=True, reason="")
     ratio: Any = DecodeKeepRatio(None, cut)  # type: ignore[arg-type]  # it predicts nothing
     for step in steps:
-        assert ratio.apply(cache, step, receipt) is cache
+        assert ratio.apply(cache, step) is cache
+        ratio.record(receipt)
     return cache, receipt
 
 
