@@ -13,7 +13,7 @@ GROUPS = "text_groups"  # the group of each text token, if the decode cut follow
 SIGNALS = ("vision_attention", "vision_keys", "vision_features")
 WEIGHTS = "visual_weights"  # the logarithms of how many tokens each visual token stands for, if the input cut weighs
 WEIGHT = "weight"  # the part of a cache that holds them
-LENGTHS = "cache_lengths"  # [layers], int32: the valid rows of the buffers of each layer that has them
+LENGTHS = "cache_lengths"  # [layers * n], int32: the valid rows of the buffers of n conversations, layer by layer
 ROWS = "cache_rows"  # [1 + lengths]: the real rows of the text caches, and of the visual caches of each length; see `length_slots`
 PLACE = "place"  # the part of a cache that holds the tokens' places in the sequence, for layers with a window
 
@@ -38,9 +38,11 @@ def rows_name(layer: int, part: str) -> str:
 
 
 def buffer_name(layer: int, part: str) -> str:
-    """Return the input name of a layer's buffer of all keys ("key") or values [1, kv heads, capacity, head_dim] for single tokens.
+    """Return the input name of a layer's buffer of all keys ("key") or values [n, kv heads, capacity, head_dim] for single tokens.
 
-    LENGTHS counts its valid rows. A capacity of 1 stands for no buffers. Not every decoder has them.
+    The tokens of the suffix are then steps of n conversations, each with its own logits [1, n, vocabulary]. LENGTHS counts the
+    valid rows. A capacity of 1 stands for no buffers. Not every decoder has them, and older ones
+    take n = 1.
     """
     return f"cache_{part}.{layer}"
 

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,19 @@ import openai
 
 
 @contextmanager
-def server(bundle: Path, timeout: float = 60.0, *, options: Sequence[str] = ("--parallel", "2")) -> Iterator[str]:
+def server(bundle: Path, timeout: float = 60.0) -> Iterator[str]:
     """Yield the address of a server of a bundle that is ready; at the end it is asked to stop and waited for."""
-    command = [sys.executable, "-c", "from edgeprune.cli import main; main()", "serve", str(bundle), "--port", "0", *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from edgeprune.cli import main; main()",
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        "--parallel",
+        "2",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None

@@ -24,7 +24,13 @@ from edgeprune.errors import require_extra
 @click.option(
     "--allow-origin", multiple=True, metavar="ORIGIN", help="Web pages of this origin may ask, as https://a.example; '*' for all."
 )
-@click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Answers at once, step by step in turns.")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Answers at once; their steps share passes, or take turns.",
+)
 @click.option("--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that may wait besides those.")
 @click.option(
     "--per-client", type=click.IntRange(1), default=4, show_default=True, help="Open requests of one client (key, else address)."

@@ -240,7 +240,7 @@ def test_a_prefill_comes_between_two_passes(shared: Shared, tiny_image: Image.Im
         came.append(len(shared.sizes) - passes)
         return piece + "".join(stream)
 
-    *_, said = together(*(lambda stream=stream: "".join(stream) for stream in streams), late)  # type: ignore[misc]
+    *_, said = together(*(lambda stream=stream: "".join(stream) for stream in streams), late)
     assert said == shared.runtime.generate(tiny_image, "Which is it?", max_tokens=3).text
     assert came[0] < 60  # it did not wait for their ends
 
@@ -255,5 +255,5 @@ def test_a_closed_model_says_so_to_all(shared: Shared, tiny_image: Image.Image) 
     for stream in streams:
         next(stream)
     shared.runtime.close()
-    for error in together(*(lambda stream=stream: "".join(stream) for stream in streams)):  # type: ignore[misc]
+    for error in together(*(lambda stream=stream: "".join(stream) for stream in streams)):
         assert isinstance(error, UsageError) and "closed" in str(error)
