@@ -29,6 +29,22 @@ CAPACITY = 256  # capacities of caches that steps write in place are multiples o
 KvArrays = tuple[np.ndarray, ...]
 
 
+class KvBlock(tuple[np.ndarray, ...]):
+    """Arrays of one shape that lie one behind the other: those of `block` [arrays, rows, kv heads, head_dim].
+
+    A row of all layers is then one copy instead of some sixty.
+    """
+
+    block: np.ndarray
+
+    @classmethod
+    def of(cls, block: np.ndarray) -> KvBlock:
+        """Return the arrays of a block."""
+        arrays = cls(block)
+        arrays.block = block
+        return arrays
+
+
 @dataclass(frozen=True)
 class TokenSegment:
     """Consecutive tokens: `embeds` [1, n, hidden] and `positions` [axes, n]. n may be 0."""
@@ -130,6 +146,9 @@ class KvCache:
         if not rows:
             return replace(self, length=length)
         buffers = self.buffers if len(self.buffers[0]) >= length else self._grow_buffers(rows, max(length, self.capacity))
+        if isinstance(rows, KvBlock) and isinstance(buffers, KvBlock) and not before and rows.block.shape[1] == after:
+            buffers.block[:, length - after : length] = rows.block
+            return replace(self, buffers=buffers, length=length, states=states)
         for buffer, new in zip(buffers, rows, strict=True):
             if before:
                 buffer[self.length : self.length + before] = new[:before]
@@ -146,7 +165,11 @@ class KvCache:
         # Allocates where the new rows are, possibly in device memory. Powers of two, so that conversations can reuse each other's
         # blocks there, and no fewer than a step binds.
         capacity = max(1 << (capacity - 1).bit_length(), CAPACITY)
-        buffers = tuple(np.empty_like(new, order="C", shape=(capacity, *new.shape[1:])) for new in like)
+        buffers: KvArrays
+        if all(type(new) is np.ndarray and (new.shape[1:], new.dtype) == (like[0].shape[1:], like[0].dtype) for new in like):
+            buffers = KvBlock.of(np.empty((len(like), capacity, *like[0].shape[1:]), like[0].dtype))
+        else:
+            buffers = tuple(np.empty_like(new, order="C", shape=(capacity, *new.shape[1:])) for new in like)
         for buffer, old in zip(buffers, self.text, strict=True):
             buffer[: self.length] = old
         return buffers

@@ -28,7 +28,7 @@ from edgeprune.bundle.graph_io import (
     scale_name,
 )
 from edgeprune.runtime.backends.interface import CancellationToken, Cancelled, DecoderOutput
-from edgeprune.runtime.backends.kv_cache import DecoderInput, KvArrays, KvCache, TokenSegment, decoder_feeds
+from edgeprune.runtime.backends.kv_cache import DecoderInput, KvArrays, KvBlock, KvCache, TokenSegment, decoder_feeds
 from edgeprune.runtime.backends.step_buffers import StepBuffers
 from edgeprune.runtime.backends.step_slots import StepSlots
 
@@ -141,7 +141,7 @@ class _Binding:
 
     def output(self, number: int, run_ms: float) -> DecoderOutput:
         """Return what the last run gave the conversation of this number."""
-        rows = tuple(self.rows[:, number : number + 1].copy())
+        rows = KvBlock.of(self.rows[:, number : number + 1].copy())
         return DecoderOutput(self.logits[0, number].copy(), rows, self._kept, None, run_ms)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from edgeprune.bundle import DecoderShape
 from edgeprune.plan import Geometry, KeepPlan
-from edgeprune.runtime.backends.kv_cache import CAPACITY, KvArrays, KvCache
+from edgeprune.runtime.backends.kv_cache import CAPACITY, KvArrays, KvBlock, KvCache
 from edgeprune.runtime.backends.step_buffers import Recent, StepBuffers
 
 SHAPE = DecoderShape(layers=3, hidden=48, kv_heads=2, head_dim=8, vocabulary=100, context=64, position_axes=3)
@@ -80,6 +80,19 @@ def test_a_conversation_outgrows_its_buffers() -> None:
     buffers.follow(grown)
     assert buffers.arrays is not arrays
     check(buffers, grown)
+
+
+def test_rows_in_one_block_are_those_of_all_layers() -> None:
+    cache, row = cache_of(5, visual=12), some(1)
+    assert isinstance(cache.buffers, KvBlock)
+    other, block = cache.copy_prefix(cache.length).append(row, 0, 1), KvBlock.of(np.stack(row))
+    cache = cache.append(block, 0, 1)
+    for expected, actual in zip(other.text, cache.text, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(cache.text[3][-1], row[3][0])
+    for large in (cache.append(block, 1, 0), cache.append(KvBlock.of(np.stack(some(CAPACITY))), 0, CAPACITY)):
+        assert large.length > cache.length
+        np.testing.assert_array_equal(large.text[3][: cache.length], cache.text[3])
 
 
 def test_conversations_have_their_own_until_they_end() -> None:
