@@ -144,6 +144,19 @@ def test_serving(bundle: Path, scenes: Path) -> None:
     assert 'edgeprune_answers_total{finish_reason="cancelled"' in output
 
 
+def test_several_clients(bundle: Path, scenes: Path) -> None:
+    options = ("--clients", "1,2", "--tokens", 4, "--seconds", 0.2, "--threads", 1)
+    header, *lines = run("serving/clients.py", bundle, scenes / "000000.png", *options).splitlines()
+    assert header.startswith("clients") and [line.split()[0] for line in lines] == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_companions_change_no_answer(bundle: Path, scenes: Path) -> None:
+    output = run("serving/companions.py", bundle, "--data", scenes.parent / "dataset.jsonl", "--parallel", 2)
+    (same, asked), (described, images) = re.findall(r"(\d+) of (\d+) answered the same", output)
+    assert same == asked and described == images
+
+
 @pytest.mark.slow
 def test_own_data_is_calibrated_and_measured(tiny_folder: Path, tmp_path: Path) -> None:
     other = ("--model", tiny_folder, "--image-size", "84x112", "--fit", "stretch")
