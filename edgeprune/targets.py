@@ -7,12 +7,15 @@ and 6.2, 10.13 in 7.0 and 7.1, 10.16 in 7.2. Supported operators are from the ch
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgeprune.errors import UsageError, did_you_mean
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "int4")
 KV_KINDS = ("same", "int8")
+_BY_SAMPLES = ("int4", "w8a8")
 _FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _INT4_OPSET = 21  # the first with block-wise INT4 in DequantizeLinear; TensorRT reads such nodes since 10.0
 
@@ -73,16 +76,19 @@ class Lowering:
 
     fp16: weights, matrix products and KV caches; norms, softmax, rotary embedding, residual stream and logits stay in float32.
     bf16: the same in bfloat16, which has float32's range with 8 bits of precision; for TensorRT alone.
-    int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. int4: the weights of the decoder
-    layers, in blocks of 128 inputs; all other weights are int8. `wide`: the matrices, such as decoder.layers.0.mlp.down_proj, whose
-    products float16 does not hold: they multiply in float32, with weights in float32 instead of fp16. `kv`: how decode steps keep
-    keys and values, "same" as they are computed, or "int8".
+    int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. w8a8: for TensorRT, the inputs of
+    products too, by scales that samples decide, except for the head and for what would lose too much. int4: the weights of the
+    decoder layers, in blocks of 128 inputs; all other weights are int8. `wide`: the matrices, such as
+    decoder.layers.0.mlp.down_proj, whose products float16 does not hold: they multiply in float32, with weights in float32 instead
+    of fp16. `kv`: how decode steps keep keys and values, "same" as they are computed, or "int8". `roundings`: for w8a8, how the
+    inputs of matrices become 8-bit (edgeprune.model.smoothquant.Rounding), by the same names.
     """
 
     target: Target
     precision: str
     wide: tuple[str, ...] = ()
     kv: str = "same"
+    roundings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kv not in KV_KINDS:
@@ -99,10 +105,29 @@ class Lowering:
                 f"Target {self.target.name!r} has no bf16: ONNX Runtime's CPU has no products of bfloat16.",
                 hint="Choose --precision fp32, int8 or int4, or the --target of a Jetson.",
             )
+        if self.target.tensorrt is None and self.precision == "w8a8":
+            raise UsageError(
+                f"Target {self.target.name!r} has no w8a8, whose scales of activations are those of samples: it is for TensorRT.",
+                hint="Choose --target cpu --precision int8, which rounds activations as they come, or the --target of a Jetson.",
+            )
         if self.target.blocked and self.precision == "fp16":
             raise UsageError(
                 f"Target {self.target.name!r} has no fp16: its kernels multiply float32 or integers.",
                 hint="Choose --precision fp32, int8 or int4.",
+            )
+
+    def check_samples(self, *, given: bool) -> None:
+        """Raise UsageError if samples are given that decide nothing, or none where nothing works without."""
+        if given and self.precision not in _BY_SAMPLES:
+            raise UsageError(
+                f"--data decides int4 weights and the scales of w8a8, and the precision is {self.precision}.",
+                hint="Give --precision int4 or w8a8, or no --data.",
+            )
+        if not given and self.precision == "w8a8":
+            raise UsageError(
+                "w8a8 rounds activations to 8 bits by scales that samples decide, and none are given.",
+                hint="Give some about what the robot will see: --data samples.jsonl (see docs/tensorrt.md). Or round only the "
+                "weights: --precision int8",
             )
 
     @property
@@ -122,8 +147,11 @@ class Lowering:
 
     def is_wide(self, part: str, weight: str) -> bool:
         """Return whether a weight of a part's graph, such as decoder.layers.0.mlp.down_proj.weight, multiplies in float32."""
-        name = weight.removesuffix(".weight")
-        return (name if part == "layers" else f"vision.{name}") in self.wide
+        return _matrix_name(part, weight) in self.wide
+
+    def rounding_of(self, part: str, weight: str) -> Any | None:
+        """Return how the input of a weight of a part's graph becomes 8-bit, None if it does not."""
+        return self.roundings.get(_matrix_name(part, weight))
 
     def rounds(self, weights: str) -> bool:
         """Return whether inputs of products with such weights are quantized to 8 bits, for integer matrix products."""
@@ -133,7 +161,12 @@ class Lowering:
         """Return the weight precision of a part: "layers" or "head" of the decoder, "vision", or "embedding"."""
         if part == "embedding":
             return "int8" if self.rounds(self.precision) else _FLOATS[self.products]
-        return "int8" if self.precision == "int4" and part != "layers" else self.precision
+        return "int8" if self.precision == "w8a8" or (self.precision == "int4" and part != "layers") else self.precision
+
+
+def _matrix_name(part: str, weight: str) -> str:
+    name = weight.removesuffix(".weight")
+    return name if part == "layers" else f"vision.{name}"
 
 
 PLAIN = Lowering(TARGETS["onnxruntime"], "fp32")

@@ -27,6 +27,7 @@ from edgeprune.bundle import (
     PLAN,
     PREDICTOR,
     PREPROCESSOR,
+    ROUNDINGS,
     SELECTOR,
     SPECIAL_TOKENS,
     TOKENIZER,
@@ -36,6 +37,7 @@ from edgeprune.bundle import (
     GptqRecord,
     GraphRecord,
     Manifest,
+    SmoothingRecord,
     SourceQuantization,
     float32_graph,
     tier_plan,
@@ -46,6 +48,7 @@ from edgeprune.bundle.integrity import record_file, record_files
 from edgeprune.calibration.data.samples import WeightSamples
 from edgeprune.calibration.replay.layerwise import check_fitting, fitted_int4
 from edgeprune.calibration.replay.products import wide_products
+from edgeprune.calibration.replay.ranges import Roundings, input_roundings
 from edgeprune.calibration.replay.reference import prompt_encoder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
@@ -58,6 +61,7 @@ from edgeprune.families.base import Family
 from edgeprune.io.files import new_folder
 from edgeprune.io.progress import SILENT, Progress
 from edgeprune.model import signals_for
+from edgeprune.model.smoothquant import save_roundings
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
 from edgeprune.targets import PLAIN, Lowering
@@ -80,11 +84,11 @@ def export_bundle(
 ) -> Bundle:
     """Trace a model under a plan or several tiers, lower it and write the bundle.
 
-    `data`: samples that int4 weights are fitted to by GPTQ; without, they are rounded to the nearest. `progress` is told each of
-    STAGES as it begins, and how many weights are written. Before anything is traced, raises PlanError if the plan was made for
-    another model, UnsupportedModelError if the model has no chat template, image token or end token, UsageError if `output` exists
-    without `force`, or `data` can decide no weights, and EdgePruneError if the disk is too small. Raises BadSampleError for a
-    sample that cannot be used.
+    `data`: samples that int4 weights are fitted to by GPTQ; without, they are rounded to the nearest. For w8a8, which needs them,
+    they decide the scales of inputs. `progress` is told each of STAGES as it begins, and how many weights are written. Before
+    anything is traced, raises PlanError if the plan was made for another model, UnsupportedModelError if the model has no chat
+    template, image token or end token, UsageError if `output` exists without `force`, or `data` can decide nothing or is missing
+    for w8a8, and EdgePruneError if the disk is too small. Raises BadSampleError for a sample that cannot be used.
     """
     tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
     (_, first), *others = tiers.items()
@@ -93,16 +97,22 @@ def export_bundle(
         loaded.check_plan(tier)
     prompt_encoder(loaded, first.geometry)
     _check_kv(loaded, tiers.values(), lowering)
+    lowering.check_samples(given=data is not None)
     if data is not None:
         check_fitting(loaded, lowering)
     with new_folder(output, force=force) as folder:
-        _check_space(loaded, lowering, folder, fitting=data is not None)
+        _check_space(loaded, lowering, folder, fitting=data is not None and lowering.precision == "int4")
         progress.begin("products")
         wide = wide_products(loaded, first) if lowering.products == "float16" else None
         lowering = replace(lowering, wide=tuple(wide or ()))
         progress.begin("weights")
+        roundings: Roundings | None = None
+        if data is not None and lowering.precision == "w8a8":
+            roundings = input_roundings(loaded, first, data, progress)
+            save_roundings(roundings.found, folder / ROUNDINGS)
+            lowering = replace(lowering, roundings=roundings.found)
         with ExitStack() as fitting:
-            if data is not None:
+            if data is not None and roundings is None:
                 scratch = Path(fitting.enter_context(TemporaryDirectory(dir=folder)))
                 fitting.enter_context(fitted_int4(loaded, first, data, lowering, scratch, progress))
             graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)
@@ -114,8 +124,7 @@ def export_bundle(
             lower_tiers[name].save(folder / tier_plan(name))
         progress.begin("manifest")
         manifest = _manifest(loaded, first, lowering, graphs, folder)
-        gptq = None if data is None else GptqRecord(len(data.samples), data.sha256)
-        manifest = replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide, gptq=gptq)
+        manifest = replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide, **_by_samples(data, roundings))
         progress.begin("expected outputs")
         if lowering.target.tensorrt is not None:
             write_expected(Bundle(folder, manifest, first, tuple(lower_tiers.values())))
@@ -195,6 +204,16 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         files=record_files(folder, MANIFEST),
         encoder_work=encoder_works(loaded.family, plan),
     )
+
+
+def _by_samples(data: WeightSamples | None, roundings: Roundings | None) -> dict[str, Any]:
+    # The manifest's records of what samples decided.
+    if data is None:
+        return {}
+    taken = len(data.samples), data.sha256
+    if roundings is None:
+        return {"gptq": GptqRecord(*taken)}
+    return {"smoothing": SmoothingRecord(*taken, len(roundings.found), roundings.lossy)}
 
 
 def _quantization(loaded: LoadedModel, tower: nn.Module, lowering: Lowering) -> SourceQuantization | None:

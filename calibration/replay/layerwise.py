@@ -41,16 +41,15 @@ _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def check_fitting(loaded: LoadedModel, lowering: Lowering) -> None:
-    """Raise UsageError for a precision or a decoder that has no int4 weights to be found."""
-    if lowering.precision != "int4":
-        raise UsageError(f"Samples decide int4 weights, and the precision is {lowering.precision}.", hint="Export with int4.")
+    """Raise UsageError for a precision or a model of which samples decide nothing."""
+    lowering.check_samples(given=True)
     matrices = named_matrices(loaded.family.decoder().layers)
     if any(isinstance(getattr(matrix.weight, "stored", None), PackedMatrix) for matrix in matrices.values()):
         raise UsageError(
-            f"{loaded.folder.name} is quantized, and int4 keeps its integers.",
-            hint="Give the original weights, or leave out --data.",
+            f"{loaded.folder.name} is quantized, and its integers are kept.",
+            hint="Give the original weights, or export with --precision int4 or int8, without --data.",
         )
-    if not any(kind_for(matrix.in_features, "int4") == "int4" for matrix in matrices.values()):
+    if lowering.precision == "int4" and not any(kind_for(matrix.in_features, "int4") == "int4" for matrix in matrices.values()):
         raise UsageError(
             f"No matrix of {loaded.folder.name} divides into blocks of 128 inputs, so that int4 keeps all of them in int8.",
             hint="Leave out --data.",
@@ -71,7 +70,7 @@ def fitted_int4(
     decoder = PrunedDecoder(loaded.family.decoder(), unpruned).eval()
     with torch.no_grad():
         with read_when_used((*pipeline.backend.matrices().values(), decoder.shape.embed_tokens)):
-            samples = _samples(pipeline, decoder, data, progress)
+            samples = prompts_and_answers(pipeline, decoder, data, progress)
         found = _fit(decoder, samples, lowering, folder, progress)
     before = [(weight, getattr(weight, "stored", None)) for weight, _ in found]
     for weight, matrix in found:
@@ -92,12 +91,12 @@ def _fit(
 
     def run(index: int) -> Iterator[list[TokenRows]]:
         for parts in samples:
-            yield _run_layer(decoder, index, parts)
+            yield run_layer(decoder, index, parts)
             passed(next(steps))
 
     for index in range(layers):
         matrices = named_matrices(decoder.layers[index : index + 1], first=index)
-        with _in_memory(matrices) as own:
+        with in_memory(matrices) as own:
             hessians = Hessians(matrices)
             with hessians.collecting():
                 for _ in run(index):
@@ -154,8 +153,8 @@ class Hessians:
         self._sums[name].addmm_(rows.T, rows)
 
 
-def _run_layer(decoder: PrunedDecoder, index: int, parts: Sequence[TokenRows]) -> list[TokenRows]:
-    # A prompt and the answer behind it.
+def run_layer(decoder: PrunedDecoder, index: int, parts: Sequence[TokenRows]) -> list[TokenRows]:
+    """Return what is behind one layer of a prompt and the answer behind it, if there is one."""
     cache, outputs = decoder.empty_caches()[index], list[TokenRows]()
     for number, tokens in enumerate(parts):
         behind, rows = decoder.run_layer(index, tokens, cache, every_logit=number > 0)
@@ -164,8 +163,10 @@ def _run_layer(decoder: PrunedDecoder, index: int, parts: Sequence[TokenRows]) -
     return outputs
 
 
-def _samples(pipeline: Pipeline, decoder: PrunedDecoder, data: WeightSamples, progress: Progress) -> list[list[TokenRows]]:
-    # Prompt and answer of each sample as they enter the first layer.
+def prompts_and_answers(
+    pipeline: Pipeline, decoder: PrunedDecoder, data: WeightSamples, progress: Progress
+) -> list[list[TokenRows]]:
+    """Return prompt and answer of each sample as they enter the first layer."""
     asked, found = replace(pipeline, backend=_Prompts(pipeline.backend, pipeline.decoder.vocabulary)), list[list[TokenRows]]()
     read = progress.count("reading samples", len(data.samples))
     for done, sample in enumerate(data.samples, start=1):
@@ -209,8 +210,8 @@ def named_matrices(layers: Iterable[nn.Module], first: int = 0) -> dict[str, nn.
 
 
 @contextmanager
-def _in_memory(matrices: Mapping[str, nn.Linear]) -> Iterator[dict[str, Any]]:
-    # Weights that are in their files are read. The layers get their own weights, which are yielded, back on exit.
+def in_memory(matrices: Mapping[str, nn.Linear]) -> Iterator[dict[str, Any]]:
+    """Read the weights that are in their files; the layers get their own, which are yielded by name, back on exit."""
     own: dict[str, Any] = {name: matrix.weight for name, matrix in matrices.items()}
     for name, matrix in matrices.items():
         source = getattr(own[name], "stored", None)

@@ -91,6 +91,11 @@ class TorchBackend:
             else None
         )
 
+    @property
+    def tower(self) -> torch.nn.Module:
+        """The vision encoder with its projector."""
+        return self._vision
+
     def matrices(self) -> dict[str, torch.nn.Linear]:
         """Return the linear layers by part and by the name of their weights in the graphs, such as decoder.lm_head.
 

@@ -14,6 +14,7 @@ onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
 onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
 onnx/*.float32.onnx              a graph of a bf16 bundle in float32, on the same weights: ONNX Runtime has no products of bfloat16
 expected/conversation.npz        a conversation and its outputs: see edgeprune.benchmark.expected; only for a target with TensorRT
+roundings.safetensors            how inputs of matrices become 8-bit, if the bundle is w8a8: for verify, as the graphs have it too
 processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
 
 Engines that a device builds later have their own records. The runtime reads only files that the manifest lists; this includes the
@@ -46,6 +47,7 @@ VISION_UNPRUNED, SELECTOR, PREDICTOR = "onnx/vision_unpruned.onnx", "onnx/select
 TOKENIZER, SPECIAL_TOKENS = "processor/tokenizer.json", "processor/special_tokens.json"
 CHAT_TEMPLATE, PREPROCESSOR = "processor/chat_template.jinja", "processor/preprocessor_config.json"
 EXPECTED = "expected/conversation.npz"
+ROUNDINGS = "roundings.safetensors"
 _RENAMED = {"lower": "lower_tiers", "opening": "open_while_verifying"}  # the old names work for one release
 _WEIGHTS, _GRAPH = ".data", ".onnx"  # suffixes of weight files and of the graphs that refer to them
 

@@ -17,7 +17,7 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
@@ -31,6 +31,7 @@ _ADDED: dict[int, dict[str, Any]] = {
     10: {"gptq": None},
     11: {},  # decoders with the inputs of a cut that weighs
     12: {"kv": "same"},
+    13: {"smoothing": None},
 }
 
 
@@ -85,6 +86,19 @@ class GptqRecord:
 
     samples: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class SmoothingRecord:
+    """What the scales of 8-bit inputs were found by, with SmoothQuant: the number of `samples`, and the `sha256` of their file.
+
+    `rounded`: how many matrices multiply 8-bit inputs. `lossy`: the relative error that was expected of the products of others.
+    """
+
+    samples: int
+    sha256: str
+    rounded: int
+    lossy: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -204,6 +218,7 @@ class Manifest:
     `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
     hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9. `gptq`: what
     int4 weights were fitted to; None if they are rounded, and before schema 10. `kv`: see `Lowering`; "same" before schema 12.
+    `smoothing`: for w8a8, None for others and before schema 13.
     """
 
     source: Source
@@ -222,6 +237,7 @@ class Manifest:
     encoder_work: tuple[Operations, ...] = ()
     gptq: GptqRecord | None = None
     kv: str = "same"
+    smoothing: SmoothingRecord | None = None
 
     @property
     def lowering(self) -> Lowering:
@@ -261,6 +277,7 @@ class Manifest:
                 encoder_work=_encoder_work(data["encoder_work"]),
                 gptq=None if data["gptq"] is None else from_json(GptqRecord, data["gptq"], "gptq"),
                 kv=_text(data["kv"]),
+                smoothing=None if data["smoothing"] is None else from_json(SmoothingRecord, data["smoothing"], "smoothing"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"The manifest of {folder} is malformed: {error!r}.", hint="Export it again.") from error

@@ -186,14 +186,14 @@ def _vision(work: Workload, module: Module) -> Stage:
     # Queries, keys and values are as wide as the hidden state; the MLP has two matrices.
     passes = sum(tower.blocks) * (20.0 * tower.hidden + 4.0 * tower.mlp) * work.precision.number
     moved = Interval(work.tower_bytes, work.tower_bytes + passes)
-    return _stage("vision encoder", work, module, tower.work.total, moved, tower.layers * _KERNELS)
+    return _stage("vision encoder", work, module, tower.work, moved, tower.layers * _KERNELS)
 
 
 def _selection(work: Workload, module: Module) -> Stage:
     tokens, hidden = work.tower.tokens, work.decoder.hidden
     moved = float(tokens * (hidden + tokens) * work.precision.number)
     # All pairs of tokens are compared; few methods need more. Launches of many small nodes dominate.
-    return _stage("selection", work, module, 2.0 * tokens**2 * hidden, Interval(moved, moved), work.selector)
+    return _stage("selection", work, module, Operations(0.0, 2.0 * tokens**2 * hidden), Interval(moved, moved), work.selector)
 
 
 def _prefill(work: Workload, module: Module) -> Stage:
@@ -204,9 +204,7 @@ def _prefill(work: Workload, module: Module) -> Stage:
     attention = 4 * decoder.attention_width + 2 * decoder.kv_width
     passes = float(sum(tokens) * (12 * decoder.hidden + attention + 6 * decoder.intermediate) * work.precision.number)
     weights = work.layer_bytes + work.head_bytes
-    return _stage(
-        "prefill", work, module, prefill_operations(work).total, Interval(weights, weights + passes), decoder.layers * _KERNELS
-    )
+    return _stage("prefill", work, module, prefill_operations(work), Interval(weights, weights + passes), decoder.layers * _KERNELS)
 
 
 def _decode(work: Workload, module: Module) -> Stage:
@@ -215,20 +213,26 @@ def _decode(work: Workload, module: Module) -> Stage:
     # Our graphs read the keys beyond a window too, and mask them.
     needed = work.visible_keys(half) * decoder.kv_width * work.precision.number
     moved = Interval(constant + needed, constant + work.kv_bytes(half))
-    return _stage("decode", work, module, decode_operations(work, half).total, moved, decoder.layers * _KERNELS)
+    return _stage("decode", work, module, decode_operations(work, half), moved, decoder.layers * _KERNELS)
 
 
-def _stage(name: str, work: Workload, module: Module, operations: float, moved: Interval, kernels: int) -> Stage:
-    in_decoder = name in ("prefill", "decode")
-    arithmetic = work.precision.arithmetic if in_decoder else work.precision.elsewhere
-    peak, width = module.tflops(arithmetic) * 1e9, module.bandwidth * 1e6  # per millisecond
-    share = _UNPACKED[module.sm] if in_decoder and work.precision.unpacked else _COMPUTE[module.sm, arithmetic]
-    compute = Interval(operations / (peak * share.high), operations / (peak * share.low))
+def _stage(name: str, work: Workload, module: Module, operations: Operations, moved: Interval, kernels: int) -> Stage:
+    arithmetic, between = work.precision.arithmetic, work.precision.elsewhere
+    unpacked = work.precision.unpacked and name in ("prefill", "decode")
+    peak = module.tflops(arithmetic)
+    share = _UNPACKED[module.sm] if unpacked else _COMPUTE[module.sm, arithmetic]
+    compute = _compute_ms(operations.products, peak, share)
+    compute += _compute_ms(operations.attention, module.tflops(between), share if unpacked else _COMPUTE[module.sm, between])
+    width = module.bandwidth * 1e6  # bytes per millisecond
     memory = Interval(moved.low / (width * _BANDWIDTH.high), moved.high / (width * _BANDWIDTH.low))
     launches = Interval(kernels * _LAUNCH_MS.low, kernels * _LAUNCH_MS.high)
     ms = Interval(max(compute.low, memory.low), max(compute.high, memory.high)) + launches
     costs = {"compute": compute.middle, "bandwidth": memory.middle, "launches": launches.middle}
-    return Stage(name, operations, moved, ms, max(costs, key=costs.__getitem__))
+    return Stage(name, operations.total, moved, ms, max(costs, key=costs.__getitem__))
+
+
+def _compute_ms(operations: float, tflops: float, share: Interval) -> Interval:
+    return Interval(operations / (tflops * 1e9 * share.high), operations / (tflops * 1e9 * share.low))
 
 
 def _memory(work: Workload, module: Module) -> MemoryEstimate:

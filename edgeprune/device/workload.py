@@ -23,7 +23,7 @@ Shapes = tuple[tuple[int, ...], ...]
 class Precision:
     """Bytes per weight, scales included, in each part of a model; `number`: bytes per element of activations and KV cache.
 
-    Matrix products of the decoder layers run in `arithmetic`, everything else at the width of `number`.
+    Products with weights run in `arithmetic`, everything else at the width of `number`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Precision:
 
     @property
     def elsewhere(self) -> str:
-        """Arithmetic of the vision encoder and the selector."""
+        """Arithmetic of attention and of the selector."""
         return "fp16" if self.number == 2 else "fp32"
 
     @property
@@ -45,7 +45,7 @@ class Precision:
         return self.arithmetic == "fp16" and self.layers < 2.0
 
 
-# As Lowering.weights_of for TensorRT: only weights are integers; an INT4 block of 128 inputs has one FP16 scale.
+# As Lowering.weights_of for TensorRT: only weights are integers, except for w8a8; an INT4 block of 128 inputs has one FP16 scale.
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -53,6 +53,7 @@ PRECISIONS = {
         Precision("fp16", 2.0, 2.0, 2.0, 2.0, 2, "fp16"),
         Precision("bf16", 2.0, 2.0, 2.0, 2.0, 2, "fp16"),  # Orin and Thor multiply both equally fast
         Precision("int8", 1.0, 1.0, 1.0, 2.0, 2, "fp16"),
+        Precision("w8a8", 1.0, 1.0, 1.0, 2.0, 2, "int8"),
         Precision("int4", 0.5 + 2 / 128, 1.0, 1.0, 2.0, 2, "fp16"),
     )
 }

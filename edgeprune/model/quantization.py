@@ -20,6 +20,7 @@ from torch import nn
 
 from edgeprune.errors import VerificationError
 from edgeprune.families.base import DecoderParts
+from edgeprune.model.smoothquant import Rounding
 from edgeprune.targets import Lowering
 
 BLOCK = 128  # inputs that share an int4 scale
@@ -116,7 +117,9 @@ def at_precision(
     modules = (("layers", parts.layers), ("head", parts.lm_head), ("vision", vision))
     names = {"layers": "decoder.layers", "head": "decoder.lm_head", "vision": "vision"}
     with ExitStack() as changes:
-        normed = changes.enter_context(_normed(module for _, each in (*modules, ("", parts.norm)) for module in each.modules()))
+        normed = changes.enter_context(
+            norm_outputs(module for _, each in (*modules, ("", parts.norm)) for module in each.modules())
+        )
         for part, module in modules:
             for inner, matrix in module.named_modules(prefix=names[part]):
                 if isinstance(matrix, nn.Linear):
@@ -128,8 +131,11 @@ def at_precision(
                     found = (fitted or {}).get(inner)
                     if found is not None:
                         changes.enter_context(_with_weight(matrix, found.restored()))
+                    rounding = lowering.roundings.get(inner)
+                    if rounding is not None:
+                        changes.enter_context(_with_weight(matrix, rounding.weights(matrix.weight.detach())))
                     taken = own is not None or found is not None
-                    changes.enter_context(_lowered(matrix, _TAKEN if taken else kind, products, inner))
+                    changes.enter_context(_lowered(matrix, _TAKEN if taken else kind, products, inner, rounding))
                     if kind == "int8" and lowering.rounds(kind):
                         changes.enter_context(_rounded(matrix, normed))
         changes.enter_context(_lowered(parts.embed_tokens, lowering.weights_of("embedding"), torch.float32))
@@ -143,8 +149,8 @@ def _own_kind(matrix: nn.Linear, lowering: Lowering, part: str) -> str | None:
 
 
 @contextmanager
-def _normed(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    # Records the last few outputs of norms, to recognize products whose input is one of them.
+def norm_outputs(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Record the last few outputs of norms, to recognize products whose input is one of them."""
     outputs: list[torch.Tensor] = []
 
     def note(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -196,7 +202,7 @@ def _narrowed(values: torch.Tensor, kind: torch.dtype, name: str) -> torch.Tenso
 
 
 @contextmanager
-def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "") -> Iterator[None]:
+def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "", rounding: Rounding | None = None) -> Iterator[None]:
     # The parameter is replaced, not overwritten: it may be tied to another module.
     weight, bias = module.weight, getattr(module, "bias", None)
     with torch.no_grad():
@@ -205,6 +211,8 @@ def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "") -> I
         elif kind in NARROW or (kind == _TAKEN and products is not torch.float32):
             module.weight = nn.Parameter(weight.to(NARROW.get(kind, products)).float())
     hooks = []
+    if rounding is not None:
+        hooks.append(module.register_forward_pre_hook(lambda _, inputs: tuple(map(rounding.inputs, inputs))))
     if products is not torch.float32:
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().to(products).float())

@@ -19,6 +19,7 @@ from edgeprune.export.passes.encoder_attention import fuse_encoder_attention
 from edgeprune.export.passes.fusion import divide_norms, fuse_qkv, fuse_rotation, merge_reshapes, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
 from edgeprune.export.passes.recurrence import expand_delta_rules
+from edgeprune.export.passes.smoothing import smooth_products
 from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
 
@@ -57,6 +58,7 @@ def run_passes(
     if part == "embedding":
         lower_table(model.graph, lowering)
     elif part in ("layers", "vision", "projector"):
+        smooth_products(model.graph, lowering, part)
         lower_products(model.graph, lowering, part)
     RemoveUnusedNodesPass()(model)
     return model

@@ -19,7 +19,7 @@ from onnx_ir.tape import Tape
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.export.passes.attention import one_row_branch
 from edgeprune.export.passes.replacement import replace_nodes
-from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, as_type, matrix_of
+from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, SmoothedMatrix, as_type, matrix_of
 from edgeprune.model.quantization import NARROW, TYPES
 from edgeprune.targets import Lowering
 
@@ -94,6 +94,8 @@ class _Products:
         self._known: Lowered = {}
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
         self._quantizer = DynamicQuantizer()
+        self._rounded: dict[tuple[ir.Value, float], ir.Value] = {}
+        self._steps: dict[tuple[ir.Value, float, str], ir.Value] = {}
 
     def half(self, tape: Tape, value: ir.Value | None) -> ir.Value:
         """Return an activation in the type of the products."""
@@ -111,7 +113,10 @@ class _Products:
         half = products is not torch.float32
         part = "head" if "lm_head" in str(weight.name) else self._part
         source, kind = matrix_of(weight), self._lowering.weights_of(part)
-        state = self.half(tape, state) if half else state
+        if isinstance(source, SmoothedMatrix):
+            state = self._in_8_bits(tape, state, source.rounding.scale, products)
+        elif half:
+            state = self.half(tape, state)
         bias = [_narrowed(tape, value, self._known, _FLOATS[products]) if half else value for value in bias]
         if kind in NARROW and wide:
             return tape.op("Gemm", [state, weight, *bias], {"transB": 1})
@@ -127,6 +132,20 @@ class _Products:
         product = tape.op("Add", [product, *bias]) if bias else product
         product = tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product
         return product if offset is None else tape.op("Add", [product, offset])
+
+    def _in_8_bits(self, tape: Tape, state: ir.Value, scale: float, products: torch.dtype) -> ir.Value:
+        # Steps of a fixed size, restored in the type of the products. Engines fuse this DequantizeLinear and that of the weights
+        # with the MatMul behind them, so each product has its own. The float32 state is rounded as it is, and not first to float16.
+        if (state, scale) not in self._rounded:
+            step = tape.initializer(ir.tensor(np.array(scale, np.float32), name=f"{state.name}.scale"))
+            zero = tape.initializer(ir.tensor(np.array(0, np.int8), name=f"{state.name}.zero_point"))  # says that the type is INT8
+            self._rounded[state, scale] = tape.op("QuantizeLinear", [state, step, zero])
+        rounded = self._rounded[state, scale]
+        kind = str(products).removeprefix("torch.")
+        if (state, scale, kind) not in self._steps:
+            numbers = np.array(scale, kind)
+            self._steps[state, scale, kind] = tape.initializer(ir.tensor(numbers, name=f"{state.name}.scale.{kind}"))
+        return tape.op("DequantizeLinear", [rounded, self._steps[state, scale, kind]])
 
     def _product(
         self, tape: Tape, state: ir.Value, weight: ir.Value, matrix: IntegerMatrix | OwnIntegers

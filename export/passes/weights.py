@@ -15,6 +15,7 @@ from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
 from edgeprune.model.gptq import FittedMatrix
 from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
+from edgeprune.model.smoothquant import Rounding
 
 _PIECE = 1 << 20  # elements converted at once; pieces that fit the CPU cache are several times faster
 _TYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16, torch.float32: ir.DataType.FLOAT}
@@ -84,6 +85,23 @@ class StackedMatrix:
             if begin < end:
                 yield part, (begin, end)
             first += part.shape[0]
+
+
+@dataclass(frozen=True)
+class SmoothedMatrix:
+    """A matrix times its smoothing factors, whose inputs are rounded to 8 bits."""
+
+    matrix: Matrix
+    rounding: Rounding
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.matrix.shape
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return the rows from `start` to `stop` [stop - start, in]."""
+        return self.rounding.weights(self.matrix.rows(start, stop))
 
 
 class IntegerMatrix:

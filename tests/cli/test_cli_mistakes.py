@@ -252,8 +252,20 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "samples of int8": (
         (*EXPORT, "--precision", "int8", *DATA),
-        "--data decides int4 weights, and the precision is int8",
+        "--data decides int4 weights and the scales of w8a8, and the precision is int8",
         "Give --precision int4",
+        2,
+    ),
+    "w8a8 without samples": (
+        (*EXPORT, "--target", "jetpack6", "--precision", "w8a8"),
+        "w8a8 rounds activations to 8 bits by scales that samples decide, and none are given",
+        "--data samples.jsonl",
+        2,
+    ),
+    "w8a8 on a CPU": (
+        (*EXPORT, "--target", "cpu", "--precision", "w8a8", *DATA),
+        "Target 'cpu' has no w8a8",
+        "Choose --target cpu --precision int8",
         2,
     ),
     "fit of nothing": ((*EXPORT, "--precision", "int4", "--fit", "pad"), "--fit is for the images of --data", "Leave out --fit", 2),

@@ -131,7 +131,7 @@ def test_faster_modules_are_faster() -> None:
 
 def test_smaller_weights_decode_faster() -> None:
     times = [stage_ms(replace(WORK, precision=precision), "orin-nx", "decode").middle for precision in PRECISIONS.values()]
-    assert list(PRECISIONS) == ["fp32", "fp16", "bf16", "int8", "int4"]
+    assert list(PRECISIONS) == ["fp32", "fp16", "bf16", "int8", "w8a8", "int4"]
     assert times == sorted(times, reverse=True)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from drawn_samples import samples
 from onnx import numpy_helper
 from quantized_folders import Scheme, quantize_folder
 from repository import ROOT
@@ -28,26 +29,10 @@ from edgeprune.model.gptq import FittedMatrix
 from edgeprune.model.quantization import Quantized
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import staircase_plan, unpruned_plan
-from edgeprune.tabletop.drawing import draw_scene
-from edgeprune.tabletop.world import sample_scene
 from edgeprune.targets import TARGETS, Lowering
 
 PLAN = unpruned_plan("qwen2_vl", 2, TINY_GEOMETRY)
 PRUNED = staircase_plan(PLAN, "fastv", [0.5], [1]).with_cuts(Cut("cache", "plphp", 2, layer=1))
-WORDS = "the cup is red and left of a plate what color how many green apples are there"
-
-
-def samples(folder: Path, first: int, count: int = 6) -> WeightSamples:
-    """Return samples about drawn scenes, with answers except for the last."""
-    lines, words = [], WORDS.split()
-    for index in range(first, first + count):
-        rng = np.random.default_rng(index)
-        draw_scene(sample_scene(rng)).resize((112, 84)).save(folder / f"{index}.png")
-        said = " ".join(rng.choice(words, 6))
-        answer = {} if index == first + count - 1 else {"answer": said}
-        lines.append(json.dumps({"image": f"{index}.png", "prompt": f"{said}?", **answer}))
-    (folder / f"{first}.jsonl").write_text("\n".join(lines))
-    return WeightSamples.read(folder / f"{first}.jsonl", "exact")
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +149,9 @@ def test_what_samples_cannot_decide_is_refused(
     for file in Path(even.folder.name).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     quantize_folder(folder, Scheme(group=128))
-    with pytest.raises(UsageError, match="is quantized, and int4 keeps its integers"):
-        export_bundle(load_model(resolve_model(str(folder))), PLAN, tmp_path / "b", lowering=int4, data=data)
+    for lowering in (int4, Lowering(TARGETS["jetpack6"], "w8a8")):
+        with pytest.raises(UsageError, match="is quantized, and its integers are kept"):
+            export_bundle(load_model(resolve_model(str(folder))), PLAN, tmp_path / "b", lowering=lowering, data=data)
     broken = WeightSamples((data.samples[0], samples(tmp_path, 5, 1).samples[0]), "")
     (tmp_path / "5.png").write_bytes(b"no image")
     with pytest.raises(BadSampleError, match=r"5\.jsonl:1"):

@@ -31,9 +31,10 @@ TABLE = {
         CLASSES SITES Cut Geometry KeepPlan Option View Weights check_keep_ratio keep_count keep_count_up
     """,
     "edgeprune.bundle": """
-        CHAT_TEMPLATE CHECKS DECODER EMBED EXPECTED MANIFEST PLAN PREDICTOR PREPROCESSOR SCHEMA_VERSION SELECTOR SPECIAL_TOKENS
-        TOKENIZER VISION VISION_UNPRUNED Bundle DecoderShape GenerationDefaults GptqRecord GraphRecord ImageText LayerState
-        Manifest Operations Source SourceQuantization Tensor files_of float32_graph held_as is_bundle tier_plan tier_selector
+        CHAT_TEMPLATE CHECKS DECODER EMBED EXPECTED MANIFEST PLAN PREDICTOR PREPROCESSOR ROUNDINGS SCHEMA_VERSION SELECTOR
+        SPECIAL_TOKENS TOKENIZER VISION VISION_UNPRUNED Bundle DecoderShape GenerationDefaults GptqRecord GraphRecord ImageText
+        LayerState Manifest Operations SmoothingRecord Source SourceQuantization Tensor
+        files_of float32_graph held_as is_bundle tier_plan tier_selector
     """,
     "edgeprune.errors": """
         BundleError EdgePruneError EngineError ImageError MissingExtraError NoBundleError PlanError UnsupportedModelError UsageError

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="How weights are kept. bf16 is for TensorRT, on Orin and later.",
+    help="How weights are kept; with w8a8 activations are 8-bit too. bf16 and w8a8 are for TensorRT, on Orin and later.",
 )
 @click.option(
     "--kv",
@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Samples (JSON lines of image, prompt, answer) that int4 weights are fitted to, by GPTQ.  [default: round them]",
+    help="Samples (JSON lines of image, prompt, answer) that int4 weights are fitted to, by GPTQ (default: they are rounded), and "
+    "that decide the scales of w8a8, by SmoothQuant.",
 )
 @fit_option
 @click.option(
@@ -110,10 +111,7 @@ def _weight_samples(data: Path | None, fit: str, lowering: Lowering) -> WeightSa
 
     if data is None and fit != "exact":
         raise UsageError("--fit is for the images of --data.", hint="Leave out --fit.")
-    if data is not None and lowering.precision != "int4":
-        raise UsageError(
-            f"--data decides int4 weights, and the precision is {lowering.precision}.", hint="Give --precision int4, or no --data."
-        )
+    lowering.check_samples(given=data is not None)
     return None if data is None else WeightSamples.read(data, fit)
 
 

@@ -196,6 +196,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         plans = {
             "quantization": quantized and asdict(quantized),
             "gptq": fitted and asdict(fitted),
+            "smoothing": manifest.smoothing and asdict(manifest.smoothing),
             "wide_products": manifest.wide_products,
             "plan": plan.to_dict(),
             "tiers": {name: tier_plan.to_dict() for name, tier_plan in bundle.tiers},
@@ -232,6 +233,10 @@ def _quantized_layers(manifest: Manifest) -> dict[str, str]:
     quantized = manifest.source.quantization
     if manifest.gptq is not None:
         return {"quantized": f"gptq; int4 weights fitted to {manifest.gptq.samples} samples"}
+    if (smoothing := manifest.smoothing) is not None:
+        lossy = f"; in float16, losing more than others: {', '.join(smoothing.lossy)}" if smoothing.lossy else ""
+        rounded = f"{smoothing.rounded} matrices multiply 8-bit inputs"
+        return {"quantized": f"smoothquant; {rounded}, with scales of {smoothing.samples} samples{lossy}"}
     if quantized is None:
         return {}
     counts = {"kept": quantized.kept, "quantized again": quantized.requantized, "dequantized": quantized.dequantized}

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn_samples import samples
 from learned_weights import drawn_ranking, input_cut
 from tiny_models import TINY_GEOMETRY
 
 from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, GraphRecord
 from edgeprune.bundle.graph_io import ROWS
+from edgeprune.calibration.replay.ranges import input_roundings
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.export.tracing import trace_decoder, trace_predictor, trace_selector, trace_vision
 from edgeprune.lint.check import lint
@@ -157,7 +159,7 @@ def test_every_method_is_built_by_itself(even: LoadedModel, plan: str, target: s
     refuse_nothing(even, PLANS[plan], Lowering(TARGETS[target], "fp16"), tmp_path)
 
 
-SLOW = [(precision, target) for precision in ("fp32", "int8", "bf16") for target in LOWERED] + [("int4", "jetpack7.2")]
+SLOW = [(precision, target) for precision in ("fp32", "int8", "bf16", "w8a8") for target in LOWERED] + [("int4", "jetpack7.2")]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,8 @@ SLOW = [(precision, target) for precision in ("fp32", "int8", "bf16") for target
     ],
 )
 def test_every_precision_is_built(even: LoadedModel, precision: str, target: str, tmp_path: Path) -> None:
-    refuse_nothing(even, COMPOSED[SHARED], Lowering(TARGETS[target], precision), tmp_path, builds=1)
+    roundings = input_roundings(even, BASE, samples(tmp_path, 0, 2)).found if precision == "w8a8" else {}
+    refuse_nothing(even, COMPOSED[SHARED], Lowering(TARGETS[target], precision, roundings=roundings), tmp_path, builds=1)
 
 
 def refuse_nothing(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path, builds: int = 2) -> None:
