@@ -94,7 +94,8 @@ class TorchBackend:
     @property
     def tower(self) -> torch.nn.Module:
         """The vision encoder with its projector."""
-        return self._vision
+        tower: torch.nn.Module = self._vision
+        return tower
 
     def matrices(self) -> dict[str, torch.nn.Linear]:
         """Return the linear layers by part and by the name of their weights in the graphs, such as decoder.lm_head.

@@ -217,8 +217,9 @@ def _decode(work: Workload, module: Module) -> Stage:
 
 
 def _stage(name: str, work: Workload, module: Module, operations: Operations, moved: Interval, kernels: int) -> Stage:
-    arithmetic, between = work.precision.arithmetic, work.precision.elsewhere
-    unpacked = work.precision.unpacked and name in ("prefill", "decode")
+    in_decoder, between = name in ("prefill", "decode"), work.precision.elsewhere
+    arithmetic = work.precision.arithmetic if in_decoder else work.precision.in_vision
+    unpacked = work.precision.unpacked and in_decoder
     peak = module.tflops(arithmetic)
     share = _UNPACKED[module.sm] if unpacked else _COMPUTE[module.sm, arithmetic]
     compute = _compute_ms(operations.products, peak, share)

@@ -23,7 +23,8 @@ Shapes = tuple[tuple[int, ...], ...]
 class Precision:
     """Bytes per weight, scales included, in each part of a model; `number`: bytes per element of activations and KV cache.
 
-    Products with weights run in `arithmetic`, everything else at the width of `number`.
+    Products with weights run in `arithmetic`, in the vision encoder only if its weights are narrower than activations; everything else at
+    the width of `number`.
     """
 
     name: str
@@ -38,6 +39,11 @@ class Precision:
     def elsewhere(self) -> str:
         """Arithmetic of attention and of the selector."""
         return "fp16" if self.number == 2 else "fp32"
+
+    @property
+    def in_vision(self) -> str:
+        """Arithmetic of the vision encoder's products."""
+        return self.arithmetic if self.vision < self.number else self.elsewhere
 
     @property
     def unpacked(self) -> bool:

@@ -76,7 +76,7 @@ def _divide_apart(graph: ir.Graph, state: ir.Value, nodes: Sequence[ir.Node], fa
             name = f"{state.name}.of.{node.inputs[_WEIGHT].name}"  # type: ignore[union-attr]
             added = ir.node("Mul", [state, _register(graph, 1 / each.numpy(), f"{name}.reciprocals")])
             quotient = added.outputs[0]
-            quotient.name, quotient.shape, quotient.dtype = name, state.shape, state.dtype
+            quotient.name, quotient.shape, quotient.type = name, state.shape, state.type
             graph.insert_before(node, added)
         node.replace_input_with(0, quotient)
 
@@ -90,6 +90,6 @@ def _divided(graph: ir.Graph, value: ir.Value, factors: torch.Tensor, state: ir.
 
 def _register(graph: ir.Graph, numbers: np.ndarray, name: str) -> ir.Value:
     tensor = ir.tensor(numbers.astype(np.float32), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(numbers.shape), const_value=tensor)
     graph.register_initializer(value)
     return value
