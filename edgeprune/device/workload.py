@@ -23,8 +23,8 @@ Shapes = tuple[tuple[int, ...], ...]
 class Precision:
     """Bytes per weight, scales included, in each part of a model; `number`: bytes per element of activations and KV cache.
 
-    Products with weights run in `arithmetic`, in the vision encoder only if its weights are narrower than activations; everything else at
-    the width of `number`.
+    Products with weights run in `arithmetic`, in the vision encoder only if its weights are narrower than activations; everything
+    else at the width of `number`.
     """
 
     name: str
