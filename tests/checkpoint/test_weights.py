@@ -252,7 +252,8 @@ def test_whole_matrices_are_written_in_pieces(kind: torch.dtype, monkeypatch: py
     assert tensor.nbytes == len(file.getvalue()) and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_the_space_that_is_asked_for_is_what_the_weights_take(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -355,8 +355,9 @@ def test_its_fused_decoder_has_no_finding(name: str, model: LoadedModel, tmp_pat
     assert [finding for finding in lint(graph, lowering.target) if finding.severity == "error"] == []
 
 
-@pytest.mark.parametrize("name", ["lfm2_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in BUILT)])
-@pytest.mark.parametrize("target", [pytest.param("jetpack6", marks=pytest.mark.slow), "jetpack7.2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2_vl", *BUILT])
+@pytest.mark.parametrize("target", ["jetpack6", "jetpack7.2"])
 def test_decoders_with_windows_or_states_are_built(name: str, target: str, model: LoadedModel, tmp_path: Path) -> None:
     # Those without are built for every method in test_builds.py.
     pytest.importorskip("tensorrt_rtx")

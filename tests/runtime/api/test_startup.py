@@ -28,7 +28,7 @@ def _alter(path: Path) -> None:
     path.write_bytes(data)
 
 
-def _fail(*_: Any) -> None:
+def _fail(*_: Any, **__: Any) -> None:
     raise EngineError("It cannot be opened.")
 
 
@@ -79,7 +79,7 @@ def test_an_error_of_opening_stays_when_the_weights_are_right(tiny_bundle: Bundl
 def test_what_is_not_weights_is_checked_before_anything_is_opened(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _alter(altered_bundle / DECODER)
     opened: list[Any] = []
-    monkeypatch.setattr(loading, "open_backend", lambda *asked: opened.append(asked))
+    monkeypatch.setattr(loading, "open_backend", lambda *asked, **how: opened.append((asked, how)))
     with pytest.raises(BundleError, match=rf"{DECODER} in .* sha256"):
         load(altered_bundle)
     assert not opened
@@ -89,7 +89,7 @@ def test_shorter_weights_are_found_before_anything_is_opened(altered_bundle: Pat
     path = altered_bundle / WEIGHTS[2]
     path.write_bytes(path.read_bytes()[:-1])
     opened: list[Any] = []
-    monkeypatch.setattr(loading, "open_backend", lambda *asked: opened.append(asked))
+    monkeypatch.setattr(loading, "open_backend", lambda *asked, **how: opened.append((asked, how)))
     with pytest.raises(BundleError, match="sha256"):
         load(altered_bundle)
     assert not opened
@@ -103,8 +103,8 @@ def test_loading_ends_with_the_check_of_the_weights(tiny_bundle: Bundle, monkeyp
             assert checkable.wait(60)
         return sha256_of(path)
 
-    def noted(*asked: Any) -> Any:
-        engine = open_backend(*asked)
+    def noted(*asked: Any, **how: Any) -> Any:
+        engine = open_backend(*asked, **how)
         opened.set()
         return engine
 

@@ -136,9 +136,10 @@ def test_the_composed_plans_have_every_method_at_every_site() -> None:
 
 
 # Each for one target, in turns; `make test` builds one of them for the newer one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "target"),
-    [pytest.param(plan, LOWERED[index % 2], marks=() if index == 1 else pytest.mark.slow) for index, plan in enumerate(COMPOSED)],
+    [(plan, LOWERED[index % 2]) for index, plan in enumerate(COMPOSED)],
 )
 def test_every_method_is_built(even: LoadedModel, plan: str, target: str, tmp_path: Path) -> None:
     refuse_nothing(even, COMPOSED[plan], Lowering(TARGETS[target], "fp16"), tmp_path, builds=1)

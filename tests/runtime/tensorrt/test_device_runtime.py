@@ -50,7 +50,10 @@ from edgeprune.runtime.backends.tensorrt.store import Store
 from edgeprune.targets import TARGETS, Lowering
 
 
-@pytest.fixture(scope="module", params=["everything", "input, layers", "withdrawn, map"])
+@pytest.fixture(
+    scope="module",
+    params=["everything", *(pytest.param(name, marks=pytest.mark.slow) for name in ("input, layers", "withdrawn, map"))],
+)
 def bundle(request: pytest.FixtureRequest, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     jetpack = Lowering(TARGETS["jetpack6"], "fp32")  # only a bundle for TensorRT has outputs to compare engines with
     made = export_bundle(tiny, PLANS[request.param], tmp_path_factory.mktemp("device") / "bundle", lowering=jetpack)
