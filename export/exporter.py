@@ -106,11 +106,8 @@ def export_bundle(
         wide = wide_products(loaded, first) if lowering.products == "float16" else None
         lowering = replace(lowering, wide=tuple(wide or ()))
         progress.begin("weights")
-        roundings: Roundings | None = None
-        if data is not None and lowering.precision == "w8a8":
-            roundings = input_roundings(loaded, first, data, progress)
-            save_roundings(roundings.found, folder / ROUNDINGS)
-            lowering = replace(lowering, roundings=roundings.found)
+        roundings = _rounded_inputs(loaded, first, data, lowering, folder, progress)
+        lowering = lowering if roundings is None else replace(lowering, roundings=roundings.found)
         with ExitStack() as fitting:
             if data is not None and roundings is None:
                 scratch = Path(fitting.enter_context(TemporaryDirectory(dir=folder)))
@@ -118,10 +115,7 @@ def export_bundle(
             graphs = _write_graphs(loaded, first, lower_tiers, lowering, folder, progress)
         progress.begin("processor")
         _write_processor(loaded, first, folder)
-        first.save(folder / PLAN)
-        for name in lower_tiers:
-            (folder / tier_plan(name)).parent.mkdir(exist_ok=True)
-            lower_tiers[name].save(folder / tier_plan(name))
+        _save_plans(first, lower_tiers, folder)
         progress.begin("manifest")
         manifest = _manifest(loaded, first, lowering, graphs, folder)
         manifest = replace(manifest, tiers=tuple(tiers) if lower_tiers else (), wide_products=wide, **_by_samples(data, roundings))
@@ -204,6 +198,24 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
         files=record_files(folder, MANIFEST),
         encoder_work=encoder_works(loaded.family, plan),
     )
+
+
+def _rounded_inputs(
+    loaded: LoadedModel, plan: KeepPlan, data: WeightSamples | None, lowering: Lowering, folder: Path, progress: Progress
+) -> Roundings | None:
+    # How inputs of matrices become 8-bit, for w8a8; the bundle keeps it for `verify`.
+    if data is None or lowering.precision != "w8a8":
+        return None
+    roundings = input_roundings(loaded, plan, data, progress)
+    save_roundings(roundings.found, folder / ROUNDINGS)
+    return roundings
+
+
+def _save_plans(first: KeepPlan, lower_tiers: Mapping[str, KeepPlan], folder: Path) -> None:
+    first.save(folder / PLAN)
+    for name, plan in lower_tiers.items():
+        (folder / tier_plan(name)).parent.mkdir(exist_ok=True)
+        plan.save(folder / tier_plan(name))
 
 
 def _by_samples(data: WeightSamples | None, roundings: Roundings | None) -> dict[str, Any]:
