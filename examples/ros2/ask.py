@@ -19,8 +19,9 @@ from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 from PIL import Image as Pictures
 
+from edgeprune.runtime.ros2.dds import dds_topic
 from edgeprune.runtime.ros2.messages import CompressedImage, Image, String
-from edgeprune.runtime.ros2.node import NodeName, dds_topic, domain_id
+from edgeprune.runtime.ros2.node import NodeName, domain_id
 
 QOS = Qos(Policy.Reliability.Reliable(duration(seconds=1)), Policy.History.KeepLast(100))
 

@@ -1,4 +1,4 @@
-"""Decode ROS image messages, of DDS or rclpy: both have the same fields.
+"""Decode ROS image messages, of DDS, rosbags or rclpy: all have the same fields.
 
 sensor_msgs/Image: encoding, height, width, is_bigendian, step (bytes per row, padding included), data. sensor_msgs/CompressedImage:
 format, data. Encodings are those of sensor_msgs/image_encodings.hpp that are pictures, with the meaning that cv_bridge and

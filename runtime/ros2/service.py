@@ -1,4 +1,4 @@
-"""Run the DDS node until a signal stops it."""
+"""Run the node until a signal stops it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.runtime.ros2.answerer import OnPhase, OutputCallbacks, QuestionWorker
-from edgeprune.runtime.ros2.node import InputCallbacks, Node, NodeName, SimulatedTime, Topics, domain_id
+from edgeprune.runtime.ros2.node import InputCallbacks, NodeName, SimulatedTime, Topics, domain_id, open_node, transport_of
 
 Announce = Callable[[str], None]
 
@@ -25,6 +25,7 @@ def serve(
     compressed_topic: str | None = None,
     prompt_topic: str = "~/prompt",
     answer_topic: str = "~/answer",
+    transport: str | None = None,
     domain: int | None = None,
     use_sim_time: bool = False,
     threads: int | None = None,
@@ -35,27 +36,30 @@ def serve(
     announce: Announce = lambda line: None,
     **answering: Any,
 ) -> None:
-    """Answer questions over DDS until SIGINT or SIGTERM. Must be called from the main thread.
+    """Answer questions over ROS 2 until SIGINT or SIGTERM. Must be called from the main thread.
 
     Topics are ROS names. Without an image topic, the node subscribes to "image" and "image/compressed"; otherwise only to those
-    given. `use_sim_time`: header stamps count on /clock, as ROS's parameter of that name says. `check`, `require_signature` and
-    `trust`: as in `load`. `answering`: keyword arguments of QuestionWorker. `announce`: called with status lines. Raises the errors
-    of `load`, and what ended a thread of the node.
+    given. `transport`: "dds", "zenoh", or None for the one of RMW_IMPLEMENTATION. `use_sim_time`: header stamps count on /clock, as
+    ROS's parameter of that name says. `check`, `require_signature` and `trust`: as in `load`. `answering`: keyword arguments of
+    QuestionWorker. `announce`: called with status lines. Raises the errors of `load`, and what ended a thread of the node.
     """
+    transport = transport_of(transport)
     name = NodeName.parse(node)
     topics = _topics(name, image_topic, compressed_topic, prompt_topic, answer_topic)
     number, stop = domain_id(domain), threading.Event()
     opening = {"threads": threads, "provider": provider, "check": check, "require_signature": require_signature, "trust": trust}
     clock = SimulatedTime() if use_sim_time else time.time
-    with _stopped_by_signals(stop), closing(Node(name, topics, number)) as dds:
-        outputs = OutputCallbacks(dds.piece, dds.answer, dds.report)
+    with _stopped_by_signals(stop), closing(open_node(transport, name, topics, number)) as opened:
+        outputs = OutputCallbacks(opened.piece, opened.answer, opened.report)
         worker = QuestionWorker(_loader(bundle, opening, announce), outputs, on_failure=stop.set, clock=clock, **answering)
         with closing(worker):
-            dds.listen(_inputs(worker, stop, clock.set if isinstance(clock, SimulatedTime) else None))
-            announce(_summary(name, topics, number))
+            opened.listen(_inputs(worker, stop, clock.set if isinstance(clock, SimulatedTime) else None))
+            announce(_summary(name, topics, transport, number))
+            if opened.notice:
+                announce(opened.notice)
             worker.start()
             stop.wait()
-    for failure in (worker.failure, dds.failure):
+    for failure in (worker.failure, opened.failure):
         if failure is not None:
             raise failure
 
@@ -95,9 +99,10 @@ def _topics(name: NodeName, image: str | None, compressed: str | None, prompt: s
     )
 
 
-def _summary(name: NodeName, topics: Topics, domain: int) -> str:
+def _summary(name: NodeName, topics: Topics, transport: str, domain: int) -> str:
     images = " and ".join(topic for topic in (topics.image, topics.compressed) if topic)
-    return f"{name.full} in domain {domain}: images on {images}, questions on {topics.prompt}, answers on {topics.answer}"
+    heard = f"images on {images}, questions on {topics.prompt}"
+    return f"{name.full} in domain {domain} over {transport}: {heard}, answers on {topics.answer}"
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -23,6 +24,7 @@ from fuzz.target import Target, check_message, demand
 MOST_PIXELS = 1 << 20  # the limit meanwhile: what is large is refused the same at any limit
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _OFTEN = ("u1",) * 20
+_Decoder = tuple[Callable[[bytes], Any], Callable[[Any], Any]]  # of bytes to a message, and of a message to a picture
 _SIZES = (0, 1, 2, 3, 4, 5, 8, 30, 64, 1023, 40_000, 2**31, -1, -2, 2**63)
 
 
@@ -175,16 +177,12 @@ def frames() -> Target:
     return Target(_frame, tuple(bytes([number, 0, 0, 0]) + draw.bytes(96) for number in range(40)), bytes_variant)
 
 
-def _hear(data: bytes) -> bool:
-    from edgeprune.runtime.ros2.images import decode_compressed, decode_image
-    from edgeprune.runtime.ros2.messages import CompressedImage
-    from edgeprune.runtime.ros2.messages import Image as Message
-
+def _hear(data: bytes, decoders: tuple[_Decoder, ...], unreadable: type[Exception]) -> bool:
     taken = False
-    for kind, reader in ((Message, decode_image), (CompressedImage, decode_compressed)):
+    for decode, reader in decoders:
         try:
-            message: Any = kind.deserialize(data)
-        except ValueError as error:  # as it says; the node passes over such a message
+            message = decode(data)
+        except unreadable as error:  # as it says; the node passes over such a message
             check_message(str(error))
             continue
         try:
@@ -195,16 +193,42 @@ def _hear(data: bytes) -> bool:
     return taken
 
 
+def _image_messages(raw: Callable[..., Any], compressed: Callable[..., Any], array: Callable[[bytes], Any]) -> list[Any]:
+    # `raw` and `compressed` make messages of the fields behind the header, `array` a sequence of bytes.
+    steps = [("rgb8", 12), ("bgra8", 16), ("mono8", 4), ("mono16", 8), ("rgba16", 32), ("yuyv", 8), ("uyvy", 8)]
+    messages = [raw(2, 4, name, 0, step, array(bytes(range(step * 2)))) for name, step in steps]
+    messages += [raw(2, 4, name, 0, 4, array(bytes(range(12)))) for name in ("nv12", "nv21")]
+    messages += [raw(4, 4, f"bayer_rggb{bits}", 1, bits // 2, array(bytes(range(2 * bits)))) for bits in (8, 16)]
+    return messages + [compressed(kind.lower(), array(data)) for kind in ("PNG", "JPEG") for data in _of(kind)]
+
+
 def ros_images() -> Target:
     """Return the target of messages with images, as they come over DDS."""
+    from edgeprune.runtime.ros2.images import decode_compressed, decode_image
     from edgeprune.runtime.ros2.messages import CompressedImage, Header, Time
     from edgeprune.runtime.ros2.messages import Image as Message
 
     _small()
     head = Header(Time(1, 2), "camera")
-    raw = [("rgb8", 12), ("bgra8", 16), ("mono8", 4), ("mono16", 8), ("rgba16", 32), ("yuyv", 8), ("uyvy", 8)]  # name, step
-    messages: list[Any] = [Message(head, 2, 4, name, 0, step, bytes(range(step * 2))) for name, step in raw]
-    messages += [Message(head, 2, 4, name, 0, 4, bytes(range(12))) for name in ("nv12", "nv21")]
-    messages += [Message(head, 4, 4, f"bayer_rggb{bits}", 1, bits // 2, bytes(range(2 * bits))) for bits in (8, 16)]
-    messages += [CompressedImage(head, kind.lower(), data) for kind in ("PNG", "JPEG") for data in _of(kind)]
-    return Target(_hear, tuple(message.serialize() for message in messages), bytes_variant)
+    messages = _image_messages(partial(Message, head), partial(CompressedImage, head), bytes)
+    kinds = ((Message.deserialize, decode_image), (CompressedImage.deserialize, decode_compressed))
+    hear = partial(_hear, decoders=kinds, unreadable=ValueError)
+    return Target(hear, tuple(message.serialize() for message in messages), bytes_variant)
+
+
+def ros_zenoh() -> Target:
+    """Return the target of messages with images, as they come over Zenoh."""
+    from rosbags.serde import SerdeError
+
+    from edgeprune.runtime.ros2.definitions import decode, encode, message
+    from edgeprune.runtime.ros2.images import decode_compressed, decode_image
+
+    _small()
+    head = message("std_msgs/msg/Header", message("builtin_interfaces/msg/Time", 1, 2), "camera")
+    raw, compressed = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
+    messages = _image_messages(
+        partial(message, raw, head), partial(message, compressed, head), partial(np.frombuffer, dtype=np.uint8)
+    )
+    kinds = ((partial(decode, raw), decode_image), (partial(decode, compressed), decode_compressed))
+    hear = partial(_hear, decoders=kinds, unreadable=SerdeError)
+    return Target(hear, tuple(encode(each) for each in messages), bytes_variant)

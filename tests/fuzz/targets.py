@@ -41,6 +41,7 @@ TARGETS = {
     "plans": Entry("fuzz.plans:plans", 1200, 15),
     "published": Entry("fuzz.records:published", 300, 3),
     "ros_images": Entry("fuzz.pictures:ros_images", 500, 5, ("cyclonedds",)),
+    "ros_zenoh": Entry("fuzz.pictures:ros_zenoh", 500, 4, ("rosbags",)),
     "samples": Entry("fuzz.records:samples", 600, 3),
     "schemas": Entry("fuzz.answers:schemas", 500, 3, ("llguidance",)),
     "settings": Entry("fuzz.plans:settings", 400, 2, ("yaml",)),

@@ -14,8 +14,8 @@ from packaging.utils import canonicalize_name
 
 # Ubuntu 22.04 under JetPack 6 has glibc 2.35; JetPack 7 is newer, so what installs here installs there.
 PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(35, 16, -1)), "manylinux2014")
-ON_ROBOTS = ("tensorrt", "serve", "structured", "telemetry", "sign", "parquet", "plot", "ray")
-WITHOUT_WHEELS = {"ros2": "cyclonedds", "check": "tensorrt-rtx"}  # what stands in the way; docs/ros2.md
+ON_ROBOTS = ("tensorrt", "serve", "structured", "telemetry", "sign", "parquet", "plot", "ray", "ros2")
+WITHOUT_WHEELS = {"check": "tensorrt-rtx"}  # what stands in the way
 ELSEWHERE = ("export", "docs", "test")  # nothing that a robot needs
 
 both = pytest.mark.parametrize("python", ["3.10", "3.12"])
@@ -61,6 +61,7 @@ def test_the_install_resolves_for_jetson(python: str, tmp_path: Path) -> None:
 def test_every_extra_of_a_robot_resolves_for_jetson(python: str, tmp_path: Path) -> None:
     names = resolve(python, ON_ROBOTS, tmp_path)
     assert {"starlette", "llguidance", "prometheus-client", "cryptography", "pyarrow", "matplotlib", "ray"} <= names
+    assert {"eclipse-zenoh", "rosbags", "xxhash"} <= names and "cyclonedds" not in names
     assert not [name for name in names if name.startswith(("cuda", "nvidia", "torch"))]
 
 

@@ -100,7 +100,12 @@ def _announce(url: str) -> None:
 @click.option("--compressed-topic", help="sensor_msgs/CompressedImage.  [default: image/compressed; none with --image-topic alone]")
 @click.option("--prompt-topic", default="~/prompt", show_default=True, help="std_msgs/String, the questions.")
 @click.option("--answer-topic", default="~/answer", show_default=True, help="std_msgs/String; the pieces on TOPIC/pieces.")
-@click.option("--domain", type=int, help="DDS domain.  [default: ROS_DOMAIN_ID, or 0]")
+@click.option(
+    "--transport",
+    type=click.Choice(["dds", "zenoh"]),
+    help="What ROS speaks there.  [default: zenoh with RMW_IMPLEMENTATION=rmw_zenoh_cpp, else dds]",
+)
+@click.option("--domain", type=int, help="ROS domain.  [default: ROS_DOMAIN_ID, or 0]")
 @click.option(
     "--on-busy",
     type=click.Choice(["cancel", "queue", "refuse"]),
@@ -124,12 +129,11 @@ def _announce(url: str) -> None:
 def ros2(bundle: Path, **options: Any) -> None:
     """Answer questions about camera images over ROS 2.
 
-    ROS need not be installed: messages are read and written over DDS.
+    ROS need not be installed: messages are read and written over DDS, or over Zenoh as rmw_zenoh does.
 
     \b
     Example: edgeprune ros2 table.bundle --image-topic /camera/image_raw
     """
-    require_extra("ros2", "cyclonedds")
     from edgeprune.device.memory import limit_malloc_arenas
     from edgeprune.runtime.ros2.service import serve
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.runtime.ros2.node import NodeName, dds_topic, domain_id
+from edgeprune.runtime.ros2.node import NodeName, domain_id
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,6 @@ from edgeprune.runtime.ros2.node import NodeName, dds_topic, domain_id
 )
 def test_topics_are_resolved_as_ros_does(node: str, topic: str, expected: str) -> None:
     assert NodeName.parse(node).topic(topic) == expected
-    assert dds_topic(expected) == "rt" + expected
 
 
 @pytest.mark.parametrize("name", ["", "/", "1st", "a//b", "a b", "kö", "a/", "-x", "~"])

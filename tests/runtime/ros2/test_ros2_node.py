@@ -221,7 +221,7 @@ def test_it_stops_when_asked_to(peer: Peer, node: subprocess.Popen[str]) -> None
     lines = errors.splitlines()
     images = "/robot/image and /robot/image/compressed"
     assert lines[0] == (
-        f"/robot/eye in domain {DOMAIN}: images on {images}, questions on /robot/eye/prompt, answers on /robot/eye/answer"
+        f"/robot/eye in domain {DOMAIN} over dds: images on {images}, questions on /robot/eye/prompt, answers on /robot/eye/answer"
     )
     assert lines[1:] == ["ready"]
 
@@ -238,9 +238,9 @@ def test_interrupting_it_while_it_loads_is_no_error(tiny_bundle: Bundle) -> None
 
 def test_a_failure_of_the_thread_that_hears_ends_the_process(tiny_bundle: Bundle) -> None:
     code = (
-        "import sys; from edgeprune.runtime.ros2 import node; from edgeprune.runtime.ros2.service import serve\n"
+        "import sys; from edgeprune.runtime.ros2 import dds; from edgeprune.runtime.ros2.service import serve\n"
         "def fail(*_): raise RuntimeError('a bug')\n"
-        "node._Source.take = fail\n"
+        "dds._Source.take = fail\n"
         "serve(sys.argv[1])"
     )
     process = subprocess.run(
