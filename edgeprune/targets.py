@@ -18,8 +18,8 @@ KV_KINDS = ("same", "int8")
 _ROUNDED = {"w8a8": "int8", "fp8": "fp8"}  # what inputs of products are rounded to, by scales of samples
 _BY_SAMPLES = ("int4", *_ROUNDED)
 _FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# The first with block-wise INT4 in DequantizeLinear, which TensorRT reads since 10.0, and with Transpose of FP8, which ONNX Runtime's
-# optimizer moves before DequantizeLinear in any opset.
+# The first with block-wise INT4 in DequantizeLinear, which TensorRT reads since 10.0, and with Transpose of FP8, which ONNX
+# Runtime's optimizer moves before DequantizeLinear in any opset.
 _NARROW_OPSET = 21
 
 
