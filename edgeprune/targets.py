@@ -13,11 +13,14 @@ from typing import Any
 
 from edgeprune.errors import UsageError, did_you_mean
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "fp8", "int4")
 KV_KINDS = ("same", "int8")
-_BY_SAMPLES = ("int4", "w8a8")
+_ROUNDED = {"w8a8": "int8", "fp8": "fp8"}  # what inputs of products are rounded to, by scales of samples
+_BY_SAMPLES = ("int4", *_ROUNDED)
 _FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_INT4_OPSET = 21  # the first with block-wise INT4 in DequantizeLinear; TensorRT reads such nodes since 10.0
+# The first with block-wise INT4 in DequantizeLinear, which TensorRT reads since 10.0, and with Transpose of FP8, which ONNX
+# Runtime's optimizer moves before DequantizeLinear in any opset.
+_NARROW_OPSET = 21
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Target:
     fused: bool
     modules: str
     blocked: bool = False
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any of its machines multiplies FP8: Thor does, Orin (SM 8.7) does not."""
+        return self.tensorrt is not None and _machines(self) & {"orin", "thor"} != {"orin"}
 
 
 TARGETS = {
@@ -77,11 +85,12 @@ class Lowering:
     fp16: weights, matrix products and KV caches; norms, softmax, rotary embedding, residual stream and logits stay in float32.
     bf16: the same in bfloat16, which has float32's range with 8 bits of precision; for TensorRT alone.
     int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. w8a8: for TensorRT, the inputs of
-    products too, by scales that samples decide, except for the head and for what would lose too much. int4: the weights of the
-    decoder layers, in blocks of 128 inputs; all other weights are int8. `wide`: the matrices, such as
-    decoder.layers.0.mlp.down_proj, whose products float16 does not hold: they multiply in float32, with weights in float32 instead
-    of fp16. `kv`: how decode steps keep keys and values, "same" as they are computed, or "int8". `roundings`: for w8a8, how the
-    inputs of matrices become 8-bit (edgeprune.model.smoothquant.Rounding), by the same names.
+    products too, by scales that samples decide, except for the head and for what would lose too much. fp8: the same in FP8 (E4M3),
+    for Thor; the head stays fp16, as NVIDIA's ModelOpt leaves it. int4: the weights of the decoder layers, in blocks of 128 inputs;
+    all other weights are int8. `wide`: the matrices, such as decoder.layers.0.mlp.down_proj, whose products float16 does not hold:
+    they multiply in float32, with weights in float32 instead of fp16. `kv`: how decode steps keep keys and values, "same" as they
+    are computed, or "int8". `roundings`: for w8a8 and fp8, how the inputs of matrices become 8-bit
+    (edgeprune.model.smoothquant.Rounding), by the same names.
     """
 
     target: Target
@@ -110,6 +119,13 @@ class Lowering:
                 f"Target {self.target.name!r} has no w8a8, whose scales of activations are those of samples: it is for TensorRT.",
                 hint="Choose --target cpu --precision int8, which rounds activations as they come, or the --target of a Jetson.",
             )
+        if self.precision == "fp8" and not self.target.has_fp8:
+            lacks = "ONNX Runtime has no products of FP8" if self.target.tensorrt is None else "Orin's GPU has no products of FP8"
+            raise UsageError(
+                f"Target {self.target.name!r} has no fp8: {lacks}.",
+                hint=f"Choose --precision {'int8' if self.target.tensorrt is None else 'w8a8'}, or the --target of a Thor: "
+                f"{', '.join(target.name for target in TARGETS.values() if target.has_fp8)}.",
+            )
         if self.target.blocked and self.precision == "fp16":
             raise UsageError(
                 f"Target {self.target.name!r} has no fp16: its kernels multiply float32 or integers.",
@@ -120,15 +136,20 @@ class Lowering:
         """Raise UsageError if samples are given that decide nothing, or none where nothing works without."""
         if given and self.precision not in _BY_SAMPLES:
             raise UsageError(
-                f"--data decides int4 weights and the scales of w8a8, and the precision is {self.precision}.",
-                hint="Give --precision int4 or w8a8, or no --data.",
+                f"--data decides int4 weights and the scales of w8a8 and fp8, and the precision is {self.precision}.",
+                hint="Give --precision int4, w8a8 or fp8, or no --data.",
             )
-        if not given and self.precision == "w8a8":
+        if not given and self.inputs:
             raise UsageError(
-                "w8a8 rounds activations to 8 bits by scales that samples decide, and none are given.",
+                f"{self.precision} rounds activations to 8 bits by scales that samples decide, and none are given.",
                 hint="Give some about what the robot will see: --data samples.jsonl (see docs/tensorrt.md). Or round only the "
                 "weights: --precision int8",
             )
+
+    @property
+    def inputs(self) -> str:
+        """What samples let inputs of products be rounded to: "int8", "fp8", or "" for neither."""
+        return _ROUNDED.get(self.precision, "")
 
     @property
     def opset(self) -> int:
@@ -137,7 +158,7 @@ class Lowering:
 
     def opset_of(self, part: str) -> int:
         """Return the opset of a part's graph; for parts see `weights_of`."""
-        return max(self.target.opset, _INT4_OPSET) if self.weights_of(part) == "int4" else self.target.opset
+        return max(self.target.opset, _NARROW_OPSET) if self.weights_of(part) in ("int4", "fp8") else self.target.opset
 
     @property
     def products(self) -> str:
@@ -161,6 +182,8 @@ class Lowering:
         """Return the weight precision of a part: "layers" or "head" of the decoder, "vision", or "embedding"."""
         if part == "embedding":
             return "int8" if self.rounds(self.precision) else _FLOATS[self.products]
+        if self.precision == "fp8" and part == "head":
+            return "fp16"
         return "int8" if self.precision == "w8a8" or (self.precision == "int4" and part != "layers") else self.precision
 
 

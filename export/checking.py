@@ -44,7 +44,7 @@ def check_bundle(
         progress.begin(name)
         findings += lint(bundle.file(name), target, [profile for profile in ranges if profile], name=name)
         if trials is not None:
-            trials.append(try_build(bundle.file(name), name, ranges, substitute_capability(target)))
+            trials.append(try_build(bundle.file(name), name, ranges, substitute_capability(target, bundle.manifest.precision)))
     return CheckReport(target, tuple(findings), None if trials is None else tuple(trials))
 
 

@@ -61,6 +61,7 @@ from edgeprune.families.base import Family
 from edgeprune.io.files import new_folder
 from edgeprune.io.progress import SILENT, Progress
 from edgeprune.model import signals_for
+from edgeprune.model.quantization import QUANTIZED
 from edgeprune.model.smoothquant import save_roundings
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.tiers import Tiers
@@ -68,7 +69,14 @@ from edgeprune.targets import PLAIN, Lowering
 
 STAGES = ("products", "weights", "vision encoder", "embedding", "selection", "decoder", "processor", "manifest", "expected outputs")
 _PACKAGES = ("edgeprune", "torch", "transformers", "optimum", "onnx", "onnxscript")
-_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.02, "int4": 0.55}  # per weight, including scales and graph overhead
+_BYTES = {
+    "fp32": 4.0,
+    "fp16": 2.0,
+    "bf16": 2.0,
+    "int8": 1.02,
+    "fp8": 1.02,
+    "int4": 0.55,
+}  # per weight, including scales and graph overhead
 WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
 
 
@@ -84,11 +92,11 @@ def export_bundle(
 ) -> Bundle:
     """Trace a model under a plan or several tiers, lower it and write the bundle.
 
-    `data`: samples that int4 weights are fitted to by GPTQ; without, they are rounded to the nearest. For w8a8, which needs them,
-    they decide the scales of inputs. `progress` is told each of STAGES as it begins, and how many weights are written. Before
-    anything is traced, raises PlanError if the plan was made for another model, UnsupportedModelError if the model has no chat
-    template, image token or end token, UsageError if `output` exists without `force`, or `data` can decide nothing or is missing
-    for w8a8, and EdgePruneError if the disk is too small. Raises BadSampleError for a sample that cannot be used.
+    `data`: samples that int4 weights are fitted to by GPTQ; without, they are rounded to the nearest. For w8a8 and fp8, which
+    need them, they decide the scales of inputs. `progress` is told each of STAGES as it begins, and how many weights are written.
+    Before anything is traced, raises PlanError if the plan was made for another model, UnsupportedModelError if the model has no
+    chat template, image token or end token, UsageError if `output` exists without `force`, or `data` can decide nothing or is
+    missing where it is needed, and EdgePruneError if the disk is too small. Raises BadSampleError for a sample that cannot be used.
     """
     tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
     (_, first), *others = tiers.items()
@@ -203,10 +211,10 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
 def _rounded_inputs(
     loaded: LoadedModel, plan: KeepPlan, data: WeightSamples | None, lowering: Lowering, folder: Path, progress: Progress
 ) -> Roundings | None:
-    # How inputs of matrices become 8-bit, for w8a8; the bundle keeps it for `verify`.
-    if data is None or lowering.precision != "w8a8":
+    # How inputs of matrices become 8-bit, for w8a8 and fp8; the bundle keeps it for `verify`.
+    if data is None or not lowering.inputs:
         return None
-    roundings = input_roundings(loaded, plan, data, progress)
+    roundings = input_roundings(loaded, plan, data, progress, kind=lowering.inputs)
     save_roundings(roundings.found, folder / ROUNDINGS)
     return roundings
 
@@ -236,11 +244,7 @@ def _quantization(loaded: LoadedModel, tower: nn.Module, lowering: Lowering) -> 
     if not packed:
         return None
     counts = Counter(
-        "kept"
-        if source.own_kind(lowering, part)
-        else "requantized"
-        if lowering.weights_of(part) in ("int8", "int4")
-        else "dequantized"
+        "kept" if source.own_kind(lowering, part) else "requantized" if lowering.weights_of(part) in QUANTIZED else "dequantized"
         for part, source in packed
     )
     method = packed[0][1].packing.method

@@ -56,9 +56,11 @@ _DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "
 # Steps of a fixed size: a number close to the middle between two is rounded either way, and a few layers later no rounding is that
 # of the reference. Both are then as far from each other as from the model: 2 to 3 % of the bundled one.
 _STATIC_INT8 = {**_DYNAMIC_INT8, "vision": 0.06, "prefill": 0.05, "generation": 0.06}
+# Steps of FP8 are up to an eighth of a number, where those of int8 are 1/127 of the largest.
+_STATIC_FP8 = {**_STATIC_INT8, "vision": 0.1, "prefill": 0.1, "generation": 0.1}
 _KV_INT8 = 0.02  # of logits: five times what the bundled model loses
 _TEXTS = ("text", "unpruned text")
-TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "bf16": _BF16, "int8": _FP16, "w8a8": _STATIC_INT8, "int4": _FP16}
+TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "bf16": _BF16, "int8": _FP16, "w8a8": _STATIC_INT8, "fp8": _STATIC_FP8, "int4": _FP16}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tie
     recorder = RecordingBackend(reference.backend)
     assert isinstance(reference.backend, TorchBackend)
     if bundle.manifest.smoothing is not None:
-        lowering = replace(lowering, roundings=load_roundings(bundle.file(ROUNDINGS)))
+        lowering = replace(lowering, roundings=load_roundings(bundle.file(ROUNDINGS), lowering.inputs))
     with reference.backend.lowered(lowering, fitted):
         conversation = Conversation(replace(reference, backend=recorder))
         text = "".join(conversation.ask(DESCRIBE_PROMPT, [image], Sampling(max_tokens=MAX_TOKENS)))

@@ -1,4 +1,4 @@
-"""Find how inputs of matrices are rounded to 8 bits (SmoothQuant), by what the matrices multiply in samples.
+"""Find how inputs of matrices are rounded to 8 bits (SmoothQuant, or FP8), by what the matrices multiply in samples.
 
 Each sample is one prompt without pruning, followed by its answer if it has one, as for GPTQ. The decoder runs layer by layer, so
 that the weights of one layer are in memory; matrices of the vision tower are read in slices.
@@ -75,12 +75,15 @@ class InputRanges:
         self.normed[name] = self.normed.get(name, True) and any(states is each for each in normed)
 
 
-def input_roundings(loaded: LoadedModel, plan: KeepPlan, data: WeightSamples, progress: Progress = SILENT) -> Roundings:
-    """Return how to round the inputs of a model's matrices.
+def input_roundings(
+    loaded: LoadedModel, plan: KeepPlan, data: WeightSamples, progress: Progress = SILENT, *, kind: str = "int8"
+) -> Roundings:
+    """Return how to round the inputs of a model's matrices to `kind`, "int8" or "fp8".
 
     The model may be one whose large matrices are still in their files. Raises BadSampleError for a sample that cannot be used.
     """
-    return find_roundings(*collect_ranges(loaded, plan, data, progress))
+    matrices, ranges = collect_ranges(loaded, plan, data, progress)
+    return Roundings(_fp8_roundings(ranges), {}) if kind == "fp8" else find_roundings(matrices, ranges)
 
 
 def collect_ranges(
@@ -102,6 +105,17 @@ def collect_ranges(
                 samples = [run_layer(decoder, index, parts) for parts in samples]
             passed(index + 1)
     return matrices, ranges
+
+
+def _fp8_roundings(ranges: InputRanges) -> dict[str, Rounding]:
+    # Inputs that no sample had keep their type, as in `find_roundings`.
+    found = dict[str, Rounding]()
+    for first, group in ranges.groups.items():
+        seen = ranges.inputs[first]
+        if seen.rows:
+            rounding = Rounding(torch.ones_like(seen.largest), input_scale(float(seen.largest.max()), "fp8"), "fp8")
+            found |= dict.fromkeys(group, rounding)
+    return found
 
 
 def find_roundings(matrices: Mapping[str, nn.Linear], ranges: InputRanges) -> Roundings:

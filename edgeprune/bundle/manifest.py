@@ -218,7 +218,7 @@ class Manifest:
     `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
     hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9. `gptq`: what
     int4 weights were fitted to; None if they are rounded, and before schema 10. `kv`: see `Lowering`; "same" before schema 12.
-    `smoothing`: for w8a8, None for others and before schema 13.
+    `smoothing`: for w8a8 and fp8, None for others and before schema 13.
     """
 
     source: Source

@@ -171,6 +171,10 @@ class Module:
             raise UsageError(f"{self.title} has no {arithmetic} arithmetic.", hint=f"It has: {', '.join(rates)}.")
         return self.sms * self.clock * rates[arithmetic]
 
+    def has(self, arithmetic: str) -> bool:
+        """Return whether the module has an arithmetic."""
+        return arithmetic in _PER_CLOCK[self.sm]
+
     @property
     def target(self) -> Target:
         """What reads graphs on it with the oldest JetPack that is supported."""

@@ -51,7 +51,7 @@ class Precision:
         return self.arithmetic == "fp16" and self.layers < 2.0
 
 
-# As Lowering.weights_of for TensorRT: only weights are integers, except for w8a8; an INT4 block of 128 inputs has one FP16 scale.
+# As Lowering.weights_of for TensorRT: only weights are narrow, except for w8a8 and fp8; an INT4 block of 128 inputs has a scale.
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -60,6 +60,7 @@ PRECISIONS = {
         Precision("bf16", 2.0, 2.0, 2.0, 2.0, 2, "fp16"),  # Orin and Thor multiply both equally fast
         Precision("int8", 1.0, 1.0, 1.0, 2.0, 2, "fp16"),
         Precision("w8a8", 1.0, 1.0, 1.0, 2.0, 2, "int8"),
+        Precision("fp8", 1.0, 2.0, 1.0, 2.0, 2, "fp8"),
         Precision("int4", 0.5 + 2 / 128, 1.0, 1.0, 2.0, 2, "fp16"),
     )
 }

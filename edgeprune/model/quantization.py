@@ -1,9 +1,10 @@
 """Symmetric weight quantization with zero point 0, as TensorRT requires, and the eager model at the precision of a lowering.
 
 int8 has one scale per output; int4 has one per output and block of 128 inputs (weight-only, the form that TensorRT and ONNX Runtime
-multiply directly). int4 uses its whole range, -8 to 7. Its scales are clipped: outliers are rare, so of a few scales up to that of
-the largest weight, the one with the least squared error is taken (the clipping search of Lin et al., AWQ, arXiv 2306.00978, section
-3.2, without activations), and then the best scale for the integers that it gives.
+multiply directly). fp8 is E4M3 with one scale per output, whose largest weight becomes 448. int4 uses its whole range, -8 to 7. Its
+scales are clipped: outliers are rare, so of a few scales up to that of the largest weight, the one with the least squared error is
+taken (the clipping search of Lin et al., AWQ, arXiv 2306.00978, section 3.2, without activations), and then the best scale for the
+integers that it gives.
 
 `at_precision` gives the eager model the weights and roundings of a lowering, as the reference for a bundle of that precision.
 """
@@ -20,22 +21,27 @@ from torch import nn
 
 from edgeprune.errors import VerificationError
 from edgeprune.families.base import DecoderParts
-from edgeprune.model.smoothquant import Rounding
+from edgeprune.model.smoothquant import Rounding, round_to_fp8
 from edgeprune.targets import Lowering
 
 BLOCK = 128  # inputs that share an int4 scale
 _RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
-_STEPS = {"int8": (127.0,), "int4": (7.0, 7.5, 8.0, 8.5, 9.0, 9.5)}  # scales that are tried: the block's largest weight is so many
+_STEPS = {
+    "int8": (127.0,),
+    "fp8": (448.0,),
+    "int4": (7.0, 7.5, 8.0, 8.5, 9.0, 9.5),
+}  # scales that are tried: the block's largest weight is so many
 _LEAST = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}  # TensorRT refuses a scale of 0: a row of zeros has this one
 
 _TAKEN = "taken"  # weights that are already as the lowering holds them
+QUANTIZED = ("int8", "fp8", "int4")
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}  # weights that are rounded, not quantized
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix: int8 `values` [out, in] (-8 to 7 for int4) and `scales` [out, blocks]."""
+    """A quantized matrix: int8 or FP8 `values` [out, in] (-8 to 7 for int4) and `scales` [out, blocks]."""
 
     kind: str
     values: torch.Tensor
@@ -48,7 +54,7 @@ class Quantized:
 
 
 def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype) -> Quantized:
-    """Quantize a float matrix [out, in] to `kind`, "int8" or "int4".
+    """Quantize a float matrix [out, in] to `kind`, "int8", "fp8" or "int4".
 
     A matrix whose inputs do not divide into int4 blocks becomes int8 instead (`kind_for`).
     """
@@ -56,7 +62,7 @@ def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype) -> Quanti
     count = weight.shape[1] // BLOCK if kind == "int4" else 1
     blocks = weight.detach().float().view(weight.shape[0], count, -1)
     scales = scales_for(blocks, kind, scale_type)
-    return Quantized(kind, rounded(blocks, scales, kind).flatten(1).to(torch.int8), scales)
+    return Quantized(kind, rounded(blocks, scales, kind).flatten(1).to(stored_type(kind)), scales)
 
 
 def scales_for(blocks: torch.Tensor, kind: str, scale_type: torch.dtype) -> torch.Tensor:
@@ -79,7 +85,9 @@ def scales_for(blocks: torch.Tensor, kind: str, scale_type: torch.dtype) -> torc
 
 
 def rounded(blocks: torch.Tensor, scales: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return the integers, as floats, that weights [..., n] round to with scales [...]."""
+    """Return the integers (FP8 numbers for fp8), as floats, that weights [..., n] round to with scales [...]."""
+    if kind == "fp8":
+        return round_to_fp8(blocks / scales.float()[..., None])
     return (blocks / scales.float()[..., None]).round().clamp(*_RANGES[kind])
 
 
@@ -90,6 +98,11 @@ def _cast(scales: torch.Tensor, scale_type: torch.dtype) -> torch.Tensor:
 
 def _error(blocks: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (integers * scales.float()[..., None] - blocks).square().sum(dim=-1)
+
+
+def stored_type(kind: str) -> torch.dtype:
+    """Return the type of `Quantized.values` of a kind."""
+    return torch.float8_e4m3fn if kind == "fp8" else torch.int8
 
 
 def kind_for(inputs: int, kind: str) -> str:
@@ -206,7 +219,7 @@ def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "", roun
     # The parameter is replaced, not overwritten: it may be tied to another module.
     weight, bias = module.weight, getattr(module, "bias", None)
     with torch.no_grad():
-        if kind in ("int8", "int4"):
+        if kind in QUANTIZED:
             module.weight = nn.Parameter(quantize(weight, kind, products).restored().to(products).float())
         elif kind in NARROW or (kind == _TAKEN and products is not torch.float32):
             module.weight = nn.Parameter(weight.to(NARROW.get(kind, products)).float())

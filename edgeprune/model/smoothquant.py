@@ -14,6 +14,9 @@ O3), and the weights have one scale for each output, where the paper's have one 
 The paper searches a for each model; here it is searched for each input, by the error that is expected of the products. Rounding to
 steps of size d moves a number by an error of variance d^2 / 12. Where even the least of these errors is large, inputs stay floats.
 The paper smooths what norms write, and nothing else; here every other input may be smoothed too, in a node of its own.
+
+FP8 (E4M3) needs no smoothing: its steps grow with the numbers, so outliers take none from the others. The scale makes the largest
+input 448, the largest number of the type (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of which each input has one
-_STEPS = 127.0  # of the largest input
+_STEPS = {"int8": 127.0, "fp8": 448.0}  # the largest input, in scales
 _LEAST = 1e-5
 _LEAST_SCALE = 2.0**-24  # of float16, in which inputs are restored
 
@@ -36,9 +39,14 @@ def smoothing_factors(inputs: torch.Tensor, weights: torch.Tensor, strength: flo
     return (inputs.pow(strength) / weights.clamp(min=_LEAST).pow(1 - strength)).clamp(min=_LEAST)
 
 
-def input_scale(largest: float) -> float:
-    """Return the size of a step, a number of float16, for inputs up to `largest`."""
-    return float(torch.tensor(largest / _STEPS, dtype=torch.float16).clamp(min=_LEAST_SCALE))
+def input_scale(largest: float, kind: str = "int8") -> float:
+    """Return the scale, a number of float16, that makes inputs up to `largest` numbers of `kind`, "int8" or "fp8"."""
+    return float(torch.tensor(largest / _STEPS[kind], dtype=torch.float16).clamp(min=_LEAST_SCALE))
+
+
+def round_to_fp8(numbers: torch.Tensor) -> torch.Tensor:
+    """Return numbers rounded to FP8 E4M3, as floats; beyond 448 they are clipped, as engines do."""
+    return numbers.clamp(-_STEPS["fp8"], _STEPS["fp8"]).to(torch.float8_e4m3fn).float()
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,14 @@ class InputRange:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a matrix and what it multiplies become 8-bit: the smoothing `factors` [in] and the `scale` of the divided inputs."""
+    """How a matrix and what it multiplies become 8-bit: the smoothing `factors` [in] and the `scale` of the divided inputs.
+
+    `kind`: of the inputs, "int8" or "fp8".
+    """
 
     factors: torch.Tensor
     scale: float
+    kind: str = "int8"
 
     @property
     def smooths(self) -> bool:
@@ -73,7 +85,9 @@ class Rounding:
         return bool((self.factors != 1).any())
 
     def inputs(self, states: torch.Tensor) -> torch.Tensor:
-        """Return states [..., in] divided by the factors and rounded to steps, as floats."""
+        """Return states [..., in] divided by the factors and rounded, as floats."""
+        if self.kind == "fp8":
+            return round_to_fp8(states / self.factors / self.scale) * self.scale
         return (states / self.factors / self.scale).round().clamp(-128, 127) * self.scale
 
     def weights(self, weight: torch.Tensor) -> torch.Tensor:
@@ -81,13 +95,13 @@ class Rounding:
         return weight * self.factors
 
     def error(self, weight: torch.Tensor, inputs: InputRange, products: float) -> float:
-        """Return the relative error that is expected of the products of inputs with a weight [out, in].
+        """Return the relative error that is expected of the products of int8 inputs with an int8 weight [out, in].
 
         `products`: the sum of their squares.
         """
         scaled = self.weights(weight)
         by_inputs = self.scale**2 * inputs.rows * float(scaled.square().sum())
-        steps = scaled.abs().amax(dim=1) / _STEPS
+        steps = scaled.abs().amax(dim=1) / _STEPS["int8"]
         by_weights = float(steps.square().sum()) * float((inputs.squares / self.factors.square()).sum())
         return ((by_inputs + by_weights) / 12 / products) ** 0.5 if products else 0.0
 
@@ -97,6 +111,6 @@ def save_roundings(roundings: Mapping[str, Rounding], path: Path) -> None:
     save_file({name: torch.cat([torch.tensor([each.scale]), each.factors]) for name, each in roundings.items()}, path)
 
 
-def load_roundings(path: Path) -> dict[str, Rounding]:
-    """Return what `save_roundings` wrote."""
-    return {name: Rounding(numbers[1:], float(numbers[0])) for name, numbers in load_file(path).items()}
+def load_roundings(path: Path, kind: str = "int8") -> dict[str, Rounding]:
+    """Return what `save_roundings` wrote, of inputs of a `kind`."""
+    return {name: Rounding(numbers[1:], float(numbers[0]), kind) for name, numbers in load_file(path).items()}

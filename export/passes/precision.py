@@ -11,6 +11,7 @@ its largest magnitude, and its products are scaled back.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -21,11 +22,13 @@ from edgeprune.export.passes.attention import one_row_branch
 from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, SmoothedMatrix, as_type, matrix_of
 from edgeprune.model.quantization import NARROW, TYPES
+from edgeprune.model.smoothquant import Rounding
 from edgeprune.targets import Lowering
 
 Lowered = dict[ir.Value, ir.Value]  # maps traced values to their lowered versions
 _FLOATS = {kind: name for name, kind in NARROW.items()}
 _CASTS = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+_ZEROS = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}  # their type is that of the rounded inputs
 _NORMS = ("RMSNormalization", "LayerNormalization")
 _MIN_SCALE = 1e-20  # divisor of rows of zeros
 
@@ -114,7 +117,7 @@ class _Products:
         part = "head" if "lm_head" in str(weight.name) else self._part
         source, kind = matrix_of(weight), self._lowering.weights_of(part)
         if isinstance(source, SmoothedMatrix):
-            state = self._in_8_bits(tape, state, source.rounding.scale, products)
+            state = self._in_8_bits(tape, state, source.rounding, products)
         elif half:
             state = self.half(tape, state)
         bias = [_narrowed(tape, value, self._known, _FLOATS[products]) if half else value for value in bias]
@@ -133,12 +136,14 @@ class _Products:
         product = tape.op("Cast", [product], {"to": ir.DataType.FLOAT}) if half else product
         return product if offset is None else tape.op("Add", [product, offset])
 
-    def _in_8_bits(self, tape: Tape, state: ir.Value, scale: float, products: torch.dtype) -> ir.Value:
-        # Steps of a fixed size, restored in the type of the products. Engines fuse this DequantizeLinear and that of the weights
-        # with the MatMul behind them, so each product has its own. The float32 state is rounded as it is, and not first to float16.
+    def _in_8_bits(self, tape: Tape, state: ir.Value, rounding: Rounding, products: torch.dtype) -> ir.Value:
+        # Rounded with a fixed scale, and restored in the type of the products. Engines fuse this DequantizeLinear and that of the
+        # weights with the MatMul behind them, so each product has its own. The float32 state is rounded as it is, and not first to
+        # float16.
+        scale = rounding.scale
         if (state, scale) not in self._rounded:
             step = tape.initializer(ir.tensor(np.array(scale, np.float32), name=f"{state.name}.scale"))
-            zero = tape.initializer(ir.tensor(np.array(0, np.int8), name=f"{state.name}.zero_point"))  # says that the type is INT8
+            zero = tape.initializer(ir.tensor(np.array(0, _ZEROS[rounding.kind]), name=f"{state.name}.zero_point"))
             self._rounded[state, scale] = tape.op("QuantizeLinear", [state, step, zero])
         rounded = self._rounded[state, scale]
         kind = str(products).removeprefix("torch.")

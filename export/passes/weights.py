@@ -14,10 +14,11 @@ import torch
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
 from edgeprune.model.gptq import FittedMatrix
-from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize
+from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize, stored_type
 from edgeprune.model.smoothquant import Rounding
 
 _PIECE = 1 << 20  # elements converted at once; pieces that fit the CPU cache are several times faster
+_KINDS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "int4": ir.DataType.INT4}
 _TYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16, torch.float32: ir.DataType.FLOAT}
 
 
@@ -56,9 +57,12 @@ def as_type(value: ir.Value, name: str, kind: torch.dtype) -> ir.TensorProtocol:
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    # NumPy has no bfloat16 of its own.
-    raw = tensor.dtype is torch.bfloat16
-    array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if raw else tensor.numpy()
+    # NumPy has neither bfloat16 nor FP8 of its own.
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if tensor.dtype is torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    array: np.ndarray = tensor.numpy()
     return array
 
 
@@ -123,12 +127,13 @@ class IntegerMatrix:
         return {"axis": 0, "block_size": BLOCK} if self.kind == "int4" else {"axis": 1}
 
     def integers(self, name: str) -> ir.TensorProtocol:
-        """Return the integers [in, out]; [out, in] for a table."""
-        kind = ir.DataType.INT4 if self.kind == "int4" else ir.DataType.INT8
-        return ir.LazyTensor(self._quantize, kind, ir.Shape(self._matrix.shape[:: 1 if self._table else -1]), name=name)
+        """Return the integers, or FP8 numbers, [in, out]; [out, in] for a table."""
+        return ir.LazyTensor(
+            self._quantize, _KINDS[self.kind], ir.Shape(self._matrix.shape[:: 1 if self._table else -1]), name=name
+        )
 
     def scales(self, name: str) -> ir.TensorProtocol:
-        """Return the scales: [blocks, out] for int4, [out] for int8."""
+        """Return the scales: [blocks, out] for int4, else [out]."""
         outputs = self._matrix.shape[0]
         shape = (self._blocks, outputs) if self.kind == "int4" else (outputs,)
         return ir.LazyTensor(self._take_scales, _TYPES[self._products], ir.Shape(shape), name=name)
@@ -140,15 +145,14 @@ class IntegerMatrix:
 
     def _quantize(self) -> ir.TensorProtocol:
         outputs, inputs = self._matrix.shape
-        integers = (
-            torch.empty(outputs, inputs, dtype=torch.int8) if self._table else torch.empty(inputs, outputs, dtype=torch.int8).T
-        )
+        kind = stored_type(self.kind)
+        integers = torch.empty(outputs, inputs, dtype=kind) if self._table else torch.empty(inputs, outputs, dtype=kind).T
         scales = torch.empty(self._blocks, outputs, dtype=self._products)
         for start, piece in self._quantized_pieces():
             integers[start : start + len(piece.values)] = piece.values
             scales[:, start : start + len(piece.values)] = piece.scales.T
         self._scales = scales.numpy()
-        numbers = integers.numpy() if self._table else integers.T.numpy()
+        numbers = _array(integers if self._table else integers.T)
         return ir.tensor(numbers.astype(ml_dtypes.int4) if self.kind == "int4" else numbers)
 
     def _take_scales(self) -> ir.TensorProtocol:

@@ -252,7 +252,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "samples of int8": (
         (*EXPORT, "--precision", "int8", *DATA),
-        "--data decides int4 weights and the scales of w8a8, and the precision is int8",
+        "--data decides int4 weights and the scales of w8a8 and fp8, and the precision is int8",
         "Give --precision int4",
         2,
     ),
@@ -266,6 +266,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         (*EXPORT, "--target", "cpu", "--precision", "w8a8", *DATA),
         "Target 'cpu' has no w8a8",
         "Choose --target cpu --precision int8",
+        2,
+    ),
+    "fp8 on an Orin": (
+        (*EXPORT, "--target", "jetpack6", "--precision", "fp8", *DATA),
+        "Target 'jetpack6' has no fp8: Orin's GPU has no products of FP8",
+        "Choose --precision w8a8, or the --target of a Thor: jetpack7",
         2,
     ),
     "fit of nothing": ((*EXPORT, "--precision", "int4", "--fit", "pad"), "--fit is for the images of --data", "Leave out --fit", 2),

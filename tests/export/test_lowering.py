@@ -237,5 +237,5 @@ def test_verify_notices_a_wrong_scale(
 def test_unknown_targets_and_precisions_are_refused() -> None:
     with pytest.raises(UsageError, match=r"Unknown target 'orin'.*jetpack7\.2"):
         target_named("orin")
-    with pytest.raises(UsageError, match=r"Unknown precision 'fp8'.*int4"):
-        Lowering(TARGETS["jetpack6"], "fp8")
+    with pytest.raises(UsageError, match=r"Unknown precision 'fp6'.*int4"):
+        Lowering(TARGETS["jetpack6"], "fp6")

@@ -148,7 +148,7 @@ def test_verify_notices_another_scale(bundle: Bundle, outlying: LoadedModel, mon
         name: replace(each, factors=each.factors.flip(0)) if name == OUT else replace(each, scale=each.scale * 16)
         for name, each in right.items()
     }
-    monkeypatch.setattr("edgeprune.export.verification.load_roundings", lambda _: wrong)
+    monkeypatch.setattr("edgeprune.export.verification.load_roundings", lambda *_: wrong)
     failed = {stage.name for stage in verify(bundle, outlying) if not stage.passed}
     assert {"vision", "prefill", "generation"} <= failed
 

@@ -236,7 +236,8 @@ def _quantized_layers(manifest: Manifest) -> dict[str, str]:
     if (smoothing := manifest.smoothing) is not None:
         lossy = f"; in float16, losing more than others: {', '.join(smoothing.lossy)}" if smoothing.lossy else ""
         rounded = f"{smoothing.rounded} matrices multiply 8-bit inputs"
-        return {"quantized": f"smoothquant; {rounded}, with scales of {smoothing.samples} samples{lossy}"}
+        method = "smoothquant" if manifest.precision == "w8a8" else manifest.precision
+        return {"quantized": f"{method}; {rounded}, with scales of {smoothing.samples} samples{lossy}"}
     if quantized is None:
         return {}
     counts = {"kept": quantized.kept, "quantized again": quantized.requantized, "dequantized": quantized.dequantized}

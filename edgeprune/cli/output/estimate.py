@@ -57,7 +57,7 @@ def verdict(work: Workload, module: Module, found: Estimate) -> str:
 
 def _remedy(work: Workload, module: Module) -> str:
     # The widest of the narrower precisions that fits, or else the last of them if it may.
-    narrower = [each for each in PRECISIONS.values() if each.layers < work.precision.layers]
+    narrower = [each for each in PRECISIONS.values() if each.layers < work.precision.layers and module.has(each.arithmetic)]
     memories = {each.name: estimate(replace(work, precision=each), module).memory for each in narrower}
     fitting = {name: memory for name, memory in memories.items() if memory.fits == "yes"} or dict(list(memories.items())[-1:])
     for name, memory in fitting.items():

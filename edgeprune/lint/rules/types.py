@@ -131,7 +131,8 @@ def int4_blocks(context: RuleContext) -> Iterator[Finding]:
 
 
 def small_floats(context: RuleContext) -> Iterator[Finding]:
-    """Find FP8 and FP4 if the target or a Jetson does not support them."""
+    """Find FP8 and FP4 if the target or a Jetson does not support them; what a Jetson lacks is said once for each type."""
+    said = set[str]()
     for node in _quantize_nodes(context):
         element = _quantized_value(node).element
         if element not in FP8 | FP4:
@@ -140,7 +141,8 @@ def small_floats(context: RuleContext) -> Iterator[Finding]:
             yield context.error(node, f"TensorRT parses {element} since 10.8.", "Quantize to INT4.")
         able = FP4_MODULES if element in FP4 else FP8_MODULES
         unable = [module for module in context.modules if module not in able]
-        if unable:
+        if unable and element not in said:
+            said.add(element)
             report = context.warning if set(context.modules) & able else context.error
             instead = "INT4" if element in FP4 else "INT8 or INT4"
             yield report(node, f"{' and '.join(unable)} cannot compute with {element}.", f"Quantize to {instead} there.")

@@ -34,7 +34,11 @@ from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, engin
 BASE_BYTES, COPIES, GPU_COPIES = 600 << 20, 3.5, 1
 GPU_PARTS = ("weights on the GPU", "workspace on the GPU")
 
-_BF16_CAPABILITY = 8  # Ampere, whose products of bfloat16 are the first; Xavier is 7.2
+# The first GPUs that multiply a precision's type: Ampere (Xavier is 7.2), and Ada (Orin is 8.7), with what to say of it.
+_CAPABILITIES = {
+    "bf16": ((8, 0), "bfloat16", "Orin (SM 8.7) and later", "fp16"),
+    "fp8": ((8, 9), "FP8", "Thor (SM 11.0) and other GPUs since SM 8.9", "w8a8"),
+}
 
 JETPACK_TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # not in PATH
 
@@ -227,10 +231,12 @@ def _build(
 
 
 def _check_capability(bundle: Bundle, device: DeviceIdentity) -> None:
-    if bundle.manifest.precision == "bf16" and int(device.capability.partition(".")[0]) < _BF16_CAPABILITY:
+    precision = bundle.manifest.precision
+    least, kind, machines, instead = _CAPABILITIES.get(precision, ((0, 0), "", "", ""))
+    if tuple(map(int, device.capability.split("."))) < least:
         raise EngineError(
-            f"This GPU (SM {device.capability}) has no bfloat16: {bundle.path} is bf16, for Orin (SM 8.7) and later.",
-            hint="Export it with --precision fp16.",
+            f"This GPU (SM {device.capability}) has no {kind}: {bundle.path} is {precision}, for {machines}.",
+            hint=f"Export it with --precision {instead}.",
         )
 
 

@@ -42,9 +42,13 @@ def can_try() -> bool:
     return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
-def substitute_capability(target: Target) -> str:
-    """Return the compute capability to build a target's graphs for: that of Orin if the target includes Orin, else of Thor."""
-    return _SUBSTITUTES["orin" if "Orin" in target.modules or target.modules.startswith("TensorRT") else "thor"]
+def substitute_capability(target: Target, precision: str = "") -> str:
+    """Return the compute capability to build a target's graphs for: that of Orin if the target includes Orin, else of Thor.
+
+    A `precision` that only the target's Thor computes with is built for Thor.
+    """
+    includes_orin = "Orin" in target.modules or target.modules.startswith("TensorRT")
+    return _SUBSTITUTES["orin" if includes_orin and not (precision == "fp8" and target.has_fp8) else "thor"]
 
 
 def try_build(graph: Path, name: str, profiles: Sequence[ShapeProfile], capability: str) -> Trial:

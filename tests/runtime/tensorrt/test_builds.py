@@ -161,6 +161,7 @@ def test_every_method_is_built_by_itself(even: LoadedModel, plan: str, target: s
 
 
 SLOW = [(precision, target) for precision in ("fp32", "int8", "bf16", "w8a8") for target in LOWERED] + [("int4", "jetpack7.2")]
+SLOW += [("fp8", "jetpack7"), ("fp8", "jetpack7.2")]
 
 
 @pytest.mark.parametrize(
@@ -171,19 +172,21 @@ SLOW = [(precision, target) for precision in ("fp32", "int8", "bf16", "w8a8") fo
     ],
 )
 def test_every_precision_is_built(even: LoadedModel, precision: str, target: str, tmp_path: Path) -> None:
-    roundings = input_roundings(even, BASE, samples(tmp_path, 0, 2)).found if precision == "w8a8" else {}
+    kind = Lowering(TARGETS[target], precision).inputs
+    roundings = input_roundings(even, BASE, samples(tmp_path, 0, 2), kind=kind).found if kind else {}
     refuse_nothing(even, COMPOSED[SHARED], Lowering(TARGETS[target], precision, roundings=roundings), tmp_path, builds=1)
 
 
 def refuse_nothing(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path, builds: int = 2) -> None:
     """Lint the graphs of a plan for all targets that share them, and build them for at most `builds` compute capabilities."""
     alike = [TARGETS[name] for name in BUILT if TARGETS[name].opset == lowering.target.opset]
+    alike = [target for target in alike if lowering.precision != "fp8" or target.has_fp8]
     for name, path, record in traced(model, plan, lowering, folder):
         ranges = profiles(name, record, plan)
         for target in alike:
             found = lint(path, target, [profile for profile in ranges if profile], name=name)
             assert [finding for finding in found if finding.severity == "error"] == []
-        for capability in sorted({substitute_capability(target) for target in alike})[:builds]:
+        for capability in sorted({substitute_capability(target, lowering.precision) for target in alike})[:builds]:
             trial = built_once(path, name, ranges, capability)
             assert not trial.error, f"{name} for {capability}: {trial.error}"
             assert trial.plan_bytes > 0 and trial.peak_bytes > 0

@@ -297,6 +297,12 @@ def test_a_gpu_without_bfloat16_is_told_so(tiny_bundle: Bundle) -> None:
         build(brain, device=DeviceIdentity("8.6.2", "7.2"))
 
 
+def test_a_gpu_without_fp8_is_told_so(tiny_bundle: Bundle) -> None:
+    brain = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, target="jetpack7.2", precision="fp8"))
+    with pytest.raises(EngineError, match=r"This GPU \(SM 8\.7\) has no FP8: .*Thor .*--precision w8a8"):
+        build(brain, device=DeviceIdentity("10.16.0", "8.7"))
+
+
 def test_trtexec_builds_the_same(own: Bundle) -> None:
     jobs = {job.graph: job for job in plan_jobs(own, SMALL, BuilderSettings(level=2))}
     command = trtexec_command(own, jobs[DECODER], BuilderSettings(level=2))
