@@ -40,6 +40,11 @@ class Deltas:
     pairs: Mapping[str, Pair]
     whole: Mapping[str, torch.Tensor]
 
+    def part(self, prefix: str) -> Deltas:
+        """Return those of the weights whose names begin so."""
+        pairs = {name: pair for name, pair in self.pairs.items() if name.startswith(prefix)}
+        return Deltas(self.design, pairs, {name: tensor for name, tensor in self.whole.items() if name.startswith(prefix)})
+
     def save(self, path: Path) -> None:
         """Write the file: pairs in 8 bits, the rest in bfloat16."""
         tensors = {name: tensor.bfloat16() for name, tensor in self.whole.items()}

@@ -79,6 +79,7 @@ class LargeTrainee(Trainee):
         start: Deltas | None = None,
         words: float = 2.0,
         design: Design = DESIGN,
+        tower: Deltas | None = None,
     ) -> None:
         super().__init__(model)
         self.words, self.design = words, design  # words: weight of the distance to the words' embeddings
@@ -93,10 +94,12 @@ class LargeTrainee(Trainee):
             for parent, name in list(_linear_layers(getattr(model.model, part))):
                 setattr(parent, name, LowRank(getattr(parent, name), rank))
         for name, parameter in model.named_parameters():
-            small = name.startswith((_TOWER, _PROJECTOR)) and not name.endswith(".layer.weight")
-            parameter.requires_grad_(small or name.endswith((".up", ".down")))
+            parameter.requires_grad_(_replaced(name) or name.endswith((".up", ".down")))
         if start is not None:
             self._adopt(start)
+        if tower is not None:
+            self._adopt(tower.part(_TOWER))
+            model.model.vision_tower.requires_grad_(False)
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return visual tokens [B, I, TOKENS, hidden] of pixels [B, I, 3, side, side]."""
@@ -155,7 +158,7 @@ class LargeTrainee(Trainee):
             if isinstance(module, LowRank):
                 pairs[f"{name}.weight"] = Pair(module.up.detach().cpu(), module.down.detach().cpu())
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not name.endswith((".up", ".down")):
+            if _replaced(name):
                 whole[name.replace(".layer.bias", ".bias")] = parameter.detach().cpu()
         return Deltas(self.design, pairs, whole)
 
@@ -190,6 +193,11 @@ class LargeTrainee(Trainee):
         count = sum(present[index][labels[..., index]] for index in range(len(ATTRIBUTES)))
         assert isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor)
         return total / count.clamp(min=1).sqrt()[..., None]
+
+
+def _replaced(name: str) -> bool:
+    # Whether the deltas hold this weight as it is: all that is small in the tower, and the projector's.
+    return name.startswith((_TOWER, _PROJECTOR)) and not name.endswith((".layer.weight", ".up", ".down"))
 
 
 def _linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -71,8 +71,8 @@ def large_trainee(request: argparse.Namespace) -> tuple[Trainee, Tokenizer, list
     tokenizer = Tokenizer.from_file(str(request.work / "tokenizer.json"))
     model = new_model(request.large, design).to(request.device)
     chats = own_answers(model, tokenizer, request.work / "chats.jsonl")
-    start = load_deltas(request.start) if request.start else None
-    trainee = LargeTrainee(model.cpu(), tokenizer, start, request.words, design)
+    start, tower = (load_deltas(path) if path else None for path in (request.start, request.tower))
+    trainee = LargeTrainee(model.cpu(), tokenizer, start, request.words, design, tower)
     return trainee, tokenizer, chats
 
 
@@ -283,6 +283,12 @@ def _request() -> argparse.Namespace:
     )
     parser.add_argument(
         "--words", type=float, default=2.0, metavar="WEIGHT", help="how near TableTop-L's visual tokens lie to words; 0: anywhere"
+    )
+    parser.add_argument(
+        "--tower",
+        type=Path,
+        metavar="DELTAS",
+        help="of TableTop-L take the vision tower of these deltas and leave it as it is; projector and decoder learn from nothing",
     )
     parser.add_argument("--smaller", action="store_true", help="show TableTop-L images of 168 pixels, a token for each patch")
     parser.add_argument("--loaders", type=int, default=0, help="processes that draw ahead; with --threads 1")

@@ -166,6 +166,19 @@ class OnnxRuntimeBackend:
         return float(self._predictor.run(["share"], feeds)[0][0])
 
 
+class EmbeddingTable:
+    """The token embedding of a bundle for engines: on the CPU, in its file, of which only the pages that are read take memory."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        options = _session_options(1, (CPU,), exact=False, integers=False, mapped=True)
+        self._session = _open_session(bundle.file(EMBED), options, [(CPU, {})])
+
+    def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the embeddings [1, n, hidden] of n token ids, float32."""
+        embeds: np.ndarray = self._session.run(["embeds"], {"ids": np.array([ids], np.int64)})[0]
+        return embeds
+
+
 def nodes_run(
     bundle: Bundle, tokens: DecoderInput, cache: KvCache, threads: int | None = None, *, providers: Sequence[str] = (CPU,)
 ) -> int:

@@ -1,9 +1,9 @@
 """The backend interface on TensorRT engines.
 
-Only token ids, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back.
-Embeddings, KV caches, states and attention shares stay on the device, and the keys and values of a step are appended there. A
+Only embeddings of text, positions and pixels are copied to the device. Only logits, kept indices and keep ratios are copied back.
+Visual tokens, KV caches, states and attention shares stay on the device, and the keys and values of a step are appended there. A
 decode step is one launch of a CUDA graph (`steps`), unless the decoder has states or is of an older bundle: its caches then grow
-by one row.
+by one row. The table of text embeddings is no engine: its rows are read from its file.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
+from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, GraphRecord, tier_selector
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names, length_slots
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache, decoder_feeds, split_outputs
+from edgeprune.runtime.backends.onnxruntime import EmbeddingTable
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, Scratch
 from edgeprune.runtime.backends.tensorrt.bindings import DeviceIdentity, Driver, identity, recording_log, tensorrt
 from edgeprune.runtime.backends.tensorrt.executor import Executor
@@ -32,7 +33,8 @@ from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, usabl
 class TensorRTBackend:
     """The graphs of a bundle as TensorRT engines. `close` frees their memory.
 
-    Returned embeddings, keys, values, signals and attention splits are device arrays; logits and indices are host arrays.
+    Returned visual tokens, keys, values, signals and attention splits are device arrays; logits, indices and embeddings of text are
+    host arrays.
     Raises EngineError when an engine is missing, is for another TensorRT version or GPU, or is not one that the store trusts.
     """
 
@@ -43,6 +45,7 @@ class TensorRTBackend:
         self._steps: StepsInPlace | None = None
         self._log = recording_log(trt)
         self._runtime = trt.Runtime(self._log)
+        self._table = EmbeddingTable(bundle)
         shape = bundle.manifest.decoder
         kinds = shape.local_layers, shape.states
         slots = cache_slots(bundle.plan, *kinds)
@@ -60,7 +63,7 @@ class TensorRTBackend:
                 if graph != VISION_UNPRUNED:  # loaded with the first unpruned answer
                     self._executors[graph] = self._open[graph]()
             if self._lengths:
-                self._steps = StepsInPlace(bundle, self._executors[EMBED], self._executors[DECODER], self._pool, self._scratch)
+                self._steps = StepsInPlace(bundle, self._executors[DECODER], self._pool, self._scratch)
         except EngineError:
             self.close()
             raise
@@ -130,12 +133,7 @@ class TensorRTBackend:
 
     def embed_tokens(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [1, n, hidden] of n token ids."""
-        if self._steps is not None and len(ids) == 1:
-            return _array(self._steps.embedding(ids[0], self._embed))
-        return _array(self._embed(ids))
-
-    def _embed(self, ids: Sequence[int]) -> DeviceArray:
-        return self._executors[EMBED].run({"ids": np.array([ids], np.int64)})["embeds"]
+        return self._table.embed_tokens(ids)
 
     def forward(self, tokens: DecoderInput, cache: KvCache, *, cancellation: CancellationToken | None = None) -> DecoderOutput:
         """Run the decoder on new tokens, given the KV cache of the earlier ones."""

@@ -79,11 +79,6 @@ class Executor:
         context = self._contexts[profile]
         return {name: self._output(context, name, profile) for name in self._outputs}
 
-    def write(self, arrays: Mapping[str, DeviceArray], profile: int = 0) -> None:
-        """Let runs write these outputs into arrays that `outputs` returned earlier."""
-        for name, array in arrays.items():
-            self._contexts[profile].set_tensor_address(name, array.address)
-
     def enqueue(self, profile: int = 0) -> None:
         """Put a run on the stream, with what is bound. Raises EngineError when TensorRT cannot run it."""
         if not self._contexts[profile].execute_async_v3(self._pool.driver.stream):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeprune.bundle import DECODER, EMBED, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, Tensor, tier_selector
+from edgeprune.bundle import DECODER, PREDICTOR, SELECTOR, VISION, VISION_UNPRUNED, Bundle, Tensor, tier_selector
 from edgeprune.bundle.graph_io import ROWS, TIER
 from edgeprune.errors import UsageError
 from edgeprune.plan import KeepPlan
@@ -46,16 +46,16 @@ class ProfileLimits:
 
 
 def shape_profiles(bundle: Bundle, limits: ProfileLimits) -> dict[str, tuple[ShapeProfile, ...]]:
-    """Return the profiles of each graph of a bundle, by graph path. A graph of fixed shapes has one empty profile.
+    """Return the profiles of each graph that becomes an engine, by graph path. A graph of fixed shapes has one empty profile.
 
-    The vision encoder without cuts is included only with `limits.unpruned`.
+    The vision encoder without cuts is included only with `limits.unpruned`. The token embedding is not: its rows are read from its
+    file, where as an engine the whole table would take memory.
     """
     selectors, graphs = map(tier_selector, bundle.manifest.tiers[1:]), bundle.manifest.graphs
     plans, layers = (bundle.plan, *bundle.lower_tiers), bundle.manifest.decoder.attention_layers
     ranges: dict[str, tuple[Mapping[str, Range], ...]] = {
         VISION: ({},),
         **({VISION_UNPRUNED: ({},)} if limits.unpruned else {}),
-        EMBED: ({"length": (1, min(16, limits.turn), limits.turn)},),
         **{name: ({"words": (1, min(16, limits.turn), limits.turn)},) for name in (SELECTOR, *selectors)},
         PREDICTOR: ({},),
         DECODER: decoder_ranges(plans, limits, layers, steps=ROWS in graphs[DECODER].inputs),

@@ -3,21 +3,22 @@
 A step reads the text caches of its conversation at a capacity, a multiple of CAPACITY rows, and all visual tokens of its image.
 The engine is told how many rows are real (`edgeprune.bundle.graph_io.ROWS`): a share of the visual tokens (DyRate, PLPHP) is a
 number, too. One kernel writes the step's own rows behind the last real ones. So nothing that TensorRT is told changes from step to
-step, and what a step puts on the stream is captured once for each capacity: numbers to the device, embedding, decoder, kernel,
-logits back. The first two steps on the same caches run by hand, because TensorRT prepares itself for new shapes then, and what is
-used once needs no capture: the visual tokens of several images are joined anew for every share of them.
+step, and what a step puts on the stream is captured once for each capacity: embedding and numbers of the token to the device,
+decoder, kernel, logits back. The first two steps on the same caches run by hand, because TensorRT prepares itself for new shapes
+then, and what is used once needs no capture: the visual tokens of several images are joined anew for every share of them.
 
 Where a capture fails, steps go on by hand, on the same addresses. Without the driver's compiler for the kernel rows are copied.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -36,14 +37,14 @@ from edgeprune.bundle.graph_io import (
 from edgeprune.errors import EngineError
 from edgeprune.runtime.backends.interface import DecoderOutput
 from edgeprune.runtime.backends.kv_cache import GENERATED, DecoderInput, KvArrays, KvCache, can_step
-from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, Lease, MemoryPool, Scratch, empty
+from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, Scratch, empty
 from edgeprune.runtime.backends.tensorrt.executor import Executor
 from edgeprune.runtime.backends.tensorrt.profiles import STEP, TEXT, capacity_for
 
 GRAPH, BY_HAND = "graph", "by hand"  # how a step was launched
 _PLACES = 32  # captured: conversations that take turns, times the capacities that each goes through
 _THREADS = 128
-_PART = 32  # numbers of 8 bytes between the parts of what a step is told, which TensorRT wants 256 bytes apart
+_ALIGNED = 256  # bytes; TensorRT wants the parts of what a step is told to begin at multiples
 _ENTRY = "append_rows"
 # One block for each cache, whose entry in the table is: address of the new row, address of the cache, 4-byte words of a row.
 APPEND_ROWS = """
@@ -91,22 +92,6 @@ end:
 """
 
 
-class TokenEmbedding(DeviceArray):
-    """The embedding [1, 1, width] of one token. It is computed when something reads it; a step in place reads `token` instead."""
-
-    token: int
-    _embed: Callable[[], DeviceArray]
-
-    def __init__(self, token: int, width: int, dtype: np.dtype, embed: Callable[[], DeviceArray]) -> None:
-        fields: dict[str, Any] = {"token": token, "shape": (1, 1, width), "dtype": dtype, "offset": 0, "_embed": embed}
-        self.__dict__.update(fields)  # the base is frozen
-
-    @cached_property
-    def lease(self) -> Lease:
-        """The block of the embedding."""
-        return self._embed().lease
-
-
 @dataclass
 class _Place:
     # The caches that steps read and write, by address. `table` [1, caches, 3]: that of the kernel. `used`: whether a step has run.
@@ -119,27 +104,26 @@ class _Place:
 class StepsInPlace:
     """The decode steps of all conversations on one device. `failure`: why steps are not captured, "" if they are."""
 
-    def __init__(self, bundle: Bundle, embed: Executor, decoder: Executor, pool: MemoryPool, scratch: Scratch) -> None:
+    def __init__(self, bundle: Bundle, decoder: Executor, pool: MemoryPool, scratch: Scratch) -> None:
         shape, plan, graph = bundle.manifest.decoder, bundle.plan, bundle.manifest.graphs[DECODER]
-        self._embed, self._decoder, self._pool, self._scratch = embed, decoder, pool, scratch
+        self._decoder, self._pool, self._scratch = decoder, pool, scratch
         self._driver, self._plan, self._worked_in = pool.driver, plan, scratch.address
         self._slots = cache_slots(plan, shape.local_layers)
         self._lengths = length_slots(graph.inputs, self._slots)
         self._longest = decoder.longest(cache_name(*self._slots[0]), TEXT)
         widest = max(math.prod(map(int, graph.inputs[cache_name(*slot)].shape[1:])) for slot in self._slots)
         self._nothing = _zeros(pool, (max(widest, 1), 8), np.uint8).lease
-        # What a step is told, here and on the device: the token, its positions, and how many rows of the caches are real.
-        shapes = {"ids": (1, 1), "suffix_positions": (shape.position_axes, 1), ROWS: (1 + len(self._lengths),)}
-        self._host = self._driver.pinned(8 * (2 * _PART + math.prod(shapes[ROWS])))
+        # What a step is told, here and on the device: the token's embedding and positions, and how many rows of the caches are real
+        told = {"suffix_embeds": (1, 1, shape.width), "suffix_positions": (shape.position_axes, 1), ROWS: (1 + len(self._lengths),)}
+        types = {name: decoder.type(name) for name in told}
+        sizes = [math.prod(told[name]) * types[name].itemsize for name in told]
+        starts = [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
+        self._host = self._driver.pinned(starts[-1])
         self._device = empty(pool, self._host.shape, self._host.dtype)
-        self._told = [_part(self._host.view(np.int64), index, shape) for index, shape in enumerate(shapes.values())]
-        self._parts = {
-            name: DeviceArray(self._device.lease, shapes[name], np.dtype(np.int64), 8 * _PART * index)
-            for index, name in enumerate(shapes)
-        }
-        embed.bind({"ids": self._parts["ids"]})
-        self._embeds = embed.outputs()["embeds"]
-        decoder.bind({**self._fixed(), **self._parts, "suffix_embeds": self._embeds}, STEP)
+        placed = list(zip(told, starts, sizes, strict=False))
+        self._told = [self._host[start : start + size].view(types[name]).reshape(told[name]) for name, start, size in placed]
+        self._parts = {name: DeviceArray(self._device.lease, told[name], types[name], start) for name, start, _ in placed}
+        decoder.bind({**self._fixed(), **self._parts}, STEP)
         self._outputs = decoder.outputs(STEP)
         self._logits = self._driver.pinned(self._outputs["logits"].nbytes)
         self._kept = tuple(
@@ -163,7 +147,7 @@ class StepsInPlace:
         """Return whether a pass is a step that can be run in place: the caches have room for it."""
         held = cache.buffers[0]
         has_room = isinstance(held, DeviceArray) and len(held) >= capacity_for(cache.length)
-        return has_room and isinstance(tokens.suffix.embeds, TokenEmbedding) and can_step(self._plan, tokens, cache)
+        return has_room and isinstance(tokens.suffix.embeds, np.ndarray) and can_step(self._plan, tokens, cache)
 
     def run(self, tokens: DecoderInput, cache: KvCache) -> DecoderOutput:
         """Run the step of one token. Its rows are in the caches afterwards, behind their last.
@@ -191,10 +175,6 @@ class StepsInPlace:
             self._kernel.close()
         for memory in (self._host, self._logits):
             self._driver.unpin(memory)
-
-    def embedding(self, token: int, embed: Callable[[Sequence[int]], DeviceArray]) -> TokenEmbedding:
-        """Return the embedding of a token, which `embed` computes if something reads it."""
-        return TokenEmbedding(token, self._embeds.shape[2], self._embeds.dtype, partial(embed, [token]))
 
     def _fixed(self) -> dict[str, DeviceArray]:
         # Inputs that are the same in all steps: no tokens, and the marker of the first tier, which is read by its length alone.
@@ -243,8 +223,8 @@ class StepsInPlace:
 
     def _tell(self, tokens: DecoderInput, cache: KvCache) -> None:
         # Writes the numbers of a step, and the groups of the text if they are not those of the step before and a generated one.
-        token, positions, rows = self._told
-        token[0, 0], positions[:], rows[0] = tokens.suffix.embeds.token, tokens.suffix.positions, cache.length  # type: ignore[attr-defined]
+        embeds, positions, rows = self._told
+        embeds[:], positions[:], rows[0] = tokens.suffix.embeds, tokens.suffix.positions, cache.length
         rows[1:] = [len(cache.visual[slot]) for slot in self._lengths]
         if self._groups is None:
             return
@@ -278,11 +258,8 @@ class StepsInPlace:
         self._bound = place
 
     def _enqueue(self, place: _Place, cache: KvCache) -> None:
-        # All that a step puts on the stream. The embedding's engine is bound to other ids in between.
+        # All that a step puts on the stream.
         self._driver.upload(self._device.address, self._host)
-        self._embed.bind({"ids": self._parts["ids"]})
-        self._embed.write({"embeds": self._embeds})
-        self._embed.enqueue()
         self._decoder.enqueue(STEP)
         if self._kernel is None:
             for slot, held in zip(self._slots, _text(cache), strict=True):
@@ -319,11 +296,6 @@ def _zeros(pool: MemoryPool, shape: tuple[int, ...], kind: type[np.generic]) -> 
     array = empty(pool, shape, np.dtype(kind))
     pool.driver.zero(array.address, array.nbytes)
     return array
-
-
-def _part(numbers: np.ndarray, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    start = index * _PART
-    return numbers[start : start + math.prod(shape)].reshape(shape)
 
 
 def _text(cache: KvCache) -> tuple[DeviceArray, ...]:

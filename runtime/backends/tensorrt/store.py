@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import VISION_UNPRUNED, Bundle, files_of
+from edgeprune.bundle import EMBED, VISION_UNPRUNED, Bundle, files_of
 from edgeprune.bundle.integrity import sha256_of
 from edgeprune.bundle.signing import ENGINE_RECORDS, TrustedKeys, check_engines_signature
 from edgeprune.errors import EdgePruneError, EngineError
@@ -81,10 +81,12 @@ def usable_engines(
 ) -> dict[str, tuple[EngineRecord, tuple[ShapeProfile, ...]]]:
     """Return the engine of every graph with its profiles. Raises EngineError for one that is missing or does not fit.
 
-    The vision encoder without cuts may be missing, because engines can be built for pruned answers only.
+    The vision encoder without cuts may be missing, as engines can be built for pruned answers only. The token embedding has none.
     """
     records, usable = {record.graph: record for record in store.records()}, {}
     for graph in bundle.manifest.graphs:
+        if graph == EMBED:
+            continue
         record = records.get(graph)
         if record is None and graph == VISION_UNPRUNED:
             continue

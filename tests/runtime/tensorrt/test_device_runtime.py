@@ -25,7 +25,7 @@ from tiny_models import TINY_GEOMETRY
 from edgeprune.benchmark.expected import ComparingBackend, Expected, read_expected
 from edgeprune.benchmark.profile import profile
 from edgeprune.benchmark.selftest import STAGES, SelfTest, selftest
-from edgeprune.bundle import EMBED, EXPECTED, Bundle
+from edgeprune.bundle import EXPECTED, VISION, Bundle
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main, options
@@ -209,7 +209,7 @@ def own(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
 
 def test_what_is_too_long_names_the_limit(own: Bundle, tiny_image: Image.Image, driver: SimulatedDriver) -> None:
     runtime = on_device(own, driver)
-    with pytest.raises(EngineError, match=r"ids has shape .*edgeprune build BUNDLE --turn N"):
+    with pytest.raises(EngineError, match=r"_embeds has shape .*edgeprune build BUNDLE --turn N"):
         runtime.generate(tiny_image, "word " * 40, max_tokens=2)
     with pytest.raises(EngineError, match="edgeprune build BUNDLE --unpruned"):
         runtime.generate(tiny_image, "Hi", max_tokens=2, prune=False)
@@ -227,7 +227,7 @@ def test_engines_of_elsewhere_are_refused(own: Bundle, driver: SimulatedDriver) 
         on_device(own, SimulatedDriver(), device=DeviceIdentity("10.16", "11.0"))
     with pytest.raises(EngineError, match="were not built on this device"):
         on_device(own, SimulatedDriver(), store=Store(own.path, b"another device's own key, 32 byte"))
-    record = next(record for record in Store(own.path, SECRET).records() if record.graph == EMBED)
+    record = next(record for record in Store(own.path, SECRET).records() if record.graph == VISION)
     (own.path / record.file).write_bytes(b"not an engine")
     with pytest.raises(EngineError, match="is not the engine that was built here"):
         on_device(own, driver)
@@ -238,7 +238,7 @@ def test_what_tensorrt_says_of_an_engine_is_in_the_error(
     own: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(own.path, SECRET)
-    record = next(record for record in store.records() if record.graph == EMBED)
+    record = next(record for record in store.records() if record.graph == VISION)
     store.add(replace(record, sha256=hashlib.sha256(b"not an engine").hexdigest(), bytes=13), memoryview(b"not an engine"))
     with pytest.raises(
         EngineError, match=r"does not take an engine of this bundle: .*cannot run on this GPU.*edgeprune build BUNDLE"

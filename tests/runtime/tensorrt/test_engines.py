@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from recordings_jetson import meminfo, orin_nano
 
-from edgeprune.bundle import DECODER, EMBED, VISION, Bundle
+from edgeprune.bundle import DECODER, VISION, Bundle
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
 from edgeprune.device.memory import Memory
@@ -83,7 +83,7 @@ def own(built: Path, tmp_path: Path) -> Bundle:
 
 def test_what_is_built_stays(own: Bundle) -> None:
     before = {path: path.stat().st_mtime_ns for path in (own.path / "engines").glob("*.plan")}
-    assert set(build(own).values()) == {"kept"} and len(before) == 3
+    assert set(build(own).values()) == {"kept"} and len(before) == 2
     assert before == {path: path.stat().st_mtime_ns for path in (own.path / "engines").glob("*.plan")}
     assert {record.sms for record in Store(own.path, SECRET).records()} == {8}
 
@@ -103,7 +103,7 @@ def test_one_timing_cache_serves_all_bundles(
     for name in ("one", "other"):
         shutil.copytree(tiny_bundle.path, tmp_path / name)
         build(Bundle.load(tmp_path / name))
-    assert given == [b"1" * count for count in range(6)] and read_timings() == b"1" * 6
+    assert given == [b"1" * count for count in range(4)] and read_timings() == b"1" * 4
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
     keep_timings(b"a build is not lost for this")
@@ -113,7 +113,7 @@ def test_one_timing_cache_serves_all_bundles(
 def test_the_number_of_sms_is_no_reason_to_build_again(own: Bundle) -> None:
     store, fewer = Store(own.path, SECRET), replace(ORIN, sms=4)  # another power mode
     assert all(job.ready for job in plan_jobs(own, SMALL, BuilderSettings(), fewer, store))
-    assert set(usable_engines(own, store, fewer)) == {VISION, EMBED, DECODER}
+    assert set(usable_engines(own, store, fewer)) == {VISION, DECODER}
 
 
 def test_a_record_without_the_number_of_sms_is_read(own: Bundle) -> None:
@@ -128,8 +128,8 @@ def test_a_record_without_the_number_of_sms_is_read(own: Bundle) -> None:
 
 
 def test_longer_profiles_rebuild_what_they_concern(own: Bundle) -> None:
-    assert build(own, ProfileLimits(context=65, turn=32)) == {VISION: "kept", EMBED: "kept", DECODER: "built"}
-    assert len(list((own.path / "engines").glob("*.plan"))) == 3  # the old engine went
+    assert build(own, ProfileLimits(context=65, turn=32)) == {VISION: "kept", DECODER: "built"}
+    assert len(list((own.path / "engines").glob("*.plan"))) == 2  # the old engine went
 
 
 @pytest.mark.parametrize("device", [DeviceIdentity("10.3.1", "8.7"), DeviceIdentity("10.3.0", "11.0")])
@@ -159,7 +159,7 @@ def test_a_forged_record_is_not_trusted(own: Bundle) -> None:
     (own.path / "engines" / "left.plan").write_bytes(b"of a record that is gone")
     assert set(build(own).values()) == {"built"}
     assert set(build(own).values()) == {"kept"}
-    assert len(list((own.path / "engines").glob("*.plan"))) == 3
+    assert len(list((own.path / "engines").glob("*.plan"))) == 2
 
 
 def test_a_truncated_or_exchanged_plan_is_not_loaded(own: Bundle) -> None:
@@ -176,12 +176,12 @@ def test_a_truncated_or_exchanged_plan_is_not_loaded(own: Bundle) -> None:
     (own.path / vision.file).unlink()
     with pytest.raises(EngineError, match="Cannot read"), store.mapped(vision):
         pytest.fail("a missing engine was given out")
-    assert build(own) == {VISION: "built", EMBED: "kept", DECODER: "built"}
+    assert build(own) == {VISION: "built", DECODER: "built"}
 
 
 def test_a_plan_that_changes_while_it_is_loaded_is_not_used(own: Bundle) -> None:
     store = Store(own.path, SECRET)
-    record = next(record for record in store.records() if record.graph == EMBED)
+    record = next(record for record in store.records() if record.graph == VISION)
     path, message = own.path / record.file, "is not the engine that was built here"
     with pytest.raises(EngineError, match=message), store.mapped(record), path.open("r+b") as file:
         file.write(b"\0\0")  # in place: the mapping shows it
@@ -205,29 +205,29 @@ def test_an_interruption_keeps_what_is_finished(tiny_bundle: Bundle, tmp_path: P
 
     def refuse(config: Any) -> None:
         configure(config)
-        if (bundle.path / "engines").is_dir() and len(list((bundle.path / "engines").glob("*.plan"))) == 2:
+        if (bundle.path / "engines").is_dir() and len(list((bundle.path / "engines").glob("*.plan"))) == 1:
             raise Interrupted
 
     with pytest.raises(Interrupted):
         build(bundle, configure=refuse)
-    assert build(bundle) == {VISION: "kept", EMBED: "kept", DECODER: "built"}
+    assert build(bundle) == {VISION: "kept", DECODER: "built"}
 
 
 def test_other_budgets_rebuild_the_decoder_alone(built: Path, tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
     fewer = KeepPlan(tiny_plan.family, tiny_plan.layers, tiny_plan.geometry, (replace(tiny_plan.cuts[0], keep=4),))
     bundle = export_bundle(tiny, fewer, tmp_path / "fewer")
-    assert build(bundle, reuse=(built,)) == {VISION: "taken", EMBED: "taken", DECODER: "built"}
+    assert build(bundle, reuse=(built,)) == {VISION: "taken", DECODER: "built"}
     assert set(build(bundle).values()) == {"kept"}
 
 
 def test_a_graph_that_is_refused_is_named(own: Bundle) -> None:
     import onnx
 
-    model = onnx.load(own.file(EMBED))
-    model.graph.node.append(onnx.helper.make_node("NonZero", ["ids"], ["where"], name="picked"))
-    model.graph.output.append(onnx.helper.make_tensor_value_info("where", onnx.TensorProto.INT64, [2, None]))
-    onnx.save(model, own.file(EMBED))
-    with pytest.raises(EngineError, match=r"cannot parse embed_tokens.onnx: picked \(NonZero\).*edgeprune check"):
+    model = onnx.load(own.file(DECODER), load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("NonZero", ["suffix_positions"], ["places"], name="picked"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("places", onnx.TensorProto.INT64, [2, None]))
+    onnx.save(model, own.file(DECODER))
+    with pytest.raises(EngineError, match=r"cannot parse decoder.onnx: picked \(NonZero\).*edgeprune check"):
         build(own, ProfileLimits(context=66, turn=33))
 
 
@@ -288,7 +288,7 @@ def test_a_build_on_a_board_with_zram_stops_unless_told_otherwise(own: Bundle, t
     }
     with pytest.raises(EngineError, match="nvzramconfig"):
         build_bundle(request, **given)
-    assert len(build_bundle(replace(request, ignore_memory=True), **given)) == 3
+    assert len(build_bundle(replace(request, ignore_memory=True), **given)) == 2
 
 
 def test_a_gpu_without_bfloat16_is_told_so(tiny_bundle: Bundle) -> None:
@@ -312,9 +312,7 @@ def test_trtexec_builds_the_same(own: Bundle) -> None:
     image, text = command.split("--profile=1")
     assert "--profile=0" in image and "visual_embeds:1x12x48" in image and "visual_embeds:1x0x48" in text
     assert "past_key_values.0.key:65x2x8" in text
-    assert "--profile" not in trtexec_command(own, jobs[EMBED], BuilderSettings()) and "Shapes" not in trtexec_command(
-        own, jobs[VISION], BuilderSettings()
-    )
+    assert "--profile" not in (vision := trtexec_command(own, jobs[VISION], BuilderSettings())) and "Shapes" not in vision
 
 
 def test_a_jetson_has_trtexec_outside_its_path(own: Bundle, tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path) -> None:
@@ -383,12 +381,12 @@ def test_fp32_is_built_without_tf32(own: Bundle) -> None:
             configure(config)
             flags.append(config.get_flag(trt.BuilderFlag.TF32))
 
-        build_engine(trt, own.file(EMBED), shape_profiles(own, SMALL)[EMBED], settings, configure=look)
+        build_engine(trt, own.file(VISION), shape_profiles(own, SMALL)[VISION], settings, configure=look)
         return flags
 
     of_fp32 = BuildRequest.of(own.path).settings
     assert (flag(BuilderSettings()), flag(of_fp32)) == ([True], [False])
-    (job,) = [job for job in plan_jobs(own, SMALL, of_fp32) if job.graph == EMBED]
+    (job,) = [job for job in plan_jobs(own, SMALL, of_fp32) if job.graph == VISION]
     assert "--noTF32" in trtexec_command(own, job, of_fp32) and "--noTF32" not in trtexec_command(own, job, BuilderSettings())
 
 
@@ -412,7 +410,7 @@ def test_the_command_says_what_it_would_do(own: Bundle) -> None:
     shown = CliRunner().invoke(main, ["build", str(own.path), "--dry-run", "--context", "128", "--turn", "64"])
     assert shown.exit_code == 0 and "trtexec --onnx=" in shown.output and "and 5 more" in shown.output
     listed = json.loads(CliRunner().invoke(main, ["build", str(own.path), "--dry-run", "--json"]).output)
-    assert [engine["graph"] for engine in listed["engines"]] == [VISION, EMBED, DECODER]
+    assert [engine["graph"] for engine in listed["engines"]] == [VISION, DECODER]
     assert all(sum(engine["peak_parts"].values()) == engine["peak_bytes"] for engine in listed["engines"])
     assert "0.6 TensorRT + 0.0 copies of the weights + 0.0 weights on the GPU + 0.5 workspace on the GPU" in shown.output
     assert "while they answer" in shown.output and "One block of scratch memory comes on top" in shown.output

@@ -142,7 +142,7 @@ def test_a_step_by_hand_copies_no_rows(make: Make, tiny_image: Image.Image) -> N
     before = len(driver.calls)
     "".join(stream)
     (table, *step) = [call[0] for call in driver.calls[before:]]  # the kernel's table is that of these caches
-    assert table == "upload" and step == ["upload", "execute", "execute", "kernel", "download", "synchronize"]
+    assert table == "upload" and step == ["upload", "execute", "kernel", "download", "synchronize"]
 
 
 def test_the_next_conversation_launches_the_same_graphs(make: Make, tiny_image: Image.Image) -> None:
