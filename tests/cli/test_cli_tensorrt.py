@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 import edgeprune.export.checking
-from edgeprune.bundle import EMBED, MANIFEST, Bundle, Manifest
+from edgeprune.bundle import MANIFEST, VISION, Bundle, Manifest
 from edgeprune.bundle.integrity import record_files
 from edgeprune.cli import main
 from edgeprune.errors import install_command
@@ -24,8 +24,8 @@ def invoke(*arguments: object) -> Any:
 
 
 def rewritten(bundle: Path, change: Any) -> Path:
-    """Change the embedding graph of a bundle, as an exporter with a fault would have written it."""
-    path = bundle / EMBED
+    """Change the vision encoder of a bundle, as an exporter with a fault would have written it."""
+    path = bundle / VISION
     model = onnx.load(path)
     change(model)
     onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
@@ -34,13 +34,13 @@ def rewritten(bundle: Path, change: Any) -> Path:
 
 
 def pick(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("NonZero", ["embeds"], ["places"], name="picked"))
+    model.graph.node.append(helper.make_node("NonZero", ["visual_embeds"], ["places"], name="picked"))
     model.graph.output.append(helper.make_tensor_value_info("places", TensorProto.INT64, [3, None]))
 
 
 def rank(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(helper.make_tensor("count", TensorProto.INT64, [1], [4000]))
-    model.graph.node.append(helper.make_node("TopK", ["embeds", "count"], ["best", "ranks"], name="ranked", axis=1))
+    model.graph.node.append(helper.make_node("TopK", ["visual_embeds", "count"], ["best", "ranks"], name="ranked", axis=1))
     model.graph.output.append(helper.make_tensor_value_info("ranks", TensorProto.INT64, None))
 
 
@@ -105,7 +105,7 @@ def test_a_count_that_depends_on_data_is_caught(altered_bundle: Path, monkeypatc
     monkeypatch.setattr(edgeprune.export.checking, "can_try", lambda: False)
     result = invoke("check", rewritten(altered_bundle, pick), "--target", "jetpack6")
     assert result.exit_code == 1
-    assert "error: onnx/embed_tokens.onnx picked (NonZero)" in result.output and "1 errors in the lint" in result.output
+    assert "error: onnx/vision_encoder.onnx picked (NonZero)" in result.output and "1 errors in the lint" in result.output
 
 
 def test_too_large_a_selection_is_caught_twice(altered_bundle: Path) -> None:
@@ -115,4 +115,4 @@ def test_too_large_a_selection_is_caught_twice(altered_bundle: Path) -> None:
     assert not result["passed"]
     assert any("3840" in finding["reason"] for finding in result["findings"] if finding["node"] == "ranked")
     refused = {build["graph"]: build["error"] for build in result["builds"] if build["error"]}
-    assert list(refused) == [EMBED] and refused[EMBED]
+    assert list(refused) == [VISION] and refused[VISION]

@@ -48,7 +48,7 @@ def check(
     GPU.
     """
     from edgeprune.bundle import Bundle
-    from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
+    from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
 
     opened = Bundle.load(bundle, require_signature=require_signature)
     profile_limits = ProfileLimits(**limits)
@@ -57,7 +57,7 @@ def check(
     from edgeprune.cli.output.progress import CommandProgress
     from edgeprune.export.checking import check_bundle
 
-    with CommandProgress(list(opened.manifest.graphs), quiet=as_json) as progress:
+    with CommandProgress(list(shape_profiles(opened, profile_limits)), quiet=as_json) as progress:
         report = check_bundle(opened, target_named(target or opened.manifest.target), profile_limits, progress=progress)
     show_check(report, as_json)
     ctx.exit(0 if report.passed else 1)
