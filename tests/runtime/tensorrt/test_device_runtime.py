@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from device_simulation import SCRATCH, SimulatedDriver, simulated_tensorrt
 from PIL import Image
@@ -33,12 +34,12 @@ from edgeprune.device.cudart import load_cudart
 from edgeprune.errors import BundleError, EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.io.progress import Silent
-from edgeprune.plan import Cut
+from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime, load
 from edgeprune.runtime.backends import providers
 from edgeprune.runtime.backends.interface import BackendProxy, DecoderOutput, VisionOutput
-from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from edgeprune.runtime.backends.onnxruntime import EmbeddingTable, OnnxRuntimeBackend
 from edgeprune.runtime.backends.providers import open_backend
 from edgeprune.runtime.backends.tensorrt.arrays import DeviceArray, MemoryPool, joined, upload
 from edgeprune.runtime.backends.tensorrt.backend import TensorRTBackend
@@ -272,6 +273,18 @@ def test_providers_are_never_replaced(tiny_bundle: Bundle) -> None:
     assert options.PROVIDERS == providers.PROVIDERS  # written twice, so that --help loads nothing heavy
     with pytest.raises(UsageError, match="no threads"):
         open_backend(tiny_bundle, "tensorrt", 2)
+
+
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_text_has_the_checkpoints_embeddings(tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, precision: str) -> None:
+    lowering = Lowering(TARGETS["jetpack6"], precision)
+    bundle = export_bundle(tiny, tiny_plan, tmp_path / "bundle", lowering=lowering)
+    table = tiny.model.get_input_embeddings().weight.detach()  # transformers' own
+    ids = [0, 7, len(table) - 1]
+    found = EmbeddingTable(bundle).embed_tokens(ids)
+    rounded = table[ids].to(getattr(torch, lowering.products)).float().numpy()
+    assert found.dtype == np.float32 and found.shape == (1, 3, bundle.manifest.decoder.width)
+    np.testing.assert_array_equal(found[0, :, : rounded.shape[1]], rounded)
 
 
 def test_a_device_is_profiled_through_its_engines(own: Bundle, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
