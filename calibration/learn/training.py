@@ -18,7 +18,7 @@ from edgeprune.io.files import write_bytes
 WARMING = 5  # steps until the learning rate is the whole one
 SAVE_EVERY = 20  # steps
 RECENT = 32  # images whose mean loss is shown
-FEWEST_STEPS, MOST_STEPS = 60, 400
+FEWEST_STEPS, MOST_STEPS = 60, 800
 
 
 class Trainee(nn.Module):
