@@ -58,9 +58,11 @@ _DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "
 _STATIC_INT8 = {**_DYNAMIC_INT8, "vision": 0.06, "prefill": 0.05, "generation": 0.06}
 # Steps of FP8 are up to an eighth of a number, where those of int8 are 1/127 of the largest.
 _STATIC_FP8 = {**_STATIC_INT8, "vision": 0.1, "prefill": 0.1, "generation": 0.1}
+_STATIC_FP4 = {**_FP16, "prefill": 0.1, "generation": 0.1}
 _KV_INT8 = 0.02  # of logits: five times what the bundled model loses
 _TEXTS = ("text", "unpruned text")
 TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "bf16": _BF16, "int8": _FP16, "w8a8": _STATIC_INT8, "fp8": _STATIC_FP8, "int4": _FP16}
+TOLERANCES["nvfp4"] = _STATIC_FP4
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def fitted_weights(bundle: Bundle) -> dict[str, Quantized]:
             sizes, layer = _transposed(stored[f"{name}.sizes"]).tolist(), name.rpartition(".")[0]
             names = [f"{layer}.{projection}" for projection in PROJECTIONS]
         parts = zip(names, torch.split(values, sizes), torch.split(scales, sizes), strict=True)
-        found |= {name: Quantized("int4", *both) for name, *both in parts}
+        found |= {name: Quantized("int4", integers, steps) for name, integers, steps in parts}
     return found
 
 

@@ -27,7 +27,7 @@ TOLERANCES = {"vision": 0.02, "logits": 0.03, "kept": 0.05, "ratio": 0.02}
 # bfloat16 rounds at 4e-3: one digit more or less is 0.8 % of a logit.
 # Roundings to 8 bits fall differently after a few layers (edgeprune/export/verification.py).
 COARSE_TOLERANCES = {"vision": 0.06, "logits": 0.1, "kept": 0.1, "ratio": 0.06}
-_COARSE = ("bf16", "w8a8", "fp8")
+_COARSE = ("bf16", "w8a8", "fp8", "nvfp4")
 
 
 @dataclass(frozen=True)
