@@ -232,11 +232,24 @@ def test_verify_notices_another_scale(bundle: Bundle, even: LoadedModel, monkeyp
     assert {"prefill", "generation"} <= {stage.name for stage in verify(bundle, even) if not stage.passed}
 
 
+def test_verify_notices_a_bit_of_a_weight(bundle: Bundle, even: LoadedModel) -> None:
+    weight = even.family.decoder().layers[1].mlp.up_proj.weight
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight[5, 7] = -weight[5, 7]
+    try:
+        stages = {stage.name: stage for stage in verify(bundle, even)}
+    finally:
+        with torch.no_grad():
+            weight.copy_(whole)
+    assert not stages["weights"].passed and stages["weights"].compared == "14 matrices in FP4"
+
+
 def test_verify_notices_activations_that_are_not_rounded(
     bundle: Bundle, even: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nvfp4, "rounded", lambda numbers, _: numbers)
-    assert {"prefill", "generation"} & {stage.name for stage in verify(bundle, even) if not stage.passed}
+    assert {"kept", "prefill", "generation"} & {stage.name for stage in verify(bundle, even) if not stage.passed}
 
 
 def test_the_example_measures_products(even: LoadedModel, data: WeightSamples) -> None:
