@@ -13,13 +13,15 @@ from typing import Any
 
 from edgeprune.errors import UsageError, did_you_mean
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "fp8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "fp8", "int4", "nvfp4")
 KV_KINDS = ("same", "int8")
-_ROUNDED = {"w8a8": "int8", "fp8": "fp8"}  # what inputs of products are rounded to, by scales of samples
+# What inputs of products are rounded to, by scales of samples, and its bits.
+_ROUNDED = {"w8a8": ("int8", 8), "fp8": ("fp8", 8), "nvfp4": ("nvfp4", 4)}
+SMALL_FLOATS = {"fp8": "FP8", "nvfp4": "FP4"}  # precisions for the GPU of Thor
 _BY_SAMPLES = ("int4", *_ROUNDED)
 _FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# The first with block-wise INT4 in DequantizeLinear, which TensorRT reads since 10.0, and with Transpose of FP8, which ONNX
-# Runtime's optimizer moves before DequantizeLinear in any opset.
+# The first with blocks in DequantizeLinear, which TensorRT reads since 10.0 for INT4 and since 10.8 for FP4 (ONNX since 23), and
+# with Transpose of FP8, which ONNX Runtime's optimizer moves before DequantizeLinear in any opset.
 _NARROW_OPSET = 21
 
 
@@ -39,8 +41,8 @@ class Target:
     blocked: bool = False
 
     @property
-    def has_fp8(self) -> bool:
-        """Whether any of its machines multiplies FP8: Thor does, Orin (SM 8.7) does not."""
+    def has_small_floats(self) -> bool:
+        """Whether any of its machines multiplies FP8 and FP4: Thor does, Orin (SM 8.7) does not."""
         return self.tensorrt is not None and _machines(self) & {"orin", "thor"} != {"orin"}
 
 
@@ -87,9 +89,10 @@ class Lowering:
     int8: weights only, one scale per output channel; on target "cpu" the inputs of products too. w8a8: for TensorRT, the inputs of
     products too, by scales that samples decide, except for the head and for what would lose too much. fp8: the same in FP8 (E4M3),
     for Thor; the head stays fp16, as NVIDIA's ModelOpt leaves it. int4: the weights of the decoder layers, in blocks of 128 inputs;
-    all other weights are int8. `wide`: the matrices, such as decoder.layers.0.mlp.down_proj, whose products float16 does not hold:
-    they multiply in float32, with weights in float32 instead of fp16. `kv`: how decode steps keep keys and values, "same" as they
-    are computed, or "int8". `roundings`: for w8a8 and fp8, how the inputs of matrices become 8-bit
+    all other weights are int8. nvfp4: for Thor, weights and inputs of the decoder layers, in blocks of 16 (edgeprune.model.nvfp4);
+    all else is fp16. `wide`: the matrices, such as decoder.layers.0.mlp.down_proj, whose products float16 does not hold: they
+    multiply in float32, with weights in float32 instead of fp16. `kv`: how decode steps keep keys and values, "same" as they are
+    computed, or "int8". `roundings`: for w8a8, fp8 and nvfp4, how the inputs of matrices become narrow
     (edgeprune.model.smoothquant.Rounding), by the same names.
     """
 
@@ -119,12 +122,13 @@ class Lowering:
                 f"Target {self.target.name!r} has no w8a8, whose scales of activations are those of samples: it is for TensorRT.",
                 hint="Choose --target cpu --precision int8, which rounds activations as they come, or the --target of a Jetson.",
             )
-        if self.precision == "fp8" and not self.target.has_fp8:
-            lacks = "ONNX Runtime has no products of FP8" if self.target.tensorrt is None else "Orin's GPU has no products of FP8"
+        if self.precision in SMALL_FLOATS and not self.target.has_small_floats:
+            lacks = "ONNX Runtime has" if self.target.tensorrt is None else "Orin's GPU has"
+            instead = "int4" if self.precision == "nvfp4" else "int8" if self.target.tensorrt is None else "w8a8"
             raise UsageError(
-                f"Target {self.target.name!r} has no fp8: {lacks}.",
-                hint=f"Choose --precision {'int8' if self.target.tensorrt is None else 'w8a8'}, or the --target of a Thor: "
-                f"{', '.join(target.name for target in TARGETS.values() if target.has_fp8)}.",
+                f"Target {self.target.name!r} has no {self.precision}: {lacks} no products of {SMALL_FLOATS[self.precision]}.",
+                hint=f"Choose --precision {instead}, or the --target of a Thor: "
+                f"{', '.join(target.name for target in TARGETS.values() if target.has_small_floats)}.",
             )
         if self.target.blocked and self.precision == "fp16":
             raise UsageError(
@@ -136,20 +140,21 @@ class Lowering:
         """Raise UsageError if samples are given that decide nothing, or none where nothing works without."""
         if given and self.precision not in _BY_SAMPLES:
             raise UsageError(
-                f"--data decides int4 weights and the scales of w8a8 and fp8, and the precision is {self.precision}.",
-                hint="Give --precision int4, w8a8 or fp8, or no --data.",
+                f"--data decides int4 weights and the scales of w8a8, fp8 and nvfp4, and the precision is {self.precision}.",
+                hint="Give --precision int4, w8a8, fp8 or nvfp4, or no --data.",
             )
         if not given and self.inputs:
+            bits = _ROUNDED[self.precision][1]
             raise UsageError(
-                f"{self.precision} rounds activations to 8 bits by scales that samples decide, and none are given.",
+                f"{self.precision} rounds activations to {bits} bits by scales that samples decide, and none are given.",
                 hint="Give some about what the robot will see: --data samples.jsonl (see docs/tensorrt.md). Or round only the "
-                "weights: --precision int8",
+                f"weights: --precision int{bits}",
             )
 
     @property
     def inputs(self) -> str:
-        """What samples let inputs of products be rounded to: "int8", "fp8", or "" for neither."""
-        return _ROUNDED.get(self.precision, "")
+        """What samples let inputs of products be rounded to: "int8", "fp8", "nvfp4", or "" for none."""
+        return _ROUNDED[self.precision][0] if self.precision in _ROUNDED else ""
 
     @property
     def opset(self) -> int:
@@ -158,7 +163,7 @@ class Lowering:
 
     def opset_of(self, part: str) -> int:
         """Return the opset of a part's graph; for parts see `weights_of`."""
-        return max(self.target.opset, _NARROW_OPSET) if self.weights_of(part) in ("int4", "fp8") else self.target.opset
+        return max(self.target.opset, _NARROW_OPSET) if self.weights_of(part) in ("int4", "fp8", "nvfp4") else self.target.opset
 
     @property
     def products(self) -> str:
@@ -171,18 +176,21 @@ class Lowering:
         return _matrix_name(part, weight) in self.wide
 
     def rounding_of(self, part: str, weight: str) -> Any | None:
-        """Return how the input of a weight of a part's graph becomes 8-bit, None if it does not."""
+        """Return how the input of a weight of a part's graph becomes narrow, None if it does not."""
         return self.roundings.get(_matrix_name(part, weight))
 
     def rounds(self, weights: str) -> bool:
         """Return whether inputs of products with such weights are quantized to 8 bits, for integer matrix products."""
         return self.target.blocked and weights in ("int8", "int4")
 
-    def weights_of(self, part: str) -> str:
-        """Return the weight precision of a part: "layers" or "head" of the decoder, "vision", or "embedding"."""
+    def weights_of(self, part: str, *, rounded: bool = True) -> str:
+        """Return the weight precision of a part: "layers" or "head" of the decoder, "vision", or "embedding".
+
+        `rounded`: whether the inputs of a matrix are rounded by samples. nvfp4 has no matrix whose inputs are not.
+        """
         if part == "embedding":
             return "int8" if self.rounds(self.precision) else _FLOATS[self.products]
-        if self.precision == "fp8" and part == "head":
+        if (self.precision == "fp8" and part == "head") or (self.precision == "nvfp4" and (part != "layers" or not rounded)):
             return "fp16"
         return "int8" if self.precision == "w8a8" or (self.precision == "int4" and part != "layers") else self.precision
 

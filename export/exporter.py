@@ -54,6 +54,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError, UsageError
+from edgeprune.export.passes.emulation import write_emulated
 from edgeprune.export.passes.widening import write_widened
 from edgeprune.export.sizes import encoder_works
 from edgeprune.export.tracing import has_buffers, trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
@@ -76,7 +77,10 @@ _BYTES = {
     "int8": 1.02,
     "fp8": 1.02,
     "int4": 0.55,
+    "nvfp4": 0.6,
 }  # per weight, including scales and graph overhead
+# What writes a second form of a graph, without what ONNX Runtime lacks, if the graph has any.
+_FOR_ONNXRUNTIME = {"bf16": write_widened, "nvfp4": write_emulated}
 WeightKey = tuple[str, tuple[int, ...], bytes]  # type, shape and SHA-256 of the bytes
 
 
@@ -92,11 +96,12 @@ def export_bundle(
 ) -> Bundle:
     """Trace a model under a plan or several tiers, lower it and write the bundle.
 
-    `data`: samples that int4 weights are fitted to by GPTQ; without, they are rounded to the nearest. For w8a8 and fp8, which
-    need them, they decide the scales of inputs. `progress` is told each of STAGES as it begins, and how many weights are written.
-    Before anything is traced, raises PlanError if the plan was made for another model, UnsupportedModelError if the model has no
-    chat template, image token or end token, UsageError if `output` exists without `force`, or `data` can decide nothing or is
-    missing where it is needed, and EdgePruneError if the disk is too small. Raises BadSampleError for a sample that cannot be used.
+    `data`: samples that int4 weights are fitted to by GPTQ; without, they are rounded to the nearest. For w8a8, fp8 and nvfp4,
+    which need them, they decide the scales of inputs. `progress` is told each of STAGES as it begins, and how many weights are
+    written. Before anything is traced, raises PlanError if the plan was made for another model, UnsupportedModelError if the model
+    has no chat template, image token or end token, UsageError if `output` exists without `force`, or `data` can decide nothing or
+    is missing where it is needed, and EdgePruneError if the disk is too small. Raises BadSampleError for a sample that cannot be
+    used.
     """
     tiers = plan.plans if isinstance(plan, Tiers) else {"": plan}
     (_, first), *others = tiers.items()
@@ -167,9 +172,9 @@ def _write_graphs(
     progress.begin("decoder")
     axes, others = loaded.family.position_axes, tuple(lower_tiers.values())
     graphs[DECODER] = trace_decoder(parts, axes, plan, lowering, folder / DECODER, others, progress)
-    if lowering.products == "bfloat16":
+    if (write := _FOR_ONNXRUNTIME.get(lowering.precision)) is not None:
         for graph in graphs:
-            write_widened(folder / graph, folder / float32_graph(graph))
+            write(folder / graph, folder / float32_graph(graph))
     return graphs
 
 
@@ -211,7 +216,7 @@ def _manifest(loaded: LoadedModel, plan: KeepPlan, lowering: Lowering, graphs: M
 def _rounded_inputs(
     loaded: LoadedModel, plan: KeepPlan, data: WeightSamples | None, lowering: Lowering, folder: Path, progress: Progress
 ) -> Roundings | None:
-    # How inputs of matrices become 8-bit, for w8a8 and fp8; the bundle keeps it for `verify`.
+    # How inputs of matrices become narrow, for w8a8, fp8 and nvfp4; the bundle keeps it for `verify`.
     if data is None or not lowering.inputs:
         return None
     roundings = input_roundings(loaded, plan, data, progress, kind=lowering.inputs)
@@ -233,7 +238,7 @@ def _by_samples(data: WeightSamples | None, roundings: Roundings | None) -> dict
     taken = len(data.samples), data.sha256
     if roundings is None:
         return {"gptq": GptqRecord(*taken)}
-    return {"smoothing": SmoothingRecord(*taken, len(roundings.found), roundings.lossy)}
+    return {"smoothing": SmoothingRecord(*taken, len(roundings.found), roundings.lossy, roundings.left)}
 
 
 def _quantization(loaded: LoadedModel, tower: nn.Module, lowering: Lowering) -> SourceQuantization | None:

@@ -6,7 +6,7 @@ generated token, and the text that the bundle generates by itself. The reference
 precision, so the comparison covers the graph, not the quantization error.
 
 Int4 weights that were fitted to samples are taken from the bundle, since the samples are not in it. They must stand for the model's
-own: how far they are from these is a stage too.
+own: how far they are from these is a stage too. So are weights in FP4, which have to be those of the model bit for bit.
 
 Prompts, pixels and an answer without pruning are compared with transformers itself (`edgeprune.export.upstream`).
 """
@@ -28,7 +28,7 @@ from edgeprune.errors import VerificationError
 from edgeprune.export.passes.fusion import PROJECTIONS
 from edgeprune.export.upstream import Comparison, Upstream
 from edgeprune.io.progress import SILENT, Progress
-from edgeprune.model.quantization import Quantized
+from edgeprune.model.quantization import Quantized, quantize
 from edgeprune.model.smoothquant import load_roundings
 from edgeprune.runtime import load
 from edgeprune.runtime.backends.compare import RecordingBackend, differing_indices, largest_difference
@@ -58,9 +58,18 @@ _DYNAMIC_INT8 = {**_FP16, "vision": 0.03, "prefill": 0.02, "generation": 0.02, "
 _STATIC_INT8 = {**_DYNAMIC_INT8, "vision": 0.06, "prefill": 0.05, "generation": 0.06}
 # Steps of FP8 are up to an eighth of a number, where those of int8 are 1/127 of the largest.
 _STATIC_FP8 = {**_STATIC_INT8, "vision": 0.1, "prefill": 0.1, "generation": 0.1}
+# Steps of FP4 are up to half of a number, so 30 layers differ by 14 % in logits. Its weights are compared by themselves.
+_FP4 = {**_FP16, "weights": 0.0, "prefill": 0.2, "generation": 0.2}
+# What torch has no NumPy arrays of.
+_HELD_AS = {
+    ir.DataType.INT4: np.int8,
+    ir.DataType.FLOAT4E2M1: np.float32,
+    ir.DataType.FLOAT8E4M3FN: np.float32,
+}
 _KV_INT8 = 0.02  # of logits: five times what the bundled model loses
 _TEXTS = ("text", "unpruned text")
 TOLERANCES = {"fp32": _FP32, "fp16": _FP16, "bf16": _BF16, "int8": _FP16, "w8a8": _STATIC_INT8, "fp8": _STATIC_FP8, "int4": _FP16}
+TOLERANCES["nvfp4"] = _FP4
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ def verify(bundle: Bundle, loaded: LoadedModel, progress: Progress = SILENT, tie
     comparisons = [upstream.compare_prompts(), upstream.compare_pixels()]
     fitted = {} if bundle.manifest.gptq is None else fitted_weights(bundle)
     comparisons += [_compare_weights(loaded, fitted)] if fitted else []
+    comparisons += [_compare_fp4(loaded, bundle)] if lowering.precision == "nvfp4" else []
     progress.begin("reference")
     recorder = RecordingBackend(reference.backend)
     assert isinstance(reference.backend, TorchBackend)
@@ -147,14 +157,25 @@ def fitted_weights(bundle: Bundle) -> dict[str, Quantized]:
             sizes, layer = _transposed(stored[f"{name}.sizes"]).tolist(), name.rpartition(".")[0]
             names = [f"{layer}.{projection}" for projection in PROJECTIONS]
         parts = zip(names, torch.split(values, sizes), torch.split(scales, sizes), strict=True)
-        found |= {name: Quantized("int4", *both) for name, *both in parts}
+        found |= {name: Quantized("int4", integers, steps) for name, integers, steps in parts}
+    return found
+
+
+def fp4_weights(bundle: Bundle) -> dict[str, Quantized]:
+    """Return the FP4 matrices of a bundle's decoder by name, such as decoder.layers.0.mlp.down_proj."""
+    stored = {name: value.const_value for name, value in ir.load(bundle.file(DECODER)).graph.initializers.items()}
+    found: dict[str, Quantized] = {}
+    for weight in [name for name, tensor in stored.items() if tensor is not None and tensor.dtype == ir.DataType.FLOAT4E2M1]:
+        name = weight.removesuffix(".nvfp4")
+        values, scales, scale = (_transposed(stored[key]) for key in (weight, f"{name}.scales", f"{name}.scale"))
+        found[name.removesuffix(".weight")] = Quantized("nvfp4", values, scales, float(scale))
     return found
 
 
 def _transposed(tensor: ir.TensorProtocol | None) -> torch.Tensor:
     assert tensor is not None
-    numbers = tensor.numpy()
-    return torch.from_numpy((numbers.astype(np.int8) if tensor.dtype == ir.DataType.INT4 else numbers).T.copy())
+    numbers, kind = tensor.numpy(), _HELD_AS.get(tensor.dtype)
+    return torch.from_numpy((numbers if kind is None else numbers.astype(kind)).T.copy())
 
 
 def _compare_weights(loaded: LoadedModel, fitted: Mapping[str, Quantized]) -> Comparison:
@@ -163,6 +184,14 @@ def _compare_weights(loaded: LoadedModel, fitted: Mapping[str, Quantized]) -> Co
         own = matrices[name].weight.detach()
         worst = max(worst, float((quantized.restored() - own).norm() / own.norm().clamp(min=1e-9)))
     return Comparison("weights", worst, f"{len(fitted)} matrices in int4, fitted to samples")
+
+
+def _compare_fp4(loaded: LoadedModel, bundle: Bundle) -> Comparison:
+    matrices, worst, found = named_matrices(loaded.family.decoder().layers), 0.0, fp4_weights(bundle)
+    for name, stored in found.items():
+        own = quantize(matrices[name].weight, "nvfp4", torch.float16).restored()
+        worst = max(worst, float((stored.restored() - own).norm() / own.norm().clamp(min=1e-9)))
+    return Comparison("weights", worst, f"{len(found)} matrices in FP4")
 
 
 def _compare_vision(backend: OnnxRuntimeBackend, recorder: RecordingBackend) -> list[Comparison]:

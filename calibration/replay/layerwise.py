@@ -30,7 +30,7 @@ from edgeprune.io.progress import SILENT, Progress
 from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.model.attention import TokenRows
 from edgeprune.model.gptq import FittedMatrix, gptq
-from edgeprune.model.quantization import Quantized, kind_for, quantize
+from edgeprune.model.quantization import BLOCKS, Quantized, kind_for, quantize
 from edgeprune.plan import KeepPlan
 from edgeprune.runtime.backends.interface import Backend, BackendProxy, CancellationToken, DecoderOutput
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvCache
@@ -49,10 +49,13 @@ def check_fitting(loaded: LoadedModel, lowering: Lowering) -> None:
             f"{loaded.folder.name} is quantized, and its integers are kept.",
             hint="Give the original weights, or export with --precision int4 or int8, without --data.",
         )
-    if lowering.precision == "int4" and not any(kind_for(matrix.in_features, "int4") == "int4" for matrix in matrices.values()):
+    kind, block = lowering.precision, BLOCKS.get(lowering.precision)
+    if block is not None and all(matrix.in_features % block for matrix in matrices.values()):
+        instead, hint = ("int8", "Leave out --data.") if kind == "int4" else ("fp16", "Choose --precision fp8.")
         raise UsageError(
-            f"No matrix of {loaded.folder.name} divides into blocks of 128 inputs, so that int4 keeps all of them in int8.",
-            hint="Leave out --data.",
+            f"No matrix of {loaded.folder.name} divides into blocks of {block} inputs, so that {kind} keeps all of them in "
+            f"{instead}.",
+            hint=hint,
         )
 
 

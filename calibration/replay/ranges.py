@@ -1,4 +1,4 @@
-"""Find how inputs of matrices are rounded to 8 bits (SmoothQuant, or FP8), by what the matrices multiply in samples.
+"""Find how inputs of matrices are rounded (SmoothQuant, FP8 or NVFP4), by what the matrices multiply in samples.
 
 Each sample is one prompt without pruning, followed by its answer if it has one, as for GPTQ. The decoder runs layer by layer, so
 that the weights of one layer are in memory; matrices of the vision tower are read in slices.
@@ -22,21 +22,27 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
 from edgeprune.io.progress import SILENT, Progress
 from edgeprune.model import PrunedDecoder
-from edgeprune.model.quantization import norm_outputs
+from edgeprune.model.quantization import BLOCKS, norm_outputs
 from edgeprune.model.smoothquant import STRENGTHS, InputRange, Rounding, input_scale, smoothing_factors
 from edgeprune.plan import KeepPlan
 
 LOSSY = 0.1  # relative error of products from which inputs stay float16
+_LAYERS = "decoder.layers."
 _HEAD = "decoder.lm_head"  # as usual, its inputs are not rounded: every token's probability is one of its products
 _WORTH = 0.75  # of the error is to be left where smoothing takes a node of its own, since no norm wrote the input
 
 
 @dataclass(frozen=True)
 class Roundings:
-    """Roundings by the names of matrices, and the expected `errors` of the `lossy` ones among the others."""
+    """Roundings by the names of matrices, and the expected `errors` of the `lossy` ones among the others.
+
+    `left`: matrices of the decoder's layers that nvfp4 leaves in float16, because their inputs are no blocks of 16 or no sample had
+    any.
+    """
 
     found: Mapping[str, Rounding]
     lossy: Mapping[str, float]
+    left: tuple[str, ...] = ()
 
 
 class InputRanges:
@@ -78,12 +84,19 @@ class InputRanges:
 def input_roundings(
     loaded: LoadedModel, plan: KeepPlan, data: WeightSamples, progress: Progress = SILENT, *, kind: str = "int8"
 ) -> Roundings:
-    """Return how to round the inputs of a model's matrices to `kind`, "int8" or "fp8".
+    """Return how to round the inputs of a model's matrices to `kind`, "int8", "fp8", or, in the decoder's layers, "nvfp4".
 
     The model may be one whose large matrices are still in their files. Raises BadSampleError for a sample that cannot be used.
     """
     matrices, ranges = collect_ranges(loaded, plan, data, progress)
-    return Roundings(_fp8_roundings(ranges), {}) if kind == "fp8" else find_roundings(matrices, ranges)
+    if kind == "int8":
+        return find_roundings(matrices, ranges)
+    layers = [name for name in matrices if name.startswith(_LAYERS)]
+    found = _unsmoothed(ranges, kind)
+    if kind == "fp8":
+        return Roundings(found, {})
+    found = {name: found[name] for name in layers if name in found and matrices[name].in_features % BLOCKS[kind] == 0}
+    return Roundings(found, {}, tuple(name for name in layers if name not in found))
 
 
 def collect_ranges(
@@ -107,13 +120,13 @@ def collect_ranges(
     return matrices, ranges
 
 
-def _fp8_roundings(ranges: InputRanges) -> dict[str, Rounding]:
+def _unsmoothed(ranges: InputRanges, kind: str) -> dict[str, Rounding]:
     # Inputs that no sample had keep their type, as in `find_roundings`.
     found = dict[str, Rounding]()
     for first, group in ranges.groups.items():
         seen = ranges.inputs[first]
         if seen.rows:
-            rounding = Rounding(torch.ones_like(seen.largest), input_scale(float(seen.largest.max()), "fp8"), "fp8")
+            rounding = Rounding(torch.ones_like(seen.largest), input_scale(float(seen.largest.max()), kind), kind)
             found |= dict.fromkeys(group, rounding)
     return found
 

@@ -27,7 +27,7 @@ TOLERANCES = {"vision": 0.02, "logits": 0.03, "kept": 0.05, "ratio": 0.02}
 # bfloat16 rounds at 4e-3: one digit more or less is 0.8 % of a logit.
 # Roundings to 8 bits fall differently after a few layers (edgeprune/export/verification.py).
 COARSE_TOLERANCES = {"vision": 0.06, "logits": 0.1, "kept": 0.1, "ratio": 0.06}
-_COARSE = ("bf16", "w8a8", "fp8")
+_BY_PRECISION = {**dict.fromkeys(("bf16", "w8a8", "fp8"), COARSE_TOLERANCES), "nvfp4": {**COARSE_TOLERANCES, "logits": 0.2}}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _compare(bundle: Bundle, backend: TensorRTBackend, expected: Expected) -> tu
 
 
 def _checks(compared: ComparingBackend, expected: Expected, precision: str) -> list[Check]:
-    allowed = COARSE_TOLERANCES if precision in _COARSE else TOLERANCES
+    allowed = _BY_PRECISION.get(precision, TOLERANCES)
     steps, done = compared.steps, len(compared.logits)
     worst = max(compared.logits, default=float("inf")) if done == steps else float("inf")
     where = f", the worst in step {compared.logits.index(worst) + 1}" if worst in compared.logits else ""

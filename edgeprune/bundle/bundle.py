@@ -12,9 +12,9 @@ onnx/selector.NAME.onnx          the input cut with the budget of another tier
 onnx/predictor.onnx              the rate of a decode cut that follows attention: split [layers, 4] and step -> share kept [1]
 onnx/embed_tokens.onnx           ids [1, n] -> embeddings [1, n, hidden]
 onnx/decoder.onnx (+ .data)      one graph for image prefill, text turns and decode steps
-onnx/*.float32.onnx              a graph of a bf16 bundle in float32, on the same weights: ONNX Runtime has no products of bfloat16
+onnx/*.float32.onnx              a graph of a bf16 or nvfp4 bundle with what ONNX Runtime lacks in float32, on the same weights
 expected/conversation.npz        a conversation and its outputs: see edgeprune.benchmark.expected; only for a target with TensorRT
-roundings.safetensors            how inputs of matrices become 8-bit, if it is w8a8 or fp8: for verify, as the graphs have it too
+roundings.safetensors            how inputs of matrices are rounded, if it is w8a8, fp8 or nvfp4: for verify, as the graphs have it
 processor/                       tokenizer.json, special_tokens.json, chat_template.jinja, preprocessor_config.json
 
 Engines that a device builds later have their own records. The runtime reads only files that the manifest lists; this includes the

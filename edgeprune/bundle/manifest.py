@@ -90,15 +90,18 @@ class GptqRecord:
 
 @dataclass(frozen=True)
 class SmoothingRecord:
-    """What the scales of 8-bit inputs were found by, with SmoothQuant: the number of `samples`, and the `sha256` of their file.
+    """What the scales of rounded inputs were found by: the number of `samples`, and the `sha256` of their file.
 
-    `rounded`: how many matrices multiply 8-bit inputs. `lossy`: the relative error that was expected of the products of others.
+    `rounded`: how many matrices multiply rounded inputs. `lossy`: the relative error that SmoothQuant expected of the products of
+    others. `left`: the matrices of the decoder's layers that nvfp4 leaves in float16, because their inputs are no blocks of 16 or
+    no sample had any.
     """
 
     samples: int
     sha256: str
     rounded: int
     lossy: Mapping[str, float]
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class Manifest:
     `wide_products`: the largest product of each matrix, such as decoder.layers.0.mlp.down_proj, whose products float16 does not
     hold with a margin; None if it was not measured: by lowerings that do not multiply in float16, and before schema 9. `gptq`: what
     int4 weights were fitted to; None if they are rounded, and before schema 10. `kv`: see `Lowering`; "same" before schema 12.
-    `smoothing`: for w8a8 and fp8, None for others and before schema 13.
+    `smoothing`: for w8a8, fp8 and nvfp4, None for others and before schema 13.
     """
 
     source: Source

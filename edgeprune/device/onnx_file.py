@@ -15,9 +15,10 @@ from edgeprune.errors import BundleError
 from edgeprune.io.protobuf import Field, read_fields, read_integers
 
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5  # of ModelProto; the others of GraphProto
-_INPUT, _OPERATOR, _ATTRIBUTE = 1, 4, 5  # of NodeProto
+_INPUT, _OUTPUT, _OPERATOR, _ATTRIBUTE = 1, 2, 4, 5  # of NodeProto
 _ATTRIBUTE_NAME, _INTEGER = 1, 3  # of AttributeProto
 _DIMS, _TYPE, _NAME = 1, 2, 8  # of TensorProto
+_DEQUANTIZE, _SCALE = "DequantizeLinear", 1  # an operator, and the index of its scale
 # Number of leading inputs of an operator that can be the weight of a matrix product; scales and biases cannot.
 _WEIGHT_INPUTS = {
     "MatMul": 2,
@@ -27,7 +28,7 @@ _WEIGHT_INPUTS = {
     "MatMulNBits": 2,
     "Gemm": 2,
     "Conv": 2,
-    "DequantizeLinear": 1,
+    _DEQUANTIZE: 1,
     "Transpose": 1,
     "Cast": 1,
 }
@@ -46,11 +47,12 @@ _TYPES = {
     17: ("float8_e4m3fn", 8),
     21: ("uint4", 4),
     22: ("int4", 4),
+    23: ("float4_e2m1", 4),
     25: ("uint2", 2),
     26: ("int2", 2),
 }
 
-Node = tuple[str, list[str], dict[str, int]]  # operator, inputs, integer attributes
+Node = tuple[str, list[str], list[str], dict[str, int]]  # operator, inputs, outputs, integer attributes
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,14 @@ def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
     operators: Counter[str] = Counter()
     multiplied: set[str] = set()
     packed: dict[str, tuple[int, ...]] = {}
-    for number, _, start, end in fields:
-        if number == _NODE:
-            operator, inputs, integers = _parse_node(data, start, end)
-            operators[operator] += 1
+    nodes = [_parse_node(data, start, end) for number, _, start, end in fields if number == _NODE]
+    scales = {inputs[_SCALE] for operator, inputs, _, _ in nodes if operator == _DEQUANTIZE}
+    for operator, inputs, outputs, integers in nodes:
+        operators[operator] += 1
+        if not scales.intersection(outputs):  # NVFP4 has scales of scales
             multiplied.update(inputs[: _WEIGHT_INPUTS.get(operator, 0)])
-            if operator == _PACKED:
-                packed[inputs[1]] = integers["K"], integers["N"]
+        if operator == _PACKED:
+            packed[inputs[1]] = integers["K"], integers["N"]
     tensors = [_parse_tensor(data, start, end) for number, _, start, end in fields if number == _INITIALIZER]
     stored: Counter[str] = Counter()
     for _, shape, kind in tensors:
@@ -107,15 +110,17 @@ def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
 
 
 def _parse_node(data: bytes, start: int, end: int) -> Node:
-    operator, inputs, integers = "", [], {}
+    operator, inputs, outputs, integers = "", [], [], {}
     for number, _, first, last in read_fields(data, start, end):
         if number == _INPUT:
             inputs.append(data[first:last].decode())
+        elif number == _OUTPUT:
+            outputs.append(data[first:last].decode())
         elif number == _OPERATOR:
             operator = data[first:last].decode()
         elif number == _ATTRIBUTE:
             integers.update(_parse_integer_attribute(data, first, last))
-    return operator, inputs, integers
+    return operator, inputs, outputs, integers
 
 
 def _parse_integer_attribute(data: bytes, start: int, end: int) -> dict[str, int]:

@@ -51,7 +51,8 @@ class Precision:
         return self.arithmetic == "fp16" and self.layers < 2.0
 
 
-# As Lowering.weights_of for TensorRT: only weights are narrow, except for w8a8 and fp8; an INT4 block of 128 inputs has a scale.
+# As Lowering.weights_of for TensorRT: only weights are narrow, except for w8a8, fp8 and nvfp4; an INT4 block of 128 inputs has a
+# scale of 2 bytes, an FP4 block of 16 one of 1.
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -62,6 +63,7 @@ PRECISIONS = {
         Precision("w8a8", 1.0, 1.0, 1.0, 2.0, 2, "int8"),
         Precision("fp8", 1.0, 2.0, 1.0, 2.0, 2, "fp8"),
         Precision("int4", 0.5 + 2 / 128, 1.0, 1.0, 2.0, 2, "fp16"),
+        Precision("nvfp4", 0.5 + 1 / 16, 2.0, 2.0, 2.0, 2, "fp4"),
     )
 }
 

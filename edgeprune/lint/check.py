@@ -54,6 +54,7 @@ TENSORRT_RULES: tuple[Rule, ...] = (
     types.zero_points,
     types.unsigned_bytes,
     types.int4_blocks,
+    types.dynamic_fp4,
     types.small_floats,
     types.packed_borders,
     profiles.unknown_inputs,

@@ -94,7 +94,11 @@ _MOVERS = (
 MOVERS = frozenset(_MOVERS.split())
 
 # TensorRT's own operators, which its parser accepts in any domain.
-OWN_OPERATORS: dict[str, Version] = {name: (11, 0) for name in ("TRT_Attention", "TRT_KVCacheUpdate", "TRT_MoE")}
+DYNAMIC_FP4 = "TRT_FP4DynamicQuantize"
+OWN_OPERATORS: dict[str, Version] = {
+    DYNAMIC_FP4: (10, 8),
+    **{name: (11, 0) for name in ("TRT_Attention", "TRT_KVCacheUpdate", "TRT_MoE")},
+}
 
 # Index of the input that determines the type, if not the first; None: the output does.
 TYPED_INPUT: dict[str, int | None] = {
@@ -149,6 +153,7 @@ NEWEST_ONNXRUNTIME_OPSET = 21  # of onnxruntime 1.20, the oldest supported versi
 LARGEST_K = 3840  # of TopK; the parser accepts more, the builder does not
 LARGEST_RANK = 8
 INT4_BLOCKS = (16, 32, 64, 128)  # block sizes in the documentation and the runs
+FP4_BLOCK = 16  # of activations, in the documentation of DynamicQuantize and the runs
 FP8_MODULES = FP4_MODULES = frozenset({"Thor"})  # Orin's sm_87 has neither
 
 

@@ -4,7 +4,7 @@ int8 has one scale per output; int4 has one per output and block of 128 inputs (
 multiply directly). fp8 is E4M3 with one scale per output, whose largest weight becomes 448. int4 uses its whole range, -8 to 7. Its
 scales are clipped: outliers are rare, so of a few scales up to that of the largest weight, the one with the least squared error is
 taken (the clipping search of Lin et al., AWQ, arXiv 2306.00978, section 3.2, without activations), and then the best scale for the
-integers that it gives.
+integers that it gives. nvfp4 has blocks of 16 inputs (`edgeprune.model.nvfp4`).
 
 `at_precision` gives the eager model the weights and roundings of a lowering, as the reference for a bundle of that precision.
 """
@@ -21,10 +21,12 @@ from torch import nn
 
 from edgeprune.errors import VerificationError
 from edgeprune.families.base import DecoderParts
+from edgeprune.model import nvfp4
 from edgeprune.model.smoothquant import Rounding, round_to_fp8
 from edgeprune.targets import Lowering
 
 BLOCK = 128  # inputs that share an int4 scale
+BLOCKS = {"int4": BLOCK, "nvfp4": nvfp4.BLOCK}  # the others have one scale an output
 _RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 _STEPS = {
     "int8": (127.0,),
@@ -34,33 +36,42 @@ _STEPS = {
 _LEAST = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}  # TensorRT refuses a scale of 0: a row of zeros has this one
 
 _TAKEN = "taken"  # weights that are already as the lowering holds them
-QUANTIZED = ("int8", "fp8", "int4")
+QUANTIZED = ("int8", "fp8", "int4", "nvfp4")
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}  # weights that are rounded, not quantized
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix: int8 or FP8 `values` [out, in] (-8 to 7 for int4) and `scales` [out, blocks]."""
+    """A quantized matrix: int8 or FP8 `values` [out, in] (-8 to 7 for int4) and `scales` [out, blocks].
+
+    The values of nvfp4 are held as FP8, which has all numbers of E2M1, and so are its scales; `scale` is that of all blocks.
+    """
 
     kind: str
     values: torch.Tensor
     scales: torch.Tensor
+    scale: float = 1.0
 
     def restored(self) -> torch.Tensor:
         """Return the dequantized matrix [out, in]."""
         blocks = self.values.float().view(self.values.shape[0], self.scales.shape[1], -1)
-        return (blocks * self.scales.float()[:, :, None]).flatten(1)
+        return (blocks * (self.scales.float() * self.scale)[:, :, None]).flatten(1)
 
 
-def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype) -> Quantized:
-    """Quantize a float matrix [out, in] to `kind`, "int8", "fp8" or "int4".
+def quantize(weight: torch.Tensor, kind: str, scale_type: torch.dtype, largest: float | None = None) -> Quantized:
+    """Quantize a float matrix [out, in] to `kind`, "int8", "fp8", "int4" or "nvfp4".
 
-    A matrix whose inputs do not divide into int4 blocks becomes int8 instead (`kind_for`).
+    A matrix whose inputs do not divide into int4 blocks becomes int8 instead (`kind_for`). `largest`: the largest magnitude of the
+    matrix, for nvfp4, if `weight` is only some of its rows.
     """
     kind = kind_for(weight.shape[1], kind)
-    count = weight.shape[1] // BLOCK if kind == "int4" else 1
-    blocks = weight.detach().float().view(weight.shape[0], count, -1)
+    blocks = weight.detach().float().view(weight.shape[0], blocks_of(weight.shape[1], kind), -1)
+    if kind == "nvfp4":
+        scale = nvfp4.scale_of_all(float(blocks.abs().max()) if largest is None else largest)
+        scales = nvfp4.block_scales(blocks, scale)
+        values = nvfp4.round_to_fp4(blocks / (scales.float() * scale)[..., None])
+        return Quantized(kind, values.flatten(1).to(stored_type(kind)), scales, scale)
     scales = scales_for(blocks, kind, scale_type)
     return Quantized(kind, rounded(blocks, scales, kind).flatten(1).to(stored_type(kind)), scales)
 
@@ -102,7 +113,12 @@ def _error(blocks: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor) -
 
 def stored_type(kind: str) -> torch.dtype:
     """Return the type of `Quantized.values` of a kind."""
-    return torch.float8_e4m3fn if kind == "fp8" else torch.int8
+    return torch.float8_e4m3fn if kind in ("fp8", "nvfp4") else torch.int8
+
+
+def blocks_of(inputs: int, kind: str) -> int:
+    """Return how many scales an output with such many inputs has."""
+    return inputs // BLOCKS.get(kind, inputs)
 
 
 def kind_for(inputs: int, kind: str) -> str:
@@ -138,13 +154,13 @@ def at_precision(
                 if isinstance(matrix, nn.Linear):
                     wide = inner in lowering.wide
                     products = torch.float32 if wide else TYPES[lowering.products]
+                    rounding = lowering.roundings.get(inner)
                     own = _own_kind(matrix, lowering, part)
-                    kind = own or kind_for(matrix.in_features, lowering.weights_of(part))
+                    kind = own or kind_for(matrix.in_features, lowering.weights_of(part, rounded=rounding is not None))
                     kind = "fp32" if kind == "fp16" and wide else kind
                     found = (fitted or {}).get(inner)
                     if found is not None:
                         changes.enter_context(_with_weight(matrix, found.restored()))
-                    rounding = lowering.roundings.get(inner)
                     if rounding is not None:
                         changes.enter_context(_with_weight(matrix, rounding.weights(matrix.weight.detach())))
                     taken = own is not None or found is not None
@@ -223,16 +239,9 @@ def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "", roun
             module.weight = nn.Parameter(quantize(weight, kind, products).restored().to(products).float())
         elif kind in NARROW or (kind == _TAKEN and products is not torch.float32):
             module.weight = nn.Parameter(weight.to(NARROW.get(kind, products)).float())
-    hooks = []
-    if rounding is not None:
-        hooks.append(module.register_forward_pre_hook(lambda _, inputs: tuple(map(rounding.inputs, inputs))))
-    if products is not torch.float32:
-        if bias is not None:
-            module.bias = nn.Parameter(bias.detach().to(products).float())
-        hooks.append(
-            module.register_forward_pre_hook(lambda _, inputs: tuple(_narrowed(value, products, name) for value in inputs))
-        )
-        hooks.append(module.register_forward_hook(lambda _, inputs, output: _narrowed(output, products, name)))
+    if products is not torch.float32 and bias is not None:
+        module.bias = nn.Parameter(bias.detach().to(products).float())
+    hooks = _rounding_hooks(module, products, name, rounding)
     try:
         yield
     finally:
@@ -241,3 +250,19 @@ def _lowered(module: Any, kind: str, products: torch.dtype, name: str = "", roun
             module.bias = bias
         for hook in hooks:
             hook.remove()
+
+
+def _rounding_hooks(module: Any, products: torch.dtype, name: str, rounding: Rounding | None) -> list[Any]:
+    # Hooks that round the inputs and outputs of a product.
+    def narrowed(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(_narrowed(value, products, name) for value in inputs)
+
+    half, hooks = products is not torch.float32, []
+    if half and rounding is not None and rounding.kind == "nvfp4":  # what becomes FP4 is float16 before
+        hooks.append(module.register_forward_pre_hook(narrowed))
+    if rounding is not None:
+        hooks.append(module.register_forward_pre_hook(lambda _, inputs: tuple(map(rounding.inputs, inputs))))
+    if half:
+        hooks.append(module.register_forward_pre_hook(narrowed))
+        hooks.append(module.register_forward_hook(lambda _, inputs, output: _narrowed(output, products, name)))
+    return hooks

@@ -16,7 +16,8 @@ steps of size d moves a number by an error of variance d^2 / 12. Where even the 
 The paper smooths what norms write, and nothing else; here every other input may be smoothed too, in a node of its own.
 
 FP8 (E4M3) needs no smoothing: its steps grow with the numbers, so outliers take none from the others. The scale makes the largest
-input 448, the largest number of the type (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433).
+input 448, the largest number of the type (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433). Nor does NVFP4,
+whose blocks have scales of their own (`edgeprune.model.nvfp4`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from edgeprune.model import nvfp4
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of which each input has one
 _STEPS = {"int8": 127.0, "fp8": 448.0}  # the largest input, in scales
@@ -40,7 +43,9 @@ def smoothing_factors(inputs: torch.Tensor, weights: torch.Tensor, strength: flo
 
 
 def input_scale(largest: float, kind: str = "int8") -> float:
-    """Return the scale, a number of float16, that makes inputs up to `largest` numbers of `kind`, "int8" or "fp8"."""
+    """Return the scale that makes inputs up to `largest` numbers of `kind`: of float16 for int8 and fp8, of float32 for nvfp4."""
+    if kind == "nvfp4":
+        return nvfp4.scale_of_all(largest)
     return float(torch.tensor(largest / _STEPS[kind], dtype=torch.float16).clamp(min=_LEAST_SCALE))
 
 
@@ -70,9 +75,9 @@ class InputRange:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a matrix and what it multiplies become 8-bit: the smoothing `factors` [in] and the `scale` of the divided inputs.
+    """How a matrix and what it multiplies become narrow: the smoothing `factors` [in] and the `scale` of the divided inputs.
 
-    `kind`: of the inputs, "int8" or "fp8".
+    `kind`: of the inputs, "int8", "fp8", or "nvfp4", whose factors are 1 and whose scale is that of all blocks.
     """
 
     factors: torch.Tensor
@@ -86,6 +91,8 @@ class Rounding:
 
     def inputs(self, states: torch.Tensor) -> torch.Tensor:
         """Return states [..., in] divided by the factors and rounded, as floats."""
+        if self.kind == "nvfp4":
+            return nvfp4.rounded(states, self.scale)
         if self.kind == "fp8":
             return round_to_fp8(states / self.factors / self.scale) * self.scale
         return (states / self.factors / self.scale).round().clamp(-128, 127) * self.scale

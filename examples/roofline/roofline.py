@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from edgeprune.bundle import Operations
 from edgeprune.device.jetson import module_named
 from edgeprune.device.roofline import Interval, estimate
-from edgeprune.device.workload import Decoder, Precision, VisionWorkload, Workload
+from edgeprune.device.workload import PRECISIONS, Decoder, Precision, VisionWorkload, Workload
 
-# TensorRT Edge-LLM keeps output head, embedding and vision encoder in FP16. NVFP4 has an FP8 scale for 16 weights.
+# TensorRT Edge-LLM keeps output head, embedding and vision encoder in FP16.
 AWQ = Precision("INT4 AWQ", 0.5 + 2 / 128, 2.0, 2.0, 2.0, 2, "fp16")
-NVFP4 = Precision("NVFP4", 0.5 + 1 / 16, 2.0, 2.0, 2.0, 2, "fp4")
+NVFP4 = replace(PRECISIONS["nvfp4"], name="NVFP4")
 PATCH_PIXELS = 3 * 2 * 16 * 16  # colours, frames, height, width
 DEEPSTACK = 3  # earlier layers of the vision encoder that have a merger of their own
 

@@ -21,6 +21,8 @@ from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.export.passes.attention import one_row_branch
 from edgeprune.export.passes.replacement import replace_nodes
 from edgeprune.export.passes.weights import IntegerMatrix, OwnIntegers, SmoothedMatrix, as_type, matrix_of
+from edgeprune.lint.operator_support import DYNAMIC_FP4
+from edgeprune.model.nvfp4 import BLOCK
 from edgeprune.model.quantization import NARROW, TYPES
 from edgeprune.model.smoothquant import Rounding
 from edgeprune.targets import Lowering
@@ -31,6 +33,7 @@ _CASTS = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT
 _ZEROS = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}  # their type is that of the rounded inputs
 _NORMS = ("RMSNormalization", "LayerNormalization")
 _MIN_SCALE = 1e-20  # divisor of rows of zeros
+TENSORRT = "trt"  # the domain of TensorRT's own operators, as NVIDIA's ModelOpt writes them
 
 
 def lower_table(graph: ir.Graph, lowering: Lowering) -> None:
@@ -71,6 +74,8 @@ def lower_products(graph: ir.Graph, lowering: Lowering, part: str) -> None:
         else:
             continue
         replace_nodes(graph, node, [node], tape, {node.outputs[0]: value})
+    if any(node.domain == TENSORRT for node in graph):
+        graph.opset_imports[TENSORRT] = 1
     _check_lowered(graph, lowering, part)
 
 
@@ -99,6 +104,7 @@ class _Products:
         self._quantizer = DynamicQuantizer()
         self._rounded: dict[tuple[ir.Value, float], ir.Value] = {}
         self._steps: dict[tuple[ir.Value, float, str], ir.Value] = {}
+        self._in_blocks: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
 
     def half(self, tape: Tape, value: ir.Value | None) -> ir.Value:
         """Return an activation in the type of the products."""
@@ -115,9 +121,13 @@ class _Products:
         products = torch.float32 if wide else self._type
         half = products is not torch.float32
         part = "head" if "lm_head" in str(weight.name) else self._part
-        source, kind = matrix_of(weight), self._lowering.weights_of(part)
-        if isinstance(source, SmoothedMatrix):
-            state = self._in_8_bits(tape, state, source.rounding, products)
+        source = matrix_of(weight)
+        rounding = source.rounding if isinstance(source, SmoothedMatrix) else None
+        kind = self._lowering.weights_of(part, rounded=rounding is not None)
+        if rounding is not None and rounding.kind == "nvfp4":
+            state = self._in_4_bits(tape, state, rounding.scale, half=half)
+        elif rounding is not None:
+            state = self._in_8_bits(tape, state, rounding, products)
         elif half:
             state = self.half(tape, state)
         bias = [_narrowed(tape, value, self._known, _FLOATS[products]) if half else value for value in bias]
@@ -152,6 +162,21 @@ class _Products:
             self._steps[state, scale, kind] = tape.initializer(ir.tensor(numbers, name=f"{state.name}.scale.{kind}"))
         return tape.op("DequantizeLinear", [rounded, self._steps[state, scale, kind]])
 
+    def _in_4_bits(self, tape: Tape, state: ir.Value, scale: float, *, half: bool) -> ir.Value:
+        # As ModelOpt writes it: the state in the type of the products becomes FP4 with FP8 scales, and each product restores both.
+        key = state, half
+        if key not in self._in_blocks:
+            rows, name = (self.half(tape, state), f"{state.name}.half") if half else (state, str(state.name))
+            of_all = tape.initializer(ir.tensor(np.array(scale, np.float32), name=f"{name}.fp4.scale"))
+            settings = {"axis": -1, "block_size": BLOCK, "scale_type": ir.DataType.FLOAT8E4M3FN}
+            numbers, scales = tape.op_multi_out(DYNAMIC_FP4, [rows, of_all], settings, num_outputs=2, domain=TENSORRT)
+            # ONNX cannot infer what an operator of another makes.
+            numbers.type, numbers.shape = ir.TensorType(ir.DataType.FLOAT4E2M1), state.shape
+            scales.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+            self._in_blocks[key] = numbers, tape.op("DequantizeLinear", [scales, of_all])
+        restored = tape.op("DequantizeLinear", self._in_blocks[key], {"axis": -1, "block_size": BLOCK})
+        return tape.op("Cast", [restored], {"to": _CASTS[self._type]}) if half else restored
+
     def _product(
         self, tape: Tape, state: ir.Value, weight: ir.Value, matrix: IntegerMatrix | OwnIntegers
     ) -> tuple[ir.Value, ir.Value | None]:
@@ -176,7 +201,10 @@ class _Products:
                 offsets = tape.initializer(matrix.offsets(f"{weight.name}.offsets"))
                 offset = tape.op("MatMul", [self._group_sums(tape, state, weight, matrix), offsets])
         # [in, out], as MatMul needs it: a Transpose after the DequantizeLinear would hide the pattern that engines match.
-        self._known[weight] = tape.op("DequantizeLinear", parts, matrix.attributes)
+        restored = tape.op("DequantizeLinear", parts, matrix.attributes)
+        if isinstance(matrix, IntegerMatrix) and matrix.in_float32:
+            restored = tape.op("Cast", [restored], {"to": _CASTS[self._type]})
+        self._known[weight] = restored
         return tape.op("MatMul", [state, self._known[weight]]), offset
 
     def _group_sums(self, tape: Tape, state: ir.Value, weight: ir.Value, matrix: OwnIntegers) -> ir.Value:
@@ -192,7 +220,10 @@ class _Products:
 
 def _parts(tape: Tape, weight: ir.Value, matrix: IntegerMatrix | OwnIntegers) -> list[ir.Value]:
     integers, scales = matrix.integers(f"{weight.name}.{matrix.kind}"), matrix.scales(f"{weight.name}.scales")
-    return [tape.initializer(integers), tape.initializer(scales)]
+    values = [tape.initializer(integers), tape.initializer(scales)]
+    if isinstance(matrix, IntegerMatrix) and matrix.kind == "nvfp4":
+        values[1] = tape.op("DequantizeLinear", [values[1], tape.initializer(matrix.scale(f"{weight.name}.scale"))])
+    return values
 
 
 def _narrowed(tape: Tape, value: ir.Value | None, known: Lowered, kind: str) -> ir.Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import BinaryIO
 
 import ml_dtypes
@@ -14,12 +15,24 @@ import torch
 from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import InMemoryMatrix, Matrix
 from edgeprune.model.gptq import FittedMatrix
-from edgeprune.model.quantization import BLOCK, Quantized, kind_for, quantize, stored_type
+from edgeprune.model.nvfp4 import scale_of_all
+from edgeprune.model.quantization import BLOCKS, Quantized, blocks_of, kind_for, quantize, stored_type
 from edgeprune.model.smoothquant import Rounding
 
 _PIECE = 1 << 20  # elements converted at once; pieces that fit the CPU cache are several times faster
-_KINDS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "int4": ir.DataType.INT4}
-_TYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16, torch.float32: ir.DataType.FLOAT}
+_KINDS = {
+    "int8": ir.DataType.INT8,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "int4": ir.DataType.INT4,
+    "nvfp4": ir.DataType.FLOAT4E2M1,
+}
+_PACKED = {"int4": ml_dtypes.int4, "nvfp4": ml_dtypes.float4_e2m1fn}  # types of 4 bits, which torch has not
+_TYPES = {
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float32: ir.DataType.FLOAT,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+}
 
 
 class LazyInitializer(ir.LazyTensor):
@@ -93,7 +106,7 @@ class StackedMatrix:
 
 @dataclass(frozen=True)
 class SmoothedMatrix:
-    """A matrix times its smoothing factors, whose inputs are rounded to 8 bits."""
+    """A matrix times its smoothing factors, whose inputs are rounded to 8 or 4 bits."""
 
     matrix: Matrix
     rounding: Rounding
@@ -117,26 +130,38 @@ class IntegerMatrix:
 
     def __init__(self, matrix: Matrix, kind: str, products: torch.dtype, *, table: bool = False) -> None:
         self._matrix, self._products, self._table = matrix, products, table
-        self._scales: np.ndarray | None = None
+        self._scales: torch.Tensor | None = None
         self.kind = kind_for(matrix.shape[1], kind)
-        self._blocks = matrix.shape[1] // BLOCK if self.kind == "int4" else 1
+        self._blocks = blocks_of(matrix.shape[1], self.kind)
+        self._scale_type = stored_type("nvfp4") if self.kind == "nvfp4" else products
 
     @property
     def attributes(self) -> dict[str, int]:
         """The attributes of the DequantizeLinear."""
-        return {"axis": 0, "block_size": BLOCK} if self.kind == "int4" else {"axis": 1}
+        return {"axis": 0, "block_size": BLOCKS[self.kind]} if self.kind in BLOCKS else {"axis": 1}
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether the DequantizeLinear gives float32, the type of nvfp4's scale of all blocks, for products in another type."""
+        return self.kind == "nvfp4" and self._products is not torch.float32
 
     def integers(self, name: str) -> ir.TensorProtocol:
-        """Return the integers, or FP8 numbers, [in, out]; [out, in] for a table."""
+        """Return the integers, or FP8 or FP4 numbers, [in, out]; [out, in] for a table."""
         return ir.LazyTensor(
             self._quantize, _KINDS[self.kind], ir.Shape(self._matrix.shape[:: 1 if self._table else -1]), name=name
         )
 
     def scales(self, name: str) -> ir.TensorProtocol:
-        """Return the scales: [blocks, out] for int4, else [out]."""
+        """Return the scales: [blocks, out] for int4 and nvfp4, else [out]."""
         outputs = self._matrix.shape[0]
-        shape = (self._blocks, outputs) if self.kind == "int4" else (outputs,)
-        return ir.LazyTensor(self._take_scales, _TYPES[self._products], ir.Shape(shape), name=name)
+        shape = (self._blocks, outputs) if self.kind in BLOCKS else (outputs,)
+        return ir.LazyTensor(self._take_scales, _TYPES[self._scale_type], ir.Shape(shape), name=name)
+
+    def scale(self, name: str) -> ir.TensorProtocol:
+        """Return nvfp4's scale of all blocks, a float32 number."""
+        return ir.LazyTensor(
+            lambda: ir.tensor(np.array(scale_of_all(self._largest), np.float32)), ir.DataType.FLOAT, ir.Shape(()), name=name
+        )
 
     def restored(self, name: str) -> ir.TensorProtocol:
         """Return the dequantized matrix [in, out]."""
@@ -147,20 +172,20 @@ class IntegerMatrix:
         outputs, inputs = self._matrix.shape
         kind = stored_type(self.kind)
         integers = torch.empty(outputs, inputs, dtype=kind) if self._table else torch.empty(inputs, outputs, dtype=kind).T
-        scales = torch.empty(self._blocks, outputs, dtype=self._products)
+        scales = torch.empty(self._blocks, outputs, dtype=self._scale_type)
         for start, piece in self._quantized_pieces():
             integers[start : start + len(piece.values)] = piece.values
             scales[:, start : start + len(piece.values)] = piece.scales.T
-        self._scales = scales.numpy()
+        self._scales = scales
         numbers = _array(integers if self._table else integers.T)
-        return ir.tensor(numbers.astype(ml_dtypes.int4) if self.kind == "int4" else numbers)
+        return ir.tensor(numbers.astype(_PACKED[self.kind]) if self.kind in _PACKED else numbers)
 
     def _take_scales(self) -> ir.TensorProtocol:
         if self._scales is None:
             self._quantize()
         assert self._scales is not None
         scales, self._scales = self._scales, None
-        return ir.tensor(scales if self.kind == "int4" else scales[0])
+        return ir.tensor(_array(scales if self.kind in BLOCKS else scales[0]))
 
     def _dequantize(self) -> ir.TensorProtocol:
         outputs, inputs = self._matrix.shape
@@ -170,7 +195,15 @@ class IntegerMatrix:
         return ir.tensor(result.numpy())
 
     def _quantized_pieces(self) -> Iterator[tuple[int, Quantized]]:
-        return ((start, _quantized(self._matrix, start, stop, self.kind, self._products)) for start, stop in _spans(self._matrix))
+        largest = self._largest if self.kind == "nvfp4" else None
+        return (
+            (start, _quantized(self._matrix, start, stop, self.kind, self._products, largest))
+            for start, stop in _spans(self._matrix)
+        )
+
+    @cached_property
+    def _largest(self) -> float:
+        return max(float(rows.abs().max()) for rows in _pieces(self._matrix))
 
 
 class OwnIntegers:
@@ -242,11 +275,11 @@ class OwnIntegers:
         return ir.tensor(result.numpy())
 
 
-def _quantized(matrix: Matrix, start: int, stop: int, kind: str, products: torch.dtype) -> Quantized:
+def _quantized(matrix: Matrix, start: int, stop: int, kind: str, products: torch.dtype, largest: float | None = None) -> Quantized:
     if isinstance(matrix, FittedMatrix):
         return matrix.quantized(start, stop)
     if not isinstance(matrix, StackedMatrix):
-        return quantize(matrix.rows(start, stop), kind, products)
+        return quantize(matrix.rows(start, stop), kind, products, largest)
     parts = [_quantized(part, *span, kind, products) for part, span in matrix.within(start, stop)]
     return Quantized(kind, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 

@@ -252,7 +252,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
     ),
     "samples of int8": (
         (*EXPORT, "--precision", "int8", *DATA),
-        "--data decides int4 weights and the scales of w8a8 and fp8, and the precision is int8",
+        "--data decides int4 weights and the scales of w8a8, fp8 and nvfp4, and the precision is int8",
         "Give --precision int4",
         2,
     ),
@@ -272,6 +272,18 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str, int]] = {
         (*EXPORT, "--target", "jetpack6", "--precision", "fp8", *DATA),
         "Target 'jetpack6' has no fp8: Orin's GPU has no products of FP8",
         "Choose --precision w8a8, or the --target of a Thor: jetpack7",
+        2,
+    ),
+    "nvfp4 on an Orin": (
+        (*EXPORT, "--target", "jetpack6", "--precision", "nvfp4", *DATA),
+        "Target 'jetpack6' has no nvfp4: Orin's GPU has no products of FP4",
+        "Choose --precision int4, or the --target of a Thor: jetpack7",
+        2,
+    ),
+    "nvfp4 without samples": (
+        (*EXPORT, "--target", "jetpack7", "--precision", "nvfp4"),
+        "nvfp4 rounds activations to 4 bits by scales that samples decide, and none are given",
+        "Or round only the weights: --precision int4",
         2,
     ),
     "fit of nothing": ((*EXPORT, "--precision", "int4", "--fit", "pad"), "--fit is for the images of --data", "Leave out --fit", 2),

@@ -18,7 +18,7 @@ from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import MODULES, module_named
 from edgeprune.device.onnx_file import read_graph
 from edgeprune.device.roofline import Interval, estimate, prefill_operations
-from edgeprune.device.workload import PRECISIONS, Decoder, Precision, VisionWorkload, Workload, workload_of
+from edgeprune.device.workload import PRECISIONS, Decoder, VisionWorkload, Workload, workload_of
 from edgeprune.errors import BundleError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.plan import Cut, KeepPlan
@@ -133,10 +133,11 @@ def test_faster_modules_are_faster() -> None:
 
 def test_smaller_weights_decode_faster() -> None:
     times = [stage_ms(replace(WORK, precision=precision), "thor", "decode").middle for precision in PRECISIONS.values()]
-    assert list(PRECISIONS) == ["fp32", "fp16", "bf16", "int8", "w8a8", "fp8", "int4"]
-    names, fp8 = list(PRECISIONS), list(PRECISIONS).index("fp8")
-    assert times[:fp8] + times[fp8 + 1 :] == sorted(times[:fp8] + times[fp8 + 1 :], reverse=True)
-    assert times[names.index("int8")] < times[fp8] < times[names.index("fp16")]  # its head is float16
+    assert list(PRECISIONS) == ["fp32", "fp16", "bf16", "int8", "w8a8", "fp8", "int4", "nvfp4"]
+    by_name = dict(zip(PRECISIONS, times, strict=True))
+    others = [time for name, time in by_name.items() if name not in ("fp8", "nvfp4")]  # whose heads are float16
+    assert others == sorted(others, reverse=True)
+    assert by_name["int8"] < by_name["fp8"] < by_name["fp16"] and by_name["int4"] < by_name["nvfp4"] < by_name["fp8"]
 
 
 def test_memory_by_hand() -> None:
@@ -185,11 +186,10 @@ def test_peaks_are_those_of_the_data_sheets(name: str, arithmetic: str, publishe
 
 
 def test_what_a_module_lacks_is_refused() -> None:
-    nvfp4 = Precision("nvfp4", 0.5625, 2.0, 2.0, 2.0, 2, "fp4")
     with pytest.raises(UsageError, match="fp8"):
         estimate(replace(WORK, precision=PRECISIONS["fp8"]), module_named("agx-orin"))
     with pytest.raises(UsageError, match="fp4"):
-        estimate(replace(WORK, precision=nvfp4), module_named("agx-orin"))
+        estimate(replace(WORK, precision=PRECISIONS["nvfp4"]), module_named("agx-orin"))
     with pytest.raises(UsageError, match="thor-t4000"):
         module_named("toaster")
 

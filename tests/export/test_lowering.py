@@ -224,8 +224,8 @@ def test_the_reference_is_itself_again_afterwards(tiny: LoadedModel) -> None:
 def test_verify_notices_a_wrong_scale(
     tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(weight: torch.Tensor, kind: str, products: torch.dtype) -> Quantized:
-        right = quantize(weight, kind, products)
+    def wrong(weight: torch.Tensor, kind: str, products: torch.dtype, largest: float | None = None) -> Quantized:
+        right = quantize(weight, kind, products, largest)
         return Quantized(right.kind, right.values, right.scales * 1.05)
 
     monkeypatch.setattr(matrices, "quantize", wrong)

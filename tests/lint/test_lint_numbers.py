@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from edgeprune.lint.check import lint
 from edgeprune.lint.graph import load_graph
 from edgeprune.lint.rule import Finding
 from edgeprune.lint.values import constant
+from edgeprune.runtime.backends.tensorrt.trial import try_build
 from edgeprune.targets import TARGETS
 
 
@@ -134,6 +136,66 @@ def test_small_floats_need_their_jetson(tmp_path: Path) -> None:
     assert only(lint(path, TARGETS["jetpack7.2"])).severity == "warning"
     assert only(lint(path, TARGETS["jetpack7.2"], modules=["Orin"])).severity == "error"
     assert lint(path, TARGETS["jetpack7.2"], modules=["Thor"]) == []
+
+
+def activations(folder: Path, *, width: int = 64, block: int = 16, stored: bool = True, dynamic: bool = True) -> Path:
+    # x [2, width] in FP4, by TensorRT's own operator or with a stored scale, times weights [width, 8].
+    initializers = [numpy_helper.from_array(np.ones((width, 8), np.float32), "weight")]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, width])]
+    if stored:
+        initializers.append(numpy_helper.from_array(np.array(0.5, np.float32), "scale"))
+    else:
+        inputs.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, []))
+    settings: dict[str, Any] = {"axis": -1, "block_size": block}
+    nodes = [
+        helper.make_node(
+            "TRT_FP4DynamicQuantize",
+            ["x", "scale"],
+            ["q", "s"],
+            "pack",
+            domain="trt",
+            scale_type=TensorProto.FLOAT8E4M3FN,
+            **settings,
+        ),
+        helper.make_node("DequantizeLinear", ["s", "scale"], ["wide"]),
+        helper.make_node("DequantizeLinear", ["q", "wide"], ["d"], **settings),
+        helper.make_node("MatMul", ["d", "weight"], ["y"]),
+    ]
+    path = save(folder, nodes, inputs, initializers, 21)
+    model = onnx.load(str(path))
+    model.opset_import.append(helper.make_opsetid("trt", 1))
+    model.graph.value_info.append(helper.make_tensor_value_info("q", TensorProto.FLOAT4E2M1, [2, width]))
+    onnx.save(model, str(path))
+    return path
+
+
+def test_activations_in_fp4_pass(tmp_path: Path) -> None:
+    assert lint(activations(tmp_path), TARGETS["jetpack7"]) == []
+    found = lint(activations(tmp_path), TARGETS["jetpack6"])
+    assert any("parses trt::TRT_FP4DynamicQuantize since 10.8" in finding.reason for finding in found)
+    assert any("Orin cannot compute with FLOAT4E2M1" in finding.reason for finding in found)
+
+
+FP4_MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "block": ({"block": 32}, "blocks of 16, this node has 32", "in blocks of 16"),
+    "length": ({"width": 40}, "do not divide the 40 elements of axis -1", "in FP16"),
+    "computed scale": ({"stored": False}, "The scale scale is computed", "that samples give"),
+}
+
+
+@pytest.mark.parametrize("case", FP4_MISTAKES)
+def test_activations_in_fp4_that_tensorrt_refuses(tmp_path: Path, case: str) -> None:
+    options, reason, remedy = FP4_MISTAKES[case]
+    found = only(lint(activations(tmp_path, **options), TARGETS["jetpack7"]))
+    assert (found.node, found.severity) == ("pack", "error") and reason in found.reason and remedy in found.remedy
+
+
+@pytest.mark.parametrize("case", ["", *FP4_MISTAKES])
+def test_the_parser_refuses_the_same_activations_in_fp4(tmp_path: Path, case: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    options = FP4_MISTAKES[case][0] if case else {}
+    trial = try_build(activations(tmp_path, **options), "graph", [{}], "SM120")
+    assert bool(trial.error) == bool(case), trial.error
 
 
 @pytest.mark.parametrize("element", [TensorProto.INT8, TensorProto.INT4])

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="How weights are kept; with w8a8 and fp8 activations are 8-bit too. bf16 and w8a8 are for TensorRT on Orin and later, fp8 "
-    "is for TensorRT on Thor.",
+    help="How weights are kept; with w8a8 and fp8 activations are 8-bit too, with nvfp4 4-bit. bf16 and w8a8 are for TensorRT on "
+    "Orin and later, fp8 and nvfp4 for TensorRT on Thor.",
 )
 @click.option(
     "--kv",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     "--data",
     type=click.Path(path_type=Path),
     help="Samples (JSON lines of image, prompt, answer) that int4 weights are fitted to, by GPTQ (default: they are rounded), and "
-    "that decide the scales of w8a8, by SmoothQuant, and of fp8.",
+    "that decide the scales of w8a8, by SmoothQuant, of fp8 and of nvfp4.",
 )
 @fit_option
 @click.option(

@@ -237,7 +237,9 @@ def _quantized_layers(manifest: Manifest) -> dict[str, str]:
         return {"quantized": f"gptq; int4 weights fitted to {manifest.gptq.samples} samples"}
     if (smoothing := manifest.smoothing) is not None:
         lossy = f"; in float16, losing more than others: {', '.join(smoothing.lossy)}" if smoothing.lossy else ""
-        rounded = f"{smoothing.rounded} matrices multiply 8-bit inputs"
+        lossy += f"; in float16, without blocks of 16 or samples: {', '.join(smoothing.left)}" if smoothing.left else ""
+        bits = 4 if manifest.precision == "nvfp4" else 8
+        rounded = f"{smoothing.rounded} matrices multiply {bits}-bit inputs"
         method = "smoothquant" if manifest.precision == "w8a8" else manifest.precision
         return {"quantized": f"{method}; {rounded}, with scales of {smoothing.samples} samples{lossy}"}
     if quantized is None:

@@ -10,7 +10,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgeprune.lint.graph import Node, Scope, Value
-from edgeprune.lint.operator_support import DOUBLES, FP4, FP4_MODULES, FP8, FP8_MODULES, IMAGES, INT4_BLOCKS, KNOWN_TYPES, Version
+from edgeprune.lint.operator_support import (
+    DOUBLES,
+    DYNAMIC_FP4,
+    FP4,
+    FP4_BLOCK,
+    FP4_MODULES,
+    FP8,
+    FP8_MODULES,
+    IMAGES,
+    INT4_BLOCKS,
+    KNOWN_TYPES,
+    Version,
+)
 from edgeprune.lint.rule import Finding, RuleContext
 from edgeprune.lint.values import constant, is_constant
 
@@ -128,6 +140,24 @@ def int4_blocks(context: RuleContext) -> Iterator[Finding]:
         size = int(node.attribute("block_size", 0))
         if size:
             yield from _check_blocks(context, node, value, size)
+
+
+def dynamic_fp4(context: RuleContext) -> Iterator[Finding]:
+    """Find quantizations of activations to FP4 that TensorRT's parser refuses (TensorRT-RTX 1.7.1): by blocks, or by the scale."""
+    for node in context.graph.nodes:
+        if node.proto.op_type != DYNAMIC_FP4:
+            continue
+        size, value, axis = int(node.attribute("block_size", 0)), node.input(0), int(node.attribute("axis", -1))
+        length = value.shape[axis] if value.shape else None
+        if size != FP4_BLOCK:
+            reason = f"TensorRT's FP4 of activations has blocks of {FP4_BLOCK}, this node has {size}."
+            yield context.error(node, reason, f"Quantize in blocks of {FP4_BLOCK}.")
+        elif isinstance(length, int) and length % size:
+            reason = f"Blocks of {size} do not divide the {length} elements of axis {axis}."
+            yield context.error(node, reason, "Leave this product in FP16.")
+        if not is_constant(node.scope, node.inputs[_SCALE]):
+            reason = f"The scale {node.inputs[_SCALE]} is computed, and TensorRT takes an initializer alone."
+            yield context.error(node, reason, "Store the scale that samples give.")
 
 
 def small_floats(context: RuleContext) -> Iterator[Finding]:

@@ -34,10 +34,11 @@ from edgeprune.runtime.backends.tensorrt.store import EngineRecord, Store, engin
 BASE_BYTES, COPIES, GPU_COPIES = 600 << 20, 3.5, 1
 GPU_PARTS = ("weights on the GPU", "workspace on the GPU")
 
-# The first GPUs that multiply a precision's type: Ampere (Xavier is 7.2), and Ada (Orin is 8.7), with what to say of it.
+# The first GPUs that multiply a precision's type: Ampere (Xavier is 7.2), Ada (Orin is 8.7) and Blackwell, with what to say of it.
 _CAPABILITIES = {
     "bf16": ((8, 0), "bfloat16", "Orin (SM 8.7) and later", "fp16"),
     "fp8": ((8, 9), "FP8", "Thor (SM 11.0) and other GPUs since SM 8.9", "w8a8"),
+    "nvfp4": ((10, 0), "FP4", "Thor (SM 11.0) and other GPUs since SM 10.0", "int4"),
 }
 
 JETPACK_TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # not in PATH

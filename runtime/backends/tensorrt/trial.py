@@ -19,7 +19,7 @@ from edgeprune.device.memory import peak_rss
 from edgeprune.errors import EdgePruneError, EngineError
 from edgeprune.runtime.backends.tensorrt.builder import build_engine
 from edgeprune.runtime.backends.tensorrt.profiles import ShapeProfile
-from edgeprune.targets import Target
+from edgeprune.targets import SMALL_FLOATS, Target
 
 # Orin has the instruction set of SM 8.0, without FP8 and FP4. Thor has the data types of SM 12.0.
 _SUBSTITUTES = {"orin": "SM80", "thor": "SM120"}
@@ -48,7 +48,8 @@ def substitute_capability(target: Target, precision: str = "") -> str:
     A `precision` that only the target's Thor computes with is built for Thor.
     """
     includes_orin = "Orin" in target.modules or target.modules.startswith("TensorRT")
-    return _SUBSTITUTES["orin" if includes_orin and not (precision == "fp8" and target.has_fp8) else "thor"]
+    for_thor = precision in SMALL_FLOATS and target.has_small_floats
+    return _SUBSTITUTES["orin" if includes_orin and not for_thor else "thor"]
 
 
 def try_build(graph: Path, name: str, profiles: Sequence[ShapeProfile], capability: str) -> Trial:

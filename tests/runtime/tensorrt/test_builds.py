@@ -29,7 +29,7 @@ from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import METHODS, method_class
 from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, decoder_ranges, shapes_of
 from edgeprune.runtime.backends.tensorrt.trial import Trial, substitute_capability, try_build
-from edgeprune.targets import TARGETS, Lowering
+from edgeprune.targets import SMALL_FLOATS, TARGETS, Lowering
 
 pytest.importorskip("tensorrt_rtx", reason='needs NVIDIA\'s builder: pip install "edgeprune[check]"')
 
@@ -162,7 +162,7 @@ def test_every_method_is_built_by_itself(even: LoadedModel, plan: str, target: s
 
 
 SLOW = [(precision, target) for precision in ("fp32", "int8", "bf16", "w8a8") for target in LOWERED] + [("int4", "jetpack7.2")]
-SLOW += [("fp8", "jetpack7"), ("fp8", "jetpack7.2")]
+SLOW += [(precision, target) for precision in SMALL_FLOATS for target in ("jetpack7", "jetpack7.2")]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_every_precision_is_built(even: LoadedModel, precision: str, target: str
 def refuse_nothing(model: LoadedModel, plan: KeepPlan, lowering: Lowering, folder: Path, builds: int = 2) -> None:
     """Lint the graphs of a plan for all targets that share them, and build them for at most `builds` compute capabilities."""
     alike = [TARGETS[name] for name in BUILT if TARGETS[name].opset == lowering.target.opset]
-    alike = [target for target in alike if lowering.precision != "fp8" or target.has_fp8]
+    alike = [target for target in alike if lowering.precision not in SMALL_FLOATS or target.has_small_floats]
     for name, path, record in traced(model, plan, lowering, folder):
         ranges = profiles(name, record, plan)
         for target in alike:

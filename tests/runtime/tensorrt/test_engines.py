@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -297,10 +298,17 @@ def test_a_gpu_without_bfloat16_is_told_so(tiny_bundle: Bundle) -> None:
         build(brain, device=DeviceIdentity("8.6.2", "7.2"))
 
 
-def test_a_gpu_without_fp8_is_told_so(tiny_bundle: Bundle) -> None:
-    brain = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, target="jetpack7.2", precision="fp8"))
-    with pytest.raises(EngineError, match=r"This GPU \(SM 8\.7\) has no FP8: .*Thor .*--precision w8a8"):
-        build(brain, device=DeviceIdentity("10.16.0", "8.7"))
+@pytest.mark.parametrize(
+    ("precision", "capability", "kind", "instead"),
+    [("fp8", "8.7", "FP8", "w8a8"), ("nvfp4", "8.7", "FP4", "int4"), ("nvfp4", "9.0", "FP4", "int4")],
+)
+def test_a_gpu_without_small_floats_is_told_so(
+    tiny_bundle: Bundle, precision: str, capability: str, kind: str, instead: str
+) -> None:
+    brain = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, target="jetpack7.2", precision=precision))
+    told = rf"This GPU \(SM {re.escape(capability)}\) has no {kind}: .*Thor .*--precision {instead}"
+    with pytest.raises(EngineError, match=told):
+        build(brain, device=DeviceIdentity("10.16.0", capability))
 
 
 def test_trtexec_builds_the_same(own: Bundle) -> None:
