@@ -147,7 +147,7 @@ class Weighing(Protocol):
         ...
 
 
-class InputMethod(Method, Protocol):
+class InputMethod(Protocol):
     """A method at the input of the decoder."""
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:

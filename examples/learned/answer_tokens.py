@@ -3,8 +3,8 @@
     python examples/learned/answer_tokens.py tabletop-l DATASET PLAN...
     python examples/learned/answer_tokens.py tabletop-l DATASET --methods cdpruner divprune --keep 0.25
 
-Each token of an answer is chosen after the answer's own tokens before it, so one wrong token spoils no later one. Short answers count
-as right if all of their tokens are; descriptions count token by token. Runs in PyTorch.
+Each token of an answer is chosen after the answer's own tokens before it, so one wrong token spoils no later one. Short answers
+count as right if all of their tokens are; descriptions count token by token. Runs in PyTorch.
 """
 
 from __future__ import annotations
