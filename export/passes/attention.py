@@ -246,7 +246,9 @@ def _in_rows(branch: _Branch, value: ir.Value) -> ir.Value:
             return found
     assert value.shape is not None
     width = math.prod(size for size in value.shape if isinstance(size, int))
-    return branch.op("Reshape", value, branch.constant(-1, 1, width))
+    rows = branch.op("Reshape", value, branch.constant(-1, 1, width))
+    rows.type, rows.shape = value.type, ir.Shape([value.shape[0], 1, width])
+    return rows
 
 
 def _in_sequences(rows: ir.Value) -> ir.Shape:

@@ -20,12 +20,11 @@ def rows_as_sequences(graph: ir.Graph) -> None:
     Attention must be expanded with buffers. All Gemm nodes have to be lowered to products that take any number of axes.
     """
     values, nodes = _rows_of_attention(graph)
-    shapes = _Shapes(graph)
     for value in values:
         if value.producer() in nodes:
-            _lift(graph, value, nodes, shapes)
+            _lift(graph, value, nodes)
         else:
-            _enter(graph, value, nodes, shapes)
+            _enter(graph, value, nodes)
     for node in nodes:
         if node.op_type == "Split":
             node.attributes["axis"] = ir.AttrInt64("axis", -1)
@@ -49,7 +48,7 @@ def _rows_of_attention(graph: ir.Graph) -> tuple[list[ir.Value], set[ir.Node]]:
     return list(values), nodes
 
 
-def _lift(graph: ir.Graph, value: ir.Value, nodes: set[ir.Node], shapes: _Shapes) -> None:
+def _lift(graph: ir.Graph, value: ir.Value, nodes: set[ir.Node]) -> None:
     # The producer gives sequences. Whatever needs rows gets them from a Reshape, if it is none itself.
     rows, width = _sizes(value)
     value.shape = ir.Shape([rows, 1, width])
@@ -58,14 +57,14 @@ def _lift(graph: ir.Graph, value: ir.Value, nodes: set[ir.Node], shapes: _Shapes
         if node in nodes:
             continue
         if node.op_type != "Reshape":
-            back = back or _reshaped(graph, value, shapes.of(-1, width), [rows, width])
+            back = back or _reshaped(graph, value, _shape(graph, -1, width), [rows, width])
             node.replace_input_with(index, back)
         elif list(node.outputs[0].shape or ()) == [rows, 1, width] and not node.outputs[0].is_graph_output():
             ir.convenience.replace_all_uses_with(node.outputs[0], value)
     assert not value.is_graph_output()
 
 
-def _enter(graph: ir.Graph, value: ir.Value, nodes: set[ir.Node], shapes: _Shapes) -> None:
+def _enter(graph: ir.Graph, value: ir.Value, nodes: set[ir.Node]) -> None:
     # Only the readers among `nodes` take sequences.
     rows, width = _sizes(value)
     producer, sequences = value.producer(), None
@@ -73,7 +72,7 @@ def _enter(graph: ir.Graph, value: ir.Value, nodes: set[ir.Node], shapes: _Shape
         sequences = producer.inputs[0]
     for node, index in value.uses():
         if node in nodes:
-            sequences = sequences or _reshaped(graph, value, shapes.of(-1, 1, width), [rows, 1, width])
+            sequences = sequences or _reshaped(graph, value, _shape(graph, -1, 1, width), [rows, 1, width])
             node.replace_input_with(index, sequences)
     if producer is not None and _leaves_sequences(producer) and not value.uses() and not value.is_graph_output():
         graph.remove(producer, safe=True)
@@ -95,26 +94,22 @@ def _reshaped(graph: ir.Graph, value: ir.Value, shape: ir.Value, sizes: Sequence
     return node.outputs[0]
 
 
-class _Shapes:
-    # The shapes that Reshape nodes read.
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-
-    def of(self, *sizes: int) -> ir.Value:
-        name = "sequences_" + "_".join(map(str, sizes)).replace("-", "m")
-        if name not in self._graph.initializers:
-            value = ir.Value(name=name, const_value=ir.tensor(np.array(sizes, np.int64), name=name))
-            value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(sizes)])
-            self._graph.register_initializer(value)
-        return self._graph.initializers[name]
+def _shape(graph: ir.Graph, *sizes: int) -> ir.Value:
+    # What a Reshape reads.
+    name = "sequences_" + "_".join(map(str, sizes)).replace("-", "m")
+    if name not in graph.initializers:
+        value = ir.Value(name=name, const_value=ir.tensor(np.array(sizes, np.int64), name=name))
+        value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(sizes)])
+        graph.register_initializer(value)
+    return graph.initializers[name]
 
 
 def _leaves_sequences(node: ir.Node) -> bool:
     # A Reshape from sequences of one token to rows, whose input may be taken instead.
-    source = node.inputs[0] if node.op_type == "Reshape" else None
-    if source is None or source.shape is None or not _is_rows(node.outputs[0]):
+    source, rows = (node.inputs[0], node.outputs[0]) if node.op_type == "Reshape" else (None, node.outputs[0])
+    if source is None or source.shape is None or rows.shape is None or not _is_rows(rows):
         return False
-    return len(source.shape) == 3 and source.shape[1] == 1 and source.shape[2] == node.outputs[0].shape[1]
+    return len(source.shape) == 3 and source.shape[1] == 1 and source.shape[2] == rows.shape[1]
 
 
 def _is_rows(value: ir.Value) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -125,17 +126,28 @@ def test_a_layer_of_a_decode_step_has_few_nodes(
     assert attentions == 2
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", 13), ("int8", 15), ("int4", 11)])
+@pytest.mark.parametrize(
+    ("precision", "kv", "expected"), [("fp32", "same", 13), ("int8", "same", 15), ("int8", "int8", 20), ("int4", "same", 11)]
+)
 def test_a_layer_of_a_decode_step_runs_few_nodes(
-    precision: str, expected: int, even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path
+    precision: str, kv: str, expected: int, even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path
 ) -> None:
     plan = KeepPlan("qwen2_vl", 2, tiny_plan.geometry)
-    trace_decoder(even.family.decoder(), 3, plan, cpu(precision), tmp_path / "decoder.onnx")
+    trace_decoder(even.family.decoder(), 3, plan, replace(cpu(precision), kv=kv), tmp_path / "decoder.onnx")
     assert nodes_of_a_layer(tmp_path / "decoder.onnx") == expected
 
 
+@pytest.mark.slow
+def test_norms_of_queries_and_keys_are_few_nodes_more(tmp_path: Path) -> None:
+    kind = import_module("tiny_qwen3_vl")
+    model = load_model(resolve_model(str(kind.folder(tmp_path))))
+    plan = unpruned_plan("qwen3_vl", len(model.family.decoder().layers), model.geometry(kind.SIZE))
+    trace_decoder(model.family.decoder(), 3, plan, cpu("int8"), tmp_path / "decoder.onnx")
+    assert nodes_of_a_layer(tmp_path / "decoder.onnx") == 15 + 7 + 1  # the last adds features of the encoder
+
+
 def nodes_of_a_layer(path: Path) -> int:
-    """Return how many nodes of a decoder with two layers run from one attention of a single row to the next."""
+    """Return how many nodes of a decoder run from the last attention but one of a single row to the last."""
     options = _session_options(1, [CPU], exact=False, integers=True)
     options.optimized_model_filepath, options.log_severity_level = str(path.with_name("optimized.onnx")), 4
     onnxruntime.InferenceSession(path, options, providers=[CPU], disabled_optimizers=[_DISABLED_OPTIMIZERS])
@@ -145,7 +157,7 @@ def nodes_of_a_layer(path: Path) -> int:
         for place, node in enumerate(run)
         if node.op_type == "If"
     }
-    first, second = (place for place, row in branches.items() if "GroupQueryAttention" in {node.op_type for node in row})
+    *_, first, second = (place for place, row in branches.items() if "GroupQueryAttention" in {node.op_type for node in row})
     layer = [node for node in run[first + 1 : second + 1] if node.op_type not in ("Shape", "Less")]  # what layers share
     return len(layer) + sum(len(row) for place, row in branches.items() if first < place <= second)
 
