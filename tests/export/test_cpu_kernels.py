@@ -25,7 +25,8 @@ from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_visio
 from edgeprune.model.quantization import dynamically_rounded, quantize
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.backends.onnxruntime import _DISABLED_OPTIMIZERS, CPU, _session_options
+from edgeprune.runtime.backends.interface import CPU
+from edgeprune.runtime.backends.onnxruntime import _DISABLED_OPTIMIZERS, _session_options
 from edgeprune.targets import PLAIN, TARGETS, Lowering
 
 
