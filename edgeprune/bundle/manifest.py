@@ -17,7 +17,7 @@ from edgeprune.io.files import is_file, is_folder, write_text
 from edgeprune.io.typed_json import from_json, is_text, read_json
 from edgeprune.targets import Lowering, target_named
 
-SCHEMA_VERSION = 13
+SCHEMA_VERSION = 14
 MANIFEST = "manifest.json"
 _MODEL_CONFIG, _MODEL_PROCESSOR = "config.json", "preprocessor_config.json"  # of a transformers folder
 _AGAIN = "Copy the bundle again, or export it again."
@@ -32,6 +32,7 @@ _ADDED: dict[int, dict[str, Any]] = {
     11: {},  # decoders with the inputs of a cut that weighs
     12: {"kv": "same"},
     13: {"smoothing": None},
+    14: {},  # decoders whose steps leave their new rows in their buffers alone
 }
 
 

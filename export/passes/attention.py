@@ -19,12 +19,12 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from edgeprune.bundle.graph_io import LENGTHS, buffer_name, grown_name, scale_name
-from edgeprune.export.passes.fusion import before_reshapes
+from edgeprune.export.passes.fusion import MICROSOFT, before_reshapes
+from edgeprune.export.passes.projection import Projection
 from edgeprune.export.passes.replacement import only_consumer, replace_nodes
 from edgeprune.model.attention import DOMAIN, INPUTS, OPERATOR
 
 BLOCKS = 8
-MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 KV_PREFIXES = ("past_text_", "", "past_visual_")  # name prefixes of keys and values
 MIN_BLOCKED_LENGTH = 64  # shorter steps attend in one piece: their scores are small, and caches are read without a copy
 _ROW = "_one_row"  # the end of the name of a branch
@@ -51,36 +51,32 @@ def one_row_branch(node: ir.Node) -> ir.Graph | None:
 
 
 def _expand(graph: ir.Graph, node: ir.Node, shared: _Shared, packed: _Buffers | None) -> None:
-    inputs = {name: value for name, value in zip(INPUTS, node.inputs, strict=True) if value is not None}
-    tape, query = Tape(), _Query.of(inputs["query"])
+    tape, attention = Tape(), _Attention.of(node)
+    query, inputs = attention.query, attention.inputs
     # The output [KV heads, group, S, head_dim] becomes [S, heads * head_dim] by a Transpose and a Reshape.
     turn = only_consumer(node.outputs[0])
     flat = only_consumer(turn.outputs[0]) if turn is not None else None
     assert turn is not None and flat is not None and (turn.op_type, flat.op_type) == ("Transpose", "Reshape")
-    output = flat.outputs[0]
     one, short = shared.conditions(tape, inputs["mask"])
     row, several, whole, blocks = (_Branch(f"{node.name}{name}", shared) for name in (_ROW, "_several", "_whole", "_blocks"))
+    projection = None if packed is None else packed.projection(attention)
+    several.take(() if projection is None else projection.nodes)
+    output = flat.outputs[0]
     attended = several.op(
         "If",
         short,
         then_branch=whole.graph(whole.attend(query, inputs), like=[output]),
         else_branch=blocks.graph(_attend_in_blocks(blocks, query, inputs, shared.blocks(tape, inputs)), like=[output]),
     )
-    caches = [] if packed is None else packed.caches[node]
-    results: Sequence[ir.Value]
-    if packed is None:
-        results = [row.attend_one(query, inputs, shared.lengths(tape, inputs))]
-    else:
-        one, results = packed.bound, packed.attend(row, node, query, inputs)
-    like = [output, *caches]
-    branches = {
-        "then_branch": row.graph(*results, like=like),
-        "else_branch": several.graph(attended, *(several.op("Identity", cache) for cache in caches), like=like),
-    }
-    value, *grown = tape.op_multi_out("If", [one], branches, num_outputs=len(like))
-    replace_nodes(graph, flat, [flat, turn, node], tape, {output: value})
+    attended.type, attended.shape = output.type, output.shape
     if packed is not None:
-        packed.add_outputs(node, grown)
+        rows = packed.expand(tape, attention, projection, (row, several), attended)
+    else:
+        single = row.graph(row.attend_one(query, inputs, shared.lengths(tape, inputs)), like=[output])
+        rows = tape.op("If", [one], {"then_branch": single, "else_branch": several.graph(attended, like=[output])})
+    # What turned the queries may read values that are in a branch by now.
+    turns = () if projection is None else query.turns
+    replace_nodes(graph, flat, [flat, turn, node, *turns], tape, {output: rows})
 
 
 class _Buffers:
@@ -88,19 +84,20 @@ class _Buffers:
     def __init__(self, graph: ir.Graph, nodes: Sequence[ir.Node], shared: _Shared, kv: str) -> None:
         self._graph, self._quantized = graph, kv == "int8"
         self._layers = {node: _layer(node) for node in nodes}
-        self.caches = {node: self._inputs(node) for node in nodes}
+        self._caches = {node: self._inputs(node) for node in nodes}
         self._scales = {node: self._scale_inputs(node) if self._quantized else [] for node in nodes}
         lengths = self._input(LENGTHS, ir.DataType.INT32, ["lengths"])
-        first, tape = next(iter(self.caches.values()))[0], Tape()
+        first, tape = next(iter(self._caches.values()))[0], Tape()
         one = tape.initializer(ir.tensor(np.ones(1, np.int32), name="buffers_one"))
-        capacity = tape.op("Shape", [first], {"start": 2, "end": 3})
-        self.bound = tape.op("Less", [shared.constant(1), capacity])
+        self._capacity = tape.op("Shape", [first], {"start": 2, "end": 3})
+        self._shared, self._tables = shared, dict[tuple[ir.Value, ir.Value], list[ir.Value]]()
+        self._bound = tape.op("Less", [shared.constant(1), self._capacity])
         # GroupQueryAttention takes the number of keys before this step, and the largest with it.
         self._most = tape.op("Add", [tape.op("ReduceMax", [lengths]), one])
         layers = {"axis": 0, "num_outputs": len(nodes)}
         split = [lengths] if len(nodes) == 1 else tape.op_multi_out("Split", [lengths], layers, num_outputs=len(nodes))
         self._lengths = dict(zip(nodes, split, strict=True))
-        first_row = tape.op("Where", [self.bound, shared.constant(0), shared.constant(-1)])
+        first_row = tape.op("Where", [self._bound, shared.constant(0), shared.constant(-1)])
         _last_row(graph).replace_input_with(1, first_row)
         graph.opset_imports[MICROSOFT] = 1
         for initializer in tape.initializers:
@@ -125,23 +122,101 @@ class _Buffers:
         channels = [_static(key.shape[1]) * _static(key.shape[2])]
         return [self._input(scale_name(self._layers[node], part), ir.DataType.FLOAT, channels) for part in ("key", "value")]
 
-    def attend(self, row: _Branch, node: ir.Node, query: _Query, inputs: dict[str, ir.Value]) -> Sequence[ir.Value]:
-        # The attention of one row of each conversation [conversations, heads * head_dim], and the buffers after it.
-        heads, group, width = query.shape
-        settings: dict[str, Any] = {"num_heads": heads * group, "kv_num_heads": heads}
-        rows = [_in_rows(row, value) for value in (query.rows, inputs["key"], inputs["value"])]
+    def projection(self, attention: _Attention) -> Projection | None:
+        """Return what the operator can rotate itself; None in 8 bits, where only the graph has the row that it adds as it is."""
+        if self._quantized:
+            return None
+        query, inputs = attention.query, attention.inputs
+        return Projection.of(self._graph, query.rows, inputs["key"], inputs["value"], [*query.turns, attention.node])
+
+    def expand(
+        self,
+        tape: Tape,
+        attention: _Attention,
+        projection: Projection | None,
+        branches: tuple[_Branch, _Branch],
+        attended: ir.Value,
+    ) -> ir.Value:
+        """Return the rows of an attention [S, heads * head_dim], in sequences of one token until a last Reshape.
+
+        `branches`: for steps of one token, and for several rows, whose attention is `attended`.
+        """
+        (row, several), node = branches, attention.node
+        width, caches = math.prod(attention.query.shape), self._caches[node]
+        added = () if projection is None else projection.added
+        sequences = ir.Value(type=attended.type, shape=_in_sequences(attended))
+        grown = [self._add_output(node, part, cache) for part, cache in zip(("key", "value"), caches, strict=True)]
+        results = [sequences, *grown, *map(self._take_output, added)]
+        others = [*(several.op("Identity", cache) for cache in caches), *added]
+        in_sequences = several.op("Reshape", attended, several.constant(-1, 1, width))
+        step = row.graph(*self._attend(row, tape, attention, projection), *self._no_rows(row, added), like=results)
+        both = {"then_branch": step, "else_branch": several.graph(in_sequences, *others, like=results)}
+        tape.op_multi_out("If", [self._bound], both, outputs=results)
+        return tape.op("Reshape", [sequences, self._shared.constant(-1, width)])
+
+    def _add_output(self, node: ir.Node, part: str, cache: ir.Value) -> ir.Value:
+        value = ir.Value(name=grown_name(self._layers[node], part), type=cache.type, shape=cache.shape)
+        self._graph.outputs.append(value)
+        return value
+
+    def _take_output(self, value: ir.Value) -> ir.Value:
+        # The output of the graph in the place of a value, which is one of a branch from now on.
+        output = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        self._graph.outputs[self._graph.outputs.index(value)] = output
+        value.name = f"{value.name}_several"
+        return output
+
+    def _attend(self, row: _Branch, tape: Tape, attention: _Attention, projection: Projection | None) -> Sequence[ir.Value]:
+        # The attention of one row of each conversation [conversations, 1, heads * head_dim], and the buffers after it.
+        node, query, inputs = attention.node, attention.query, attention.inputs
+        heads, group, _ = query.shape
         scale = 1.0 if query.scale is None else float(_constant(query.scale))
-        operands: list[ir.Value | None] = [*rows, *self.caches[node], self._lengths[node], self._most]
+        settings: dict[str, Any] = {"num_heads": heads * group, "kv_num_heads": heads, "scale": scale}
+        operands: list[ir.Value | None]
+        if projection is None:
+            operands = [_in_rows(row, value) for value in (query.rows, inputs["key"], inputs["value"])]
+        else:
+            operands = [None if value is None else _in_rows(row, value) for value in projection.operands]
+        operands += [*self._caches[node], self._lengths[node], self._most]
+        if projection is not None:
+            operands += self._rotation(tape, *projection.angles)
+            settings["do_rotary"] = 1
         if self._quantized:
             operands += [*[None] * 5, *self._scales[node]]  # no rotation, positions, bias or sink
             settings |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        mixed, *grown = row.op_multi("GroupQueryAttention", 3, *operands, domain=MICROSOFT, **settings, scale=scale)
-        return [row.op("Reshape", mixed, row.constant(-1, heads * group * width)), *grown]
+        return row.op_multi("GroupQueryAttention", 3, *operands, domain=MICROSOFT, **settings)
 
-    def add_outputs(self, node: ir.Node, after: Sequence[ir.Value]) -> None:
-        for part, cache, value in zip(("key", "value"), self.caches[node], after, strict=True):
-            value.name, value.type, value.shape = grown_name(self._layers[node], part), cache.type, cache.shape
-            self._graph.outputs.append(value)
+    def _rotation(self, tape: Tape, cos: ir.Value, sin: ir.Value) -> list[ir.Value]:
+        # Tables of cosines and sines and each row's place in them [conversations, 1]. The operator expects as many rows as its
+        # buffers have; only the first, of this step's tokens, are read. Pruned tokens keep their positions this way.
+        if (cos, sin) not in self._tables:
+            assert cos.shape is not None
+            half = _static(cos.shape[2])
+            beyond = tape.op("ConstantOfShape", [tape.op("Concat", [self._capacity, self._shared.constant(half)], {"axis": 0})])
+            rows = [tape.op("Reshape", [angles, self._shared.constant(-1, half)]) for angles in (cos, sin)]
+            start, one = (self._number(tape, number) for number in (0, 1))
+            count = tape.op("Squeeze", [tape.op("Shape", [cos], {"start": 0, "end": 1})])
+            places = tape.op("Unsqueeze", [tape.op("Range", [start, count, one]), self._shared.constant(1)])
+            self._tables[cos, sin] = [*(tape.op("Concat", [part, beyond], {"axis": 0}) for part in rows), places]
+        return self._tables[cos, sin]
+
+    def _number(self, tape: Tape, number: int) -> ir.Value:
+        name = f"buffers_number_{number}"
+        return self._graph.initializers.get(name) or tape.initializer(ir.tensor(np.array(number, np.int64), name=name))
+
+    def _no_rows(self, row: _Branch, added: Sequence[ir.Value]) -> list[ir.Value]:
+        # In place of the rows that several tokens add to the caches.
+        return [row.op("Identity", self._empty(value)) for value in added]
+
+    def _empty(self, like: ir.Value) -> ir.Value:
+        assert like.shape is not None
+        sizes = [0, *(_static(size) for size in list(like.shape)[1:])]
+        name = "buffers_none_" + "_".join(map(str, sizes))
+        if name not in self._graph.initializers:
+            none = ir.Value(name=name, const_value=ir.tensor(np.zeros(sizes, np.float32), name=name), type=like.type)
+            none.shape = ir.Shape(sizes)
+            self._graph.register_initializer(none)
+        return self._graph.initializers[name]
 
 
 def _last_row(graph: ir.Graph) -> ir.Node:
@@ -166,12 +241,20 @@ def _layer(node: ir.Node) -> int:
 
 def _in_rows(branch: _Branch, value: ir.Value) -> ir.Value:
     # Rows of heads as [S, 1, heads * head_dim], which they may have been before they got another shape.
-    root = before_reshapes(value)
-    if root.shape is not None and len(root.shape) == 3 and root.shape[1] == 1:
-        return root
+    for found in (value, before_reshapes(value)):
+        if found.shape is not None and len(found.shape) == 3 and found.shape[1] == 1:
+            return found
     assert value.shape is not None
     width = math.prod(size for size in value.shape if isinstance(size, int))
-    return branch.op("Reshape", value, branch.constant(-1, 1, width))
+    rows = branch.op("Reshape", value, branch.constant(-1, 1, width))
+    rows.type, rows.shape = value.type, ir.Shape([value.shape[0], 1, width])
+    return rows
+
+
+def _in_sequences(rows: ir.Value) -> ir.Shape:
+    # The shape of rows [S, width] as [S, 1, width].
+    assert rows.shape is not None
+    return ir.Shape([rows.shape[0], 1, *list(rows.shape)[1:]])
 
 
 def _constant(value: ir.Value) -> np.ndarray:
@@ -186,19 +269,21 @@ class _Query:
     rows: ir.Value
     scale: ir.Value | None
     shape: tuple[int, int, int]  # KV heads, group, head_dim
+    turns: tuple[ir.Node, ...]  # the nodes that do so, the last one first
 
     @classmethod
     def of(cls, query: ir.Value) -> _Query:
         assert query.shape is not None
         shape = _static(query.shape[0]), _static(query.shape[1]), _static(query.shape[3])
-        node, scale = query.producer(), None
+        node, scale, turns = query.producer(), None, list[ir.Node]()
         if node is not None and node.op_type == "Mul":
             turned, scale = node.inputs
+            turns.append(node)
             node = turned.producer() if turned is not None else None
         assert node is not None and node.op_type == "Transpose" and node.inputs[0] is not None
         view = node.inputs[0].producer()
         assert view is not None and view.op_type == "Reshape" and view.inputs[0] is not None
-        return cls(view.inputs[0], scale, shape)
+        return cls(view.inputs[0], scale, shape, (*turns, node, view))
 
     def turned(self, branch: _Branch) -> ir.Value:
         # [KV heads, group, S, head_dim], scaled.
@@ -220,6 +305,19 @@ class _Block:
     end: ir.Value
     visible: ir.Value
     bias: ir.Value
+
+
+@dataclass(frozen=True)
+class _Attention:
+    # A node of BlockedAttention, what it reads by the names of INPUTS, and its queries.
+    node: ir.Node
+    inputs: dict[str, ir.Value]
+    query: _Query
+
+    @classmethod
+    def of(cls, node: ir.Node) -> _Attention:
+        inputs = {name: value for name, value in zip(INPUTS, node.inputs, strict=True) if value is not None}
+        return cls(node, inputs, _Query.of(inputs["query"]))
 
 
 class _Shared:
@@ -287,6 +385,14 @@ class _Branch:
     # Builds the subgraph of one branch. Value names carry its prefix, because names of the outer graph are visible inside.
     def __init__(self, name: str, shared: _Shared) -> None:
         self._name, self._tape, self.constant = name, Tape(), shared.constant
+        self._taken: tuple[ir.Node, ...] = ()
+
+    def take(self, nodes: Sequence[ir.Node]) -> None:
+        """Begin with nodes of the outer graph, which are removed there."""
+        for node in nodes:
+            assert node.graph is not None
+            node.graph.remove(node)
+        self._taken = tuple(nodes)
 
     def op(self, kind: str, *inputs: ir.Value, **attributes: float | Sequence[int] | ir.Graph) -> ir.Value:
         (value,) = self._write(kind, 1, inputs, "", attributes)
@@ -311,7 +417,7 @@ class _Branch:
     def graph(self, *results: ir.Value, like: Sequence[ir.Value] = ()) -> ir.Graph:
         for result, value in zip(results, like or results, strict=True):
             result.type, result.shape = value.type, value.shape
-        return ir.Graph([], list(results), nodes=list(self._tape.nodes), name=self._name)
+        return ir.Graph([], list(results), nodes=[*self._taken, *self._tape.nodes], name=self._name)
 
     def attend_one(self, query: _Query, inputs: dict[str, ir.Value], lengths: ir.Value) -> ir.Value:
         # Like `attend`, for one row of queries: every shape is known, and the mask needs no axis for the heads. No key is copied.

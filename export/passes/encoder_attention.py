@@ -15,8 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from edgeprune.export.passes.attention import MICROSOFT
-from edgeprune.export.passes.fusion import before_reshapes
+from edgeprune.export.passes.fusion import MICROSOFT, before_reshapes
 from edgeprune.export.passes.replacement import only_consumer, replace_nodes
 
 _TURN = [0, 2, 1, 3]  # [views, patches, heads, head_dim] to [views, heads, patches, head_dim], and back

@@ -41,7 +41,8 @@ from edgeprune.export.passes.weights import LazyInitializer, StackedMatrix, matr
 
 _MAX_INPUT, _MAX_OUTPUT = 8192, 512 * 512  # elements; size limits of constant folding
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_RESHAPES = ("Reshape", "Unsqueeze", "Squeeze")
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+RESHAPES = ("Reshape", "Unsqueeze", "Squeeze")
 
 
 def optimize(model: ir.Model) -> None:
@@ -192,7 +193,12 @@ def _join_gemms(graph: ir.Graph, state: ir.Value, layer: str, nodes: Sequence[ir
     if ahead is not None:
         leading = [1, -1] if ahead.shape is not None and ahead.shape[0] == 1 else [-1, 1]
         shape = tape.initializer(ir.tensor(np.array([*leading, sum(sizes)], np.int64), name=f"{layer}.qkv_proj.shape"))
-        joined = tape.op("Reshape", [joined, shape])
+        sequences = tape.op("Reshape", [joined, shape])
+        sequences.type, sequences.shape = (
+            joined.type,
+            ir.Shape([size if size > 0 else _rows(nodes[0]) for size in leading] + [sum(sizes)]),
+        )
+        joined = sequences
     parts = tape.op_multi_out("Split", [joined, split], {"axis": 1 if ahead is None else 2}, num_outputs=len(nodes))
     if ahead is not None:
         parts = [_reshaped(tape, part, node.outputs[0], leading[0]) for part, node in zip(parts, nodes, strict=True)]
@@ -212,7 +218,7 @@ def _rotated(value: ir.Value) -> ir.Value | None:
     if len(consumers) != 1:
         return None
     output = consumers[0].outputs[0]
-    return output if consumers[0].op_type == "RotaryEmbedding" else _rotated(output) if consumers[0].op_type in _RESHAPES else None
+    return output if consumers[0].op_type == "RotaryEmbedding" else _rotated(output) if consumers[0].op_type in RESHAPES else None
 
 
 def _reshaped(tape: Tape, part: ir.Value, like: ir.Value, sequences: int) -> ir.Value:
@@ -234,7 +240,7 @@ def merge_reshapes(graph: ir.Graph) -> None:
     """Replace chains of Reshape, Unsqueeze and Squeeze by one Reshape, or by nothing if the first shape is the last."""
     shapes: dict[tuple[int, ...], ir.Value] = {}
     for node in list(graph):
-        if node.op_type not in _RESHAPES or node.outputs[0].shape is None:
+        if node.op_type not in RESHAPES or node.outputs[0].shape is None:
             continue
         output, root = node.outputs[0], before_reshapes(node.outputs[0])
         sizes = tuple(size if isinstance(size, int) else -1 for size in output.shape or ())
@@ -251,10 +257,37 @@ def merge_reshapes(graph: ir.Graph) -> None:
 def before_reshapes(value: ir.Value) -> ir.Value:
     """Return the value that reshapes made into this one, which is itself if none did."""
     producer = value.producer()
-    if producer is None or producer.op_type not in _RESHAPES:
+    if producer is None or producer.op_type not in RESHAPES:
         return value
     assert producer.inputs[0] is not None
     return before_reshapes(producer.inputs[0])
+
+
+def fuse_sums(graph: ir.Graph) -> None:
+    """Replace a sum and the RMSNormalization behind it by ONNX Runtime's SkipSimplifiedLayerNormalization, which gives both."""
+    for node in list(graph):
+        total = node.inputs[0] if node.op_type == "RMSNormalization" else None
+        add, scale = total.producer() if total is not None else None, node.inputs[-1]
+        if (
+            add is None
+            or total is None
+            or add.op_type != "Add"
+            or scale is None
+            or not _sums_rows(add)
+            or scale.const_value is None
+        ):
+            continue
+        outputs = [ir.Value(), *(ir.Value(name="") for _ in range(2)), ir.Value()]  # no mean, no deviation
+        tape, epsilon = Tape(), node.attributes.get_float("epsilon", 1e-5)
+        inputs, settings = [*add.inputs, scale], {"epsilon": epsilon}
+        tape.op_multi_out("SkipSimplifiedLayerNormalization", inputs, settings, domain=MICROSOFT, outputs=outputs)
+        replace_nodes(graph, add, [add, node], tape, {node.outputs[0]: outputs[0], total: outputs[3]})
+        graph.opset_imports[MICROSOFT] = 1
+
+
+def _sums_rows(add: ir.Node) -> bool:
+    shapes = [list(value.shape or ()) if value is not None else [] for value in add.inputs]
+    return len(shapes[0]) == 2 and shapes[0] == shapes[1]
 
 
 def divide_norms(graph: ir.Graph) -> None:

@@ -16,9 +16,10 @@ from edgeprune.checkpoint.weights import Matrix, address
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.export.passes.attention import expand_blocked
 from edgeprune.export.passes.encoder_attention import fuse_encoder_attention
-from edgeprune.export.passes.fusion import divide_norms, fuse_qkv, fuse_rotation, merge_reshapes, optimize
+from edgeprune.export.passes.fusion import divide_norms, fuse_qkv, fuse_rotation, fuse_sums, merge_reshapes, optimize
 from edgeprune.export.passes.precision import lower_products, lower_table
 from edgeprune.export.passes.recurrence import expand_delta_rules
+from edgeprune.export.passes.sequences import rows_as_sequences
 from edgeprune.export.passes.smoothing import smooth_products
 from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
@@ -55,6 +56,10 @@ def run_passes(
         fuse_encoder_attention(model.graph)
         merge_reshapes(model.graph)
         expand_blocked(model.graph, buffers=buffers, kv=lowering.kv)
+        if part == "layers":
+            fuse_sums(model.graph)
+        if buffers and lowering.precision != "fp32":
+            rows_as_sequences(model.graph)
     if part == "embedding":
         lower_table(model.graph, lowering)
     elif part in ("layers", "vision", "projector"):

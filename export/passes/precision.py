@@ -6,7 +6,7 @@ fuses into that node.
 
 All rows share one quantization range. After a norm, rows have similar magnitudes. Elsewhere single tokens may be a thousand times
 larger than the rest (Sun et al., Massive Activations in Large Language Models, arXiv 2402.17762), so every row is first divided by
-its largest magnitude, and its products are scaled back.
+its largest magnitude, and its products are scaled back. A row that is alone needs no scale beside that of its integers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Lowered = dict[ir.Value, ir.Value]  # maps traced values to their lowered versio
 _FLOATS = {kind: name for name, kind in NARROW.items()}
 _CASTS = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _ZEROS = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}  # their type is that of the rounded inputs
-_NORMS = ("RMSNormalization", "LayerNormalization")
+_NORMS = ("RMSNormalization", "LayerNormalization", "SkipSimplifiedLayerNormalization")
 _MIN_SCALE = 1e-20  # divisor of rows of zeros
 TENSORRT = "trt"  # the domain of TensorRT's own operators, as NVIDIA's ModelOpt writes them
 
@@ -101,7 +101,7 @@ class _Products:
         self._type = TYPES[lowering.products]
         self._known: Lowered = {}
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
-        self._quantizer = DynamicQuantizer()
+        self._quantizer = DynamicQuantizer(steps=part == "layers")
         self._rounded: dict[tuple[ir.Value, float], ir.Value] = {}
         self._steps: dict[tuple[ir.Value, float, str], ir.Value] = {}
         self._in_blocks: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
@@ -192,7 +192,7 @@ class _Products:
         if isinstance(matrix, OwnIntegers):
             if matrix.order is not None:  # inputs that were quantized out of order are sorted by group
                 order = tape.initializer(ir.tensor(matrix.order, name=f"{weight.name}.order"))
-                state = tape.op("Gather", [state, order], {"axis": 1})
+                state = tape.op("Gather", [state, order], {"axis": -1})
             if not matrix.symmetric and self._lowering.target.tensorrt is None:
                 parts.append(tape.initializer(matrix.zero_points(f"{weight.name}.zero_points")))
             elif not matrix.symmetric:
@@ -234,33 +234,63 @@ def _narrowed(tape: Tape, value: ir.Value | None, known: Lowered, kind: str) -> 
 
 
 class DynamicQuantizer:
-    """Writes the int8 products of one graph; a state that several matrices multiply is quantized once."""
+    """Writes the int8 products of one graph; a state that several matrices multiply is quantized once.
 
-    def __init__(self) -> None:
+    `steps`: the graph often has one row, which then costs no more than it must.
+    """
+
+    def __init__(self, *, steps: bool = False) -> None:
+        self._steps, self._one_row = steps, list[ir.Value]()
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]] = {}
 
     def product(self, tape: Tape, state: ir.Value, integers: ir.Value, scales: ir.Value, bias: ir.Value | None) -> ir.Value:
         """Return `state` [..., in] times the matrix `integers` [in, out] times `scales` [out], plus `bias` [out]."""
         if state not in self._quantized:
-            self._quantized[state] = _quantize(tape, state)
+            self._quantized[state] = self._quantize(tape, state)
         rows, scale, zero_point, row_scale = self._quantized[state]
         sums = tape.op("Cast", [tape.op("MatMulInteger", [rows, integers, zero_point])], {"to": ir.DataType.FLOAT})
         product = tape.op("Mul", [sums, tape.op("Mul", [scale, scales])])
         product = product if row_scale is None else tape.op("Mul", [product, row_scale])
         return product if bias is None else tape.op("Add", [product, bias])
 
+    def _quantize(self, tape: Tape, state: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
+        producer, row_scale = state.producer(), None
+        if producer is None or producer.op_type not in _NORMS or state is not producer.outputs[0]:
+            last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{state.name}.last_axis"))
+            least = tape.initializer(ir.tensor(np.array(_MIN_SCALE, np.float32), name=f"{state.name}.least"))
+            alone = producer is not None and len(state.uses()) == 1
+            if alone and producer is not None and one_row_branch(producer) is not None:
+                state, row_scale = _divide_branches(tape, state, last, least)
+            elif alone and producer is not None and producer.op_type == "Mul" and self._steps:
+                state, row_scale = self._divide_several(tape, producer, last, least)
+            else:
+                state, row_scale = _divide_rows(tape, state, last, least)
+        rows, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)
+        return rows, scale, zero_point, row_scale
 
-def _quantize(tape: Tape, state: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
-    producer, row_scale = state.producer(), None
-    if producer is None or producer.op_type not in _NORMS:
-        last = tape.initializer(ir.tensor(np.array([-1], np.int64), name=f"{state.name}.last_axis"))
-        least = tape.initializer(ir.tensor(np.array(_MIN_SCALE, np.float32), name=f"{state.name}.least"))
-        if producer is not None and one_row_branch(producer) is not None and len(state.uses()) == 1:
-            state, row_scale = _divide_branches(tape, state, last, least)
-        else:
-            state, row_scale = _divide_rows(tape, state, last, least)
-    rows, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)
-    return rows, scale, zero_point, row_scale
+    def _divide_several(self, tape: Tape, node: ir.Node, last: ir.Value, least: ir.Value) -> tuple[ir.Value, ir.Value]:
+        # Like `_divide_rows`, for the product of a Mul, if there are several rows. An If is cheaper than five small nodes.
+        outer, state = Tape(), node.outputs[0]
+        if not self._one_row:  # of the first layer, for all
+            two = tape.initializer(ir.tensor(np.array([2], np.int64), name=f"{state.name}.two"))
+            count = outer.op("Shape", [node.inputs[0]], {"start": 0, "end": 1})
+            self._one_row.append(outer.op("Less", [count, two]))
+        one = tape.initializer(ir.tensor(np.ones((1, 1), np.float32), name=f"{state.name}.one"))
+        alone, several = Tape(), Tape()
+        results = [
+            (alone.op("Mul", node.inputs), alone.op("Identity", [one])),
+            _divide_rows(several, several.op("Mul", node.inputs), last, least),
+        ]
+        branches = dict[str, ir.Graph]()
+        for branch, written, (rows, scale) in zip(("then_branch", "else_branch"), (alone, several), results, strict=True):
+            for number, value in enumerate(value for added_node in written.nodes for value in added_node.outputs):
+                value.name = f"{state.name}_{branch}_{number}"
+            rows.type, rows.shape = state.type, state.shape
+            branches[branch] = ir.Graph([], [rows, scale], nodes=list(written.nodes), name=f"{state.name}_{branch}")
+        divided, row_scale = outer.op_multi_out("If", self._one_row, branches, num_outputs=2)
+        assert node.graph is not None
+        replace_nodes(node.graph, node, [node], outer, {state: divided})
+        return divided, row_scale
 
 
 def _divide_rows(tape: Tape, state: ir.Value, last: ir.Value, least: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -16,6 +16,7 @@ import numpy as np
 from edgeprune.runtime.backends.kv_cache import DecoderInput, KvArrays, KvCache
 
 CANCELLED, DEADLINE = "cancelled", "deadline"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"  # ONNX Runtime's names of its execution providers
 
 
 class Cancelled(Exception):

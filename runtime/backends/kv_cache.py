@@ -30,7 +30,7 @@ KvArrays = tuple[np.ndarray, ...]
 
 
 class KvBlock(tuple[np.ndarray, ...]):
-    """Arrays of one shape that lie one behind the other: those of `block` [arrays, rows, kv heads, head_dim].
+    """Arrays of one shape that lie one behind the other: those of `block`, such as [arrays, rows, kv heads, head_dim].
 
     A row of all layers is then one copy instead of some sixty.
     """

@@ -26,7 +26,7 @@ from edgeprune.bundle import (
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names, length_slots
 from edgeprune.errors import BundleError, EngineError, UsageError
 from edgeprune.io.background import run_in_threads
-from edgeprune.runtime.backends.interface import CancellationToken, DecoderOutput, VisionOutput
+from edgeprune.runtime.backends.interface import CPU, CUDA, CancellationToken, DecoderOutput, VisionOutput
 from edgeprune.runtime.backends.kv_cache import (
     DecoderInput,
     KvCache,
@@ -39,7 +39,6 @@ from edgeprune.runtime.backends.kv_cache import (
 from edgeprune.runtime.backends.onnxruntime_steps import BoundStep, BoundSteps, empty_buffers, run, takes_several
 from edgeprune.runtime.backends.step_buffers import Recent
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # By default CUDA multiplies float32 in TF32, which has a mantissa of 10 bits: other tokens would be kept than on a CPU.
 _EXACT = {CUDA: {"use_tf32": "0"}}
 # MatMulAddFusion fuses a matrix product and the residual addition into a Gemm, which has to dequantize its weights at every step:

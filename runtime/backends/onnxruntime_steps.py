@@ -91,12 +91,12 @@ def _is_quantized(node: Any) -> bool:
 class _Binding:
     # The inputs and outputs of the steps of `count` conversations. `embeds` [1, count, width], `positions` [axes, count] and
     # `lengths` [layers, count] are to be filled before each run, `logits` [1, count, vocabulary] and `rows` [arrays, count, kv
-    # heads, head_dim] are filled by it.
+    # heads, head_dim] are filled by it. In 8 bits the graph gives the rows as they are; otherwise they are those of the buffers.
     def __init__(self, session: Any, bundle: Bundle, count: int = 1) -> None:
         self._session, self._binding, shape = session, session.io_binding(), bundle.manifest.decoder
         self._slots = cache_slots(bundle.plan)
         taken = {node.name for node in session.get_inputs()}
-        self._bound: KvArrays = ()
+        self._bound = KvBlock()
         empty = TokenSegment(np.zeros((1, 0, shape.width), np.float32), np.zeros((shape.position_axes, 0), np.int64))
         tokens = TokenSegment(np.zeros((1, count, shape.width), np.float32), np.zeros((shape.position_axes, count), np.int64))
         self.embeds, self.positions = tokens.embeds, tokens.positions
@@ -113,7 +113,8 @@ class _Binding:
         self.logits = np.zeros((1, count, outputs["logits"].shape[2]), np.float32)
         self._binding.bind_ortvalue_output("logits", _value(self.logits))
         self.rows = np.zeros((len(self._slots), count, shape.kv_heads, shape.head_dim), shape.cache_type)
-        for slot, rows in zip(self._slots, self.rows, strict=True):
+        self._given = reads_8_bits(session)
+        for slot, rows in zip(self._slots, self.rows if self._given else (), strict=self._given):
             self._binding.bind_ortvalue_output(rows_name(*slot), _value(rows))
         # Cuts keep none of no visual tokens.
         cuts = kept_names(bundle.plan, "layer", "cache")
@@ -121,7 +122,7 @@ class _Binding:
             np.zeros([size if isinstance(size, int) else 0 for size in outputs[cut].shape], np.int64) for cut in cuts
         )
 
-    def bind_buffers(self, arrays: KvArrays, scales: KvArrays = ()) -> None:
+    def bind_buffers(self, arrays: KvBlock, scales: KvArrays = ()) -> None:
         """Have the steps read and extend these buffers [count, kv heads, capacity, head_dim] in place."""
         if self._bound is arrays:
             return
@@ -137,7 +138,11 @@ class _Binding:
         """Run the steps; return how many milliseconds the graph took."""
         started = time.perf_counter()
         _stoppable(partial(self._session.run_with_iobinding, self._binding), cancellation)
-        return 1e3 * (time.perf_counter() - started)
+        run_ms = 1e3 * (time.perf_counter() - started)
+        if not self._given:
+            arrays, numbers = np.ogrid[: len(self.rows), : self.rows.shape[1]]
+            self.rows[:] = self._bound.block[arrays, numbers, :, self.lengths.repeat(2, axis=0)]
+        return run_ms
 
     def output(self, number: int, run_ms: float) -> DecoderOutput:
         """Return what the last run gave the conversation of this number."""
@@ -175,7 +180,7 @@ class BoundSteps:
         self._embeds = np.zeros((1, count, shape.width), np.float32)
         self._positions = np.zeros((shape.position_axes, count), np.int64)
         self._bindings: dict[tuple[int, int], _Binding] = {}  # for the slots from the first to before the second
-        self._arrays: KvArrays = ()
+        self._arrays = KvBlock()
 
     def forward(self, steps: Sequence[tuple[DecoderInput, KvCache]]) -> list[DecoderOutput | None]:
         """Run steps of one token, each of another conversation; None for those that find no slot."""
@@ -205,7 +210,7 @@ class BoundSteps:
             self._arrays = arrays
         if (first, end) not in self._bindings:
             binding = self._bindings[first, end] = _Binding(self._session, self._bundle, end - first)
-            binding.bind_buffers(tuple(array[first:end] for array in arrays))
+            binding.bind_buffers(KvBlock.of(arrays.block[:, first:end]))
         return self._bindings[first, end]
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from edgeprune.bundle import Bundle
 from edgeprune.bundle.signing import TrustedKeys
 from edgeprune.errors import UsageError
-from edgeprune.runtime.backends.interface import Backend
-from edgeprune.runtime.backends.onnxruntime import CPU, CUDA, OnnxRuntimeBackend
+from edgeprune.runtime.backends.interface import CPU, CUDA, Backend
 
 _TENSORRT, _OPENVINO = "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 TENSORRT = "tensorrt"
@@ -29,6 +28,8 @@ def open_backend(
     if trust and provider != TENSORRT:
         raise UsageError("Only --provider tensorrt loads engines that a key could have signed.", hint="Leave --trust out.")
     if provider in ONNXRUNTIME:
+        from edgeprune.runtime.backends.onnxruntime import OnnxRuntimeBackend  # a quarter of what the runtime takes to import
+
         return OnnxRuntimeBackend(bundle, threads, providers=ONNXRUNTIME[provider], parallel=parallel)
     if provider != TENSORRT:
         raise UsageError(f"Unknown provider {provider!r}.", hint=f"Providers are: {', '.join(PROVIDERS)}.")

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from edgeprune.runtime.backends.kv_cache import CAPACITY, KvArrays, KvCache
+from edgeprune.runtime.backends.kv_cache import CAPACITY, KvArrays, KvBlock, KvCache
 
 T = TypeVar("T")
 _CONVERSATIONS = 8  # that keep their buffers: more than answers at a time
@@ -35,8 +35,8 @@ class StepBuffers:
     that hold as many rows as it is told, or more; None for new ones of exactly as many.
     """
 
-    def __init__(self, layers: int, *, quantized: bool = False, room: Callable[[int, KvCache], KvArrays] | None = None) -> None:
-        self.arrays: KvArrays = ()
+    def __init__(self, layers: int, *, quantized: bool = False, room: Callable[[int, KvCache], KvBlock] | None = None) -> None:
+        self.arrays = KvBlock()
         self.scales: KvArrays = ()
         self._quantized, self._room = quantized, room or self._own_room
         self.lengths = np.zeros(layers, np.int32)
@@ -103,7 +103,7 @@ class StepBuffers:
             array[0, :, : len(visual) - 1] = self._stored(index, visual[1:]).swapaxes(0, 1)
         self.lengths[:], self._length = rows[::2], 1
 
-    def _own_room(self, capacity: int, cache: KvCache) -> KvArrays:
+    def _own_room(self, capacity: int, cache: KvCache) -> KvBlock:
         if self.arrays and self.arrays[0].shape[2] == capacity:
             return self.arrays
         return new_arrays(1, capacity, cache, np.dtype(np.int8) if self._quantized else None)
@@ -125,10 +125,11 @@ class StepBuffers:
         return np.clip(np.rint(steps, out=steps), -_STEPS, _STEPS, out=steps)
 
 
-def new_arrays(conversations: int, capacity: int, cache: KvCache, kind: np.dtype[Any] | None = None) -> KvArrays:
+def new_arrays(conversations: int, capacity: int, cache: KvCache, kind: np.dtype[Any] | None = None) -> KvBlock:
     """Return buffers [conversations, kv heads, capacity, head_dim] like those of a cache, of its type or of another `kind`."""
-    shapes = [(conversations, text.shape[1], capacity, text.shape[2]) for text in cache.buffers]
-    return tuple(np.zeros(shape, kind or text.dtype) for shape, text in zip(shapes, cache.buffers, strict=True))
+    _, heads, width = cache.buffers[0].shape
+    shape = (len(cache.buffers), conversations, heads, capacity, width)
+    return KvBlock.of(np.zeros(shape, kind or cache.buffers[0].dtype))
 
 
 def _within(rows: np.ndarray, scales: np.ndarray) -> bool:

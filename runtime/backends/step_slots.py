@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from edgeprune.runtime.backends.kv_cache import KvArrays, KvCache
+from edgeprune.runtime.backends.kv_cache import KvBlock, KvCache
 from edgeprune.runtime.backends.step_buffers import StepBuffers, new_arrays
 
 _IDLE = 16  # passes without a step after which another conversation may have the slot
@@ -26,7 +26,7 @@ class StepSlots:
     """
 
     def __init__(self, count: int, layers: int) -> None:
-        self.arrays: KvArrays = ()
+        self.arrays = KvBlock()
         self.buffers = [StepBuffers(layers, room=partial(self._room, number)) for number in range(count)]
         self._tenants: list[Callable[[], np.ndarray | None]] = [_nobody] * count  # the text of each conversation
         self._used = [0] * count
@@ -42,7 +42,7 @@ class StepSlots:
                 numbers[index] = self._take(text, numbers, range(len(self.buffers)))
         self._close_gap(numbers)
         placed = [(number, cache) for number, cache in zip(numbers, caches, strict=True) if number is not None]
-        arrays: KvArrays | None = None
+        arrays: KvBlock | None = None
         while arrays is not self.arrays:  # whoever needs more room makes all others begin anew
             arrays = self.arrays
             for number, cache in placed:
@@ -75,14 +75,14 @@ class StepSlots:
             numbers[numbers.index(placed[-1])] = moved
             self._tenants[placed[-1]] = _nobody
 
-    def _room(self, number: int, capacity: int, cache: KvCache) -> KvArrays:
+    def _room(self, number: int, capacity: int, cache: KvCache) -> KvBlock:
         held = self.arrays[0].shape[2] if self.arrays else 0
         alone = all(tenant() is None for other, tenant in enumerate(self._tenants) if other != number)
         if held < capacity or (alone and held != capacity):
             for buffers in self.buffers:
                 buffers.forget()
             self.arrays = new_arrays(len(self.buffers), capacity, cache)
-        return tuple(array[number : number + 1] for array in self.arrays)
+        return KvBlock.of(self.arrays.block[:, number : number + 1])
 
 
 def _nobody() -> None:

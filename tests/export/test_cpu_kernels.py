@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from edgeprune.export.tracing import trace_decoder, trace_embedding, trace_visio
 from edgeprune.model.quantization import dynamically_rounded, quantize
 from edgeprune.plan import KeepPlan
 from edgeprune.plan.presets import unpruned_plan
-from edgeprune.runtime.backends.onnxruntime import CPU, _session_options
+from edgeprune.runtime.backends.interface import CPU
+from edgeprune.runtime.backends.onnxruntime import _DISABLED_OPTIMIZERS, _session_options
 from edgeprune.targets import PLAIN, TARGETS, Lowering
 
 
@@ -104,24 +106,61 @@ def test_a_layer_of_a_decode_step_has_few_nodes(
     trace_decoder(even.family.decoder(), 3, KeepPlan("qwen2_vl", 2, tiny_plan.geometry), cpu("int8"), tmp_path / "decoder.onnx")
     graph = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
     found = Counter(node.op_type for node in graph.node)
-    # One of the three cuts the blocks; the lengths that decide are compared once for all layers.
-    assert found["If"] == 3 and found["Less"] == 2
+    # One cuts the blocks, two are those of attention, and two tell a row that is alone; lengths are compared once for all layers.
+    assert found["If"] == 5 and found["Less"] == 3
     makers = {output: node.op_type for node in graph.node for output in node.output}
     reshapes = ("Reshape", "Unsqueeze", "Squeeze")
     assert not [node.name for node in graph.node if node.op_type in reshapes and makers.get(node.input[0]) in reshapes]
     # Two of these Transposes fuse with each of the products; one row has no scale, which is an Identity.
     products = {"MatMul": 6, "Transpose": 6, "Reshape": 2, **dict.fromkeys(("Mul", "Concat", "Add", "Softmax", "Split", "Sum"), 1)}
+    projection = {"Split": 1, "RotaryEmbedding": 2, "Reshape": 3}  # and two outputs that are none
     attentions = 0
     for node in graph.node:
         branches = {part.name: part.g for part in node.attribute} if node.op_type == "If" else {}
         if not branches or not branches["then_branch"].name.endswith("_one_row"):
             continue
         row, several = (Counter(part.op_type for part in branches[name].node) for name in ("then_branch", "else_branch"))
-        assert row == {**({"GroupQueryAttention": 1, "Reshape": 1} if buffers else products), "Identity": 1}
+        assert row == ({"GroupQueryAttention": 1, "Identity": 3} if buffers else {**products, "Identity": 1})
         scaled = dict.fromkeys(("If", "ReduceMax", "ReduceMin", "Neg", "Max", "Div"), 1)
-        assert several == {**scaled, **({"Identity": 2} if buffers else {})}  # buffers that are none
+        assert several == {**scaled, **({**projection, "Identity": 2} if buffers else {})}  # buffers that are none
         attentions += 1
     assert attentions == 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "kv", "expected"), [("fp32", "same", 13), ("int8", "same", 15), ("int8", "int8", 20), ("int4", "same", 11)]
+)
+def test_a_layer_of_a_decode_step_runs_few_nodes(
+    precision: str, kv: str, expected: int, even: LoadedModel, tiny_plan: KeepPlan, tmp_path: Path
+) -> None:
+    plan = KeepPlan("qwen2_vl", 2, tiny_plan.geometry)
+    trace_decoder(even.family.decoder(), 3, plan, replace(cpu(precision), kv=kv), tmp_path / "decoder.onnx")
+    assert nodes_of_a_layer(tmp_path / "decoder.onnx") == expected
+
+
+@pytest.mark.slow
+def test_norms_of_queries_and_keys_are_few_nodes_more(tmp_path: Path) -> None:
+    kind = import_module("tiny_qwen3_vl")
+    model = load_model(resolve_model(str(kind.folder(tmp_path))))
+    plan = unpruned_plan("qwen3_vl", len(model.family.decoder().layers), model.geometry(kind.SIZE))
+    trace_decoder(model.family.decoder(), 3, plan, cpu("int8"), tmp_path / "decoder.onnx")
+    assert nodes_of_a_layer(tmp_path / "decoder.onnx") == 15 + 7 + 1  # the last adds features of the encoder
+
+
+def nodes_of_a_layer(path: Path) -> int:
+    """Return how many nodes of a decoder run from the last attention but one of a single row to the last."""
+    options = _session_options(1, [CPU], exact=False, integers=True)
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_name("optimized.onnx")), 4
+    onnxruntime.InferenceSession(path, options, providers=[CPU], disabled_optimizers=[_DISABLED_OPTIMIZERS])
+    run = list(onnx.load(path.with_name("optimized.onnx"), load_external_data=False).graph.node)
+    branches = {
+        place: next(part.g for part in node.attribute if part.name == "then_branch").node
+        for place, node in enumerate(run)
+        if node.op_type == "If"
+    }
+    *_, first, second = (place for place, row in branches.items() if "GroupQueryAttention" in {node.op_type for node in row})
+    layer = [node for node in run[first + 1 : second + 1] if node.op_type not in ("Shape", "Less")]  # what layers share
+    return len(layer) + sum(len(row) for place, row in branches.items() if first < place <= second)
 
 
 def test_one_row_attends_as_several_do(

@@ -85,6 +85,21 @@ def test_steps_on_buffers_say_the_same(name: str, tiny: LoadedModel, tiny_image:
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["int8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp32", "int4"))])
+def test_steps_that_rotate_inside_their_attention_say_the_same(
+    precision: str, even: LoadedModel, tiny_image: Image.Image, tmp_path: Path
+) -> None:
+    bundle = export_bundle(even, replace(BASE, layers=2), tmp_path / "bundle", lowering=replace(CPU, precision=precision))
+    said, seen = [], []
+    for buffers in (False, True):
+        with pytest.MonkeyPatch.context() as patch, load(bundle.path) as runtime:
+            seen.append(Seen(patch, buffers=buffers))
+            said.append(talk(runtime, tiny_image))
+    assert said[0] == said[1] and seen[1].bound >= 4 * WORDS
+    for expected, actual in zip(seen[0].logits, seen[1].logits, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["cache, schedule", pytest.param("plain", marks=pytest.mark.slow)])
 def test_steps_on_8_bits_say_nearly_the_same(name: str, even: LoadedModel, tiny_image: Image.Image, tmp_path: Path) -> None:
     plan = PLANS.get(name, BASE)

@@ -20,8 +20,9 @@ from edgeprune.errors import EngineError, UsageError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.runtime import load
 from edgeprune.runtime.backends import onnxruntime as backend
+from edgeprune.runtime.backends.interface import CPU, CUDA
 from edgeprune.runtime.backends.kv_cache import KvCache
-from edgeprune.runtime.backends.onnxruntime import CPU, CUDA, nodes_run
+from edgeprune.runtime.backends.onnxruntime import nodes_run
 from edgeprune.runtime.backends.providers import ONNXRUNTIME, open_backend
 from edgeprune.targets import TARGETS, Lowering
 

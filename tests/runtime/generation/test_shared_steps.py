@@ -53,9 +53,9 @@ class Shared:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Return a bundle for CPUs without cuts."""
-    return export_bundle(tiny, BASE, tmp_path_factory.mktemp("bundles") / "cpu", lowering=CPU)
+def bundle(even: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return a bundle for CPUs without cuts, whose steps rotate inside their attention."""
+    return export_bundle(even, replace(BASE, layers=2), tmp_path_factory.mktemp("bundles") / "cpu", lowering=CPU)
 
 
 @pytest.fixture
