@@ -144,7 +144,7 @@ def _learn_plan(
 ) -> CalibrationResult:
     assert options.output is not None and options.budget is not None
     keep = keep_count(base.tokens_from_encoder, options.budget)
-    bare = replace(base, cuts=base.vision_cuts)  # later cuts act on what this one leaves
+    bare = _learned_onto(base)
     request = _learn_request(options, keep, keep)
     cut = Cut("input", LEARNED, keep, options=request.cut_options)
     base.with_cuts(cut)  # refuses later cuts before anything is learned
@@ -152,6 +152,11 @@ def _learn_plan(
     plan = base.with_cuts(replace(cut, weights=learning.weights))
     loaded.check_plan(plan)
     return _save_plan(options, loaded, plan, CalibrationResult(None, len(samples), learning=learning))
+
+
+def _learned_onto(plan: KeepPlan) -> KeepPlan:
+    # The cuts of a plan that a selection is learned behind. Others act on what it leaves.
+    return replace(plan, cuts=(*plan.vision_cuts, *(cut for cut in plan.layer_cuts if cut.withdraws)))
 
 
 def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnRequest:
@@ -190,8 +195,7 @@ def _learned_again(
     assert options.output is not None
     progress.say("learning again, from all samples")
     request = replace(_learn_request(options, cut.keep, cut.keep), weigh="weigh" in cut.options, merge="merge" in cut.options)
-    bare = replace(plan, cuts=plan.vision_cuts)
-    weights = learn(loaded, samples, bare, request, options.output, progress, kept=folder, gate=False).weights
+    weights = learn(loaded, samples, _learned_onto(plan), request, options.output, progress, kept=folder, gate=False).weights
     return replace(plan, cuts=tuple(replace(each, weights=weights) if each is cut else each for each in plan.cuts))
 
 

@@ -13,6 +13,7 @@ from edgeprune.calibration.learn.closed import TRIES, Settings
 from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, lost
 from edgeprune.methods.base import InputMethod, InputView, Merging, log_weights
 
+
 @dataclass(frozen=True)
 class Choice:
     """What a method keeps of a scene for some of its questions, by their `numbers`.

@@ -1,8 +1,8 @@
 """Training of the option merge through the frozen decoder: what kept tokens gain of the dropped ones nearest to them.
 
-The selection is learned before and stays. Its map begins as one that adds nothing, and the loss is the KL divergence from the unpruned
-model on its own answers, so no labels are needed. Everything between the map and the answers is smooth, so unlike the training of
-the choice this takes no estimate of a gradient.
+The selection is learned before and stays. Its map begins as one that adds nothing, and the loss is the KL divergence from the
+unpruned model on its own answers, so no labels are needed. Everything between the map and the answers is smooth, so unlike the
+training of the choice this takes no estimate of a gradient.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class Merger(Trainee):
 
 def adding_nothing(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of the option with which kept tokens stay as they are, and count as often as they stand for."""
-    gone = {name: torch.zeros_like(tensors[name]) for name in ("added", "added_bias", "attended", "attended_bias")}
-    return {name: tensors[name] for name in ("own", "near", "mattering", "merge_bias")} | gone | {"power": torch.ones_like(tensors["power"])}
+    silent = {name: torch.zeros_like(tensors[name]) for name in ("added", "added_bias", "attended", "attended_bias")}
+    inner = {name: tensors[name] for name in ("own", "near", "mattering", "merge_bias")}
+    return inner | silent | {"power": torch.ones_like(tensors["power"])}
 
 
 def merging_loss(

@@ -21,9 +21,9 @@ import torch
 from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
-from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, measured
 from edgeprune.calibration.learn.merging import EPOCHS as MERGING_EPOCHS
 from edgeprune.calibration.learn.merging import Merger, adding_nothing, merging_loss
+from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, measured
 from edgeprune.calibration.learn.straight import EPOCHS, Chooser, choice_loss
 from edgeprune.calibration.learn.training import Loss, Schedule, Trainee, train
 from edgeprune.calibration.replay.episodes import Recorder
@@ -119,7 +119,10 @@ def learn(
     kept: Path | None = None,
     gate: bool = True,
 ) -> Learning:
-    """Learn a selection of the visual tokens that enter the decoder under `base`, whose cuts are in the vision encoder.
+    """Learn a selection of the visual tokens that enter the decoder under `base`.
+
+    The cuts of `base` are in the vision encoder. Behind one that withdraws all visual tokens inside the decoder, what is learned
+    suits a decoder that looks at them no longer.
 
     `kept`: a folder where what is recorded stays, for other requests over these images. Without one it stays beside `output` only
     if the run is interrupted, and the same request goes on from there. `gate`: also measure rivals. Raises UsageError for
@@ -131,14 +134,17 @@ def learn(
             f"Training needs attention in every layer: most of a {loaded.folder.model_type} have {loaded.family.stateful} instead.",
             hint="Leave --train out: the closed form needs none.",
         )
-    digest, asked = _digest(loaded, base, request), _asked_digest([(sample.images, sample.prompt) for sample in samples])
+    encoded = replace(base, cuts=base.vision_cuts)
+    parts = [*request.cut_options, *(str(cut.layer) for cut in base.layer_cuts)]
+    digest, asked = _digest(loaded, encoded, request), _asked_digest([(sample.images, sample.prompt) for sample in samples])
     folder = output.with_name(f".{output.name}.{digest}.learning") if kept is None else kept / digest
     folder.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(loaded, base, request.max_tokens, request.device)
+    recorder = Recorder(loaded, encoded, request.max_tokens, request.device)
     listener = Listener(recorder.decoder)
     scenes = _record(recorder, listener, samples, request.fit, folder, progress)
-    how = f"{asked}.{request.keep}.{request.least}.{request.rank}.{request.seed}{'.'.join(['', *request.cut_options])}"
+    how = f"{asked}.{request.keep}.{request.least}.{request.rank}.{request.seed}{'.'.join(['', *parts])}"
     state = folder / f"training.{how}.safetensors"
+    listener = Listener.of(loaded.family.decoder(), base) if base.layer_cuts else listener
     found = _learn(loaded, listener, scenes, base, request, state, progress, gate=gate)
     for left in (state, _merging_state(state)):
         left.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ class Scene:
 
 
 class Listener:
-    """The decoder of a model whose own answers are replayed, `plan` being one without cuts in it."""
+    """The decoder of a model whose own answers are replayed. Its plan has no cuts in it, but for a withdrawal."""
 
     def __init__(self, decoder: PrunedDecoder) -> None:
         self.decoder = decoder
@@ -194,7 +194,8 @@ class Listener:
             return torch.as_tensor(prefill.logits[0])
         nothing = Segment(asked.answer.embeds[:, :0], asked.answer.positions[:, :0])
         row = sum((each for each in (weight, logs) if each is not None), torch.zeros(tokens, device=order.device))
-        hide = None if weight is None and logs is None else [row[None].expand(steps, -1)] * len(caches)
+        counts = (tokens if self.decoder.plan.tokens_at_layer(layer) else 0 for layer in range(len(caches)))
+        hide = None if weight is None and logs is None else [row[None, :count].expand(steps, -1) for count in counts]
         output = self.decoder(nothing, nothing, asked.answer, caches, hide=hide, every_logit=True)
         return torch.cat([prefill.logits[0], output.logits[0]])
 

@@ -92,7 +92,10 @@ def straight_through(
 def choice_loss(
     listener: Listener, chooser: Chooser, schedule: Schedule, scene: Scene, done: float, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Return the divergence in nats an answer of the chooser's choice. `done`: the share of the training; `rng`: what to draw from."""
+    """Return the divergence in nats an answer of the chooser's choice.
+
+    `done`: the share of the training. `rng`: what to draw from.
+    """
     keep = schedule.draw(rng)
     first, last = TEMPERATURE
     gates, logs = [], []

@@ -78,7 +78,8 @@ def train(
 ) -> None:
     """Train in place. `state`: where the trainee is kept now and then; an interrupted run goes on from there.
 
-    `loss` is given an image, the share of the training that is done, and what to draw from. `progress` is given the steps done and the mean loss in nats an answer of the last ones.
+    `loss` is given an image, the share of the training that is done, and what to draw from. `progress` is given the steps done and
+    the mean loss in nats an answer of the last ones.
     """
     trainee.begin()
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=trainee.rate, weight_decay=0.0)

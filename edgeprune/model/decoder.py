@@ -175,6 +175,7 @@ class PrunedDecoder(nn.Module):
             if index in self.layer_cuts:
                 cut, method = self.layer_cuts[index]
                 chosen = method.select(self._view(tokens, attended, embeds, layer), self._keep(cut, tier))
+                bias = None if bias is None else _of_kept(bias, tokens.sizes[0], tokens.sizes[1], chosen)
                 tokens = tokens.keep(chosen)
                 kept[str(cut)], attended = tokens.order, None
             hidden, cache = layer.input_layernorm(tokens.hidden), caches[index]
@@ -352,6 +353,13 @@ class PrunedDecoder(nn.Module):
             values=lambda: tokens.split(attended.rows.value)[1],
             embeds=lambda: embeds,
         )
+
+
+def _of_kept(bias: torch.Tensor, before: int, visual: int, chosen: torch.Tensor) -> torch.Tensor:
+    # Without the rows and columns of the visual tokens, behind `before` others, that were dropped.
+    rows = torch.arange(bias.shape[0], device=bias.device)
+    rows = torch.cat([rows[:before], chosen + before, rows[before + visual :]])
+    return bias.index_select(0, rows).index_select(1, rows)
 
 
 def _pick_heads(tokens: TokenRows, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

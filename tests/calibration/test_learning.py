@@ -165,9 +165,10 @@ def test_images_of_one_question_are_a_scene_and_chosen_by_themselves(tiny: Loade
     assert divergence == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("withdrawn", [False, True])
 @pytest.mark.parametrize("family", ["qwen2_vl", "paligemma", "gemma3"])
 def test_the_decoder_says_what_a_cut_that_weighs_answers(
-    family: str, samples: list[Sample], pairs: list[Sample], tmp_path: Path
+    family: str, withdrawn: bool, samples: list[Sample], pairs: list[Sample], tmp_path: Path
 ) -> None:
     # The runtime has the counts as inputs and in its caches, image after image; here they are a bias over one forward pass.
     import importlib
@@ -179,7 +180,10 @@ def test_the_decoder_says_what_a_cut_that_weighs_answers(
     listener, found = recorded(model, asked, model.geometry(made.SIZE))
     cut = Cut("input", "divprune", 3, options={"weigh": True})
     base = unpruned_plan(model.folder.model_type, model.decoder_shape().layers, model.geometry(made.SIZE))
-    recorder, images, _ = ask(reference_model(model, base.with_cuts(cut)), asked[0], "pad", 6)
+    if withdrawn:
+        base = base.with_cuts(Cut("layer", "vtw", 0, layer=base.layers - 1))
+        listener = Listener.of(model.family.decoder(), base)
+    recorder, images, _ = ask(reference_model(model, replace(base, cuts=(cut, *base.cuts))), asked[0], "pad", 6)
     said = torch.stack([torch.as_tensor(step.logits) for step in recorder.steps[images - 1 :]])
 
     choices, counts, start = list[torch.Tensor](), list[torch.Tensor](), 0
@@ -427,7 +431,8 @@ def test_what_a_search_chose_is_learned_again_from_all_samples(
     options = SimpleNamespace(output=tmp_path / "p.json", seed=0, max_tokens=3, fit="pad", device="cpu", settings={"rank": 8})
     again = command._learned_again(options, tiny, samples, found, kept, SILENT)  # type: ignore[arg-type]
     assert 0 < len(asked) == len(samples) - len(few)  # what is recorded of the others serves again
-    whole = learn(tiny, samples, base, REQUEST, tmp_path / "p.json", SILENT, kept=kept, gate=False)
+    behind = base.with_cuts(Cut("layer", "vtw", 0, 2))
+    whole = learn(tiny, samples, behind, REQUEST, tmp_path / "p.json", SILENT, kept=kept, gate=False)
     assert again.weights == [whole.weights] != [first.weights]
     assert [replace(cut, weights=None) for cut in again.cuts] == [replace(cut, weights=None) for cut in found.cuts]
     zero_shot = base.with_cuts(Cut("input", "divprune", 5))

@@ -158,7 +158,7 @@ def test_what_is_not_its_weights_is_refused(weights: Weights) -> None:
         method(weights)
 
 
-def plan_of(model: LoadedModel, width: int = 48, sha256: str | None = None, **options: bool) -> KeepPlan:
+def plan_of(model: LoadedModel, width: int = 48, sha256: str | None = None, **options: Any) -> KeepPlan:
     base = unpruned_plan("qwen2_vl", 3, model.geometry((84, 112)))
     return base.with_cuts(input_cut("learned", 5, width, model=sha256 or model.weights_sha256, **options))
 
@@ -172,7 +172,7 @@ def test_weights_of_another_model_are_refused(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"weigh": True, "merge": True}])
-def test_a_bundle_has_the_weights_with_their_hash(options: dict[str, bool], tiny: LoadedModel, tmp_path: Path) -> None:
+def test_a_bundle_has_the_weights_with_their_hash(options: dict[str, Any], tiny: LoadedModel, tmp_path: Path) -> None:
     plan = plan_of(tiny, **options)
     bundle = export_bundle(tiny, plan, tmp_path / "bundle")
     (weights,) = plan.weights
