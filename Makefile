@@ -48,10 +48,11 @@ test: .venv/.test
 		wait $$checks || { echo "make check failed: see above, or run it alone"; exit 1; }; exit $$tests
 
 test-all: check
-	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, lmms-eval, no kept traces, coverage."
+	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, lmms-eval, no kept traces, coverage, test-arm where it can run."
 	-$(MAKE) --no-print-directory lmms-eval
 	mkdir -p build/coverage
 	EDGEPRUNE_TRACE_CACHE=off COVERAGE_FILE=build/coverage/data $(PYTEST) --all $(COVERED)
+	@if $(BIN)/python tools/test_arm.py build/arm --ready; then $(MAKE) --no-print-directory test-arm; fi
 
 # The root is kept in build/arm. SUITE=trixie has Python 3.13.
 SUITE := bookworm

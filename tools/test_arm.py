@@ -112,6 +112,11 @@ def agreements(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
         yield Agreement(bundle, len(texts[0]), int((texts[0] == texts[1]).sum()), same, _apart(*embeds), _apart(*logits))
 
 
+def distance(array: np.ndarray, reference: np.ndarray) -> float:
+    """Return the root of the mean square of a difference, relative to that of the reference."""
+    return float(np.linalg.norm(array - reference) / np.linalg.norm(reference))
+
+
 def _apart(first: np.ndarray, second: np.ndarray) -> float:
     worst = float(np.abs(first - second).max() / np.abs(first).max())
     return worst if np.isfinite(worst) else float("inf")
@@ -123,9 +128,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the root is kept, and the bundles and records are written")
     parser.add_argument("--suite", choices=PYTHONS, default="bookworm", help="the release of Debian, and so of Python")
     parser.add_argument("--mirror", default=MIRROR)
+    parser.add_argument("--ready", action="store_true", help="only say what is missing, if anything is")
     given = parser.parse_args()
     folder: Path = given.folder.resolve()
     emulator = find_emulator()
+    if given.ready:
+        return
     failed: list[str] = []
     with _timed(f"root of Debian {given.suite}"):
         root = made_root(folder / given.suite, given.suite, given.mirror)
@@ -232,12 +240,17 @@ def _answers(python: Path, folder: Path) -> bool:
     _quietly(sys.executable, *asking, folder / "x86.npz")
     _quietly(sys.executable, *asking, folder / "noise.npz", "--noise", NOISE)
     _quietly(python, *asking, folder / "aarch64.npz", environment=_alone())
-    record = dict(np.load(folder / "x86.npz"))
-    as_aarch64 = list(agreements(record, dict(np.load(folder / "aarch64.npz"))))
+    x86, aarch64, noisy = (dict(np.load(folder / f"{name}.npz")) for name in ("x86", "aarch64", "noise"))
+    as_aarch64 = list(agreements(x86, aarch64))
     print(f"x86 beside aarch64, and beside x86 with pixels that differ by {NOISE}:")
     print("bundle             answers  kept sets  visual tokens  logits    | answers  kept sets  visual tokens  logits")
-    for one, other in zip(as_aarch64, agreements(record, dict(np.load(folder / "noise.npz"))), strict=True):
+    for one, other in zip(as_aarch64, agreements(x86, noisy), strict=True):
         print(f"{one.bundle:18} {_columns(one)} | {_columns(other)}{'' if one.fits else '  FAILED'}")
+    cost = [distance(each["cpu-int8/embeds"], each["cpu-fp32/embeds"]) for each in (x86, aarch64)]
+    moved = distance(noisy["cpu-int8/embeds"], x86["cpu-int8/embeds"])
+    print(
+        f"int8's visual tokens are from fp32's: {cost[0]:.4f} on x86, {cost[1]:.4f} as aarch64; from those of such pixels: {moved:.4f}"
+    )
     return all(each.fits for each in as_aarch64)
 
 
