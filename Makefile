@@ -52,12 +52,12 @@ test-all: check
 	-$(MAKE) --no-print-directory lmms-eval
 	mkdir -p build/coverage
 	EDGEPRUNE_TRACE_CACHE=off COVERAGE_FILE=build/coverage/data $(PYTEST) --all $(COVERED)
-	@if $(BIN)/python tools/test_arm.py build/arm --ready; then $(MAKE) --no-print-directory test-arm; fi
+	@if $(BIN)/python tools/arm.py build/arm --ready; then $(MAKE) --no-print-directory test-arm; fi
 
 # The root is kept in build/arm. SUITE=trixie has Python 3.13.
 SUITE := bookworm
 test-arm: .venv/.test
-	$(BIN)/python tools/test_arm.py build/arm --suite $(SUITE)
+	$(BIN)/python tools/arm.py build/arm --suite $(SUITE)
 
 # What subprocesses run is not counted.
 COVERED := --cov --cov-report=term --cov-report=xml:build/coverage/coverage.xml

@@ -1,4 +1,4 @@
-"""Ask bundles about scenes and write down what came out. `tools/test_arm.py` runs it on x86 and under emulation.
+"""Ask bundles about scenes and write down what came out. `tools/arm.py` runs it on x86 and under emulation.
 
 It needs the runtime alone. For each bundle NAME of a folder, the output has NAME/texts [n], NAME/kept [n, K] (the indices of all
 cuts), NAME/embeds [n, V, hidden] (what the vision encoder made) and NAME/logits [n, vocabulary] (those of the first token).

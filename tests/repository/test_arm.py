@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from repository import ROOT, TESTS, tool
 
-TOOL = tool("test_arm")
+TOOL = tool("arm")
 
 
 def record(**changed: np.ndarray) -> dict[str, np.ndarray]:
