@@ -43,6 +43,7 @@ CPU revision	: 1
 """
 SCRIPT = """\
 #!/bin/sh
+unset PYTHONPATH
 export PYTHONHOME={root}/usr PYTHONNOUSERSITE=1 PYTHONPYCACHEPREFIX={folder}/bytecode OMP_NUM_THREADS=1
 exec {emulator} -cpu {cpu} -L {root} {root}/usr/bin/python{python} "$@"
 """
@@ -225,21 +226,22 @@ def installed(root: Path, emulator: str, folder: Path, python: str) -> Path:
 
 def _doctor(python: Path, folder: Path) -> bool:
     importing = "import edgeprune.runtime, platform; assert platform.machine() == 'aarch64'"
-    subprocess.run([str(python), "-P", "-c", importing], check=True, env=_alone())
-    return subprocess.run([str(python), "-P", "-m", "edgeprune", "doctor"], env=_alone()).returncode == 0
+    subprocess.run([str(python), "-P", "-c", importing], check=True)
+    return subprocess.run([str(python), "-P", "-m", "edgeprune", "doctor"]).returncode == 0
 
 
 def _answers(python: Path, folder: Path) -> bool:
     # Exported and asked on x86, and asked as aarch64. The third record shows how far x86 is from itself after the least change.
     bundles, scenes = folder / "bundles", folder / "scenes"
     here = [sys.executable, "-m", "edgeprune"]
+    shutil.rmtree(bundles, ignore_errors=True)
     for name, options in BUNDLES.items():
-        _quietly(*here, "export", "tabletop", "-o", bundles / name, "--force", *options)
+        _quietly(*here, "export", "tabletop", "-o", bundles / name, *options)
     _quietly(*here, "tabletop", scenes, "--scenes", SCENES, "--seed", SEED, "--force")
     asking = (ROOT / "tools" / "arm_answers.py", bundles, scenes / "dataset.jsonl", "-o")
     _quietly(sys.executable, *asking, folder / "x86.npz")
     _quietly(sys.executable, *asking, folder / "noise.npz", "--noise", NOISE)
-    _quietly(python, *asking, folder / "aarch64.npz", environment=_alone())
+    _quietly(python, *asking, folder / "aarch64.npz")
     x86, aarch64, noisy = (dict(np.load(folder / f"{name}.npz")) for name in ("x86", "aarch64", "noise"))
     as_aarch64 = list(agreements(x86, aarch64))
     print(f"x86 beside aarch64, and beside x86 with pixels that differ by {NOISE}:")
@@ -248,9 +250,8 @@ def _answers(python: Path, folder: Path) -> bool:
         print(f"{one.bundle:18} {_columns(one)} | {_columns(other)}{'' if one.fits else '  FAILED'}")
     cost = [distance(each["cpu-int8/embeds"], each["cpu-fp32/embeds"]) for each in (x86, aarch64)]
     moved = distance(noisy["cpu-int8/embeds"], x86["cpu-int8/embeds"])
-    print(
-        f"int8's visual tokens are from fp32's: {cost[0]:.4f} on x86, {cost[1]:.4f} as aarch64; from those of such pixels: {moved:.4f}"
-    )
+    print(f"int8's visual tokens are from fp32's: {cost[0]:.4f} on x86, {cost[1]:.4f} as aarch64")
+    print(f"and on x86 from those of such pixels: {moved:.4f}")
     return all(each.fits for each in as_aarch64)
 
 
@@ -262,14 +263,14 @@ def _columns(each: Agreement) -> str:
 def _node(python: Path, folder: Path) -> bool:
     # The camera and the questions come from this machine over Zenoh, and so do the answers that are expected.
     shutil.rmtree(folder / "tiny", ignore_errors=True)
-    named = {"EDGEPRUNE_NODE_PYTHON": str(python), "EDGEPRUNE_TINY_BUNDLE": str(folder / "tiny")}
+    named = {"EDGEPRUNE_NODE_PYTHON": str(python), "EDGEPRUNE_TINY_BUNDLE": str(folder / "tiny"), "EDGEPRUNE_TEST_WAIT": "180"}
     return _pytest(Path(sys.executable), os.environ | named, NODE_TEST)
 
 
 def _tests(python: Path, folder: Path) -> bool:
     options = ("-p", "without_torch", "-n", "2", "--dist", "worksteal", *LEFT_OUT)
     named = {"EDGEPRUNE_TINY_BUNDLE": str(folder / "tiny"), "PYTHONSAFEPATH": "1"}  # the wheel, not the tree
-    return _pytest(python, _alone() | named, *options, *(f"tests/{name}" for name in ROOMS))
+    return _pytest(python, os.environ | named, *options, *(f"tests/{name}" for name in ROOMS))
 
 
 def _pytest(python: Path, environment: Mapping[str, str], *arguments: str) -> bool:
@@ -277,15 +278,10 @@ def _pytest(python: Path, environment: Mapping[str, str], *arguments: str) -> bo
     return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
 
 
-def _quietly(*command: object, environment: Mapping[str, str] = os.environ) -> None:
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
+def _quietly(*command: object) -> None:
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{result.stderr}")
-
-
-def _alone() -> dict[str, str]:
-    # What is emulated imports the wheel, and nothing from where this machine's Python looks.
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 @contextmanager
