@@ -33,6 +33,7 @@ from edgeprune.plan.presets import unpruned_plan
 from edgeprune.registry import family_class
 
 _FITPRUNE_NOT_TRIED = "fitprune: its statistics take longer than the search; --method fitprune --statistics FILE collects them"
+_LEARNED: tuple[dict[str, Any], ...] = ({}, {"weigh": True}, {"weigh": True, "merge": True})  # of a search
 LEARNED_SHARES = 0.5, 0.1  # what a search learns for if its target is no share of the work
 _BEFORE_WITHDRAWAL = 1.5  # an input cut keeps up to so many times the target's share if a withdrawal follows
 
@@ -145,7 +146,7 @@ def _learn_plan(
     keep = keep_count(base.tokens_from_encoder, options.budget)
     bare = replace(base, cuts=base.vision_cuts)  # later cuts act on what this one leaves
     request = _learn_request(options, keep, keep)
-    cut = Cut("input", LEARNED, keep, options={"weigh": True} if request.weigh else {})
+    cut = Cut("input", LEARNED, keep, options=request.cut_options)
     base.with_cuts(cut)  # refuses later cuts before anything is learned
     learning = learn(loaded, samples, bare, request, options.output, progress, kept=options.statistics)
     plan = base.with_cuts(replace(cut, weights=learning.weights))
@@ -161,7 +162,7 @@ def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnReq
 def _learned_candidates(
     options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], unpruned: KeepPlan, folder: Path, progress: Progress
 ) -> tuple[list[Cut], str]:
-    # Cuts of the method learned for a search, without and with the option weigh, or why there are none. `folder`: what is recorded.
+    # Cuts of the method learned for a search, each with some of its options, or why there are none. `folder`: what is recorded.
     assert options.output is not None
     share = options.goal().flops
     shares = LEARNED_SHARES if share is None else (min(1.0, _BEFORE_WITHDRAWAL * share), share)
@@ -169,10 +170,10 @@ def _learned_candidates(
     cuts, why_not = list[Cut](), ""
     try:
         check_images(len({str(sample.image) for sample in samples}), "The samples show")  # before the model is asked
-        for weigh in (False, True):
-            request = replace(_learn_request(options, most, least), weigh=weigh)
+        for chosen in _LEARNED:
+            request = replace(_learn_request(options, most, least), **chosen)
             learning = learn(loaded, samples, unpruned, request, options.output, progress, kept=folder, gate=False)
-            cuts.append(Cut("input", LEARNED, 1, options={"weigh": True} if weigh else {}, weights=learning.weights))
+            cuts.append(Cut("input", LEARNED, 1, options=request.cut_options, weights=learning.weights))
     except UsageError as error:
         cuts, why_not = [], f"learned: {error.message}"
     return cuts, why_not
@@ -188,7 +189,7 @@ def _learned_again(
         return plan
     assert options.output is not None
     progress.say("learning again, from all samples")
-    request = replace(_learn_request(options, cut.keep, cut.keep), weigh="weigh" in cut.options)
+    request = replace(_learn_request(options, cut.keep, cut.keep), weigh="weigh" in cut.options, merge="merge" in cut.options)
     bare = replace(plan, cuts=plan.vision_cuts)
     weights = learn(loaded, samples, bare, request, options.output, progress, kept=folder, gate=False).weights
     return replace(plan, cuts=tuple(replace(each, weights=weights) if each is cut else each for each in plan.cuts))

@@ -65,9 +65,14 @@ class Sums:
         return self.total / self.count
 
     @property
+    def variance(self) -> torch.Tensor:
+        """The variance [d] of the tokens, but for rounding."""
+        return self.products.diagonal() / self.count - self.mean.square()
+
+    @property
     def deviation(self) -> torch.Tensor:
         """The deviation σ [d] of the tokens; of what never changes it is large, so that it counts for nothing."""
-        variance = self.products.diagonal() / self.count - self.mean.square()
+        variance = self.variance
         constant = variance <= _TINY * variance.max()
         return torch.where(constant, variance.max().clamp_min(_TINY) * 1e6, variance).sqrt()
 

@@ -11,10 +11,23 @@ import torch
 
 from edgeprune.calibration.learn.closed import TRIES, Settings
 from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, lost
-from edgeprune.methods.base import InputView, represented
+from edgeprune.methods.base import InputMethod, InputView, Merging, log_weights
 
-Select = Callable[[InputView, int], torch.Tensor]
-Places = Callable[[torch.Tensor], torch.Tensor]
+@dataclass(frozen=True)
+class Choice:
+    """What a method keeps of a scene for some of its questions, by their `numbers`.
+
+    `images`: of each image, the index of its first token in the scene, its tokens [V, width], and the ascending positions [K] of
+    those that stay.
+    """
+
+    numbers: list[int]
+    images: list[tuple[int, torch.Tensor, torch.Tensor]]
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """The indices of all kept tokens in the scene."""
+        return torch.cat([start + chosen for start, _, chosen in self.images])
 
 
 @dataclass
@@ -26,20 +39,18 @@ class HeldOut:
     width: int
 
     @torch.no_grad()
-    def divergence(self, select: Select, keeps: Sequence[int], most: int | None = None, *, places: Places | None = None) -> float:
-        """Return the mean divergence in nats an answer of a selection, over questions and `keeps`; of the first `most` images.
+    def divergence(self, method: InputMethod, keeps: Sequence[int], most: int | None = None, *, weigh: bool = False) -> float:
+        """Return the mean divergence in nats an answer under a method, over questions and `keeps`; of the first `most` images.
 
-        `places`: the metric of a cut that weighs.
+        `weigh`: the decoder attends to each kept token by how many it stands for.
         """
         total, questions = 0.0, 0
         for load in self.scenes[:most]:
             scene = load()
-            visual = scene.images(self.width)
             for keep in keeps:
-                for chosen, numbers in _alike(select, scene, visual, keep):
-                    some = scene.only(numbers)
-                    counts = None if places is None else _counts(places, scene, visual, chosen)
-                    total += float(lost(some, self.listener.logits(some, chosen=chosen, counts=counts)).sum())
+                for choice in alike(method, scene, scene.images(self.width), keep):
+                    some = scene.only(choice.numbers)
+                    total += float(lost(some, self.listener.logits(some, **_kept(method, scene, choice, weigh=weigh))).sum())
             questions += len(scene.asked) * len(keeps)
         return total / questions
 
@@ -63,25 +74,36 @@ def search(score: Callable[[Settings], float], progress: Callable[[int], None]) 
 MOST_TRIED = 1 + sum(len(values) - 1 for values in TRIES.values())  # the defaults are among the values
 
 
-def _alike(select: Select, scene: Scene, visual: Sequence[torch.Tensor], keep: int) -> list[tuple[torch.Tensor, list[int]]]:
-    # Questions with the same choice go through the decoder together. Each image has a choice of its own.
+def alike(method: InputMethod, scene: Scene, images: Sequence[torch.Tensor], keep: int) -> list[Choice]:
+    """Return what a method keeps of each of the images [V, width] of a scene.
+
+    Questions with the same choice go through the decoder together.
+    """
     starts = np.cumsum([0, *scene.sizes[:-1]]).tolist()
-    groups: dict[tuple[int, ...], list[int]] = {}
-    chosen: dict[tuple[int, ...], torch.Tensor] = {}
-    for index, asked in enumerate(scene.asked):
-        found = torch.cat([start + select(_view(tokens, asked), keep) for start, tokens in zip(starts, visual, strict=True)])
-        key = tuple(found.tolist())
-        groups.setdefault(key, []).append(index)
-        chosen[key] = found
-    return [(chosen[key], group) for key, group in groups.items()]
+    found: dict[tuple[int, ...], Choice] = {}
+    for number, asked in enumerate(scene.asked):
+        chosen = [method.select(_view(tokens, asked), keep) for tokens in images]
+        choice = Choice([number], list(zip(starts, images, chosen, strict=True)))
+        found.setdefault(tuple(choice.chosen.tolist()), replace(choice, numbers=[])).numbers.append(number)
+    return list(found.values())
 
 
-def _counts(places: Places, scene: Scene, visual: Sequence[torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
-    # How many tokens of its image each chosen one stands for.
-    kept = torch.zeros(sum(scene.sizes), dtype=torch.bool, device=chosen.device).index_fill(0, chosen, True)
-    of_each = torch.split(kept, list(scene.sizes))
-    return torch.cat([represented(places(tokens), torch.nonzero(of)[:, 0]) for tokens, of in zip(visual, of_each, strict=True)])
+def _kept(method: InputMethod, scene: Scene, choice: Choice, *, weigh: bool) -> dict[str, torch.Tensor | None]:
+    # What the decoder is given of a choice: `visual`, `chosen` and `logs` of `Listener.logits`.
+    visual, logs = scene.visual.embeds, list[torch.Tensor]()
+    for start, tokens, chosen in choice.images:
+        view = _view(tokens, scene.asked[choice.numbers[0]])
+        if isinstance(method, Merging) and getattr(method, "merges", True):
+            visual = replaced(visual, start + chosen, method.merge(view, chosen))
+        logs += [log_weights(method, view, chosen)] if weigh else []
+    return {"visual": visual, "chosen": choice.chosen, "logs": torch.cat(logs) if weigh else None}
 
 
 def _view(visual: torch.Tensor, asked: Asked) -> InputView:
     return InputView(visual, asked.words[:, : visual.shape[1]])
+
+
+def replaced(visual: torch.Tensor, chosen: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """Return visual tokens [1, V, d] with other first columns [K, width] of the chosen [K]; columns behind them are planes."""
+    rows = torch.cat([embeds, visual[0, :, embeds.shape[1] :].index_select(0, chosen)], dim=1)
+    return visual.index_copy(1, chosen, rows[None])

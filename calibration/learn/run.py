@@ -22,12 +22,14 @@ from edgeprune.calibration.data.samples import Sample, check_images
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
 from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, measured
-from edgeprune.calibration.learn.straight import BATCH, Schedule, Trainee, train
+from edgeprune.calibration.learn.merging import EPOCHS as MERGING_EPOCHS
+from edgeprune.calibration.learn.merging import Merger, adding_nothing, merging_loss
+from edgeprune.calibration.learn.straight import EPOCHS, Chooser, choice_loss
+from edgeprune.calibration.learn.training import Loss, Schedule, Trainee, train
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
 from edgeprune.io.progress import Progress
-from edgeprune.methods.base import unit
 from edgeprune.methods.learned import Learned, write
 from edgeprune.model import Segment
 from edgeprune.plan import Cut, KeepPlan, Weights
@@ -36,7 +38,6 @@ from edgeprune.runtime.media.likeness import distance, image_place
 
 HELD_OUT = 4  # every fourth image
 MOST_HELD_OUT = 24
-EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 60, 400
 # Methods without learning that need no signal of the vision encoder; the baselines are not among them.
 FIRST_IMAGES, FINALISTS = 6, 3
 RIVALS = ("cdpruner", "dart", "divprune", "zspaprune")
@@ -50,7 +51,7 @@ _FORM = 2  # of what is recorded
 class LearnRequest:
     """What is learned: a selection of `keep` visual tokens, and of `least` for weights that tiers share.
 
-    `weigh`: for a cut with the option weigh.
+    `weigh`, `merge`: for a cut with these options.
     """
 
     keep: int
@@ -62,12 +63,18 @@ class LearnRequest:
     fit: str
     device: str
     weigh: bool = False
+    merge: bool = False
+
+    @property
+    def cut_options(self) -> dict[str, bool]:
+        """The options of the cut."""
+        return {name: True for name in ("weigh", "merge") if getattr(self, name)}
 
     @classmethod
     def of(cls, keep: int, least: int, settings: Mapping[str, Any], **common: Any) -> LearnRequest:
         """Return a request by the method's options; those that `settings` leave out have their defaults. `common`: the rest."""
         chosen = {option.name: option.default for option in options_of("learned", calibration=True)} | dict(settings)
-        return cls(keep, least, chosen["rank"], chosen["train"], weigh=chosen["weigh"], **common)
+        return cls(keep, least, chosen["rank"], chosen["train"], weigh=chosen["weigh"], merge=chosen["merge"], **common)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,10 @@ class Rival:
 
 @dataclass(frozen=True)
 class Learning:
-    """Learned weights, and how they compare. `images` were learned from, `held_out` others; `rivals` are in order."""
+    """Learned weights, and how they compare. `images` were learned from, `held_out` others; `rivals` are in order.
+
+    `trained`: whether training the choice helped. `unmerged`: the divergence before the option merge was learned, if it was.
+    """
 
     weights: Weights
     images: int
@@ -90,6 +100,7 @@ class Learning:
     trained: bool
     divergence: float
     rivals: tuple[Rival, ...]
+    unmerged: float | None = None
 
     @property
     def ahead(self) -> bool:
@@ -126,10 +137,11 @@ def learn(
     recorder = Recorder(loaded, base, request.max_tokens, request.device)
     listener = Listener(recorder.decoder)
     scenes = _record(recorder, listener, samples, request.fit, folder, progress)
-    how = f"{asked}.{request.keep}.{request.least}.{request.rank}.{request.seed}{'.weighed' if request.weigh else ''}"
+    how = f"{asked}.{request.keep}.{request.least}.{request.rank}.{request.seed}{'.'.join(['', *request.cut_options])}"
     state = folder / f"training.{how}.safetensors"
     found = _learn(loaded, listener, scenes, base, request, state, progress, gate=gate)
-    state.unlink(missing_ok=True)
+    for left in (state, _merging_state(state)):
+        left.unlink(missing_ok=True)
     if kept is None:
         shutil.rmtree(folder)
     return found
@@ -154,26 +166,43 @@ def _learn(
     keeps = tuple(dict.fromkeys((request.keep, request.least)))
     header: dict[str, Any] = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
 
-    def weights(tensors: dict[str, torch.Tensor], question: float) -> Weights:
-        return write(tensors, {**header, "question": question})
+    def method(tensors: dict[str, torch.Tensor], question: float) -> Learned:
+        found = write(tensors, {**header, "question": question})
+        options = request.cut_options if "own" in tensors else {}
+        return Learned(Cut("input", "learned", request.keep, options=options, weights=found), base.geometry)
 
     def divergence(tensors: dict[str, torch.Tensor], question: float) -> float:
-        method = Learned(Cut("input", "learned", request.keep, weights=weights(tensors, question)), base.geometry)
-        return judge.divergence(method.select, keeps, places=method.places if request.weigh else None)
+        return judge.divergence(method(tensors, question), keeps, weigh=request.weigh)
 
     sums = _sums(rest, width)
     rank = min(request.rank, width)
     counted = progress.count("comparing settings", MOST_TRIED)
     settings, closed = search(lambda each: divergence(closed_form(sums, each, rank), each.question), counted)
-    best, lowest, trained = closed_form(sums, settings, rank), closed, False
+    best, lowest, trained, unmerged = closed_form(sums, settings, rank), closed, False, None
+
+    def schedule(epochs: int, batch: int) -> Schedule:
+        return Schedule.of(epochs, len(rest), batch, keeps, request.seed, weigh=request.weigh)
+
     if request.train:
-        tensors = _train(listener, rest, sums, best, keeps, request, state, progress)
+        chooser = Chooser(best, sums.mean, sums.deviation, request.seed)
+        plan = schedule(EPOCHS, chooser.batch)
+        _train("training", chooser, partial(choice_loss, listener, chooser, plan), plan, rest, state, progress)
+        tensors = chooser.tensors()
         lowest = divergence(tensors, settings.question)
         trained = lowest < closed
         best, lowest = (tensors, lowest) if trained else (best, closed)
+    if request.merge:
+        merger, unmerged = Merger(sums, request.seed), lowest
+        plan = schedule(MERGING_EPOCHS, merger.batch)
+        loss = partial(merging_loss, listener, merger, method(best, settings.question), plan)
+        _train("learning to merge", merger, loss, plan, rest, _merging_state(state), progress)
+        merged = best | merger.averaged_tensors()
+        lowest = divergence(merged, settings.question)
+        best, lowest = (merged, lowest) if lowest < unmerged else (best | adding_nothing(merged), unmerged)
     rivals = _rivals(judge, base, request, keeps, progress) if gate else ()
     header["seen"] = seen(rest, held, width, best)
-    return Learning(weights(best, settings.question), len(rest), len(held), settings, trained, lowest, rivals)
+    weights = write(best, {**header, "question": settings.question})
+    return Learning(weights, len(rest), len(held), settings, trained, lowest, rivals, unmerged)
 
 
 def seen(
@@ -205,36 +234,28 @@ def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:
     return sums
 
 
+def _merging_state(state: Path) -> Path:
+    return state.with_suffix(".merging.safetensors")
+
+
 def _train(
-    listener: Listener,
-    scenes: Sequence[Callable[[], Scene]],
-    sums: Sums,
-    start: dict[str, torch.Tensor],
-    keeps: tuple[int, ...],
-    request: LearnRequest,
-    state: Path,
-    progress: Progress,
-) -> dict[str, torch.Tensor]:
-    steps = min(MOST_STEPS, max(FEWEST_STEPS, EPOCHS * len(scenes) // BATCH))
-    counted = progress.count("training, steps", steps)
-    trainee = Trainee(start, sums.mean, sums.deviation, request.seed)
-    schedule = Schedule(steps, keeps, request.seed, request.weigh)
-    train(listener, scenes, trainee, schedule, state, lambda done, loss: counted(done, f"loss {loss:.3f} nats"))
-    return trainee.tensors()
+    what: str, trainee: Trainee, loss: Loss, plan: Schedule, scenes: Sequence[Callable[[], Scene]], state: Path, progress: Progress
+) -> None:
+    counted = progress.count(f"{what}, steps", plan.steps)
+    train(scenes, trainee, loss, plan, state, lambda done, lost: counted(done, f"loss {lost:.3f} nats"))
 
 
 def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequence[int], progress: Progress) -> tuple[Rival, ...]:
     # All variants on a few images, then the best of them on all.
     variants = _variants(weigh=request.weigh)
     counted = progress.count("comparing methods that learn nothing", len(variants) + FINALISTS)
-    places = unit if request.weigh else None
 
     def compare(compared: Sequence[Rival], images: int | None, before: int) -> list[Rival]:
         found = []
         for number, each in enumerate(compared, start=1):
             cut = Cut("input", each.method, request.keep, options=each.options)
-            select = method_class(each.method)(cut, base.geometry).select
-            found.append(replace(each, divergence=judge.divergence(select, keeps, images, places=places)))
+            method = method_class(each.method)(cut, base.geometry)
+            found.append(replace(each, divergence=judge.divergence(method, keeps, images, weigh=request.weigh)))
             counted(before + number)
         return sorted(found, key=lambda rival: rival.divergence)
 

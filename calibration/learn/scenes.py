@@ -127,20 +127,20 @@ class Listener:
         visual: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
-        counts: torch.Tensor | None = None,
+        logs: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits [answer tokens, vocabulary] of all answers, question after question.
 
         `visual`: other embeddings of the visual tokens. `chosen` [K]: the visual tokens that there
-        are. `gate` [V]: the weight from 0 to 1 with which others attend to each, exact at 1. `counts` [V] or [K]: how many tokens
-        each visual token stands for, by which it is attended to.
+        are. `gate` [V]: the weight from 0 to 1 with which others attend to each, exact at 1. `logs` [V] or [K]: what is added
+        to the attention scores towards each visual token.
         """
         seen = scene.visual if visual is None else Segment(visual, scene.visual.positions)
         order = torch.arange(seen.embeds.shape[1], device=seen.embeds.device)
         if chosen is not None:
             seen, order = Segment(seen.embeds.index_select(1, chosen), seen.positions.index_select(1, chosen)), chosen
-        added = None if gate is None else torch.log(gate + DROPPED), None if counts is None else torch.log(counts)
-        parts = [self._replayed(scene.prefix, seen, pack, order, *added) for pack in self.packs(scene.asked)]
+        weight = None if gate is None else torch.log(gate + DROPPED)
+        parts = [self._replayed(scene.prefix, seen, pack, order, weight, logs) for pack in self.packs(scene.asked)]
         return torch.cat(parts)
 
     def packs(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:

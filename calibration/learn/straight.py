@@ -8,11 +8,7 @@ Only score and metric are trained; they begin with the closed form.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,22 +16,21 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost
-from edgeprune.io.files import write_bytes
+from edgeprune.calibration.learn.training import Schedule, Trainee
 from edgeprune.methods.base import represented
 from edgeprune.methods.learned import MARGIN
 
+EPOCHS = 8
 HIDDEN = 16  # units of the score
-BATCH = 4  # images of one step
-RATE = 3e-3
 TEMPERATURE = (1.0, 0.3)  # first and last
 NOISE = 0.3  # of the Gumbel noise at first
-AVERAGED = 0.97  # of the running mean of the parameters stays at each step
-SAVE_EVERY = 20  # steps
 _LEAST = 1e-6
 
 
-class Trainee(nn.Module):
+class Chooser(Trainee):
     """Score and metric over standardized tokens, the parameters of training. `start`: tensors of the closed form."""
+
+    rate, batch = 3e-3, 4
 
     def __init__(self, start: dict[str, torch.Tensor], mean: torch.Tensor, deviation: torch.Tensor, seed: int) -> None:
         super().__init__()
@@ -46,13 +41,7 @@ class Trainee(nn.Module):
         self.hidden = nn.Parameter(torch.randn(width, HIDDEN, generator=generator).to(mean.device) * width**-0.5)
         self.hidden_bias = nn.Parameter(torch.zeros(HIDDEN, device=mean.device))
         self.out = nn.Parameter(torch.zeros(HIDDEN, device=mean.device))
-        self.averages = [parameter.detach().clone() for parameter in self.parameters()]
-
-    @torch.no_grad()
-    def average(self) -> None:
-        """Move the running means a little towards the parameters: single steps are noisy."""
-        for mean, parameter in zip(self.averages, self.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - AVERAGED)
+        self.begin()
 
     def forward(self, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores [V] and places [V, rank] of visual tokens [V, d]."""
@@ -100,106 +89,22 @@ def straight_through(
     return gate
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long training takes: `steps` of BATCH images, for selections of each of `keeps` tokens in turn.
-
-    `weigh`: whether the decoder attends to kept tokens by how many they stand for, which is no path of the gradient.
-    """
-
-    steps: int
-    keeps: tuple[int, ...]
-    seed: int
-    weigh: bool = False
-
-
-def train(
-    listener: Listener,
-    scenes: Sequence[Callable[[], Scene]],
-    trainee: Trainee,
-    schedule: Schedule,
-    state: Path,
-    progress: Callable[[int, float], None],
-) -> Trainee:
-    """Train in place and return the trainee. `state`: where it is kept now and then; an interrupted run goes on from there.
-
-    `progress` is given the steps done and the mean loss in nats an answer of the last ones.
-    """
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=RATE, weight_decay=0.0)
-    begun, losses = _resume(state, trainee, optimizer), list[float]()
-    for step in range(begun, schedule.steps):
-        done = step / schedule.steps
-        rng = np.random.default_rng([schedule.seed, step])  # of each step, so that a resumed run draws the same
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, step / 5 + 0.2) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-        for number in _drawn(schedule, step, len(scenes)):
-            loss = _loss(listener, scenes[number](), trainee, schedule, done, rng)
-            (loss / BATCH).backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        trainee.average()
-        progress(step + 1, float(np.mean(losses[-8 * BATCH :])))
-        if (step + 1) % SAVE_EVERY == 0:
-            _save(state, step + 1, trainee, optimizer)
-    return trainee
-
-
-def _drawn(schedule: Schedule, step: int, count: int) -> list[int]:
-    # Every image once before any comes again.
-    places = range(step * BATCH, (step + 1) * BATCH)
-    rounds = {place // count for place in places}
-    orders = {each: np.random.default_rng([schedule.seed, 1 << 20, each]).permutation(count) for each in rounds}
-    return [int(orders[place // count][place % count]) for place in places]
-
-
-def _loss(
-    listener: Listener, scene: Scene, trainee: Trainee, schedule: Schedule, done: float, rng: np.random.Generator
+def choice_loss(
+    listener: Listener, chooser: Chooser, schedule: Schedule, scene: Scene, done: float, rng: np.random.Generator
 ) -> torch.Tensor:
-    keep = schedule.keeps[rng.integers(len(schedule.keeps))]
+    """Return the divergence in nats an answer of the chooser's choice. `done`: the share of the training; `rng`: what to draw from."""
+    keep = schedule.draw(rng)
     first, last = TEMPERATURE
-    gates, counts = [], []
-    for visual in scene.images(len(trainee.mean)):
+    gates, logs = [], []
+    for visual in scene.images(len(chooser.mean)):
 
         def noise(tokens: torch.Tensor = visual) -> torch.Tensor:
             return torch.from_numpy(rng.gumbel(size=len(tokens)) * NOISE * (1 - done)).to(tokens)
 
-        scores, places = trainee(visual)
+        scores, places = chooser(visual)
         gates.append(straight_through(scores, places, min(keep, len(visual)), first * (last / first) ** done, noise))
         chosen = torch.nonzero(gates[-1].detach().round())[:, 0]
-        counts.append(torch.ones_like(scores).index_copy(0, chosen, represented(places, chosen).to(scores)).detach())
-    weights = torch.cat(counts) if schedule.weigh else None
-    return lost(scene, listener.logits(scene, gate=torch.cat(gates), counts=weights)).sum() / len(scene.asked)
-
-
-def _save(path: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
-    from safetensors.torch import save
-
-    tensors = {f"trainee.{name}": tensor for name, tensor in trainee.state_dict().items()}
-    tensors |= {f"average.{number}": tensor for number, tensor in enumerate(trainee.averages)}
-    for number, kept in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in kept.items()}
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"step": str(step)}))
-
-
-def _resume(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> int:
-    # The step that a saved state goes on with, 0 without one.
-    from safetensors import safe_open
-
-    if not path.is_file():
-        return 0
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is not iterable
-    prefix = "trainee."
-    trainee.load_state_dict({name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)})
-    device = trainee.mean.device
-    trainee.averages = [tensors[f"average.{number}"].to(device) for number in range(len(trainee.averages))]
-    kept: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, field = name.split(".")
-            kept.setdefault(int(number), {})[field] = tensor
-    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+        counts = torch.ones_like(scores).index_copy(0, chosen, represented(places, chosen).to(scores))
+        logs.append(counts.log().detach())  # no path of the gradient
+    added = torch.cat(logs) if schedule.weigh else None
+    return lost(scene, listener.logits(scene, gate=torch.cat(gates), logs=added)).sum() / len(scene.asked)

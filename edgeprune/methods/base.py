@@ -131,7 +131,7 @@ class Scored:
 
 @runtime_checkable
 class Merging(Protocol):
-    """An input method that merges dropped tokens into the kept ones."""
+    """An input method that merges dropped tokens into the kept ones; an attribute `merges` of False says that its cut does not."""
 
     def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
         """Return the embeddings [K, hidden] of the chosen tokens [K], with the dropped tokens merged into them."""
@@ -139,12 +139,27 @@ class Merging(Protocol):
 
 
 @runtime_checkable
-class Placing(Protocol):
-    """An input method with a metric of its own, by which tokens say the same."""
+class Weighing(Protocol):
+    """An input method that says itself how much each kept token counts (option weigh)."""
 
-    def places(self, visual: torch.Tensor) -> torch.Tensor:
-        """Return each visual token's place on the unit sphere of the metric [V, dimensions]."""
+    def log_weights(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
+        """Return what is added to the attention scores towards each of the chosen tokens [K]."""
         ...
+
+
+class InputMethod(Method, Protocol):
+    """A method at the input of the decoder."""
+
+    def select(self, view: InputView, keep: int) -> torch.Tensor:
+        """Return the ascending positions [min(keep, V)] of the kept tokens."""
+        ...
+
+
+def log_weights(method: InputMethod, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
+    """Return what is added to the attention scores towards each of the chosen tokens [K] if the cut weighs."""
+    if isinstance(method, Weighing):
+        return method.log_weights(view, chosen)
+    return represented(unit(view.visual), chosen).log()
 
 
 def represented(places: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -154,10 +169,15 @@ def represented(places: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     scores, a kept token is attended to as the tokens that it stands for would be if they were its equals ("proportional attention"
     of Bolya et al., "Token Merging", arXiv 2210.09461).
     """
+    return nearest_chosen(places, chosen).sum(dim=0).clamp_min(1.0)
+
+
+def nearest_chosen(places: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return 1 where a chosen token [K] is the nearest one of a token [V], and 0 elsewhere [V, K], float32. `places`: as above."""
     similarity = places @ places.index_select(0, chosen).transpose(0, 1)
     nearest = torch.topk(similarity, 1, dim=1).indices
     own = torch.arange(chosen.shape[0], device=chosen.device)
-    return torch.where(nearest == own[None], 1.0, 0.0).sum(dim=0).clamp_min(1.0)
+    return torch.where(nearest == own[None], 1.0, 0.0)
 
 
 def keep_best(scores: torch.Tensor, keep: int) -> torch.Tensor:

@@ -7,9 +7,14 @@ weighted by importance. With a weight q for the question, s gains q times how si
 words (cosine, standardized over the image). A set for fewer tokens is a part of every set for more. Option weigh: see
 `base.represented`, by the learned metric.
 
+Option merge: a kept token c gains what the tokens N(c) hold whose nearest kept one it is, by the metric: gelu(u)·A + a, where
+u = c·O + (mean of N(c) - c)·P + (mean of N(c) weighted by exp(s) - c)·Q + b, s without the question. If the cut weighs too, the
+logarithm of how many c stands for counts p times, plus gelu(u)·w + w₀: what a decoder makes of fewer tokens is learned as well.
+
 Related: DivPrune (arXiv 2503.02175) has the same search with cosines of the tokens themselves and no score. CDPruner (2506.10967)
 weighs by relevance to the prompt and maximizes a determinant. Both learn nothing. VisionSelector (2510.16598) and other trained
-pruners learn scores with answers and much data, and take the highest, of which neighbours say the same.
+pruners learn scores with answers and much data, and take the highest, of which neighbours say the same. ToMe (2210.09461) and
+VisionZip (2412.04467) merge tokens by their mean, which nothing learns.
 
 Static by nature: constant shapes, products and the greedy chain that DivPrune has. Weights belong to one model, and to the counts
 that they were learned for.
@@ -17,20 +22,24 @@ that they were learned for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView, add_most_different, ascending, cosine, unit
+from edgeprune.methods.base import InputView, add_most_different, ascending, cosine, nearest_chosen, unit
 from edgeprune.methods.weights import pack, unpack
 from edgeprune.plan import Cut, Geometry, Option, Weights
 
 MARGIN = 1.001  # keeps the gain of tokens that equal a chosen one above 0, so that their scores still count
 _TINY, _LEAST, _MOST = 1e-12, -60.0, 1e30
+_NONE = 1e-30  # below exp(_LEAST)
 _AGAIN = "Learn it: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
 _SHAPES = {"theta": "d", "hidden": "dh", "hidden_bias": "h", "out": "h", "metric": "dr", "metric_bias": "r"}
+_MERGING = {"own": "dm", "near": "dm", "mattering": "dm", "merge_bias": "m", "added": "md", "added_bias": "d"}
+_MERGING |= {"attended": "m", "attended_bias": "1", "power": "1"}
 
 
 class Learned:
@@ -40,6 +49,7 @@ class Learned:
     needs: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[Option, ...]] = (
         Option("weigh", False, "the decoder attends to each kept token by how many it stands for; no later cut may follow"),
+        Option("merge", False, "kept tokens gain what the dropped ones nearest to them hold, by a map that calibration trains"),
     )
     calibration_options: ClassVar[tuple[Option, ...]] = (
         Option("train", False, "train score and metric further, through the frozen decoder; takes longer"),
@@ -48,11 +58,15 @@ class Learned:
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
         del geometry
-        cut.settings(*self.options)  # all else, calibration sets
+        settings = cut.settings(*self.options)  # all else, calibration sets
         if cut.weights is None or cut.weights.content is None:
             raise PlanError(f"{cut} has no weights.", hint=_AGAIN)
         self.header, self.tensors = read(cut.weights)
-        columns = self.tensors["metric"], self.tensors["hidden"], self.tensors["theta"][:, None]
+        self.merges = bool(settings["merge"])
+        if self.merges and "own" not in self.tensors:
+            raise PlanError(f"{cut} merges; its weights were learned without.", hint=f"{_AGAIN} --option merge=yes")
+        columns = [self.tensors["metric"], self.tensors["hidden"], self.tensors["theta"][:, None]]
+        columns += [self.tensors["near"], self.tensors["mattering"]] if self.merges else []
         self._columns, self._widths = torch.cat(columns, dim=1), [part.shape[1] for part in columns]
         least, most = self.header["keeps"]
         if not least <= cut.keep <= most:
@@ -80,9 +94,7 @@ class Learned:
 
     def score(self, view: InputView) -> torch.Tensor:
         """Return how much each visual token matters [V], as a logarithm."""
-        _, hidden, linear = self._products(view.visual)
-        bias, out = (self.tensors[name].to(view.visual.device) for name in ("hidden_bias", "out"))
-        score = linear[:, 0] + functional.gelu(hidden + bias) @ out
+        score = self.matter(view.visual)
         if self.header["question"]:
             score = score + self.header["question"] * standardized(cosine(view.visual, view.prompt.mean(dim=0, keepdim=True))[:, 0])
         return torch.where(score.abs() <= _MOST, score, 0.0)
@@ -91,11 +103,65 @@ class Learned:
         """Return each visual token's place on the unit sphere of the metric [V, rank]."""
         return unit(self._products(visual)[0] + self.tensors["metric_bias"].to(visual.device))
 
+    def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [K, hidden] of the chosen tokens [K], with what the dropped tokens hold."""
+        return self.merged(view.visual, chosen)[0]
+
+    def log_weights(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
+        """Return what is added to the attention scores towards each of the chosen tokens [K]."""
+        if self.merges:
+            return self.merged(view.visual, chosen)[1]
+        return self.nearest(view.visual, chosen).sum(dim=0).clamp_min(1.0).log()
+
+    def merged(self, visual: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embeddings of the chosen tokens [K, hidden] and their logarithmic weights [K], by the option merge."""
+        near, mattering = self._products(visual)[3:]
+        tensors = {name: self.tensors[name].to(visual.device) for name in _MERGING}
+        nearest, matter = self.nearest(visual, chosen), self.matter(visual)
+        return take_in(visual.index_select(0, chosen), chosen, nearest, matter, near, mattering, tensors)
+
+    def nearest(self, visual: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return 1 where a chosen token [K] is the nearest one of a token [V] by the metric, and 0 elsewhere [V, K]."""
+        return nearest_chosen(self.places(visual), chosen)
+
+    def matter(self, visual: torch.Tensor) -> torch.Tensor:
+        """Return how much each visual token matters [V], as a logarithm, whatever is asked."""
+        _, hidden, linear, *_ = self._products(visual)
+        bias, out = (self.tensors[name].to(visual.device) for name in ("hidden_bias", "out"))
+        return linear[:, 0] + functional.gelu(hidden + bias) @ out
+
     def _products(self, visual: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # With metric [V, rank], hidden [V, h] and θ [V, 1], by one product that reads a large image once: the graph has one for
-        # score and places. For tokens that are no finite numbers they are 0, since NaN compares false.
+        # With metric [V, rank], hidden [V, h], θ [V, 1] and, to merge, P and Q [V, m], by one product that reads a large image
+        # once: the graph has one for all of them. For tokens that are no finite numbers they are 0, since NaN compares false.
         products = visual.float() @ self._columns.to(visual.device)
         return torch.split(torch.where(products.abs() <= _MOST, products, 0.0), self._widths, dim=1)
+
+
+def take_in(
+    own: torch.Tensor,
+    chosen: torch.Tensor,
+    nearest: torch.Tensor,
+    matter: torch.Tensor,
+    near: torch.Tensor,
+    mattering: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what kept tokens `own` [K, d] become, and their logarithmic weights [K]: option merge, with `tensors` by name.
+
+    `chosen` [K]: their positions. `nearest` [V, K]: 1 for the nearest chosen token of each. `matter` [V]: the scores. `near` and
+    `mattering` [V, m]: all tokens times P and Q.
+    """
+    shares = nearest * torch.exp((matter - matter.amax(dim=0)).clamp_min(_LEAST))[:, None]
+    count = nearest.sum(dim=0)
+    inner = own.float() @ tensors["own"] + tensors["merge_bias"]
+    for rows, weights in ((near, nearest), (mattering, shares)):
+        total = weights.sum(dim=0)[:, None]
+        mean = weights.transpose(0, 1) @ rows / total.clamp_min(_NONE)
+        # A token equal to another chosen one may have none of its own.
+        inner = inner + torch.where(count[:, None] > 0, mean - rows.index_select(0, chosen), 0.0)
+    inner = functional.gelu(inner)
+    logs = tensors["power"] * count.clamp_min(1.0).log() + inner @ tensors["attended"] + tensors["attended_bias"]
+    return (own.float() + inner @ tensors["added"] + tensors["added_bias"]).to(own.dtype), logs
 
 
 def standardized(values: torch.Tensor) -> torch.Tensor:
@@ -108,6 +174,8 @@ def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
     """Return the weights of a cut.
 
     `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], for tokens of width d.
+    To merge also O `own`, P `near` and Q `mattering` [d, m], b `merge_bias` [m], A `added` [m, d], a `added_bias` [d],
+    w `attended` [m], w₀ `attended_bias` [1] and p `power` [1].
     `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, the weight of the `question`, and,
     if known, what images were `seen` (`edgeprune.calibration.learn.run.seen`).
     """
@@ -119,16 +187,17 @@ def read(weights: Weights) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     header, tensors = unpack(weights, _AGAIN)
     keeps = header.get("keeps")
     counted = isinstance(keeps, list) and [type(keep) is int and keep > 0 for keep in keeps] == [True, True]
-    if not counted or not isinstance(header.get("question"), (int, float)) or set(tensors) != set(_SHAPES) or not _fit(tensors):
+    known = set(tensors) in (set(_SHAPES), {*_SHAPES, *_MERGING})
+    if not counted or not isinstance(header.get("question"), (int, float)) or not known or not _fit(tensors):
         raise PlanError("The weights are not those of the method learned.", hint=_AGAIN)
     return header, tensors
 
 
 def _fit(tensors: dict[str, torch.Tensor]) -> bool:
     # Whether the tensors have shapes that belong together.
-    sizes: dict[str, int] = {}
-    for name, axes in _SHAPES.items():
-        tensor = tensors[name]
+    sizes = {"1": 1}
+    for name, tensor in tensors.items():
+        axes = (_SHAPES | _MERGING)[name]
         if tensor.ndim != len(axes):
             return False
         if any(sizes.setdefault(axis, length) != length for axis, length in zip(axes, tensor.shape, strict=True)):

@@ -12,7 +12,7 @@ from torch import nn
 
 from edgeprune.bundle.graph_io import SIGNALS
 from edgeprune.families.base import DecoderParts, Family
-from edgeprune.methods.base import InputView, Merging, Placing, represented, unit
+from edgeprune.methods.base import InputView, Merging, log_weights
 from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.registry import method_class
 
@@ -69,15 +69,12 @@ class InputSelector(nn.Module):
         tokens, text = (visual, prompt) if without_planes else (visual[..., : self.hidden], prompt[..., : self.hidden])
         view = InputView(tokens[0], text[0], *signals, project=self.projector, kept=order)
         chosen = self.method.select(view, self.cut.keep)
-        if not isinstance(self.method, Merging):
-            kept = visual.index_select(1, chosen), chosen
-            return (*kept, self._weights(tokens[0], chosen)) if self.weighs else kept
-        merged = self.method.merge(view, chosen)[None]
-        return merged if without_planes else torch.cat([merged, visual[..., self.hidden :].index_select(1, chosen)], dim=2), chosen
-
-    def _weights(self, visual: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        places = self.method.places(visual) if isinstance(self.method, Placing) else unit(visual)
-        return represented(places, chosen).log()
+        if isinstance(self.method, Merging) and getattr(self.method, "merges", True):
+            kept = self.method.merge(view, chosen)[None]
+            kept = kept if without_planes else torch.cat([kept, visual[..., self.hidden :].index_select(1, chosen)], dim=2)
+        else:
+            kept = visual.index_select(1, chosen)
+        return (kept, chosen, log_weights(self.method, view, chosen)) if self.weighs else (kept, chosen)
 
 
 class ThinnedSelector(InputSelector):

@@ -18,7 +18,7 @@ from edgeprune.calibration.allocate.decode_rate import PolicyReplay
 from edgeprune.calibration.collect import run as collecting
 from edgeprune.calibration.collect.run import CollectOptions
 from edgeprune.calibration.data.samples import Sample, read_samples
-from edgeprune.calibration.learn import ranking, run, straight
+from edgeprune.calibration.learn import ranking, run, training
 from edgeprune.calibration.learn.closed import Settings
 from edgeprune.calibration.learn.ranking import LearnedRanking, learn_ranking
 from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
@@ -86,15 +86,15 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "search", lambda score, counted: (Settings(), score(Settings())))
     monkeypatch.setattr(run, "check_images", lambda different, what: None)
     for name, value in {"FEWEST_STEPS": 3, "MOST_STEPS": 3}.items():
-        monkeypatch.setattr(run, name, value)
-    monkeypatch.setattr(straight, "SAVE_EVERY", 2)
+        monkeypatch.setattr(training, name, value)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
     monkeypatch.setattr(run, "HELD_OUT", 2)
 
 
 def learned(folder: Path, samples: list[Sample], device: str, kept: Path) -> Learning:
     model = loaded_on(folder, device)
     base = unpruned_plan("qwen2_vl", model.decoder_shape().layers, GEOMETRY)
-    request = LearnRequest(4, 3, rank=8, train=True, seed=0, max_tokens=3, fit="stretch", device=device, weigh=True)
+    request = LearnRequest(4, 3, rank=8, train=True, seed=0, max_tokens=3, fit="stretch", device=device, weigh=True, merge=True)
     return learn(model, samples, base, request, kept / "plan.json", SILENT, kept=kept, gate=False)
 
 
@@ -127,15 +127,15 @@ def test_training_goes_on_on_another_device(
     class Interrupted(Exception):
         pass
 
-    saved = straight._save
+    saved = training._save
 
-    def save_and_stop(path: Path, step: int, trainee: straight.Trainee, optimizer: torch.optim.Optimizer) -> None:
+    def save_and_stop(path: Path, step: int, trainee: training.Trainee, optimizer: torch.optim.Optimizer) -> None:
         saved(path, step, trainee, optimizer)
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(straight, "SAVE_EVERY", 1)
-        patch.setattr(straight, "_save", save_and_stop)
+        patch.setattr(training, "SAVE_EVERY", 1)
+        patch.setattr(training, "_save", save_and_stop)
         with pytest.raises(Interrupted):
             learned(tiny_folder, samples, device, tmp_path)
     assert learned(tiny_folder, samples, device, tmp_path).divergence >= 0

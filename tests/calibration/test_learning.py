@@ -18,12 +18,14 @@ from learned_weights import input_cut
 from edgeprune.calibration import calibrate as command
 from edgeprune.calibration.calibrate import CalibrationResult
 from edgeprune.calibration.data.samples import Sample, read_samples
-from edgeprune.calibration.learn import run, straight
+from edgeprune.calibration.learn import run, training
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
+from edgeprune.calibration.learn.merging import Merger, adding_nothing, merging_loss
 from edgeprune.calibration.learn.run import Learning, LearnRequest, Rival, learn
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost, probabilities
-from edgeprune.calibration.learn.straight import Schedule, Trainee, straight_through, train
+from edgeprune.calibration.learn.straight import Chooser, choice_loss, straight_through
+from edgeprune.calibration.learn.training import Schedule, train
 from edgeprune.calibration.replay.episodes import Recorder, ask
 from edgeprune.calibration.replay.reference import reference_model
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
@@ -48,6 +50,13 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     folder = tmp_path_factory.mktemp("data") / "scenes"
     write_dataset(folder, 22, 6, kinds=("exists", "describe"))
     return read_samples(folder / "dataset.jsonl")
+
+
+class Chosen:
+    """A method that keeps what a function says."""
+
+    def __init__(self, select: Callable[[InputView, int], torch.Tensor]) -> None:
+        self.select = select
 
 
 def recorded(model: LoadedModel, samples: list[Sample], geometry: Geometry = GEOMETRY) -> tuple[Listener, Scene]:
@@ -149,7 +158,7 @@ def test_images_of_one_question_are_a_scene_and_chosen_by_themselves(tiny: Loade
         return torch.arange(keep)
 
     with torch.no_grad():
-        divergence = HeldOut(listener, [lambda: found], 48).divergence(first, (3,))
+        divergence = HeldOut(listener, [lambda: found], 48).divergence(Chosen(first), (3,))
         chosen = torch.tensor([0, 1, 2, 12, 13, 14])
         expected = float(lost(found, listener.logits(found, chosen=chosen)).sum()) / 2
     assert [len(tokens) for tokens in seen] == [12] * 4
@@ -179,7 +188,7 @@ def test_the_decoder_says_what_a_cut_that_weighs_answers(
         choices.append(chosen + start)
         counts.append(represented(unit(tokens), chosen))
         start += len(tokens)
-    replayed = listener.logits(found, chosen=torch.cat(choices), counts=torch.cat(counts))
+    replayed = listener.logits(found, chosen=torch.cat(choices), logs=torch.cat(counts).log())
     same = 1  # rows are comparable as long as the pruned answer is the unpruned one
     while same < min(len(said), len(replayed)) and int(said[same - 1].argmax()) == int(found.ids[same - 1, 0]):
         same += 1
@@ -227,11 +236,11 @@ def test_what_never_changes_counts_for_nothing() -> None:
     assert found["metric"][2].abs().max() < 1e-3
 
 
-def trainee_of(sums: Sums, seed: int = 0) -> Trainee:
-    made = Trainee(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, seed)
+def trainee_of(sums: Sums, seed: int = 0) -> Chooser:
+    made = Chooser(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, seed)
     with torch.no_grad():
         made.out.copy_(torch.linspace(-1, 1, len(made.out)))
-    made.averages = [parameter.detach().clone() for parameter in made.parameters()]
+    made.begin()
     return made
 
 
@@ -252,7 +261,7 @@ def test_training_makes_the_choices_of_the_method(keep: int) -> None:
 def test_an_interrupted_training_ends_the_same(
     scene: tuple[Listener, Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(straight, "SAVE_EVERY", 1)
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
     listener, found = scene
     sums = Sums()
     sums.add(found.visual.embeds[0], found.importance)
@@ -263,14 +272,61 @@ def test_an_interrupted_training_ends_the_same(
             if done == stop:
                 raise KeyboardInterrupt
 
-        made = Trainee(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, 0)
-        return train(listener, scenes, made, Schedule(3, (3, 5), 0), state, progress).tensors()
+        made, schedule = Chooser(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, 0), Schedule(3, (3, 5), 0)
+        train(scenes, made, partial(choice_loss, listener, made, schedule), schedule, state, progress)
+        return made.tensors()
 
     whole = trained(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "parts", stop=3)
     again = trained(tmp_path / "parts")
     assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
+
+
+def merging(found: Scene, tiny: LoadedModel) -> tuple[Merger, Learned, dict[str, torch.Tensor]]:
+    sums = Sums()
+    sums.add(found.visual.embeds[0], found.importance)
+    tensors, header = closed_form(sums, Settings(), 4), {"weights_sha256": tiny.weights_sha256, "keeps": [3, 5], "question": 0.0}
+    return Merger(sums, 0), Learned(Cut("input", "learned", 5, weights=write(tensors, header)), GEOMETRY), tensors
+
+
+def test_learning_to_merge_brings_the_decoder_nearer_and_an_interruption_changes_nothing(
+    tiny: LoadedModel, scene: tuple[Listener, Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY", 10)
+    listener, found = scene
+    scenes: list[Callable[[], Scene]] = [lambda: found, lambda: found.only([0])]
+    losses = list[float]()
+
+    def trained(state: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
+        def progress(done: int, loss: float) -> None:
+            losses.append(loss)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        merger, method, _ = merging(found, tiny)
+        schedule = Schedule(30, (3, 5), 0, weigh=True)
+        train(scenes, merger, partial(merging_loss, listener, merger, method, schedule), schedule, state, progress)
+        return merger.averaged_tensors()
+
+    whole = trained(tmp_path / "whole")
+    assert losses[-1] < 0.8 * losses[1]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", stop=15)
+    again = trained(tmp_path / "parts")
+    assert all(torch.allclose(whole[name], again[name], atol=1e-5) for name in whole)
+
+    # What training measured is what the method does, and what adds nothing is the method without the option.
+    _, method, tensors = merging(found, tiny)
+    options = {"merge": True, "weigh": True}
+
+    def divergence(tensors: dict[str, torch.Tensor], options: dict[str, bool]) -> float:
+        cut = Cut("input", "learned", 5, options=options, weights=write(tensors, method.header))
+        return HeldOut(listener, [lambda: found], 48).divergence(Learned(cut, GEOMETRY), (5,), weigh=True)
+
+    plain = divergence(tensors, {"weigh": True})
+    assert divergence(tensors | adding_nothing(whole), options) == pytest.approx(plain, rel=1e-5)
+    assert divergence(tensors | whole, options) < plain
 
 
 def test_a_search_takes_the_best_of_one_setting_after_the_other() -> None:
@@ -321,13 +377,16 @@ def test_what_was_seen_goes_with_the_weights(tiny: LoadedModel, samples: list[Sa
 def test_learning_for_a_cut_that_weighs_from_one_image_and_from_two(
     tiny: LoadedModel, samples: list[Sample], pairs: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(training, "FEWEST_STEPS", 2)
     monkeypatch.setattr(run, "EPOCHS", 0)
     mixed = [*samples[:20], *pairs[:20]]
     request = replace(REQUEST, train=True, weigh=True)
     found = learn(tiny, mixed, base_of(tiny), request, tmp_path / "plan.json", SILENT)
     assert (found.images, found.held_out) == (15, 5)  # 10 single ones and 10 pairs
     assert all(rival.options["weigh"] for rival in found.rivals)
+    monkeypatch.setattr(run, "MERGING_EPOCHS", 0)
+    merged = learn(tiny, mixed, base_of(tiny), replace(request, train=False, merge=True), tmp_path / "merged.json", SILENT)
+    assert merged.unmerged is not None and merged.divergence <= merged.unmerged and "own" in read(merged.weights)[1]
     plain = learn(tiny, mixed, base_of(tiny), replace(request, weigh=False), tmp_path / "plain.json", SILENT)
     assert found.divergence != plain.divergence and "weigh" not in plain.rivals[0].options
 
@@ -401,7 +460,7 @@ def test_questions_with_the_same_choice_go_through_together(scene: tuple[Listene
         for number, chosen in enumerate((first, second)):
             one = found.only([number])
             expected += float(lost(one, listener.logits(one, chosen=chosen)).sum()) / 2
-    assert judge.divergence(by_question, (4,)) == pytest.approx(expected, rel=1e-3)
+    assert judge.divergence(Chosen(by_question), (4,)) == pytest.approx(expected, rel=1e-3)
 
 
 def calibrate(*words: object) -> Any:
@@ -427,7 +486,7 @@ def test_the_command_writes_a_plan_that_can_be_exported(tiny: LoadedModel, data:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "ask", None)
         other: tuple[object, ...] = (*how[:3], 0.2, *how[4:], "--statistics", kept, "--train", "--json")
-        patch.setattr(run, "FEWEST_STEPS", 2)
+        patch.setattr(training, "FEWEST_STEPS", 2)
         patch.setattr(run, "EPOCHS", 0)
         again = calibrate(tiny.folder.path, "--data", data, *other, "-o", tmp_path / "other.json")
     assert again.exit_code == 0, again.output

@@ -35,6 +35,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("cdpruner", {"weight": 0.2}),
     ("dart", {"image_pivots": 2, "text_pivots": 0}),
     ("visionzip", {"contextual": 0.5}),
+    ("learned", {"merge": True}),
 ]
 
 

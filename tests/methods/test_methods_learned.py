@@ -67,6 +67,46 @@ def test_against_a_plain_loop(keep: int, question: float) -> None:
     assert method(weights, keep).select(InputView(visual, prompt), keep).tolist() == sorted(chosen)
 
 
+@pytest.mark.parametrize("question", [0.0, 0.5])  # which what tokens gain does not depend on
+def test_merging_against_a_plain_loop(question: float) -> None:
+    visual, prompt = (torch.randn(n, 12, generator=torch.Generator().manual_seed(n)) for n in (25, 4))
+    weights = drawn_weights(12, question=question, seed=2, merge=True)
+    merging = Learned(Cut("input", "learned", 6, options={"merge": True, "weigh": True}, weights=weights), GEOMETRY)
+    seen = InputView(visual, prompt)
+    chosen = merging.select(seen, 6)
+    embeds, logs = merging.merge(seen, chosen), merging.log_weights(seen, chosen)
+
+    t = {name: tensor.double() for name, tensor in read(weights)[1].items()}
+    rows = visual.double()
+    gelu = torch.nn.functional.gelu
+    scores = rows @ t["theta"] + gelu(rows @ t["hidden"] + t["hidden_bias"]) @ t["out"]
+    places = torch.nn.functional.normalize(rows @ t["metric"] + t["metric_bias"], dim=1)
+    nearest = [max(chosen.tolist(), key=lambda c: float(place @ places[c])) for place in places]
+    for place, c in enumerate(chosen.tolist()):
+        group = [index for index in range(25) if nearest[index] == c]
+        mean, weighted = rows[group].mean(dim=0), torch.softmax(scores[group], dim=0) @ rows[group]
+        inner = rows[c] @ t["own"] + (mean - rows[c]) @ t["near"] + (weighted - rows[c]) @ t["mattering"] + t["merge_bias"]
+        expected = rows[c] + gelu(inner) @ t["added"] + t["added_bias"]
+        np.testing.assert_allclose(embeds[place].numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
+        log = float(t["power"]) * np.log(len(group)) + float(gelu(inner) @ t["attended"]) + float(t["attended_bias"])
+        assert float(logs[place]) == pytest.approx(log, rel=1e-3, abs=1e-4)
+
+
+def test_equal_tokens_merge_to_numbers() -> None:
+    # All are nearest to the first of the chosen ones; the others have none.
+    cut = Cut("input", "learned", 3, options={"merge": True, "weigh": True}, weights=drawn_weights(12, merge=True))
+    seen = InputView(torch.ones(25, 12), torch.ones(1, 12))
+    chosen = Learned(cut, GEOMETRY).select(seen, 3)
+    assert torch.isfinite(Learned(cut, GEOMETRY).merge(seen, chosen)).all()
+    assert torch.isfinite(Learned(cut, GEOMETRY).log_weights(seen, chosen)).all()
+
+
+def test_weights_learned_without_merging_do_not_merge() -> None:
+    with pytest.raises(PlanError, match="merges; its weights were learned without") as refused:
+        Learned(Cut("input", "learned", 9, options={"merge": True}, weights=drawn_weights(12)), GEOMETRY)
+    assert str(refused.value.hint).endswith("--method learned --budget 0.25 -o PLAN --option merge=yes")
+
+
 def test_fewer_tokens_are_some_of_more() -> None:
     seen = InputView(torch.randn(25, 12, generator=torch.Generator().manual_seed(1)), torch.ones(1, 12))
     sets = [set(method(drawn_weights(12), keep).select(seen, keep).tolist()) for keep in range(1, 26)]
@@ -118,9 +158,9 @@ def test_what_is_not_its_weights_is_refused(weights: Weights) -> None:
         method(weights)
 
 
-def plan_of(model: LoadedModel, width: int = 48, sha256: str | None = None) -> KeepPlan:
+def plan_of(model: LoadedModel, width: int = 48, sha256: str | None = None, **options: bool) -> KeepPlan:
     base = unpruned_plan("qwen2_vl", 3, model.geometry((84, 112)))
-    return base.with_cuts(input_cut("learned", 5, width, model=sha256 or model.weights_sha256))
+    return base.with_cuts(input_cut("learned", 5, width, model=sha256 or model.weights_sha256, **options))
 
 
 def test_weights_of_another_model_are_refused(tiny: LoadedModel) -> None:
@@ -131,8 +171,9 @@ def test_weights_of_another_model_are_refused(tiny: LoadedModel) -> None:
         tiny.check_plan(plan_of(tiny, width=12))
 
 
-def test_a_bundle_has_the_weights_with_their_hash(tiny: LoadedModel, tmp_path: Path) -> None:
-    plan = plan_of(tiny)
+@pytest.mark.parametrize("options", [{}, {"weigh": True, "merge": True}])
+def test_a_bundle_has_the_weights_with_their_hash(options: dict[str, bool], tiny: LoadedModel, tmp_path: Path) -> None:
+    plan = plan_of(tiny, **options)
     bundle = export_bundle(tiny, plan, tmp_path / "bundle")
     (weights,) = plan.weights
     assert bundle.manifest.files["plan.weights.safetensors"].sha256 == weights.sha256

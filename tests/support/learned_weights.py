@@ -19,9 +19,10 @@ def drawn_weights(
     model: str = "0" * 64,
     seed: int = 0,
     rank: int = 4,
+    merge: bool = False,
     **header: Any,
 ) -> Weights:
-    """Return random weights for visual tokens of a width. `header`: what else it states."""
+    """Return random weights for visual tokens of a width. `merge`: also those of that option. `header`: what else it states."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "theta": (width,),
@@ -31,6 +32,9 @@ def drawn_weights(
         "metric": (width, rank),
         "metric_bias": (rank,),
     }
+    if merge:
+        shapes |= {"own": (width, 5), "near": (width, 5), "mattering": (width, 5), "merge_bias": (5,), "attended": (5,)}
+        shapes |= {"added": (5, width), "added_bias": (width,), "attended_bias": (1,), "power": (1,)}
     tensors = {name: torch.randn(*shape, generator=generator) * 0.5 for name, shape in shapes.items()}
     return write(tensors, {"weights_sha256": model, "keeps": keeps, "question": question, **header})
 
@@ -43,5 +47,5 @@ def drawn_ranking(layers: int, kv_heads: int, head_dim: int, *, model: str = "0"
 
 def input_cut(name: str, keep: int, width: int, *, model: str = "0" * 64, **options: Any) -> Cut:
     """Return a method's cut at the input, with drawn weights for tokens of a width if it needs some."""
-    weights = drawn_weights(width, model=model) if name == "learned" else None
+    weights = drawn_weights(width, model=model, merge=bool(options.get("merge"))) if name == "learned" else None
     return Cut("input", name, keep, options=options, weights=weights)

@@ -70,6 +70,8 @@ def show_learning(result: CalibrationResult) -> None:
     learning, plan = result.learning, result.plan
     assert learning is not None and plan is not None
     how = "trained through the decoder" if learning.trained else "closed form"
+    if learning.unmerged is not None:
+        how += f", merging ({learning.unmerged:.3f} without)"
     rows = [("learned", how, f"{learning.divergence:.3f}")]
     rows += [(each.method, _options_text(each.options) or "as it comes", f"{each.divergence:.3f}") for each in learning.rivals]
     show_table((f"on {learning.held_out} held-out images", "options", "divergence, nats an answer"), rows, as_json=False)

@@ -72,6 +72,7 @@ def plans() -> Iterator[tuple[str, KeepPlan]]:
                     for form, options in forms.items()
                 )
     yield WEIGHING, BASE.with_cuts(Cut("input", "zspaprune", 5, options={"weigh": True}))
+    yield "learned, merge and weigh @ input", BASE.with_cuts(input_cut("learned", 5, WIDTH, merge=True, weigh=True))
     yield "plphp, all options @ cache", BASE.with_cuts(Cut("cache", "plphp", 5, 0, options=RANKED))
     ranking = drawn_ranking(2, 2, 32)  # of the layers and heads of the model "even"
     yield "plphp, learned @ cache", BASE.with_cuts(Cut("cache", "plphp", 5, 0, options={"rows": "learned"}, weights=ranking))
