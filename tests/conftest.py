@@ -117,11 +117,18 @@ def tiny_plan() -> KeepPlan:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny: LoadedModel, tiny_plan: KeepPlan, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Return a bundle of the tiny model under the staircase."""
+def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return a bundle of the tiny model under the staircase.
+
+    EDGEPRUNE_TINY_BUNDLE names a folder that keeps it: `make test-arm` makes it on x86, and has no torch where it is read.
+    """
+    named = os.environ.get("EDGEPRUNE_TINY_BUNDLE")
+    folder = Path(named) if named else tmp_path_factory.mktemp("bundles") / "tiny"
+    if named and folder.is_dir():
+        return Bundle.load(folder)
     from edgeprune.export.exporter import export_bundle
 
-    return export_bundle(tiny, tiny_plan, tmp_path_factory.mktemp("bundles") / "tiny")
+    return export_bundle(request.getfixturevalue("tiny"), request.getfixturevalue("tiny_plan"), folder)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgeprune.bundle import MANIFEST, SCHEMA_VERSION, Bundle, GenerationDefaults, Manifest
-from edgeprune.errors import BundleError
+from edgeprune.errors import BundleError, update_hint
 from edgeprune.runtime import load
 
 BROKEN: list[Any] = [None, "6", 6.5, True, [], {}]
@@ -63,7 +63,7 @@ def test_other_schemas_are_refused_with_what_to_do(version: int, words: str, alt
     (altered_bundle / MANIFEST).write_text(json.dumps(data | {"schema_version": version}))
     with pytest.raises(BundleError, match=words) as caught:
         Bundle.load(altered_bundle)
-    assert ("Update EdgePrune" if words == "too new" else "Export it again") in caught.value.hint
+    assert (update_hint() if words == "too new" else "Export it again") in caught.value.hint
 
 
 @pytest.mark.parametrize("version", BROKEN)

@@ -32,7 +32,8 @@ from edgeprune.runtime.ros2.zenoh import ZenohNode, session_configuration
 PROMPT = "What colour is the cube?"
 DOMAIN = 7
 # Without DDS, as on a Jetson.
-COMMAND = [sys.executable, "-c", "import sys; sys.modules['cyclonedds'] = None; from edgeprune.cli import main; main()", "ros2"]
+NODE_PYTHON = os.environ.get("EDGEPRUNE_NODE_PYTHON", sys.executable)  # `make test-arm`: that of another processor
+COMMAND = [NODE_PYTHON, "-c", "import sys; sys.modules['cyclonedds'] = None; from edgeprune.cli import main; main()", "ros2"]
 
 
 def free_port() -> int:

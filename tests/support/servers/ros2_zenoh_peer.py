@@ -5,6 +5,7 @@ Keys, hashes and QoS are written out as rmw_zenoh has them, and messages are wri
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import zenoh
 from rosbags.typesys import Stores, get_typestore
 
-WAIT = 20.0
+WAIT = float(os.environ.get("EDGEPRUNE_TEST_WAIT", "20"))  # seconds; `make test-arm` has more for an emulated node
 JAZZY = get_typestore(Stores.ROS2_JAZZY)
 STRING = "std_msgs::msg::dds_::String_/RIHS01_df668c740482bbd48fb39d76a70dfd4bd59db1288021743503259e948f6b1a18"
 IMAGE = "sensor_msgs::msg::dds_::Image_/RIHS01_d31d41a9a4c4bc8eae9be757b0beed306564f7526c88ea6a4588fb9582527d47"
