@@ -3,12 +3,14 @@
     python examples/learned/learned_tokens.py OUT
     python examples/learned/learned_tokens.py OUT --model tabletop-l --scenes 20 --images 60
     python examples/learned/learned_tokens.py OUT --images 20 30 40 80 160 --budgets 0.112 --seed 6000
+    python examples/learned/learned_tokens.py OUT --images 20 30 40 80 160 320 --budgets 0.112 --seed 6000 --forms merged
     python examples/learned/learned_tokens.py OUT --seed 6000 --forms closed --shared
     python examples/learned/learned_tokens.py OUT --time
 
 Plans are learned from scenes of seed 77 and compared by `edgeprune compare` on scenes of another. At each budget: the closed form,
-the trained one, DivPrune, and the three best variants of methods that learn nothing, as the held-out images rank them. --images: a
-learning curve. --shared: each budget's own weights and those of all budgets, which are learned for the largest and the least.
+the trained one, the closed form with the options weigh and merge, DivPrune, and the three best variants of methods that learn
+nothing, as the held-out images rank them beside the first of these forms. --images: a learning curve. --shared: each budget's own
+weights and those of all budgets, which are learned for the largest and the least.
 --time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already holds is kept.
 """
 
@@ -30,7 +32,7 @@ from edgeprune.cli import main as command
 from edgeprune.plan import Cut, KeepPlan
 
 LEARNING_SEED = 77
-FORMS = ("closed", "trained")
+FORMS = {"closed": (), "trained": ("--train",), "merged": ("--option", "weigh=yes", "--option", "merge=yes")}
 WIDTH, TOKENS, KEPT, RANK, HIDDEN, REPEATS = 896, 729, 73, 64, 16, 40
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[120], help="scenes to learn from; several for a curve")
     parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--seed", type=int, default=2000, help="of the scenes to measure on")
-    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--time", action="store_true")
     request = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
     for budget in request.budgets:
         plans = [learned(request.model, request.out, budget, images, form) for images in request.images for form in request.forms]
         curve = len(request.images) > 1
-        plans += [] if request.shared else others(plans[-1])
+        plans += [] if request.shared else others(plans[-len(request.forms)])
         plans += [shared(request.model, request.out, request.budgets, budget, request.images[-1])] if request.shared else []
         given = [word for plan in plans for word in ("--plan", plan)]
         kind = "shared" if request.shared else "curve" if curve else "comparison"
@@ -78,7 +80,7 @@ def learned(model: str, out: Path, budget: float, images: int, form: str) -> Pat
     if not plan.is_file():
         began = time.perf_counter()
         options = ["--method", "learned", "--budget", budget, "--statistics", out / f"recorded-{images}", "-o", plan, "--json"]
-        options += ["--train"] if form == "trained" else []
+        options += FORMS[form]
         found = json.loads(edgeprune("calibrate", model, "--data", data / "dataset.jsonl", *options))["learning"]
         report(plan).write_text(json.dumps(found, indent=1) + "\n")
         print(f"{plan.name}: {time.perf_counter() - began:.0f} s, {json.dumps(found)}", flush=True)
@@ -131,13 +133,17 @@ def others(learned_plan: Path) -> list[Path]:
 
 def print_times() -> None:
     """Print how much CPU time each selection takes in ONNX Runtime on one thread, and how many nodes its graph has."""
-    for name in ("divprune", "learned", "zspaprune"):
-        nodes, milliseconds = selection_time(name)
+    merging = {"weigh": True, "merge": True}
+    cuts = {name: Cut("input", name, KEPT) for name in ("divprune", "zspaprune")}
+    cuts["learned"] = Cut("input", "learned", KEPT, weights=_drawn())
+    cuts["learned, weigh and merge"] = Cut("input", "learned", KEPT, options=merging, weights=_drawn(merge=True))
+    for name, cut in cuts.items():
+        nodes, milliseconds = selection_time(cut)
         print(f"{name}: {nodes} nodes, {milliseconds:.2f} ms")
 
 
-def selection_time(name: str) -> tuple[int, float]:
-    """Return the number of nodes of a method's selection, and its median CPU time in ms."""
+def selection_time(cut: Cut) -> tuple[int, float]:
+    """Return the number of nodes of a cut's selection, and its median CPU time in ms."""
     import tempfile
 
     import onnx
@@ -152,7 +158,6 @@ def selection_time(name: str) -> tuple[int, float]:
         hidden, planes = WIDTH, 0
 
     side = int(TOKENS**0.5)
-    cut = Cut("input", name, KEPT, weights=_drawn() if name == "learned" else None)
     plan = KeepPlan("llava", 2, Geometry(16 * side, 16 * side, 16, 1), (cut,))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "selector.onnx"
@@ -174,13 +179,18 @@ def selection_time(name: str) -> tuple[int, float]:
     return nodes, float(np.median(taken))
 
 
-def _drawn() -> Any:
+def _drawn(*, merge: bool = False) -> Any:
     import torch
 
+    from edgeprune.calibration.learn.merging import INNER
     from edgeprune.methods.learned import write
 
     shapes = {"theta": (WIDTH,), "hidden": (WIDTH, HIDDEN), "hidden_bias": (HIDDEN,), "out": (HIDDEN,)}
     shapes |= {"metric": (WIDTH, RANK), "metric_bias": (RANK,)}
+    if merge:
+        shapes |= {name: (WIDTH, INNER) for name in ("own", "near", "mattering")}
+        shapes |= {"merge_bias": (INNER,), "added": (INNER, WIDTH), "added_bias": (WIDTH,)}
+        shapes |= {"attended": (INNER,), "attended_bias": (1,), "power": (1,)}
     tensors = {name: torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / 30 for name, shape in shapes.items()}
     return write(tensors, {"weights_sha256": "", "keeps": [KEPT, KEPT], "question": 0.0})
 
