@@ -45,6 +45,7 @@ PLANS = {
     "dyrate-learned": f"{LONG} {RATE} --onto plphp-40-learned.json --form predictor",
     **{f"learned-{keep}": f"{ALL} --method learned --train --budget {keep / 100}" for keep in (25, 10)},
     **{f"learned-{keep}-weighed": f"{ALL} --method learned --option weigh=yes --budget {keep / 100}" for keep in (25, 10)},
+    "learned-10-merged": f"{ALL} --method learned --option weigh=yes --option merge=yes --budget 0.1",
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
