@@ -50,14 +50,14 @@ def draw(plans: Sequence[str], columns: Mapping[str, Sequence[float | None]], pa
     shown = {WORK: [row for row in pruned if row.shares[WORK] < 1], READ: [row for row in pruned if row.shares[WORK] >= 1]}
     shown = {axis: some for axis, some in shown.items() if some}
     scores = [title for title in columns if title not in _COSTS][:_MOST_SCORES]
-    figure = Figure(figsize=(max(5.0 * len(shown), 6.5), 1.0 + 3.2 * len(scores)), layout="constrained")
+    figure = Figure(figsize=(max(5.6 * len(shown), 6.5), 1.0 + 3.2 * len(scores)), layout="constrained")
     panels = figure.subplots(len(scores), max(len(shown), 1), sharex=True, sharey="row", squeeze=False)
     for column, (axis, some) in enumerate(shown.items()):
         for row, score in enumerate(scores):
             _draw_panel(panels[row, column], some, whole, axis, score)
         panels[0, column].set_title(_TITLES[axis], fontsize=12)
         panels[-1, column].set_xlabel(_AXES[axis])
-        panels[-1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+        panels[-1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9, columnspacing=1.0)
     for row, score in enumerate(scores):
         panels[row, 0].set_ylabel(score)
     figure.savefig(encoded := BytesIO(), dpi=120, format=path.suffix[1:], metadata={"Description": description})
