@@ -38,9 +38,16 @@ class Loss:
 
 def main() -> None:
     """Print what both ways lose on samples that nothing was fitted to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for way, loss in measure(*requested(__doc__)).items():
+        products, nats = statistics.mean(loss.products.values()), statistics.mean(loss.nats)
+        print(f"{way:10} products {products:.4f} ({len(loss.products)} matrices), answers {nats:.1e} nats a token")
+
+
+def requested(description: str | None) -> tuple[LoadedModel, KeepPlan, WeightSamples, list[Sample]]:
+    """Return what the command line names: a model, its plan without cuts, samples to fit to and others to measure with."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tabletop")
-    parser.add_argument("--data", type=Path, required=True, help="samples that weights are fitted to")
+    parser.add_argument("--data", type=Path, required=True, help="samples that weights or scales are fitted to")
     parser.add_argument("--unseen", type=Path, required=True, help="other samples with answers, to measure with")
     parser.add_argument("--limit", type=int, help="only the first N samples of each")
     request = parser.parse_args()
@@ -48,9 +55,7 @@ def main() -> None:
     plan = unpruned_plan(loaded.folder.model_type, loaded.decoder_shape().layers, loaded.geometry(None))
     data = WeightSamples.read(request.data, "exact")
     limited = replace(data, samples=data.samples[: request.limit])
-    for way, loss in measure(loaded, plan, limited, read_samples(request.unseen)[: request.limit]).items():
-        products, nats = statistics.mean(loss.products.values()), statistics.mean(loss.nats)
-        print(f"{way:10} products {products:.4f} ({len(loss.products)} matrices), answers {nats:.1e} nats a token")
+    return loaded, plan, limited, read_samples(request.unseen)[: request.limit]
 
 
 def measure(loaded: LoadedModel, plan: KeepPlan, data: WeightSamples, unseen: list[Sample]) -> dict[str, Loss]:

@@ -5,24 +5,21 @@ python examples/quantized/products.py tabletop --data fit/dataset.jsonl --unseen
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from errors import requested
 
-from edgeprune.calibration.data.samples import Sample, WeightSamples, read_samples
+from edgeprune.calibration.data.samples import Sample, WeightSamples
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.replay.layerwise import named_matrices
 from edgeprune.calibration.replay.ranges import input_roundings
-from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.model.quantization import quantize
 from edgeprune.plan import KeepPlan
-from edgeprune.plan.presets import unpruned_plan
 
 # By name: the kind of the weights, and whether inputs are rounded to it too.
 WAYS = {"int4": ("int4", False), "fp8": ("fp8", True), "nvfp4, weights alone": ("nvfp4", False), "nvfp4": ("nvfp4", True)}
@@ -30,17 +27,7 @@ WAYS = {"int4": ("int4", False), "fp8": ("fp8", True), "nvfp4, weights alone": (
 
 def main() -> None:
     """Print the relative error of the decoder's products: the mean over its matrices, and the largest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tabletop")
-    parser.add_argument("--data", type=Path, required=True, help="samples that decide the scales of inputs")
-    parser.add_argument("--unseen", type=Path, required=True, help="other samples with answers, to measure with")
-    parser.add_argument("--limit", type=int, help="only the first N samples of each")
-    request = parser.parse_args()
-    loaded = load_model(resolve_model(request.model))
-    plan = unpruned_plan(loaded.folder.model_type, loaded.decoder_shape().layers, loaded.geometry(None))
-    data = WeightSamples.read(request.data, "exact")
-    limited = replace(data, samples=data.samples[: request.limit])
-    for way, errors in measure(loaded, plan, limited, read_samples(request.unseen)[: request.limit]).items():
+    for way, errors in measure(*requested(__doc__)).items():
         print(f"{way:22} {statistics.mean(errors.values()):6.1%} {max(errors.values()):6.1%} ({len(errors)} matrices)")
 
 
