@@ -79,11 +79,7 @@ def adding_nothing(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def merging_loss(
     listener: Listener, merger: Merger, method: Learned, schedule: Schedule, scene: Scene, done: float, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Return the divergence of `method`'s choice with what the merger makes of it: in nats, mean over the answers.
-
-    An answer's is divided by the square root of its tokens, so that a description does not count as much as all questions about
-    its image together. `rng`: what to draw from.
-    """
+    """Return the divergence in nats an answer of `method`'s choice with what the merger makes of it. `rng`: what to draw from."""
     del done
     width, tensors = len(merger.mean), merger.tensors()
     parts = list[torch.Tensor]()
@@ -97,7 +93,5 @@ def merging_loss(
             visual = replaced(visual, start + chosen, kept)
         some = scene.only(choice.numbers)
         added = torch.cat(logs) if schedule.weigh else None
-        found = lost(some, listener.logits(some, visual=visual, chosen=choice.chosen, logs=added))
-        answers = torch.split(found, [asked.tokens for asked in some.asked])
-        parts += [each.sum() * len(each) ** -0.5 for each in answers]
+        parts.append(lost(some, listener.logits(some, visual=visual, chosen=choice.chosen, logs=added)).sum())
     return torch.stack(parts).sum() / len(scene.asked)
