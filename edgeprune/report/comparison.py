@@ -57,7 +57,8 @@ def draw(plans: Sequence[str], columns: Mapping[str, Sequence[float | None]], pa
             _draw_panel(panels[row, column], some, whole, axis, score)
         panels[0, column].set_title(_TITLES[axis], fontsize=12)
         panels[-1, column].set_xlabel(_AXES[axis])
-        panels[-1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9, columnspacing=1.0)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+        panels[-1, column].legend(**below, ncols=3, frameon=False, fontsize=9, columnspacing=1.0)
     for row, score in enumerate(scores):
         panels[row, 0].set_ylabel(score)
     figure.savefig(encoded := BytesIO(), dpi=120, format=path.suffix[1:], metadata={"Description": description})

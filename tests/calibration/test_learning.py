@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from learned_weights import input_cut
+from recorded_scenes import GEOMETRY, Chosen, recorded
 
 from edgeprune.calibration import calibrate as command
 from edgeprune.calibration.calibrate import CalibrationResult
@@ -21,7 +22,6 @@ from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.learn import run, training
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
-from edgeprune.calibration.learn.merging import Merger, adding_nothing, merging_loss
 from edgeprune.calibration.learn.run import Learning, LearnRequest, Rival, learn
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost, probabilities
 from edgeprune.calibration.learn.straight import Chooser, choice_loss, straight_through
@@ -36,12 +36,11 @@ from edgeprune.io.progress import SILENT
 from edgeprune.methods.base import InputView, represented, unit
 from edgeprune.methods.divprune import DivPrune
 from edgeprune.methods.learned import Learned, read, write
-from edgeprune.plan import Cut, Geometry, KeepPlan
+from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.media.likeness import Likeness
 from edgeprune.tabletop.dataset import write_dataset
 
-GEOMETRY = Geometry(84, 112, 14, 2)
 REQUEST = LearnRequest(keep=5, least=5, rank=8, train=False, seed=0, max_tokens=3, fit="pad", device="cpu")
 
 
@@ -50,21 +49,6 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     folder = tmp_path_factory.mktemp("data") / "scenes"
     write_dataset(folder, 22, 6, kinds=("exists", "describe"))
     return read_samples(folder / "dataset.jsonl")
-
-
-class Chosen:
-    """A method that keeps what a function says."""
-
-    def __init__(self, select: Callable[[InputView, int], torch.Tensor]) -> None:
-        self.select = select
-
-
-def recorded(model: LoadedModel, samples: list[Sample], geometry: Geometry = GEOMETRY) -> tuple[Listener, Scene]:
-    plan = unpruned_plan(model.folder.model_type, model.decoder_shape().layers, geometry)
-    recorder = Recorder(model, plan, 6, "cpu")
-    listener = Listener(recorder.decoder)
-    (scene,) = run._scenes_of(recorder, listener, samples, "pad")
-    return listener, scene
 
 
 @pytest.fixture(scope="module")
@@ -285,52 +269,6 @@ def test_an_interrupted_training_ends_the_same(
         trained(tmp_path / "parts", stop=3)
     again = trained(tmp_path / "parts")
     assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
-
-
-def merging(found: Scene, tiny: LoadedModel) -> tuple[Merger, Learned, dict[str, torch.Tensor]]:
-    sums = Sums()
-    sums.add(found.visual.embeds[0], found.importance)
-    tensors, header = closed_form(sums, Settings(), 4), {"weights_sha256": tiny.weights_sha256, "keeps": [3, 5], "question": 0.0}
-    return Merger(sums, 0), Learned(Cut("input", "learned", 5, weights=write(tensors, header)), GEOMETRY), tensors
-
-
-def test_learning_to_merge_brings_the_decoder_nearer_and_an_interruption_changes_nothing(
-    tiny: LoadedModel, scene: tuple[Listener, Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "SAVE_EVERY", 10)
-    listener, found = scene
-    scenes: list[Callable[[], Scene]] = [lambda: found, lambda: found.only([0])]
-    losses = list[float]()
-
-    def trained(state: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
-        def progress(done: int, loss: float) -> None:
-            losses.append(loss)
-            if done == stop:
-                raise KeyboardInterrupt
-
-        merger, method, _ = merging(found, tiny)
-        schedule = Schedule(30, (3, 5), 0, weigh=True)
-        train(scenes, merger, partial(merging_loss, listener, merger, method, schedule), schedule, state, progress)
-        return merger.averaged_tensors()
-
-    whole = trained(tmp_path / "whole")
-    assert losses[-1] < 0.8 * losses[1]
-    with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "parts", stop=15)
-    again = trained(tmp_path / "parts")
-    assert all(torch.allclose(whole[name], again[name], atol=1e-5) for name in whole)
-
-    # What training measured is what the method does, and what adds nothing is the method without the option.
-    _, method, tensors = merging(found, tiny)
-    options = {"merge": True, "weigh": True}
-
-    def divergence(tensors: dict[str, torch.Tensor], options: dict[str, bool]) -> float:
-        cut = Cut("input", "learned", 5, options=options, weights=write(tensors, method.header))
-        return HeldOut(listener, [lambda: found], 48).divergence(Learned(cut, GEOMETRY), (5,), weigh=True)
-
-    plain = divergence(tensors, {"weigh": True})
-    assert divergence(tensors | adding_nothing(whole), options) == pytest.approx(plain, rel=1e-5)
-    assert divergence(tensors | whole, options) < plain
 
 
 def test_a_search_takes_the_best_of_one_setting_after_the_other() -> None:

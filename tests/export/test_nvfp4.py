@@ -252,8 +252,10 @@ def test_verify_notices_activations_that_are_not_rounded(
     assert {"kept", "prefill", "generation"} & {stage.name for stage in verify(bundle, even) if not stage.passed}
 
 
-def test_the_example_measures_products(even: LoadedModel, data: WeightSamples) -> None:
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "quantized" / "products.py"))
+def test_the_example_measures_products(even: LoadedModel, data: WeightSamples, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[2] / "examples" / "quantized"
+    monkeypatch.syspath_prepend(folder)
+    example = runpy.run_path(str(folder / "products.py"))
     unseen = [sample for sample in data.samples if sample.answer][:2]
     found = {way: max(errors.values()) for way, errors in example["measure"](even, PLAN, data, unseen).items()}
     assert 0.01 < found["fp8"] < 0.06 < found["nvfp4, weights alone"] < 0.13 and found["nvfp4"] < 0.25
