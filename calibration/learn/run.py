@@ -135,7 +135,7 @@ def learn(
             hint="Leave --train out: the closed form needs none.",
         )
     encoded = replace(base, cuts=base.vision_cuts)
-    parts = [*request.cut_options, *(str(cut.layer) for cut in base.layer_cuts)]
+    parts = [*(["trained"] if request.train else []), *request.cut_options, *(str(cut.layer) for cut in base.layer_cuts)]
     digest, asked = _digest(loaded, encoded, request), _asked_digest([(sample.images, sample.prompt) for sample in samples])
     folder = output.with_name(f".{output.name}.{digest}.learning") if kept is None else kept / digest
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,22 +186,22 @@ def _learn(
     settings, closed = search(lambda each: divergence(closed_form(sums, each, rank), each.question), counted)
     best, lowest, trained, unmerged = closed_form(sums, settings, rank), closed, False, None
 
-    def schedule(epochs: int, batch: int) -> Schedule:
+    def schedule_of(epochs: int, batch: int) -> Schedule:
         return Schedule.of(epochs, len(rest), batch, keeps, request.seed, weigh=request.weigh)
 
     if request.train:
         chooser = Chooser(best, sums.mean, sums.deviation, request.seed)
-        plan = schedule(EPOCHS, chooser.batch)
-        _train("training", chooser, partial(choice_loss, listener, chooser, plan), plan, rest, state, progress)
+        schedule = schedule_of(EPOCHS, chooser.batch)
+        _train("training", chooser, partial(choice_loss, listener, chooser, schedule), schedule, rest, state, progress)
         tensors = chooser.tensors()
         lowest = divergence(tensors, settings.question)
         trained = lowest < closed
         best, lowest = (tensors, lowest) if trained else (best, closed)
     if request.merge:
         merger, unmerged = Merger(sums, request.seed), lowest
-        plan = schedule(MERGING_EPOCHS, merger.batch)
-        loss = partial(merging_loss, listener, merger, method(best, settings.question), plan)
-        _train("learning to merge", merger, loss, plan, rest, _merging_state(state), progress)
+        schedule = schedule_of(MERGING_EPOCHS, merger.batch)
+        loss = partial(merging_loss, listener, merger, method(best, settings.question), schedule)
+        _train("learning to merge", merger, loss, schedule, rest, _merging_state(state), progress)
         merged = best | merger.averaged_tensors()
         lowest = divergence(merged, settings.question)
         best, lowest = (merged, lowest) if lowest < unmerged else (best | adding_nothing(merged), unmerged)
@@ -245,10 +245,16 @@ def _merging_state(state: Path) -> Path:
 
 
 def _train(
-    what: str, trainee: Trainee, loss: Loss, plan: Schedule, scenes: Sequence[Callable[[], Scene]], state: Path, progress: Progress
+    what: str,
+    trainee: Trainee,
+    loss: Loss,
+    schedule: Schedule,
+    scenes: Sequence[Callable[[], Scene]],
+    state: Path,
+    progress: Progress,
 ) -> None:
-    counted = progress.count(f"{what}, steps", plan.steps)
-    train(scenes, trainee, loss, plan, state, lambda done, lost: counted(done, f"loss {lost:.3f} nats"))
+    counted = progress.count(f"{what}, steps", schedule.steps)
+    train(scenes, trainee, loss, schedule, state, lambda done, lost: counted(done, f"loss {lost:.3f} nats"))
 
 
 def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequence[int], progress: Progress) -> tuple[Rival, ...]:
