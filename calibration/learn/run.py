@@ -25,7 +25,7 @@ from edgeprune.calibration.learn.merging import EPOCHS as MERGING_EPOCHS
 from edgeprune.calibration.learn.merging import Merger, adding_nothing, merging_loss
 from edgeprune.calibration.learn.scenes import Asked, Listener, Scene, measured
 from edgeprune.calibration.learn.straight import EPOCHS, Chooser, choice_loss
-from edgeprune.calibration.learn.training import Loss, Schedule, Trainee, train
+from edgeprune.calibration.learn.training import Schedule, Trainee, train
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.errors import UsageError
@@ -169,46 +169,80 @@ def _learn(
     rest = [scene for number, scene in enumerate(load) if number % HELD_OUT != HELD_OUT - 1]
     width = loaded.family.decoder().hidden
     judge = HeldOut(listener, held, width)
-    keeps = tuple(dict.fromkeys((request.keep, request.least)))
     header: dict[str, Any] = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
-
-    def method(tensors: dict[str, torch.Tensor], question: float) -> Learned:
-        found = write(tensors, {**header, "question": question})
-        options = request.cut_options if "own" in tensors else {}
-        return Learned(Cut("input", "learned", request.keep, options=options, weights=found), base.geometry)
-
-    def divergence(tensors: dict[str, torch.Tensor], question: float) -> float:
-        return judge.divergence(method(tensors, question), keeps, weigh=request.weigh)
-
-    sums = _sums(rest, width)
+    course = _Course(listener, base, request, rest, judge, _sums(rest, width), header, progress)
     rank = min(request.rank, width)
     counted = progress.count("comparing settings", MOST_TRIED)
-    settings, closed = search(lambda each: divergence(closed_form(sums, each, rank), each.question), counted)
-    best, lowest, trained, unmerged = closed_form(sums, settings, rank), closed, False, None
-
-    def schedule_of(epochs: int, batch: int) -> Schedule:
-        return Schedule.of(epochs, len(rest), batch, keeps, request.seed, weigh=request.weigh)
-
+    settings, lowest = search(lambda each: course.divergence(closed_form(course.sums, each, rank), each.question), counted)
+    best, trained, unmerged = closed_form(course.sums, settings, rank), False, None
     if request.train:
-        chooser = Chooser(best, sums.mean, sums.deviation, request.seed)
-        schedule = schedule_of(EPOCHS, chooser.batch)
-        _train("training", chooser, partial(choice_loss, listener, chooser, schedule), schedule, rest, state, progress)
-        tensors = chooser.tensors()
-        lowest = divergence(tensors, settings.question)
-        trained = lowest < closed
-        best, lowest = (tensors, lowest) if trained else (best, closed)
+        best, lowest, trained = course.trained(best, lowest, settings.question, state)
     if request.merge:
-        merger, unmerged = Merger(sums, request.seed), lowest
-        schedule = schedule_of(MERGING_EPOCHS, merger.batch)
-        loss = partial(merging_loss, listener, merger, method(best, settings.question), schedule)
-        _train("learning to merge", merger, loss, schedule, rest, _merging_state(state), progress)
-        merged = best | merger.averaged_tensors()
-        lowest = divergence(merged, settings.question)
-        best, lowest = (merged, lowest) if lowest < unmerged else (best | adding_nothing(merged), unmerged)
-    rivals = _rivals(judge, base, request, keeps, progress) if gate else ()
+        unmerged = lowest
+        best, lowest = course.merged(best, lowest, settings.question, _merging_state(state))
+    rivals = _rivals(judge, base, request, course.keeps, progress) if gate else ()
     header["seen"] = seen(rest, held, width, best)
     weights = write(best, {**header, "question": settings.question})
     return Learning(weights, len(rest), len(held), settings, trained, lowest, rivals, unmerged)
+
+
+@dataclass(frozen=True)
+class _Course:
+    # What is learned from, and the judge of what is learned. `header`: what all weights state.
+    listener: Listener
+    base: KeepPlan
+    request: LearnRequest
+    scenes: Sequence[Callable[[], Scene]]
+    judge: HeldOut
+    sums: Sums
+    header: Mapping[str, Any]
+    progress: Progress
+
+    @property
+    def keeps(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.request.keep, self.request.least)))
+
+    def method(self, tensors: dict[str, torch.Tensor], question: float) -> Learned:
+        found = write(tensors, {**self.header, "question": question})
+        options = self.request.cut_options if "own" in tensors else {}
+        return Learned(Cut("input", "learned", self.request.keep, options=options, weights=found), self.base.geometry)
+
+    def divergence(self, tensors: dict[str, torch.Tensor], question: float) -> float:
+        return self.judge.divergence(self.method(tensors, question), self.keeps, weigh=self.request.weigh)
+
+    def trained(
+        self, best: dict[str, torch.Tensor], lowest: float, question: float, state: Path
+    ) -> tuple[dict[str, torch.Tensor], float, bool]:
+        # The choice trained further, its divergence, and whether that is lower; otherwise what was given.
+        chooser = Chooser(best, self.sums.mean, self.sums.deviation, self.request.seed)
+        self._train("training", chooser, partial(choice_loss, self.listener, chooser), EPOCHS, state)
+        tensors = chooser.tensors()
+        found = self.divergence(tensors, question)
+        return (tensors, found, True) if found < lowest else (best, lowest, False)
+
+    def merged(
+        self, best: dict[str, torch.Tensor], lowest: float, question: float, state: Path
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        # The choice with a map that merges, or, if that is not better, with one that adds nothing; and the divergence.
+        merger = Merger(self.sums, self.request.seed)
+        loss = partial(merging_loss, self.listener, merger, self.method(best, question))
+        self._train("learning to merge", merger, loss, MERGING_EPOCHS, state)
+        tensors = best | merger.averaged_tensors()
+        found = self.divergence(tensors, question)
+        return (tensors, found) if found < lowest else (best | adding_nothing(tensors), lowest)
+
+    def _train(self, what: str, trainee: Trainee, loss: Callable[..., torch.Tensor], epochs: int, state: Path) -> None:
+        request = self.request
+        schedule = Schedule.of(epochs, len(self.scenes), trainee.batch, self.keeps, request.seed, weigh=request.weigh)
+        counted = self.progress.count(f"{what}, steps", schedule.steps)
+        train(
+            self.scenes,
+            trainee,
+            partial(loss, schedule),
+            schedule,
+            state,
+            lambda done, lost: counted(done, f"loss {lost:.3f} nats"),
+        )
 
 
 def seen(
@@ -242,19 +276,6 @@ def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:
 
 def _merging_state(state: Path) -> Path:
     return state.with_suffix(".merging.safetensors")
-
-
-def _train(
-    what: str,
-    trainee: Trainee,
-    loss: Loss,
-    schedule: Schedule,
-    scenes: Sequence[Callable[[], Scene]],
-    state: Path,
-    progress: Progress,
-) -> None:
-    counted = progress.count(f"{what}, steps", schedule.steps)
-    train(scenes, trainee, loss, schedule, state, lambda done, lost: counted(done, f"loss {lost:.3f} nats"))
 
 
 def _rivals(judge: HeldOut, base: KeepPlan, request: LearnRequest, keeps: Sequence[int], progress: Progress) -> tuple[Rival, ...]:
