@@ -3,9 +3,10 @@
 With z = (v - μ)/σ over all visual tokens of the calibration images, the score is s = e·θᵀz / (deviation of θᵀz within images),
 where θ is the ridge regression, within images, from z to the importance of a token (`Scene.importance`) with penalty λ. The metric
 has the first principal components of z, each divided by its deviation to the power w: 0 leaves them as they are, 1 makes all of
-them count alike. e, λ and w are settings that are searched on held-out images, and so is the weight q of the question.
+them count alike. e, λ and w are settings that are searched on held-out images, and so is the weight q of the question. The mean
+word ω is that of all questions.
 
-All of it follows from sums over the tokens, so images are streamed and memory does not grow with them.
+All of it follows from sums over tokens and words, so images are streamed and memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ TRIES: dict[str, tuple[float, ...]] = {
     "whitening": (0.0, 0.5, 1.0),
     "exponent": (0.25, 0.5, 1.0, 1.5, 2.5),
     "ridge": (0.0002, 0.002, 0.02, 0.2),
-    "question": (0.0, 0.5),
+    "question": (0.0, 2.5, 5.0, 10.0),
 }
 
 
 @dataclass
 class Sums:
     """Sums over visual tokens of width d, in float64: their `count`, `total` [d], `products` [d, d], the products `within` images
-    [d, d], and `toward` [d], the products of tokens and importance within images.
+    [d, d], and `toward` [d], the products of tokens and importance within images. Of embedded words, their number `words` and the
+    sum `said` [d].
     """
 
     count: int = 0
@@ -48,6 +50,8 @@ class Sums:
     products: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     within: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     toward: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    words: int = 0
+    said: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, visual: torch.Tensor, importance: torch.Tensor) -> None:
         """Add the tokens [V, d] of an image and their importance [V]."""
@@ -59,10 +63,20 @@ class Sums:
         self.within = self.within + centred.T @ centred
         self.toward = self.toward + centred.T @ (target - target.mean())
 
+    def hear(self, words: torch.Tensor) -> None:
+        """Add the embedded words [M, d] of a question."""
+        self.words += words.shape[0]
+        self.said = self.said + words.double().sum(dim=0)
+
     @property
     def mean(self) -> torch.Tensor:
         """The mean μ [d] of the tokens."""
         return self.total / self.count
+
+    @property
+    def mean_word(self) -> torch.Tensor:
+        """The mean ω [d] of the words, 0 without words."""
+        return (self.said / max(1, self.words)).expand_as(self.mean)
 
     @property
     def variance(self) -> torch.Tensor:
@@ -91,7 +105,8 @@ def closed_form(sums: Sums, settings: Settings, rank: int) -> dict[str, torch.Te
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     values = values.clamp_min(_TINY * values[0])
     metric = vectors * values.pow(-settings.whitening / 2) / deviation[:, None]
-    return {"theta": theta, **_nothing_hidden(theta), "metric": metric, "metric_bias": -mean @ metric}
+    metrics = {"metric": metric, "metric_bias": -mean @ metric}
+    return {"theta": theta, **_nothing_hidden(theta), **metrics, "words": sums.mean_word}
 
 
 def _nothing_hidden(theta: torch.Tensor) -> dict[str, Any]:

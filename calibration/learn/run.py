@@ -216,7 +216,7 @@ class _Course:
         # The choice trained further, its divergence, and whether that is lower; otherwise what was given.
         chooser = Chooser(best, self.sums.mean, self.sums.deviation, self.request.seed)
         self._train("training", chooser, partial(choice_loss, self.listener, chooser), EPOCHS, state)
-        tensors = chooser.tensors()
+        tensors = best | chooser.tensors()
         found = self.divergence(tensors, question)
         return (tensors, found, True) if found < lowest else (best, lowest, False)
 
@@ -271,6 +271,8 @@ def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:
         scene = load()
         for visual, importance in zip(scene.images(width), torch.split(scene.importance, list(scene.sizes)), strict=True):
             sums.add(visual, importance)
+        for asked in scene.asked:
+            sums.hear(asked.words[:, :width])
     return sums
 
 

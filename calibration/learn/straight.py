@@ -51,7 +51,7 @@ class Chooser(Trainee):
 
     @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of `edgeprune.methods.learned` by name, of the running means; they take tokens as they are."""
+        """Return score and metric of `edgeprune.methods.learned` by name, of the running means; they take tokens as they are."""
         theta, metric, hidden, bias, out = self.averages
         scale, moved = self.deviation[:, None], self.mean / self.deviation
         return {

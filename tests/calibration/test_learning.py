@@ -238,7 +238,7 @@ def test_training_makes_the_choices_of_the_method(keep: int) -> None:
     made, visual = trainee_of(sums), torch.randn(20, 6, generator=torch.Generator().manual_seed(8)) * 2 + 3
     scores, places = made(visual)
     gate = straight_through(scores, places, keep, 1.0, lambda: torch.zeros(20))
-    weights = write(made.tensors(), {"weights_sha256": "", "keeps": [1, 20], "question": 0.0})
+    weights = write(closed_form(sums, Settings(), 4) | made.tensors(), {"weights_sha256": "", "keeps": [1, 20], "question": 0.0})
     chosen = Learned(Cut("input", "learned", keep, weights=weights), GEOMETRY).select(InputView(visual, visual[:1]), keep)
     assert torch.nonzero(gate.detach().round())[:, 0].tolist() == chosen.tolist()
     assert gate.sum().item() == pytest.approx(keep)

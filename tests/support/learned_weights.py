@@ -31,6 +31,7 @@ def drawn_weights(
         "out": (3,),
         "metric": (width, rank),
         "metric_bias": (rank,),
+        "words": (width,),
     }
     if merge:
         shapes |= {"own": (width, 5), "near": (width, 5), "mattering": (width, 5), "merge_bias": (5,), "attended": (5,)}
