@@ -1,8 +1,9 @@
 """Speed up torch's ONNX exporter by skipping work that our graphs do not need, which takes most of the export time.
 
-Five parts of torch 2.13 are patched while a graph is traced (measured with `py-spy` on the decoder of a tiny model):
+Six parts of torch 2.13 are patched while a graph is traced (measured with `py-spy` on the decoder of a tiny model):
 
 - The fake tensor cache is disabled. With symbolic lengths, creating and reading an entry takes longer than the operator itself.
+- No node gets the stack of its call: the pass pipeline would remove it.
 - The decomposition. The exporter runs the whole program through AOT autograd to replace operators that ONNX lacks. In our graphs
   these are casts and assertions, which are replaced in place here. Programs with other such operators take the exporter's own path.
 - The type promotion. The pass runs every node again on fake tensors to learn its type, which the trace has recorded already.
@@ -27,6 +28,7 @@ import torch
 from torch._export.passes import replace_set_grad_with_hop_pass
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
+from torch.fx import config as fx_config
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import type_promotion
@@ -50,6 +52,7 @@ def quick_exporter() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
+        stack.enter_context(mock.patch.object(fx_config, "do_not_emit_stack_traces", True))
         stack.enter_context(mock.patch.object(_fx_passes, "decompose_with_registry", _fast_decompose))
         stack.enter_context(mock.patch.object(_Promotion, "run_node", _promote_types))
         stack.enter_context(mock.patch.object(replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass", _erase_grad_modes))
