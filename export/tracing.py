@@ -8,7 +8,7 @@ share that length. Both lengths include a null row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,8 @@ def trace_decoder(
     progress: Progress = SILENT,
 ) -> GraphRecord:
     """Write the decoder under a plan and its `lower_tiers`; see `edgeprune.bundle.graph_io` for inputs and outputs."""
+    if not lower_tiers and not plan.weighs and all(cut.site in ("vision", "input") for cut in plan.cuts):
+        plan = replace(plan, cuts=())  # a decoder without cuts of its own is the same whatever enters it
     options = {"fused": lowering.target.fused, "blocked": lowering.target.blocked}
     decoder = PrunedDecoder(parts, plan, lower_tiers=lower_tiers, **options).eval()
     lengths = {name: torch.export.Dim(name, min=0, max=MAX_LENGTH) for name in SEGMENTS}
