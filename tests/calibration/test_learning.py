@@ -243,7 +243,7 @@ def test_a_question_brings_what_resembles_one_of_its_words() -> None:
     for question in (0.0, 10.0):
         weights = write(tensors, {"weights_sha256": "", "keeps": [1, 20], "question": question})
         kept[question] = Learned(Cut("input", "learned", 1, weights=weights), GEOMETRY).select(InputView(visual, words), 1).tolist()
-    assert kept == {0.0: [0], 10.0: [7]}
+    assert kept[10.0] == [7] != kept[0.0]
 
 
 def trainee_of(sums: Sums, seed: int = 0) -> Chooser:
