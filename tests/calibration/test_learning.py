@@ -234,11 +234,12 @@ def test_the_mean_word_is_that_of_all_questions() -> None:
 
 def test_a_question_brings_what_resembles_one_of_its_words() -> None:
     # Token 7 alone points where the second word does, from the means of tokens and of words, which are far from both.
-    sums, _ = planted()
-    visual = torch.randn(20, 6, generator=torch.Generator().manual_seed(8)) * 0.1 + 30
-    visual[7] = 30 + 4 * torch.eye(6)[2]
-    words = 20 + torch.stack([torch.eye(6)[5], torch.eye(6)[2]])
-    sums.hear(torch.full((1, 6), 20.0))
+    sums, _ = planted(width=64)
+    visual = torch.randn(20, 64, generator=torch.Generator().manual_seed(8)) * 0.1 + 30
+    visual[7] = 30 + 4 * torch.eye(64)[2]
+    words = 20 + torch.stack([torch.eye(64)[5], torch.eye(64)[2]])
+    sums.hear(torch.full((1, 64), 20.0))
+    sums.compare(visual, words)
     tensors, kept = closed_form(sums, Settings(exponent=0.0), 4), {}
     for question in (0.0, 10.0):
         weights = write(tensors, {"weights_sha256": "", "keeps": [1, 20], "question": question})
