@@ -13,7 +13,7 @@ from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, class
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, parts_needed, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
-from edgeprune.calibration.data.samples import Sample, check_images, halves
+from edgeprune.calibration.data.samples import Sample, check_images, split
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.calibration.learn.ranking import LearnedRanking, learn_ranking
@@ -34,6 +34,7 @@ from edgeprune.registry import family_class
 
 _FITPRUNE_NOT_TRIED = "fitprune: its statistics take longer than the search; --method fitprune --statistics FILE collects them"
 _LEARNED: tuple[dict[str, Any], ...] = ({}, {"weigh": True}, {"weigh": True, "merge": True})  # of a search
+MOST_JUDGING = 120  # samples, about as many, that judge the plans of a search; all others are learned from
 LEARNED_SHARES = 0.5, 0.1  # what a search learns for if its target is no share of the work
 _BEFORE_WITHDRAWAL = 1.5  # an input cut keeps up to so many times the target's share if a withdrawal follows
 
@@ -187,8 +188,8 @@ def _learned_candidates(
 def _learned_again(
     options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], plan: KeepPlan, folder: Path, progress: Progress
 ) -> KeepPlan:
-    # The plan that a search found, its learned selection learned from all samples: it was chosen by half of them, the other half
-    # having judged. Nothing is left to judge the new one, but more samples make it no worse (docs/learned.md).
+    # The plan that a search found, its learned selection learned from all samples: it was chosen without those
+    # that judged. Nothing is left to judge the new one, but more samples make it no worse (docs/learned.md).
     cut = plan.input
     if cut is None or cut.weights is None:
         return plan
@@ -243,7 +244,7 @@ def _search_plan(
     unpruned: KeepPlan,
     progress: Progress,
 ) -> CalibrationResult:
-    learned_from, judged_by = halves(samples)
+    learned_from, judged_by = split(samples, MOST_JUDGING)
     goal, times = options.goal(), _times(options, loaded, unpruned)
     check_goal(goal, loaded, unpruned, times, len(judged_by))  # fail before anything is measured
     held_out = Agreement(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -192,16 +193,17 @@ def draw_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> lis
     return [samples[index] for index in sorted(drawn)]
 
 
-def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples about every second image, and the others, so that nothing is judged by images that it is taken from.
+def split(samples: Sequence[Sample], most: int) -> tuple[list[Sample], list[Sample]]:
+    """Return samples to learn from and others that judge, of other images, so that nothing is judged by what it is taken from.
 
-    If all are about the same images, every second sample instead.
+    The images that judge are every second one, or fewer at equal distances if theirs would be more than about `most` samples. If
+    all samples are about the same images, single samples are taken like images.
     """
-    images = list(dict.fromkeys(sample.images for sample in samples))
-    if len(images) < 2:
-        return list(samples[::2]), list(samples[1::2])
-    first = set(images[::2])
-    return [each for each in samples if each.images in first], [each for each in samples if each.images not in first]
+    every, alone = max(2, math.ceil(len(samples) / most)), len({sample.images for sample in samples}) < 2
+    keys: list[Any] = [number if alone else sample.images for number, sample in enumerate(samples)]
+    judging = set(list(dict.fromkeys(keys))[every - 1 :: every])
+    keyed = list(zip(keys, samples, strict=True))
+    return [sample for key, sample in keyed if key not in judging], [sample for key, sample in keyed if key in judging]
 
 
 def score(sample: Sample, text: str) -> Score:

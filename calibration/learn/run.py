@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,9 @@ def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:
             sums.add(visual, importance)
         for asked in scene.asked:
             sums.hear(asked.words[:, :width])
+    for scene in (load() for load in scenes):
+        for visual, asked in product(scene.images(width), scene.asked):
+            sums.compare(visual, asked.words[:, :width])
     return sums
 
 

@@ -186,7 +186,7 @@ def _drawn(*, merge: bool = False) -> Any:
     from edgeprune.methods.learned import write
 
     shapes = {"theta": (WIDTH,), "hidden": (WIDTH, HIDDEN), "hidden_bias": (HIDDEN,), "out": (HIDDEN,)}
-    shapes |= {"metric": (WIDTH, RANK), "metric_bias": (RANK,), "words": (WIDTH,)}
+    shapes |= {"metric": (WIDTH, RANK), "metric_bias": (RANK,), "words": (WIDTH,), "spread": (1,)}
     if merge:
         shapes |= {name: (WIDTH, INNER) for name in ("own", "near", "mattering")}
         shapes |= {"merge_bias": (INNER,), "added": (INNER, WIDTH), "added_bias": (WIDTH,)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.data.samples import BadSampleError, Sample, halves, read_samples, score
+from edgeprune.calibration.data.samples import BadSampleError, Sample, read_samples, score, split
 from edgeprune.errors import UsageError
 
 GOOD = {"image": "a.png", "prompt": "What?", "answer": "red", "kind": "colour"}
@@ -127,9 +127,14 @@ def test_a_folder_is_answered_with_the_file_in_it(tmp_path: Path) -> None:
         read_samples(tmp_path)
 
 
-def test_halves_share_no_image() -> None:
+@pytest.mark.parametrize(("most", "sizes"), [(12, [6, 6]), (6, [6, 6]), (4, [9, 3]), (3, [9, 3])])
+def test_those_who_judge_saw_other_images(most: int, sizes: list[int]) -> None:
     samples = [Sample((Path(f"{number // 3}.png"),), f"question {number}", "answer") for number in range(12)]
-    one, other = halves(samples)
-    assert [len(one), len(other)] == [6, 6]
-    assert {each.images for each in one} & {each.images for each in other} == set()
-    assert [len(half) for half in halves(samples[:3])] == [2, 1]
+    learned_from, judging = split(samples, most)
+    assert [len(learned_from), len(judging)] == sizes
+    assert {each.images for each in learned_from} & {each.images for each in judging} == set()
+
+
+def test_of_one_image_samples_are_split() -> None:
+    samples = [Sample((Path("0.png"),), f"question {number}", "answer") for number in range(3)]
+    assert [len(part) for part in split(samples, 120)] == [2, 1]

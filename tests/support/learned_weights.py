@@ -32,6 +32,7 @@ def drawn_weights(
         "metric": (width, rank),
         "metric_bias": (rank,),
         "words": (width,),
+        "spread": (1,),
     }
     if merge:
         shapes |= {"own": (width, 5), "near": (width, 5), "mattering": (width, 5), "merge_bias": (5,), "attended": (5,)}
