@@ -38,6 +38,7 @@ class DivPrune:
         """Return the ascending positions [min(keep, V)] of the set."""
         count = view.visual.shape[0]
         similarity = cosine(view.visual, view.visual)
-        others = similarity - 4.0 * torch.eye(count, device=similarity.device)  # a token is not its own neighbour
+        order = torch.arange(count, device=similarity.device)
+        others = torch.where(order[:, None] == order[None], -2.0, similarity)  # a token is not its own neighbour
         first = torch.topk(others.amax(dim=0), 1, largest=False).indices
         return ascending(add_most_different(similarity, first, min(keep, count) - 1, block=self._block))
