@@ -3,10 +3,10 @@
 With z = (v - μ)/σ over all visual tokens of the calibration images, the score is s = e·θᵀz / (deviation of θᵀz within images),
 where θ is the ridge regression, within images, from z to the importance of a token (`Scene.importance`) with penalty λ. The metric
 has the first principal components of z, each divided by its deviation to the power w: 0 leaves them as they are, 1 makes all of
-them count alike. e, λ and w are settings that are searched on held-out images, and so is the weight q of the question. The mean
-word ω is that of all questions, and ς the root mean square of the cosines of their words with the tokens they are asked about.
+them count alike. e, λ and w are settings that are searched on held-out images. What questions ask for is fitted to them afterwards
+(`edgeprune.calibration.learn.asking`).
 
-All of it follows from sums over tokens and words, so images are streamed and memory does not grow with them.
+All of it follows from sums over the tokens, so images are streamed and memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 
-from edgeprune.methods.learned import resemblance
-
 _TINY = 1e-6
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched: `exponent` e, penalty `ridge` λ for each visual token, `whitening` w and the weight `question` q."""
+    """What is searched: `exponent` e, penalty `ridge` λ for each visual token and `whitening` w; `question`: the weight q."""
 
     exponent: float = 0.5
     ridge: float = 0.002
@@ -36,15 +34,13 @@ TRIES: dict[str, tuple[float, ...]] = {
     "whitening": (0.0, 0.5, 1.0),
     "exponent": (0.25, 0.5, 1.0, 1.5, 2.5),
     "ridge": (0.0002, 0.002, 0.02, 0.2),
-    "question": (0.0, 0.25, 0.5, 1.0, 2.0),
 }
 
 
 @dataclass
 class Sums:
     """Sums over visual tokens of width d, in float64: their `count`, `total` [d], `products` [d, d], the products `within` images
-    [d, d], and `toward` [d], the products of tokens and importance within images. Of embedded words, their number `words` and the
-    sum `said` [d]. Of cosines of tokens and words, their number `pairs` and the sum of `squares`.
+    [d, d], and `toward` [d], the products of tokens and importance within images.
     """
 
     count: int = 0
@@ -52,10 +48,6 @@ class Sums:
     products: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     within: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     toward: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    words: int = 0
-    said: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    pairs: int = 0
-    squares: float = 0.0
 
     def add(self, visual: torch.Tensor, importance: torch.Tensor) -> None:
         """Add the tokens [V, d] of an image and their importance [V]."""
@@ -67,32 +59,10 @@ class Sums:
         self.within = self.within + centred.T @ centred
         self.toward = self.toward + centred.T @ (target - target.mean())
 
-    def hear(self, words: torch.Tensor) -> None:
-        """Add the embedded words [M, d] of a question."""
-        self.words += words.shape[0]
-        self.said = self.said + words.double().sum(dim=0)
-
-    def compare(self, visual: torch.Tensor, words: torch.Tensor) -> None:
-        """Add the cosines of an image's tokens [V, d] with the words [M, d] of a question, once all words were heard."""
-        cosines = resemblance(visual, words, self.mean_word.float())
-        self.pairs += cosines.numel()
-        self.squares += float(cosines.square().sum())
-
     @property
     def mean(self) -> torch.Tensor:
         """The mean μ [d] of the tokens."""
         return self.total / self.count
-
-    @property
-    def mean_word(self) -> torch.Tensor:
-        """The mean ω [d] of the words, 0 without words."""
-        return (self.said / max(1, self.words)).expand_as(self.mean)
-
-    @property
-    def spread(self) -> torch.Tensor:
-        """The root mean square ς [1] of the cosines of tokens and words, 1 without any."""
-        mean = self.squares / self.pairs if self.pairs else 1.0
-        return self.mean.new_tensor([max(mean, _TINY)]).sqrt()
 
     @property
     def variance(self) -> torch.Tensor:
@@ -121,9 +91,12 @@ def closed_form(sums: Sums, settings: Settings, rank: int) -> dict[str, torch.Te
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     values = values.clamp_min(_TINY * values[0])
     metric = vectors * values.pow(-settings.whitening / 2) / deviation[:, None]
-    metrics = {"metric": metric, "metric_bias": -mean @ metric}
-    return {"theta": theta, **_nothing_hidden(theta), **metrics, "words": sums.mean_word, "spread": sums.spread}
+    return {"theta": theta, **_nothing_hidden(theta), "metric": metric, "metric_bias": -mean @ metric, **_nothing_asked(theta)}
 
 
 def _nothing_hidden(theta: torch.Tensor) -> dict[str, Any]:
     return {"hidden": theta.new_zeros(len(theta), 1), "hidden_bias": theta.new_zeros(1), "out": theta.new_zeros(1)}
+
+
+def _nothing_asked(theta: torch.Tensor) -> dict[str, Any]:
+    return {"mean_word": torch.zeros_like(theta), "words": theta.new_zeros(len(theta), 1), "asked": theta.new_zeros(len(theta), 1)}

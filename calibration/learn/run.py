@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from edgeprune.calibration.data.samples import Sample, check_images
+from edgeprune.calibration.learn.asking import WEIGHTS, fitted
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
 from edgeprune.calibration.learn.merging import EPOCHS as MERGING_EPOCHS
@@ -45,7 +45,7 @@ RIVALS = ("cdpruner", "dart", "divprune", "zspaprune")
 UNLIKE = 1.5  # times as far as the farthest held-out image, an image is unlike them
 LEAST_DEVIATION = 0.1  # that a dimension counts as, of the root mean square of all of them
 _TINY = 1e-6
-_FORM = 2  # of what is recorded
+_FORM = 3  # of what is recorded
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,10 @@ def _learn(
     header: dict[str, Any] = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
     course = _Course(listener, base, request, rest, judge, _sums(rest, width), header, progress)
     rank = min(request.rank, width)
-    counted = progress.count("comparing settings", MOST_TRIED)
-    settings, lowest = search(lambda each: course.divergence(closed_form(course.sums, each, rank), each.question), counted)
-    best, trained, unmerged = closed_form(course.sums, settings, rank), False, None
+    counted = progress.count("comparing settings", MOST_TRIED + len(WEIGHTS))
+    settings, lowest = search(lambda each: course.divergence(closed_form(course.sums, each, rank), 0.0), counted)
+    best, lowest, settings = course.asked(closed_form(course.sums, settings, rank), lowest, settings, counted)
+    trained, unmerged = False, None
     if request.train:
         best, lowest, trained = course.trained(best, lowest, settings.question, state)
     if request.merge:
@@ -210,6 +211,18 @@ class _Course:
 
     def divergence(self, tensors: dict[str, torch.Tensor], question: float) -> float:
         return self.judge.divergence(self.method(tensors, question), self.keeps, weigh=self.request.weigh)
+
+    def asked(
+        self, best: dict[str, torch.Tensor], lowest: float, settings: Settings, counted: Callable[[int], None]
+    ) -> tuple[dict[str, torch.Tensor], float, Settings]:
+        # With what questions ask for, if that is better; otherwise what was given.
+        tensors = fitted(self.scenes, len(best["theta"]), best, settings.exponent).added_to(best, settings.exponent)
+        for number, weight in enumerate(WEIGHTS, start=MOST_TRIED + 1):
+            found = self.divergence(tensors, weight)
+            counted(number)
+            if found < lowest:
+                best, lowest, settings = tensors, found, replace(settings, question=weight)
+        return best, lowest, settings
 
     def trained(
         self, best: dict[str, torch.Tensor], lowest: float, question: float, state: Path
@@ -272,11 +285,6 @@ def _sums(scenes: Sequence[Callable[[], Scene]], width: int) -> Sums:
         scene = load()
         for visual, importance in zip(scene.images(width), torch.split(scene.importance, list(scene.sizes)), strict=True):
             sums.add(visual, importance)
-        for asked in scene.asked:
-            sums.hear(asked.words[:, :width])
-    for scene in (load() for load in scenes):
-        for visual, asked in product(scene.images(width), scene.asked):
-            sums.compare(visual, asked.words[:, :width])
     return sums
 
 

@@ -20,7 +20,8 @@ from edgeprune.plan import KeepPlan
 
 PACKED = 512  # tokens of questions and answers in one forward pass
 LIKELY = 64  # tokens of the vocabulary whose probabilities a divergence compares one by one
-_MEASURED = ("importance", "likely", "ids")
+_MEASURED = ("products", "likely", "ids")
+_TINY = 1e-12
 DROPPED = 1e-6  # the weight of a token that a gate leaves out: above 0, so that its gradient says what it would have given
 
 
@@ -55,8 +56,8 @@ class Asked:
 class Scene:
     """The V visual tokens of an image, or of several, the text before the question, and the questions about them.
 
-    `sizes`: the tokens of each image. `importance` [V]: of each visual token, the logarithm of |v·∂L/∂v|, where L is the negative
-    log-likelihood of all answers. `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens
+    `sizes`: the tokens of each image. `products` [questions, V]: v·∂L/∂v of each visual token, where L is the negative
+    log-likelihood of the answer. `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens
     without pruning.
     """
 
@@ -64,20 +65,32 @@ class Scene:
     visual: Segment
     asked: tuple[Asked, ...]
     sizes: tuple[int, ...]
-    importance: torch.Tensor
+    products: torch.Tensor
     likely: torch.Tensor
     ids: torch.Tensor
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """Of each visual token [V], the logarithm of |v·∂L/∂v|, where L is the negative log-likelihood of all answers."""
+        return torch.log(self.products.sum(dim=0).abs() + 1e-4)
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """Of each question and visual token [questions, V], the share of its image's |v·∂L/∂v|, where L is that of the answer."""
+        parts = torch.split(self.products.abs() + _TINY, list(self.sizes), dim=1)
+        return torch.cat([part / part.sum(dim=1, keepdim=True) for part in parts], dim=1)
 
     def images(self, width: int) -> tuple[torch.Tensor, ...]:
         """Return the visual tokens of each image, their first `width` columns."""
         return torch.split(self.visual.embeds[0, :, :width], list(self.sizes))
 
     def only(self, numbers: Sequence[int]) -> Scene:
-        """Return the scene with only some of its questions, by their numbers; with the importance to all of them."""
+        """Return the scene with only some of its questions, by their numbers."""
         lengths = [asked.tokens for asked in self.asked]
         parts = (torch.split(rows, lengths) for rows in (self.likely, self.ids))
         likely, ids = (torch.cat([rows[number] for number in numbers]) for rows in parts)
-        return replace(self, asked=tuple(self.asked[number] for number in numbers), likely=likely, ids=ids)
+        asked = tuple(self.asked[number] for number in numbers)
+        return replace(self, asked=asked, products=self.products[list(numbers)], likely=likely, ids=ids)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
@@ -237,23 +250,24 @@ def bias_of(
 
 
 def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[Asked, ...], images: int = 1) -> Scene:
-    """Return a scene with what the unpruned model says and what matters to it, by one backward pass to the visual tokens alone.
+    """Return a scene with what the unpruned model says and what matters to its answers, by a backward pass of each.
 
     `images`: how many the visual tokens are of, all of them equally many.
     """
     tokens = visual.embeds.detach().clone().requires_grad_(True)
     sizes = (tokens.shape[1] // images,) * images
     bare = Scene(prefix, visual, asked, sizes, *[torch.zeros(0)] * len(_MEASURED))
-    gradient, references = torch.zeros_like(tokens), list[tuple[torch.Tensor, torch.Tensor]]()
+    products, references = list[torch.Tensor](), list[tuple[torch.Tensor, torch.Tensor]]()
     for pack in listener.packs(asked):  # a pass's memory is free before the next
         logits = listener.logits(replace(bare, asked=tuple(pack)), visual=tokens)
         references.append(probabilities(logits.detach()))
         said = logits.detach().argmax(dim=-1)  # the unpruned model's own answers
-        loss = torch.nn.functional.cross_entropy(logits.float(), said, reduction="sum")
-        gradient += torch.autograd.grad(loss, tokens)[0]
-    importance = torch.log((gradient * visual.embeds)[0].sum(dim=-1).abs() + 1e-4)
+        losses = torch.nn.functional.cross_entropy(logits.float(), said, reduction="none")
+        for number, part in enumerate(torch.split(losses, [each.tokens for each in pack])):
+            (gradient,) = torch.autograd.grad(part.sum(), tokens, retain_graph=number < len(pack) - 1)
+            products.append((gradient * visual.embeds)[0].sum(dim=-1))
     likely, ids = (torch.cat(rows) for rows in zip(*references, strict=True))
-    return replace(bare, importance=importance, likely=likely, ids=ids)
+    return replace(bare, products=torch.stack(products), likely=likely, ids=ids)
 
 
 def probabilities(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,9 @@ highest score. Each further one has the highest gain exp(s) (1.001 - max over th
 weighted by importance. A set for fewer tokens is a part of every set for more. Option weigh: see `base.represented`, by the learned
 metric.
 
-With a weight q for the question, s gains q·max(0, r/ς - 2). There r is how similar v is to the word of the question that it is most
-similar to: the cosine of v less the image's mean with the word's embedding less ω, the mean word of the calibration's questions. ς
-is the root mean square of such cosines there, so a token that resembles words no more than by chance gains nothing.
+With a weight q for the question, s gains q·v·U g, where g = (mean of the question's words - ω) C: a direction that depends on what
+is asked. ω is the mean word of the calibration's questions, C takes few dimensions of words, and U is fitted to which tokens
+mattered to the answer of each question.
 
 Option merge: a kept token c gains what the tokens N(c) hold whose nearest kept one it is, by the metric: gelu(u)·A + a, where
 u = c·O + (mean of N(c) - c)·P + (mean of N(c) weighted by exp(s) - c)·Q + b, s without the question. If the cut weighs too, the
@@ -32,25 +32,16 @@ import torch
 from torch.nn import functional
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView, add_most_different, ascending, cosine, nearest_chosen, unit
+from edgeprune.methods.base import InputView, add_most_different, ascending, nearest_chosen, unit
 from edgeprune.methods.weights import pack, unpack
 from edgeprune.plan import Cut, Geometry, Option, Weights
 
 MARGIN = 1.001  # keeps the gain of tokens that equal a chosen one above 0, so that their scores still count
-BY_CHANCE = 2.0  # times the root mean square of cosines, a word may resemble a token by chance
 _LEAST, _MOST = -60.0, 1e30
 _NONE = 1e-30  # below exp(_LEAST)
 _AGAIN = "Learn it: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
-_SHAPES = {
-    "theta": "d",
-    "hidden": "dh",
-    "hidden_bias": "h",
-    "out": "h",
-    "metric": "dr",
-    "metric_bias": "r",
-    "words": "d",
-    "spread": "1",
-}
+_SHAPES = {"theta": "d", "hidden": "dh", "hidden_bias": "h", "out": "h", "metric": "dr", "metric_bias": "r"}
+_SHAPES |= {"mean_word": "d", "words": "dw", "asked": "dw"}
 _MERGING = {"own": "dm", "near": "dm", "mattering": "dm", "merge_bias": "m", "added": "md", "added_bias": "d"}
 _MERGING |= {"attended": "m", "attended_bias": "1", "power": "1"}
 
@@ -113,9 +104,10 @@ class Learned:
         return torch.where(score.abs() <= _MOST, score, 0.0)
 
     def asked_for(self, view: InputView) -> torch.Tensor:
-        """Return by how much more than by chance each visual token resembles a word of the question [V], 0 for most."""
-        similarity = resemblance(view.visual, view.prompt, self.tensors["words"].to(view.prompt.device)).amax(dim=1)
-        return (similarity / self.tensors["spread"].to(similarity.device) - BY_CHANCE).clamp_min(0.0)
+        """Return how much each visual token matters to what is asked [V], as a logarithm, from any offset."""
+        mean_word, words, asked = (self.tensors[name].to(view.prompt.device) for name in ("mean_word", "words", "asked"))
+        wanted = asked @ ((view.prompt.float().mean(dim=0) - mean_word) @ words)
+        return view.visual.float() @ torch.where(wanted.abs() <= _MOST, wanted, 0.0)
 
     def places(self, visual: torch.Tensor) -> torch.Tensor:
         """Return each visual token's place on the unit sphere of the metric [V, rank]."""
@@ -155,12 +147,6 @@ class Learned:
         return torch.split(torch.where(products.abs() <= _MOST, products, 0.0), self._widths, dim=1)
 
 
-def resemblance(visual: torch.Tensor, words: torch.Tensor, mean_word: torch.Tensor) -> torch.Tensor:
-    """Return the cosines [V, M] of visual tokens [V, d] less their mean with words [M, d] less the mean word [d]."""
-    rows = visual.float()
-    return cosine(rows - rows.mean(dim=0), words.float() - mean_word)
-
-
 def take_in(
     own: torch.Tensor,
     chosen: torch.Tensor,
@@ -191,9 +177,9 @@ def take_in(
 def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
     """Return the weights of a cut.
 
-    `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], ω `words` [d] and
-    ς `spread` [1], for tokens of width d. To merge also O `own`, P `near` and Q `mattering` [d, m], b `merge_bias` [m], A `added`
-    [m, d], a `added_bias` [d], w `attended` [m], w₀ `attended_bias` [1] and p `power` [1].
+    `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], ω `mean_word` [d], C
+    `words` [d, w] and U `asked` [d, w], for tokens of width d. To merge also O `own`, P `near` and Q `mattering` [d, m], b
+    `merge_bias` [m], A `added` [m, d], a `added_bias` [d], w `attended` [m], w₀ `attended_bias` [1] and p `power` [1].
     `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, the weight of the `question`, and,
     if known, what images were `seen` (`edgeprune.calibration.learn.run.seen`).
     """

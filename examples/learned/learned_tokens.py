@@ -182,11 +182,13 @@ def selection_time(cut: Cut) -> tuple[int, float]:
 def _drawn(*, merge: bool = False) -> Any:
     import torch
 
+    from edgeprune.calibration.learn.asking import WORDS
     from edgeprune.calibration.learn.merging import INNER
     from edgeprune.methods.learned import write
 
     shapes = {"theta": (WIDTH,), "hidden": (WIDTH, HIDDEN), "hidden_bias": (HIDDEN,), "out": (HIDDEN,)}
-    shapes |= {"metric": (WIDTH, RANK), "metric_bias": (RANK,), "words": (WIDTH,), "spread": (1,)}
+    shapes |= {"metric": (WIDTH, RANK), "metric_bias": (RANK,), "mean_word": (WIDTH,)}
+    shapes |= {name: (WIDTH, WORDS) for name in ("words", "asked")}
     if merge:
         shapes |= {name: (WIDTH, INNER) for name in ("own", "near", "mattering")}
         shapes |= {"merge_bias": (INNER,), "added": (INNER, WIDTH), "added_bias": (WIDTH,)}

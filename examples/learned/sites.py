@@ -195,8 +195,6 @@ class Sites:
     def _settled(self, rows: Rows, sums: Sums, plan: KeepPlan) -> Rows:
         # With the settings that are closest to the unpruned model on held-out questions.
         def moved(settings: Settings) -> float:
-            if settings.question:
-                return float("inf")  # features are no embeddings that could be compared with words
             rows.weights = self._weights(sums, settings)
             with placed(rows):
                 return self.judge.divergences([plan])[0]

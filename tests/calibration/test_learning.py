@@ -224,29 +224,6 @@ def test_what_never_changes_counts_for_nothing() -> None:
     assert found["metric"][2].abs().max() < 1e-3
 
 
-def test_the_mean_word_is_that_of_all_questions() -> None:
-    sums, _ = planted()
-    assert closed_form(sums, Settings(), 4)["words"].tolist() == [0.0] * 6
-    for words in (torch.ones(3, 6), torch.full((1, 6), 5.0)):
-        sums.hear(words)
-    assert closed_form(sums, Settings(), 4)["words"].tolist() == [2.0] * 6
-
-
-def test_a_question_brings_what_resembles_one_of_its_words() -> None:
-    # Token 7 alone points where the second word does, from the means of tokens and of words, which are far from both.
-    sums, _ = planted(width=64)
-    visual = torch.randn(20, 64, generator=torch.Generator().manual_seed(8)) * 0.1 + 30
-    visual[7] = 30 + 4 * torch.eye(64)[2]
-    words = 20 + torch.stack([torch.eye(64)[5], torch.eye(64)[2]])
-    sums.hear(torch.full((1, 64), 20.0))
-    sums.compare(visual, words)
-    tensors, kept = closed_form(sums, Settings(exponent=0.0), 4), {}
-    for question in (0.0, 10.0):
-        weights = write(tensors, {"weights_sha256": "", "keeps": [1, 20], "question": question})
-        kept[question] = Learned(Cut("input", "learned", 1, weights=weights), GEOMETRY).select(InputView(visual, words), 1).tolist()
-    assert kept[10.0] == [7] != kept[0.0]
-
-
 def trainee_of(sums: Sums, seed: int = 0) -> Chooser:
     made = Chooser(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, seed)
     with torch.no_grad():

@@ -33,9 +33,9 @@ def method(weights: Weights, keep: int = 9) -> Learned:
 
 def tensors(theta: list[float], metric: list[list[float]]) -> dict[str, torch.Tensor]:
     width, rank = np.shape(metric)
-    hidden = {"hidden": torch.zeros(width, 1), "hidden_bias": torch.zeros(1), "out": torch.zeros(1), "words": torch.zeros(width)}
-    hidden |= {"spread": torch.ones(1)}
-    return {"theta": torch.tensor(theta), "metric": torch.tensor(metric), "metric_bias": torch.zeros(rank), **hidden}
+    nothing = {"hidden": torch.zeros(width, 1), "hidden_bias": torch.zeros(1), "out": torch.zeros(1)}
+    nothing |= {"mean_word": torch.zeros(width), "words": torch.zeros(width, 1), "asked": torch.zeros(width, 1)}
+    return {"theta": torch.tensor(theta), "metric": torch.tensor(metric), "metric_bias": torch.zeros(rank), **nothing}
 
 
 def test_by_hand() -> None:
@@ -57,9 +57,8 @@ def test_against_a_plain_loop(keep: int, question: float) -> None:
     rows, words = visual.double().numpy(), prompt.double().numpy()
     inner = torch.from_numpy(rows @ t["hidden"] + t["hidden_bias"])
     score = rows @ t["theta"] + torch.nn.functional.gelu(inner).numpy() @ t["out"]
-    for number, row in enumerate(rows - rows.mean(axis=0)):
-        cosines = [row @ word / np.linalg.norm(row) / np.linalg.norm(word) for word in words - t["words"]]
-        score[number] += question * max(0.0, max(cosines) / float(t["spread"][0]) - 2.0)
+    wanted = (words.mean(axis=0) - t["mean_word"]) @ t["words"]
+    score += question * np.array([row @ (t["asked"] @ wanted) for row in rows])
     places = rows @ t["metric"] + t["metric_bias"]
     places /= np.linalg.norm(places, axis=1, keepdims=True)
     chosen = [int(score.argmax())]

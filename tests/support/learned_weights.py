@@ -31,8 +31,9 @@ def drawn_weights(
         "out": (3,),
         "metric": (width, rank),
         "metric_bias": (rank,),
-        "words": (width,),
-        "spread": (1,),
+        "mean_word": (width,),
+        "words": (width, 2),
+        "asked": (width, 2),
     }
     if merge:
         shapes |= {"own": (width, 5), "near": (width, 5), "mattering": (width, 5), "merge_bias": (5,), "attended": (5,)}
