@@ -52,7 +52,7 @@ _FORM = 3  # of what is recorded
 class LearnRequest:
     """What is learned: a selection of `keep` visual tokens, and of `least` for weights that tiers share.
 
-    `weigh`, `merge`: for a cut with these options.
+    `weigh`, `merge`: for a cut with these options. `question`: whether what is asked may count.
     """
 
     keep: int
@@ -65,6 +65,7 @@ class LearnRequest:
     device: str
     weigh: bool = False
     merge: bool = False
+    question: bool = True
 
     @property
     def cut_options(self) -> dict[str, bool]:
@@ -75,7 +76,8 @@ class LearnRequest:
     def of(cls, keep: int, least: int, settings: Mapping[str, Any], **common: Any) -> LearnRequest:
         """Return a request by the method's options; those that `settings` leave out have their defaults. `common`: the rest."""
         chosen = {option.name: option.default for option in options_of("learned", calibration=True)} | dict(settings)
-        return cls(keep, least, chosen["rank"], chosen["train"], weigh=chosen["weigh"], merge=chosen["merge"], **common)
+        cut = {name: chosen[name] for name in ("weigh", "merge", "question")}
+        return cls(keep, least, chosen["rank"], chosen["train"], **cut, **common)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def learn(
             hint="Leave --train out: the closed form needs none.",
         )
     encoded = replace(base, cuts=base.vision_cuts)
-    parts = [*(["trained"] if request.train else []), *request.cut_options, *(str(cut.layer) for cut in base.layer_cuts)]
+    parts = [name for name in ("train", "weigh", "merge", "question") if getattr(request, name)]
+    parts += [str(cut.layer) for cut in base.layer_cuts]
     digest, asked = _digest(loaded, encoded, request), _asked_digest([(sample.images, sample.prompt) for sample in samples])
     folder = output.with_name(f".{output.name}.{digest}.learning") if kept is None else kept / digest
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,10 +176,11 @@ def _learn(
     header: dict[str, Any] = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
     course = _Course(listener, base, request, rest, judge, _sums(rest, width), header, progress)
     rank = min(request.rank, width)
-    counted = progress.count("comparing settings", MOST_TRIED + len(WEIGHTS))
+    counted = progress.count("comparing settings", MOST_TRIED + request.question * len(WEIGHTS))
     settings, lowest = search(lambda each: course.divergence(closed_form(course.sums, each, rank), 0.0), counted)
-    best, lowest, settings = course.asked(closed_form(course.sums, settings, rank), lowest, settings, counted)
-    trained, unmerged = False, None
+    best, trained, unmerged = closed_form(course.sums, settings, rank), False, None
+    if request.question:
+        best, lowest, settings = course.asked(best, lowest, settings, counted)
     if request.train:
         best, lowest, trained = course.trained(best, lowest, settings.question, state)
     if request.merge:

@@ -57,6 +57,7 @@ class Learned:
     )
     calibration_options: ClassVar[tuple[Option, ...]] = (
         Option("train", False, "train score and metric further, through the frozen decoder; takes longer"),
+        Option("question", True, "also learn what questions ask for; without, all questions about an image get the same tokens"),
         Option("rank", 64, "dimensions of the learned metric", least=1, most=1024),
     )
 

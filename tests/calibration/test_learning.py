@@ -298,6 +298,16 @@ def test_learning_from_start_to_end(tiny: LoadedModel, samples: list[Sample], tm
     assert not list(tmp_path.iterdir())  # what an interruption would need is gone
 
 
+def test_a_question_may_count_or_not(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
+    found = [
+        learn(tiny, samples, base_of(tiny), replace(REQUEST, question=question), tmp_path / "plan.json", SILENT, gate=False)
+        for question in (True, False)
+    ]
+    assert found[0].divergence <= found[1].divergence
+    header, tensors = read(found[1].weights)
+    assert header["question"] == 0 and not tensors["asked"].any()
+
+
 def test_what_was_seen_goes_with_the_weights(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
     weights = learn(tiny, samples, base_of(tiny), REQUEST, tmp_path / "plan.json", SILENT, gate=False).weights
     plan = base_of(tiny).with_cuts(Cut("input", "learned", 5, weights=weights))
