@@ -69,7 +69,7 @@ class _Image:
 
 def _components(rows: torch.Tensor, most: int) -> torch.Tensor:
     # The first principal components [d, w] of rows [n, d].
-    vectors = torch.linalg.eigh(rows.T @ rows).eigenvectors
+    vectors: torch.Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
     return vectors.flip(1)[:, :most]
 
 
@@ -97,5 +97,5 @@ def _least(rows: Sequence[_Image], scale: torch.Tensor) -> tuple[torch.Tensor, t
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return shift.detach(), matrix.detach()

@@ -194,7 +194,7 @@ def _drawn(*, merge: bool = False) -> Any:
         shapes |= {"merge_bias": (INNER,), "added": (INNER, WIDTH), "added_bias": (WIDTH,)}
         shapes |= {"attended": (INNER,), "attended_bias": (1,), "power": (1,)}
     tensors = {name: torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / 30 for name, shape in shapes.items()}
-    return write(tensors, {"weights_sha256": "", "keeps": [KEPT, KEPT], "question": 0.0})
+    return write(tensors, {"weights_sha256": "", "keeps": [KEPT, KEPT], "question": 1.0})
 
 
 def edgeprune(*words: object) -> str:
