@@ -70,7 +70,7 @@ def without(name: str) -> Weights:
     "weights",
     [
         Weights.of(b""),
-        Weights.of((drawn_weights(12, seen=SEEN).content or b"")[:-150]),
+        Weights.of((drawn_weights(12, seen=SEEN).content or b"")[:-250]),
         without("metric_bias"),
         drawn_weights(12, seen=[]),
         drawn_weights(12, seen={**SEEN, "limit": 0.0}),
