@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from edgeprune.calibration.data.samples import Sample, check_images
-from edgeprune.calibration.learn.asking import WEIGHTS, fitted
+from edgeprune.calibration.learn.asking import WEIGHTS, WORTH, fitted
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
 from edgeprune.calibration.learn.merging import EPOCHS as MERGING_EPOCHS
@@ -219,14 +219,16 @@ class _Course:
     def asked(
         self, best: dict[str, torch.Tensor], lowest: float, settings: Settings, counted: Callable[[int], None]
     ) -> tuple[dict[str, torch.Tensor], float, Settings]:
-        # With what questions ask for, if that is better; otherwise what was given.
+        # With what questions ask for, if that is worth it; otherwise what was given.
         tensors = fitted(self.scenes, len(best["theta"]), best, settings.exponent).added_to(best, settings.exponent)
+        found = dict[float, float]()
         for number, weight in enumerate(WEIGHTS, start=MOST_TRIED + 1):
-            found = self.divergence(tensors, weight)
+            found[weight] = self.divergence(tensors, weight)
             counted(number)
-            if found < lowest:
-                best, lowest, settings = tensors, found, replace(settings, question=weight)
-        return best, lowest, settings
+        weight = min(found, key=found.__getitem__)
+        if found[weight] > WORTH * lowest:
+            return best, lowest, settings
+        return tensors, found[weight], replace(settings, question=weight)
 
     def trained(
         self, best: dict[str, torch.Tensor], lowest: float, question: float, state: Path
