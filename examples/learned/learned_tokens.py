@@ -9,7 +9,8 @@
 
 Plans are learned from scenes of seed 77 and compared by `edgeprune compare` on scenes of another. At each budget: the closed form,
 the trained one, the closed form with the options weigh and merge, DivPrune, and the three best variants of methods that learn
-nothing, as the held-out images rank them beside the first of these forms. --images: a learning curve. --shared: each budget's own
+nothing, as the held-out images rank them beside the first of these forms. --forms asked: the closed form with what each question
+asks for. --images: a learning curve. --shared: each budget's own
 weights and those of all budgets, which are learned for the largest and the least.
 --time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already holds is kept.
 """
@@ -32,7 +33,9 @@ from edgeprune.cli import main as command
 from edgeprune.plan import Cut, KeepPlan
 
 LEARNING_SEED = 77
-FORMS = {"closed": (), "trained": ("--train",), "merged": ("--option", "weigh=yes", "--option", "merge=yes")}
+ALL = ("--option", "question=no")  # questions alike; what each asks for is a form of its own
+MERGED = ("--option", "weigh=yes", "--option", "merge=yes")
+FORMS = {"closed": ALL, "trained": ("--train", *ALL), "merged": (*MERGED, *ALL), "asked": ()}
 WIDTH, TOKENS, KEPT, RANK, HIDDEN, REPEATS = 896, 729, 73, 64, 16, 40
 
 
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[120], help="scenes to learn from; several for a curve")
     parser.add_argument("--scenes", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--seed", type=int, default=2000, help="of the scenes to measure on")
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--forms", nargs="+", default=["closed", "trained", "merged"], choices=FORMS)
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--time", action="store_true")
     request = parser.parse_args()
@@ -102,7 +105,7 @@ def shared(model: str, out: Path, budgets: Sequence[float], budget: float, image
     plan, whole = (out / f"shared-{count}-of-{most}-to-{least}-{images}.json" for count in (keep, most))
     if not whole.is_file():
         draw(data := out / f"scenes-{images}", images, LEARNING_SEED)
-        request = LearnRequest.of(most, least, {}, seed=0, max_tokens=128, fit="exact", device="cpu")
+        request = LearnRequest.of(most, least, {"question": False}, seed=0, max_tokens=128, fit="exact", device="cpu")
         samples, kept = read_samples(data / "dataset.jsonl", need_answers=False), out / f"recorded-{images}"
         found = learn(loaded, samples, base, request, whole, SILENT, kept=kept, gate=False)
         base.with_cuts(Cut("input", "learned", most, weights=found.weights)).save(whole)

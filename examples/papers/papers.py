@@ -23,6 +23,7 @@ from edgeprune.tabletop.pairs import PAIR_KINDS
 from edgeprune.tabletop.questions import DESCRIBE
 
 CALIBRATION_SEED, EVALUATION_SEED = 77, 2000
+LEARNED = "--method learned --option question=no"
 RANKING, LEARNED_RANKING = "--rows peak --reduce max", "--rows learned --reduce max"
 SHORT = "all short answers"
 # Row: how its plan is calibrated, on all samples or on those with long answers. Methods that learn as they come have a few samples.
@@ -43,9 +44,9 @@ PLANS = {
     "uniform-cache-30": f"{ALL} --method uniform --site cache --budget 0.3",
     **{f"dyrate-{form}": f"{LONG} {RATE} --onto plphp-40.json --form {form}" for form in ("predictor", "schedule", "map")},
     "dyrate-learned": f"{LONG} {RATE} --onto plphp-40-learned.json --form predictor",
-    **{f"learned-{keep}": f"{ALL} --method learned --train --budget {keep / 100}" for keep in (25, 10)},
-    **{f"learned-{keep}-weighed": f"{ALL} --method learned --option weigh=yes --budget {keep / 100}" for keep in (25, 10)},
-    "learned-10-merged": f"{ALL} --method learned --option weigh=yes --option merge=yes --budget 0.1",
+    **{f"learned-{keep}": f"{ALL} {LEARNED} --train --budget {keep / 100}" for keep in (25, 10)},
+    **{f"learned-{keep}-weighed": f"{ALL} {LEARNED} --option weigh=yes --budget {keep / 100}" for keep in (25, 10)},
+    "learned-10-merged": f"{ALL} {LEARNED} --option weigh=yes --option merge=yes --budget 0.1",
     **{f"zspaprune-{keep}-searched": f"{ALL} --limit 200 --method zspaprune --budget {keep / 100}" for keep in (25, 10)},
     **{
         f"auto-{share}": f"{ALL} {RANKING} --limit 360 --seed 1 --method auto --max-drop 100% --target-flops {share / 100} "
@@ -60,7 +61,7 @@ WEIGHED = "--budget 0.25 --option weigh=yes"
 PAIR_PLANS = {
     **{f"plphp-{keep}": f"{FEW} {RANKING} --method plphp --budget {keep / 100}" for keep in (50, 25)},
     "zspaprune-25-weighed": f"{ALL} --method zspaprune {AS_IT_COMES} {WEIGHED}",
-    "learned-25-weighed": f"{ALL} --method learned {WEIGHED}",
+    "learned-25-weighed": f"{ALL} {LEARNED} {WEIGHED}",
 }
 # As they come. PLPHP, whose rows above are calibrated, is not among them.
 METHODS = "cdpruner,dart,divprune,evit,fastv,fitprune,pyramiddrop,sparsevlm,visionzip,vtw,zspaprune,random,uniform"
