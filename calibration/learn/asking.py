@@ -28,7 +28,7 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Asking:
-    """What was fitted: δ `shift` [r], U `asked` [d, w], and of words the `mean_word` ω [d] and C `words` [d, w]."""
+    """What was fitted: δ `shift` [r], B `asked` [r, w], and of words the `mean_word` ω [d] and C `words` [d, w]."""
 
     shift: torch.Tensor
     asked: torch.Tensor
@@ -56,7 +56,7 @@ def fitted(scenes: Sequence[Callable[[], Scene]], width: int, tensors: dict[str,
             rows.append(_Image(visual.float() @ theta / exponent, visual.float() @ metric + bias, asked, shares))
     scale = torch.cat([row.asked for row in rows]).std(dim=0).amax(dim=0).clamp_min(_TINY)
     shift, matrix = _least(rows, scale)
-    return Asking(shift.double(), metric.double() @ (matrix / scale).double(), mean_word, words)
+    return Asking(shift.double(), (matrix / scale).double(), mean_word, words)
 
 
 @dataclass(frozen=True)

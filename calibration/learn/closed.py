@@ -91,12 +91,13 @@ def closed_form(sums: Sums, settings: Settings, rank: int) -> dict[str, torch.Te
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     values = values.clamp_min(_TINY * values[0])
     metric = vectors * values.pow(-settings.whitening / 2) / deviation[:, None]
-    return {"theta": theta, **_nothing_hidden(theta), "metric": metric, "metric_bias": -mean @ metric, **_nothing_asked(theta)}
+    places = {"metric": metric, "metric_bias": -mean @ metric}
+    return {"theta": theta, **places, **_nothing_hidden(theta), **_nothing_asked(theta, metric.shape[1])}
 
 
 def _nothing_hidden(theta: torch.Tensor) -> dict[str, Any]:
     return {"hidden": theta.new_zeros(len(theta), 1), "hidden_bias": theta.new_zeros(1), "out": theta.new_zeros(1)}
 
 
-def _nothing_asked(theta: torch.Tensor) -> dict[str, Any]:
-    return {"mean_word": torch.zeros_like(theta), "words": theta.new_zeros(len(theta), 1), "asked": theta.new_zeros(len(theta), 1)}
+def _nothing_asked(theta: torch.Tensor, rank: int) -> dict[str, Any]:
+    return {"mean_word": torch.zeros_like(theta), "words": theta.new_zeros(len(theta), 1), "asked": theta.new_zeros(rank, 1)}

@@ -6,8 +6,8 @@ highest score. Each further one has the highest gain exp(s) (1.001 - max over th
 weighted by importance. A set for fewer tokens is a part of every set for more. Option weigh: see `base.represented`, by the learned
 metric.
 
-With a weight q for the question, s gains q·v·U g, where g = (mean of the question's words - ω) C: a direction that depends on what
-is asked. ω is the mean word of the calibration's questions, C takes few dimensions of words, and U is fitted to which tokens
+With a weight q for the question, s gains q·(v M)·B g, where g = (mean of the question's words - ω) C: a direction that depends on
+what is asked. ω is the mean word of the calibration's questions, C takes few dimensions of words, and B is fitted to which tokens
 mattered to the answer of each question.
 
 Option merge: a kept token c gains what the tokens N(c) hold whose nearest kept one it is, by the metric: gelu(u)·A + a, where
@@ -41,7 +41,7 @@ _LEAST, _MOST = -60.0, 1e30
 _NONE = 1e-30  # below exp(_LEAST)
 _AGAIN = "Learn it: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
 _SHAPES = {"theta": "d", "hidden": "dh", "hidden_bias": "h", "out": "h", "metric": "dr", "metric_bias": "r"}
-_SHAPES |= {"mean_word": "d", "words": "dw", "asked": "dw"}
+_SHAPES |= {"mean_word": "d", "words": "dw", "asked": "rw"}
 _MERGING = {"own": "dm", "near": "dm", "mattering": "dm", "merge_bias": "m", "added": "md", "added_bias": "d"}
 _MERGING |= {"attended": "m", "attended_bias": "1", "power": "1"}
 
@@ -108,7 +108,7 @@ class Learned:
         """Return how much each visual token matters to what is asked [V], as a logarithm, from any offset."""
         mean_word, words, asked = (self.tensors[name].to(view.prompt.device) for name in ("mean_word", "words", "asked"))
         wanted = asked @ ((view.prompt.float().mean(dim=0) - mean_word) @ words)
-        return view.visual.float() @ torch.where(wanted.abs() <= _MOST, wanted, 0.0)
+        return self._products(view.visual)[0] @ torch.where(wanted.abs() <= _MOST, wanted, 0.0)
 
     def places(self, visual: torch.Tensor) -> torch.Tensor:
         """Return each visual token's place on the unit sphere of the metric [V, rank]."""
@@ -179,7 +179,7 @@ def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
     """Return the weights of a cut.
 
     `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], ω `mean_word` [d], C
-    `words` [d, w] and U `asked` [d, w], for tokens of width d. To merge also O `own`, P `near` and Q `mattering` [d, m], b
+    `words` [d, w] and B `asked` [r, w], for tokens of width d. To merge also O `own`, P `near` and Q `mattering` [d, m], b
     `merge_bias` [m], A `added` [m, d], a `added_bias` [d], w `attended` [m], w₀ `attended_bias` [1] and p `power` [1].
     `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, the weight of the `question`, and,
     if known, what images were `seen` (`edgeprune.calibration.learn.run.seen`).

@@ -191,7 +191,7 @@ def _drawn(*, merge: bool = False) -> Any:
 
     shapes = {"theta": (WIDTH,), "hidden": (WIDTH, HIDDEN), "hidden_bias": (HIDDEN,), "out": (HIDDEN,)}
     shapes |= {"metric": (WIDTH, RANK), "metric_bias": (RANK,), "mean_word": (WIDTH,)}
-    shapes |= {name: (WIDTH, WORDS) for name in ("words", "asked")}
+    shapes |= {"words": (WIDTH, WORDS), "asked": (RANK, WORDS)}
     if merge:
         shapes |= {name: (WIDTH, INNER) for name in ("own", "near", "mattering")}
         shapes |= {"merge_bias": (INNER,), "added": (INNER, WIDTH), "added_bias": (WIDTH,)}

@@ -34,7 +34,7 @@ def method(weights: Weights, keep: int = 9) -> Learned:
 def tensors(theta: list[float], metric: list[list[float]]) -> dict[str, torch.Tensor]:
     width, rank = np.shape(metric)
     nothing = {"hidden": torch.zeros(width, 1), "hidden_bias": torch.zeros(1), "out": torch.zeros(1)}
-    nothing |= {"mean_word": torch.zeros(width), "words": torch.zeros(width, 1), "asked": torch.zeros(width, 1)}
+    nothing |= {"mean_word": torch.zeros(width), "words": torch.zeros(width, 1), "asked": torch.zeros(rank, 1)}
     return {"theta": torch.tensor(theta), "metric": torch.tensor(metric), "metric_bias": torch.zeros(rank), **nothing}
 
 
@@ -58,7 +58,7 @@ def test_against_a_plain_loop(keep: int, question: float) -> None:
     inner = torch.from_numpy(rows @ t["hidden"] + t["hidden_bias"])
     score = rows @ t["theta"] + torch.nn.functional.gelu(inner).numpy() @ t["out"]
     wanted = (words.mean(axis=0) - t["mean_word"]) @ t["words"]
-    score += question * np.array([row @ (t["asked"] @ wanted) for row in rows])
+    score += question * np.array([row @ t["metric"] @ t["asked"] @ wanted for row in rows])
     places = rows @ t["metric"] + t["metric_bias"]
     places /= np.linalg.norm(places, axis=1, keepdims=True)
     chosen = [int(score.argmax())]

@@ -33,7 +33,7 @@ def drawn_weights(
         "metric_bias": (rank,),
         "mean_word": (width,),
         "words": (width, 2),
-        "asked": (width, 2),
+        "asked": (rank, 2),
     }
     if merge:
         shapes |= {"own": (width, 5), "near": (width, 5), "mattering": (width, 5), "merge_bias": (5,), "attended": (5,)}
