@@ -90,7 +90,8 @@ class Scene:
         parts = (torch.split(rows, lengths) for rows in (self.likely, self.ids))
         likely, ids = (torch.cat([rows[number] for number in numbers]) for rows in parts)
         asked = tuple(self.asked[number] for number in numbers)
-        return replace(self, asked=asked, products=self.products[list(numbers)], likely=likely, ids=ids)
+        products = torch.stack([self.products[number] for number in numbers])
+        return replace(self, asked=asked, products=products, likely=likely, ids=ids)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
