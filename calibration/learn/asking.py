@@ -3,8 +3,8 @@
 The closed form says how much tokens matter to all answers about an image. Here s = v·θ gains f·(δ + B g): f are the places of the
 metric before they are normalized, and g the mean of the question's words, less that of all questions, in its first principal
 components. δ and B are fitted at once: the softmax of s over an image is to be the share of each token in |v·∂L/∂v| of the answer
-(`Scene.shares`; cross-entropy), less penalties on what δ adds to the score and on B. The problem is convex and small. It reads no
-more of an image than f, and takes seconds. The ridge regression of the closed form predicts logarithms, in which all tokens count
+(`Scene.shares`; cross-entropy), with penalties on what δ adds to the score and on B. The problem is convex and small: it holds no
+more of each image than f, and takes seconds. The ridge regression of the closed form predicts logarithms, in which all tokens count
 alike; shares say which tokens matter most, and that is what questions differ in.
 """
 
@@ -61,7 +61,8 @@ def fitted(scenes: Sequence[Callable[[], Scene]], width: int, tensors: dict[str,
 
 @dataclass(frozen=True)
 class _Image:
-    # Of an image: scores [V] of the closed form, places [V, r], its questions [n, w] and their shares [n, V].
+    # Of an image: scores [V] of the closed form, places [V, r] (at run time without m, which adds the same to all tokens of an
+    # image), its questions [n, w] and their shares [n, V].
     scores: torch.Tensor
     places: torch.Tensor
     asked: torch.Tensor
