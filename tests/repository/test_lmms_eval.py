@@ -9,7 +9,6 @@ import json
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from loopback import free_port
 from PIL import Image
 from repository import ROOT
 
@@ -103,9 +103,14 @@ def cache_cuts(layers: int, keeps: list[int]) -> list[Any]:
 
 
 def test_without_a_server_there_is_one_line(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    command = [sys.executable, str(EXAMPLE / "served.py"), "--url", f"http://127.0.0.1:{port}", "--output_path", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(EXAMPLE / "served.py"),
+        "--url",
+        f"http://127.0.0.1:{free_port()}",
+        "--output_path",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("No server of EdgePrune answers") and "edgeprune serve" in done.stderr

@@ -1,4 +1,4 @@
-"""The ROS package of examples/ros2 on a stand-in for rclpy, and the script that asks over DDS."""
+"""The ROS package of examples/ros2 on a stand-in for rclpy, and the script that asks over DDS and Zenoh."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import ros2_fake_rclpy as fake
+from loopback import CYCLONEDDS, free_port, zenoh_override
 from PIL import Image as Pictures
 from repository import ROOT
 
@@ -135,30 +136,32 @@ def test_the_package_installs_every_file_that_it_names() -> None:
     assert "answers_launch.py" in setup
 
 
-@pytest.mark.parametrize("flags", [[], ["--compressed"]])
-def test_the_script_asks_over_dds(tiny_bundle: Bundle, runtime: Runtime, tmp_path: Path, flags: list[str]) -> None:
-    pytest.importorskip("cyclonedds", reason="cyclonedds is not installed")
-    from ros2_peer import LOOPBACK
-
+@pytest.mark.parametrize(
+    ("package", "flags"),
+    [
+        ("cyclonedds", ["--transport", "dds"]),
+        ("cyclonedds", ["--transport", "dds", "--compressed"]),
+        ("zenoh", ["--transport", "zenoh", "--router"]),
+    ],
+    ids=["dds", "dds, compressed", "zenoh"],
+)
+def test_the_script_asks(tiny_bundle: Bundle, runtime: Runtime, tmp_path: Path, package: str, flags: list[str]) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
     pixels = np.random.default_rng(1).integers(0, 256, (84, 112, 3), np.uint8)
     Pictures.fromarray(pixels).save(tmp_path / "table.png")
-    environment = os.environ | {"CYCLONEDDS_URI": LOOPBACK, "ROS_DOMAIN_ID": str(1 + os.getpid() % 100), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "CYCLONEDDS_URI": CYCLONEDDS,
+        "ZENOH_CONFIG_OVERRIDE": zenoh_override(free_port()),
+        "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
+        "OMP_NUM_THREADS": "1",
+    }
     name = f"/example_{os.getpid()}/eye"
     command = [sys.executable, "-c", "from edgeprune.cli import main; main()", "ros2", str(tiny_bundle.path), "--node", name]
-    node = subprocess.Popen([*command, "--max-tokens", "30"], env=environment, stderr=subprocess.PIPE, text=True)
+    command += ["--transport", flags[1], "--max-tokens", "30"]
+    node = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        ask = [
-            sys.executable,
-            str(EXAMPLE / "ask.py"),
-            str(tmp_path / "table.png"),
-            PROMPT,
-            "--node",
-            name,
-            "--timeout",
-            "15",
-            *flags,
-        ]
-        result = subprocess.run(ask, env=environment, capture_output=True, text=True, timeout=40)
+        ask = [sys.executable, str(EXAMPLE / "ask.py"), str(tmp_path / "table.png"), PROMPT, "--node", name, "--timeout", "15"]
+        result = subprocess.run([*ask, *flags], env=environment, capture_output=True, text=True, timeout=40)
         assert result.returncode == 0, result.stderr
         assert result.stdout == runtime.generate(pixels, PROMPT, max_tokens=30).text + "\n"
     finally:

@@ -16,8 +16,9 @@ import pytest
 
 pytest.importorskip("cyclonedds", reason="cyclonedds is not installed")
 
+from loopback import CYCLONEDDS
 from PIL import Image as Pictures
-from ros2_peer import LOOPBACK, WAIT, Peer
+from ros2_peer import WAIT, Peer
 
 from edgeprune.bundle import Bundle
 from edgeprune.runtime import Runtime, load
@@ -27,7 +28,7 @@ from edgeprune.runtime.ros2.messages import Clock, CompressedImage, Header, Imag
 PROMPT = "What colour is the cube?"
 TOKENS = 100
 DOMAIN = 1 + os.getpid() % 100
-ENVIRONMENT = os.environ | {"CYCLONEDDS_URI": LOOPBACK, "ROS_DOMAIN_ID": str(DOMAIN), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"CYCLONEDDS_URI": CYCLONEDDS, "ROS_DOMAIN_ID": str(DOMAIN), "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-c", "from edgeprune.cli import main; main()", "ros2"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 pytest.importorskip("zenoh", reason="eclipse-zenoh is not installed")
 
 import xxhash
+from loopback import free_port, zenoh_override
 from ros2_zenoh_peer import WAIT, ZenohPeer
 from rosbags.typesys import Stores, get_typestore
 
@@ -36,17 +36,10 @@ NODE_PYTHON = os.environ.get("EDGEPRUNE_NODE_PYTHON", sys.executable)  # `make t
 COMMAND = [NODE_PYTHON, "-c", "import sys; sys.modules['cyclonedds'] = None; from edgeprune.cli import main; main()", "ros2"]
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
 def start(port: int, *arguments: object) -> subprocess.Popen[str]:
     environment = os.environ | {
         "RMW_IMPLEMENTATION": "rmw_zenoh_cpp",
-        "ZENOH_CONFIG_OVERRIDE": f'connect/endpoints=["tcp/127.0.0.1:{port}"];listen/endpoints=["tcp/127.0.0.1:0"]',
+        "ZENOH_CONFIG_OVERRIDE": zenoh_override(port),
         "ROS_DOMAIN_ID": str(DOMAIN),
         "OMP_NUM_THREADS": "1",
     }

@@ -12,15 +12,10 @@ from cyclonedds.pub import DataWriter
 from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
+from loopback import CYCLONEDDS
 
 from edgeprune.runtime.ros2.messages import Clock, CompressedImage, DiagnosticArray, Image, String
 
-LOOPBACK = (
-    "<CycloneDDS><Domain><General><AllowMulticast>false</AllowMulticast>"
-    "<Interfaces><NetworkInterface name='lo' multicast='false'/></Interfaces></General>"
-    "<Discovery><ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>20</MaxAutoParticipantIndex>"
-    "<Peers><Peer address='127.0.0.1'/></Peers></Discovery></Domain></CycloneDDS>"
-)
 WAIT = 20.0
 _QOS = Qos(Policy.Reliability.Reliable(duration(seconds=1)), Policy.History.KeepAll)
 
@@ -29,7 +24,7 @@ class Peer:
     """Publishes to a node and keeps what the node publishes: `answers`, `pieces` and `reports`, values by name."""
 
     def __init__(self, domain: int, node: str, namespace: str = "") -> None:
-        self._domain = Domain(domain, LOOPBACK)
+        self._domain = Domain(domain, CYCLONEDDS)
         self._participant = DomainParticipant(domain)
         self._writers = {
             kind: DataWriter(self._participant, Topic(self._participant, f"rt{topic}", kind), qos=_QOS)
