@@ -92,11 +92,13 @@ class Stage:
 class MemoryEstimate:
     """Bytes of memory, which CPU and GPU share on the module.
 
-    `weight_parts`: the weights of each part of the model. `file_cache`: cached pages of the weight files, which the system reclaims
-    when needed. `system`: what firmware and operating system take, which is not counted at rest and at peak.
+    `weight_parts`: the weights of each part of the model. `embedding`: the table of token embeddings, which stays in its file.
+    `file_cache`: cached pages of the weight files, the table's included, which the system reclaims when needed. `system`: what
+    firmware and operating system take, which is not counted at rest and at peak.
     """
 
     weight_parts: Mapping[str, float]
+    embedding: float
     kv: float
     activations: float
     runtime: Interval
@@ -106,7 +108,7 @@ class MemoryEstimate:
 
     @property
     def weights(self) -> float:
-        """The weights of all parts."""
+        """The weights of all parts, without the table of embeddings."""
         return sum(self.weight_parts.values())
 
     @property
@@ -240,7 +242,6 @@ def _memory(work: Workload, module: Module) -> MemoryEstimate:
     tower, decoder = work.tower, work.decoder
     parts = {
         "vision encoder": work.tower_bytes,
-        "token embedding": work.embedding_bytes,
         "decoder layers": work.layer_bytes,
         "output head": work.head_bytes,
     }
@@ -250,4 +251,5 @@ def _memory(work: Workload, module: Module) -> MemoryEstimate:
     vision = tower.patches * (2 * tower.hidden + max(4 * tower.hidden, 2 * tower.mlp))
     activations = float(max(prefill, vision) * work.precision.number)
     kv = work.kv_bytes(work.generated) + decoder.state_bytes
-    return MemoryEstimate(parts, kv, activations, RUNTIME_BYTES, sum(parts.values()), _SYSTEM_BYTES, module.ram_bytes)
+    files = sum(parts.values()) + work.embedding_bytes
+    return MemoryEstimate(parts, work.embedding_bytes, kv, activations, RUNTIME_BYTES, files, _SYSTEM_BYTES, module.ram_bytes)

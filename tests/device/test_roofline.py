@@ -142,14 +142,14 @@ def test_smaller_weights_decode_faster() -> None:
 
 def test_memory_by_hand() -> None:
     memory = estimate(WORK, module_named("orin-nano")).memory
-    parts = {"vision encoder": 110, "token embedding": 50, "decoder layers": 1000, "output head": 50}
+    parts = {"vision encoder": 110, "decoder layers": 1000, "output head": 50}
     assert memory.weight_parts == {part: 2e6 * millions for part, millions in parts.items()}
-    assert memory.weights == 2 * (1_000_000_000 + 2 * 50_000_000 + 110_000_000)
+    assert memory.weights == 2 * (1_000_000_000 + 50_000_000 + 110_000_000)
     assert memory.kv == 20 * (100 + 20 + 10) * 400 * 2
     assert memory.activations == 400 * (2 * 1000 + 2 * 4000) * 2  # the vision encoder's MLP
     assert memory.at_rest == Interval(memory.weights + 1e9, memory.weights + 2e9)
     assert memory.at_peak.low == memory.at_rest.low + memory.kv + memory.activations
-    assert memory.file_cache == memory.weights
+    assert memory.embedding == 2 * 50_000_000 and memory.file_cache == memory.weights + memory.embedding
     assert memory.ram == 8 * 2**30 and memory.system == Interval(1e9, 2.5e9) and memory.fits == "yes"
     assert memory.needed == memory.at_peak + memory.system
 

@@ -96,6 +96,7 @@ def _memory_rows(pruned: MemoryEstimate, unpruned: MemoryEstimate) -> list[list[
         ["system, beside it", *(_span(memory.system, 1e-6) for memory in both)],
         ["needed", *(_span(memory.needed, 1e-6) for memory in both)],
         ["the module has", *(f"{memory.ram / 1e6:.0f}" for memory in both)],
+        ["token embedding, in its file", *(f"{memory.embedding / 1e6:.1f}" for memory in both)],
         ["file cache, given back", *(f"{memory.file_cache / 1e6:.1f}" for memory in both)],
     ]
 
