@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgeprune.bundle import DECODER, MANIFEST, VISION, Bundle
+from edgeprune.bundle import DECODER, EMBED, MANIFEST, VISION, Bundle
+from edgeprune.errors import UsageError
 from edgeprune.io.progress import SILENT, Progress
 from edgeprune.lint.check import lint
 from edgeprune.lint.rule import Finding
-from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
+from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, ShapeProfile, shape_profiles
 from edgeprune.runtime.backends.tensorrt.trial import Trial, can_try, substitute_capability, try_build
 from edgeprune.targets import Target
 
@@ -38,7 +39,7 @@ def check_bundle(
     Only the precision that the bundle was exported with is checked. Raises BundleError and UsageError.
     """
     findings = list(_product_findings(bundle))
-    profiles = shape_profiles(bundle, limits or ProfileLimits())
+    profiles = profiles_to_check(bundle, target, limits or ProfileLimits())
     trials: list[Trial] | None = [] if target.tensorrt is not None and can_try() else None
     for name, ranges in profiles.items():
         progress.begin(name)
@@ -46,6 +47,22 @@ def check_bundle(
         if trials is not None:
             trials.append(try_build(bundle.file(name), name, ranges, substitute_capability(target, bundle.manifest.precision)))
     return CheckReport(target, tuple(findings), None if trials is None else tuple(trials))
+
+
+def profiles_to_check(bundle: Bundle, target: Target, limits: ProfileLimits) -> dict[str, tuple[ShapeProfile, ...]]:
+    """Return the optimization profiles of each graph; none for graphs that were exported for CPUs, which no engine runs.
+
+    Raises UsageError for those graphs and a target with engines.
+    """
+    made_for = bundle.manifest.lowering.target
+    if not made_for.blocked:
+        return shape_profiles(bundle, limits)
+    if target.tensorrt is not None:
+        raise UsageError(
+            f"{bundle.path} was exported for {made_for.modules}: TensorRT does not read its graphs.",
+            hint=f"Export it with --target {target.name}.",
+        )
+    return dict.fromkeys((name for name in bundle.manifest.graphs if name != EMBED), ())
 
 
 def _product_findings(bundle: Bundle) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from edgeprune.io.protobuf import Field, read_fields, read_integers
 
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5  # of ModelProto; the others of GraphProto
 _INPUT, _OUTPUT, _OPERATOR, _ATTRIBUTE = 1, 2, 4, 5  # of NodeProto
-_ATTRIBUTE_NAME, _INTEGER = 1, 3  # of AttributeProto
+_ATTRIBUTE_NAME, _INTEGER, _BODY = 1, 3, 6  # of AttributeProto
 _DIMS, _TYPE, _NAME = 1, 2, 8  # of TensorProto
 _DEQUANTIZE, _SCALE = "DequantizeLinear", 1  # an operator, and the index of its scale
 # Number of leading inputs of an operator that can be the weight of a matrix product; scales and biases cannot.
@@ -57,7 +57,7 @@ Node = tuple[str, list[str], list[str], dict[str, int]]  # operator, inputs, out
 
 @dataclass(frozen=True)
 class Graph:
-    """Contents of a graph.
+    """Contents of a graph, the bodies of its Scans and Ifs included.
 
     `operators`: number of nodes by operator. `weights`: shapes (rank 2 and more) of the weights of matrix products. `bytes`: stored
     bytes of all constants by type ("float32", "int8", "int4", ...).
@@ -92,7 +92,7 @@ def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
     operators: Counter[str] = Counter()
     multiplied: set[str] = set()
     packed: dict[str, tuple[int, ...]] = {}
-    nodes = [_parse_node(data, start, end) for number, _, start, end in fields if number == _NODE]
+    nodes = _parse_nodes(data, fields)
     scales = {inputs[_SCALE] for operator, inputs, _, _ in nodes if operator == _DEQUANTIZE}
     for operator, inputs, outputs, integers in nodes:
         operators[operator] += 1
@@ -107,6 +107,17 @@ def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
         stored[name] += math.ceil(math.prod(shape) * bits / 8)
     shapes = ((name, packed.get(name, shape)) for name, shape, _ in tensors)
     return Graph(operators, tuple(shape for name, shape in shapes if name in multiplied and len(shape) > 1), stored)
+
+
+def _parse_nodes(data: bytes, fields: list[Field]) -> list[Node]:
+    nodes = list[Node]()
+    for start, end in ((start, end) for number, _, start, end in fields if number == _NODE):
+        nodes.append(_parse_node(data, start, end))
+        for number, _, first, last in read_fields(data, start, end):
+            if number == _ATTRIBUTE:
+                bodies = (each for each in read_fields(data, first, last) if each[0] == _BODY)
+                nodes += [node for _, _, *body in bodies for node in _parse_nodes(data, list(read_fields(data, *body)))]
+    return nodes
 
 
 def _parse_node(data: bytes, start: int, end: int) -> Node:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 EDGEPRUNE = "edgeprune"
-ENVIRONMENTS = {"optimum-intel": "openvino"}  # of those that share another peer's
+ENVIRONMENTS = {"optimum-intel": "openvino", "transformers-onnx": "transformers"}  # of those that share another peer's
 # Cuts before decoder layers 3, 8 and 14.
 STAIRCASE = ("--keep", "0.5", "--layer", "3", "--keep", "0.25", "--layer", "8", "--keep", "0.1", "--layer", "14")
 COMPILED = {"attention": "sdpa", "compile": "yes"}
@@ -86,8 +86,14 @@ def _transformers(precision: str, keeps: list[float]) -> Iterator[Contender]:
         yield Contender("transformers", variant, computed, _percent(1), "checkpoint", options=options | {"dtype": dtype})
 
 
+def _transformers_onnx(precision: str, keeps: list[float]) -> Iterator[Contender]:
+    if precision != "int4":  # its quantizers for ONNX Runtime have none
+        yield Contender("transformers-onnx", "", precision, _percent(1), f"transformers-onnx-{precision}")
+
+
 def _llama_cpp(precision: str, keeps: list[float]) -> Iterator[Contender]:
-    yield Contender("llama-cpp", "mtmd", precision, _percent(1), f"gguf-{precision}")
+    for variant, options in {"mtmd": {}, "mtmd, no flash attention": {"flash_attention": "no"}}.items():
+        yield Contender("llama-cpp", variant, precision, _percent(1), f"gguf-{precision}", options=options)
 
 
 def _onnxruntime_genai(precision: str, keeps: list[float]) -> Iterator[Contender]:
@@ -104,5 +110,6 @@ _PEERS = {
     "openvino": _openvino,
     "optimum-intel": _optimum_intel,
     "transformers": _transformers,
+    "transformers-onnx": _transformers_onnx,
 }
 PEERS = tuple(_PEERS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contenders import EDGEPRUNE, Contender
-from shapes.checkpoint import write_checkpoint, write_decoder_alone, write_for_transformers_4
+from shapes.checkpoint import write_checkpoint, write_decoder_alone, write_for_transformers_4, write_images
 from shapes.shape import Shape
 
 HERE = Path(__file__).parent
@@ -70,6 +70,7 @@ def prepare(place: Workplace, contender: Contender) -> Path:
         "openvino": lambda folder: _openvino(place, contender, checkpoint, folder),
         "optimum-intel": lambda folder: _openvino(place, contender, checkpoint, folder),
         "llama-cpp": lambda folder: _gguf(place, contender, checkpoint, folder),
+        "transformers-onnx": lambda folder: _transformers_onnx(place, contender, checkpoint, folder),
         "onnxruntime-genai": lambda folder: _onnxruntime_genai(place, contender, checkpoint, folder),
     }
     if contender.peer not in makers:
@@ -135,6 +136,12 @@ def _gguf(place: Workplace, contender: Contender, checkpoint: Path, folder: Path
     place.run(contender.artefact, python, HERE / "to_gguf.py", source, checkpoint, folder, *GGUF[contender.precision])
     if contender.precision == "int4":
         place.run(contender.artefact, python, HERE / "quantize_gguf.py", folder)
+
+
+def _transformers_onnx(place: Workplace, contender: Contender, checkpoint: Path, folder: Path) -> None:
+    image = write_images(place.shape, place.folder / "images", 1)[0]
+    python = place.python(contender.environment)
+    place.run(contender.artefact, python, HERE / "to_onnx.py", checkpoint, image, folder, contender.precision)
 
 
 def _onnxruntime_genai(place: Workplace, contender: Contender, checkpoint: Path, folder: Path) -> None:

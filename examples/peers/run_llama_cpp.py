@@ -1,4 +1,7 @@
-"""Ask llama.cpp's mtmd through llama-cpp-python's bindings: `decoder.gguf` and `vision.gguf` in one folder. It does not prune."""
+"""Ask llama.cpp's mtmd through llama-cpp-python's bindings: `decoder.gguf` and `vision.gguf` in one folder. It does not prune.
+
+Option: `flash_attention`, "no" where the decoder is to have none; llama.cpp's own choice is the default.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ def load(question: Question) -> Ask:
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_batch = CONTEXT, CONTEXT
     settings.n_threads = settings.n_threads_batch = question.threads
+    if question.options.get("flash_attention") == "no":
+        settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = lib.llama_init_from_model(model, settings)
     seeing = mtmd.mtmd_context_params_default()
     seeing.use_gpu, seeing.print_timings, seeing.n_threads = False, False, question.threads

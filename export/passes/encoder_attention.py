@@ -11,12 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from edgeprune.export.passes.fusion import MICROSOFT, before_reshapes
-from edgeprune.export.passes.replacement import only_consumer, replace_nodes
+from edgeprune.export.passes.replacement import only_consumer, replace_nodes, reshaped, sizes_of
 
 _TURN = [0, 2, 1, 3]  # [views, patches, heads, head_dim] to [views, heads, patches, head_dim], and back
 
@@ -46,7 +45,7 @@ def _match(softmax: ir.Node) -> _Attention | None:
         return None
     query, keys, values = first.inputs[0], first.inputs[1], last.inputs[1]
     assert query is not None and keys is not None and values is not None
-    shapes = [_sizes(value) for value in (query, keys, values)]
+    shapes = [sizes_of(value) for value in (query, keys, values)]
     if only_consumer(scores) is not softmax or not all(shapes) or len({shape[:-2] for shape in shapes}) > 1:
         return None
     return _Attention((last, softmax, first), query, keys, values)
@@ -60,22 +59,16 @@ def _replace(graph: ir.Graph, found: _Attention) -> None:
     sources = [_turned(value, perm) for value, perm in ((query, _TURN), (found.keys, [0, 2, 3, 1]), (found.values, _TURN))]
     if turn is not None and turn.op_type == "Transpose" and list(turn.attributes["perm"].as_ints()) == _TURN and all(sources):
         # Heads lie beside each other, as they come from the products and as the next one takes them.
-        heads, removed, output = _sizes(found.query)[1], [turn, *found.nodes], turn.outputs[0]
-        parts = [(source, (*_sizes(source)[:2], math.prod(_sizes(source)[2:]))) for source in sources if source is not None]
+        heads, removed, output = sizes_of(found.query)[1], [turn, *found.nodes], turn.outputs[0]
+        parts = [(source, (*sizes_of(source)[:2], math.prod(sizes_of(source)[2:]))) for source in sources if source is not None]
     else:
         heads, removed = 1, list(found.nodes)
         rows = (query, _untransposed(tape, found.keys), found.values)
-        parts = [(value, (math.prod(_sizes(value)[:-2]), *_sizes(value)[-2:])) for value in rows]
-    inputs = [_reshaped(tape, value, shape, f"{name}.{index}") for index, (value, shape) in enumerate(parts)]
+        parts = [(value, (math.prod(sizes_of(value)[:-2]), *sizes_of(value)[-2:])) for value in rows]
+    inputs = [reshaped(tape, value, shape, f"{name}.{index}") for index, (value, shape) in enumerate(parts)]
     mixed = tape.op("MultiHeadAttention", inputs, {"num_heads": heads, "scale": scale}, domain=MICROSOFT)
     mixed.type, mixed.shape = output.type, inputs[0].shape
-    replace_nodes(graph, removed[0], removed, tape, {output: _reshaped(tape, mixed, _sizes(output), f"{name}.output")})
-
-
-def _sizes(value: ir.Value) -> tuple[int, ...]:
-    # The shape, or nothing where a size is not known.
-    sizes = tuple(size for size in value.shape or () if isinstance(size, int))
-    return sizes if value.shape is not None and len(sizes) == len(value.shape) else ()
+    replace_nodes(graph, removed[0], removed, tape, {output: reshaped(tape, mixed, sizes_of(output), f"{name}.output")})
 
 
 def _unscaled(tape: Tape, query: ir.Value, name: str) -> tuple[ir.Value, float]:
@@ -86,7 +79,7 @@ def _unscaled(tape: Tape, query: ir.Value, name: str) -> tuple[ir.Value, float]:
     for value, factor in (product.inputs, product.inputs[::-1]):
         number = factor.const_value if factor is not None else None
         if value is not None and number is not None and number.size == 1:
-            return _reshaped(tape, value, _sizes(query), f"{name}.query"), float(number.numpy().item())
+            return reshaped(tape, value, sizes_of(query), f"{name}.query"), float(number.numpy().item())
     return query, 1.0
 
 
@@ -100,7 +93,7 @@ def _turned(value: ir.Value, perm: Sequence[int]) -> ir.Value | None:
 
 def _untransposed(tape: Tape, keys: ir.Value) -> ir.Value:
     # Keys [..., head_dim, patches] as [..., patches, head_dim].
-    producer, sizes = keys.producer(), _sizes(keys)
+    producer, sizes = keys.producer(), sizes_of(keys)
     source, perm = keys, list(range(len(sizes)))
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         source, perm = producer.inputs[0], list(producer.attributes["perm"].as_ints())
@@ -110,11 +103,3 @@ def _untransposed(tape: Tape, keys: ir.Value) -> ir.Value:
     turned = tape.op("Transpose", [source], {"perm": perm})
     turned.type, turned.shape = keys.type, ir.Shape([*sizes[:-2], sizes[-1], sizes[-2]])
     return turned
-
-
-def _reshaped(tape: Tape, value: ir.Value, sizes: tuple[int, ...], name: str) -> ir.Value:
-    if _sizes(value) == sizes:
-        return value
-    shaped = tape.op("Reshape", [value, tape.initializer(ir.tensor(np.array(sizes, np.int64), name=f"{name}.shape"))])
-    shaped.type, shaped.shape = value.type, ir.Shape(sizes)
-    return shaped

@@ -21,6 +21,7 @@ from edgeprune.export.passes.precision import lower_products, lower_table
 from edgeprune.export.passes.recurrence import expand_delta_rules
 from edgeprune.export.passes.sequences import rows_as_sequences
 from edgeprune.export.passes.smoothing import smooth_products
+from edgeprune.export.passes.views import encode_views_in_turn
 from edgeprune.export.passes.weights import LazyInitializer
 from edgeprune.targets import Lowering
 
@@ -60,13 +61,20 @@ def run_passes(
             fuse_sums(model.graph)
         if buffers and lowering.precision != "fp32":
             rows_as_sequences(model.graph)
+    _lower(model, lowering, part)
+    return model
+
+
+def _lower(model: ir.Model, lowering: Lowering, part: str) -> None:
+    # To the precision, and what can be done only then.
     if part == "embedding":
         lower_table(model.graph, lowering)
     elif part in ("layers", "vision", "projector"):
         smooth_products(model.graph, lowering, part)
         lower_products(model.graph, lowering, part)
     RemoveUnusedNodesPass()(model)
-    return model
+    if part == "vision" and lowering.target.blocked:
+        encode_views_in_turn(model)
 
 
 def drop_unused_inputs(graph: ir.Graph) -> None:

@@ -48,17 +48,17 @@ def check(
     GPU.
     """
     from edgeprune.bundle import Bundle
-    from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits, shape_profiles
+    from edgeprune.runtime.backends.tensorrt.profiles import ProfileLimits
 
     opened = Bundle.load(bundle, require_signature=require_signature)
-    profile_limits = ProfileLimits(**limits)
+    profile_limits, checked = ProfileLimits(**limits), target_named(target or opened.manifest.target)
     require_extra("check", "onnx")
     from edgeprune.cli.output.engines import show_check
     from edgeprune.cli.output.progress import CommandProgress
-    from edgeprune.export.checking import check_bundle
+    from edgeprune.export.checking import check_bundle, profiles_to_check
 
-    with CommandProgress(list(shape_profiles(opened, profile_limits)), quiet=as_json) as progress:
-        report = check_bundle(opened, target_named(target or opened.manifest.target), profile_limits, progress=progress)
+    with CommandProgress(list(profiles_to_check(opened, checked, profile_limits)), quiet=as_json) as progress:
+        report = check_bundle(opened, checked, profile_limits, progress=progress)
     show_check(report, as_json)
     ctx.exit(0 if report.passed else 1)
 

@@ -1,0 +1,100 @@
+"""Views of an image that an encoder takes one after another: the same numbers, and the activations of one view."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from test_cpu_kernels import cpu, nodes, run
+
+from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
+from edgeprune.device.onnx_file import read_graph
+from edgeprune.export.passes import views
+from edgeprune.export.tracing import trace_vision
+from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan.presets import unpruned_plan
+
+TILED = ["smolvlm", "internvl", "idefics3", "llava_next", "llava_onevision"]
+NEVER = 1 << 30
+
+
+def tiled(name: str, folder: Path) -> tuple[LoadedModel, KeepPlan]:
+    kind: Any = import_module(f"tiny_{name}")
+    model = load_model(resolve_model(str(kind.folder(folder))))
+    return model, unpruned_plan(name, len(model.family.decoder().layers), model.geometry(kind.SIZE))
+
+
+def trace(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, plan: KeepPlan, precision: str, least: int, path: Path) -> Path:
+    """Write the encoder for CPUs, with views in turn from `least` patches."""
+    monkeypatch.setattr(views, "LEAST", least)
+    trace_vision(model.family, plan, cpu(precision), path)
+    return path
+
+
+def pixels_for(path: Path) -> np.ndarray:
+    (pixels,) = onnx.load(path, load_external_data=False).graph.input
+    shape = [axis.dim_value for axis in pixels.type.tensor_type.shape.dim]
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def attention_in_turn(path: Path) -> list[int]:
+    """Return how many attentions each Scan of a graph has."""
+    graph: Any = onnx.load(path, load_external_data=False).graph
+    bodies = [
+        attribute.g for node in graph.node if node.op_type == "Scan" for attribute in node.attribute if attribute.name == "body"
+    ]
+    return [[node.op_type for node in body.node].count("MultiHeadAttention") for body in bodies]
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_views_in_turn_become_the_same_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = tiled(name, tmp_path)
+    at_once, in_turn = (trace(monkeypatch, model, plan, "fp32", least, tmp_path / f"{least}.onnx") for least in (NEVER, 1))
+    pixels = pixels_for(at_once)
+    np.testing.assert_allclose(run(in_turn, pixel_values=pixels), run(at_once, pixel_values=pixels), atol=2e-5)
+    assert attention_in_turn(in_turn) == [nodes(at_once)["MultiHeadAttention"]] and not nodes(in_turn)["MultiHeadAttention"]
+    assert sorted(read_graph(in_turn).weights) == sorted(read_graph(at_once).weights)
+
+
+def test_integers_have_the_range_of_their_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = tiled("smolvlm", tmp_path)
+    exact = trace(monkeypatch, model, plan, "fp32", NEVER, tmp_path / "exact.onnx")
+    pixels = pixels_for(exact)
+    expected = run(exact, pixel_values=pixels)
+    errors = [
+        np.abs(run(trace(monkeypatch, model, plan, "int8", least, tmp_path / "v.onnx"), pixel_values=pixels) - expected).mean()
+        for least in (NEVER, 1)
+    ]
+    assert errors[1] < 1.1 * errors[0] < 0.02 * np.abs(expected).mean()
+
+
+def test_what_is_equal_in_all_views_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = tiled("smolvlm", tmp_path)
+    path = trace(monkeypatch, model, plan, "fp32", 1, tmp_path / "vision.onnx")
+    rows = pixels_for(path).shape[0]
+    constants = onnx.load(path, load_external_data=False).graph.initializer
+    shapes = [tuple(each.dims) for each in constants]
+    assert (rows // len(plan.geometry.views), 24) in shapes  # positions
+    assert not [shape for shape in shapes if rows in shape]
+
+
+def test_cuts_keep_the_same_tokens_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = tiled("smolvlm", tmp_path)
+    plan = plan.with_cuts(Cut("vision", "evit", 6, layer=2))
+    paths = [trace(monkeypatch, model, plan, "fp32", least, tmp_path / f"{least}.onnx") for least in (NEVER, 1)]
+    pixels = pixels_for(paths[0])
+    at_once, in_turn = (onnxruntime.InferenceSession(path).run(None, {"pixel_values": pixels}) for path in paths)
+    for expected, found in zip(at_once, in_turn, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert attention_in_turn(paths[1]) and len(at_once) == 2
+
+
+def test_small_views_are_taken_at_once(tmp_path: Path) -> None:
+    model, plan = tiled("smolvlm", tmp_path)
+    trace_vision(model.family, plan, cpu("fp32"), tmp_path / "vision.onnx")
+    assert not nodes(tmp_path / "vision.onnx")["Scan"]
