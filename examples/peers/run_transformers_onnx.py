@@ -56,8 +56,6 @@ def _by(module: Any, part: Any) -> None:
     def forward(*arguments: Any, **named: Any) -> Any:
         bound = signature.bind(*arguments, **named).arguments
         given = {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
-        if "attention_mask" in known and given.get("attention_mask") is None:  # generate() leaves out one that masks nothing
-            given["attention_mask"] = given["inputs_embeds"].new_ones(given["inputs_embeds"].shape[:2]).long()
         prepare(module, given)
         return part.runners["model"](**{name: value for name, value in given.items() if name in known})
 

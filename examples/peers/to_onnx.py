@@ -33,7 +33,8 @@ def main(checkpoint: Path, image: Path, out: Path, precision: str) -> None:
     config, exporter = exporters.OnnxConfig(dynamic=True, ort_fusions="cpu", quantizer=quantizer), exporters.OnnxExporter()
     # generate() encodes images before its first forward pass, where export_for_generation does not see them.
     stages = splitting.decompose_prefill_decode(model, dict(inputs))
-    parts = splitting.decompose_multimodal(model, dict(inputs)) | {"decode": stages["decode"]}
+    encoding, prefill = splitting.decompose_multimodal(model, dict(inputs)), splitting.decompose_multimodal(*stages["prefill"])
+    parts = {**encoding, **prefill, "decode": stages["decode"]}
     for name, (module, given) in parts.items():
         exporter.export(module, given, config).save_pretrained(out / name)
     processor.save_pretrained(out)
