@@ -15,6 +15,7 @@ from edgeprune.errors import UsageError, did_you_mean
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "fp8", "int4", "nvfp4")
 KV_KINDS = ("same", "int8")
+FEWEST_IN_TURN = 512  # patches of a view, for encoders that take views one after another
 # What inputs of products are rounded to, by scales of samples, and its bits.
 _ROUNDED = {"w8a8": ("int8", 8), "fp8": ("fp8", 8), "nvfp4": ("nvfp4", 4)}
 SMALL_FLOATS = {"fp8": "FP8", "nvfp4": "FP4"}  # precisions for the GPU of Thor
@@ -182,6 +183,13 @@ class Lowering:
     def rounds(self, weights: str) -> bool:
         """Return whether inputs of products with such weights are quantized to 8 bits, for integer matrix products."""
         return self.target.blocked and weights in ("int8", "int4")
+
+    def in_turn(self, patches: int) -> bool:
+        """Return whether a vision encoder takes views of so many patches one after another.
+
+        Views of fewer hold little when they are all there, and products of few rows wait for the weights.
+        """
+        return self.target.blocked and patches >= FEWEST_IN_TURN
 
     def weights_of(self, part: str, *, rounded: bool = True) -> str:
         """Return the weight precision of a part: "layers" or "head" of the decoder, "vision", or "embedding".

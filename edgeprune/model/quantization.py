@@ -11,7 +11,7 @@ integers that it gives. nvfp4 has blocks of 16 inputs (`edgeprune.model.nvfp4`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +149,7 @@ def at_precision(
         normed = changes.enter_context(
             norm_outputs(module for _, each in (*modules, ("", parts.norm)) for module in each.modules())
         )
+        views = _Views(vision, lowering)
         for part, module in modules:
             for inner, matrix in module.named_modules(prefix=names[part]):
                 if isinstance(matrix, nn.Linear):
@@ -166,7 +167,7 @@ def at_precision(
                     taken = own is not None or found is not None
                     changes.enter_context(_lowered(matrix, _TAKEN if taken else kind, products, inner, rounding))
                     if kind == "int8" and lowering.rounds(kind):
-                        changes.enter_context(_rounded(matrix, normed))
+                        changes.enter_context(_rounded(matrix, normed, views))
         changes.enter_context(_lowered(parts.embed_tokens, lowering.weights_of("embedding"), torch.float32))
         yield
 
@@ -194,13 +195,33 @@ def norm_outputs(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
+class _Views:
+    # Which rows of an encoder have a range of their own: those of each view, where the graph takes views one after another.
+    def __init__(self, vision: nn.Module, lowering: Lowering) -> None:
+        encoders: list[Any] = [module for module in vision.modules() if isinstance(getattr(module, "views", None), int)]
+        self._views: int = encoders[0].views if encoders else 1
+        layers = [encoder.layers for encoder in encoders if hasattr(encoder, "layers")]
+        self._inside = {module for each in layers for module in each.modules()}
+        self._everywhere, self._lowering = set(vision.modules()), lowering
+        self._patches = 0  # of a view, in the encoder's last product
+
+    def parts(self, matrix: nn.Linear, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return the parts of a product's rows that have a range each."""
+        if matrix not in self._everywhere or rows.shape[0] % self._views:
+            return [rows]
+        patches = rows.shape[0] // self._views
+        if matrix in self._inside:
+            self._patches = patches
+        return rows.chunk(self._views) if self._lowering.in_turn(max(patches, self._patches)) else [rows]
+
+
 @contextmanager
-def _rounded(matrix: nn.Linear, normed: list[torch.Tensor]) -> Iterator[None]:
-    # Rounds as the graphs of export/passes/precision.py do.
+def _rounded(matrix: nn.Linear, normed: list[torch.Tensor], views: _Views) -> Iterator[None]:
+    # Rounds as the graphs of export/passes/precision.py and views.py do.
     def rounded(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         rows = inputs[0]
         size = torch.ones(1) if any(rows is output for output in normed) else rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20)
-        return dynamically_rounded(rows / size) * size
+        return torch.cat([dynamically_rounded(part) for part in views.parts(matrix, rows / size)]) * size
 
     hook = matrix.register_forward_pre_hook(rounded)
     try:

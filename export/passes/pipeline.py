@@ -73,8 +73,8 @@ def _lower(model: ir.Model, lowering: Lowering, part: str) -> None:
         smooth_products(model.graph, lowering, part)
         lower_products(model.graph, lowering, part)
     RemoveUnusedNodesPass()(model)
-    if part == "vision" and lowering.target.blocked:
-        encode_views_in_turn(model)
+    if part == "vision":
+        encode_views_in_turn(model, lowering)
 
 
 def drop_unused_inputs(graph: ir.Graph) -> None:

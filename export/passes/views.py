@@ -16,40 +16,44 @@ from onnx_ir.passes.common.shape_inference import infer_shapes
 from onnx_ir.tape import Tape
 
 from edgeprune.export.passes.replacement import reshaped, sizes_of
+from edgeprune.targets import Lowering
 
-LEAST = 512  # patches of a view: of fewer, all views hold little, and products of few rows wait for the weights
 _ELEMENTWISE = ("Add", "Cast", "Div", "Erf", "Gelu", "Max", "Mul", "Neg", "Sigmoid", "Sub", "Tanh")
 _REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum")
 _LAST_AXIS = ("LayerNormalization", "RMSNormalization", "Softmax")
 _BY_WEIGHTS = ("DynamicQuantizeLinear", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits")
 
 
-def encode_views_in_turn(model: ir.Model) -> None:
+def encode_views_in_turn(model: ir.Model, lowering: Lowering) -> None:
     """Make a Scan of each run of nodes in which rows of different views do not meet.
 
     Rows are [views * patches, width], and MultiHeadAttention takes [views, patches, width].
     """
-    layouts = dict.fromkeys(sizes_of(node.inputs[0])[:2] for node in model.graph if node.op_type == "MultiHeadAttention")
-    several = [sizes for sizes in layouts if len(sizes) == 2 and sizes[0] > 1 and sizes[1] >= LEAST]
-    if several:
-        infer_shapes(model, check_type=False, strict_mode=False)
-    for views, patches in several:
-        for number, run in enumerate(_runs(model.graph, views, patches)):
-            _Scan(model.graph, run, f"views_{views}_{patches}_{number}").make()
-    if several:
-        RemoveUnusedNodesPass()(model)  # and constants of all views
+    counts = dict.fromkeys(sizes_of(node.inputs[0])[0] for node in model.graph if _attends_in_turn(node, lowering))
+    if not counts:
+        return
+    infer_shapes(model, check_type=False, strict_mode=False)
+    for views in counts:
+        for number, run in enumerate(_runs(model.graph, views)):
+            if any(_attends_in_turn(node, lowering) for node in run.nodes):
+                _Scan(model.graph, run, f"views_{views}_{number}").make()
+    RemoveUnusedNodesPass()(model)  # and constants of all views
 
 
-def _runs(graph: ir.Graph, views: int, patches: int) -> list[_Run]:
-    # Runs of neighbours in the graph that act on each view alone, those with an attention in them.
-    found, run = list[_Run](), _Run(views, patches)
+def _attends_in_turn(node: ir.Node, lowering: Lowering) -> bool:
+    sizes = sizes_of(node.inputs[0]) if node.op_type == "MultiHeadAttention" else ()
+    return len(sizes) == 3 and sizes[0] > 1 and lowering.in_turn(sizes[1])
+
+
+def _runs(graph: ir.Graph, views: int) -> list[_Run]:
+    # Runs of neighbours in the graph that act on each view alone.
+    found, run = list[_Run](), _Run(views)
     for node in graph:
         if not run.takes(node):
             found.append(run.without_local_end())
-            run = _Run(views, patches)
+            run = _Run(views)
             run.takes(node)
-    found.append(run.without_local_end())
-    return [run for run in found if any(node.op_type == "MultiHeadAttention" for node in run.nodes)]
+    return [*found, run.without_local_end()]
 
 
 @dataclass
@@ -61,7 +65,6 @@ class _Run:
     """
 
     views: int
-    patches: int
     nodes: list[ir.Node] = field(default_factory=list)
     moving: dict[ir.Value, None] = field(default_factory=dict)
     local: set[ir.Value] = field(default_factory=set)
@@ -89,7 +92,7 @@ class _Run:
         inside = set(self.nodes)
         for index, node in enumerate(self.nodes):
             if any(value in self.local and _leaves(value, inside) for value in node.outputs):
-                shorter = _Run(self.views, self.patches)
+                shorter = _Run(self.views)
                 for each in self.nodes[:index]:
                     shorter.takes(each)
                 return shorter.without_local_end()
@@ -121,8 +124,8 @@ class _Run:
         if value.const_value is not None:  # a constant beside what moves, with rows of its own for each view
             beside = sizes_of(node.outputs[0])
             return node.op_type in (*_ELEMENTWISE, "Concat") and len(sizes) == len(beside) > 1 and sizes[0] == beside[0] > 1
-        entering = sizes[:-1] in ((self.views * self.patches,), (self.views, self.patches)) and value.producer() not in self.nodes
-        return value in self.moving or entering
+        # Whatever enters is taken in as many parts: nothing in a run looks beyond its part, so what the parts are does not matter.
+        return value in self.moving or (value not in self.local and len(sizes) > 1 and sizes[0] % self.views == 0)
 
     def _stays_within(self, node: ir.Node, moving: list[ir.Value]) -> bool:
         kind, first, sizes = node.op_type, node.inputs[0], sizes_of(node.outputs[0])
@@ -148,6 +151,9 @@ def _axis(node: ir.Node, default: int) -> int:
 def _leaves_first_axis(node: ir.Node) -> bool:
     # Whether what a node does to its first input does not go along the first axis, or is the same for any number of views.
     kind, rank = node.op_type, len(sizes_of(node.inputs[0]))
+    if kind == "Slice":
+        axes = node.inputs[3].const_value if len(node.inputs) > 3 and node.inputs[3] is not None else None
+        return axes is not None and all(axis % rank for axis in axes.numpy().reshape(-1).tolist())
     if kind == "Transpose":
         return "perm" in node.attributes and node.attributes["perm"].as_ints()[0] == 0
     if kind in _REDUCTIONS:
