@@ -47,7 +47,8 @@ class RowLayout:
         token's patches.
         """
         judges = None if self.left_out else self.first or None
-        return self.means(weights[:, :, :judges, self.first :].mean(dim=(1, 2)).flatten())
+        # Over queries first: of one view, ONNX Runtime takes thirty times as long over both axes at once.
+        return self.means(weights[:, :, :judges, self.first :].mean(dim=2).mean(dim=1).flatten())
 
     def best(self, scores: torch.Tensor, each: int) -> torch.Tensor:
         """Return the ascending positions [views * each] of the highest scores [V] of every view."""
