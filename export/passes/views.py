@@ -131,12 +131,14 @@ class _Run:
         kind, first, sizes = node.op_type, node.inputs[0], sizes_of(node.outputs[0])
         if any(not sizes_of(value) or sizes_of(value)[0] % self.views for value in (*moving, node.outputs[0])):
             return False
+        # Values of other ranks would be broadcast along another axis.
+        alike = all(sizes_of(value)[0] == sizes[0] and len(sizes_of(value)) == len(sizes) for value in moving)
         if kind in _ELEMENTWISE or kind == "Concat":
-            return all(sizes_of(value)[0] == sizes[0] for value in moving) and (kind != "Concat" or _axis(node, 0) != 0)
+            return alike and (kind != "Concat" or _axis(node, 0) != 0)
         if kind == "MultiHeadAttention":
             return len(moving) == len(node.inputs) == 3
         if kind == "MatMul" and len(moving) == 2:
-            return all(len(sizes_of(value)) > 2 for value in moving)
+            return alike and len(sizes) > 2
         return moving == [first] and (self.rows_of_one(node) is not None or _leaves_first_axis(node))
 
     def _is_of_local(self, node: ir.Node) -> bool:

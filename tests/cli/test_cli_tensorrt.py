@@ -101,6 +101,15 @@ def test_check_goes_without_a_builder(tiny_bundle: Bundle, monkeypatch: pytest.M
     assert own.exit_code == 0 and "onnxruntime: nothing stands in the way" in own.output
 
 
+def test_check_knows_graphs_for_cpus(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    assert invoke("export", tiny_folder, "-o", out, "--target", "cpu", "--image-size", "84x112").exit_code == 0
+    own = invoke("check", out)
+    assert own.exit_code == 0 and "cpu: nothing stands in the way" in own.output and "onnx/decoder.onnx" in own.output
+    other = invoke("check", out, "--target", "jetpack6")
+    assert other.exit_code == 2 and "TensorRT does not read its graphs. Export it with --target jetpack6." in other.output
+
+
 def test_a_count_that_depends_on_data_is_caught(altered_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edgeprune.export.checking, "can_try", lambda: False)
     result = invoke("check", rewritten(altered_bundle, pick), "--target", "jetpack6")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -16,6 +17,7 @@ from test_cpu_kernels import cpu, nodes, run
 from edgeprune import targets
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.device.onnx_file import read_graph
+from edgeprune.export.passes.views import _Run
 from edgeprune.export.tracing import trace_vision
 from edgeprune.model.quantization import at_precision
 from edgeprune.plan import Cut, KeepPlan
@@ -99,6 +101,21 @@ def test_cuts_keep_the_same_tokens_in_turn(tmp_path: Path, monkeypatch: pytest.M
     for expected, found in zip(at_once, in_turn, strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
     assert attention_in_turn(paths[1]) and len(at_once) == 2
+
+
+def test_what_would_be_broadcast_along_another_axis_ends_a_run() -> None:
+    def value(name: str, *shape: int) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+
+    rows, axis = value("x", 6, 6), ir.Value(name="axis", const_value=ir.tensor(np.array([1], np.int64), name="axis"))
+    peaks, total = value("peaks", 6), value("total", 6, 6)
+    run = _Run(3)
+    assert run.takes(ir.node("ReduceMax", [rows, axis], {"keepdims": 0}, outputs=[peaks]))
+    assert not run.takes(ir.node("Add", [rows, peaks], outputs=[total]))
+    heads, keys, scores = value("heads", 6, 4, 5), value("keys", 3, 6, 5, 4), value("scores", 3, 6, 4, 4)
+    assert not _Run(3).takes(ir.node("MatMul", [heads, keys], outputs=[scores]))
+    same = value("same", 6, 5, 4)
+    assert _Run(3).takes(ir.node("MatMul", [heads, same], outputs=[value("each", 6, 4, 4)]))
 
 
 def test_small_views_are_taken_at_once(tmp_path: Path) -> None:
