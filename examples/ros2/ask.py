@@ -118,7 +118,9 @@ def _zenoh(topics: dict[str, str], heard: str, domain: int, options: argparse.Na
             config.insert_json5(key, value)
     session, arrived = zenoh.open(config), SimpleQueue[Any]()
     wire = Wire(domain, NodeName.parse("ask"), str(session.zid()), has_type_hashes())
-    session.declare_subscriber(wire.topic_of_any_hash(heard, STRING), zenoh.handlers.Callback(arrived.put, indirect=False))
+    hearing = session.declare_subscriber(
+        wire.topic_of_any_hash(heard, STRING), zenoh.handlers.Callback(arrived.put, indirect=False)
+    )
     publishers = {
         topic: session.declare_publisher(wire.topic(topic, kind), congestion_control=zenoh.CongestionControl.BLOCK)
         for topic, kind in topics.items()
@@ -138,6 +140,8 @@ def _zenoh(topics: dict[str, str], heard: str, domain: int, options: argparse.Na
                 yield decode(STRING, arrived.get(timeout=options.timeout).payload.to_bytes())
         except Empty:
             return
+        finally:
+            hearing.undeclare()
 
     return make, send, pieces
 
