@@ -19,14 +19,7 @@ IMAGE = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
 def load(question: Question) -> Ask:
     """Return what answers about an image."""
     lib, mtmd, pillow = map(import_module, ("llama_cpp", "llama_cpp.mtmd_cpp", "PIL.Image"))
-    lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(bytes(question.folder / "decoder.gguf"), lib.llama_model_default_params())
-    settings = lib.llama_context_default_params()
-    settings.n_ctx, settings.n_batch = CONTEXT, CONTEXT
-    settings.n_threads = settings.n_threads_batch = question.threads
-    if question.options.get("flash_attention") == "no":
-        settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    context = lib.llama_init_from_model(model, settings)
+    model, context = _decoder(lib, question)
     seeing = mtmd.mtmd_context_params_default()
     seeing.use_gpu, seeing.print_timings, seeing.n_threads = False, False, question.threads
     vision = mtmd.mtmd_init_from_file(bytes(question.folder / "vision.gguf"), model, seeing)
@@ -69,6 +62,18 @@ def load(question: Question) -> Ask:
         return clock.cost(looked, entered)
 
     return ask
+
+
+def _decoder(lib: Any, question: Question) -> tuple[Any, Any]:
+    # The model, and a context of it.
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(bytes(question.folder / "decoder.gguf"), lib.llama_model_default_params())
+    settings = lib.llama_context_default_params()
+    settings.n_ctx, settings.n_batch = CONTEXT, CONTEXT
+    settings.n_threads = settings.n_threads_batch = question.threads
+    if question.options.get("flash_attention") == "no":
+        settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return model, lib.llama_init_from_model(model, settings)
 
 
 def _see(mtmd: Any, vision: Any, parts: list[Any], width: int) -> dict[int, Any]:
