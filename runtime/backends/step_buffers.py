@@ -21,6 +21,7 @@ import numpy as np
 from edgeprune.runtime.backends.kv_cache import CAPACITY, KvArrays, KvBlock, KvCache
 
 T = TypeVar("T")
+Room = Callable[[int, KvCache], KvBlock]
 _CONVERSATIONS = 8  # that keep their buffers: more than answers at a time
 _STEPS = 127  # of an 8-bit number, to each side
 _ROOM = 2.0  # for rows to come, over the largest number of a channel: answers reach further than prompts
@@ -31,26 +32,29 @@ class StepBuffers:
     """The packed keys and values of one conversation.
 
     `arrays`: key and value of each layer in turn, as in `KvCache.buffers`. `lengths` [layers], int32: their valid rows.
-    `scales`: with `quantized` what one step of each channel is [kv heads * head_dim], for each of `arrays`. `room`: returns arrays
-    that hold as many rows as it is told, or more; None for new ones of exactly as many.
+    `scales`: with `quantized` what one step of each channel is [kv heads * head_dim], for each of `arrays`.
     """
 
-    def __init__(self, layers: int, *, quantized: bool = False, room: Callable[[int, KvCache], KvBlock] | None = None) -> None:
+    def __init__(self, layers: int, *, quantized: bool = False) -> None:
         self.arrays = KvBlock()
         self.scales: KvArrays = ()
-        self._quantized, self._room = quantized, room or self._own_room
+        self._quantized = quantized
         self.lengths = np.zeros(layers, np.int32)
         self._text: Callable[[], np.ndarray | None] = lambda: None
         self._visual: KvArrays = ()
         self._length = 1  # packed text rows of the cache, with its null row
         self._stepped = False
 
-    def follow(self, cache: KvCache) -> None:
-        """Hold what a decode step on `cache` reads. `arrays` are others afterwards if another capacity is needed."""
+    def follow(self, cache: KvCache, room: Room | None = None) -> None:
+        """Hold what a decode step on `cache` reads. `arrays` are others afterwards if another capacity is needed.
+
+        `room(capacity, cache)` returns arrays of so many rows or more; None for new ones of exactly as many.
+        """
+        room = room or self._own_room  # not kept: a cycle, so the arrays would stay until a collection
         if not self._continues(cache):
-            self._pack(cache)
+            self._pack(cache, room)
         if not self._has_newest(cache):
-            self._copy_text(cache)
+            self._copy_text(cache, room)
         self.lengths += np.int32(cache.length - self._length)
         self._text, self._visual = weakref.ref(cache.buffers[0]), cache.visual
         self._length, self._stepped = cache.length, False
@@ -86,13 +90,13 @@ class StepBuffers:
         self._text = lambda: None
         self.lengths[:] = 0
 
-    def _pack(self, cache: KvCache) -> None:
+    def _pack(self, cache: KvCache, room: Room) -> None:
         # The visual rows; no text is packed afterwards.
         rows = [len(visual) - 1 for visual in cache.visual]
         # The text buffers have room for the whole answer. Memory that is never written takes no room.
         capacity = -(-(max(rows) + len(cache.buffers[0])) // CAPACITY) * CAPACITY
         self._text, self._stepped = lambda: None, False  # nothing is valid if memory runs out
-        self.arrays = self._room(capacity, cache)
+        self.arrays = room(capacity, cache)
         self.scales = self.scales or tuple(np.zeros(text[0].size, np.float32) for text in cache.buffers if self._quantized)
         for scale, visual, text in zip(self.scales, cache.visual, cache.buffers, strict=False):
             peaks = np.maximum(*(np.abs(rows).max(axis=0, initial=1e-6) for rows in (visual[1:], text[1 : cache.length])))
@@ -108,11 +112,11 @@ class StepBuffers:
             return self.arrays
         return new_arrays(1, capacity, cache, np.dtype(np.int8) if self._quantized else None)
 
-    def _copy_text(self, cache: KvCache) -> None:
+    def _copy_text(self, cache: KvCache, room: Room) -> None:
         new = slice(self._length, cache.length)
         texts = zip(cache.buffers, self.scales, strict=False)
         if not all(_within(text[new].reshape(-1, len(scale)), scale) for text, scale in texts):
-            self._pack(cache)
+            self._pack(cache, room)
         for index, (text, place) in enumerate(zip(cache.buffers, np.repeat(self.lengths, 2), strict=True)):
             rows = self._stored(index, text[self._length : cache.length])
             self.arrays[index][0, :, place : place + len(rows)] = rows.swapaxes(0, 1)

@@ -27,7 +27,7 @@ class StepSlots:
 
     def __init__(self, count: int, layers: int) -> None:
         self.arrays = KvBlock()
-        self.buffers = [StepBuffers(layers, room=partial(self._room, number)) for number in range(count)]
+        self.buffers = [StepBuffers(layers) for _ in range(count)]
         self._tenants: list[Callable[[], np.ndarray | None]] = [_nobody] * count  # the text of each conversation
         self._used = [0] * count
         self._passes = 0
@@ -47,7 +47,7 @@ class StepSlots:
             arrays = self.arrays
             for number, cache in placed:
                 self._used[number] = self._passes
-                self.buffers[number].follow(cache)
+                self.buffers[number].follow(cache, partial(self._room, number))
         return numbers
 
     def _slot_of(self, text: np.ndarray) -> int | None:

@@ -6,10 +6,12 @@ import asyncio
 import gc
 import weakref
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from device_simulation import SimulatedDriver
+from garbage import left_to_collect
 from PIL import Image
 from simulated_device import on_device, prepare
 
@@ -55,6 +57,25 @@ def test_engines_are_destroyed_too(altered_bundle: Path, tiny_image: Image.Image
     with Runtime(replace(pipeline, backend=GuardedBackend(pipeline.backend, pipeline.lock))) as model:
         model.generate(tiny_image, PROMPT, max_tokens=2)
     assert driver.closed
+
+
+@pytest.mark.parametrize("read", [1, 8], ids=["left", "whole"])
+def test_a_forgotten_chat_frees_its_memory(tiny_bundle: Bundle, tiny_image: Image.Image, read: int) -> None:
+    def talk() -> None:
+        chat = model.chat()
+        for question in (tiny_image, PROMPT), (PROMPT,):
+            for _ in islice(chat.ask([*question], max_tokens=8), read):
+                pass
+
+    with load(tiny_bundle.path, threads=1) as model:
+        assert left_to_collect(talk) == []
+
+
+def test_an_engine_frees_what_an_answer_held(altered_bundle: Path, tiny_image: Image.Image) -> None:
+    bundle = Bundle.load(altered_bundle)
+    prepare(bundle, ProfileLimits(context=512, turn=256, images=1))
+    with on_device(bundle, SimulatedDriver()) as model:
+        assert left_to_collect(lambda: model.generate(tiny_image, PROMPT, max_tokens=4)) == []
 
 
 async def read(model: Runtime, image: Image.Image) -> tuple[list[str], int]:

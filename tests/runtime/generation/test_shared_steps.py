@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from garbage import left_to_collect
 from PIL import Image
 from plans import BASE, PLANS
 
@@ -212,10 +213,10 @@ def test_an_error_in_one_is_no_error_in_another(shared: Shared, tiny_image: Imag
     expected = [asking(shared.runtime, tiny_image, prompt, tokens)(), asking(shared.runtime, tiny_image, other, more)()]
     follow, chat = StepBuffers.follow, shared.runtime.chat()
 
-    def fail(own: StepBuffers, cache: Any) -> None:
+    def fail(own: StepBuffers, cache: Any, *room: Any) -> None:
         if cache.buffers[0] is chat._conversation.cache.buffers[0] and chat._conversation._sequence.ids:
             raise MemoryError("no room for this one")
-        follow(own, cache)
+        follow(own, cache, *room)
 
     monkeypatch.setattr(StepBuffers, "follow", fail)
     first, error, second = together(
@@ -257,3 +258,9 @@ def test_a_closed_model_says_so_to_all(shared: Shared, tiny_image: Image.Image) 
     shared.runtime.close()
     for error in together(*(lambda stream=stream: "".join(stream) for stream in streams)):
         assert isinstance(error, UsageError) and "closed" in str(error)
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_an_answer_frees_its_memory_when_it_is_forgotten(bundle: Bundle, tiny_image: Image.Image, parallel: int) -> None:
+    with load(bundle.path, threads=1, parallel=parallel) as model:
+        assert left_to_collect(lambda: model.generate(tiny_image, "Where?", max_tokens=4)) == []
