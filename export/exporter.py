@@ -40,6 +40,7 @@ from edgeprune.bundle import (
     SmoothingRecord,
     SourceQuantization,
     float32_graph,
+    own_weights_graph,
     tier_plan,
     tier_selector,
 )
@@ -55,6 +56,7 @@ from edgeprune.checkpoint.packed import PackedMatrix
 from edgeprune.checkpoint.weights import stored_in
 from edgeprune.errors import EdgePruneError, UsageError
 from edgeprune.export.passes.emulation import write_emulated
+from edgeprune.export.passes.views import write_with_own_weights
 from edgeprune.export.passes.widening import write_widened
 from edgeprune.export.sizes import encoder_works
 from edgeprune.export.tracing import has_buffers, trace_decoder, trace_embedding, trace_predictor, trace_selector, trace_vision
@@ -175,6 +177,8 @@ def _write_graphs(
     if (write := _FOR_ONNXRUNTIME.get(lowering.precision)) is not None:
         for graph in graphs:
             write(folder / graph, folder / float32_graph(graph))
+    for graph in graphs.keys() & {VISION, VISION_UNPRUNED}:
+        write_with_own_weights(folder / graph, folder / own_weights_graph(graph))
     return graphs
 
 

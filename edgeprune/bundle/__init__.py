@@ -19,6 +19,7 @@ from edgeprune.bundle.bundle import (
     files_of,
     float32_graph,
     is_bundle,
+    own_weights_graph,
     tier_plan,
     tier_selector,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "float32_graph",
     "held_as",
     "is_bundle",
+    "own_weights_graph",
     "tier_plan",
     "tier_selector",
 ]

@@ -139,6 +139,11 @@ def float32_graph(graph: str) -> str:
     return f"{graph.removesuffix(_GRAPH)}.float32{_GRAPH}"
 
 
+def own_weights_graph(graph: str) -> str:
+    """Return the path of a graph's form for CPUs without 8-bit products: its Scans own the integers that they multiply by."""
+    return f"{graph.removesuffix(_GRAPH)}.own-weights{_GRAPH}"
+
+
 def files_of(graph: str) -> tuple[str, str]:
     """Return the paths of a graph and of its weights. The unpruned vision encoder shares the weights of the pruned one."""
     return graph, f"{VISION if graph == VISION_UNPRUNED else graph}.data"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,8 @@ def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
     operators: Counter[str] = Counter()
     multiplied: set[str] = set()
     packed: dict[str, tuple[int, ...]] = {}
-    nodes = _parse_nodes(data, fields)
+    parts = [field for graph in _with_bodies(data, fields) for field in graph]
+    nodes = [_parse_node(data, start, end) for number, _, start, end in parts if number == _NODE]
     scales = {inputs[_SCALE] for operator, inputs, _, _ in nodes if operator == _DEQUANTIZE}
     for operator, inputs, outputs, integers in nodes:
         operators[operator] += 1
@@ -100,7 +101,7 @@ def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
             multiplied.update(inputs[: _WEIGHT_INPUTS.get(operator, 0)])
         if operator == _PACKED:
             packed[inputs[1]] = integers["K"], integers["N"]
-    tensors = [_parse_tensor(data, start, end) for number, _, start, end in fields if number == _INITIALIZER]
+    tensors = [_parse_tensor(data, start, end) for number, _, start, end in parts if number == _INITIALIZER]
     stored: Counter[str] = Counter()
     for _, shape, kind in tensors:
         name, bits = _TYPES.get(kind, (f"type {kind}", 8))
@@ -109,15 +110,14 @@ def _parse_graph(data: bytes, fields: list[Field]) -> Graph:
     return Graph(operators, tuple(shape for name, shape in shapes if name in multiplied and len(shape) > 1), stored)
 
 
-def _parse_nodes(data: bytes, fields: list[Field]) -> list[Node]:
-    nodes = list[Node]()
+def _with_bodies(data: bytes, fields: list[Field]) -> Iterator[list[Field]]:
+    # The fields of a graph, and those of the bodies of its nodes.
+    yield fields
     for start, end in ((start, end) for number, _, start, end in fields if number == _NODE):
-        nodes.append(_parse_node(data, start, end))
-        for number, _, first, last in read_fields(data, start, end):
-            if number == _ATTRIBUTE:
-                bodies = (each for each in read_fields(data, first, last) if each[0] == _BODY)
-                nodes += [node for _, _, *body in bodies for node in _parse_nodes(data, list(read_fields(data, *body)))]
-    return nodes
+        for first, last in ((first, last) for number, _, first, last in read_fields(data, start, end) if number == _ATTRIBUTE):
+            for number, _, *body in read_fields(data, first, last):
+                if number == _BODY:
+                    yield from _with_bodies(data, list(read_fields(data, *body)))
 
 
 def _parse_node(data: bytes, start: int, end: int) -> Node:

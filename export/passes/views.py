@@ -8,6 +8,7 @@ often. Integers get the range of their view instead of one for all.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +39,25 @@ def encode_views_in_turn(model: ir.Model, lowering: Lowering) -> None:
             if any(_attends_in_turn(node, lowering) for node in run.nodes):
                 _Scan(model.graph, run, f"views_{views}_{number}").make()
     RemoveUnusedNodesPass()(model)  # and constants of all views
+
+
+def write_with_own_weights(path: Path, owning: Path) -> bool:
+    """Write the graph at `path` to `owning`, on the same weights file, so that Scans own the integers that they multiply by.
+
+    CPUs without 8-bit products need it: ONNX Runtime stores integer weights anew for them, but only those that a graph has itself.
+    Other CPUs do not: ONNX Runtime keeps the file's pages of such weights beside its copies. Returns False, without a file, if no
+    Scan multiplies by integers.
+    """
+    model, found = ir.load(path), False
+    for body in (node.attributes["body"].as_graph() for node in model.graph if node.op_type == "Scan"):
+        for weight in {node.inputs[1] for node in body if node.op_type == "MatMulInteger"}:
+            assert weight is not None and all(reader.graph is body for reader in weight.consumers())
+            del model.graph.initializers[str(weight.name)]
+            body.register_initializer(weight)
+            found = True
+    if found:
+        ir.save(model, owning)
+    return found
 
 
 def _attends_in_turn(node: ir.Node, lowering: Lowering) -> bool:

@@ -21,6 +21,7 @@ from edgeprune.bundle import (
     VISION_UNPRUNED,
     Bundle,
     float32_graph,
+    own_weights_graph,
     tier_selector,
 )
 from edgeprune.bundle.graph_io import SIGNALS, WEIGHTS, cache_slots, decoder_inputs, decoder_outputs, kept_names, length_slots
@@ -90,6 +91,7 @@ class OnnxRuntimeBackend:
         self._output_names = decoder_outputs(bundle.plan, *kinds)
         self._slots, self._states = slots, len(shape.states)
         self._in_bits = shape.cache_type == "bfloat16"
+        self._has_arena = providers[0] == CPU and not mapped
         # A decoder without cuts has no input for the token indices.
         self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
         # Decoders with buffers for steps take those of other passes as empty. Other providers need not write them in place.
@@ -107,7 +109,9 @@ class OnnxRuntimeBackend:
         if unpruned and self._plan.vision_cuts:
             vision = self._unpruned = self._unpruned or self._open_unpruned()
         names = [output.name for output in vision.get_outputs()]
-        outputs = dict(zip(names, run(vision, names, {"pixel_values": patches}, cancellation), strict=True))
+        # Prefill takes other sizes, which fit badly into what the encoder leaves; in fresh memory an answer's peak is lower.
+        values = run(vision, names, {"pixel_values": patches}, cancellation, shrink=self._has_arena)
+        outputs = dict(zip(names, values, strict=True))
         signals = {name: outputs[name] for name in SIGNALS if name in outputs}
         return VisionOutput(outputs["visual_embeds"], signals, tuple(outputs[name] for name in self._kept_names if name in outputs))
 
@@ -208,9 +212,11 @@ def nodes_run(
 
 
 def _graph_file(bundle: Bundle, graph: str) -> Path:
-    # ONNX Runtime has no products of bfloat16.
-    widened = float32_graph(graph)
-    return bundle.file(widened if widened in bundle.manifest.files else graph)
+    # ONNX Runtime has no products of bfloat16, and exact ones of integers only where a graph owns them (`_session_options`).
+    files, widened, owning = bundle.manifest.files, float32_graph(graph), own_weights_graph(graph)
+    if owning in files and not _has_byte_products():
+        return bundle.file(owning)
+    return bundle.file(widened if widened in files else graph)
 
 
 def _numbers(value: np.ndarray) -> np.ndarray:

@@ -15,13 +15,17 @@ import torch
 from test_cpu_kernels import cpu, nodes, run
 
 from edgeprune import targets
+from edgeprune.bundle import VISION, own_weights_graph
 from edgeprune.checkpoint.loading import LoadedModel, load_model, resolve_model
 from edgeprune.device.onnx_file import read_graph
-from edgeprune.export.passes.views import _Run
+from edgeprune.export.exporter import export_bundle
+from edgeprune.export.passes.views import _Run, write_with_own_weights
 from edgeprune.export.tracing import trace_vision
 from edgeprune.model.quantization import at_precision
 from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime import load
+from edgeprune.runtime.backends import onnxruntime as backend
 
 TILED = ["smolvlm", "internvl", "idefics3", "llava_next", "llava_onevision"]
 NEVER = 1 << 30
@@ -74,7 +78,8 @@ def test_integers_have_the_range_of_their_view(name: str, tmp_path: Path, monkey
     outputs, references = list[np.ndarray](), list[np.ndarray]()
     for least in (NEVER, 1):
         path = trace(monkeypatch, model, plan, "int8", least, tmp_path / "vision.onnx")
-        outputs.append(run(path, pixel_values=pixels))
+        owning = tmp_path / "owning.onnx"  # exact on every CPU
+        outputs.append(run(owning if write_with_own_weights(path, owning) else path, pixel_values=pixels))
         with torch.no_grad(), at_precision(model.family.decoder(), vision, cpu("int8")):
             found = vision(torch.from_numpy(pixels))
         references.append((found[0] if isinstance(found, tuple) else found).numpy())
@@ -122,3 +127,41 @@ def test_small_views_are_taken_at_once(tmp_path: Path) -> None:
     model, plan = tiled("smolvlm", tmp_path)
     trace_vision(model.family, plan, cpu("fp32"), tmp_path / "vision.onnx")
     assert not nodes(tmp_path / "vision.onnx")["Scan"]
+
+
+def borrowed_integers(path: Path) -> int:
+    """Return how many integer weights the Scans of a graph multiply by that are not their own."""
+    bodies = [node.attributes["body"].as_graph() for node in ir.load(path).graph if node.op_type == "Scan"]
+    assert bodies
+    weights = [(node.inputs[1], body) for body in bodies for node in body if node.op_type == "MatMulInteger"]
+    return sum(weight is None or weight.name not in body.initializers for weight, body in weights)
+
+
+def test_scans_own_their_integers_in_a_form_of_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = tiled("smolvlm", tmp_path)
+    path, owning = tmp_path / "vision.onnx", tmp_path / "owning.onnx"
+    trace(monkeypatch, model, plan, "int8", 1, path)
+    assert write_with_own_weights(path, owning)
+    assert borrowed_integers(path) and not borrowed_integers(owning)
+    assert read_graph(owning).bytes == read_graph(path).bytes
+    assert sorted(read_graph(owning).weights) == sorted(read_graph(path).weights)
+    trace(monkeypatch, model, plan, "fp32", 1, path)
+    owning.unlink()
+    assert not write_with_own_weights(path, owning) and not owning.exists()
+
+
+@pytest.mark.parametrize("able", [True, False, None])
+def test_a_cpu_that_would_overflow_reads_that_form(able: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = tiled("smolvlm", tmp_path)
+    monkeypatch.setattr(targets, "FEWEST_IN_TURN", 1)
+    bundle = export_bundle(model, plan, tmp_path / "bundle", lowering=cpu("int8"))
+    opened, opening = list[str](), backend._open_session
+
+    def noted(path: Path, *others: Any) -> Any:
+        opened.append(path.name)
+        return opening(path, *others)
+
+    monkeypatch.setattr(backend, "_open_session", noted)
+    monkeypatch.setattr(backend, "_has_byte_products", lambda: able)
+    with load(bundle.path, threads=1):
+        assert Path(VISION if able else own_weights_graph(VISION)).name in opened

@@ -34,7 +34,7 @@ TABLE = {
         CHAT_TEMPLATE CHECKS DECODER EMBED EXPECTED MANIFEST PLAN PREDICTOR PREPROCESSOR ROUNDINGS SCHEMA_VERSION SELECTOR
         SPECIAL_TOKENS TOKENIZER VISION VISION_UNPRUNED Bundle DecoderShape GenerationDefaults GptqRecord GraphRecord ImageText
         LayerState Manifest Operations SmoothingRecord Source SourceQuantization Tensor
-        files_of float32_graph held_as is_bundle tier_plan tier_selector
+        files_of float32_graph held_as is_bundle own_weights_graph tier_plan tier_selector
     """,
     "edgeprune.errors": """
         BundleError EdgePruneError EngineError ImageError MissingExtraError NoBundleError PlanError UnsupportedModelError UsageError
