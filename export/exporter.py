@@ -177,7 +177,7 @@ def _write_graphs(
     if (write := _FOR_ONNXRUNTIME.get(lowering.precision)) is not None:
         for graph in graphs:
             write(folder / graph, folder / float32_graph(graph))
-    for graph in graphs.keys() & {VISION, VISION_UNPRUNED}:
+    for graph in graphs.keys() & {VISION, VISION_UNPRUNED} if lowering.rounds(lowering.precision) else ():
         write_with_own_weights(folder / graph, folder / own_weights_graph(graph))
     return graphs
 

@@ -107,7 +107,8 @@ def test_learned_weights_on_another_device(
         there = learned(tiny_folder, samples, device, tmp_path / "there")
     assert there.divergence == pytest.approx(here.divergence, abs=1e-6)
     (_, ours), (_, theirs) = read(there.weights), read(here.weights)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+    # Rounding moves where L-BFGS stops: by 2e-3 on a CPU with AVX2, by less than 1e-4 with AVX512.
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-2 if name in ("asked", "theta") else 1e-4) for name in theirs)
 
 
 @pytest.mark.device

@@ -30,11 +30,11 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, at: int, error: Exception) -> None:
     """Have the run of a graph that comes `at` next fail."""
     whole, runs = onnxruntime_steps.run, list[int]()
 
-    def run(*given: Any) -> Any:
+    def run(*given: Any, **named: Any) -> Any:
         runs.append(1)
         if len(runs) == at + 1:
             raise error
-        return whole(*given)
+        return whole(*given, **named)
 
     monkeypatch.setattr(ort, "run", run)
 
