@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, class
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, parts_needed, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
-from edgeprune.calibration.data.samples import Sample, check_images, split
+from edgeprune.calibration.data.samples import Sample, asked_digest, check_images, digest, split
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
 from edgeprune.calibration.learn.ranking import LearnedRanking, learn_ranking
@@ -21,12 +21,14 @@ from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
 from edgeprune.calibration.options import AUTO, DYRATE, LEARNED, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
+from edgeprune.calibration.search.journal import Journal
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
 from edgeprune.calibration.search.pareto import Curve
 from edgeprune.calibration.search.tuning import Trial, tune
 from edgeprune.checkpoint.loading import LoadedModel, load_model
 from edgeprune.device.profile import DeviceProfile
 from edgeprune.errors import UsageError
+from edgeprune.io.files import write_bytes
 from edgeprune.io.progress import Progress
 from edgeprune.plan import Cut, KeepPlan, Weights, keep_count
 from edgeprune.plan.presets import unpruned_plan
@@ -35,6 +37,7 @@ from edgeprune.registry import family_class
 _FITPRUNE_NOT_TRIED = "fitprune: its statistics take longer than the search; --method fitprune --statistics FILE collects them"
 _LEARNED: tuple[dict[str, Any], ...] = ({}, {"weigh": True}, {"weigh": True, "merge": True})  # of a search
 MOST_JUDGING = 120  # samples, about as many, that judge the plans of a search; all others are learned from
+_MEASURED = 1  # form of what a search has measured
 LEARNED_SHARES = 0.5, 0.1  # what a search learns for if its target is no share of the work
 _BEFORE_WITHDRAWAL = 1.5  # an input cut keeps up to so many times the target's share if a withdrawal follows
 
@@ -168,7 +171,8 @@ def _learn_request(options: CalibrateOptions, keep: int, least: int) -> LearnReq
 def _learned_candidates(
     options: CalibrateOptions, loaded: LoadedModel, samples: list[Sample], unpruned: KeepPlan, folder: Path, progress: Progress
 ) -> tuple[list[Cut], str]:
-    # Cuts of the method learned for a search, each with some of its options, or why there are none. `folder`: what is recorded.
+    # Cuts of the method learned for a search, each with some of its options, or why there are none. `folder`: keeps what is
+    # recorded and learned.
     assert options.output is not None
     share = options.goal().flops
     shares = LEARNED_SHARES if share is None else (min(1.0, _BEFORE_WITHDRAWAL * share), share)
@@ -178,8 +182,13 @@ def _learned_candidates(
         check_images(len({str(sample.image) for sample in samples}), "The samples show")  # before the model is asked
         for chosen in _LEARNED:
             request = replace(_learn_request(options, most, least), **chosen)
-            learning = learn(loaded, samples, unpruned, request, options.output, progress, kept=folder, gate=False)
-            cuts.append(Cut("input", LEARNED, 1, options=request.cut_options, weights=learning.weights))
+            name = digest(loaded.weights_sha256, unpruned.to_dict(), asdict(request), asked_digest(samples))
+            path = folder / f"learned.{name}.safetensors"
+            if not path.is_file():
+                learning = learn(loaded, samples, unpruned, request, options.output, progress, kept=folder, gate=False)
+                assert learning.weights.content is not None
+                write_bytes(path, learning.weights.content)
+            cuts.append(Cut("input", LEARNED, 1, options=request.cut_options, weights=Weights.of(path.read_bytes())))
     except UsageError as error:
         cuts, why_not = [], f"learned: {error.message}"
     return cuts, why_not
@@ -247,17 +256,18 @@ def _search_plan(
     learned_from, judged_by = split(samples, MOST_JUDGING)
     goal, times = options.goal(), _times(options, loaded, unpruned)
     check_goal(goal, loaded, unpruned, times, len(judged_by))  # fail before anything is measured
-    held_out = Agreement(
-        loaded, unpruned, judged_by, max_tokens=request.max_tokens, fit=request.fit, device=request.device, progress=progress
-    )
+    assert options.output is not None
+    folder = options.output.with_name(f".{options.output.name}.search")  # an interrupted search goes on from it
+    asked: dict[str, Any] = {"max_tokens": request.max_tokens, "fit": request.fit, "device": request.device}
+    measured = digest(_MEASURED, loaded.weights_sha256, unpruned.to_dict(), asked, asked_digest(judged_by))
+    journal = Journal(folder / f"measured.{measured}.jsonl")
+    held_out = Agreement(loaded, unpruned, judged_by, **asked, progress=progress, journal=journal)
     request = replace(request, parts=() if options.target_kv is None else ("attention", "caches"))
     statistics = None
     if request.parts or path.is_file():
         statistics = load_or_collect(loaded, learned_from, request, path, progress, options.ray_address)
     why_not = [] if statistics is not None and "fitprune" in statistics.parts else [_FITPRUNE_NOT_TRIED]
     fit_rate = partial(fit_decode_rate, loaded, learned_from, request, progress)
-    assert options.output is not None
-    folder = options.output.with_name(f".{options.output.name}.learning")  # an interrupted search goes on from it
     learned, why_not_learned = _learned_candidates(options, loaded, learned_from, unpruned, folder, progress)
     try:
         plan, curve = find_plan(loaded, statistics, fit_rate, held_out, unpruned, goal, times, progress, learned)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgeprune.calibration.cluster import Cluster
 from edgeprune.calibration.collect.measure import SampleMeter
-from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.data.samples import Sample, asked_digest, digest
 from edgeprune.calibration.data.statistics import FINGERPRINTS, PARTS, Statistics, StatisticsSource
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.replay.reference import check_device
@@ -166,8 +166,7 @@ def collect(
 def _digest(source: StatisticsSource, samples: Sequence[Sample], request: CollectOptions) -> str:
     # Part of the partial file's name, so that another request does not resume from it.
     how = {**asdict(replace(request, weights=None)), "weights": request.weights and request.weights.sha256}
-    content = [asdict(source), how, [(str(sample.image), sample.prompt) for sample in samples]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return digest(asdict(source), how, asked_digest(samples))
 
 
 def collect_on_ray(

@@ -8,6 +8,7 @@ order mark is allowed. Published files of other forms: `edgeprune.calibration.da
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import math
 import shlex
@@ -204,6 +205,16 @@ def split(samples: Sequence[Sample], most: int) -> tuple[list[Sample], list[Samp
     judging = set(list(dict.fromkeys(keys))[every - 1 :: every])
     keyed = list(zip(keys, samples, strict=True))
     return [sample for key, sample in keyed if key not in judging], [sample for key, sample in keyed if key in judging]
+
+
+def digest(*content: Any) -> str:
+    """Return a name of 12 letters and digits for JSON data, by which files of the same work are known again."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def asked_digest(samples: Sequence[Sample]) -> str:
+    """Return a `digest` of what is asked: the paths of the images and the prompts, in order."""
+    return digest([[*map(str, sample.images), sample.prompt] for sample in samples])
 
 
 def score(sample: Sample, text: str) -> Score:

@@ -11,7 +11,6 @@ learned from as well.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from edgeprune.calibration.collect.run import SAVE_EVERY, CollectOptions
-from edgeprune.calibration.data.samples import Sample
+from edgeprune.calibration.data.samples import Sample, asked_digest, digest
 from edgeprune.calibration.learn.run import HELD_OUT, MOST_HELD_OUT, Rival
 from edgeprune.calibration.replay.episodes import Recorder, Recording, divergence, limit_visual
 from edgeprune.checkpoint.loading import LoadedModel
@@ -202,9 +201,7 @@ def _load(path: Path, device: str) -> _State:
 
 def _digest(loaded: LoadedModel, samples: Sequence[Sample], base: KeepPlan, request: CollectOptions, share: float) -> str:
     # Part of the file's name, so that what another request left is not taken.
-    how = [base.to_dict(), asdict(replace(request, weights=None)), share]
-    content = [loaded.weights_sha256, *how, [([str(image) for image in each.images], each.prompt) for each in samples]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return digest(loaded.weights_sha256, base.to_dict(), asdict(replace(request, weights=None)), share, asked_digest(samples))
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ the gate: what is learned has to be closer to the unpruned model there than ever
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune.calibration.data.samples import Sample, check_images
+from edgeprune.calibration.data.samples import Sample, asked_digest, check_images, digest
 from edgeprune.calibration.learn.asking import WEIGHTS, WORTH, fitted
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
 from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
@@ -140,8 +139,8 @@ def learn(
     encoded = replace(base, cuts=base.vision_cuts)
     parts = [name for name in ("train", "weigh", "merge", "question") if getattr(request, name)]
     parts += [str(cut.layer) for cut in base.layer_cuts]
-    digest, asked = _digest(loaded, encoded, request), _asked_digest([(sample.images, sample.prompt) for sample in samples])
-    folder = output.with_name(f".{output.name}.{digest}.learning") if kept is None else kept / digest
+    recorded, asked = _digest(loaded, encoded, request), asked_digest(samples)
+    folder = output.with_name(f".{output.name}.{recorded}.learning") if kept is None else kept / recorded
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(loaded, encoded, request.max_tokens, request.device)
     listener = Listener(recorder.decoder)
@@ -337,7 +336,7 @@ def _record(
     counted = progress.count("answering without pruning, images", len(groups))
     paths, different = list[Path](), set[bytes]()
     for number, group in enumerate(groups.values()):
-        name = _asked_digest([(sample.images, sample.prompt) for sample in group])
+        name = asked_digest(group)
         place = folder / name
         if not place.is_dir():
             for index, scene in enumerate(_scenes_of(recorder, listener, group, fit)):
@@ -380,13 +379,4 @@ def _same(one: Segment, other: Segment) -> bool:
 
 def _digest(loaded: LoadedModel, base: KeepPlan, request: LearnRequest) -> str:
     # The name of a folder, so that what was recorded otherwise is not taken.
-    return _short(_FORM, loaded.weights_sha256, base.to_dict(), request.max_tokens, request.fit)
-
-
-def _asked_digest(asked: Sequence[tuple[Any, str]]) -> str:
-    # A name of questions, each with its images.
-    return _short([[*map(str, images), prompt] for images, prompt in asked])
-
-
-def _short(*content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return digest(_FORM, loaded.weights_sha256, base.to_dict(), request.max_tokens, request.fit)

@@ -96,7 +96,7 @@ def _drop_exceeded(goal: Goal, best: Point, cost: str, curve: Curve) -> DropExce
     return DropExceededError(
         f"The best plan at {cost} loses {1 - best.score:.1%} of agreement ({best.name}), more than {goal.max_drop:.1%}.",
         curve,
-        hint="Allow a larger --max-drop, or a higher cost.",
+        hint="Allow a larger --max-drop, or a higher cost. What was measured is kept for that.",
     )
 
 

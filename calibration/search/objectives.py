@@ -7,9 +7,11 @@ answers under a plan with those of the unpruned model, so samples need no refere
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ import torch
 from edgeprune.calibration.data.samples import Sample, Score, score
 from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.calibration.replay.reference import SHARED, Shared, reference_model
+from edgeprune.calibration.search.journal import Journal
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile
@@ -123,6 +126,8 @@ class Agreement:
     two forward passes however long the answer is. What it retells equals the answer exactly where what it would generate does. In
     a description, facts behind a wrong one are judged as if that had been right. Plans with a decode cut generate, because what a
     step reads depends on the steps before it.
+
+    `journal`: keeps what is measured, of these samples and this model alone.
     """
 
     def __init__(
@@ -135,18 +140,23 @@ class Agreement:
         fit: str,
         device: str,
         progress: Progress = SILENT,
+        journal: Journal | None = None,
     ) -> None:
         self._loaded, self._max_tokens, self._fit, self._device = loaded, max_tokens, fit, device
         self._unpruned, self._shared = unpruned, Shared(SHARED)
-        self._points: dict[str, list[Score]] = {}  # by plan, of the first samples
+        self._journal = Journal() if journal is None else journal
         self._samples: list[Sample] = []
         self._ended: list[bool] = []  # which answers the model ended itself
         counted = progress.count("answering without pruning, samples", len(samples))
-        for sample, answer in zip(samples, self._each_answer(unpruned, samples), strict=True):
-            self._samples.append(replace(sample, answer=answer.text, accepted=()))
-            self._ended.append(answer.receipt.finish_reason == "end")
-            counted(len(self._samples))
-        self._retold: list[Sample] = []  # the first samples, with the unpruned answers as the unpruned plan retells them
+        fresh = self._each_answer(unpruned, (sample for number, sample in enumerate(samples) if not self._answered(number)))
+        for number, sample in enumerate(samples):
+            if not self._answered(number):
+                answer = next(fresh)
+                self._journal.put([answer.text, answer.receipt.finish_reason == "end"], "answer", number)
+            text, ended = self._journal.get("answer", number)
+            self._samples.append(replace(sample, answer=text, accepted=()))
+            self._ended.append(ended)
+            counted(number + 1)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -160,7 +170,9 @@ class Agreement:
 
         Samples that the plan has answered are not asked again. Those left are not asked once the mean cannot reach `least`.
         """
-        points = self._points.setdefault(json.dumps(plan.to_dict(), sort_keys=True), [])
+        name = _name(plan)
+        known = itertools.takewhile(bool, (self._journal.get("score", name, number) for number in range(len(self))))
+        points = [Score(*values) for values in known]
         weights, begin = self._weights(count), len(points)
         if plan.decode is None:
             missing, answers = self._retellings(count)[begin:], self._each_retelling(plan, range(begin, count))
@@ -173,12 +185,13 @@ class Agreement:
 
         for sample, text in zip(missing, answers, strict=True):
             points.append(score(sample, text))
+            self._journal.put(astuple(points[-1]), "score", name, len(points) - 1)
             progress(len(points))
             if reached() + sum(weights[len(points) :]) < least - 1e-9:
                 break
-        known = points[:count]
-        described = [point for sample, point in zip(self._samples, known, strict=False) if sample.kind == DESCRIBE]
-        return Agreed(reached(), sum(described, Score()), len(known) == count)
+        asked = points[:count]
+        described = [point for sample, point in zip(self._samples, asked, strict=False) if sample.kind == DESCRIBE]
+        return Agreed(reached(), sum(described, Score()), len(asked) == count)
 
     def _weights(self, count: int) -> list[float]:
         # Of the first samples: descriptions together as much as all others.
@@ -190,23 +203,36 @@ class Agreement:
 
         This distinguishes plans that agree equally well on few samples. `progress` is called with the number of finished samples.
         """
-        reference, *pruned = (Recorder(self._loaded, plan, 1, self._device, self._shared) for plan in (self._unpruned, *plans))
-        totals = [0.0] * len(pruned)
-        for done, sample in enumerate(self._samples, start=1):
-            ids = reference.tokenizer.encode(sample.answer)
-            expected = reference.teacher_forced_logits(sample, ids, self._fit)
-            for index, recorder in enumerate(pruned):
-                totals[index] += float(divergence(expected, recorder.teacher_forced_logits(sample, ids, self._fit)).sum())
-            progress(done)
-        return [total / len(self._samples) for total in totals]
+        names = [_name(plan) for plan in plans]
+        recorders = [Recorder(self._loaded, plan, 1, self._device, self._shared) for plan in (self._unpruned, *plans)]
+        totals = [0.0] * len(plans)
+        for number in range(len(self)):
+            if any(self._journal.get("divergence", name, number) is None for name in names):
+                for name, found in zip(names, self._diverged(recorders, number), strict=True):
+                    self._journal.put(found, "divergence", name, number)
+            for index, name in enumerate(names):
+                totals[index] += self._journal.get("divergence", name, number)
+            progress(number + 1)
+        return [total / len(self) for total in totals]
+
+    def _diverged(self, recorders: Sequence[Recorder], number: int) -> list[float]:
+        # Of each recorder from the first one, on one sample.
+        sample = self._samples[number]
+        ids = recorders[0].tokenizer.encode(sample.answer)
+        expected, *others = (recorder.teacher_forced_logits(sample, ids, self._fit) for recorder in recorders)
+        return [float(divergence(expected, logits).sum()) for logits in others]
+
+    def _answered(self, number: int) -> bool:
+        return self._journal.get("answer", number) is not None
 
     def _retellings(self, count: int) -> list[Sample]:
-        missing = range(len(self._retold), count)
+        # The first samples, with the unpruned answers as the unpruned plan retells them.
+        missing = [number for number in range(count) if self._journal.get("retold", number) is None]
         for number, answer in zip(missing, self._each_retelling(self._unpruned, missing), strict=True):
-            self._retold.append(replace(self._samples[number], answer=answer))
-        return self._retold[:count]
+            self._journal.put(answer, "retold", number)
+        return [replace(self._samples[number], answer=self._journal.get("retold", number)) for number in range(count)]
 
-    def _each_retelling(self, plan: KeepPlan, numbers: range) -> Iterator[str]:
+    def _each_retelling(self, plan: KeepPlan, numbers: Iterable[int]) -> Iterator[str]:
         recorder = Recorder(self._loaded, plan, 1, self._device, self._shared)
         for number in numbers:
             sample = self._samples[number]
@@ -214,7 +240,11 @@ class Agreement:
             logits = recorder.teacher_forced_logits(sample, ids, self._fit)[: len(ids) + self._ended[number]]
             yield recorder.tokenizer.decode(logits.argmax(dim=-1).tolist())
 
-    def _each_answer(self, plan: KeepPlan, samples: Sequence[Sample]) -> Iterator[Answer]:
+    def _each_answer(self, plan: KeepPlan, samples: Iterable[Sample]) -> Iterator[Answer]:
         runtime = Runtime(reference_model(self._loaded, plan, self._device, self._shared))
         for sample in samples:
             yield runtime.generate(sample.image, sample.prompt, fit=self._fit, max_tokens=self._max_tokens)
+
+
+def _name(plan: KeepPlan) -> str:
+    return hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()

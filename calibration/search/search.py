@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from edgeprune.calibration.allocate.recipes import RESIZE
+from edgeprune.calibration.data.samples import BadSampleError
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.search.candidates import (
     BASELINES,
@@ -135,8 +136,13 @@ class Search:
         return answers
 
     def _measure(self, group: str, plan: KeepPlan, count: int, counted: Count, least: float) -> Point | None:
-        # None if the plan cannot reach the score `least`.
-        agreed = self.agreement.score(plan, count, counted, least)
+        # None if the plan cannot reach the score `least`, or is of a size that an image does not fit.
+        try:
+            agreed = self.agreement.score(plan, count, counted, least)
+        except BadSampleError:
+            if plan.geometry == self.unpruned.geometry:
+                raise
+            return None  # an image that fits, but not in this size
         if not agreed.complete:
             return None
         name = " + ".join(dict.fromkeys(cut.method for cut in plan.cuts)) or (

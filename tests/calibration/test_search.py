@@ -10,7 +10,7 @@ import pytest
 from learned_weights import drawn_weights
 
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions
-from edgeprune.calibration.data.samples import Score
+from edgeprune.calibration.data.samples import BadSampleError, Score
 from edgeprune.calibration.data.statistics import Statistics, StatisticsSource
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan, prunable_encoder_blocks
 from edgeprune.calibration.search.candidates import BASELINES, encoder_blocks, encoder_places, is_noop
@@ -153,6 +153,24 @@ def test_what_cannot_win_is_left(tiny: LoadedModel) -> None:
     assert racing.at(Budget("flops", 0.5)) == whole.at(Budget("flops", 0.5))
     assert {point.group for point in racing.points} == {point.group for point in whole.points}
     assert len(racing.agreement.asked) < len(whole.agreement.asked)  # type: ignore[attr-defined]
+
+
+def test_a_size_that_an_image_does_not_fit_is_left_out(tiny: LoadedModel) -> None:
+    class Picky(Judge):
+        where: tuple[Geometry, ...] = ()  # that no image fits
+
+        def score(self, plan: KeepPlan, count: int, progress: Count = lambda done: None, least: float = 0.0) -> Agreed:
+            if plan.geometry in self.where:
+                raise BadSampleError("samples.jsonl:2: another shape")
+            return super().score(plan, count, progress, least)
+
+    looking, picky = search(tiny, Judge()), Picky()
+    found = looking.at(Budget("flops", 0.5))
+    picky.where = tuple({point.plan.geometry for point in looking.points} - {GEOMETRY})
+    assert picky.where and search(tiny, picky).at(Budget("flops", 0.5)) == found
+    picky.where = (GEOMETRY,)
+    with pytest.raises(BadSampleError):
+        search(tiny, picky).at(Budget("flops", 0.5))
 
 
 def test_plans_that_agree_alike_are_told_apart_by_divergence(tiny: LoadedModel) -> None:

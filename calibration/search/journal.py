@@ -1,0 +1,53 @@
+"""What a search has measured, as JSON lines, from which an interrupted search goes on.
+
+A line has a key and a value: `[["score", "PLAN", 3], [1.0, 1.0, 1.0]]`. Lines are only ever added.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str | int, ...]
+
+
+class Journal:
+    """Values by key. `path`: the file that keeps them; without one they are only remembered.
+
+    A line that was cut short ends the file: it is dropped with whatever follows it, and measured again.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._found = dict[Key, Any]()
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0)
+            whole = 0
+            for line in file:
+                if not self._take(line):
+                    break
+                whole += len(line)
+            file.truncate(whole)
+
+    def _take(self, line: bytes) -> bool:
+        try:
+            key, value = json.loads(line)
+            self._found[tuple(key)] = value
+        except (ValueError, TypeError):
+            return False
+        return line.endswith(b"\n")
+
+    def get(self, *key: str | int) -> Any:
+        """Return the value of a key, None if it has none."""
+        return self._found.get(key)
+
+    def put(self, value: Any, *key: str | int) -> None:
+        """Keep the value of a key."""
+        self._found[key] = value
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write(json.dumps([key, value]).encode() + b"\n")

@@ -1,0 +1,126 @@
+"""A search that is interrupted goes on with the same command, and ends with the plan of one that was not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgeprune.calibration import calibrate
+from edgeprune.calibration.data.samples import read_samples
+from edgeprune.calibration.replay.episodes import Recorder
+from edgeprune.calibration.search import candidates, search
+from edgeprune.calibration.search.journal import Journal
+from edgeprune.calibration.search.objectives import Agreement
+from edgeprune.calibration.search.search import FINALISTS
+from edgeprune.checkpoint.loading import LoadedModel
+from edgeprune.cli import main
+from edgeprune.plan import Cut, Geometry
+from edgeprune.plan.presets import unpruned_plan
+from edgeprune.runtime import Runtime
+from edgeprune.tabletop.dataset import write_dataset
+
+WHOLE = unpruned_plan("qwen2_vl", 3, Geometry(84, 84, 14, 2))
+PLANS = [WHOLE.with_cuts(Cut("input", "uniform", keep)) for keep in (5, 1)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_dataset(folder, 40, 3, kinds=("exists",))
+    return folder / "dataset.jsonl"
+
+
+class Asked:
+    """Counts what the model is asked, and interrupts the `last` time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times, self.last = 0, 10**9
+        for owner, name in ((Recorder, "teacher_forced_logits"), (Runtime, "generate"), (Recorder, "ask")):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, function: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            if self.times == self.last:
+                raise KeyboardInterrupt
+            self.times += 1
+            return function(*arguments, **named)
+
+        return counted
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    with monkeypatch.context() as patch:
+        yield Asked(patch)
+
+
+def keys_and_values(path: Path) -> Iterator[tuple[str, Any]]:
+    for line in path.read_text().splitlines():
+        key, value = json.loads(line)
+        yield str(key), value
+
+
+def test_what_is_measured_is_not_asked_again(tiny: LoadedModel, data: Path, tmp_path: Path, asked: Asked) -> None:
+    samples = read_samples(data, 3)
+
+    def measured() -> tuple[Any, ...]:
+        judge = Agreement(tiny, WHOLE, samples, max_tokens=5, fit="exact", device="cpu", journal=Journal(tmp_path / "j.jsonl"))
+        return [judge.score(plan, 3) for plan in PLANS], judge.divergences(PLANS)
+
+    whole = measured()
+    times, asked.times = asked.times, 0
+    assert measured() == whole and asked.times == 0
+    lines, known = (tmp_path / "j.jsonl").read_bytes().splitlines(keepends=True), dict(keys_and_values(tmp_path / "j.jsonl"))
+    for kept in range(0, len(lines), 5):
+        (tmp_path / "j.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][:-4])  # a line was cut short
+        asked.times = 0
+        assert measured() == whole and 0 < asked.times <= times
+        assert dict(keys_and_values(tmp_path / "j.jsonl")) == known
+
+
+def searched(model: Path, data: Path, output: Path) -> Result:
+    how = (
+        "--image-size",
+        "84x84",
+        "--max-tokens",
+        "2",
+        "--fit",
+        "stretch",
+        "--method",
+        "auto",
+        "--target-flops",
+        "0.5",
+        "--max-drop",
+        "100%",
+    )
+    command = ("calibrate", model, "--data", data, *how, "--curve", output.with_suffix(".curve.json"), "-o", output)
+    return CliRunner().invoke(main, list(map(str, command)))
+
+
+def test_an_interrupted_search_goes_on(
+    tiny_folder: Path, data: Path, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_LEARNED", ({},))
+    monkeypatch.setattr(candidates, "method_names", lambda: ["uniform", "divprune"])
+    monkeypatch.setattr(candidates, "later_layers", lambda layers: [2])
+    monkeypatch.setattr(search, "ENCODER_PARTNERS", 0)
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    made = searched(tiny_folder, data, whole)
+    assert made.exit_code == 0, made.output
+    times, asked.times = asked.times, 0
+    for part in (0.1, 0.3, 0.5, 0.9):  # answering, recording, comparing, and learning again
+        asked.last = int(part * times)
+        assert searched(tiny_folder, data, parts).exit_code == 1
+        assert not parts.exists() and (tmp_path / ".parts.json.search").is_dir()
+    asked.last = 10**9
+    made = searched(tiny_folder, data, parts)
+    assert made.exit_code == 0, made.output
+    assert parts.read_text() == whole.read_text()
+    assert json.loads((tmp_path / "parts.curve.json").read_text()) == json.loads((tmp_path / "whole.curve.json").read_text())
+    assert asked.times <= times + 4 * FINALISTS  # at most one sample again, under every plan that is compared
+    assert not list(tmp_path.glob(".*"))
