@@ -13,6 +13,7 @@ from edgeprune.calibration.allocate.budgets import LayerClass, class_rule, class
 from edgeprune.calibration.allocate.dyrate import DecodeRateOptions, fit_decode_rate
 from edgeprune.calibration.allocate.recipes import STATISTICAL, parts_needed, plan_for_budget
 from edgeprune.calibration.collect.run import CollectOptions, load_or_collect
+from edgeprune.calibration.data.journal import Journal
 from edgeprune.calibration.data.samples import Sample, asked_digest, check_images, digest, split
 from edgeprune.calibration.data.statistics import Statistics
 from edgeprune.calibration.interop.lightcompress import read_plan
@@ -21,7 +22,6 @@ from edgeprune.calibration.learn.run import Learning, LearnRequest, learn
 from edgeprune.calibration.options import AUTO, DYRATE, LEARNED, PLPHP, VTW, CalibrateOptions, CalibrationRequest
 from edgeprune.calibration.replay.episodes import usable_samples
 from edgeprune.calibration.search.auto import DropExceededError, check_goal, find_plan
-from edgeprune.calibration.search.journal import Journal
 from edgeprune.calibration.search.objectives import Agreement, flops_share, kv_share, roofline_times
 from edgeprune.calibration.search.pareto import Curve
 from edgeprune.calibration.search.tuning import Trial, tune

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgeprune.calibration.data.journal import Journal
 from edgeprune.calibration.data.samples import Sample, asked_digest, check_images, digest
 from edgeprune.calibration.learn.asking import WEIGHTS, WORTH, fitted
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
@@ -70,6 +71,11 @@ class LearnRequest:
     def cut_options(self) -> dict[str, bool]:
         """The options of the cut."""
         return {name: True for name in ("weigh", "merge") if getattr(self, name)}
+
+    @property
+    def keeps(self) -> tuple[int, ...]:
+        """The numbers of tokens that are judged."""
+        return tuple(dict.fromkeys((self.keep, self.least)))
 
     @classmethod
     def of(cls, keep: int, least: int, settings: Mapping[str, Any], **common: Any) -> LearnRequest:
@@ -147,8 +153,11 @@ def learn(
     scenes = _record(recorder, listener, samples, request.fit, folder, progress)
     how = f"{asked}.{request.keep}.{request.least}.{request.rank}.{request.seed}{'.'.join(['', *parts])}"
     state = folder / f"training.{how}.safetensors"
+    # What was measured to find the settings, which training and merging do not change.
+    name = digest(asked, request.keeps, request.rank, request.weigh, base.to_dict())
+    journal = Journal(folder / f"settings.{name}.jsonl")
     listener = Listener.of(loaded.family.decoder(), base) if base.layer_cuts else listener
-    found = _learn(loaded, listener, scenes, base, request, state, progress, gate=gate)
+    found = _learn(loaded, listener, scenes, base, request, state, journal, progress, gate=gate)
     for left in (state, _merging_state(state)):
         left.unlink(missing_ok=True)
     if kept is None:
@@ -163,6 +172,7 @@ def _learn(
     base: KeepPlan,
     request: LearnRequest,
     state: Path,
+    journal: Journal,
     progress: Progress,
     *,
     gate: bool,
@@ -173,10 +183,10 @@ def _learn(
     width = loaded.family.decoder().hidden
     judge = HeldOut(listener, held, width)
     header: dict[str, Any] = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
-    course = _Course(listener, base, request, rest, judge, _sums(rest, width), header, progress)
+    course = _Course(listener, base, request, rest, judge, _sums(rest, width), header, journal, progress)
     rank = min(request.rank, width)
     counted = progress.count("comparing settings", MOST_TRIED + request.question * len(WEIGHTS))
-    settings, lowest = search(lambda each: course.divergence(closed_form(course.sums, each, rank), 0.0), counted)
+    settings, lowest = search(course.tried, counted)
     best, trained, unmerged = closed_form(course.sums, settings, rank), False, None
     if request.question:
         best, lowest, settings = course.asked(best, lowest, settings, counted)
@@ -185,7 +195,7 @@ def _learn(
     if request.merge:
         unmerged = lowest
         best, lowest = course.merged(best, lowest, settings.question, _merging_state(state))
-    rivals = _rivals(judge, base, request, course.keeps, progress) if gate else ()
+    rivals = _rivals(judge, base, request, request.keeps, progress) if gate else ()
     header["seen"] = seen(rest, held, width, best)
     weights = write(best, {**header, "question": settings.question})
     return Learning(weights, len(rest), len(held), settings, trained, lowest, rivals, unmerged)
@@ -201,11 +211,8 @@ class _Course:
     judge: HeldOut
     sums: Sums
     header: Mapping[str, Any]
+    journal: Journal
     progress: Progress
-
-    @property
-    def keeps(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys((self.request.keep, self.request.least)))
 
     def method(self, tensors: dict[str, torch.Tensor], question: float) -> Learned:
         found = write(tensors, {**self.header, "question": question})
@@ -213,7 +220,14 @@ class _Course:
         return Learned(Cut("input", "learned", self.request.keep, options=options, weights=found), self.base.geometry)
 
     def divergence(self, tensors: dict[str, torch.Tensor], question: float) -> float:
-        return self.judge.divergence(self.method(tensors, question), self.keeps, weigh=self.request.weigh)
+        return self.judge.divergence(self.method(tensors, question), self.request.keeps, weigh=self.request.weigh)
+
+    def tried(self, settings: Settings) -> float:
+        # The divergence of the closed form with some settings.
+        rank = min(self.request.rank, len(self.sums.mean))
+        return self.journal.measured(
+            lambda: self.divergence(closed_form(self.sums, settings, rank), 0.0), "closed form", *astuple(settings)
+        )
 
     def asked(
         self, best: dict[str, torch.Tensor], lowest: float, settings: Settings, counted: Callable[[int], None]
@@ -222,7 +236,8 @@ class _Course:
         tensors = fitted(self.scenes, len(best["theta"]), best, settings.exponent).added_to(best, settings.exponent)
         found = dict[float, float]()
         for number, weight in enumerate(WEIGHTS, start=MOST_TRIED + 1):
-            found[weight] = self.divergence(tensors, weight)
+            key = "question", *astuple(settings), weight
+            found[weight] = self.journal.measured(partial(self.divergence, tensors, weight), *key)
             counted(number)
         weight = min(found, key=found.__getitem__)
         if found[weight] > WORTH * lowest:
@@ -252,7 +267,7 @@ class _Course:
 
     def _train(self, what: str, trainee: Trainee, loss: Callable[..., torch.Tensor], epochs: int, state: Path) -> None:
         request = self.request
-        schedule = Schedule.of(epochs, len(self.scenes), trainee.batch, self.keeps, request.seed, weigh=request.weigh)
+        schedule = Schedule.of(epochs, len(self.scenes), trainee.batch, self.request.keeps, request.seed, weigh=request.weigh)
         counted = self.progress.count(f"{what}, steps", schedule.steps)
         train(
             self.scenes,

@@ -16,10 +16,10 @@ from dataclasses import astuple, dataclass, field, replace
 import numpy as np
 import torch
 
+from edgeprune.calibration.data.journal import Journal
 from edgeprune.calibration.data.samples import Sample, Score, score
 from edgeprune.calibration.replay.episodes import Recorder, divergence
 from edgeprune.calibration.replay.reference import SHARED, Shared, reference_model
-from edgeprune.calibration.search.journal import Journal
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.device.jetson import Module, module_named
 from edgeprune.device.profile import PARTS, TEXT, DeviceProfile

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgeprune.calibration import calibrate
+from edgeprune.calibration.data.journal import Journal
 from edgeprune.calibration.data.samples import read_samples
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.search import candidates, search
-from edgeprune.calibration.search.journal import Journal
 from edgeprune.calibration.search.objectives import Agreement
 from edgeprune.calibration.search.search import FINALISTS
 from edgeprune.checkpoint.loading import LoadedModel

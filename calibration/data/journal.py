@@ -1,4 +1,4 @@
-"""What a search has measured, as JSON lines, from which an interrupted search goes on.
+"""What was measured, as JSON lines, from which an interrupted run goes on.
 
 A line has a key and a value: `[["score", "PLAN", 3], [1.0, 1.0, 1.0]]`. Lines are only ever added.
 """
@@ -6,10 +6,11 @@ A line has a key and a value: `[["score", "PLAN", 3], [1.0, 1.0, 1.0]]`. Lines a
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Key = tuple[str | int, ...]
+Key = tuple[str | int | float, ...]
 
 
 class Journal:
@@ -41,11 +42,17 @@ class Journal:
             return False
         return line.endswith(b"\n")
 
-    def get(self, *key: str | int) -> Any:
+    def get(self, *key: str | int | float) -> Any:
         """Return the value of a key, None if it has none."""
         return self._found.get(key)
 
-    def put(self, value: Any, *key: str | int) -> None:
+    def measured(self, measure: Callable[[], float], *key: str | int | float) -> float:
+        """Return the number of a key; `measure` it if it has none."""
+        if key not in self._found:
+            self.put(measure(), *key)
+        return float(self._found[key])
+
+    def put(self, value: Any, *key: str | int | float) -> None:
         """Keep the value of a key."""
         self._found[key] = value
         if self._path is not None:
