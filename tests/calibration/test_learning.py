@@ -374,7 +374,7 @@ def test_settings_that_were_compared_are_not_compared_again(
         measured.append("")
         return measure(self, *arguments, **named)
 
-    def learned(kept: str, **options: bool) -> Weights:
+    def learned(kept: str, **options: Any) -> Weights:
         how = replace(REQUEST, **options)
         return learn(tiny, samples, base_of(tiny), how, tmp_path / "plan.json", SILENT, kept=tmp_path / kept, gate=False).weights
 
