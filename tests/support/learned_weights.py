@@ -49,6 +49,6 @@ def drawn_ranking(layers: int, kv_heads: int, head_dim: int, *, model: str = "0"
 
 
 def input_cut(name: str, keep: int, width: int, *, model: str = "0" * 64, **options: Any) -> Cut:
-    """Return a method's cut at the input, with drawn weights for tokens of a width if it needs some."""
-    weights = drawn_weights(width, model=model, merge=bool(options.get("merge"))) if name == "learned" else None
+    """Return a method's cut at the input. Weights that it needs are drawn for tokens of a width, and look at the question."""
+    weights = drawn_weights(width, model=model, question=0.5, merge=bool(options.get("merge"))) if name == "learned" else None
     return Cut("input", name, keep, options=options, weights=weights)
