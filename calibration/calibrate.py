@@ -37,7 +37,7 @@ from edgeprune.registry import family_class
 _FITPRUNE_NOT_TRIED = "fitprune: its statistics take longer than the search; --method fitprune --statistics FILE collects them"
 _LEARNED: tuple[dict[str, Any], ...] = ({}, {"weigh": True}, {"weigh": True, "merge": True})  # of a search
 MOST_JUDGING = 120  # samples, about as many, that judge the plans of a search; all others are learned from
-_MEASURED = 1  # form of what a search has measured
+_MEASURED = 1  # form of what a search has measured and learned
 LEARNED_SHARES = 0.5, 0.1  # what a search learns for if its target is no share of the work
 _BEFORE_WITHDRAWAL = 1.5  # an input cut keeps up to so many times the target's share if a withdrawal follows
 
@@ -182,7 +182,7 @@ def _learned_candidates(
         check_images(len({str(sample.image) for sample in samples}), "The samples show")  # before the model is asked
         for chosen in _LEARNED:
             request = replace(_learn_request(options, most, least), **chosen)
-            name = digest(loaded.weights_sha256, unpruned.to_dict(), asdict(request), asked_digest(samples))
+            name = digest(_MEASURED, loaded.weights_sha256, unpruned.to_dict(), asdict(request), asked_digest(samples))
             path = folder / f"learned.{name}.safetensors"
             if not path.is_file():
                 learning = learn(loaded, samples, unpruned, request, options.output, progress, kept=folder, gate=False)

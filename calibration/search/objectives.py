@@ -218,9 +218,10 @@ class Agreement:
     def _diverged(self, recorders: Sequence[Recorder], number: int) -> list[float]:
         # Of each recorder from the first one, on one sample.
         sample = self._samples[number]
-        ids = recorders[0].tokenizer.encode(sample.answer)
-        expected, *others = (recorder.teacher_forced_logits(sample, ids, self._fit) for recorder in recorders)
-        return [float(divergence(expected, logits).sum()) for logits in others]
+        first, *others = recorders
+        ids = first.tokenizer.encode(sample.answer)
+        expected = first.teacher_forced_logits(sample, ids, self._fit)
+        return [float(divergence(expected, each.teacher_forced_logits(sample, ids, self._fit)).sum()) for each in others]
 
     def _answered(self, number: int) -> bool:
         return self._journal.get("answer", number) is not None
