@@ -84,6 +84,8 @@ class Search:
         tied = [point for point in finalists if point.samples == best.samples and point.score >= best.score - SCORE_TOLERANCE]
         fewest = min(len(point.plan.cuts) for point in tied)
         tied = sorted((point for point in tied if len(point.plan.cuts) == fewest), key=lambda point: -point.score)[:FINALISTS]
+        if len(tied) == 1:
+            return tied[0]
         counted = self.progress.count(f"comparing {len(tied)} plans of equal agreement, samples", len(self.agreement))
         divergences = self.agreement.divergences([point.plan for point in tied], counted)
         return tied[divergences.index(min(divergences))]

@@ -181,6 +181,8 @@ def test_plans_that_agree_alike_are_told_apart_by_divergence(tiny: LoadedModel) 
     composed = plans[1].with_cuts(Cut("layer", "fastv", 299, layer=1))
     level.append(Point("p", "composed", 0.5, 0.5, 0.999, 40, composed))
     assert looking._closest(level) is level[1]  # not better by more than a few samples can tell, so the simpler one
+    looking.agreement.divergences = None  # type: ignore[assignment]
+    assert looking._closest(level[2:3]) is level[2]  # nothing to tell it apart from
 
 
 def test_every_method_is_measured_on_every_sample(tiny: LoadedModel) -> None:
