@@ -36,7 +36,7 @@ from edgeprune.io.progress import SILENT
 from edgeprune.methods.base import InputView, represented, unit
 from edgeprune.methods.divprune import DivPrune
 from edgeprune.methods.learned import Learned, read, write
-from edgeprune.plan import Cut, KeepPlan, Weights
+from edgeprune.plan import Cut, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.media.likeness import Likeness
 from edgeprune.tabletop.dataset import write_dataset
@@ -361,37 +361,6 @@ def test_an_interrupted_recording_goes_on(
         again()
     assert again().weights == whole.weights
     assert len(asked) < len(samples) + 9
-
-
-def test_settings_that_were_compared_are_not_compared_again(
-    tiny: LoadedModel, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure, measured, last = HeldOut.divergence, list[str](), 5
-
-    def counted(self: HeldOut, *arguments: Any, **named: Any) -> float:
-        if len(measured) == last:
-            raise KeyboardInterrupt
-        measured.append("")
-        return measure(self, *arguments, **named)
-
-    def learned(kept: str, **options: Any) -> Weights:
-        how = replace(REQUEST, **options)
-        return learn(tiny, samples, base_of(tiny), how, tmp_path / "plan.json", SILENT, kept=tmp_path / kept, gate=False).weights
-
-    monkeypatch.setattr(HeldOut, "divergence", counted)
-    with pytest.raises(KeyboardInterrupt):
-        learned("kept", weigh=True)
-    last = 10**9
-    once = learned("kept", weigh=True)
-    times, measured = len(measured), []
-    assert learned("others", weigh=True) == once and len(measured) == times  # none of the first five was measured twice
-    measured = []
-    assert learned("kept", weigh=True) == once and not measured
-    merged = learned("kept", weigh=True, merge=True)
-    assert len(measured) == 1  # with the map that merges
-    assert torch.equal(read(merged)[1]["theta"], read(once)[1]["theta"])
-    learned("kept")
-    assert len(measured) == 1 + times  # without weigh other divergences, so all of them
 
 
 def test_what_a_search_chose_is_learned_again_from_all_samples(

@@ -1,25 +1,31 @@
-"""A search that is interrupted goes on with the same command, and ends with the plan of one that was not."""
+"""What is interrupted goes on with the same command, and ends with the plan of what was not: searches and what they learn."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from edgeprune.calibration import calibrate
 from edgeprune.calibration.data.journal import Journal
 from edgeprune.calibration.data.samples import read_samples
+from edgeprune.calibration.learn.heldout import HeldOut
+from edgeprune.calibration.learn.run import LearnRequest, learn
 from edgeprune.calibration.replay.episodes import Recorder
 from edgeprune.calibration.search import candidates, search
 from edgeprune.calibration.search.objectives import Agreement
 from edgeprune.calibration.search.search import FINALISTS
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
-from edgeprune.plan import Cut, Geometry
+from edgeprune.io.progress import SILENT
+from edgeprune.methods.learned import read
+from edgeprune.plan import Cut, Geometry, Weights
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime import Runtime
 from edgeprune.tabletop.dataset import write_dataset
@@ -124,3 +130,36 @@ def test_an_interrupted_search_goes_on(
     assert json.loads((tmp_path / "parts.curve.json").read_text()) == json.loads((tmp_path / "whole.curve.json").read_text())
     assert asked.times <= times + 4 * FINALISTS  # at most one sample again, under every plan that is compared
     assert not list(tmp_path.glob(".*"))
+
+
+def test_settings_that_were_compared_are_not_compared_again(
+    tiny: LoadedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = LearnRequest(keep=4, least=4, rank=8, train=False, seed=0, max_tokens=2, fit="stretch", device="cpu")
+    samples = read_samples(data, 24)
+    measure, measured, last = HeldOut.divergence, list[str](), 5
+
+    def counted(self: HeldOut, *arguments: Any, **named: Any) -> float:
+        if len(measured) == last:
+            raise KeyboardInterrupt
+        measured.append("")
+        return measure(self, *arguments, **named)
+
+    def learned(kept: str, **options: Any) -> Weights:
+        how = replace(request, **options)
+        return learn(tiny, samples, WHOLE, how, tmp_path / "plan.json", SILENT, kept=tmp_path / kept, gate=False).weights
+
+    monkeypatch.setattr(HeldOut, "divergence", counted)
+    with pytest.raises(KeyboardInterrupt):
+        learned("kept", weigh=True)
+    last = 10**9
+    once = learned("kept", weigh=True)
+    times, measured = len(measured), []
+    assert learned("others", weigh=True) == once and len(measured) == times  # none of the first five was measured twice
+    measured = []
+    assert learned("kept", weigh=True) == once and not measured
+    merged = learned("kept", weigh=True, merge=True)
+    assert len(measured) == 1  # with the map that merges
+    assert torch.equal(read(merged)[1]["theta"], read(once)[1]["theta"])
+    learned("kept")
+    assert len(measured) == 1 + times  # without weigh other divergences, so all of them
