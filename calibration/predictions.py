@@ -15,7 +15,7 @@ from typing import Any
 
 from edgeprune.calibration.data.samples import Sample
 from edgeprune.errors import UsageError
-from edgeprune.io.files import check_output
+from edgeprune.io.files import append_line, check_output
 from edgeprune.io.typed_json import from_json
 from edgeprune.runtime import Answer
 
@@ -92,8 +92,7 @@ class Predictions:
         variants = {variant: {"points": points[variant], **asdict(answer)} for variant, answer in answers.items()}
         line = {"sample": number, **asked, "answers": list(sample.answers), "variants": list(variants), **variants}
         line["run"] = {**self._run, "data": self._digests[number]}
-        with self._path.open("ab") as file:
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        append_line(self._path, json.dumps(line, ensure_ascii=False))
         self.found[number] = dict(answers)
 
 

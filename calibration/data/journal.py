@@ -10,13 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgeprune.errors import EdgePruneError
+from edgeprune.io.files import append_line
+
 Key = tuple[str | int | float, ...]
 
 
 class Journal:
     """Values by key. `path`: the file that keeps them; without one they are only remembered.
 
-    A line that was cut short ends the file: it is dropped with whatever follows it, and measured again.
+    A line that was cut short ends the file: it is dropped with whatever follows it, and measured again. Raises EdgePruneError for a
+    file that cannot be read or written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -24,7 +28,13 @@ class Journal:
         self._found = dict[Key, Any]()
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._read(path)
+        except OSError as error:
+            raise EdgePruneError(f"Cannot write {path}: {error.strerror}.") from error
+
+    def _read(self, path: Path) -> None:
         with path.open("a+b") as file:
             file.seek(0)
             whole = 0
@@ -56,5 +66,4 @@ class Journal:
         """Keep the value of a key."""
         self._found[key] = value
         if self._path is not None:
-            with self._path.open("ab") as file:
-                file.write(json.dumps([key, value]).encode() + b"\n")
+            append_line(self._path, json.dumps([key, value]))

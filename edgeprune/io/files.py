@@ -97,6 +97,15 @@ def write_new(path: Path, data: bytes, *, private: bool = False) -> None:
             temporary.rename(path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file. A write that fails may leave the beginning of it, which readers of such files drop."""
+    try:
+        with path.open("ab") as file:
+            file.write(line.encode() + b"\n")
+    except OSError as error:
+        raise EdgePruneError(f"Cannot write {path}: {error.strerror}.") from error
+
+
 def move(path: Path, target: Path) -> None:
     """Rename a complete file to `target` in the same folder, replacing it."""
     try:

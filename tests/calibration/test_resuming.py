@@ -23,6 +23,8 @@ from edgeprune.calibration.search.objectives import Agreement
 from edgeprune.calibration.search.search import FINALISTS
 from edgeprune.checkpoint.loading import LoadedModel
 from edgeprune.cli import main
+from edgeprune.errors import EdgePruneError
+from edgeprune.io.files import append_line
 from edgeprune.io.progress import SILENT
 from edgeprune.methods.learned import read
 from edgeprune.plan import Cut, Geometry, Weights
@@ -89,21 +91,17 @@ def test_what_is_measured_is_not_asked_again(tiny: LoadedModel, data: Path, tmp_
         assert dict(keys_and_values(tmp_path / "j.jsonl")) == known
 
 
+def test_what_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgePruneError, match="Cannot write "):
+        Journal(tmp_path / "file" / "j.jsonl")
+    with pytest.raises(EdgePruneError, match="Cannot write /dev/full: No space left on device"):
+        append_line(Path("/dev/full"), "[1, 2]")
+
+
 def searched(model: Path, data: Path, output: Path) -> Result:
-    how = (
-        "--image-size",
-        "84x84",
-        "--max-tokens",
-        "2",
-        "--fit",
-        "stretch",
-        "--method",
-        "auto",
-        "--target-flops",
-        "0.5",
-        "--max-drop",
-        "100%",
-    )
+    size = ("--image-size", "84x84", "--max-tokens", "2", "--fit", "stretch")
+    how = (*size, "--method", "auto", "--target-flops", "0.5", "--max-drop", "100%")
     command = ("calibrate", model, "--data", data, *how, "--curve", output.with_suffix(".curve.json"), "-o", output)
     return CliRunner().invoke(main, list(map(str, command)))
 
@@ -119,7 +117,7 @@ def test_an_interrupted_search_goes_on(
     made = searched(tiny_folder, data, whole)
     assert made.exit_code == 0, made.output
     times, asked.times = asked.times, 0
-    for part in (0.1, 0.3, 0.5, 0.9):  # answering, recording, comparing, and learning again
+    for part in (0.1, 0.3, 0.5, 0.9):
         asked.last = int(part * times)
         assert searched(tiny_folder, data, parts).exit_code == 1
         assert not parts.exists() and (tmp_path / ".parts.json.search").is_dir()
