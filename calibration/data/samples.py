@@ -8,6 +8,7 @@ order mark is allowed. Published files of other forms: `edgeprune.calibration.da
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import json
 import math
@@ -213,8 +214,26 @@ def digest(*content: Any) -> str:
 
 
 def asked_digest(samples: Sequence[Sample]) -> str:
-    """Return a `digest` of what is asked: the paths of the images and the prompts, in order."""
-    return digest([[*map(str, sample.images), sample.prompt] for sample in samples])
+    """Return a `digest` of what is asked: the bytes of the images and the prompts, in order.
+
+    A moved folder is the same data, and an image that was changed in place is another.
+    """
+    return digest([[*map(_bytes_of, sample.images), sample.prompt] for sample in samples])
+
+
+def _bytes_of(image: SampleImage) -> str:
+    if isinstance(image, StoredImage):
+        return hashlib.sha256(image.read()).hexdigest()
+    try:
+        status = image.stat()
+        return _sha256_of_file(image, status.st_size, status.st_mtime_ns)
+    except OSError:  # a bad sample: told when it is asked
+        return ""
+
+
+@functools.cache
+def _sha256_of_file(path: Path, size: int, changed: int) -> str:
+    return sha256_of(path)
 
 
 def score(sample: Sample, text: str) -> Score:

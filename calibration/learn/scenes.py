@@ -157,6 +157,23 @@ class Listener:
         parts = [self._replayed(scene.prefix, seen, pack, order, weight, logs) for pack in self.packs(scene.asked)]
         return torch.cat(parts)
 
+    def one_by_one(self, prefix: Segment, visual: Segment, asked: Sequence[Asked]) -> Iterator[torch.Tensor]:
+        """Yield the logits [answer tokens, vocabulary] of each answer, for a backward pass of its own.
+
+        The image is prefilled once, so the backward pass of an answer goes through its own text and the image alone, not through
+        the other questions of a pack. The graph of the prefill is shared: keep it (`retain_graph`), unless questions are `alone`.
+        """
+        order = torch.arange(visual.embeds.shape[1], device=visual.embeds.device)
+        if self.alone:
+            yield from (self._replayed(prefix, visual, [each], order, None, None) for each in asked)
+            return
+        nothing, empty = Segment(prefix.embeds[:, :0], prefix.positions[:, :0]), self.decoder.empty_caches()
+        rows = self.decoder(prefix, visual, nothing, empty, order, every_logit=True).rows
+        caches = [cache.append(new, prefix.embeds.shape[1], 0) for cache, new in zip(empty, rows, strict=True)]
+        for each in asked:
+            output = self.decoder(nothing, nothing, each.text, caches, every_logit=True)
+            yield output.logits[0, each.prompt.embeds.shape[1] - 1 :]
+
     def packs(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
         """Yield the questions of one forward pass after another."""
         pack: list[Asked] = []
@@ -256,19 +273,16 @@ def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[
     `images`: how many the visual tokens are of, all of them equally many.
     """
     tokens = visual.embeds.detach().clone().requires_grad_(True)
-    sizes = (tokens.shape[1] // images,) * images
-    bare = Scene(prefix, visual, asked, sizes, *[torch.zeros(0)] * len(_MEASURED))
     products, references = list[torch.Tensor](), list[tuple[torch.Tensor, torch.Tensor]]()
-    for pack in listener.packs(asked):  # a pass's memory is free before the next
-        logits = listener.logits(replace(bare, asked=tuple(pack)), visual=tokens)
+    for logits in listener.one_by_one(prefix, Segment(tokens, visual.positions), asked):
         references.append(probabilities(logits.detach()))
-        said = logits.detach().argmax(dim=-1)  # the unpruned model's own answers
-        losses = torch.nn.functional.cross_entropy(logits.float(), said, reduction="none")
-        for number, part in enumerate(torch.split(losses, [each.tokens for each in pack])):
-            (gradient,) = torch.autograd.grad(part.sum(), tokens, retain_graph=number < len(pack) - 1)
-            products.append((gradient * visual.embeds)[0].sum(dim=-1))
+        said = logits.detach().argmax(dim=-1)  # the unpruned model's own answer
+        loss = torch.nn.functional.cross_entropy(logits.float(), said, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, tokens, retain_graph=not listener.alone)
+        products.append((gradient * visual.embeds)[0].sum(dim=-1))
     likely, ids = (torch.cat(rows) for rows in zip(*references, strict=True))
-    return replace(bare, products=torch.stack(products), likely=likely, ids=ids)
+    sizes = (tokens.shape[1] // images,) * images
+    return Scene(prefix, visual, asked, sizes, torch.stack(products), likely, ids)
 
 
 def probabilities(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

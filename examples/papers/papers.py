@@ -55,7 +55,7 @@ PLANS = {
     },
 }
 _STATISTICS = {"ranked": RANKING, "learned": LEARNED_RANKING}  # named by how caches are ranked
-SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # from the search's curve
+SINGLES = {f"best-single-{share}": share for share in (50, 25, 10)}  # of those that learn nothing, from the search's curve
 AS_IT_COMES = "--option core=0 --option relevance=pooled --option norm=0.5"
 WEIGHED = "--budget 0.25 --option weigh=yes"
 PAIR_PLANS = {
@@ -124,7 +124,8 @@ def _plan(model: str, out: Path, row: str, plans: dict[str, str]) -> Path:
 
 
 def _best_single(curve: Curve, share: float) -> Point:
-    singles = [point for point in curve.points if point.group not in (*BASELINES, "composed") and point.flops <= share + 0.005]
+    others = (*BASELINES, "learned", "composed")
+    singles = [point for point in curve.points if point.group not in others and point.flops <= share + 0.005]
     return max(singles, key=lambda point: (point.score, -point.flops))
 
 

@@ -71,6 +71,8 @@ def test_the_decoder_says_again_what_it_answered(family: str, samples: list[Samp
     for asked, said in zip(found.asked, rows, strict=True):
         again = table(said[:-1].argmax(dim=-1))
         assert torch.allclose(again, asked.answer.embeds[0, :, : again.shape[1]], atol=1e-6)
+    apart = torch.cat(list(listener.one_by_one(found.prefix, found.visual, found.asked)))
+    assert torch.allclose(apart, logits, atol=1e-5)
 
 
 def test_tokens_behind_a_gate_are_as_good_as_gone(scene: tuple[Listener, Scene]) -> None:

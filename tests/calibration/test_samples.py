@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from edgeprune.calibration.data.samples import BadSampleError, Sample, read_samples, score, split
+from edgeprune.calibration.data.samples import BadSampleError, Sample, StoredImage, asked_digest, read_samples, score, split
 from edgeprune.errors import UsageError
 
 GOOD = {"image": "a.png", "prompt": "What?", "answer": "red", "kind": "colour"}
@@ -138,3 +140,18 @@ def test_those_who_judge_saw_other_images(most: int, sizes: list[int]) -> None:
 def test_of_one_image_samples_are_split() -> None:
     samples = [Sample((Path("0.png"),), f"question {number}", "answer") for number in range(3)]
     assert [len(part) for part in split(samples, 120)] == [2, 1]
+
+
+def test_samples_are_known_again_by_what_is_in_their_images(tmp_path: Path) -> None:
+    def asked(folder: str) -> str:
+        return asked_digest([Sample(tmp_path / folder / name, "What is it?", "") for name in ("a.png", "gone.png")])
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.png").write_bytes(b"an image")
+    first = asked("here")
+    shutil.copytree(tmp_path / "here", tmp_path / "moved")
+    assert asked("moved") == first
+    (tmp_path / "here" / "a.png").write_bytes(b"AN IMAGE")  # as long as before
+    assert asked("here") != first
+    stored = [Sample(StoredImage("a.parquet row 0", partial(bytes, held)), "What is it?", "") for held in (b"one", b"two")]
+    assert asked_digest(stored[:1]) != asked_digest(stored[1:])
