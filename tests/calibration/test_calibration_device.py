@@ -120,6 +120,7 @@ def test_learned_weights_on_a_gpu(tiny_folder: Path, samples: list[Sample], tmp_
     assert there.divergence == pytest.approx(here.divergence, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter:UserWarning")  # of torch's own device of this name
 def test_training_goes_on_on_another_device(
@@ -142,6 +143,7 @@ def test_training_goes_on_on_another_device(
     assert learned(tiny_folder, samples, device, tmp_path).divergence >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter:UserWarning")  # of torch's own device of this name
 def test_a_learned_order_goes_on_on_another_device(
     tiny_folder: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -244,7 +244,7 @@ def test_ctrl_c_in_the_middle_of_export_leaves_nothing(tiny_folder: Path, tmp_pa
 
 def test_eval_compares_pruned_and_unpruned(tiny_bundle: Bundle, tiny_folder: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", 2, 0)
-    data = ("--data", tmp_path / "data" / "dataset.jsonl", "--fit", "stretch", "--limit", 6)
+    data = ("--data", tmp_path / "data" / "dataset.jsonl", "--fit", "stretch", "--limit", 6, "--max-tokens", 4)
     result = run("eval", tiny_bundle.path, *data)
     assert result.exit_code == 0, result.output
     report = json.loads(run("eval", tiny_bundle.path, *data, "--json").stdout)

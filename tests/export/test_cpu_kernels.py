@@ -232,7 +232,15 @@ def test_a_chain_of_reshapes_is_one_or_none(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(tmp_path / "merged.onnx", x=rows), np.concatenate([rows, rows], axis=1))
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "smolvlm", "internvl", "idefics2", "mistral3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2_5_vl",
+        "smolvlm",
+        "internvl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "idefics2", "mistral3")),
+    ],
+)
 def test_an_encoder_never_holds_its_scores(name: str, tmp_path: Path) -> None:
     kind: Any = import_module(f"tiny_{name}")
     model = load_model(resolve_model(str(kind.folder(tmp_path))))

@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> WeightSamples:
     return samples(tmp_path_factory.mktemp("fit"), 0)
 
 
-@pytest.fixture(scope="module", params=["cpu", "jetpack6"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("jetpack6", marks=pytest.mark.slow)])
 def lowering(request: pytest.FixtureRequest) -> Lowering:
     return Lowering(TARGETS[request.param], "int4")
 

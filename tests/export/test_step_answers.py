@@ -68,7 +68,7 @@ def talk(runtime: Runtime, image: Image.Image) -> list[Any]:
 
 @pytest.mark.parametrize(
     "name",
-    ["cache, schedule", "live classes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "input, layers"))],
+    ["live classes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "input, layers", "cache, schedule"))],
 )
 def test_steps_on_buffers_say_the_same(name: str, tiny: LoadedModel, tiny_image: Image.Image, tmp_path: Path) -> None:
     bundle = export_bundle(tiny, PLANS.get(name, BASE), tmp_path / "bundle", lowering=CPU)

@@ -195,6 +195,7 @@ def test_processes_that_die_or_hang_are_seen(code: str, why: str, tmp_path: Path
     assert State(tmp_path / "state").case == b"the case"
 
 
+@pytest.mark.slow
 def test_a_small_nightly_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folders = (TESTS, TESTS / "support" / "servers", TESTS / "support" / "devices")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))

@@ -115,6 +115,7 @@ def test_pip_in_a_checkout_installs_what_the_wheel_holds(own_checkout: Path, whe
     assert installed == contents(wheel)
 
 
+@pytest.mark.slow
 def test_a_wheel_by_way_of_an_sdist_has_the_same_bytes(own_checkout: Path, wheel: Path, tmp_path: Path) -> None:
     environment = os.environ | {"SOURCE_DATE_EPOCH": DATE, "PYTHONHASHSEED": "0"}
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

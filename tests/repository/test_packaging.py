@@ -46,6 +46,7 @@ def wheel_names(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
+@pytest.mark.slow
 def test_another_build_has_the_same_bytes(wheel: Path, sources_then: Path, tmp_path: Path) -> None:
     source = tmp_path / "another place"
     shutil.copytree(sources_then, source)

@@ -74,10 +74,10 @@ def bundle(tiny: LoadedModel, plan: KeepPlan, folder: Path) -> Path:
     ("name", "reused"),
     [
         ("no cuts", {"vision", "prefix"}),
-        ("free", {"vision", "prefix"}),
+        pytest.param("free", {"vision", "prefix"}, marks=pytest.mark.slow),
         ("asking", {"vision"}),
         ("layer", {"vision"}),
-        ("encoder", {"vision", "prefix"}),
+        pytest.param("encoder", {"vision", "prefix"}, marks=pytest.mark.slow),
     ],
 )
 def test_an_image_that_was_seen_is_not_seen_again(

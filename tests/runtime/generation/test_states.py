@@ -45,7 +45,7 @@ def image(bundle: Bundle) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("prune", [True, False])
+@pytest.mark.parametrize("prune", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_prefix_is_gone_on_from_again_and_again(bundle: Bundle, image: Image.Image, prune: bool) -> None:
     cold, warm = load(bundle.path, cache_bytes=0), load(bundle.path)
     expected = [cold.generate(image, prompt, prune=prune, max_tokens=10) for prompt in PROMPTS]
