@@ -275,13 +275,13 @@ def some_bad(picture: Path) -> Path:
 
 
 def test_eval_keeps_what_it_has_at_a_bad_sample(tiny_bundle: Bundle, some_bad: Path) -> None:
-    result = run("eval", tiny_bundle.path, "--data", some_bad, "--json")
+    result = run("eval", tiny_bundle.path, "--data", some_bad, "--max-tokens", 4, "--json")
     assert result.exit_code == 2 and f"{some_bad}:3: Cannot read" in result.stderr
     assert json.loads(result.stdout)["kinds"]["colour"]["asked"] == 2
 
 
 def test_eval_skips_bad_samples(tiny_bundle: Bundle, some_bad: Path) -> None:
-    result = run("eval", tiny_bundle.path, "--data", some_bad, "--skip-bad", "--json")
+    result = run("eval", tiny_bundle.path, "--data", some_bad, "--skip-bad", "--max-tokens", 4, "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 0 and report["kinds"]["colour"]["asked"] == 3
     assert [message.split(": ")[0] for message in report["skipped"]] == [f"{some_bad}:3", f"{some_bad}:5"]
