@@ -41,7 +41,7 @@ instrument: .venv/.demo
 
 # Two processes with one thread each take half as long as one with two: most of a test is one thread's work. Traces are kept in
 # build/traces, which both read (tests/support/trace_cache.py). Bytecode is written even where the environment says not to: uv
-# installs none, and tests start many processes.
+# installs none, and tests start many processes. Tests of a file stay in one process, so that its fixtures are made once.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 20
 # The checks run beside the tests: mypy is one process.
 test: .venv/.test
