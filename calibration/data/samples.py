@@ -218,10 +218,10 @@ def asked_digest(samples: Sequence[Sample]) -> str:
 
     A moved folder is the same data, and an image that was changed in place is another.
     """
-    return digest([[*map(_bytes_of, sample.images), sample.prompt] for sample in samples])
+    return digest([[*map(_sha256_of_image, sample.images), sample.prompt] for sample in samples])
 
 
-def _bytes_of(image: SampleImage) -> str:
+def _sha256_of_image(image: SampleImage) -> str:
     if isinstance(image, StoredImage):
         return hashlib.sha256(image.read()).hexdigest()
     try:
