@@ -21,12 +21,16 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched: `exponent` e, penalty `ridge` λ for each visual token and `whitening` w; `question`: the weight q."""
+    """What is searched: `exponent` e, penalty `ridge` λ for each visual token and `whitening` w; `question`: the weight q.
+
+    `position`: its share in what makes two tokens alike.
+    """
 
     exponent: float = 0.5
     ridge: float = 0.002
     whitening: float = 0.5
     question: float = 0.0
+    position: float = 0.0
 
 
 # The values that a search compares, one setting after the other. Scales of the exponent differ most between models.

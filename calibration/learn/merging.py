@@ -15,7 +15,7 @@ from torch import nn
 
 from edgeprune.calibration.learn.closed import Sums
 from edgeprune.calibration.learn.heldout import alike, replaced
-from edgeprune.calibration.learn.scenes import Listener, Scene, lost
+from edgeprune.calibration.learn.scenes import Listener, Scene, Shown, lost
 from edgeprune.calibration.learn.training import Schedule, Trainee
 from edgeprune.methods.learned import Learned, take_in
 
@@ -82,16 +82,17 @@ def merging_loss(
     """Return the divergence in nats an answer of `method`'s choice with what the merger makes of it. `rng`: what to draw from."""
     del done
     width, tensors = len(merger.mean), merger.tensors()
-    parts = list[torch.Tensor]()
-    for choice in alike(method, scene, scene.images(width), schedule.draw(rng)):
+    choices, shown = alike(method, scene, width, schedule.draw(rng)), list[Shown]()
+    for choice in choices:
         visual, logs = scene.visual.embeds, list[torch.Tensor]()
-        for start, tokens, chosen in choice.images:
-            nearest, matter = method.nearest(tokens, chosen), method.matter(tokens)
+        for start, view, chosen in choice.images:
+            tokens = view.visual
+            nearest, matter = method.nearest(view, chosen), method.matter(tokens)
             near, mattering = tokens @ tensors["near"], tokens @ tensors["mattering"]
             kept, log = take_in(tokens.index_select(0, chosen), chosen, nearest, matter, near, mattering, tensors)
             logs.append(log)
             visual = replaced(visual, start + chosen, kept)
-        some = scene.only(choice.numbers)
-        added = torch.cat(logs) if schedule.weigh else None
-        parts.append(lost(some, listener.logits(some, visual=visual, chosen=choice.chosen, logs=added)).sum())
+        shown.append(choice.shown(scene, visual, torch.cat(logs) if schedule.weigh else None))
+    answers = zip(choices, listener.answers(scene.prefix, shown), strict=True)
+    parts = [lost(scene.only(choice.numbers), logits).sum() for choice, logits in answers]
     return torch.stack(parts).sum() / len(scene.asked)

@@ -39,20 +39,21 @@ from edgeprune.runtime.media.likeness import distance, image_place
 
 HELD_OUT = 4  # every fourth image
 MOST_HELD_OUT = 24
+POSITIONS = (0.1, 0.2)  # shares of the position that a search compares with none
 # Methods without learning that need no signal of the vision encoder; the baselines are not among them.
 FIRST_IMAGES, FINALISTS = 6, 3
 RIVALS = ("cdpruner", "dart", "divprune", "zspaprune")
 UNLIKE = 1.5  # times as far as the farthest held-out image, an image is unlike them
 LEAST_DEVIATION = 0.1  # that a dimension counts as, of the root mean square of all of them
 _TINY = 1e-6
-_FORM = 3  # of what is recorded
+_FORM = 4  # of what is recorded
 
 
 @dataclass(frozen=True)
 class LearnRequest:
     """What is learned: a selection of `keep` visual tokens, and of `least` for weights that tiers share.
 
-    `weigh`, `merge`: for a cut with these options. `question`: whether what is asked may count.
+    `weigh`, `merge`: for a cut with these options. `question`, `position`: whether what is asked, and where tokens are, may count.
     """
 
     keep: int
@@ -66,6 +67,7 @@ class LearnRequest:
     weigh: bool = False
     merge: bool = False
     question: bool = True
+    position: bool = True
 
     @property
     def cut_options(self) -> dict[str, bool]:
@@ -81,7 +83,7 @@ class LearnRequest:
     def of(cls, keep: int, least: int, settings: Mapping[str, Any], **common: Any) -> LearnRequest:
         """Return a request by the method's options; those that `settings` leave out have their defaults. `common`: the rest."""
         chosen = {option.name: option.default for option in options_of("learned", calibration=True)} | dict(settings)
-        cut = {name: chosen[name] for name in ("weigh", "merge", "question")}
+        cut = {name: chosen[name] for name in ("weigh", "merge", "question", "position")}
         return cls(keep, least, chosen["rank"], chosen["train"], **cut, **common)
 
 
@@ -143,7 +145,7 @@ def learn(
             hint="Leave --train out: the closed form needs none.",
         )
     encoded = replace(base, cuts=base.vision_cuts)
-    parts = [name for name in ("train", "weigh", "merge", "question") if getattr(request, name)]
+    parts = [name for name in ("train", "weigh", "merge", "question", "position") if getattr(request, name)]
     parts += [str(cut.layer) for cut in base.layer_cuts]
     recorded, asked = _digest(loaded, encoded, request), asked_digest(samples)
     folder = output.with_name(f".{output.name}.{recorded}.learning") if kept is None else kept / recorded
@@ -185,19 +187,16 @@ def _learn(
     header: dict[str, Any] = {"weights_sha256": loaded.weights_sha256, "keeps": [request.least, request.keep]}
     course = _Course(listener, base, request, rest, judge, _sums(rest, width), header, journal, progress)
     rank = min(request.rank, width)
-    counted = progress.count("comparing settings", MOST_TRIED + request.question * len(WEIGHTS))
-    settings, lowest = search(course.tried, counted)
-    best, trained, unmerged = closed_form(course.sums, settings, rank), False, None
-    if request.question:
-        best, lowest, settings = course.asked(best, lowest, settings, counted)
+    best, lowest, settings = course.searched(rank)
+    trained, unmerged = False, None
     if request.train:
-        best, lowest, trained = course.trained(best, lowest, settings.question, state)
+        best, lowest, trained = course.trained(best, lowest, settings, state)
     if request.merge:
         unmerged = lowest
-        best, lowest = course.merged(best, lowest, settings.question, _merging_state(state))
+        best, lowest = course.merged(best, lowest, settings, _merging_state(state))
     rivals = _rivals(judge, base, request, request.keeps, progress) if gate else ()
     header["seen"] = seen(rest, held, width, best)
-    weights = write(best, {**header, "question": settings.question})
+    weights = write(best, {**header, "question": settings.question, "position": settings.position})
     return Learning(weights, len(rest), len(held), settings, trained, lowest, rivals, unmerged)
 
 
@@ -214,55 +213,95 @@ class _Course:
     journal: Journal
     progress: Progress
 
-    def method(self, tensors: dict[str, torch.Tensor], question: float) -> Learned:
-        found = write(tensors, {**self.header, "question": question})
+    def method(self, tensors: dict[str, torch.Tensor], settings: Settings) -> Learned:
+        found = write(tensors, {**self.header, "question": settings.question, "position": settings.position})
         options = self.request.cut_options if "own" in tensors else {}
         return Learned(Cut("input", "learned", self.request.keep, options=options, weights=found), self.base.geometry)
 
-    def divergence(self, tensors: dict[str, torch.Tensor], question: float) -> float:
-        return self.judge.divergence(self.method(tensors, question), self.request.keeps, weigh=self.request.weigh)
+    def divergence(self, tensors: dict[str, torch.Tensor], settings: Settings) -> float:
+        return self.judge.divergence(self.method(tensors, settings), self.request.keeps, weigh=self.request.weigh)
+
+    def judged(self, tensors: Callable[[], dict[str, torch.Tensor]], settings: Settings) -> tuple[float, float]:
+        # The divergence under settings that a search compares, in nats an answer and in nats a token.
+        key = "settings", *astuple(settings)
+        if self.journal.get(*key) is None:
+            method = self.method(tensors(), settings)
+            self.journal.put(self.judge.divergences(method, self.request.keeps, weigh=self.request.weigh), *key)
+        answer, token = self.journal.get(*key)
+        return answer, token
 
     def tried(self, settings: Settings) -> float:
         # The divergence of the closed form with some settings.
         rank = min(self.request.rank, len(self.sums.mean))
-        return self.journal.measured(
-            lambda: self.divergence(closed_form(self.sums, settings, rank), 0.0), "closed form", *astuple(settings)
-        )
+        return self.judged(lambda: closed_form(self.sums, settings, rank), settings)[0]
+
+    def searched(self, rank: int) -> tuple[dict[str, torch.Tensor], float, Settings]:
+        # The closed form with the best settings, what questions ask for and where tokens are, as far as these are worth it, and
+        # its divergence.
+        questions = self.request.question * len(WEIGHTS)
+        positions = self.request.position * (1 + self.request.question) * len(POSITIONS)
+        counted = self.progress.count("comparing settings", MOST_TRIED + questions + positions)
+        settings, lowest = search(self.tried, counted)
+        best = closed_form(self.sums, settings, rank)
+        forms = [(best, settings)]
+        if self.request.question:
+            tensors, found, asking = self.asked(best, settings, lambda done: counted(MOST_TRIED + done))
+            forms.append((tensors, asking))
+            if found <= WORTH * lowest:
+                best, lowest, settings = tensors, found, asking
+        if not self.request.position:
+            return best, lowest, settings
+        placed = self.positioned(forms, settings, lambda done: counted(MOST_TRIED + questions + done))
+        return placed or (best, lowest, settings)
 
     def asked(
-        self, best: dict[str, torch.Tensor], lowest: float, settings: Settings, counted: Callable[[int], None]
+        self, best: dict[str, torch.Tensor], settings: Settings, counted: Callable[[int], None]
     ) -> tuple[dict[str, torch.Tensor], float, Settings]:
-        # With what questions ask for, if that is worth it; otherwise what was given.
+        # The closed form with what questions ask for, by the best weight, and the divergence.
         tensors = fitted(self.scenes, len(best["theta"]), best, settings.exponent).added_to(best, settings.exponent)
         found = dict[float, float]()
-        for number, weight in enumerate(WEIGHTS, start=MOST_TRIED + 1):
-            key = "question", *astuple(settings), weight
-            found[weight] = self.journal.measured(partial(self.divergence, tensors, weight), *key)
+        for number, weight in enumerate(WEIGHTS, start=1):
+            found[weight], _ = self.judged(lambda: tensors, replace(settings, question=weight))
             counted(number)
         weight = min(found, key=found.__getitem__)
-        if found[weight] > WORTH * lowest:
-            return best, lowest, settings
         return tensors, found[weight], replace(settings, question=weight)
 
+    def positioned(
+        self, forms: Sequence[tuple[dict[str, torch.Tensor], Settings]], settings: Settings, counted: Callable[[int], None]
+    ) -> tuple[dict[str, torch.Tensor], float, Settings] | None:
+        # Of some forms the best one with a share of the position, and its divergence; None if `settings` are better. What tells
+        # objects apart answers questions about them and costs descriptions some words, and these are most of the nats an answer:
+        # so every answer counts alike here.
+        (without,) = (self.judged(partial(dict, tensors), form)[1] for tensors, form in forms if form == settings)
+        tried = [(tensors, replace(form, position=share)) for tensors, form in forms for share in POSITIONS]
+        found = list[tuple[float, float]]()
+        for number, (tensors, form) in enumerate(tried, start=1):
+            found.append(self.judged(partial(dict, tensors), form))
+            counted(number)
+        best = min(range(len(tried)), key=lambda number: found[number][1])
+        if found[best][1] >= without:
+            return None
+        return tried[best][0], found[best][0], tried[best][1]
+
     def trained(
-        self, best: dict[str, torch.Tensor], lowest: float, question: float, state: Path
+        self, best: dict[str, torch.Tensor], lowest: float, settings: Settings, state: Path
     ) -> tuple[dict[str, torch.Tensor], float, bool]:
         # The choice trained further, its divergence, and whether that is lower; otherwise what was given.
-        chooser = Chooser(best, self.sums.mean, self.sums.deviation, self.request.seed)
+        chooser = Chooser(self.method(best, settings), self.sums.mean, self.sums.deviation, self.request.seed)
         self._train("training", chooser, partial(choice_loss, self.listener, chooser), EPOCHS, state)
         tensors = best | chooser.tensors()
-        found = self.divergence(tensors, question)
+        found = self.divergence(tensors, settings)
         return (tensors, found, True) if found < lowest else (best, lowest, False)
 
     def merged(
-        self, best: dict[str, torch.Tensor], lowest: float, question: float, state: Path
+        self, best: dict[str, torch.Tensor], lowest: float, settings: Settings, state: Path
     ) -> tuple[dict[str, torch.Tensor], float]:
         # The choice with a map that merges, or, if that is not better, with one that adds nothing; and the divergence.
         merger = Merger(self.sums, self.request.seed)
-        loss = partial(merging_loss, self.listener, merger, self.method(best, question))
+        loss = partial(merging_loss, self.listener, merger, self.method(best, settings))
         self._train("learning to merge", merger, loss, MERGING_EPOCHS, state)
         tensors = best | merger.averaged_tensors()
-        found = self.divergence(tensors, question)
+        found = self.divergence(tensors, settings)
         return (tensors, found) if found < lowest else (best | adding_nothing(tensors), lowest)
 
     def _train(self, what: str, trainee: Trainee, loss: Callable[..., torch.Tensor], epochs: int, state: Path) -> None:
@@ -372,20 +411,21 @@ def _tokens_of(path: Path) -> list[bytes]:
 
 def _scenes_of(recorder: Recorder, listener: Listener, samples: Sequence[Sample], fit: str) -> list[Scene]:
     # Questions whose visual tokens and text before them are the same share a scene: all about the same images.
-    shown: list[tuple[Segment, Segment, list[Asked]]] = []
+    shown: list[tuple[Segment, Segment, torch.Tensor, list[Asked]]] = []
     recorder.see(len(samples[0].images))
     for sample in samples:
         (recording,) = recorder.ask(sample, fit, together=True)
         prefix, visual, prompt = recorder.segments(recording)
         asked = Asked(prompt, recording.answer, recorder.embedded(sample.prompt))
-        for before, tokens, questions in shown:
+        for before, tokens, _, questions in shown:
             if _same(before, prefix) and _same(tokens, visual):
                 questions.append(asked)
                 break
         else:
-            shown.append((prefix, visual, [asked]))
+            order = torch.from_numpy(recording.prefill.visual_indices).to(visual.embeds.device)
+            shown.append((prefix, visual, order, [asked]))
     images = shown[0][1].embeds.shape[1] // recorder.plan.tokens_from_encoder
-    return [measured(listener, prefix, visual, tuple(asked), images) for prefix, visual, asked in shown]
+    return [measured(listener, prefix, visual, tuple(asked), images, order) for prefix, visual, order, asked in shown]
 
 
 def _same(one: Segment, other: Segment) -> bool:

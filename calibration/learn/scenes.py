@@ -18,9 +18,9 @@ from edgeprune.model import PrunedDecoder, Segment
 from edgeprune.model.cache import LayerCache
 from edgeprune.plan import KeepPlan
 
-PACKED = 512  # tokens of questions and answers in one forward pass
+PACKED = 512  # tokens of questions and answers, and of images that are not the same for all, in one forward pass
 LIKELY = 64  # tokens of the vocabulary whose probabilities a divergence compares one by one
-_MEASURED = ("products", "likely", "ids")
+_MEASURED = ("order", "products", "likely", "ids")
 _TINY = 1e-12
 DROPPED = 1e-6  # the weight of a token that a gate leaves out: above 0, so that its gradient says what it would have given
 
@@ -56,15 +56,16 @@ class Asked:
 class Scene:
     """The V visual tokens of an image, or of several, the text before the question, and the questions about them.
 
-    `sizes`: the tokens of each image. `products` [questions, V]: v·∂L/∂v of each visual token, where L is the negative
-    log-likelihood of the answer. `likely` and `ids` [answer tokens, LIKELY]: the log-probabilities of the most likely tokens
-    without pruning.
+    `sizes`: the tokens of each image. `order` [V]: the index of each token in its image. `products` [questions, V]: v·∂L/∂v of
+    each visual token, where L is the negative log-likelihood of the answer. `likely` and `ids` [answer tokens, LIKELY]: the
+    log-probabilities of the most likely tokens without pruning.
     """
 
     prefix: Segment
     visual: Segment
     asked: tuple[Asked, ...]
     sizes: tuple[int, ...]
+    order: torch.Tensor
     products: torch.Tensor
     likely: torch.Tensor
     ids: torch.Tensor
@@ -121,6 +122,24 @@ class Scene:
         return cls(segment("prefix"), segment("visual"), tuple(asked), sizes, *(tensors[name] for name in _MEASURED))
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Questions, and the visual tokens that there are for them, at the indices `order` [K] in the scene.
+
+    `logs` [K]: what is added to the attention scores towards each of them; None for nothing.
+    """
+
+    asked: tuple[Asked, ...]
+    visual: Segment
+    order: torch.Tensor
+    logs: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return self.order.shape[0] + sum(asked.length for asked in self.asked)
+
+
 class Listener:
     """The decoder of a model whose own answers are replayed. Its plan has no cuts in it, but for a withdrawal."""
 
@@ -154,8 +173,23 @@ class Listener:
         if chosen is not None:
             seen, order = Segment(seen.embeds.index_select(1, chosen), seen.positions.index_select(1, chosen)), chosen
         weight = None if gate is None else torch.log(gate + DROPPED)
-        parts = [self._replayed(scene.prefix, seen, pack, order, weight, logs) for pack in self.packs(scene.asked)]
-        return torch.cat(parts)
+        packs = (Shown(tuple(pack), seen, order, logs) for pack in self.packs(scene.asked))
+        return torch.cat([self._replayed(scene.prefix, [pack], weight) for pack in packs])
+
+    def answers(self, prefix: Segment, shown: Sequence[Shown]) -> list[torch.Tensor]:
+        """Return the logits [answer tokens, vocabulary] of the answers to the questions of each of `shown`.
+
+        Many go through one forward pass, hidden from each other: a few tokens at a time leave a CPU waiting for the weights. Text
+        between images sees one of `shown`, so these go one by one.
+        """
+        parts: list[list[torch.Tensor]] = [[] for _ in shown]
+        between = bool((prefix.positions[0, :, None] > shown[0].visual.positions[0]).any())
+        for pack in self._packed(shown, apart=self.alone or between):
+            logits = self._replayed(prefix, [each for _, each in pack], None)
+            lengths = [sum(asked.tokens for asked in each.asked) for _, each in pack]
+            for (number, _), rows in zip(pack, torch.split(logits, lengths), strict=True):
+                parts[number].append(rows)
+        return [torch.cat(rows) for rows in parts]
 
     def one_by_one(self, prefix: Segment, visual: Segment, asked: Sequence[Asked]) -> Iterator[torch.Tensor]:
         """Yield the logits [answer tokens, vocabulary] of each answer, for a backward pass of its own.
@@ -165,7 +199,7 @@ class Listener:
         """
         order = torch.arange(visual.embeds.shape[1], device=visual.embeds.device)
         if self.alone:
-            yield from (self._replayed(prefix, visual, [each], order, None, None) for each in asked)
+            yield from (self._replayed(prefix, [Shown((each,), visual, order)], None) for each in asked)
             return
         nothing, empty = Segment(prefix.embeds[:, :0], prefix.positions[:, :0]), self.decoder.empty_caches()
         rows = self.decoder(prefix, visual, nothing, empty, order, every_logit=True).rows
@@ -184,40 +218,40 @@ class Listener:
             pack.append(each)
         yield pack
 
-    def _replayed(
-        self,
-        prefix: Segment,
-        visual: Segment,
-        pack: list[Asked],
-        order: torch.Tensor,
-        weight: torch.Tensor | None,
-        logs: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _packed(self, shown: Sequence[Shown], *, apart: bool) -> Iterator[list[tuple[int, Shown]]]:
+        # What goes through one forward pass after another, with its number.
+        pack: list[tuple[int, Shown]] = []
+        for number, each in enumerate(shown):
+            for asked in self.packs(each.asked):
+                part = replace(each, asked=tuple(asked))
+                if pack and (apart or sum(other.length for _, other in pack) + part.length > PACKED):
+                    yield pack
+                    pack = []
+                pack.append((number, part))
+        yield pack
+
+    def _replayed(self, prefix: Segment, shown: Sequence[Shown], weight: torch.Tensor | None) -> torch.Tensor:
         if self.decoder.shape.bidirectional:
-            return self._after_prefill(prefix, visual, pack[0], order, weight, logs)
-        text = joined([asked.text for asked in pack])
-        lengths = [asked.length for asked in pack]
-        bias = bias_of(prefix.embeds.shape[1], visual.embeds.shape[1], lengths, weight, logs, device=order.device)
+            return self._after_prefill(prefix, shown[0], weight)
+        asked = [each for part in shown for each in part.asked]
+        visual, text = joined([part.visual for part in shown]), joined([each.text for each in asked])
+        order = torch.cat([part.order for part in shown])
+        lengths = [[each.length for each in part.asked] for part in shown]
+        tokens = [len(part.order) for part in shown]
+        bias = bias_of(prefix.embeds.shape[1], tokens, lengths, weight, _logs(shown), device=order.device)
         output = self.decoder(prefix, visual, text, self.decoder.empty_caches(), order, bias=bias, every_logit=True)
         rows, start = list[torch.Tensor](), 0
-        for asked in pack:
-            rows.append(output.logits[0, start + asked.prompt.embeds.shape[1] - 1 : start + asked.length])
-            start += asked.length
+        for each in asked:
+            rows.append(output.logits[0, start + each.prompt.embeds.shape[1] - 1 : start + each.length])
+            start += each.length
         return torch.cat(rows)
 
-    def _after_prefill(
-        self,
-        prefix: Segment,
-        visual: Segment,
-        asked: Asked,
-        order: torch.Tensor,
-        weight: torch.Tensor | None,
-        logs: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _after_prefill(self, prefix: Segment, shown: Shown, weight: torch.Tensor | None) -> torch.Tensor:
         # The tokens of a prompt attend to each other, and those of its answer only to what is before them.
-        before, tokens, after = (part.embeds.shape[1] for part in (prefix, visual, asked.prompt))
-        bias, empty = bias_of(before, tokens, [after], weight, logs, device=order.device), self.decoder.empty_caches()
-        prefill = self.decoder(prefix, visual, asked.prompt, empty, order, bias=bias)
+        (asked,), order, logs = shown.asked, shown.order, shown.logs
+        before, tokens, after = (part.embeds.shape[1] for part in (prefix, shown.visual, asked.prompt))
+        bias, empty = bias_of(before, [tokens], [[after]], weight, logs, device=order.device), self.decoder.empty_caches()
+        prefill = self.decoder(prefix, shown.visual, asked.prompt, empty, order, bias=bias)
         caches = [cache.append(rows, before, after) for cache, rows in zip(empty, prefill.rows, strict=True)]
         assert all(isinstance(cache, LayerCache) for cache in caches)
         steps = asked.answer.embeds.shape[1]
@@ -231,6 +265,12 @@ class Listener:
         return torch.cat([prefill.logits[0], output.logits[0]])
 
 
+def _logs(shown: Sequence[Shown]) -> torch.Tensor | None:
+    given = [part.logs for part in shown if part.logs is not None]
+    assert len(given) in (0, len(shown))
+    return torch.cat(given) if given else None
+
+
 def joined(parts: Sequence[Segment]) -> Segment:
     """Return segments one after another."""
     return Segment(torch.cat([part.embeds for part in parts], dim=1), torch.cat([part.positions for part in parts], dim=1))
@@ -238,26 +278,28 @@ def joined(parts: Sequence[Segment]) -> Segment:
 
 def bias_of(
     before: int,
-    tokens: int,
-    lengths: Sequence[int],
+    tokens: Sequence[int],
+    lengths: Sequence[Sequence[int]],
     weight: torch.Tensor | None,
     logs: torch.Tensor | None = None,
     *,
     device: torch.device | None = None,
 ) -> torch.Tensor | None:
-    """Return what is added to the scores [S, S] of `before` tokens, `tokens` visual ones and texts of `lengths`; None for nothing.
+    """Return what is added to the scores [S, S] of `before` tokens, groups of `tokens` visual ones, and texts; None for nothing.
 
-    Texts do not see each other. `weight` [tokens] is added for each visual token as a key, but not where it attends to itself;
-    `logs` [tokens] also there. `device`: where the decoder is.
+    `lengths`: of the texts about each group. A group and its texts see no other group, and its texts no other text. `weight` [V] is
+    added for each visual token as a key, but not where it attends to itself; `logs` [V] also there.
     """
-    if len(lengths) == 1 and weight is None and logs is None:
+    texts = [length for group in lengths for length in group]
+    if len(texts) == 1 and weight is None and logs is None:
         return None
-    after = sum(lengths)
-    total = before + tokens + after
+    total, after = before + sum(tokens) + sum(texts), sum(texts)
     bias = torch.zeros(total, total, device=device)
-    if len(lengths) > 1:
-        text = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
-        bias[before + tokens :, before + tokens :] = torch.where(text[:, None] == text[None], 0.0, float("-inf"))
+    if len(texts) > 1:
+        group = _marks(before, [*tokens, *(sum(group) for group in lengths)], [*range(len(tokens))] * 2, device)
+        text = _marks(before + sum(tokens), texts, range(len(texts)), device)
+        same = (group[:, None] == group) & ((text < 0) | (text[:, None] == text))
+        bias = torch.where((group < 0) | (group[:, None] < 0) | same, bias, float("-inf"))
     if logs is not None:
         bias = bias + torch.nn.functional.pad(logs, (before, after))[None]
     if weight is None:
@@ -267,10 +309,24 @@ def bias_of(
     return bias + columns - own
 
 
-def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[Asked, ...], images: int = 1) -> Scene:
+def _marks(before: int, lengths: Sequence[int], marks: Sequence[int], device: torch.device | None) -> torch.Tensor:
+    # -1 for `before` tokens, and then each mark so often.
+    repeats = torch.tensor([before, *lengths], device=device)
+    return torch.repeat_interleave(torch.tensor([-1, *marks], device=device), repeats)
+
+
+def measured(
+    listener: Listener,
+    prefix: Segment,
+    visual: Segment,
+    asked: tuple[Asked, ...],
+    images: int = 1,
+    order: torch.Tensor | None = None,
+) -> Scene:
     """Return a scene with what the unpruned model says and what matters to its answers, by a backward pass of each.
 
-    `images`: how many the visual tokens are of, all of them equally many.
+    `images`: how many the visual tokens are of, all of them equally many. `order` [V]: indices of the tokens in their image; all
+    tokens of it if None.
     """
     tokens = visual.embeds.detach().clone().requires_grad_(True)
     products, references = list[torch.Tensor](), list[tuple[torch.Tensor, torch.Tensor]]()
@@ -281,8 +337,9 @@ def measured(listener: Listener, prefix: Segment, visual: Segment, asked: tuple[
         (gradient,) = torch.autograd.grad(loss, tokens, retain_graph=not listener.alone)
         products.append((gradient * visual.embeds)[0].sum(dim=-1))
     likely, ids = (torch.cat(rows) for rows in zip(*references, strict=True))
-    sizes = (tokens.shape[1] // images,) * images
-    return Scene(prefix, visual, asked, sizes, torch.stack(products), likely, ids)
+    size = tokens.shape[1] // images
+    order = torch.arange(size, device=tokens.device).repeat(images) if order is None else order
+    return Scene(prefix, visual, asked, (size,) * images, order, torch.stack(products), likely, ids)
 
 
 def probabilities(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

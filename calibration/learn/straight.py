@@ -18,7 +18,7 @@ from torch.nn import functional
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost
 from edgeprune.calibration.learn.training import Schedule, Trainee
 from edgeprune.methods.base import represented
-from edgeprune.methods.learned import MARGIN
+from edgeprune.methods.learned import MARGIN, Learned
 
 EPOCHS = 8
 HIDDEN = 16  # units of the score
@@ -28,13 +28,14 @@ _LEAST = 1e-6
 
 
 class Chooser(Trainee):
-    """Score and metric over standardized tokens, the parameters of training. `start`: tensors of the closed form."""
+    """Score and metric over standardized tokens, the parameters of training. `method`: the closed form, as it begins."""
 
     rate, batch = 3e-3, 4
 
-    def __init__(self, start: dict[str, torch.Tensor], mean: torch.Tensor, deviation: torch.Tensor, seed: int) -> None:
+    def __init__(self, method: Learned, mean: torch.Tensor, deviation: torch.Tensor, seed: int) -> None:
         super().__init__()
-        generator, width = torch.Generator().manual_seed(seed), len(mean)
+        generator, width, start = torch.Generator().manual_seed(seed), len(mean), method.tensors
+        self.method = method
         self.mean, self.deviation = mean.float(), deviation.float()
         self.theta = nn.Parameter((start["theta"] * deviation).float())
         self.metric = nn.Parameter((start["metric"] * deviation[:, None]).float())
@@ -43,11 +44,11 @@ class Chooser(Trainee):
         self.out = nn.Parameter(torch.zeros(HIDDEN, device=mean.device))
         self.begin()
 
-    def forward(self, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [V] and places [V, rank] of visual tokens [V, d]."""
+    def forward(self, visual: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [V] and places [V, n] of visual tokens [V, d] with indices `order` [V] in the image."""
         rows = (visual.float() - self.mean) / self.deviation
         scores = rows @ self.theta + functional.gelu(rows @ self.hidden + self.hidden_bias) @ self.out
-        return scores, functional.normalize(rows @ self.metric, dim=-1)
+        return scores, self.method.placed(functional.normalize(rows @ self.metric, dim=-1), order)
 
     @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -99,12 +100,12 @@ def choice_loss(
     keep = schedule.draw(rng)
     first, last = TEMPERATURE
     gates, logs = [], []
-    for visual in scene.images(len(chooser.mean)):
+    for visual, order in zip(scene.images(len(chooser.mean)), torch.split(scene.order, list(scene.sizes)), strict=True):
 
         def noise(tokens: torch.Tensor = visual) -> torch.Tensor:
             return torch.from_numpy(rng.gumbel(size=len(tokens)) * NOISE * (1 - done)).to(tokens)
 
-        scores, places = chooser(visual)
+        scores, places = chooser(visual, order)
         gates.append(straight_through(scores, places, min(keep, len(visual)), first * (last / first) ** done, noise))
         chosen = torch.nonzero(gates[-1].detach().round())[:, 0]
         counts = torch.ones_like(scores).index_copy(0, chosen, represented(places, chosen).to(scores))

@@ -6,6 +6,9 @@ highest score. Each further one has the highest gain exp(s) (1.001 - max over th
 weighted by importance. A set for fewer tokens is a part of every set for more. Option weigh: see `base.represented`, by the learned
 metric.
 
+With a share p of the position, f·f_c is (1 - p) times that, plus p times a number that falls from 1 to 0 as the distance of the two
+in the image grows (`spots`): things that look alike at different positions are different things.
+
 With a weight q for the question, s gains q·(v M)·B g, where g = (mean of the question's words - ω) C: a direction that depends on
 what is asked. ω is the mean word of the calibration's questions, C takes few dimensions of words, and B is fitted to which tokens
 mattered to the answer of each question.
@@ -25,6 +28,7 @@ that they were learned for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -34,11 +38,14 @@ from torch.nn import functional
 from edgeprune.errors import PlanError
 from edgeprune.methods.base import InputView, add_most_different, ascending, nearest_chosen, unit
 from edgeprune.methods.weights import pack, unpack
-from edgeprune.plan import Cut, Geometry, Option, Weights
+from edgeprune.plan import Cut, Geometry, Option, View, Weights
 
 MARGIN = 1.001  # keeps the gain of tokens that equal a chosen one above 0, so that their scores still count
 _LEAST, _MOST = -60.0, 1e30
 _NONE = 1e-30  # below exp(_LEAST)
+_TINY = 1e-9
+_NEAR = 0.1  # of the height or width of an image: the deviation of the bell that says what is near
+_CENTRES = 8  # along each side, so close that all positions are seen alike
 _AGAIN = "Learn it: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
 _SHAPES = {"theta": "d", "hidden": "dh", "hidden_bias": "h", "out": "h", "metric": "dr", "metric_bias": "r"}
 _SHAPES |= {"mean_word": "d", "words": "dw", "asked": "rw"}
@@ -58,15 +65,17 @@ class Learned:
     calibration_options: ClassVar[tuple[Option, ...]] = (
         Option("train", False, "train score and metric further, through the frozen decoder; takes longer"),
         Option("question", True, "also learn what questions ask for; without, all questions about an image get the same tokens"),
+        Option("position", True, "also learn how far positions tell tokens apart that look alike"),
         Option("rank", 64, "dimensions of the learned metric", least=1, most=1024),
     )
 
     def __init__(self, cut: Cut, geometry: Geometry) -> None:
-        del geometry
         settings = cut.settings(*self.options)  # all else, calibration sets
         if cut.weights is None or cut.weights.content is None:
             raise PlanError(f"{cut} has no weights.", hint=_AGAIN)
         self.header, self.tensors = read(cut.weights)
+        self.position = float(self.header.get("position", 0.0))  # earlier versions learned none
+        self.spots = spots(geometry) if self.position else None
         self.merges = bool(settings["merge"])
         if self.merges and "own" not in self.tensors:
             raise PlanError(f"{cut} merges; its weights were learned without.", hint=f"{_AGAIN} --option merge=yes")
@@ -89,7 +98,7 @@ class Learned:
 
     def select(self, view: InputView, keep: int) -> torch.Tensor:
         """Return the ascending positions [min(keep, V)] of the set."""
-        scores, places = self.score(view), self.places(view.visual)
+        scores, places = self.score(view), self.places(view)
         gain = torch.exp((scores - scores.amax(dim=0)).clamp_min(_LEAST))[:, None]
         # What the shared search takes for similarity is minus the gain, [chosen, candidate]; one product makes all of it.
         chosen = torch.cat([places, torch.full_like(gain, -MARGIN)], dim=1)
@@ -110,30 +119,39 @@ class Learned:
         wanted = asked @ ((view.prompt.float().mean(dim=0) - mean_word) @ words)
         return self._products(view.visual)[0] @ torch.where(wanted.abs() <= _MOST, wanted, 0.0)
 
-    def places(self, visual: torch.Tensor) -> torch.Tensor:
-        """Return each visual token's place on the unit sphere of the metric [V, rank]."""
-        return unit(self._products(visual)[0] + self.tensors["metric_bias"].to(visual.device))
+    def places(self, view: InputView) -> torch.Tensor:
+        """Return each visual token's place on the unit sphere [V, n]: that of the metric, and its position in the image."""
+        looks = unit(self._products(view.visual)[0] + self.tensors["metric_bias"].to(view.visual.device))
+        return self.placed(looks, view.kept)
+
+    def placed(self, looks: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """Return places [V, n] of tokens with places `looks` [V, rank] of the metric; `kept` [V]: as in InputView."""
+        if self.spots is None:
+            return looks
+        all_spots = self.spots.to(looks.device)
+        seen = all_spots if kept is None else all_spots.index_select(0, kept)
+        return torch.cat([math.sqrt(1 - self.position) * looks, math.sqrt(self.position) * seen], dim=1)
 
     def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
         """Return the embeddings [K, hidden] of the chosen tokens [K], with what the dropped tokens hold."""
-        return self.merged(view.visual, chosen)[0]
+        return self.merged(view, chosen)[0]
 
     def log_weights(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
         """Return what is added to the attention scores towards each of the chosen tokens [K]."""
         if self.merges:
-            return self.merged(view.visual, chosen)[1]
-        return self.nearest(view.visual, chosen).sum(dim=0).clamp_min(1.0).log()
+            return self.merged(view, chosen)[1]
+        return self.nearest(view, chosen).sum(dim=0).clamp_min(1.0).log()
 
-    def merged(self, visual: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def merged(self, view: InputView, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the embeddings of the chosen tokens [K, hidden] and their logarithmic weights [K], by the option merge."""
-        near, mattering = self._products(visual)[3:]
-        tensors = {name: self.tensors[name].to(visual.device) for name in _MERGING}
-        nearest, matter = self.nearest(visual, chosen), self.matter(visual)
-        return take_in(visual.index_select(0, chosen), chosen, nearest, matter, near, mattering, tensors)
+        near, mattering = self._products(view.visual)[3:]
+        tensors = {name: self.tensors[name].to(view.visual.device) for name in _MERGING}
+        nearest, matter = self.nearest(view, chosen), self.matter(view.visual)
+        return take_in(view.visual.index_select(0, chosen), chosen, nearest, matter, near, mattering, tensors)
 
-    def nearest(self, visual: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Return 1 where a chosen token [K] is the nearest one of a token [V] by the metric, and 0 elsewhere [V, K]."""
-        return nearest_chosen(self.places(visual), chosen)
+    def nearest(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
+        """Return 1 where a chosen token [K] is the nearest one of a token [V] by its place, and 0 elsewhere [V, K]."""
+        return nearest_chosen(self.places(view), chosen)
 
     def matter(self, visual: torch.Tensor) -> torch.Tensor:
         """Return how much each visual token matters [V], as a logarithm, whatever is asked."""
@@ -146,6 +164,36 @@ class Learned:
         # once: the graph has one for all of them. For tokens that are no finite numbers they are 0, since NaN compares false.
         products = visual.float() @ self._columns.to(visual.device)
         return torch.split(torch.where(products.abs() <= _MOST, products, 0.0), self._widths, dim=1)
+
+
+def spots(geometry: Geometry) -> torch.Tensor:
+    """Return the positions of all visual tokens in the image, on a unit sphere [V, 64].
+
+    The product of two is close to a bell of their distance, in shares of the image's height and width, with deviation _NEAR. So all
+    positions are alike. Views that overlap show the same positions, and so do the frames of a video.
+    """
+    along = zip(*(_middles(view) for view in geometry.layout), strict=True)
+    rows, columns = (_bells(torch.cat(parts) / size) for parts, size in zip(along, (geometry.height, geometry.width), strict=True))
+    return functional.normalize((rows[:, :, None] * columns[:, None]).flatten(1)).float()
+
+
+def _middles(view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    # The pixels in the middle of each token of a view [tokens], from the top and from the left; separators are at the right.
+    row, column = torch.meshgrid(torch.arange(view.rows), torch.arange(view.columns + view.separators), indexing="ij")
+    down, right = (row.flatten().double() + 0.5) / view.rows, (column.flatten().double() + 0.5) / view.columns
+    return view.top + view.height * down, view.left + view.width * right.clamp_max(1.0)
+
+
+def _bells(values: torch.Tensor) -> torch.Tensor:
+    # Vectors [n, _CENTRES] whose products are close to a bell of the distance of two values from 0 to 1 (Nyström's method).
+    centres = (torch.arange(_CENTRES, dtype=values.dtype) + 0.25) / (_CENTRES - 0.5)
+    eigenvalues, vectors = torch.linalg.eigh(_bell(centres, centres))
+    found: torch.Tensor = _bell(values, centres) @ vectors / eigenvalues.clamp_min(_TINY).sqrt()
+    return found
+
+
+def _bell(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.exp(-(one[:, None] - other[None]).square() / (2 * _NEAR**2))
 
 
 def take_in(
@@ -181,8 +229,8 @@ def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
     `tensors`: `theta` [d], `hidden` [d, h], `hidden_bias` and `out` [h], `metric` [d, r], `metric_bias` [r], ω `mean_word` [d], C
     `words` [d, w] and B `asked` [r, w], for tokens of width d. To merge also O `own`, P `near` and Q `mattering` [d, m], b
     `merge_bias` [m], A `added` [m, d], a `added_bias` [d], w `attended` [m], w₀ `attended_bias` [1] and p `power` [1].
-    `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, the weight of the `question`, and,
-    if known, what images were `seen` (`edgeprune.calibration.learn.run.seen`).
+    `header`: `weights_sha256` of the model, the fewest and the most `keeps` that were learned, the weight of the `question`, the
+    share of the `position`, and, if known, what images were `seen` (`edgeprune.calibration.learn.run.seen`).
     """
     return pack(tensors, header)
 
@@ -190,10 +238,11 @@ def write(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Weights:
 def read(weights: Weights) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return header and tensors of a cut's weights, checked; raise PlanError if they are not those of this method."""
     header, tensors = unpack(weights, _AGAIN)
-    keeps = header.get("keeps")
+    keeps, share = header.get("keeps"), header.get("position", 0.0)
     counted = isinstance(keeps, list) and [type(keep) is int and keep > 0 for keep in keeps] == [True, True]
+    counted = counted and isinstance(header.get("question"), (int, float)) and isinstance(share, (int, float)) and 0 <= share < 1
     known = set(tensors) in (set(_SHAPES), {*_SHAPES, *_MERGING})
-    if not counted or not isinstance(header.get("question"), (int, float)) or not known or not _fit(tensors):
+    if not counted or not known or not _fit(tensors):
         raise PlanError("The weights are not those of the method learned.", hint=_AGAIN)
     return header, tensors
 

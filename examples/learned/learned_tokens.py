@@ -139,7 +139,9 @@ def print_times() -> None:
     merging = {"weigh": True, "merge": True}
     cuts = {name: Cut("input", name, KEPT) for name in ("divprune", "zspaprune")}
     cuts["learned"] = Cut("input", "learned", KEPT, weights=_drawn())
+    cuts["learned, with positions"] = Cut("input", "learned", KEPT, weights=_drawn(position=0.1))
     cuts["learned, weigh and merge"] = Cut("input", "learned", KEPT, options=merging, weights=_drawn(merge=True))
+    cuts["all of them"] = Cut("input", "learned", KEPT, options=merging, weights=_drawn(merge=True, position=0.1))
     for name, cut in cuts.items():
         nodes, milliseconds = selection_time(cut)
         print(f"{name}: {nodes} nodes, {milliseconds:.2f} ms")
@@ -182,7 +184,7 @@ def selection_time(cut: Cut) -> tuple[int, float]:
     return nodes, float(np.median(taken))
 
 
-def _drawn(*, merge: bool = False) -> Any:
+def _drawn(*, merge: bool = False, position: float = 0.0) -> Any:
     import torch
 
     from edgeprune.calibration.learn.asking import WORDS
@@ -197,7 +199,7 @@ def _drawn(*, merge: bool = False) -> Any:
         shapes |= {"merge_bias": (INNER,), "added": (INNER, WIDTH), "added_bias": (WIDTH,)}
         shapes |= {"attended": (INNER,), "attended_bias": (1,), "power": (1,)}
     tensors = {name: torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / 30 for name, shape in shapes.items()}
-    return write(tensors, {"weights_sha256": "", "keeps": [KEPT, KEPT], "question": 1.0})
+    return write(tensors, {"weights_sha256": "", "keeps": [KEPT, KEPT], "question": 1.0, "position": position})
 
 
 def edgeprune(*words: object) -> str:

@@ -52,7 +52,8 @@ def planted(seed: int, words: torch.Tensor, directions: torch.Tensor) -> Scene:
 
     asked = tuple(Asked(segment(1), segment(0), torch.stack([word, words.mean(dim=0)])) for word in words)
     shares = torch.softmax(3 * (visual[0] - 2) @ directions.T, dim=0).T
-    return Scene(segment(1), Segment(visual, torch.zeros(1, TOKENS)), asked, (TOKENS,), shares, torch.zeros(0), torch.zeros(0))
+    seen, order = Segment(visual, torch.zeros(1, TOKENS)), torch.arange(TOKENS)
+    return Scene(segment(1), seen, asked, (TOKENS,), order, shares, torch.zeros(0), torch.zeros(0))
 
 
 def test_the_fit_finds_what_each_word_asks_for() -> None:

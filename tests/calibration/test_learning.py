@@ -21,7 +21,7 @@ from edgeprune.calibration.calibrate import CalibrationResult
 from edgeprune.calibration.data.samples import Sample, read_samples
 from edgeprune.calibration.learn import run, training
 from edgeprune.calibration.learn.closed import Settings, Sums, closed_form
-from edgeprune.calibration.learn.heldout import MOST_TRIED, HeldOut, search
+from edgeprune.calibration.learn.heldout import MOST_TRIED, Choice, HeldOut, search
 from edgeprune.calibration.learn.run import Learning, LearnRequest, Rival, learn
 from edgeprune.calibration.learn.scenes import Listener, Scene, lost, probabilities
 from edgeprune.calibration.learn.straight import Chooser, choice_loss, straight_through
@@ -36,7 +36,7 @@ from edgeprune.io.progress import SILENT
 from edgeprune.methods.base import InputView, represented, unit
 from edgeprune.methods.divprune import DivPrune
 from edgeprune.methods.learned import Learned, read, write
-from edgeprune.plan import Cut, KeepPlan
+from edgeprune.plan import Cut, Geometry, KeepPlan
 from edgeprune.plan.presets import unpruned_plan
 from edgeprune.runtime.media.likeness import Likeness
 from edgeprune.tabletop.dataset import write_dataset
@@ -73,6 +73,11 @@ def test_the_decoder_says_again_what_it_answered(family: str, samples: list[Samp
         assert torch.allclose(again, asked.answer.embeds[0, :, : again.shape[1]], atol=1e-6)
     apart = torch.cat(list(listener.one_by_one(found.prefix, found.visual, found.asked)))
     assert torch.allclose(apart, logits, atol=1e-5)
+    # Each question with tokens of its own, in one forward pass.
+    chosen = [torch.tensor(some) for some in ([1, 3, 4], [0, 2])]
+    seen = [Choice([number], [(0, None, some)]).shown(found, found.visual.embeds, None) for number, some in enumerate(chosen)]  # type: ignore[list-item]
+    alone = [listener.logits(found.only([number]), chosen=some) for number, some in enumerate(chosen)]
+    assert all(torch.allclose(*both, atol=1e-5) for both in zip(listener.answers(found.prefix, seen), alone, strict=True))
 
 
 def test_tokens_behind_a_gate_are_as_good_as_gone(scene: tuple[Listener, Scene]) -> None:
@@ -226,8 +231,14 @@ def test_what_never_changes_counts_for_nothing() -> None:
     assert found["metric"][2].abs().max() < 1e-3
 
 
+def method_of(sums: Sums, keep: int, found: dict[str, torch.Tensor] | None = None) -> Learned:
+    header = {"weights_sha256": "", "keeps": [1, 20], "question": 0.0, "position": 0.3}
+    weights = write(closed_form(sums, Settings(), 4) | (found or {}), header)
+    return Learned(Cut("input", "learned", keep, weights=weights), Geometry(4, 5, 1, 1))
+
+
 def trainee_of(sums: Sums, seed: int = 0) -> Chooser:
-    made = Chooser(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, seed)
+    made = Chooser(method_of(sums, 1), sums.mean, sums.deviation, seed)
     with torch.no_grad():
         made.out.copy_(torch.linspace(-1, 1, len(made.out)))
     made.begin()
@@ -238,10 +249,9 @@ def trainee_of(sums: Sums, seed: int = 0) -> Chooser:
 def test_training_makes_the_choices_of_the_method(keep: int) -> None:
     sums, _ = planted()
     made, visual = trainee_of(sums), torch.randn(20, 6, generator=torch.Generator().manual_seed(8)) * 2 + 3
-    scores, places = made(visual)
+    scores, places = made(visual, torch.arange(20))
     gate = straight_through(scores, places, keep, 1.0, lambda: torch.zeros(20))
-    weights = write(closed_form(sums, Settings(), 4) | made.tensors(), {"weights_sha256": "", "keeps": [1, 20], "question": 0.0})
-    chosen = Learned(Cut("input", "learned", keep, weights=weights), GEOMETRY).select(InputView(visual, visual[:1]), keep)
+    chosen = method_of(sums, keep, made.tensors()).select(InputView(visual, visual[:1]), keep)
     assert torch.nonzero(gate.detach().round())[:, 0].tolist() == chosen.tolist()
     assert gate.sum().item() == pytest.approx(keep)
     gate[0].backward()  # type: ignore[no-untyped-call]
@@ -262,7 +272,7 @@ def test_an_interrupted_training_ends_the_same(
             if done == stop:
                 raise KeyboardInterrupt
 
-        made, schedule = Chooser(closed_form(sums, Settings(), 4), sums.mean, sums.deviation, 0), Schedule(3, (3, 5), 0)
+        made, schedule = Chooser(method_of(sums, 1), sums.mean, sums.deviation, 0), Schedule(3, (3, 5), 0)
         train(scenes, made, partial(choice_loss, listener, made, schedule), schedule, state, progress)
         return made.tensors()
 
@@ -300,14 +310,12 @@ def test_learning_from_start_to_end(tiny: LoadedModel, samples: list[Sample], tm
     assert not list(tmp_path.iterdir())  # what an interruption would need is gone
 
 
-def test_a_question_may_count_or_not(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
-    found = [
-        learn(tiny, samples, base_of(tiny), replace(REQUEST, question=question), tmp_path / "plan.json", SILENT, gate=False)
-        for question in (True, False)
-    ]
+def test_question_and_position_may_count_or_not(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
+    asked = [replace(REQUEST, position=False, question=question) for question in (True, False)]
+    found = [learn(tiny, samples, base_of(tiny), each, tmp_path / "plan.json", SILENT, gate=False) for each in asked]
     assert found[0].divergence <= found[1].divergence
     header, tensors = read(found[1].weights)
-    assert header["question"] == 0 and not tensors["asked"].any()
+    assert header["question"] == 0 and header["position"] == 0 and not tensors["asked"].any()
 
 
 def test_what_was_seen_goes_with_the_weights(tiny: LoadedModel, samples: list[Sample], tmp_path: Path) -> None:
@@ -317,7 +325,7 @@ def test_what_was_seen_goes_with_the_weights(tiny: LoadedModel, samples: list[Sa
     assert likeness is not None
     pictures = list(dict.fromkeys(sample.images for sample in samples))
     tokens = [recorded(tiny, [sample for sample in samples if sample.images == each])[1].visual.embeds for each in pictures]
-    places = torch.stack([method.places(each[0]).mean(dim=0) for each in tokens])
+    places = torch.stack([method.places(InputView(each[0], each[0])).mean(dim=0) for each in tokens])
     rest = places[[number for number in range(len(places)) if number % 4 != 3]].double()
     torch.testing.assert_close(torch.from_numpy(likeness.mean), rest.mean(dim=0), rtol=1e-3, atol=1e-5)
     deviation = rest.std(dim=0, correction=0)

@@ -19,8 +19,8 @@ from edgeprune.errors import BundleError, PlanError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.methods.base import InputView
-from edgeprune.methods.learned import Learned, read, write
-from edgeprune.plan import Cut, Geometry, KeepPlan, Weights
+from edgeprune.methods.learned import Learned, read, spots, write
+from edgeprune.plan import Cut, Geometry, KeepPlan, View, Weights
 from edgeprune.plan.presets import unpruned_plan
 
 GEOMETRY = Geometry(80, 80, 16, 1)  # 5 x 5
@@ -48,11 +48,11 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 6, 25])
-@pytest.mark.parametrize("question", [0.0, 2.5])
-def test_against_a_plain_loop(keep: int, question: float) -> None:
+@pytest.mark.parametrize(("question", "position"), [(0.0, 0.0), (2.5, 0.0), (2.5, 0.4)])
+def test_against_a_plain_loop(keep: int, question: float, position: float) -> None:
     generator = torch.Generator().manual_seed(5)
     visual, prompt = torch.randn(25, 12, generator=generator), torch.randn(4, 12, generator=generator)
-    weights = drawn_weights(12, question=question, seed=2)
+    weights = drawn_weights(12, question=question, seed=2, position=position)
     t = {name: tensor.double().numpy() for name, tensor in read(weights)[1].items()}
     rows, words = visual.double().numpy(), prompt.double().numpy()
     inner = torch.from_numpy(rows @ t["hidden"] + t["hidden_bias"])
@@ -61,11 +61,52 @@ def test_against_a_plain_loop(keep: int, question: float) -> None:
     score += question * np.array([row @ t["metric"] @ t["asked"] @ wanted for row in rows])
     places = rows @ t["metric"] + t["metric_bias"]
     places /= np.linalg.norm(places, axis=1, keepdims=True)
+    at = spots(GEOMETRY).double().numpy()
+    alike = (1 - position) * places @ places.T + position * at @ at.T
     chosen = [int(score.argmax())]
     while len(chosen) < keep:
         others = [index for index in range(25) if index not in chosen]
-        chosen.append(max(others, key=lambda u: np.exp(score[u]) * (1.001 - max(places[u] @ places[c] for c in chosen))))
+        chosen.append(max(others, key=lambda u: np.exp(score[u]) * (1.001 - max(alike[u, c] for c in chosen))))
     assert method(weights, keep).select(InputView(visual, prompt), keep).tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (27, 27), (9, 40), (64, 64)])
+def test_spots_fall_with_the_distance_in_the_image(height: int, width: int) -> None:
+    at = spots(Geometry(height, width, 1, 1)).double()
+    down, right = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+    middles = torch.stack([down.flatten(), right.flatten()], dim=1).double()
+    apart = torch.cdist(middles, middles)
+    error = (at @ at.T - torch.exp(-apart.square() / (2 * 0.1**2))).abs()
+    assert float(error.max()) < 0.2 and float(error.mean()) < 0.01
+    torch.testing.assert_close(at.norm(dim=1), torch.ones(len(at), dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_spots_of_views_are_where_they_lie_in_the_image() -> None:
+    # The right half, with a newline after each row, and the whole image in one row of two: 2 * (2 + 1) and 2 tokens.
+    tiled = Geometry(40, 40, 10, 1, (View(0, 20, 40, 20, 2, 2, separators=1), View(0, 0, 40, 40, 1, 2)))
+    alike = spots(tiled) @ spots(tiled).T
+    assert int(alike[:6, 6].argmax()) in (0, 3) and float(alike[:6, 6].max()) < 0.2  # the left half is far from all of the tile
+    assert alike[7].tolist() == pytest.approx(alike[7][[3, 4, 5, 0, 1, 2, 6, 7]].tolist(), abs=1e-3)  # above and below alike
+    assert torch.isfinite(alike).all()
+
+
+def test_what_looks_the_same_elsewhere_is_something_else() -> None:
+    # Tokens 0, 1 and 24 look the same. By looks alone the second one taken is another thing that matters less.
+    visual = torch.zeros(25, 3)
+    visual[:, 2] = 1.0
+    visual[[0, 1, 24]] = torch.tensor([[3.0, 1.0, 0.0], [2.9, 1.0, 0.0], [2.8, 1.0, 0.0]])
+    found, seen = tensors([1.0, 0.0, 0.0], [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), InputView(visual, torch.ones(1, 3))
+    plain, weights = (write(found, {**PLAIN, "position": position}) for position in (0.0, 0.25))
+    assert method(plain, 2).select(seen, 2).tolist()[1] != 24
+    assert method(weights, 2).select(seen, 2).tolist() == [0, 24]
+
+
+def test_positions_are_those_in_the_image_behind_a_cut_in_the_encoder() -> None:
+    visual = torch.randn(25, 12, generator=torch.Generator().manual_seed(5))
+    kept = torch.tensor([0, 3, 4, 7, 9, 12, 18, 20, 21, 24])
+    learned = method(drawn_weights(12, position=0.4), 4)
+    places = learned.places(InputView(visual, visual))
+    assert torch.equal(learned.places(InputView(visual[kept], visual, kept=kept)), places[kept])
 
 
 @pytest.mark.parametrize("question", [0.0, 2.5])  # which what tokens gain does not depend on
@@ -151,6 +192,9 @@ def stated(**parts: Any) -> Weights:
         stated(keeps=[4]),
         stated(keeps=["1", "9"]),
         stated(question="much"),
+        stated(position="near"),
+        stated(position=1.0),
+        stated(position=-0.1),
         stated(schema_version=2),
     ],
 )

@@ -21,7 +21,7 @@ from edgeprune.export.exporter import export_bundle
 from edgeprune.export.passes import attention as blocked
 from edgeprune.export.tracing import trace_decoder
 from edgeprune.export.verification import verify
-from edgeprune.methods.base import represented, unit
+from edgeprune.methods.base import InputView, represented, unit
 from edgeprune.model import PrunedDecoder, Segment, input_selector
 from edgeprune.model.cache import LayerCache
 from edgeprune.plan import Cut, Geometry, KeepPlan
@@ -52,7 +52,7 @@ def test_the_selection_stays_and_its_weights_are_of_all_tokens(method: str) -> N
     embeds, kept, logs = weighing(visual, prompt)
     assert [rows.tolist() for rows in (embeds, kept)] == [rows.tolist() for rows in plain(visual, prompt)]
     assert logs.exp().sum().item() == pytest.approx(100)
-    metric = weighing.method.places(visual[0]) if method == "learned" else unit(visual[0])
+    metric = weighing.method.places(InputView(visual[0], visual[0])) if method == "learned" else unit(visual[0])
     nearest = [max(range(9), key=lambda place: float(row @ metric[kept[place]])) for row in metric]
     assert logs.exp().round().tolist() == [nearest.count(place) for place in range(9)]
 

@@ -49,6 +49,7 @@ def drawn_ranking(layers: int, kv_heads: int, head_dim: int, *, model: str = "0"
 
 
 def input_cut(name: str, keep: int, width: int, *, model: str = "0" * 64, **options: Any) -> Cut:
-    """Return a method's cut at the input. Weights that it needs are drawn for tokens of a width, and look at the question."""
-    weights = drawn_weights(width, model=model, question=0.5, merge=bool(options.get("merge"))) if name == "learned" else None
+    """Return a method's cut at the input. Weights that it needs are drawn for tokens of a width, with question and position."""
+    drawn = {"model": model, "question": 0.5, "position": 0.25, "merge": bool(options.get("merge"))}
+    weights = drawn_weights(width, **drawn) if name == "learned" else None  # type: ignore[arg-type]
     return Cut("input", name, keep, options=options, weights=weights)

@@ -21,6 +21,7 @@ from edgeprune.cli import main
 from edgeprune.cli.output.basic import show_answer
 from edgeprune.errors import PlanError
 from edgeprune.export.exporter import export_bundle
+from edgeprune.methods.base import InputView
 from edgeprune.methods.learned import Learned, read, write
 from edgeprune.plan import Cut, Geometry, KeepPlan, Weights
 from edgeprune.plan.presets import unpruned_plan
@@ -41,7 +42,8 @@ def planned(weights: Weights) -> KeepPlan:
 def test_the_distance_by_hand_and_by_the_method() -> None:
     weights = drawn_weights(12, seen=SEEN)
     tokens = torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(3))
-    place = Learned(Cut("input", "learned", 5, weights=weights), BASE.geometry).places(tokens[0]).mean(dim=0).numpy()
+    seen = InputView(tokens[0], tokens[0])
+    place = Learned(Cut("input", "learned", 5, weights=weights), BASE.geometry).places(seen).mean(dim=0).numpy()
     total = sum(((at - m) / d) ** 2 for at, m, d in zip(place, SEEN["mean"], SEEN["deviation"], strict=True))
     likeness = Likeness.of(planned(weights))
     assert likeness is not None
