@@ -10,7 +10,7 @@
 Plans are learned from scenes of seed 77 and compared by `edgeprune compare` on scenes of another. At each budget: the closed form,
 the trained one, the closed form with the options weigh and merge, DivPrune, and the three best variants of methods that learn
 nothing, as the held-out images rank them beside the first of these forms. --forms asked: the closed form with what each question
-asks for. --images: a learning curve. --shared: each budget's own
+asks for; placed: with positions. --images: a learning curve. --shared: each budget's own
 weights and those of all budgets, which are learned for the largest and the least.
 --time: how long the selections take at the size of a large model, 73 of 729 tokens of 896 numbers. What OUT already holds is kept.
 """
@@ -33,9 +33,10 @@ from edgeprune.cli import main as command
 from edgeprune.plan import Cut, KeepPlan
 
 LEARNING_SEED = 77
-ALL = ("--option", "question=no")  # questions alike; what each asks for is a form of its own
+LOOKS = ("--option", "position=no")  # what each question asks for, and where tokens are, are forms of their own
+ALL = ("--option", "question=no", *LOOKS)
 MERGED = ("--option", "weigh=yes", "--option", "merge=yes")
-FORMS = {"closed": ALL, "trained": ("--train", *ALL), "merged": (*MERGED, *ALL), "asked": ()}
+FORMS = {"closed": ALL, "trained": ("--train", *ALL), "merged": (*MERGED, *ALL), "asked": LOOKS, "placed": ALL[:2]}
 WIDTH, TOKENS, KEPT, RANK, HIDDEN, REPEATS = 896, 729, 73, 64, 16, 40
 
 

@@ -23,7 +23,7 @@ from edgeprune.tabletop.pairs import PAIR_KINDS
 from edgeprune.tabletop.questions import DESCRIBE
 
 CALIBRATION_SEED, EVALUATION_SEED = 77, 2000
-LEARNED = "--method learned --option question=no"
+LEARNED = "--method learned --option question=no --option position=no"
 RANKING, LEARNED_RANKING = "--rows peak --reduce max", "--rows learned --reduce max"
 SHORT = "all short answers"
 # Row: how its plan is calibrated, on all samples or on those with long answers. Methods that learn as they come have a few samples.
