@@ -272,11 +272,14 @@ class _Course:
         # Of some forms the best one with a share of the position, and its divergence; None if `settings` are better. What tells
         # objects apart answers questions about them and costs descriptions some words, and these are most of the nats an answer:
         # so every answer counts alike here.
-        (without,) = (self.judged(partial(dict, tensors), form)[1] for tensors, form in forms if form == settings)
+        def divergences(tensors: dict[str, torch.Tensor], form: Settings) -> tuple[float, float]:
+            return self.judged(lambda: tensors, form)
+
+        (without,) = (divergences(tensors, form)[1] for tensors, form in forms if form == settings)
         tried = [(tensors, replace(form, position=share)) for tensors, form in forms for share in POSITIONS]
         found = list[tuple[float, float]]()
         for number, (tensors, form) in enumerate(tried, start=1):
-            found.append(self.judged(partial(dict, tensors), form))
+            found.append(divergences(tensors, form))
             counted(number)
         best = min(range(len(tried)), key=lambda number: found[number][1])
         if found[best][1] >= without:
