@@ -34,11 +34,12 @@ class Chooser(Trainee):
 
     def __init__(self, method: Learned, mean: torch.Tensor, deviation: torch.Tensor, seed: int) -> None:
         super().__init__()
-        generator, width, start = torch.Generator().manual_seed(seed), len(mean), method.tensors
+        generator, width = torch.Generator().manual_seed(seed), len(mean)
+        theta, metric = (method.tensors[name].to(mean) for name in ("theta", "metric"))
         self.method = method
         self.mean, self.deviation = mean.float(), deviation.float()
-        self.theta = nn.Parameter((start["theta"] * deviation).float())
-        self.metric = nn.Parameter((start["metric"] * deviation[:, None]).float())
+        self.theta = nn.Parameter((theta * deviation).float())
+        self.metric = nn.Parameter((metric * deviation[:, None]).float())
         self.hidden = nn.Parameter(torch.randn(width, HIDDEN, generator=generator).to(mean.device) * width**-0.5)
         self.hidden_bias = nn.Parameter(torch.zeros(HIDDEN, device=mean.device))
         self.out = nn.Parameter(torch.zeros(HIDDEN, device=mean.device))

@@ -135,9 +135,9 @@ def test_settings_that_were_compared_are_not_compared_again(
 ) -> None:
     request = LearnRequest(keep=4, least=4, rank=8, train=False, seed=0, max_tokens=2, fit="stretch", device="cpu")
     samples = read_samples(data, 24)
-    measure, measured, last = HeldOut.divergence, list[str](), 5
+    measure, measured, last = HeldOut.divergences, list[str](), 5
 
-    def counted(self: HeldOut, *arguments: Any, **named: Any) -> float:
+    def counted(self: HeldOut, *arguments: Any, **named: Any) -> tuple[float, float]:
         if len(measured) == last:
             raise KeyboardInterrupt
         measured.append("")
@@ -147,7 +147,7 @@ def test_settings_that_were_compared_are_not_compared_again(
         how = replace(request, **options)
         return learn(tiny, samples, WHOLE, how, tmp_path / "plan.json", SILENT, kept=tmp_path / kept, gate=False).weights
 
-    monkeypatch.setattr(HeldOut, "divergence", counted)
+    monkeypatch.setattr(HeldOut, "divergences", counted)
     with pytest.raises(KeyboardInterrupt):
         learned("kept", weigh=True)
     last = 10**9
