@@ -7,7 +7,7 @@ weighted by importance. A set for fewer tokens is a part of every set for more. 
 metric.
 
 With a share p of the position, f·f_c is (1 - p) times that, plus p times a number that falls from 1 to 0 as the distance of the two
-in the image grows (`spots`): things that look alike at different positions are different things.
+in the image grows (`position_features`): things that look alike at different positions are different things.
 
 With a weight q for the question, s gains q·(v M)·B g, where g = (mean of the question's words - ω) C: a direction that depends on
 what is asked. ω is the mean word of the calibration's questions, C takes few dimensions of words, and B is fitted to which tokens
@@ -44,7 +44,7 @@ MARGIN = 1.001  # keeps the gain of tokens that equal a chosen one above 0, so t
 _LEAST, _MOST = -60.0, 1e30
 _NONE = 1e-30  # below exp(_LEAST)
 _TINY = 1e-9
-_NEAR = 0.1  # of the height or width of an image: the deviation of the bell that says what is near
+_NEAR = 0.1  # of the height or width of an image: the standard deviation of the Gaussian that says what is near
 _CENTRES = 8  # along each side, so close that all positions are seen alike
 _AGAIN = "Learn it: edgeprune calibrate MODEL --data FILE --method learned --budget 0.25 -o PLAN"
 _SHAPES = {"theta": "d", "hidden": "dh", "hidden_bias": "h", "out": "h", "metric": "dr", "metric_bias": "r"}
@@ -75,7 +75,7 @@ class Learned:
             raise PlanError(f"{cut} has no weights.", hint=_AGAIN)
         self.header, self.tensors = read(cut.weights)
         self.position = float(self.header.get("position", 0.0))  # earlier versions learned none
-        self.spots = spots(geometry) if self.position else None
+        self.position_features = position_features(geometry) if self.position else None
         self.merges = bool(settings["merge"])
         if self.merges and "own" not in self.tensors:
             raise PlanError(f"{cut} merges; its weights were learned without.", hint=f"{_AGAIN} --option merge=yes")
@@ -126,10 +126,10 @@ class Learned:
 
     def placed(self, looks: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """Return places [V, n] of tokens with places `looks` [V, rank] of the metric; `kept` [V]: as in InputView."""
-        if self.spots is None:
+        if self.position_features is None:
             return looks
-        all_spots = self.spots.to(looks.device)
-        seen = all_spots if kept is None else all_spots.index_select(0, kept)
+        of_all = self.position_features.to(looks.device)
+        seen = of_all if kept is None else of_all.index_select(0, kept)
         return torch.cat([math.sqrt(1 - self.position) * looks, math.sqrt(self.position) * seen], dim=1)
 
     def merge(self, view: InputView, chosen: torch.Tensor) -> torch.Tensor:
@@ -166,14 +166,14 @@ class Learned:
         return torch.split(torch.where(products.abs() <= _MOST, products, 0.0), self._widths, dim=1)
 
 
-def spots(geometry: Geometry) -> torch.Tensor:
-    """Return the positions of all visual tokens in the image, on a unit sphere [V, 64].
+def position_features(geometry: Geometry) -> torch.Tensor:
+    """Return features [V, 64], of length 1, of the positions of all visual tokens in the image.
 
-    The product of two is close to a bell of their distance, in shares of the image's height and width, with deviation _NEAR. So all
-    positions are alike. Views that overlap show the same positions, and so do the frames of a video.
+    The product of two is close to a Gaussian of their distance in shares of the image's height and width, whose standard deviation is
+    _NEAR. Views that overlap show the same positions, and so do the frames of a video.
     """
-    along = zip(*(_middles(view) for view in geometry.layout), strict=True)
-    rows, columns = (_bells(torch.cat(parts) / size) for parts, size in zip(along, (geometry.height, geometry.width), strict=True))
+    down, right = zip(*(_middles(view) for view in geometry.layout), strict=True)
+    rows, columns = _features(torch.cat(down) / geometry.height), _features(torch.cat(right) / geometry.width)
     return functional.normalize((rows[:, :, None] * columns[:, None]).flatten(1)).float()
 
 
@@ -184,15 +184,15 @@ def _middles(view: View) -> tuple[torch.Tensor, torch.Tensor]:
     return view.top + view.height * down, view.left + view.width * right.clamp_max(1.0)
 
 
-def _bells(values: torch.Tensor) -> torch.Tensor:
-    # Vectors [n, _CENTRES] whose products are close to a bell of the distance of two values from 0 to 1 (Nyström's method).
+def _features(values: torch.Tensor) -> torch.Tensor:
+    # Vectors [n, _CENTRES] whose products are close to a Gaussian of the distance of two values from 0 to 1 (Nyström's method).
     centres = (torch.arange(_CENTRES, dtype=values.dtype) + 0.25) / (_CENTRES - 0.5)
-    eigenvalues, vectors = torch.linalg.eigh(_bell(centres, centres))
-    found: torch.Tensor = _bell(values, centres) @ vectors / eigenvalues.clamp_min(_TINY).sqrt()
+    eigenvalues, vectors = torch.linalg.eigh(_gaussian(centres, centres))
+    found: torch.Tensor = _gaussian(values, centres) @ vectors / eigenvalues.clamp_min(_TINY).sqrt()
     return found
 
 
-def _bell(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _gaussian(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.exp(-(one[:, None] - other[None]).square() / (2 * _NEAR**2))
 
 

@@ -19,7 +19,7 @@ from edgeprune.errors import BundleError, PlanError
 from edgeprune.export.exporter import export_bundle
 from edgeprune.export.verification import verify
 from edgeprune.methods.base import InputView
-from edgeprune.methods.learned import Learned, read, spots, write
+from edgeprune.methods.learned import Learned, position_features, read, write
 from edgeprune.plan import Cut, Geometry, KeepPlan, View, Weights
 from edgeprune.plan.presets import unpruned_plan
 
@@ -61,7 +61,7 @@ def test_against_a_plain_loop(keep: int, question: float, position: float) -> No
     score += question * np.array([row @ t["metric"] @ t["asked"] @ wanted for row in rows])
     places = rows @ t["metric"] + t["metric_bias"]
     places /= np.linalg.norm(places, axis=1, keepdims=True)
-    at = spots(GEOMETRY).double().numpy()
+    at = position_features(GEOMETRY).double().numpy()
     alike = (1 - position) * places @ places.T + position * at @ at.T
     chosen = [int(score.argmax())]
     while len(chosen) < keep:
@@ -71,8 +71,8 @@ def test_against_a_plain_loop(keep: int, question: float, position: float) -> No
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (27, 27), (9, 40), (64, 64)])
-def test_spots_fall_with_the_distance_in_the_image(height: int, width: int) -> None:
-    at = spots(Geometry(height, width, 1, 1)).double()
+def test_position_features_fall_with_the_distance_in_the_image(height: int, width: int) -> None:
+    at = position_features(Geometry(height, width, 1, 1)).double()
     down, right = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
     middles = torch.stack([down.flatten(), right.flatten()], dim=1).double()
     apart = torch.cdist(middles, middles)
@@ -81,10 +81,10 @@ def test_spots_fall_with_the_distance_in_the_image(height: int, width: int) -> N
     torch.testing.assert_close(at.norm(dim=1), torch.ones(len(at), dtype=torch.float64), rtol=1e-6, atol=0)
 
 
-def test_spots_of_views_are_where_they_lie_in_the_image() -> None:
+def test_position_features_of_views_are_where_they_lie_in_the_image() -> None:
     # The right half, with a newline after each row, and the whole image in one row of two: 2 * (2 + 1) and 2 tokens.
     tiled = Geometry(40, 40, 10, 1, (View(0, 20, 40, 20, 2, 2, separators=1), View(0, 0, 40, 40, 1, 2)))
-    alike = spots(tiled) @ spots(tiled).T
+    alike = position_features(tiled) @ position_features(tiled).T
     assert int(alike[:6, 6].argmax()) in (0, 3) and float(alike[:6, 6].max()) < 0.2  # the left half is far from all of the tile
     assert alike[7].tolist() == pytest.approx(alike[7][[3, 4, 5, 0, 1, 2, 6, 7]].tolist(), abs=1e-3)  # above and below alike
     assert torch.isfinite(alike).all()
