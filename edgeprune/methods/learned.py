@@ -169,7 +169,7 @@ class Learned:
 def position_features(geometry: Geometry) -> torch.Tensor:
     """Return features [V, 64], of length 1, of the positions of all visual tokens in the image.
 
-    The product of two is close to a Gaussian of their distance, in shares of the image's height and width. Its standard deviation is
+    The product of two is close to a Gaussian of their distance, in shares of the image's height and width, with a deviation of
     _NEAR. Views that overlap show the same positions, and so do the frames of a video.
     """
     down, right = zip(*(_middles(view) for view in geometry.layout), strict=True)
