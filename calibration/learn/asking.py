@@ -22,7 +22,7 @@ PULL = 1.0  # penalty of the mean square of what δ adds to the score
 SHRINK = 0.03  # penalty of the squares of B
 EVALUATIONS = 200  # of the loss, at most
 WEIGHTS = (1.0, 1.5, 2.0)  # q that a search compares with none
-WORTH = 0.95  # of the divergence without: a choice for one question is none for the next about the same image
+WORTH = 0.9  # of the divergence without: a choice for one question is none for the next about the same image
 _TINY = 1e-6
 
 
