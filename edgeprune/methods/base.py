@@ -235,12 +235,27 @@ def add_most_different(
     positions = torch.arange(similarity.shape[0], device=similarity.device)
     # A chosen token has infinite similarity to itself, so it is never chosen again. This saves a mask.
     similarity = torch.where(positions[:, None] == positions[None], float("inf"), similarity)
-    nearest = _reduced(similarity.index_select(0, chosen), reduce)
+    return add_least_similar(lambda tokens: similarity.index_select(0, tokens), chosen, count, block=block, reduce=reduce)
+
+
+def add_least_similar(
+    similarity_of: Callable[[torch.Tensor], torch.Tensor],
+    chosen: torch.Tensor,
+    count: int,
+    *,
+    block: int = 1,
+    reduce: str = "max",
+) -> torch.Tensor:
+    """Return what `add_most_different` does, by a function that returns the similarities [n, V] of tokens [n] to all tokens.
+
+    It is called once per step: cheap similarities need no matrix of all V² of them. That of a token to itself has to be infinite.
+    """
+    nearest = _reduced(similarity_of(chosen), reduce)
     picked = [chosen]
     for start in range(0, count, block):
         best = torch.topk(nearest, min(block, count - start), largest=False).indices
         picked.append(best)
-        rows = _reduced(similarity.index_select(0, best), reduce)
+        rows = _reduced(similarity_of(best), reduce)
         nearest = torch.maximum(nearest, rows) if reduce == "max" else nearest + rows
     return torch.cat(picked)
 

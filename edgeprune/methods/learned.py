@@ -36,7 +36,7 @@ import torch
 from torch.nn import functional
 
 from edgeprune.errors import PlanError
-from edgeprune.methods.base import InputView, add_most_different, ascending, nearest_chosen, unit
+from edgeprune.methods.base import InputView, add_least_similar, ascending, nearest_chosen, unit
 from edgeprune.methods.weights import pack, unpack
 from edgeprune.plan import Cut, Geometry, Option, View, Weights
 
@@ -100,11 +100,16 @@ class Learned:
         """Return the ascending positions [min(keep, V)] of the set."""
         scores, places = self.score(view), self.places(view)
         gain = torch.exp((scores - scores.amax(dim=0)).clamp_min(_LEAST))[:, None]
-        # What the shared search takes for similarity is minus the gain, [chosen, candidate]; one product makes all of it.
+        # What the shared search takes for similarity is minus the gain of all tokens, given a chosen one.
         chosen = torch.cat([places, torch.full_like(gain, -MARGIN)], dim=1)
-        candidates = torch.cat([places, torch.ones_like(gain)], dim=1) * gain
+        candidates = (torch.cat([places, torch.ones_like(gain)], dim=1) * gain).transpose(0, 1)
+        positions = torch.arange(view.visual.shape[0], device=scores.device)
+
+        def similarity_of(token: torch.Tensor) -> torch.Tensor:
+            return torch.where(positions == token, float("inf"), chosen.index_select(0, token) @ candidates)
+
         first, others = torch.topk(scores, 1).indices, min(keep, view.visual.shape[0]) - 1
-        return ascending(add_most_different(chosen @ candidates.transpose(0, 1), first, others))
+        return ascending(add_least_similar(similarity_of, first, others))
 
     def score(self, view: InputView) -> torch.Tensor:
         """Return how much each visual token matters [V], as a logarithm."""
